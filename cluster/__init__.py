@@ -1,0 +1,1 @@
+"""Everything about machines: the embedded PostgreSQL, the node and the command line."""

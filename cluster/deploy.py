@@ -1,0 +1,42 @@
+"""Runs in a process of its own: connect to the node, deploy the graph, leave it running.
+
+`python -m cluster.deploy`, with the node's environment set. The applications are detached:
+they outlive this process, which would otherwise hold 150 MB for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import ray
+from ray import serve
+
+from graphs.triage import TriageArgs, build
+
+APPLICATION = "triage"
+
+
+def deploy(address: str, *, host: str, port: int, args: TriageArgs) -> None:
+    """Start Serve on a running node and run the graph on it; returns when every replica is healthy."""
+    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="warning")
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
+
+
+def main() -> None:
+    """Read the arguments that `derm-cds serve` passes on."""
+    parser = argparse.ArgumentParser(description="Deploy the graph on this node.")
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--profile", choices=("cpu", "gpu"), required=True)
+    parsed = parser.parse_args()
+    # Two threads are worth it on two cores; beyond four a forward pass gains little.
+    threads = max(1, min(4, os.cpu_count() or 1))
+    args = TriageArgs(profile=parsed.profile, classifier_threads=threads)
+    deploy(parsed.address, host=parsed.host, port=parsed.port, args=args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The state folder of one node, and the environment its processes read their settings from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import secrets
+
+from cluster.postgres_state import DatabaseUrls
+from serve_app.security.private_files import locked_folder, write_private
+
+
+def write_service_environment(home: Path, urls: DatabaseUrls) -> None:
+    """Write `home`/service.env (0600): the application role's URL, and the token secret.
+
+    The secret is made once and kept; the URL follows the embedded server's port.
+    """
+    path = home / "secrets" / "service.env"
+    with locked_folder(path.parent):
+        known = read_service_environment(home)
+        secret = known.get("DERM_TOKEN_SECRET") or secrets.token_urlsafe(48)
+        lines = {"DERM_DATABASE_URL": urls.app, "DERM_TOKEN_SECRET": secret}
+        write_private(path, "".join(f"{key}={value}\n" for key, value in lines.items()).encode())
+
+
+def read_service_environment(home: Path) -> dict[str, str]:
+    """Read what `write_service_environment` wrote; empty before the first start."""
+    path = home / "secrets" / "service.env"
+    if not path.exists():
+        return {}
+    return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)

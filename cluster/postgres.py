@@ -1,0 +1,224 @@
+"""The embedded PostgreSQL of one node: set up, start, stop.
+
+    $DERM_HOME/postgres.json                 0600  port and passwords
+    $DERM_HOME/postgres/etc/                       its configuration: ours, it only reads
+    $DERM_HOME/postgres/{data,socket,log}/   0700  the server account's own
+
+The server outlives the process that starts it, and the next one finds it running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import fcntl
+import os
+from pathlib import Path
+import secrets
+import shlex
+import subprocess
+import time
+
+import psutil
+
+from cluster.postgres_account import PostgresFailed, let_in, let_run, programs, server_account
+from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState, fits_socket, free_port, is_free
+
+__all__ = ["DatabaseUrls", "EmbeddedPostgres", "PostgresFailed", "ensure_cluster"]
+
+_HERE = Path(__file__).parent
+_START_TIMEOUT_S = 120
+_STOP_TIMEOUT_S = 30
+
+
+def ensure_cluster(home: Path) -> DatabaseUrls:
+    """Set up and start the embedded server below `home` where that is still to do; return its URLs."""
+    return EmbeddedPostgres(home).ensure()
+
+
+class EmbeddedPostgres:
+    """The server below `home`; `port` asks for a port when it is first set up.
+
+    Blocking calls, safe from several processes at once. PostgresFailed says what went wrong.
+    """
+
+    def __init__(self, home: Path, *, port: int | None = None) -> None:
+        self.home = home.resolve()
+        self.directory = self.home / "postgres"
+        self.data = self.directory / "data"
+        self.log = self.directory / "log" / "postgres.log"
+        self._port = port
+        self._programs = programs()
+        self._account = server_account()
+
+    def ensure(self) -> DatabaseUrls:
+        """Set up what is missing, start the server unless it runs, and return its URLs."""
+        with self._alone() as state:
+            self._lay_out()
+            if not (self.data / "PG_VERSION").exists():
+                self._initdb(state)
+            self._start(state)
+            if not state.ready:
+                self._make_roles(state)
+                state.ready = True
+                state.write(self._state_file)
+            return state.urls(self._socket_directory(state))
+
+    def start(self) -> None:
+        """Start the server unless it runs; return once it takes connections."""
+        with self._alone() as state:
+            self._start(state)
+
+    def stop(self) -> None:
+        """Stop the server if it runs: sessions end, what they had not committed rolls back."""
+        with self._alone():
+            for mode in ("fast", "immediate"):
+                if self.is_running():
+                    options = ("-m", mode, "-w", "-t", _STOP_TIMEOUT_S)
+                    self._run("pg_ctl", "stop", "-D", self.data, *options, check=False)
+            if self.is_running():
+                raise PostgresFailed(f"PostgreSQL in {self.data} did not stop.")
+
+    def is_running(self) -> bool:
+        """Whether the server is alive; it may still be recovering from a crash."""
+        return self.pid() is not None
+
+    def pid(self) -> int | None:
+        """Find the postmaster's process; None when it is dead, whatever postmaster.pid says."""
+        try:
+            process = psutil.Process(self._noted_pid())
+            alive = process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == self.data
+        except (OSError, ValueError, psutil.Error):
+            return None
+        return process.pid if alive else None
+
+    @property
+    def _state_file(self) -> Path:
+        return self.home / "postgres.json"
+
+    @contextmanager
+    def _alone(self) -> Iterator[PostgresState]:
+        # One at a time sets up, starts or stops; the kernel drops the lock of one that is killed.
+        self.home.mkdir(mode=0o711, parents=True, exist_ok=True)
+        with (self.home / "postgres.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = PostgresState.read(self._state_file)
+            if state is None:
+                state = PostgresState.fresh(self._port)
+                state.write(self._state_file)
+            yield state
+
+    def _socket_directory(self, state: PostgresState) -> Path | None:
+        directory = self.directory / "socket"
+        return directory if fits_socket(directory, state.port) else None
+
+    def _noted_pid(self) -> int:
+        return int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
+
+    def _lay_out(self) -> None:
+        self.directory.mkdir(mode=0o711, exist_ok=True)
+        self.directory.chmod(0o711)
+        (self.directory / "etc").mkdir(exist_ok=True)
+        (self.directory / "etc").chmod(0o755)
+        let_in(self._account, self.data)
+        let_run(self._account, self._programs)
+        for name in ("log", "socket", "setup"):
+            self._account.own(self.directory / name, 0o700)
+
+    def _initdb(self, state: PostgresState) -> None:
+        # Elsewhere first: a set-up that was cut off never leaves half a data directory.
+        fresh = self.directory / "setup" / f"data-{secrets.token_hex(4)}"
+        password = self.directory / "etc" / "password"
+        password.unlink(missing_ok=True)
+        password.touch(mode=0o600)
+        try:
+            password.write_text(state.superuser_password)
+            os.chown(password, self._account.uid, self._account.gid)
+            options = ["--username", SUPERUSER, "--pwfile", password, "--auth", "scram-sha-256"]
+            options += ["--data-checksums", "--encoding", "UTF8", "--no-instructions", "--locale", "C"]
+            options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
+            self._run("initdb", "-D", fresh, *options)
+        finally:
+            password.unlink()
+        fresh.rename(self.data)
+
+    def _start(self, state: PostgresState) -> None:
+        if not self.is_running():
+            self._forget_recycled_pid()
+            if not is_free(state.port):
+                state.port = free_port()
+                state.write(self._state_file)
+            configuration = self._configure(state)
+            options = f"-c config_file={shlex.quote(str(configuration))}"
+            command = ("-D", self.data, "-l", self.log, "-o", options, "-w", "-t", _START_TIMEOUT_S)
+            self._run("pg_ctl", "start", *command)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._takes_connections():
+            if time.monotonic() > deadline or not self.is_running():
+                raise PostgresFailed(f"PostgreSQL did not become ready.\n{self._log_tail()}")
+            time.sleep(0.05)
+
+    def _takes_connections(self) -> bool:
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) > 7 and lines[7].strip() == "ready"
+
+    def _forget_recycled_pid(self) -> None:
+        # PostgreSQL itself drops the postmaster.pid of a dead process, but will not start while the
+        # number belongs to another program of the same user, as it may after a reboot.
+        try:
+            recycled = psutil.Process(self._noted_pid()).name() != "postgres"
+        except (OSError, ValueError, psutil.Error):
+            return
+        if recycled:
+            (self.data / "postmaster.pid").unlink(missing_ok=True)
+
+    def _configure(self, state: PostgresState) -> Path:
+        etc = self.directory / "etc"
+        values = {
+            "data": self.data,
+            "hba": etc / "pg_hba.conf",
+            "socket": self._socket_directory(state) or "",
+            "port": state.port,
+        }
+        settings = (_HERE / "postgresql.conf").read_text()
+        for name, value in values.items():
+            settings = settings.replace(f"@{name}@", str(value).replace("'", "''"))
+        written = {"pg_hba.conf": (_HERE / "pg_hba.conf").read_text(), "postgresql.conf": settings}
+        for name, text in written.items():
+            (etc / name).write_text(text)
+            (etc / name).chmod(0o644)
+        return etc / "postgresql.conf"
+
+    def _make_roles(self, state: PostgresState) -> None:
+        done = subprocess.run(
+            [self._programs / "psql", "--no-psqlrc", "--quiet", "--file", _HERE / "postgres_roles.sql"],
+            env=state.superuser_environment(self._socket_directory(state)),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise PostgresFailed(f"The database roles could not be made.\n{done.stderr}")
+
+    def _run(self, program: str, *arguments: object, check: bool = True) -> None:
+        command = [str(self._programs / program), *(str(argument) for argument in arguments)]
+        # A file, not a pipe: the server inherits it, and a pipe would never end.
+        with (self.directory / "etc" / f"{program}.log").open("w+") as output:
+            done = subprocess.run(
+                command,
+                check=False,
+                stdout=output,
+                stderr=output,
+                cwd=self.directory,
+                **self._account.popen,
+            )
+            output.seek(0)
+            said = output.read()
+        if check and done.returncode != 0:
+            raise PostgresFailed(f"{program} failed.\n{said}{self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:]) if self.log.exists() else ""

@@ -1,0 +1,58 @@
+"""The environment a Ray node of this service starts with.
+
+Ray reads these when its modules are imported, in every process of the node: they must be
+set before `ray start` (on all nodes) and before `import ray` in whatever connects to it.
+What each is worth is measured in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import secrets
+
+from serve_app.security.private_files import locked_folder, write_private
+
+#: The way a request takes: HAProxy in front of the ingress replica, one event loop a
+#: replica, buffered request logs. Set one by one: RAY_SERVE_THROUGHPUT_OPTIMIZED would also
+#: make gRPC the default, whose 4 MiB cap loses large originals.
+SERVE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Shutdown waits this long for a load balancer that is not there.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+
+#: No processes that nobody asked for, and nothing sent anywhere.
+NODE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+def ray_environment(home: Path) -> dict[str, str]:
+    """Everything a node and its clients need, token authentication included.
+
+    The token is made at first use and kept in `home`, mode 0600; an operator's own
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH wins.
+    """
+    token_path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if not token_path:
+        token = home / "ray" / "token"
+        token_path = str(token)
+        with locked_folder(token.parent):
+            if not token.exists():
+                write_private(token, secrets.token_hex(32).encode())
+    return {
+        **NODE_ENVIRONMENT,
+        **SERVE_ENVIRONMENT,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": token_path,
+        "DERM_HOME": str(home),
+    }

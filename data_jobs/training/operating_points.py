@@ -1,0 +1,114 @@
+"""Operating points: thresholds whose sensitivity is proven, not just measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_jobs.training.probabilities import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenThreshold:
+    """A threshold, and what it gave on the lesions it was chosen on."""
+
+    threshold: float
+    positives: int
+    misses: int
+    sensitivity: float
+    lower_bound: float
+    negatives: int
+    specificity: float
+
+
+def binomial_tail(successes: int, trials: int, p: float) -> float:
+    """P(X >= successes) for X ~ Binomial(trials, p)."""
+    if p <= 0.0:
+        return float(successes <= 0)
+    if p >= 1.0:
+        return 1.0
+    log_p, log_q = math.log(p), math.log1p(-p)
+    return math.fsum(
+        math.exp(
+            math.lgamma(trials + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(trials - k + 1)
+            + k * log_p
+            + (trials - k) * log_q
+        )
+        for k in range(successes, trials + 1)
+    )
+
+
+def lower_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
+    """One-sided Clopper-Pearson lower bound of a proportion (Clopper and Pearson, Biometrika 1934).
+
+    The p for which `successes` or more of `trials` has probability 1 - confidence.
+    """
+    if successes == 0:
+        return 0.0
+    low, high = 0.0, successes / trials
+    while high - low > 1e-10:
+        middle = (low + high) / 2.0
+        if binomial_tail(successes, trials, middle) < 1.0 - confidence:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def misses_allowed(positives: int, sensitivity: float = 0.95, confidence: float = 0.95) -> int:
+    """Most misses with which the bound still holds; -1 when even none is too many."""
+    misses = -1
+    while misses + 1 < positives and lower_bound(positives - misses - 1, positives, confidence) >= sensitivity:
+        misses += 1
+    return misses
+
+
+def by_lesion(
+    scores: Floats, positive: NDArray[np.bool_], lesions: Sequence[str]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """One score a lesion, the less favourable: a positive's lowest image, a negative's highest."""
+    worst: dict[tuple[str, bool], float] = {}
+    for score, is_positive, lesion in zip(scores.tolist(), positive.tolist(), lesions, strict=True):
+        key = (lesion, is_positive)
+        pick = min if is_positive else max
+        worst[key] = pick(worst.get(key, score), score)
+    return np.array(list(worst.values())), np.array([key[1] for key in worst])
+
+
+def choose_threshold(
+    scores: Floats, positive: NDArray[np.bool_], sensitivity: float = 0.95, confidence: float = 0.95
+) -> ChosenThreshold:
+    """The largest threshold whose sensitivity has its lower bound at `sensitivity` or above.
+
+    Raises ValueError with too few positives: 59 are needed for 0.95 at 95 % confidence.
+    """
+    found = np.sort(scores[positive])
+    misses = misses_allowed(len(found), sensitivity, confidence)
+    if misses < 0:
+        raise ValueError(f"{len(found)} positives cannot prove a sensitivity of {sensitivity}.")
+    threshold = float(np.floor(found[misses] * 1e6) / 1e6)
+    return measure_threshold(scores, positive, threshold, confidence)
+
+
+def measure_threshold(
+    scores: Floats, positive: NDArray[np.bool_], threshold: float, confidence: float = 0.95
+) -> ChosenThreshold:
+    """What `score >= threshold` gives on these lesions."""
+    flagged = scores >= threshold
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    hits = int((flagged & positive).sum())
+    return ChosenThreshold(
+        threshold=threshold,
+        positives=positives,
+        misses=positives - hits,
+        sensitivity=hits / positives,
+        lower_bound=lower_bound(hits, positives, confidence),
+        negatives=negatives,
+        specificity=float((~flagged & ~positive).sum() / max(1, negatives)),
+    )

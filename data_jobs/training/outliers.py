@@ -1,0 +1,146 @@
+"""Images that are no dermoscopy: what p(UNK) is fitted against and tested on.
+
+Photographs shipped with scikit-image and scikit-learn, text, noise, gradients and plain
+colours. Each source image has two disjoint halves of views: `fit` for the logistic map and `test` for the
+figures told of it, split by source so that no photograph is in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import io
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from skimage import data as skimage_data
+from sklearn.datasets import load_sample_images
+
+from data_jobs.training.dataset import ARCHIVE_LIMITS
+from deployments.preprocess.preprocess import prepare_image
+from deployments.preprocess.resize import InputGeometry
+
+Part = Literal["fit", "test"]
+Rgb = NDArray[np.uint8]
+
+# Alternate, so that each part has faces, textures, objects and medical images that are not skin.
+_PHOTOGRAPHS = (
+    "astronaut", "coffee", "camera", "chelsea", "brick", "grass", "gravel", "coins", "rocket", "page",
+    "immunohistochemistry", "retina", "cell", "moon", "text", "clock", "horse", "hubble_deep_field",
+    "colorwheel", "logo",
+)  # fmt: skip
+_VIEWS = 8
+_DRAWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outlier:
+    """One outlier: what it is, the part it belongs to, and its prepared pixels side×side×3."""
+
+    kind: str
+    part: Part
+    pixels: Rgb
+
+
+def make_outliers(geometry: InputGeometry, seed: int) -> list[Outlier]:
+    """Several hundred outliers; equal for equal seeds."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index, image in enumerate(_photographs()):
+        part: Part = "fit" if index % 2 == 0 else "test"
+        for _ in range(_VIEWS):
+            found.append(Outlier("photograph", part, prepared(_view(image, rng), geometry)))
+    for kind, draw in _DRAWINGS.items():
+        for index in range(_DRAWN):
+            part = "fit" if index % 2 == 0 else "test"
+            found.append(Outlier(kind, part, prepared(draw(rng), geometry)))
+    return found
+
+
+def skin_like(pixels: Rgb, seed: int) -> list[Outlier]:
+    """Plausible but wrong, reported apart: N lesions inverted, blurred away, or as plain skin."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for image in pixels:
+        found.append(Outlier("inverted lesion", "test", 255 - image))
+        blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(image.shape[0] / 16))
+        found.append(Outlier("lesion blurred away", "test", np.asarray(blurred)))
+        skin = np.median(image[:12].reshape(-1, 3), axis=0)
+        grain = rng.normal(0.0, 3.0, (*image.shape[:2], 1))
+        plain = np.clip(skin + grain, 0.0, 255.0).astype(np.uint8)
+        found.append(Outlier("plain skin colour", "test", plain))
+    return found
+
+
+def prepared(image: Image.Image, geometry: InputGeometry) -> Rgb:
+    """Pixels of a drawn image by the service's own code, by way of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return prepare_image(buffer.getvalue(), geometry, ARCHIVE_LIMITS).pixels
+
+
+def _photographs() -> list[Image.Image]:
+    images = [Image.fromarray(_as_rgb(getattr(skimage_data, name)())) for name in _PHOTOGRAPHS]
+    return images + [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def _as_rgb(image: NDArray[np.generic]) -> Rgb:
+    grey = (np.asarray(image) * 255).astype(np.uint8) if image.dtype == np.bool_ else np.asarray(image)
+    stacked = np.stack([grey] * 3, axis=2) if grey.ndim == 2 else grey[:, :, :3]
+    return np.ascontiguousarray(stacked, dtype=np.uint8)
+
+
+def _view(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A random crop of 40 to 100 % of each side, mirrored half of the time."""
+    width, height = (max(40, round(side * rng.uniform(0.4, 1.0))) for side in image.size)
+    left = int(rng.integers(0, max(1, image.width - width + 1)))
+    top = int(rng.integers(0, max(1, image.height - height + 1)))
+    view = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(view) if rng.random() < 0.5 else view
+
+
+def _noise(rng: np.random.Generator) -> Image.Image:
+    cells = int(rng.integers(8, 256))
+    grain = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
+    return Image.fromarray(grain).resize((256, 256), Image.Resampling.BILINEAR)
+
+
+def _plain(rng: np.random.Generator) -> Image.Image:
+    red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
+    return Image.new("RGB", (256, 256), (red, green, blue))
+
+
+def _gradient(rng: np.random.Generator) -> Image.Image:
+    ends = rng.uniform(0.0, 255.0, (2, 3))
+    ramp = np.linspace(0.0, 1.0, 256)[None, :, None]
+    image = np.broadcast_to(ends[0] * (1.0 - ramp) + ends[1] * ramp, (256, 256, 3)).astype(np.uint8)
+    return Image.fromarray(image).rotate(float(rng.choice([0.0, 90.0])))
+
+
+def _text(rng: np.random.Generator) -> Image.Image:
+    page = Image.new("RGB", (400, 300), "white")
+    draw = ImageDraw.Draw(page)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
+    for line in range(int(rng.integers(4, 18))):
+        draw.text((12, 10 + 16 * line), "".join(rng.choice(letters, 60)), fill="black")
+    return page
+
+
+def _shapes(rng: np.random.Generator) -> Image.Image:
+    canvas = Image.new("RGB", (256, 256), tuple(int(c) for c in rng.integers(0, 256, 3)))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(int(rng.integers(3, 12))):
+        x, y, w, h = (int(v) for v in rng.integers(0, 200, 4))
+        draw.rectangle((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
+    return canvas
+
+
+_DRAWINGS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
+    "noise": _noise,
+    "plain colour": _plain,
+    "gradient": _gradient,
+    "text": _text,
+    "shapes": _shapes,
+}

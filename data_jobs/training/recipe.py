@@ -1,0 +1,144 @@
+"""A recipe: every number that shapes a model's weights, read from one TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+import tomllib
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """Which folds do what. `test_fold` is read by `evaluate` alone."""
+
+    test_fold: int
+    calibration_fold: int
+    train_folds: tuple[int, ...]
+    cache_side: int
+    interpolation: Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """Input mean and std on the 0-1 scale (one for all channels), dropout, stochastic depth.
+
+    `frozen_groups` block groups after the stem keep their ImageNet weights and statistics.
+    """
+
+    mean: float
+    std: float
+    dropout: float
+    drop_path: float
+    frozen_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class OptimiserPlan:
+    """AdamW under a cosine with linear warm-up; learning rates are the peaks."""
+
+    batch_size: int
+    trunk_lr: float
+    head_lr: float
+    weight_decay: float
+    warmup: float
+    ema_decay: float
+    clip_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossPlan:
+    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021) over a class-tempered sample."""
+
+    label_smoothing: float
+    sampling_power: float
+    logit_adjustment: float
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentPlan:
+    """Strength of each augmentation; a pair is the range of a uniform draw."""
+
+    crop_area: tuple[float, float]
+    aspect_jitter: float
+    small_rotation: float
+    capture_scale: tuple[float, float]
+    jpeg_share: float
+    jpeg_quality: tuple[int, int]
+    blur_share: float
+    blur_sigma: tuple[float, float]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    channel_gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`epochs` passes at `side` pixels."""
+
+    side: int
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One model: its data, network, optimisation, augmentation and stages of input size."""
+
+    architecture: str
+    tag: str
+    seed: int
+    data: DataPlan
+    network: NetworkPlan
+    optimiser: OptimiserPlan
+    loss: LossPlan
+    augment: AugmentPlan
+    stages: tuple[Stage, ...]
+    serving_sides: tuple[int, ...]
+
+    @property
+    def model_id(self) -> str:
+        """`architecture.tag`, the name of the model everywhere else."""
+        return f"{self.architecture}.{self.tag}"
+
+    @property
+    def epoch_sides(self) -> tuple[int, ...]:
+        """The input side of every epoch, in order."""
+        return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises ValueError for a missing or unknown key, or folds that overlap."""
+    with path.open("rb") as file:
+        raw = tomllib.load(file)
+    try:
+        recipe = Recipe(
+            architecture=raw.pop("architecture"),
+            tag=raw.pop("tag"),
+            seed=raw.pop("seed"),
+            data=_read(DataPlan, raw.pop("data")),
+            network=_read(NetworkPlan, raw.pop("network")),
+            optimiser=_read(OptimiserPlan, raw.pop("optimiser")),
+            loss=_read(LossPlan, raw.pop("loss")),
+            augment=_read(AugmentPlan, raw.pop("augment")),
+            stages=tuple(_read(Stage, stage) for stage in raw.pop("stages")),
+            serving_sides=tuple(raw.pop("serving")["sides"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing.") from error
+    if raw:
+        raise ValueError(f"{path}: unknown {', '.join(sorted(raw))}.")
+    plan = recipe.data
+    if len({plan.test_fold, plan.calibration_fold, *plan.train_folds}) != 2 + len(plan.train_folds):
+        raise ValueError(f"{path}: the test, calibration and training folds must not overlap.")
+    return recipe
+
+
+def _read(kind: type[Any], raw: dict[str, Any]) -> Any:
+    names = {field.name for field in fields(kind)}
+    if unknown := set(raw) - names:
+        raise ValueError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}.")
+    if missing := names - set(raw):
+        raise KeyError(f"{kind.__name__}.{sorted(missing)[0]}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})

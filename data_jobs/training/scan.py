@@ -1,0 +1,69 @@
+"""One forward pass over many archive images with ONNX Runtime, by the service's own preprocess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+import onnxruntime as ort
+
+from data_jobs.training.dataset import LabelledImage, read_pixels
+from deployments.preprocess.resize import InputGeometry
+
+Pixels = NDArray[np.uint8]
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Logits N×8 and bottleneck N×512 of N images, float32."""
+
+    logits: NDArray[np.float32]
+    bottleneck: NDArray[np.float32]
+
+    def __getitem__(self, picked: NDArray[np.int64] | NDArray[np.bool_]) -> Scan:
+        """The images at these positions."""
+        return Scan(self.logits[picked], self.bottleneck[picked])
+
+
+def open_onnx(path: Path, threads: int = 2) -> Callable[[Pixels], Outputs]:
+    """A forward pass of an exported graph that has no manifest yet."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(pixels: Pixels) -> Outputs:
+        logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels})
+        return logits, bottleneck
+
+    return run
+
+
+def scan_pixels(run: Callable[[Pixels], Outputs], pixels: Pixels, batch: int = 32) -> Scan:
+    """Scan uint8 N×side×side×3."""
+    parts = [run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
+    return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+
+
+def scan_images(
+    run: Callable[[Pixels], Outputs],
+    rows: list[LabelledImage],
+    indices: Iterable[int],
+    folder: Path,
+    geometry: InputGeometry,
+    *,
+    change: Callable[[Pixels], Pixels] | None = None,
+    batch: int = 32,
+) -> Scan:
+    """Scan the rows at `indices`; `change` alters each prepared image first (robustness checks)."""
+    picked = list(indices)
+    parts = []
+    for start in range(0, len(picked), batch):
+        images = [read_pixels(rows[i], folder, geometry) for i in picked[start : start + batch]]
+        if change is not None:
+            images = [change(image) for image in images]
+        parts.append(run(np.stack(images)))
+    return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))

@@ -1,0 +1,220 @@
+"""Train a recipe: `python -m data_jobs.training.train --recipe R --cache-dir C --output O`.
+
+After every epoch `O/checkpoint.pt` holds all that is needed to go on; a killed run started
+again with the same command continues there. `O/log.jsonl` has one line an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+import json
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from data_jobs.training.augment import augment
+from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
+from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
+from data_jobs.training.recipe import LossPlan, OptimiserPlan, Recipe, read_recipe
+from deployments.preprocess.resize import InputGeometry
+from serve_app.domain.diagnosis import TRAINED
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+class AugmentedDraws(Dataset[tuple[Tensor, int]]):
+    """One epoch's draws: position -> an augmented view, seeded by (seed, epoch, position)."""
+
+    def __init__(
+        self, pixels: Pixels, labels: Labels, draws: Labels, side: int, recipe: Recipe, epoch: int
+    ) -> None:
+        self.pixels, self.labels, self.draws = pixels, labels, draws
+        self.side, self.recipe, self.epoch = side, recipe, epoch
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        rng = np.random.default_rng((self.recipe.seed, self.epoch, position))
+        index = self.draws[position]
+        view = augment(self.pixels[index], self.side, self.recipe.augment, rng)
+        return torch.from_numpy(view), int(self.labels[index])
+
+
+def draw_epoch(labels: Labels, indices: Labels, power: float, rng: np.random.Generator) -> Labels:
+    """As many draws as there are indices; a class of n images gets a share in proportion to n**power.
+
+    Within a class every image comes up equally often, give or take one: no image of a common
+    class is drawn twice before each is drawn once.
+    """
+    shares = sampled_prior(labels[indices], power)
+    draws = []
+    for label, share in enumerate(shares):
+        members = indices[labels[indices] == label]
+        count = round(share * len(indices))
+        repeats = math.ceil(count / max(1, len(members)))
+        rounds = [rng.permutation(members) for _ in range(repeats)]
+        draws.append(np.concatenate([np.empty(0, np.int64), *rounds])[:count])
+    return rng.permutation(np.concatenate(draws))
+
+
+def sampled_prior(labels: Labels, power: float) -> NDArray[np.float64]:
+    """Class shares after sampling in proportion to n**power."""
+    counts = np.bincount(labels, minlength=len(TRAINED)).astype(np.float64) ** power
+    return counts / counts.sum()
+
+
+def learning_rate(step: int, total: int, warmup: float) -> float:
+    """Factor of the peak: linear warm-up, then a cosine to zero."""
+    ramp = max(1.0, warmup * total)
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1.0 + math.cos(math.pi * (step - ramp) / max(1.0, total - ramp)))
+
+
+def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.AdamW:
+    """AdamW in four groups: trunk and head, each with and without weight decay (norms, biases)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("trunk."), parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": plan.trunk_lr if trunk else plan.head_lr,
+                "weight_decay": plan.weight_decay if decayed else 0.0,
+            }
+            for (trunk, decayed), parameters in groups.items()
+        ]
+    )
+
+
+class AdjustedLoss(nn.Module):
+    """Cross-entropy of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10)."""
+
+    def __init__(self, prior: NDArray[np.float64], plan: LossPlan) -> None:
+        super().__init__()
+        adjustment = plan.logit_adjustment * np.log(prior)
+        self.register_buffer("adjustment", torch.from_numpy(adjustment).float())
+        self.loss = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        loss: Tensor = self.loss(logits + self.adjustment, labels)
+        return loss
+
+
+def as_input(views: Tensor) -> Tensor:
+    """uint8 N×H×W×3 to float N×3×H×W in channels-last memory."""
+    return views.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+
+
+def run_epoch(
+    network: DermNetwork,
+    ema: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+    loss: AdjustedLoss,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    factors: Iterator[float],
+    clip_norm: float,
+) -> tuple[float, float]:
+    """Train over `batches`; returns mean loss and training accuracy."""
+    network.train()
+    losses, hits, seen = 0.0, 0, 0
+    for (views, labels), factor in zip(batches, factors, strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = factor * group["peak"]
+        optimiser.zero_grad(set_to_none=True)
+        logits, _ = network(as_input(views))
+        value = loss(logits, labels)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        optimiser.step()
+        ema.update_parameters(network)
+        losses += float(value.detach()) * len(labels)
+        hits += int((logits.detach().argmax(1) == labels).sum())
+        seen += len(labels)
+    return losses / seen, hits / seen
+
+
+def train(recipe: Recipe, pixels: Pixels, labels: Labels, indices: Labels, output: Path) -> None:
+    """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    network = DermNetwork(recipe.architecture, recipe.network)
+    load_imagenet(network, wheel_weights())
+    network.to(memory_format=torch.channels_last)
+    decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
+    ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
+    optimiser = build_optimiser(network, recipe.optimiser)
+    loss = AdjustedLoss(sampled_prior(labels[indices], recipe.loss.sampling_power), recipe.loss)
+    checkpoint = output / "checkpoint.pt"
+    first = 0
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["epochs_done"]
+    sides = recipe.epoch_sides
+    for epoch in range(first, len(sides)):
+        started = time.monotonic()
+        rng = np.random.default_rng((recipe.seed, epoch))
+        torch.manual_seed(recipe.seed + epoch)
+        draws = draw_epoch(labels, indices, recipe.loss.sampling_power, rng)
+        views = AugmentedDraws(pixels, labels, draws, sides[epoch], recipe, epoch)
+        batches = DataLoader(
+            views, recipe.optimiser.batch_size, drop_last=True, num_workers=1, prefetch_factor=4
+        )
+        steps = len(batches)
+        factors = (
+            learning_rate(step, steps * len(sides), recipe.optimiser.warmup)
+            for step in range(epoch * steps, (epoch + 1) * steps)
+        )
+        mean_loss, accuracy = run_epoch(
+            network, ema, optimiser, loss, iter(batches), factors, recipe.optimiser.clip_norm
+        )
+        state = {"network": network.state_dict(), "ema": ema.state_dict()}
+        state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}
+        torch.save(state, checkpoint.with_suffix(".partial"))
+        checkpoint.with_suffix(".partial").rename(checkpoint)
+        line = {
+            "epoch": epoch,
+            "side": sides[epoch],
+            "loss": round(mean_loss, 4),
+            "train_accuracy": round(accuracy, 4),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        with (output / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """Command line: see the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    recipe = read_recipe(arguments.recipe)
+    folder = isic_folder()
+    rows = read_rows(folder)
+    geometry = InputGeometry(recipe.data.cache_side, recipe.data.interpolation)
+    pixels = build_cache(rows, folder, arguments.cache_dir, geometry)
+    train(recipe, pixels, labels_of(rows), training_indices(rows, recipe.data), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

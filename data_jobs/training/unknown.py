@@ -1,0 +1,96 @@
+"""UNK: how far a bottleneck lies from every class trained on, and how that becomes p(UNK)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_jobs.training.probabilities import Floats, Labels
+
+#: Share of the within-class covariance replaced by a multiple of the identity.
+SHRINKAGE = 0.1
+#: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
+PRIOR_UNKNOWN = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class ClassStatistics:
+    """Class means C×512 and the shared precision 512×512, float32."""
+
+    means: NDArray[np.float32]
+    precision: NDArray[np.float32]
+
+
+def shrunk_covariance(residuals: NDArray[np.floating], shrinkage: float) -> Floats:
+    """(1 - a) * S + a * mean(diag S) * I, of N×D residuals (Ledoit and Wolf 2004's target)."""
+    residuals = np.asarray(residuals, np.float64)
+    covariance = residuals.T @ residuals / len(residuals)
+    identity = np.eye(covariance.shape[0]) * np.trace(covariance) / covariance.shape[0]
+    result: Floats = (1.0 - shrinkage) * covariance + shrinkage * identity
+    return result
+
+
+def class_means(features: NDArray[np.floating], labels: Labels) -> Floats:
+    """C×D means; every class must have an image."""
+    classes = range(int(labels.max()) + 1)
+    return np.stack([np.asarray(features[labels == c], np.float64).mean(0) for c in classes])
+
+
+def fit_statistics(features: NDArray[np.floating], labels: Labels) -> ClassStatistics:
+    """Means and precision of the training folds' bottlenecks, N×512."""
+    means = class_means(features, labels)
+    covariance = shrunk_covariance(features - means[labels], SHRINKAGE)
+    precision = np.linalg.inv(covariance)
+    return ClassStatistics(means.astype(np.float32), precision.astype(np.float32))
+
+
+def distance_score(features: NDArray[np.floating], statistics: ClassStatistics) -> Floats:
+    """Least squared Mahalanobis distance to a class, divided by the width (Lee et al., NeurIPS 2018)."""
+    precision = statistics.precision.astype(np.float64)
+    distances = []
+    for mean in statistics.means.astype(np.float64):
+        residuals = np.asarray(features, np.float64) - mean
+        distances.append(np.einsum("nd,nd->n", residuals @ precision, residuals))
+    result: Floats = np.min(distances, axis=0) / features.shape[1]
+    return result
+
+
+def fit_logistic(known: Floats, unknown: Floats, prior: float = PRIOR_UNKNOWN) -> tuple[float, float]:
+    """(slope, intercept) of p(UNK) = sigmoid(slope * score + intercept).
+
+    Weighted maximum likelihood by Newton's method: the outliers weigh `prior` together, the
+    known images the rest, so that p(UNK) is a probability for a stream with that prior and not
+    for a set of outliers we happened to draw. A small ridge keeps the slope finite when the two
+    do not overlap.
+    """
+    scores = np.concatenate([known, unknown])
+    target = np.concatenate([np.zeros(len(known)), np.ones(len(unknown))])
+    weights = np.where(target > 0, prior / len(unknown), (1.0 - prior) / len(known)) * len(scores)
+    centre, scale = float(known.mean()), float(known.std())
+    design = np.stack([(scores - centre) / scale, np.ones_like(scores)], axis=1)
+    beta = np.array([1.0, -10.0])
+    ridge = np.diag([0.1, 1e-6])
+    for _ in range(200):
+        p = 1.0 / (1.0 + np.exp(-np.clip(design @ beta, -50.0, 50.0)))
+        gradient = design.T @ (weights * (p - target)) + ridge @ beta
+        hessian = (design * (weights * p * (1.0 - p))[:, None]).T @ design + ridge
+        step = np.linalg.solve(hessian, gradient)
+        beta = beta - np.clip(step, -2.0, 2.0)
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    slope = float(beta[0]) / scale
+    return slope, float(beta[1]) - slope * centre
+
+
+def unknown_probability(score: Floats, slope: float, intercept: float) -> Floats:
+    """p(UNK) of a score."""
+    result: Floats = 1.0 / (1.0 + np.exp(-np.clip(slope * score + intercept, -50.0, 50.0)))
+    return result
+
+
+def with_unknown(probabilities: Floats, unknown: Floats) -> Floats:
+    """N×9: (1 - u) times the eight, then u; the nine sum to 1."""
+    eight = (1.0 - unknown)[:, None] * probabilities
+    return np.concatenate([eight, unknown[:, None]], axis=1)

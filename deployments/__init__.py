@@ -1,0 +1,1 @@
+"""The stages of an assessment, a folder each: pure logic, and a thin Serve wrapper beside it."""

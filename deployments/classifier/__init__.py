@@ -1,0 +1,1 @@
+"""One forward pass: calibrated probabilities, prediction set, out-of-distribution score, bottleneck."""

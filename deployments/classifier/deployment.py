@@ -1,0 +1,53 @@
+"""The classifier stage on Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from deployments.classifier.classifier import Classifier, ClassifierOutput
+from deployments.live_model import live_model_at_start
+from model_store.registry import ModelStore
+from model_store.session import Device
+from serve_app.settings import load_settings
+
+
+@serve.deployment(name="classifier")
+class ClassifierDeployment:
+    """Runs whatever has queued up as one forward pass, in a thread."""
+
+    async def __init__(self, *, threads: int, device: Device) -> None:
+        settings = load_settings()
+        self._classifier = Classifier(ModelStore(settings.models), threads=threads, device=device)
+        live = await live_model_at_start(settings)
+        self._classifier.load(live.model_id)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Set the batching: `max_batch_size` images, `batch_wait_timeout_s` seconds."""
+        self._run_batch.set_max_batch_size(int(user_config["max_batch_size"]))
+        self._run_batch.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
+
+    async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
+        """Classify one prepared image, uint8 H×W×3."""
+        output: ClassifierOutput = await self._run_batch((model_id, pixels))
+        return output
+
+    # No wait: on a CPU a larger batch saves nothing, so a lone image must not be held back.
+    # While one pass runs, arrivals gather and form the next batch.
+    @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
+    async def _run_batch(self, requests: list[tuple[str, NDArray[np.uint8]]]) -> list[ClassifierOutput]:
+        return await asyncio.to_thread(self._run, requests)
+
+    def _run(self, requests: list[tuple[str, NDArray[np.uint8]]]) -> list[ClassifierOutput]:
+        outputs: list[ClassifierOutput | None] = [None] * len(requests)
+        # A batch that spans a change of the live model is split: one pass runs one model.
+        for model_id in dict.fromkeys(model_id for model_id, _ in requests):
+            places = [i for i, (wanted, _) in enumerate(requests) if wanted == model_id]
+            answers = self._classifier.classify(model_id, [requests[i][1] for i in places])
+            for place, answer in zip(places, answers, strict=True):
+                outputs[place] = answer
+        return [output for output in outputs if output is not None]

@@ -1,0 +1,1 @@
+"""The bottleneck mapped into embedding spaces, for patients and references alike."""

@@ -1,0 +1,28 @@
+"""The preprocess stage on Ray Serve."""
+
+from __future__ import annotations
+
+from ray import serve
+
+from deployments.live_model import live_model_at_start
+from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
+from model_store.registry import ModelStore
+from serve_app.domain.errors import RejectedUpload
+from serve_app.settings import load_settings
+
+
+@serve.deployment(name="preprocess")
+class PreprocessDeployment:
+    """Decodes in a thread of its pool: `prepare` is a plain function of bytes."""
+
+    async def __init__(self) -> None:
+        settings = load_settings()
+        self._limits = UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side)
+        self._store = ModelStore(settings.models)
+        live = await live_model_at_start(settings)
+        self._store.open(live.model_id)
+
+    def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
+        """Prepare one upload for a model."""
+        return prepare_or_reject(data, self._store.open(model_id).manifest.input, self._limits)

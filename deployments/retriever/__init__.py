@@ -1,0 +1,1 @@
+"""The nearest confirmed reference cases, in the space the query was embedded in."""

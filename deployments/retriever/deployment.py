@@ -1,0 +1,35 @@
+"""The retriever stage on Ray Serve."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from serve_app.domain.assessment import Neighbours
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.settings import load_settings
+
+
+@serve.deployment(name="retriever")
+class RetrieverDeployment:
+    """One connection pool a replica."""
+
+    async def __init__(self) -> None:
+        settings = load_settings()
+        pool = await open_pool(
+            settings.database_url.get_secret_value(),
+            minimum=settings.database_pool_min,
+            maximum=settings.database_pool_max,
+            timeout_s=settings.database_timeout_s,
+        )
+        self._references = ReferenceStore(pool)
+
+    async def nearest(
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+    ) -> Neighbours:
+        """The K nearest confirmed cases in one space, at most one image a lesion."""
+        return await self._references.nearest(
+            embedding, embedding_space=embedding_space, k=k, licences=licences
+        )

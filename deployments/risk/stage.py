@@ -1,0 +1,39 @@
+"""The risk stage without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.risk.findings import Findings
+from deployments.risk.policy_file import read_policy, with_overrides
+from deployments.risk.risk import conclude
+from model_store.registry import ModelStore
+from serve_app.domain.assessment import Conclusion
+
+
+class RiskStage:
+    """A policy and the operating points of the models it is asked about; without Ray."""
+
+    def __init__(self, store: ModelStore, policy_version: str) -> None:
+        self._store = store
+        self._shipped = read_policy(policy_version)
+        self._policy = self._shipped
+
+    def override(self, overrides: dict[str, Any]) -> None:
+        """Change thresholds of the shipped policy. Raises PolicyError for an unknown key."""
+        self._policy = with_overrides(self._shipped, overrides)
+
+    def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+        """Conclude outcome, risk and urgency at the model's own operating points."""
+        points = self._store.open(model_id).manifest.operating_points
+        return conclude(
+            quality=findings.quality,
+            width=findings.width,
+            height=findings.height,
+            classification=findings.classification,
+            neighbours=findings.neighbours,
+            context=findings.context,
+            change=findings.change,
+            operating_points={name: point.threshold for name, point in points.items()},
+            policy=self._policy,
+        )

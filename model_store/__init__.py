@@ -1,0 +1,1 @@
+"""Models as folders that vouch for themselves: manifest, digests, calibration, sessions."""

@@ -1,0 +1,57 @@
+"""ONNX Runtime sessions over stored models. The serving path imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+import onnxruntime as ort
+
+from model_store.manifest import OutputSpec
+from model_store.registry import StoredModel
+from serve_app.domain.diagnosis import TRAINED
+from serve_app.domain.errors import ModelContractError
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class InferenceSession:
+    """One forward pass: pixels uint8 N×H×W×3 to logits N×8 and bottleneck N×512, float32.
+
+    Safe to call from several threads at once; each call uses `threads` cores.
+    """
+
+    def __init__(self, model: StoredModel, *, threads: int, device: Device = "cpu") -> None:
+        provider = _PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise ModelContractError(
+                f"{provider} is not available; install the {'gpu' if device == 'cuda' else 'cpu'} extra."
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning threads would take the cores that the other stages need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        manifest = model.manifest
+        self._session = ort.InferenceSession(
+            model.path(manifest.onnx).read_bytes(), options, providers=[provider]
+        )
+        if provider not in self._session.get_providers():
+            raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
+        self._input = manifest.input.name
+        self._outputs = [manifest.output.logits, manifest.output.bottleneck]
+        self._order = _logit_order(manifest.output)
+
+    def run(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits N×8 in the order of `TRAINED`, and bottleneck N×512."""
+        logits, bottleneck = self._session.run(self._outputs, {self._input: pixels})
+        return logits[:, self._order], bottleneck
+
+
+def _logit_order(output: OutputSpec) -> NDArray[np.intp]:
+    by_diagnosis = {output.label_map[label]: index for index, label in enumerate(output.label_space)}
+    return np.array([by_diagnosis[diagnosis] for diagnosis in TRAINED], dtype=np.intp)

@@ -1,0 +1,1 @@
+"""The product as the PMS sees it: vocabulary, records, security and the HTTP interface."""

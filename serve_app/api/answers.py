@@ -1,0 +1,141 @@
+"""Domain values as the JSON of the contract.
+
+Answers are built as plain dictionaries, not validated models: they come from typed domain
+values, and the tests hold them against the schema that the OpenAPI document publishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from serve_app.domain.assessment import Assessment, Classification, Neighbours, Outcome, SimilarCase
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.records.lesion_rows import ImageRecord, LesionSummary, LesionTimeline
+
+#: The archive's own page of an image, for a reader who may follow it; nothing here does.
+ARCHIVE_IMAGE = "https://api.isic-archive.com/api/v2/images/{isic_id}/"
+
+
+def format_time(moment: datetime) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def lesion_url(lesion_id: UUID) -> str:
+    """Where a lesion's timeline is."""
+    return f"/api/lesions/{lesion_id}"
+
+
+def assessment_answer(record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> dict[str, Any]:
+    """One image's answer; `pending` while there is none, with every finding null."""
+    answer: dict[str, Any] = {
+        "assessment_id": str(record.assessment_id),
+        "lesion_id": str(lesion_id),
+        "image_id": str(record.image_id),
+        "patient_id": patient_id,
+        "encounter_id": record.encounter_id,
+        "created_at": format_time(record.created_at),
+    }
+    return answer | (_PENDING if record.assessment is None else _findings(record.assessment))
+
+
+def timeline_answer(timeline: LesionTimeline) -> dict[str, Any]:
+    """A lesion with every image and assessment, newest first."""
+    return {
+        "lesion_id": str(timeline.lesion_id),
+        "patient_id": timeline.patient_id,
+        "created_at": format_time(timeline.created_at),
+        "assessments": [
+            assessment_answer(record, lesion_id=timeline.lesion_id, patient_id=timeline.patient_id)
+            for record in timeline.images
+        ],
+    }
+
+
+def summary_answer(summary: LesionSummary) -> dict[str, Any]:
+    """A lesion as the worklist shows it: its newest image and what came of it."""
+    latest, assessment = summary.latest, summary.latest.assessment
+    risk = assessment.risk if assessment else None
+    return {
+        "lesion_id": str(summary.lesion_id),
+        "patient_id": summary.patient_id,
+        "created_at": format_time(summary.created_at),
+        "latest": {
+            "image_id": str(latest.image_id),
+            "assessment_id": str(latest.assessment_id),
+            "created_at": format_time(latest.created_at),
+            "outcome": assessment.outcome if assessment else Outcome.PENDING,
+            "risk": {"level": risk.level, "urgency": risk.urgency} if risk else None,
+        },
+    }
+
+
+_PENDING: dict[str, Any] = {
+    "outcome": Outcome.PENDING,
+    "reasons": [
+        {
+            "code": "assessment_pending",
+            "message": "The image is stored; its assessment has not finished.",
+            "action": "Ask again at Location; do not send the image a second time.",
+        }
+    ],
+    "quality": None,
+    "classification": None,
+    "risk": None,
+    "similar": [],
+    "neighbours": None,
+    "change": None,
+    "provenance": None,
+    "timings_ms": {},
+}
+
+
+def _findings(assessment: Assessment) -> dict[str, Any]:
+    return {
+        "outcome": assessment.outcome,
+        "reasons": [asdict(reason) for reason in assessment.reasons],
+        "quality": asdict(assessment.quality),
+        "classification": _classification(assessment.classification),
+        "risk": asdict(assessment.risk) if assessment.risk else None,
+        "similar": [_similar(case) for case in assessment.neighbours.similar]
+        if assessment.neighbours
+        else [],
+        "neighbours": _neighbours(assessment.neighbours),
+        "change": asdict(assessment.change) if assessment.change else None,
+        "provenance": asdict(assessment.provenance),
+        "timings_ms": dict(assessment.timings_ms),
+    }
+
+
+def _classification(classification: Classification | None) -> dict[str, Any] | None:
+    if classification is None:
+        return None
+    probabilities = classification.probabilities
+    return {
+        "probabilities": {diagnosis: probabilities[diagnosis] for diagnosis in Diagnosis},
+        "top3": [
+            {"diagnosis": d, "name": d.display_name, "probability": probabilities[d]}
+            for d in classification.top3
+        ],
+        "prediction_set": list(classification.prediction_set),
+        "coverage": classification.coverage,
+        "ood_score": classification.ood_score,
+    }
+
+
+def _neighbours(neighbours: Neighbours | None) -> dict[str, Any] | None:
+    if neighbours is None:
+        return None
+    benign, malignant = neighbours.nearest_benign, neighbours.nearest_malignant
+    return {
+        "malignant_share": neighbours.malignant_share,
+        "nearest_benign": _similar(benign) if benign else None,
+        "nearest_malignant": _similar(malignant) if malignant else None,
+    }
+
+
+def _similar(case: SimilarCase) -> dict[str, Any]:
+    return asdict(case) | {"image_url": ARCHIVE_IMAGE.format(isic_id=case.isic_id)}

@@ -1,0 +1,86 @@
+"""The FastAPI application, without Ray: the ingress and the benchmark's baseline serve the same one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+import contextlib
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from deployments.preprocess.decode import UploadLimits
+from serve_app.api import health, lesions, timeline
+from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.problems import install_problem_handlers
+from serve_app.api.recovery import recover_forever
+from serve_app.api.request_id import RequestIdMiddleware
+from serve_app.api.services import Services
+from serve_app.api.stages import Stages
+from serve_app.api.triage import Triage
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import open_pool
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import KeyStore
+from serve_app.security.tokens import TokenVerifier
+from serve_app.settings import Settings
+
+SERVICE_VERSION = "0.1.0"
+
+
+async def open_services(settings: Settings, stages: Stages) -> Services:
+    """Open pool and key store, and put the parts together."""
+    pool = await open_pool(
+        settings.database_url.get_secret_value(),
+        minimum=settings.database_pool_min,
+        maximum=settings.database_pool_max,
+        timeout_s=settings.database_timeout_s,
+    )
+    records = LesionStore(pool)
+    keys = KeyStore(settings.keystore, FileKeyring(settings.keyring))
+    return Services(
+        pool=pool,
+        records=records,
+        keys=keys,
+        live=LiveModelWatch(pool),
+        triage=Triage(stages=stages, records=records, keys=keys, service_version=SERVICE_VERSION),
+        limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
+        token_verifier=TokenVerifier(
+            settings.token_secret.get_secret_value(),
+            issuer=settings.token_issuer,
+            audience=settings.token_audience,
+        ),
+    )
+
+
+def create_app(settings: Settings, stages: Stages) -> FastAPI:
+    """Make the application; its services open and close with its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = await open_services(settings, stages)
+        app.state.services = services
+        app.state.token_verifier = services.token_verifier
+        recovering = asyncio.create_task(recover_forever(services.records, services.triage, services.live))
+        try:
+            yield
+        finally:
+            recovering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await recovering
+            await services.pool.close()
+
+    app = FastAPI(
+        title="pms-derm-cds",
+        version=SERVICE_VERSION,
+        summary="Dermatology decision support for clinicians; never a diagnosis.",
+        lifespan=lifespan,
+        # Nothing but the health routes is anonymous, so the document has a route of its own.
+        openapi_url=None,
+    )
+    install_problem_handlers(app)
+    app.add_middleware(RequestIdMiddleware)
+    app.include_router(health.router)
+    app.include_router(lesions.router)
+    app.include_router(timeline.router)
+    return app

@@ -1,0 +1,114 @@
+"""The ingress on Ray Serve, and the stages behind its handles. The one file here that knows Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from fastapi import FastAPI
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.classifier.classifier import ClassifierOutput
+from deployments.preprocess.preprocess import PreparedImage
+from deployments.risk.findings import Findings
+from serve_app.api.app import create_app
+from serve_app.domain.assessment import Conclusion, Neighbours
+from serve_app.domain.errors import Overloaded, RejectedUpload, StageFailed
+from serve_app.settings import load_settings
+
+Answer = TypeVar("Answer")
+
+#: Above this size an argument is cheaper by reference than over gRPC, whose messages also
+#: have a cap of 4 MiB. Measured crossover: between 1 and 5 MB (docs/performance.md).
+BY_REFERENCE_FROM_BYTES = 1_500_000
+
+
+class ServeStages:
+    """The five stages as deployments of this application.
+
+    Small arguments travel by gRPC, an original above the crossover by reference: the
+    transport is chosen here, per handle, and nowhere by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        preprocess: DeploymentHandle,
+        classifier: DeploymentHandle,
+        embedder: DeploymentHandle,
+        retriever: DeploymentHandle,
+        risk: DeploymentHandle,
+    ) -> None:
+        self._prepare_small = _by_message(preprocess).prepare
+        self._prepare_large = preprocess.options(_by_reference=True).prepare
+        self._classify = _by_message(classifier).classify
+        self._embed = _by_message(embedder).embed
+        self._nearest = _by_message(retriever).nearest
+        self._conclude = _by_message(risk).conclude
+
+    async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
+        """Prepare one upload."""
+        large = len(data) >= BY_REFERENCE_FROM_BYTES
+        handle = self._prepare_large if large else self._prepare_small
+        prepared: PreparedImage | RejectedUpload = await _answer(handle.remote(model_id, data))
+        return prepared
+
+    async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
+        """Classify prepared pixels."""
+        output: ClassifierOutput = await _answer(self._classify.remote(model_id, pixels))
+        return output
+
+    async def embed(
+        self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Embed a bottleneck."""
+        embedding: NDArray[np.float32] = await _answer(
+            self._embed.remote(model_id, embedding_space, bottleneck)
+        )
+        return embedding
+
+    async def nearest(
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+    ) -> Neighbours:
+        """Search the references."""
+        neighbours: Neighbours = await _answer(self._nearest.remote(embedding, embedding_space, k, licences))
+        return neighbours
+
+    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+        """Conclude from everything found."""
+        conclusion: Conclusion = await _answer(self._conclude.remote(model_id, findings))
+        return conclusion
+
+
+def _by_message(handle: DeploymentHandle) -> DeploymentHandle:
+    return handle.options(
+        _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+    )
+
+
+async def _answer(response: Awaitable[Answer]) -> Answer:
+    """Await a stage; its refusals and failures become ours."""
+    try:
+        return await response
+    except BackPressureError as error:
+        raise Overloaded from error
+    except (RayError, RayServeException) as error:
+        raise StageFailed(f"A stage failed: {type(error).__name__}.") from error
+
+
+@serve.deployment(name="ingress")
+@serve.ingress()
+class Ingress:
+    """Serves the application; each replica has its own pool, key store and recovery loop."""
+
+    def __init__(self, **stages: DeploymentHandle) -> None:
+        self._stages = ServeStages(**stages)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Build the application in the replica, where its handles are."""
+        return create_app(load_settings(), self._stages)

@@ -1,0 +1,36 @@
+"""Liveness and readiness: the two anonymous routes, and the OpenAPI document for those with a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serve_app.api.authentication import Caller
+from serve_app.api.services import Services
+
+router = APIRouter()
+
+
+@router.get("/healthz", tags=["health"], summary="The process answers")
+async def healthz() -> dict[str, str]:
+    """Say that the process answers; touches nothing else."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", tags=["health"], summary="The database answers and a model is live")
+async def readyz(request: Request) -> JSONResponse:
+    """Ask the database which model is live; RecordsUnavailable (503) when it does not answer."""
+    services: Services = request.app.state.services
+    live = await services.live.refresh()
+    return JSONResponse(
+        {"status": "ready", "model_id": live.model_id, "embedding_space": live.embedding_space}
+    )
+
+
+@router.get("/api/openapi.json", include_in_schema=False)
+async def openapi(request: Request, _: Caller) -> dict[str, Any]:
+    """Describe the interface."""
+    document: dict[str, Any] = request.app.openapi()
+    return document

@@ -1,0 +1,136 @@
+"""POST /api/lesions: an image comes in, an assessment goes out."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse
+
+from serve_app.api.answers import assessment_answer, lesion_url
+from serve_app.api.authentication import Caller
+from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
+from serve_app.api.permission import require
+from serve_app.api.services import Services
+from serve_app.api.triage import Submission
+from serve_app.api.upload import UploadForm, parse_context, parse_lesion_id, parse_opaque_id, read_upload
+from serve_app.domain.errors import IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
+from serve_app.records.lesion_rows import ImageRecord, Replay
+from serve_app.security.access import Action
+from serve_app.security.audit import AuditEvent
+from serve_app.security.tokens import Principal
+
+router = APIRouter(tags=["lesions"])
+
+Licence = Literal["CC-0", "CC-BY", "CC-BY-NC"]
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+#: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
+_PENDING_RETRY_AFTER = "5"
+
+
+@router.post(
+    "/api/lesions",
+    status_code=201,
+    response_model=AssessmentDocument,
+    responses={202: {"model": AssessmentDocument}, **PROBLEM_RESPONSES},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+    summary="Assess a dermoscopic image",
+)
+async def create_lesion(
+    request: Request,
+    caller: Caller,
+    top_k: Annotated[int, Query(ge=1, le=50)] = 10,
+    licence: Annotated[list[Licence] | None, Query()] = None,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> JSONResponse:
+    """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""
+    services: Services = request.app.state.services
+    request_id: str = request.scope["request_id"]
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+    form = None
+    try:
+        form = await read_upload(request, max_image_bytes=services.limits.max_bytes)
+        submission = await _authorise(
+            services, caller, form, request_id, top_k, tuple(licence or ()), idempotency_key
+        )
+        if idempotency_key is not None:
+            replay = await services.records.find_replay(caller.subject, idempotency_key)
+            if replay is not None:
+                return await _replay(services, replay, submission)
+        stored = await services.triage.submit(submission, await services.live.current())
+    except RejectedUpload as rejection:
+        await services.records.record_event(
+            AuditEvent(
+                action=Action.UPLOAD,
+                actor=caller.subject,
+                outcome="failed",
+                patient_id=form.patient_id if form else None,
+                request_id=request_id,
+                detail={"code": rejection.code},
+            )
+        )
+        raise
+    if isinstance(stored, Replay):
+        return await _replay(services, stored, submission)
+    return _respond(stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
+
+
+async def _authorise(
+    services: Services,
+    caller: Principal,
+    form: UploadForm,
+    request_id: str,
+    top_k: int,
+    licences: tuple[str, ...],
+    idempotency_key: str | None,
+) -> Submission:
+    """Decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
+    sent_lesion = form.values.get("lesion_id")
+    lesion_id = parse_lesion_id(sent_lesion) if sent_lesion else None
+    access = await services.records.access(caller.subject, form.patient_id, lesion_id)
+    await require(
+        services.records,
+        caller,
+        Action.UPLOAD,
+        patient_id=form.patient_id,
+        assigned=access.assigned,
+        request_id=request_id,
+    )
+    if lesion_id is not None and access.lesion_patient != form.patient_id:
+        raise NotFound("lesion_id: this patient has no such lesion.")
+    encounter = form.values.get("encounter_id")
+    return Submission(
+        actor=caller.subject,
+        request_id=request_id,
+        patient_id=form.patient_id,
+        encounter_id=parse_opaque_id("encounter_id", encounter) if encounter else None,
+        lesion_id=lesion_id,
+        image=form.image,
+        context=parse_context(form.values),
+        top_k=top_k,
+        licences=licences,
+        idempotency_key=idempotency_key,
+        request_sha256=form.fingerprint(str(top_k), *sorted(licences)),
+    )
+
+
+async def _replay(services: Services, replay: Replay, submission: Submission) -> JSONResponse:
+    """Answer a repeated request from the one record."""
+    if replay.request_sha256 != submission.request_sha256:
+        raise IdempotencyMismatch
+    found = await services.records.assessment_record(replay.assessment_id)
+    if found is None:
+        raise NotFound
+    return _respond(found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
+
+
+def _respond(record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> JSONResponse:
+    answer = assessment_answer(record, lesion_id=lesion_id, patient_id=patient_id)
+    headers = {"Location": lesion_url(lesion_id), "Cache-Control": "no-store"}
+    if record.assessment is None:
+        return JSONResponse(answer, 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
+    return JSONResponse(answer, 201, headers)

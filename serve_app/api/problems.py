@@ -1,0 +1,87 @@
+"""Errors as RFC 9457 problem documents: one shape for every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serve_app.domain.errors import DermError
+
+logger = logging.getLogger("derm.api")
+
+CONTENT_TYPE = "application/problem+json"
+
+#: Codes for what the framework itself answers.
+_FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def problem_response(
+    request: Request,
+    *,
+    status: int,
+    code: str,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Make one problem document; `code` is stable, `detail` is for people."""
+    body: dict[str, Any] = {
+        "type": f"urn:derm-cds:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "request_id": request.scope.get("request_id", ""),
+    }
+    return JSONResponse(body, status_code=status, media_type=CONTENT_TYPE, headers=dict(headers or {}))
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Answer every error of an app in the one problem shape."""
+
+    async def on_derm_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, DermError)  # noqa: S101 - narrows for the type checker
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        if error.status == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
+        if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            logger.error("%s in request %s", type(error).__name__, request.scope.get("request_id"))
+        return problem_response(
+            request, status=error.status, code=error.code, detail=str(error), headers=headers
+        )
+
+    async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)  # noqa: S101 - narrows for the type checker
+        code = _FRAMEWORK_CODES.get(error.status_code, "bad_request")
+        return problem_response(
+            request,
+            status=error.status_code,
+            code=code,
+            detail=str(error.detail),
+            headers=error.headers,
+        )
+
+    async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - narrows for the type checker
+        # Locations and rules only: the offending value may be patient data.
+        faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+        return problem_response(request, status=422, code="invalid_field", detail=faults)
+
+    async def on_defect(request: Request, error: Exception) -> JSONResponse:
+        logger.error("Unhandled %s in request %s", type(error).__name__, request.scope.get("request_id"))
+        return problem_response(
+            request, status=500, code="internal", detail="The service failed; the request id names the event."
+        )
+
+    app.add_exception_handler(DermError, on_derm_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(Exception, on_defect)

@@ -1,0 +1,56 @@
+"""Completing what was left pending: a crash, a full queue or a lost database after T1."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.triage import Triage
+from serve_app.domain.errors import DermError
+from serve_app.records.lesions import LesionStore
+
+logger = logging.getLogger("derm.recovery")
+
+#: Longer than a request may take (Triage.deadline_s), so that no live request is overtaken.
+ORPHANED_AFTER_S = 40.0
+#: How long one recovery may take before another replica tries.
+LEASE_S = 60.0
+_PERIOD_S = 5.0
+
+
+async def recover_forever(records: LesionStore, triage: Triage, live: LiveModelWatch) -> None:
+    """Look for pending assessments every few seconds, until cancelled.
+
+    Every ingress replica runs this; claims skip locked rows and carry a lease, so each
+    assessment is worked on once at a time, and T2's condition completes it exactly once.
+    """
+    while True:
+        # Jittered, so that replicas do not ask in step.
+        await asyncio.sleep(_PERIOD_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+        try:
+            await recover_once(records, triage, live)
+        except DermError as error:
+            logger.warning("Recovery waits: %s", type(error).__name__)
+
+
+async def recover_once(
+    records: LesionStore,
+    triage: Triage,
+    live: LiveModelWatch,
+    *,
+    orphaned_after_s: float = ORPHANED_AFTER_S,
+) -> int:
+    """Complete what can be completed now; returns how many were."""
+    completed = 0
+    for pending in await records.claim_pending(older_than_s=orphaned_after_s, lease_s=LEASE_S, limit=4):
+        try:
+            assessment = await triage.resume(pending, await live.current())
+        except DermError as error:
+            logger.warning("Assessment %s stays pending: %s", pending.assessment_id, type(error).__name__)
+            continue
+        completed += assessment is not None
+    if completed:
+        logger.info("Completed %d pending assessments", completed)
+    return completed

@@ -1,0 +1,26 @@
+"""What the routes work with, made once a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deployments.preprocess.decode import UploadLimits
+from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.triage import Triage
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import Pool
+from serve_app.security.keystore import KeyStore
+from serve_app.security.tokens import TokenVerifier
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts behind the interface."""
+
+    pool: Pool
+    records: LesionStore
+    keys: KeyStore
+    live: LiveModelWatch
+    triage: Triage
+    limits: UploadLimits
+    token_verifier: TokenVerifier

@@ -1,0 +1,166 @@
+"""Reading the record: worklist, timeline, and the decrypted original."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from datetime import datetime
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from serve_app.api.answers import summary_answer, timeline_answer
+from serve_app.api.authentication import Caller
+from serve_app.api.openapi import PROBLEM_RESPONSES, TimelineDocument, WorklistDocument
+from serve_app.api.permission import require
+from serve_app.api.services import Services
+from serve_app.api.upload import parse_opaque_id
+from serve_app.domain.errors import Forbidden, InvalidField, NotFound
+from serve_app.records.lesion_rows import SealedImageRecord
+from serve_app.security.access import Action
+from serve_app.security.audit import AuditEvent
+from serve_app.security.envelope import ImageBinding, data_key_id_of, open_sealed
+from serve_app.security.keystore import KeyStore
+from serve_app.security.tokens import Principal
+
+router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
+
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+@router.get("/api/lesions", response_model=WorklistDocument, summary="A patient's lesions, newest first")
+async def list_lesions(
+    request: Request,
+    caller: Caller,
+    patient_id: Annotated[str, Query()],
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> JSONResponse:
+    """List lesions; `next` is the cursor of the following page, null on the last."""
+    services: Services = request.app.state.services
+    patient_id = parse_opaque_id("patient_id", patient_id)
+    after = _read_cursor(cursor) if cursor else None
+    access = await services.records.access(caller.subject, patient_id)
+    request_id: str = request.scope["request_id"]
+    await require(
+        services.records,
+        caller,
+        Action.LIST,
+        patient_id=patient_id,
+        assigned=access.assigned,
+        request_id=request_id,
+    )
+    page = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
+    await services.records.record_event(_viewed(Action.LIST, caller, request_id, patient_id))
+    more = len(page) > limit
+    page = page[:limit]
+    return JSONResponse(
+        {
+            "lesions": [summary_answer(summary) for summary in page],
+            "next": _write_cursor(page[-1].created_at, page[-1].lesion_id) if more else None,
+        },
+        headers=_NO_STORE,
+    )
+
+
+@router.get("/api/lesions/{lesion_id}", response_model=TimelineDocument, summary="A lesion's timeline")
+async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
+    """Every image of a lesion with its assessment, newest first."""
+    services: Services = request.app.state.services
+    timeline = await services.records.timeline(lesion_id)
+    patient_id = await _require_lesion(
+        request, caller, Action.READ, lesion_id, timeline.patient_id if timeline else None
+    )
+    if timeline is None:
+        raise NotFound
+    await services.records.record_event(
+        _viewed(Action.READ, caller, request.scope["request_id"], patient_id, lesion_id)
+    )
+    return JSONResponse(timeline_answer(timeline), headers=_NO_STORE)
+
+
+@router.get(
+    "/api/lesions/{lesion_id}/images/{image_id}",
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}, "image/png": {}}}},
+    summary="The original image, decrypted",
+)
+async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> Response:
+    """Answer with the very bytes that were uploaded."""
+    services: Services = request.app.state.services
+    found = await services.records.sealed_image(lesion_id, image_id)
+    patient_id = await _require_lesion(
+        request, caller, Action.DOWNLOAD, lesion_id, found.patient_id if found else None
+    )
+    if found is None:
+        raise NotFound
+    image = await asyncio.to_thread(_open, services.keys, found, image_id)
+    await services.records.record_event(
+        _viewed(Action.DOWNLOAD, caller, request.scope["request_id"], patient_id, lesion_id, image_id)
+    )
+    headers = _NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
+    return Response(image, media_type=found.content_type, headers=headers)
+
+
+async def _require_lesion(
+    request: Request, caller: Principal, action: Action, lesion_id: UUID, patient_id: str | None
+) -> str:
+    """Permit access to a lesion by its patient. An unknown lesion is denied like a stranger's."""
+    services: Services = request.app.state.services
+    assigned = False
+    if patient_id is not None:
+        assigned = (await services.records.access(caller.subject, patient_id)).assigned
+    await require(
+        services.records,
+        caller,
+        action,
+        patient_id=patient_id,
+        assigned=assigned,
+        request_id=request.scope["request_id"],
+        lesion_id=lesion_id,
+    )
+    if patient_id is None:
+        raise Forbidden
+    return patient_id
+
+
+def _viewed(
+    action: Action,
+    caller: Principal,
+    request_id: str,
+    patient_id: str,
+    lesion_id: UUID | None = None,
+    image_id: UUID | None = None,
+) -> AuditEvent:
+    return AuditEvent(
+        action=action,
+        actor=caller.subject,
+        outcome="success",
+        patient_id=patient_id,
+        lesion_id=lesion_id,
+        image_id=image_id,
+        request_id=request_id,
+    )
+
+
+def _open(keys: KeyStore, found: SealedImageRecord, image_id: UUID) -> bytes:
+    data_key = keys.load(data_key_id_of(found.sealed))
+    binding = ImageBinding(image_id, found.patient_id, found.content_type)
+    return open_sealed(found.sealed, data_key=data_key, binding=binding)
+
+
+def _write_cursor(created_at: datetime, lesion_id: UUID) -> str:
+    return base64.urlsafe_b64encode(f"{created_at.isoformat()}|{lesion_id}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
+    try:
+        moment, _, lesion_id = base64.urlsafe_b64decode(cursor.encode()).decode().partition("|")
+        created_at = datetime.fromisoformat(moment)
+        if created_at.tzinfo is None:
+            raise ValueError(moment)
+        return created_at, UUID(lesion_id)
+    except ValueError as error:
+        raise InvalidField("cursor: not a cursor of this service.") from error

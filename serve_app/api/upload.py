@@ -1,0 +1,170 @@
+"""Reading an upload: bounded, in memory only, every field checked.
+
+Starlette writes parts over 1 MB to a temporary file in clear. A patient's image must never
+touch the disk unsealed, so the parser's spool is raised above what a body may hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, fields
+import hashlib
+import json
+import re
+from typing import TypeVar
+from uuid import UUID
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from serve_app.domain.errors import InvalidField, TooLarge
+from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+
+#: Room for the other fields and the multipart framing, bytes.
+_FRAMING = 256 * 1024
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_AGE = 120
+
+_FIELDS = frozenset(
+    {
+        "image",
+        "patient_id",
+        "encounter_id",
+        "lesion_id",
+        "anatom_site_general",
+        "age_approx",
+        "sex",
+        "history",
+        "checklist",
+    }
+)
+# Opaque ids: no spaces, so neither a name nor a date in words.
+_OPAQUE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+
+Answers = TypeVar("Answers", History, Checklist)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadForm:
+    """The fields of one upload as they were sent; the image is its bytes."""
+
+    image: bytes
+    patient_id: str
+    values: dict[str, str]
+
+    def fingerprint(self, *extra: str) -> bytes:
+        """SHA-256 over everything that may change the answer, whatever the multipart boundary."""
+        digest = hashlib.sha256(hashlib.sha256(self.image).digest())
+        digest.update(json.dumps([sorted(self.values.items()), extra]).encode())
+        return digest.digest()
+
+
+async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
+    """Read a multipart body of one image and its fields.
+
+    Raises TooLarge as soon as the body outgrows the limit, InvalidField for a body that is
+    not such a form.
+    """
+    content_type = request.headers.get("content-type", "")
+    if not content_type.lower().startswith("multipart/form-data"):
+        raise InvalidField("The body must be multipart/form-data.")
+    limit = max_image_bytes + _FRAMING
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
+    parser = MultiPartParser(
+        request.headers,
+        _bounded(request.stream(), limit),
+        max_files=1,
+        max_fields=len(_FIELDS),
+        max_part_size=_MAX_FIELD_BYTES,
+    )
+    parser.spool_max_size = limit + 1
+    try:
+        form = await parser.parse()
+    except (MultiPartException, UnicodeDecodeError) as error:
+        raise InvalidField("The multipart body is malformed.") from error
+    return await _to_upload(form)
+
+
+async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    received = 0
+    async for chunk in stream:
+        received += len(chunk)
+        if received > limit:
+            raise TooLarge(f"The body is larger than {limit} bytes.")
+        yield chunk
+
+
+async def _to_upload(form: FormData) -> UploadForm:
+    names = [name for name, _ in form.multi_items()]
+    if unknown := set(names) - _FIELDS:
+        raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")
+    if len(names) != len(set(names)):
+        raise InvalidField("A field was sent twice.")
+    image = form.get("image")
+    if not isinstance(image, UploadFile):
+        raise InvalidField("image: a file is required.")
+    values = {}
+    for name, value in form.multi_items():
+        if name != "image":
+            if not isinstance(value, str):
+                raise InvalidField(f"{name}: a file was sent where text is expected.")
+            values[name] = value
+    patient_id = parse_opaque_id("patient_id", values.get("patient_id", ""))
+    return UploadForm(await image.read(), patient_id, values)
+
+
+def parse_opaque_id(name: str, value: str) -> str:
+    """Check an identifier of the PMS; raise InvalidField unless it is opaque."""
+    if not _OPAQUE_ID.fullmatch(value):
+        raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
+    return value
+
+
+def parse_lesion_id(value: str) -> UUID:
+    """Parse one of our own ids."""
+    try:
+        return UUID(value)
+    except ValueError as error:
+        raise InvalidField("lesion_id: not an id of this service.") from error
+
+
+def parse_context(values: dict[str, str]) -> ClinicalContext:
+    """Read the clinical fields. An empty value counts as not stated. Raises InvalidField."""
+    site = values.get("anatom_site_general")
+    age = values.get("age_approx")
+    sex = values.get("sex")
+    if site and site not in set(AnatomSite):
+        raise InvalidField(f"anatom_site_general: must be one of {', '.join(AnatomSite)}.")
+    if sex and sex not in set(Sex):
+        raise InvalidField(f"sex: must be one of {', '.join(Sex)}.")
+    if age and not (age.isascii() and age.isdigit() and len(age) <= 3 and int(age) <= _MAX_AGE):
+        raise InvalidField(f"age_approx: must be a whole number of years, 0 to {_MAX_AGE}.")
+    return ClinicalContext(
+        anatom_site_general=AnatomSite(site) if site else None,
+        age_approx=int(age) if age else None,
+        sex=Sex(sex) if sex else None,
+        history=_parse_answers("history", values.get("history"), History) or History(),
+        checklist=_parse_answers("checklist", values.get("checklist"), Checklist),
+    )
+
+
+def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers | None:
+    """Read a JSON object of yes/no answers; null is an answer that was not given."""
+    if not text:
+        return None
+    try:
+        answers = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidField(f"{name}: not valid JSON.") from error
+    known = {field.name for field in fields(kind)}
+    if not isinstance(answers, dict) or (unknown := set(answers) - known):
+        detail = (
+            f"unknown {', '.join(sorted(unknown))[:200]}" if isinstance(answers, dict) else "not an object"
+        )
+        raise InvalidField(f"{name}: {detail}; it may hold {', '.join(sorted(known))}.")
+    if any(value is not None and not isinstance(value, bool) for value in answers.values()):
+        raise InvalidField(f"{name}: every answer must be true, false or null.")
+    return kind(**{key: value for key, value in answers.items() if value is not None})

@@ -1,0 +1,1 @@
+"""The vocabulary: frozen types and errors. Standard library and numpy only."""

@@ -1,0 +1,156 @@
+"""One error tree; each error carries its HTTP status and a stable problem code.
+
+DermError
+├── Unauthenticated                401  no or bad token
+├── Forbidden                      403  not this principal's patient, or no such patient
+├── NotFound                       404
+├── Conflict                       409
+├── RejectedUpload                      nothing is stored but the audit event
+│   ├── TooLarge                   413  bytes or pixels, found before decoding
+│   ├── UnsupportedImage           415  not JPEG or PNG by content
+│   ├── UndecodableImage           422  broken or truncated
+│   ├── ImageTooSmall              422
+│   └── InvalidField               422  unknown value, bad JSON
+├── IdempotencyMismatch            422  the same key with another body
+├── Overloaded                     503  refused at admission, try again
+├── RecordsUnavailable             503  the database or key store cannot be reached
+├── StageFailed                    503  a stage of the graph did not answer
+├── IntegrityError                 500  stored data did not authenticate
+└── ModelContractError             500  a model folder that must not be loaded
+
+A class's docstring is its default message, and is what a caller reads.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DermError(Exception):
+    """The service could not do this."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+    def __reduce__(self) -> tuple[type[DermError], tuple[str]]:
+        # Errors cross process boundaries between stages; subclasses take one message.
+        return type(self), (str(self),)
+
+
+class Unauthenticated(DermError):
+    """A valid bearer token is required."""
+
+    status = 401
+    code = "unauthenticated"
+
+
+class Forbidden(DermError):
+    """You may not do this for this patient."""
+
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(DermError):
+    """There is nothing here by that id."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(DermError):
+    """The request conflicts with what is stored."""
+
+    status = 409
+    code = "conflict"
+
+
+class RejectedUpload(DermError):
+    """The upload was rejected; nothing was stored."""
+
+    status = 422
+    code = "rejected_upload"
+
+
+class TooLarge(RejectedUpload):
+    """The image is larger than this service accepts."""
+
+    status = 413
+    code = "too_large"
+
+
+class UnsupportedImage(RejectedUpload):
+    """The content is neither JPEG nor PNG."""
+
+    status = 415
+    code = "unsupported_image"
+
+
+class UndecodableImage(RejectedUpload):
+    """The image is broken or truncated and cannot be decoded."""
+
+    status = 422
+    code = "undecodable_image"
+
+
+class ImageTooSmall(RejectedUpload):
+    """The image's short side is below the minimum."""
+
+    status = 422
+    code = "image_too_small"
+
+
+class InvalidField(RejectedUpload):
+    """A field has a value this service does not know."""
+
+    status = 422
+    code = "invalid_field"
+
+
+class IdempotencyMismatch(DermError):
+    """This Idempotency-Key was used with a different request."""
+
+    status = 422
+    code = "idempotency_mismatch"
+
+
+class Overloaded(DermError):
+    """The service is at its capacity; nothing was stored, try again."""
+
+    status = 503
+    code = "overloaded"
+    retry_after_s = 2
+
+
+class RecordsUnavailable(DermError):
+    """The clinical record cannot be reached; nothing was stored, try again."""
+
+    status = 503
+    code = "records_unavailable"
+    retry_after_s = 5
+
+
+class StageFailed(DermError):
+    """A stage of the assessment did not answer."""
+
+    status = 503
+    code = "stage_failed"
+    retry_after_s = 2
+
+
+class IntegrityError(DermError):
+    """Stored data did not authenticate; it may have been altered."""
+
+    status = 500
+    code = "integrity"
+
+
+class ModelContractError(DermError):
+    """The model folder does not keep its contract and must not be loaded."""
+
+    status = 500
+    code = "model_contract"

@@ -1,0 +1,81 @@
+"""What the PMS says of the patient and the lesion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class AnatomSite(StrEnum):
+    """ISIC's `anatom_site_general`."""
+
+    HEAD_NECK = "head/neck"
+    UPPER_EXTREMITY = "upper extremity"
+    LOWER_EXTREMITY = "lower extremity"
+    ANTERIOR_TORSO = "anterior torso"
+    POSTERIOR_TORSO = "posterior torso"
+    LATERAL_TORSO = "lateral torso"
+    TORSO = "torso"
+    PALMS_SOLES = "palms/soles"
+    ORAL_GENITAL = "oral/genital"
+
+
+class Sex(StrEnum):
+    """ISIC's `sex`."""
+
+    FEMALE = "female"
+    MALE = "male"
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Risk history; None means that it was not stated."""
+
+    personal_melanoma: bool | None = None
+    personal_skin_cancer: bool | None = None
+    family_melanoma: bool | None = None
+    immunosuppression: bool | None = None
+
+    @property
+    def stated(self) -> bool:
+        """Whether the PMS said anything at all."""
+        return any(
+            value is not None
+            for value in (
+                self.personal_melanoma,
+                self.personal_skin_cancer,
+                self.family_melanoma,
+                self.immunosuppression,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Checklist:
+    """The weighted 7-point checklist (NICE NG12): major 2 points, minor 1, refer at 3 or more."""
+
+    change_in_size: bool = False
+    irregular_shape: bool = False
+    irregular_colour: bool = False
+    diameter_7mm_or_more: bool = False
+    inflammation: bool = False
+    oozing: bool = False
+    change_in_sensation: bool = False
+
+    @property
+    def score(self) -> int:
+        """Points, 0 to 10."""
+        major = self.change_in_size + self.irregular_shape + self.irregular_colour
+        minor = self.diameter_7mm_or_more + self.inflammation + self.oozing + self.change_in_sensation
+        return 2 * major + minor
+
+
+@dataclass(frozen=True, slots=True)
+class ClinicalContext:
+    """Everything beside the pixels that may change the risk."""
+
+    anatom_site_general: AnatomSite | None = None
+    age_approx: int | None = None
+    sex: Sex | None = None
+    history: History = field(default_factory=History)
+    checklist: Checklist | None = None

@@ -1,0 +1,1 @@
+"""The clinical record and the references, in PostgreSQL: stores that speak domain types."""

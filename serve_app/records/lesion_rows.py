@@ -1,0 +1,187 @@
+"""What goes into the clinical record and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.domain.assessment import Assessment
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.patient import ClinicalContext
+from serve_app.records.assessment_json import (
+    assessment_from_json,
+    context_from_json,
+    probabilities_from_json,
+)
+from serve_app.security.audit import AuditEvent
+
+
+@dataclass(frozen=True, slots=True)
+class PatientAccess:
+    """Whether a principal cares for a patient now, and whose the lesion asked for is (None: no such lesion)."""
+
+    assigned: bool
+    lesion_patient: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What an Idempotency-Key led to, and the digest of the request that it came with."""
+
+    request_sha256: bytes
+    lesion_id: UUID
+    image_id: UUID
+    assessment_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """An image the service takes responsibility for; the ids are the caller's UUIDv7, times aware.
+
+    Without `new_lesion`, the lesion must be there and be this patient's. `request_sha256`
+    (32 bytes) comes with an idempotency key.
+    """
+
+    assessment_id: UUID
+    lesion_id: UUID
+    image_id: UUID
+    patient_id: str
+    encounter_id: str | None
+    new_lesion: bool
+    created_at: datetime
+    sealed: bytes = field(repr=False)
+    content_type: str
+    width: int
+    height: int
+    context: ClinicalContext
+    top_k: int
+    licences: tuple[str, ...]
+    actor: str
+    request_id: str
+    idempotency_key: str | None
+    request_sha256: bytes | None
+    event: AuditEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingAssessment:
+    """A claimed pending assessment with all that is needed to run it again; `attempts` counts this claim."""
+
+    assessment_id: UUID
+    lesion_id: UUID
+    image_id: UUID
+    patient_id: str
+    encounter_id: str | None
+    created_at: datetime
+    sealed: bytes = field(repr=False)
+    content_type: str
+    width: int
+    height: int
+    context: ClinicalContext
+    top_k: int
+    licences: tuple[str, ...]
+    actor: str
+    request_id: str
+    attempts: int
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> PendingAssessment:
+        """Make one of a row of `claim_pending`."""
+        values = dict(row)
+        values["context"] = context_from_json(values["context"])
+        values["licences"] = tuple(values["licences"])
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class PreviousAssessment:
+    """An earlier image of the lesion: its probabilities, and its embedding in the space asked for."""
+
+    image_id: UUID
+    created_at: datetime
+    probabilities: Mapping[Diagnosis, float]
+    embedding: NDArray[np.float32] | None
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> PreviousAssessment:
+        """Make one of a row of `previous`."""
+        embedding = row["embedding"]
+        return cls(
+            image_id=row["image_id"],
+            created_at=row["created_at"],
+            probabilities=probabilities_from_json(row["probabilities"]),
+            embedding=None if embedding is None else embedding.to_numpy().astype(np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """One image and what was made of it; `assessment` is None while that is pending."""
+
+    image_id: UUID
+    assessment_id: UUID
+    encounter_id: str | None
+    created_at: datetime
+    content_type: str
+    width: int
+    height: int
+    assessment: Assessment | None
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> ImageRecord:
+        """Make one of a row of `timeline`, `worklist` or `assessment_record`."""
+        answer = row["answer"]
+        return cls(
+            image_id=row["image_id"],
+            assessment_id=row["assessment_id"],
+            encounter_id=row["encounter_id"],
+            created_at=row["created_at"],
+            content_type=row["content_type"],
+            width=row["width"],
+            height=row["height"],
+            assessment=None if answer is None else assessment_from_json(answer),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AssessmentRecord:
+    """One image, and the lesion and patient it is of."""
+
+    lesion_id: UUID
+    patient_id: str
+    image: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LesionTimeline:
+    """A lesion with all its images, newest first."""
+
+    lesion_id: UUID
+    patient_id: str
+    created_at: datetime
+    images: tuple[ImageRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LesionSummary:
+    """A lesion with its newest image; (created_at, lesion_id) is the cursor for the lesions behind it."""
+
+    lesion_id: UUID
+    patient_id: str
+    created_at: datetime
+    latest: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SealedImageRecord:
+    """A sealed image and what it is bound to."""
+
+    patient_id: str
+    content_type: str
+    sealed: bytes = field(repr=False)

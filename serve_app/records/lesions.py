@@ -1,0 +1,189 @@
+"""The clinical record: two commits a lesion image, and every way to look at them."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from serve_app.domain.assessment import Assessment
+from serve_app.domain.errors import RecordsUnavailable
+from serve_app.records.assessment_json import assessment_to_json, context_to_json
+from serve_app.records.lesion_rows import (
+    Admission,
+    AssessmentRecord,
+    ImageRecord,
+    LesionSummary,
+    LesionTimeline,
+    PatientAccess,
+    PendingAssessment,
+    PreviousAssessment,
+    Replay,
+    SealedImageRecord,
+)
+from serve_app.records.pool import Pool
+from serve_app.records.sql import queries
+from serve_app.security.audit import AuditEvent
+from serve_app.security.envelope import data_key_id_of
+
+_SQL = queries("lesions")
+
+
+class LesionStore:
+    """Lesions, images, assessments, care assignments and the audit log.
+
+    Every method is one statement, and so one transaction. RecordsUnavailable when the database
+    does not answer in time; a write may then have been committed or not.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def access(
+        self, principal_subject: str, patient_id: str | None, lesion_id: UUID | None = None
+    ) -> PatientAccess:
+        """Say whether the principal cares for the patient, and whose the lesion is.
+
+        Without a patient, it is the lesion's own that is asked about.
+        """
+        row = await self._pool.fetchrow(_SQL["access"], principal_subject, patient_id, lesion_id)
+        return PatientAccess(**row) if row else PatientAccess(assigned=False, lesion_patient=None)
+
+    async def find_replay(self, actor: str, key: str) -> Replay | None:
+        """Find what this caller's Idempotency-Key led to."""
+        row = await self._pool.fetchrow(_SQL["find_replay"], actor, key)
+        return Replay(**row) if row else None
+
+    async def admit(self, admission: Admission) -> Replay | None:
+        """T1: commit the sealed image, its pending assessment and the audit event; None when done.
+
+        When another request came first with the same idempotency key, nothing is written and its
+        Replay returned. Conflict when the lesion is not there or not this patient's, or an id or
+        data key is taken; IntegrityError when `sealed` is no sealed image.
+        """
+        admitted = await self._pool.fetchval(
+            _SQL["admit"],
+            admission.assessment_id,
+            admission.lesion_id,
+            admission.image_id,
+            admission.patient_id,
+            admission.encounter_id,
+            admission.new_lesion,
+            admission.created_at,
+            admission.sealed,
+            admission.content_type,
+            admission.width,
+            admission.height,
+            context_to_json(admission.context),
+            admission.top_k,
+            admission.licences,
+            admission.actor,
+            admission.request_id,
+            admission.idempotency_key,
+            admission.request_sha256,
+            data_key_id_of(admission.sealed),
+            *_event(admission.event),
+        )
+        if admitted or admission.idempotency_key is None:
+            return None
+        # The statement's snapshot is older than the winner's commit it waited for: look again.
+        winner = await self.find_replay(admission.actor, admission.idempotency_key)
+        if winner is None:
+            raise RecordsUnavailable
+        return winner
+
+    async def complete(
+        self, assessment_id: UUID, assessment: Assessment, *, embedding_space: str, event: AuditEvent
+    ) -> bool:
+        """T2: commit the answer, the embedding and the audit event; False, and nothing, when done before."""
+        completed: bool = await self._pool.fetchval(
+            _SQL["complete"],
+            assessment_id,
+            assessment.outcome,
+            assessment_to_json(assessment),
+            embedding_space,
+            assessment.embedding,
+            *_event(event),
+        )
+        return completed
+
+    async def claim_pending(
+        self, *, older_than_s: float, lease_s: float, limit: int
+    ) -> list[PendingAssessment]:
+        """Lease pending assessments, oldest first, that nobody else holds; unfinished, they come up again."""
+        older_than, lease = timedelta(seconds=older_than_s), timedelta(seconds=lease_s)
+        rows = await self._pool.fetch(_SQL["claim_pending"], older_than, lease, limit)
+        return [PendingAssessment.from_row(row) for row in rows]
+
+    async def previous(
+        self, lesion_id: UUID, *, before: datetime, embedding_space: str
+    ) -> PreviousAssessment | None:
+        """Find the lesion's newest image before then that was classified."""
+        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space)
+        return PreviousAssessment.from_row(row) if row else None
+
+    async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
+        """Tell a lesion's whole story; None when there is no such lesion."""
+        rows = await self._pool.fetch(_SQL["timeline"], lesion_id)
+        if not rows:
+            return None
+        return LesionTimeline(
+            lesion_id=rows[0]["lesion_id"],
+            patient_id=rows[0]["patient_id"],
+            created_at=rows[0]["lesion_created_at"],
+            images=tuple(ImageRecord.from_row(row) for row in rows),
+        )
+
+    async def worklist(
+        self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
+    ) -> list[LesionSummary]:
+        """List a patient's lesions, newest first; `cursor` is the last one seen: (created_at, lesion_id)."""
+        created_at, lesion_id = cursor or (None, None)
+        rows = await self._pool.fetch(_SQL["worklist"], patient_id, limit, created_at, lesion_id)
+        return [
+            LesionSummary(
+                lesion_id=row["lesion_id"],
+                patient_id=row["patient_id"],
+                created_at=row["lesion_created_at"],
+                latest=ImageRecord.from_row(row),
+            )
+            for row in rows
+        ]
+
+    async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:
+        """Find one assessment with its image, lesion and patient."""
+        row = await self._pool.fetchrow(_SQL["assessment_record"], assessment_id)
+        return (
+            AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row)) if row else None
+        )
+
+    async def sealed_image(self, lesion_id: UUID, image_id: UUID) -> SealedImageRecord | None:
+        """Fetch a sealed image; None when the lesion has no such image."""
+        row = await self._pool.fetchrow(_SQL["sealed_image"], lesion_id, image_id)
+        return SealedImageRecord(**row) if row else None
+
+    async def record_event(self, event: AuditEvent) -> None:
+        """Commit an audit event on its own."""
+        await self._pool.execute(_SQL["record_event"], *_event(event))
+
+    async def assign(
+        self, patient_id: str, clinician: str, *, starts_at: datetime, ends_at: datetime | None = None
+    ) -> None:
+        """Put a patient into a clinician's care; needs the owner's role. Again with the same start, change the end.
+
+        Conflict when the end is not after the start.
+        """
+        await self._pool.execute(_SQL["assign"], patient_id, clinician, starts_at, ends_at)
+
+
+def _event(event: AuditEvent) -> tuple[object, ...]:
+    return (
+        event.action,
+        event.actor,
+        event.outcome,
+        event.patient_id,
+        event.lesion_id,
+        event.image_id,
+        event.assessment_id,
+        event.request_id,
+        dict(event.detail),
+    )

@@ -1,0 +1,115 @@
+"""Brings a database's schema up to what this code needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+import re
+
+import asyncpg
+
+from serve_app.domain.errors import DermError
+from serve_app.records.pool import border
+from serve_app.records.sql import queries
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+_FILE = re.compile(r"(\d{4})_\w+\.sql")
+_SQL = queries("migrations")
+
+
+class SchemaMismatch(DermError):
+    """The database's schema is not one that this version of the service can work with."""
+
+    code = "schema_mismatch"
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file: its version, its name without `.sql`, its text and that text's SHA-256."""
+
+    version: int
+    name: str
+    sql: str
+    sha256: bytes
+
+
+async def migrate(dsn: str, *, application_role: str | None, directory: Path = MIGRATIONS) -> list[str]:
+    """Apply what is pending, each migration in a transaction of its own; return the names.
+
+    Any number may start this at once: one works, the others wait and find nothing to do.
+    `dsn` is of the role that owns the schema; `application_role` gets what serving needs and no
+    more (None: serving runs as the owner itself). SchemaMismatch when an applied file has
+    changed, is missing here (the database is newer than the code), or was passed over.
+    """
+    available = read_migrations(directory)
+    with border():
+        connection = await asyncpg.connect(dsn, timeout=10)
+        try:
+            await connection.execute(_SQL["lock"])
+            try:
+                return await _migrate(connection, available, application_role)
+            finally:
+                await connection.execute(_SQL["unlock"])
+        finally:
+            await connection.close()
+
+
+async def pending(dsn: str, *, directory: Path = MIGRATIONS) -> list[str]:
+    """Name the migrations that `migrate` would apply; SchemaMismatch as there."""
+    available = read_migrations(directory)
+    with border():
+        connection = await asyncpg.connect(dsn, timeout=10)
+        try:
+            return [migration.name for migration in await _pending(connection, available)]
+        finally:
+            await connection.close()
+
+
+def read_migrations(directory: Path) -> list[Migration]:
+    """Read `NNNN_name.sql`, in order; SchemaMismatch when two have one number or a name is no such name."""
+    found: list[Migration] = []
+    for path in sorted(directory.glob("*.sql")):
+        match = _FILE.fullmatch(path.name)
+        content = path.read_bytes()
+        if match is None or any(int(match[1]) == earlier.version for earlier in found):
+            raise SchemaMismatch(f"{path.name} is not a migration of its own number.")
+        found.append(Migration(int(match[1]), path.stem, content.decode(), sha256(content).digest()))
+    return found
+
+
+async def _migrate(
+    connection: asyncpg.Connection, available: list[Migration], application_role: str | None
+) -> list[str]:
+    missing = await _pending(connection, available)
+    await connection.execute(_SQL["make_ledger"])
+    for migration in missing:
+        async with connection.transaction():
+            await connection.execute(migration.sql)
+            await connection.execute(_SQL["record"], migration.version, migration.name, migration.sha256)
+    if application_role is not None:
+        role = await connection.fetchval(_SQL["quote_role"], application_role)
+        if role is None:
+            raise SchemaMismatch(f"There is no role {application_role} to serve as.")
+        async with connection.transaction():
+            await connection.execute(_SQL["grant"].format(role=role))
+    return [migration.name for migration in missing]
+
+
+async def _pending(connection: asyncpg.Connection, available: list[Migration]) -> list[Migration]:
+    applied = await connection.fetch(_SQL["applied"]) if await connection.fetchval(_SQL["has_ledger"]) else []
+    known = {migration.version: migration for migration in available}
+    for row in applied:
+        migration = known.get(row["version"])
+        if migration is None:
+            raise SchemaMismatch(f"The database has {row['name']}, which this version does not know.")
+        if migration.sha256 != row["sha256"]:
+            raise SchemaMismatch(f"{migration.name} has changed since it was applied.")
+    newest = max((row["version"] for row in applied), default=0)
+    missing = [
+        migration for migration in available if migration.version not in {r["version"] for r in applied}
+    ]
+    if missing and missing[0].version < newest:
+        raise SchemaMismatch(f"{missing[0].name} was passed over: the database is already past it.")
+    return missing

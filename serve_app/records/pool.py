@@ -1,0 +1,143 @@
+"""Connections to PostgreSQL, and the one place where its errors become ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+import json
+from typing import Any
+
+import asyncpg
+from pgvector.asyncpg import register_vector
+
+from serve_app.domain.errors import Conflict, InvalidField, RecordsUnavailable
+
+#: The server or the way to it is at fault, and a later try may succeed.
+_UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+
+@contextmanager
+def border() -> Iterator[None]:
+    """Turn what PostgreSQL and asyncpg raise into domain errors.
+
+    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether
+    a write was committed is then not known. Conflict: a constraint refuses it. InvalidField: no
+    database text can hold it (NUL, lone surrogates). The latter two drop their cause, which
+    quotes rows, and those are patients' data.
+    """
+    try:
+        yield
+    except asyncpg.DataError:
+        raise InvalidField("A value cannot be stored.") from None
+    except asyncpg.IntegrityConstraintViolationError as error:
+        raise Conflict(f"This conflicts with what is stored ({error.constraint_name}).") from None
+    except _UNAVAILABLE as error:
+        if isinstance(error, ValueError):  # asyncpg's own DataError: the value never left the client
+            raise InvalidField("A value cannot be stored.") from None
+        raise RecordsUnavailable("The clinical record did not answer; try again.") from error
+
+
+class Pool:
+    """A bounded set of connections; each call takes one for one statement.
+
+    Belongs to the event loop that opened it. Connections the server has dropped are replaced at
+    the next call. Nothing waits longer than the timeout: not for a connection, not for an answer.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, timeout_s: float) -> None:
+        self._pool = pool
+        self._timeout_s = timeout_s
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """Take a connection for several statements; errors come out as domain errors."""
+        with border():
+            async with self._pool.acquire(timeout=self._timeout_s) as connection:
+                yield connection
+
+    async def fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
+        """Run one statement and return its rows."""
+        async with self.connection() as connection:
+            rows: list[asyncpg.Record] = await connection.fetch(query, *args)
+            return rows
+
+    async def fetchrow(self, query: str, *args: object) -> asyncpg.Record | None:
+        """Run one statement and return its first row."""
+        async with self.connection() as connection:
+            return await connection.fetchrow(query, *args)
+
+    async def fetchval(self, query: str, *args: object) -> Any:  # noqa: ANN401
+        """Run one statement and return the first value of its first row."""
+        async with self.connection() as connection:
+            return await connection.fetchval(query, *args)
+
+    async def execute(self, query: str, *args: object) -> None:
+        """Run one statement."""
+        async with self.connection() as connection:
+            await connection.execute(query, *args)
+
+    async def close(self) -> None:
+        """Close once all calls are done; after the timeout, close what is left by force."""
+        try:
+            await self._close_in_time()
+        except TimeoutError:
+            self._pool.terminate()
+
+    async def _close_in_time(self) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            await self._pool.close()
+
+
+async def open_pool(dsn: str, *, minimum: int = 1, maximum: int = 4, timeout_s: float = 5.0) -> Pool:
+    """Connect; RecordsUnavailable when the server cannot be reached (`minimum` 0 connects at first use)."""
+    milliseconds = str(int(timeout_s * 1000))
+    with border():
+        pool = await asyncpg.create_pool(
+            dsn,
+            min_size=minimum,
+            max_size=maximum,
+            timeout=timeout_s,
+            command_timeout=timeout_s,
+            # A new connection costs 20 ms: password, types, statements to prepare.
+            max_inactive_connection_lifetime=0,
+            max_queries=10_000_000,
+            init=_set_up,
+            # Statements leave nothing behind in a session: asyncpg's reset would be a round trip each.
+            reset=_leave,
+            server_settings={
+                "application_name": "derm-cds",
+                "statement_timeout": milliseconds,
+                "lock_timeout": milliseconds,
+                "idle_in_transaction_session_timeout": milliseconds,
+            },
+        )
+    return Pool(pool, timeout_s)
+
+
+async def _set_up(connection: asyncpg.Connection) -> None:
+    await register_vector(connection)
+    await connection.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=_to_json, decoder=json.loads, format="text"
+    )
+
+
+def _to_json(value: object) -> str:
+    # NaN and infinity are not JSON; whoever computed them should hear of it here.
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+async def _leave(_connection: asyncpg.Connection) -> None:
+    """Leave the session as it is."""

@@ -1,0 +1,180 @@
+-- name: access
+-- Say whether the principal cares for the patient now, and whose the lesion is.
+-- Without a patient, the lesion's own is meant.
+SELECT
+    l.patient_id AS lesion_patient,
+    EXISTS (
+        SELECT FROM care_assignments AS c
+        WHERE c.clinician = $1
+            AND c.patient_id = coalesce($2, l.patient_id)
+            AND c.starts_at <= now()
+            AND (c.ends_at IS NULL OR c.ends_at > now())
+    ) AS assigned
+FROM (VALUES ($3::uuid)) AS asked (lesion_id)
+LEFT JOIN lesions AS l USING (lesion_id);
+
+-- name: find_replay
+-- Find what an Idempotency-Key led to.
+SELECT request_sha256, lesion_id, image_id, assessment_id
+FROM idempotency_keys
+WHERE actor = $1 AND key = $2;
+
+-- name: admit
+-- T1: the sealed image, its pending assessment and the audit event, all or nothing; a key that
+-- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit.
+WITH claimed AS (
+    INSERT INTO idempotency_keys
+        (actor, key, request_sha256, lesion_id, image_id, assessment_id, created_at)
+    SELECT $15, $17, $18, $2, $3, $1, $7
+    WHERE $17::text IS NOT NULL
+    ON CONFLICT (actor, key) DO NOTHING
+    RETURNING assessment_id
+),
+admitted AS (
+    SELECT FROM claimed
+    UNION ALL
+    SELECT WHERE $17::text IS NULL
+),
+lesion AS (
+    INSERT INTO lesions (lesion_id, patient_id, created_at)
+    SELECT $2, $4, $7 FROM admitted
+    WHERE $6::boolean
+),
+image AS (
+    INSERT INTO lesion_images
+        (image_id, lesion_id, patient_id, encounter_id, created_at, content_type, width, height,
+         data_key_id, sealed)
+    SELECT $3, $2, $4, $5, $7, $9, $10, $11, $19, $8 FROM admitted
+),
+assessment AS (
+    INSERT INTO assessments
+        (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id)
+    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16 FROM admitted
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $20, $21, $22, $23, $24, $25, $26, $27, $28 FROM admitted
+)
+SELECT EXISTS (SELECT FROM admitted);
+
+-- name: complete
+-- T2: the answer, the embedding and the audit event, once: when the assessment is still pending.
+WITH completed AS (
+    UPDATE assessments
+    SET outcome = $2, answer = $3, completed_at = now(), lease_until = NULL
+    WHERE assessment_id = $1 AND outcome = 'pending'
+    RETURNING image_id
+),
+embedded AS (
+    INSERT INTO lesion_embeddings (image_id, embedding_space, embedding)
+    SELECT image_id, $4, $5 FROM completed
+    WHERE $5::halfvec IS NOT NULL
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM completed
+)
+SELECT EXISTS (SELECT FROM completed);
+
+-- name: claim_pending
+-- Lease pending assessments that nobody works on, oldest first; claimers pass each other by.
+WITH claimable AS (
+    SELECT assessment_id
+    FROM assessments
+    WHERE outcome = 'pending'
+        AND created_at < now() - $1::interval
+        AND (lease_until IS NULL OR lease_until < now())
+    ORDER BY created_at
+    LIMIT $3
+    FOR UPDATE SKIP LOCKED
+),
+claimed AS (
+    UPDATE assessments AS a
+    SET lease_until = now() + $2::interval, attempts = a.attempts + 1
+    FROM claimable AS c
+    WHERE a.assessment_id = c.assessment_id
+    RETURNING a.*
+)
+SELECT
+    c.assessment_id, c.created_at, c.context, c.top_k, c.licences, c.actor, c.request_id, c.attempts,
+    i.lesion_id, i.image_id, i.patient_id, i.encounter_id, i.content_type, i.width, i.height, i.sealed
+FROM claimed AS c
+INNER JOIN lesion_images AS i USING (image_id)
+ORDER BY c.created_at;
+
+-- name: previous
+-- Find the lesion's newest assessment before a time that holds a classification.
+SELECT i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding
+FROM lesion_images AS i
+INNER JOIN assessments AS a USING (image_id)
+LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
+WHERE i.lesion_id = $1
+    AND i.created_at < $2
+    AND a.answer #> '{classification,probabilities}' IS NOT NULL
+ORDER BY i.created_at DESC, i.image_id DESC
+LIMIT 1;
+
+-- name: timeline
+-- List a lesion's images, newest first.
+SELECT
+    l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
+    i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
+    a.assessment_id, a.answer
+FROM lesions AS l
+INNER JOIN lesion_images AS i USING (lesion_id)
+INNER JOIN assessments AS a USING (image_id)
+WHERE l.lesion_id = $1
+ORDER BY i.created_at DESC, i.image_id DESC;
+
+-- name: worklist
+-- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
+SELECT
+    l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
+    i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
+    a.assessment_id, a.answer
+FROM (
+    SELECT lesion_id, patient_id, created_at
+    FROM lesions
+    WHERE patient_id = $1
+        AND ($3::timestamptz IS NULL OR (created_at, lesion_id) < ($3, $4::uuid))
+    ORDER BY created_at DESC, lesion_id DESC
+    LIMIT $2
+) AS l
+CROSS JOIN LATERAL (
+    SELECT * FROM lesion_images
+    WHERE lesion_id = l.lesion_id
+    ORDER BY created_at DESC, image_id DESC
+    LIMIT 1
+) AS i
+INNER JOIN assessments AS a USING (image_id)
+ORDER BY l.created_at DESC, l.lesion_id DESC;
+
+-- name: assessment_record
+-- Find one assessment with its image and lesion.
+SELECT
+    i.lesion_id, i.patient_id,
+    i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
+    a.assessment_id, a.answer
+FROM assessments AS a
+INNER JOIN lesion_images AS i USING (image_id)
+WHERE a.assessment_id = $1;
+
+-- name: sealed_image
+-- Fetch a sealed image of a lesion.
+SELECT patient_id, content_type, sealed
+FROM lesion_images
+WHERE lesion_id = $1 AND image_id = $2;
+
+-- name: record_event
+-- Add an audit event on its own.
+INSERT INTO audit_events
+    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
+
+-- name: assign
+-- Put a patient into a clinician's care.
+INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
+VALUES ($1, $2, $3, $4)
+ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at;

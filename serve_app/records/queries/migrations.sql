@@ -1,0 +1,42 @@
+-- name: make_ledger
+-- Make the table of applied migrations, the first of all tables.
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    version integer PRIMARY KEY,
+    name text NOT NULL,
+    sha256 bytea NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- name: has_ledger
+-- Say whether anything was ever applied.
+SELECT to_regclass('schema_migrations') IS NOT NULL;
+
+-- name: lock
+-- Wait until no other process migrates this database; the session's end lets go ("dermmigr" in ASCII).
+SELECT pg_advisory_lock(7234309766869477234);
+
+-- name: unlock
+-- Let the next process migrate.
+SELECT pg_advisory_unlock(7234309766869477234);
+
+-- name: applied
+-- List what has been applied, in order.
+SELECT version, name, sha256 FROM schema_migrations ORDER BY version;
+
+-- name: record
+-- Note a migration as applied, in its own transaction.
+INSERT INTO schema_migrations (version, name, sha256) VALUES ($1, $2, $3);
+
+-- name: quote_role
+-- Quote a role's name; nothing when there is no such role.
+SELECT quote_ident(rolname) FROM pg_roles WHERE rolname = $1;
+
+-- name: grant
+-- Give the application role what serving needs and no more; {role} is filled in, quoted.
+REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
+GRANT USAGE ON SCHEMA public TO {role};
+GRANT SELECT ON schema_migrations, embedding_spaces, models, serving TO {role};
+GRANT SELECT ON reference_images, reference_embeddings, care_assignments TO {role};
+GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};
+GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
+GRANT SELECT, INSERT ON audit_events TO {role};

@@ -1,0 +1,118 @@
+"""The wrapped data keys, in a SQLite file apart from the clinical database.
+
+Key first, then ciphertext: a key is on disk before the caller has it, so that no stored
+image can be without its key. No backup of the clinical database holds a key, so that
+shredding one here makes its image unreadable there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+import sqlite3
+from threading import Lock
+from uuid import UUID, uuid4
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from serve_app.domain.errors import IntegrityError, RecordsUnavailable
+from serve_app.security.envelope import DataKey
+from serve_app.security.keyring import KeyProvider, WrappedKey
+from serve_app.security.private_files import locked_folder, touch_private
+
+_BUSY_TIMEOUT_S = 5.0
+
+_QUERIES = {path.stem: path.read_text() for path in (Path(__file__).parent / "queries").glob("*.sql")}
+
+
+class KeyStore:
+    """Makes, finds and shreds data keys; for many threads, and many processes on one file.
+
+    Every call blocks on the disk: from a coroutine, use `asyncio.to_thread`. One connection
+    a process, used in turn: a commit waits for the disk, not for its neighbours.
+    RecordsUnavailable when the file cannot be reached or written, IntegrityError when it is
+    damaged, open to other users, or another keyring's.
+    """
+
+    def __init__(self, path: Path, provider: KeyProvider) -> None:
+        self._provider = provider
+        self._turn = Lock()
+        with ExitStack() as on_failure, _sqlite_errors():
+            with locked_folder(path.parent):
+                touch_private(path)
+                self._connection = sqlite3.connect(
+                    path, timeout=_BUSY_TIMEOUT_S, isolation_level="IMMEDIATE", check_same_thread=False
+                )
+                on_failure.callback(self._connection.close)
+                self._connection.executescript(_QUERIES["open_store"])
+            self._refuse_other_keyring()
+            on_failure.pop_all()
+
+    def create(self) -> DataKey:
+        """Make a data key that seals one image; it is on disk when this returns.
+
+        RecordsUnavailable, too, when the current key-encryption key has wrapped its share.
+        """
+        data_key_id, material = uuid4(), AESGCM.generate_key(256)
+        wrapped_key = self._provider.wrap(material, data_key_id)
+        row = {
+            "data_key_id": data_key_id.bytes,
+            "wrapped": wrapped_key.wrapped,
+            "key_version": wrapped_key.key_version,
+        }
+        with self._transaction() as connection:
+            connection.execute(_QUERIES["count_wrap"], row)
+            connection.execute(_QUERIES["insert_data_key"], row)
+        return DataKey(data_key_id, material, spent=False)
+
+    def load(self, data_key_id: UUID) -> DataKey:
+        """Find the key of a sealed image; it opens only. IntegrityError when shredded or never made."""
+        with self._transaction() as connection:
+            found = connection.execute(
+                _QUERIES["select_data_key"], {"data_key_id": data_key_id.bytes}
+            ).fetchone()
+        if not found:
+            raise IntegrityError(f"There is no data key {data_key_id}")
+        return DataKey(data_key_id, self._provider.unwrap(WrappedKey(*found), data_key_id), spent=True)
+
+    def shred(self, data_key_id: UUID) -> None:
+        """Destroy a key for good: on return no file of this store holds it. Safe to repeat.
+
+        RecordsUnavailable when it may linger in the write-ahead log: then repeat.
+        """
+        with self._transaction() as connection:
+            connection.execute(_QUERIES["delete_data_key"], {"data_key_id": data_key_id.bytes})
+        with self._transaction() as connection:
+            lingers, _, _ = connection.execute(_QUERIES["empty_log"]).fetchone()
+        if lingers:
+            raise RecordsUnavailable("The key is deleted but not yet overwritten; try again")
+
+    def close(self) -> None:
+        """Let go of the file; the store is of no use after."""
+        with self._turn:
+            self._connection.close()
+
+    def _refuse_other_keyring(self) -> None:
+        # A lost or replaced keyring shows at start, not at the first download.
+        with self._transaction() as connection:
+            newest = connection.execute(_QUERIES["select_newest"]).fetchone()
+        if newest:
+            self._provider.unwrap(WrappedKey(*newest[1:]), UUID(bytes=newest[0]))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _sqlite_errors(), self._turn, self._connection as connection:
+            yield connection
+
+
+@contextmanager
+def _sqlite_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise RecordsUnavailable("The key-encryption key has wrapped its share: rotate it") from error
+    except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
+        raise RecordsUnavailable("The key store cannot be reached; nothing was stored, try again") from error
+    except sqlite3.DatabaseError as error:
+        raise IntegrityError("The key store is damaged") from error

@@ -1,0 +1,20 @@
+-- The key store: one wrapped data key for each sealed image, and how often each KEK has wrapped.
+
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;     -- a commit is on disk before it returns
+PRAGMA secure_delete = ON;     -- what is deleted is overwritten with zeros
+
+CREATE TABLE IF NOT EXISTS data_keys (
+    sequence    INTEGER PRIMARY KEY,
+    data_key_id BLOB    NOT NULL UNIQUE CHECK (length(data_key_id) = 16),
+    wrapped     BLOB    NOT NULL,
+    key_version INTEGER NOT NULL,
+    created_at  TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP
+);
+
+-- NIST SP 800-38D (8.3) allows one key 2^32 encryptions under random nonces. Half of it, so
+-- that the wraps this check turns down stay within it, too.
+CREATE TABLE IF NOT EXISTS wrap_counts (
+    key_version INTEGER PRIMARY KEY,
+    wraps       INTEGER NOT NULL CHECK (wraps <= 2147483648)
+);

@@ -1,0 +1,62 @@
+"""Settings of one node: environment variables DERM_*, or $DERM_HOME/secrets/service.env.
+
+Secrets are here and nowhere else: never in `user_config`, graph arguments or the command
+line, all of which Ray shows.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def default_home() -> Path:
+    """Where this node keeps its state: $DERM_HOME, else .derm beside the code."""
+    return Path(os.environ.get("DERM_HOME", REPOSITORY / ".derm"))
+
+
+class Settings(BaseSettings):
+    """What a replica needs to know of its node; times in seconds, sizes in bytes or pixels."""
+
+    model_config = SettingsConfigDict(env_prefix="DERM_", extra="ignore")
+
+    home: Path = Field(default_factory=default_home)
+    env: Literal["development", "production"] = "development"
+
+    database_url: SecretStr
+    database_pool_min: int = Field(default=1, ge=0)
+    database_pool_max: int = Field(default=4, ge=1)
+    database_timeout_s: float = Field(default=5.0, gt=0)
+
+    token_secret: SecretStr
+    token_issuer: str = "derm-cds"
+    token_audience: str = "derm-cds"
+
+    models: Path = REPOSITORY / "model_store" / "models"
+
+    max_upload_bytes: int = Field(default=20 * 1024 * 1024, gt=0)
+    max_upload_pixels: int = Field(default=40_000_000, gt=0)
+    min_side: int = Field(default=224, ge=1)
+
+    @property
+    def keyring(self) -> Path:
+        """The key-encryption keys, mode 0600."""
+        return self.home / "keys" / "keyring.json"
+
+    @property
+    def keystore(self) -> Path:
+        """The wrapped data keys, apart from the clinical database."""
+        return self.home / "keys" / "keystore.sqlite"
+
+
+@lru_cache(maxsize=1)
+def load_settings() -> Settings:
+    """Read this process's settings once; the environment wins over service.env."""
+    return Settings(_env_file=default_home() / "secrets" / "service.env")  # type: ignore[call-arg]
