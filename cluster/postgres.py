@@ -15,9 +15,9 @@ import fcntl
 import os
 from pathlib import Path
 import secrets
-import shlex
 import subprocess
 import time
+from typing import Literal
 
 import psutil
 
@@ -69,13 +69,17 @@ class EmbeddedPostgres:
         with self._alone() as state:
             self._start(state)
 
-    def stop(self) -> None:
-        """Stop the server if it runs: sessions end, what they had not committed rolls back."""
+    def stop(self, *, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop the server if it runs: sessions end, what they had not committed rolls back.
+
+        Fast writes a checkpoint; immediate leaves that to the next start, and is what a stop
+        becomes that takes longer than 30 s. Neither loses what was committed.
+        """
         with self._alone():
-            for mode in ("fast", "immediate"):
+            for how in (mode, "immediate"):
                 if self.is_running():
-                    options = ("-m", mode, "-w", "-t", _STOP_TIMEOUT_S)
-                    self._run("pg_ctl", "stop", "-D", self.data, *options, check=False)
+                    options = ("-m", how, "-w", "-t", _STOP_TIMEOUT_S)
+                    self._run("pg_ctl", "stop", "-D", "data", *options, check=False)
             if self.is_running():
                 raise PostgresFailed(f"PostgreSQL in {self.data} did not stop.")
 
@@ -144,14 +148,14 @@ class EmbeddedPostgres:
 
     def _start(self, state: PostgresState) -> None:
         if not self.is_running():
-            self._forget_recycled_pid()
+            self._forget_stale_pid()
             if not is_free(state.port):
                 state.port = free_port()
                 state.write(self._state_file)
-            configuration = self._configure(state)
-            options = f"-c config_file={shlex.quote(str(configuration))}"
-            command = ("-D", self.data, "-l", self.log, "-o", options, "-w", "-t", _START_TIMEOUT_S)
-            self._run("pg_ctl", "start", *command)
+            self._configure(state)
+            # pg_ctl builds a shell command: relative paths, for ours may hold what a shell minds.
+            options = ("-l", "log/postgres.log", "-o", "-c config_file=etc/postgresql.conf")
+            self._run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._takes_connections():
             if time.monotonic() > deadline or not self.is_running():
@@ -165,17 +169,21 @@ class EmbeddedPostgres:
             return False
         return len(lines) > 7 and lines[7].strip() == "ready"
 
-    def _forget_recycled_pid(self) -> None:
-        # PostgreSQL itself drops the postmaster.pid of a dead process, but will not start while the
-        # number belongs to another program of the same user, as it may after a reboot.
-        try:
-            recycled = psutil.Process(self._noted_pid()).name() != "postgres"
-        except (OSError, ValueError, psutil.Error):
+    def _forget_stale_pid(self) -> None:
+        # PostgreSQL itself drops the postmaster.pid of a dead process. It will not start while the
+        # number belongs to another program of the same user, as it may after a reboot, or is none.
+        # Where anything still works in the directory, PostgreSQL's own check must stand.
+        note = self.data / "postmaster.pid"
+        if not note.exists() or _works_in(self.data):
             return
-        if recycled:
-            (self.data / "postmaster.pid").unlink(missing_ok=True)
+        try:
+            stale = psutil.pid_exists(self._noted_pid())
+        except ValueError:
+            stale = True
+        if stale:
+            note.unlink(missing_ok=True)
 
-    def _configure(self, state: PostgresState) -> Path:
+    def _configure(self, state: PostgresState) -> None:
         etc = self.directory / "etc"
         values = {
             "data": self.data,
@@ -190,7 +198,6 @@ class EmbeddedPostgres:
         for name, text in written.items():
             (etc / name).write_text(text)
             (etc / name).chmod(0o644)
-        return etc / "postgresql.conf"
 
     def _make_roles(self, state: PostgresState) -> None:
         done = subprocess.run(
@@ -222,3 +229,14 @@ class EmbeddedPostgres:
 
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:]) if self.log.exists() else ""
+
+
+def _works_in(directory: Path) -> bool:
+    """Whether any process has this as its directory, as every process of a server does."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == directory:
+                return True
+        except (OSError, psutil.Error):
+            continue
+    return False

@@ -20,6 +20,9 @@ from serve_app.security.private_files import locked_folder, write_private
 SERVE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # HAProxy's log lines hold query strings, and go to 127.0.0.1:514 unless told otherwise.
+    # This socket does not exist: they go nowhere. Access is recorded in the audit log.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/nonexistent/haproxy-log",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",

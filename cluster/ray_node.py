@@ -80,12 +80,12 @@ class RayNode:
 
     def is_running(self) -> bool:
         """Whether this node's raylet and GCS live."""
-        names = {process.name() for process in self._processes()}
+        names = {process.name() for process in self.processes()}
         return {"raylet", "gcs_server"} <= names
 
     def stop(self) -> None:
         """End every process of this node: first politely, after 15 s by force."""
-        processes = list(self._processes())
+        processes = list(self.processes())
         for process in processes:
             _signal(process, force=False)
         _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
@@ -95,11 +95,11 @@ class RayNode:
 
     def _close_client_server(self) -> None:
         """End Ray Client's server: a second way in, and 55 MB, that `ray start` cannot be told to leave out."""
-        for process in self._processes():
+        for process in self.processes():
             if "ray.util.client.server" in process.cmdline():
                 _signal(process, force=False)
 
-    def _processes(self) -> Iterator[psutil.Process]:
+    def processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             try:
                 marked = process.environ().get(MARK) == str(self.home)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +19,10 @@ from deployments.risk.findings import Findings
 from deployments.risk.stage import RiskStage
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Conclusion, Neighbours
-from serve_app.domain.errors import RejectedUpload
+from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.records.references import ReferenceStore
+
+Result = TypeVar("Result")
 
 
 class LocalStages:
@@ -27,17 +32,24 @@ class LocalStages:
         self,
         *,
         models: Path,
-        references: ReferenceStore,
         limits: UploadLimits,
         threads: int,
         policy_version: str,
+        references: ReferenceStore | None = None,
     ) -> None:
         self._store = ModelStore(models)
         self._limits = limits
-        self._classifier = Classifier(self._store, threads=threads)
+        self._classifier = Classifier(self._store, threads=1)
         self._embedder = Embedder(self._store)
         self._references = references
         self._risk = RiskStage(self._store, policy_version)
+        # As many computing threads as cores are meant for this process: more would only
+        # take turns, and every request would be as slow as the slowest.
+        self._compute = ThreadPoolExecutor(threads, thread_name_prefix="stage")
+
+    def search(self, references: ReferenceStore) -> None:
+        """Search these references: they come with a database pool, which may open later than this."""
+        self._references = references
 
     def load(self, model_id: str, embedding_space: str) -> None:
         """Make a model ready before its first request."""
@@ -47,11 +59,11 @@ class LocalStages:
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload."""
         spec = self._store.open(model_id).manifest.input
-        return await asyncio.to_thread(prepare_or_reject, data, spec, self._limits)
+        return await self._run(prepare_or_reject, data, spec, self._limits)
 
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
         """Classify prepared pixels."""
-        return (await asyncio.to_thread(self._classifier.classify, model_id, [pixels]))[0]
+        return (await self._run(self._classifier.classify, model_id, [pixels]))[0]
 
     async def embed(
         self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
@@ -63,6 +75,8 @@ class LocalStages:
         self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
     ) -> Neighbours:
         """Search the references."""
+        if self._references is None:
+            raise StageFailed("The references are not open.")
         return await self._references.nearest(
             embedding, embedding_space=embedding_space, k=k, licences=licences
         )
@@ -70,3 +84,6 @@ class LocalStages:
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Conclude from everything found."""
         return self._risk.conclude(model_id, findings)
+
+    async def _run(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)

@@ -11,20 +11,23 @@ _ALPHA = frozenset({"RGBA", "LA", "PA"})
 _WHITE = (255, 255, 255, 255)
 
 
-def reduce_to_rgb(image: Image.Image, target_side: int | None) -> Image.Image:
-    """Reduce by a whole factor, never below twice `target_side`, then convert to RGB.
+def reduce_to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """Average blocks of factor x factor pixels and convert to RGB; always a new image.
 
     Transparency is laid on white, as a viewer shows it. A grey of 16 bits keeps its high
     byte. Reducing comes before compositing, so that a 40-megapixel image is never held in
     more than its own mode and one copy.
     """
     plain = _averageable(image)
-    if target_side is not None and (factor := min(plain.size) // (2 * target_side)) > 1:
+    if factor > 1:
         plain = plain.reduce(factor)
     if plain.mode in _ALPHA or "transparency" in plain.info:
         rgba = plain.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
-    return plain if plain.mode == "RGB" else plain.convert("RGB")
+    if plain.mode != "RGB":
+        return plain.convert("RGB")
+    # A copy leaves the file's own object, and the metadata that hangs on it, behind.
+    return plain.copy() if plain is image else plain
 
 
 def _averageable(image: Image.Image) -> Image.Image:

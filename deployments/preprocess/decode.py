@@ -14,6 +14,7 @@ import warnings
 from PIL import Image, ImageFile
 
 from deployments.preprocess.colour import reduce_to_rgb
+from deployments.preprocess.orientation import Extent, is_turned, make_upright, read_orientation
 from serve_app.domain.errors import (
     ImageTooSmall,
     TooLarge,
@@ -30,19 +31,6 @@ ContentType = Literal["image/jpeg", "image/png"]
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
-# EXIF 2.32, table 4: what undoes each orientation. 5 to 8 swap width and height.
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TURNED = frozenset({5, 6, 7, 8})
-
 # What Pillow's own OSS-Fuzz harness accepts from a decoder (Tests/oss-fuzz/test_fuzzers.py).
 _DECODER_ERRORS = (
     OSError,
@@ -55,7 +43,6 @@ _DECODER_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-_METADATA_ERRORS = (*_DECODER_ERRORS, ArithmeticError, AttributeError, LookupError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,21 @@ def sniff_content_type(data: bytes) -> ContentType:
     raise UnsupportedImage
 
 
-def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None = None) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An upright RGB image without metadata; width and height are the upload's, upright.
+
+    A reduced image's last row and column may stand for fewer pixels than the others: `extent`
+    is where the picture ends in them.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    extent: Extent
+
+
+def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None = None) -> DecodedImage:
     """Decode to an upright RGB image, orientation applied and metadata dropped.
 
     With `target_side`, a large image is reduced by a whole factor, never below twice the
@@ -87,7 +88,6 @@ def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None =
     after. Either costs a fraction of full size in time and memory, and the antialiased
     resize that follows sees no aliasing.
 
-    The image's `info["original_size"]` is its upright (width, height) before any scaling.
     Raises TooLarge, UnsupportedImage, ImageTooSmall or UndecodableImage.
     """
     content_type = sniff_content_type(data)
@@ -100,35 +100,34 @@ def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None =
             image = Image.open(io.BytesIO(data), formats=formats)
         except _DECODER_ERRORS as error:
             raise UndecodableImage from error
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise TooLarge(f"The image has {width}x{height} pixels; the limit is {limits.max_pixels}.")
-        if min(width, height) < limits.min_side:
-            raise ImageTooSmall(
-                f"The image is {width}x{height}; its short side must be at least {limits.min_side} pixels."
-            )
+        _check_size(image.size, limits)
         try:
-            if target_side is not None:
-                image.draft("RGB", (2 * target_side, 2 * target_side))
-            image.load()
-            orientation = _orientation(image)
-            rgb = reduce_to_rgb(image, target_side)
-            if orientation in _UPRIGHT:
-                rgb = rgb.transpose(_UPRIGHT[orientation])
+            return _load(image, target_side)
         except _DECODER_ERRORS as error:
             raise UndecodableImage from error
-    turned = orientation in _TURNED
-    rgb.info = {"original_size": (height, width) if turned else (width, height)}
-    return rgb
 
 
-def _orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation, 1 to 8; 1 where there is none or it cannot be read.
+def _check_size(size: tuple[int, int], limits: UploadLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise TooLarge(f"The image has {width}x{height} pixels; the limit is {limits.max_pixels}.")
+    if min(width, height) < limits.min_side:
+        raise ImageTooSmall(
+            f"The image is {width}x{height}; its short side must be at least {limits.min_side} pixels."
+        )
 
-    Broken metadata is no reason to turn a good photograph away.
-    """
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _METADATA_ERRORS:
-        return 1
-    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+def _load(image: ImageFile.ImageFile, target_side: int | None) -> DecodedImage:
+    width, height = image.size
+    drafted = image.draft("RGB", (2 * target_side, 2 * target_side)) if target_side is not None else None
+    _, (_, _, right, bottom) = drafted or (None, (0, 0, width, height))
+    image.load()
+    orientation = read_orientation(image)
+    factor = max(1, min(image.size) // (2 * target_side)) if target_side is not None else 1
+    upright, extent = make_upright(
+        reduce_to_rgb(image, factor), (0.0, 0.0, right / factor, bottom / factor), orientation
+    )
+    if is_turned(orientation):
+        width, height = height, width
+    upright.info = {}
+    return DecodedImage(upright, width, height, extent)

@@ -33,17 +33,16 @@ def prepare_image(data: bytes, geometry: InputGeometry, limits: UploadLimits) ->
     caller can cause.
     """
     content_type = sniff_content_type(data)
-    image = decode_image(data, limits, target_side=geometry.side)
-    width, height = image.info["original_size"]
-    pixels = resize_to_input(image, geometry)
-    return PreparedImage(pixels, width, height, content_type, measure_quality(pixels))
+    decoded = decode_image(data, limits, target_side=geometry.side)
+    pixels = resize_to_input(decoded.image, geometry, decoded.extent)
+    return PreparedImage(pixels, decoded.width, decoded.height, content_type, measure_quality(pixels))
 
 
 def prepare_or_reject(data: bytes, spec: InputSpec, limits: UploadLimits) -> PreparedImage | RejectedUpload:
-    """Prepare one upload for a model's input, as the stage answers it.
+    """Prepare one upload for a model.
 
-    A rejection is an answer, not a failure of the stage: it is returned, so that bad uploads
-    neither fill the log with tracebacks nor count as errors.
+    A rejection is an answer, not a failure of the stage: it is returned, so that bad
+    uploads neither fill the log with tracebacks nor count as errors.
     """
     try:
         return prepare_image(data, InputGeometry.from_manifest(spec), limits)

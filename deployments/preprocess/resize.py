@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deployments.preprocess.orientation import Extent
 from model_store.manifest import InputSpec
 from serve_app.domain.errors import ModelContractError
 
@@ -48,14 +49,16 @@ class InputGeometry:
         return cls(side, interpolation, spec.crop_pct)
 
 
-def resize_to_input(image: Image.Image, geometry: InputGeometry) -> NDArray[np.uint8]:
-    """Resize an RGB image with antialiasing; uint8, side×side×3."""
-    width, height = image.size
-    inset_x = width * (1.0 - geometry.crop_pct) / 2.0
-    inset_y = height * (1.0 - geometry.crop_pct) / 2.0
+def resize_to_input(
+    image: Image.Image, geometry: InputGeometry, extent: Extent | None = None
+) -> NDArray[np.uint8]:
+    """Resize what lies in `extent` (else all) of an RGB image with antialiasing; uint8, side×side×3."""
+    left, top, right, bottom = extent or (0.0, 0.0, *image.size)
+    inset_x = (right - left) * (1.0 - geometry.crop_pct) / 2.0
+    inset_y = (bottom - top) * (1.0 - geometry.crop_pct) / 2.0
     resized = image.resize(
         (geometry.side, geometry.side),
         _FILTERS[geometry.interpolation],
-        box=(inset_x, inset_y, width - inset_x, height - inset_y),
+        box=(left + inset_x, top + inset_y, right - inset_x, bottom - inset_y),
     )
     return np.asarray(resized, dtype=np.uint8)

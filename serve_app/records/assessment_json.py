@@ -43,7 +43,11 @@ def assessment_to_json(assessment: Assessment) -> dict[str, Any]:
         "outcome": assessment.outcome,
         "reasons": [_flat(reason) for reason in assessment.reasons],
         "quality": _flat(assessment.quality),
-        "classification": _flat(assessment.classification),
+        "classification": assessment.classification
+        and {
+            **_flat(assessment.classification),
+            "probabilities": dict(assessment.classification.probabilities),
+        },
         "risk": assessment.risk
         and {**_flat(assessment.risk), "factors": [_flat(factor) for factor in assessment.risk.factors]},
         "neighbours": neighbours

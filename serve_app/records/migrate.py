@@ -10,7 +10,7 @@ import re
 import asyncpg
 
 from serve_app.domain.errors import DermError
-from serve_app.records.pool import border
+from serve_app.records.pool import UNAVAILABLE, border
 from serve_app.records.sql import queries
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -41,7 +41,7 @@ async def migrate(dsn: str, *, application_role: str | None, directory: Path = M
     Any number may start this at once: one works, the others wait and find nothing to do.
     `dsn` is of the role that owns the schema; `application_role` gets what serving needs and no
     more (None: serving runs as the owner itself). SchemaMismatch when an applied file has
-    changed, is missing here (the database is newer than the code), or was passed over.
+    changed, is missing here (the database is newer than the code), was passed over, or fails.
     """
     available = read_migrations(directory)
     with border():
@@ -85,9 +85,7 @@ async def _migrate(
     missing = await _pending(connection, available)
     await connection.execute(_SQL["make_ledger"])
     for migration in missing:
-        async with connection.transaction():
-            await connection.execute(migration.sql)
-            await connection.execute(_SQL["record"], migration.version, migration.name, migration.sha256)
+        await _apply(connection, migration)
     if application_role is not None:
         role = await connection.fetchval(_SQL["quote_role"], application_role)
         if role is None:
@@ -95,6 +93,17 @@ async def _migrate(
         async with connection.transaction():
             await connection.execute(_SQL["grant"].format(role=role))
     return [migration.name for migration in missing]
+
+
+async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:
+    try:
+        async with connection.transaction():
+            await connection.execute(migration.sql)
+            await connection.execute(_SQL["record"], migration.version, migration.name, migration.sha256)
+    except asyncpg.PostgresError as error:
+        if isinstance(error, UNAVAILABLE):
+            raise
+        raise SchemaMismatch(f"{migration.name} cannot be applied: {error}") from error
 
 
 async def _pending(connection: asyncpg.Connection, available: list[Migration]) -> list[Migration]:

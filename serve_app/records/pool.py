@@ -14,7 +14,7 @@ from pgvector.asyncpg import register_vector
 from serve_app.domain.errors import Conflict, InvalidField, RecordsUnavailable
 
 #: The server or the way to it is at fault, and a later try may succeed.
-_UNAVAILABLE = (
+UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
@@ -44,7 +44,7 @@ def border() -> Iterator[None]:
         raise InvalidField("A value cannot be stored.") from None
     except asyncpg.IntegrityConstraintViolationError as error:
         raise Conflict(f"This conflicts with what is stored ({error.constraint_name}).") from None
-    except _UNAVAILABLE as error:
+    except UNAVAILABLE as error:
         if isinstance(error, ValueError):  # asyncpg's own DataError: the value never left the client
             raise InvalidField("A value cannot be stored.") from None
         raise RecordsUnavailable("The clinical record did not answer; try again.") from error

@@ -127,6 +127,8 @@ def test_a_key_id_swapped_in_the_frame_is_refused() -> None:
     key, other = DataKey(uuid4(), material, spent=False), DataKey(uuid4(), material, spent=True)
     sealed = seal(b"image", data_key=key, binding=BINDING)
     assert refused(sealed[:5] + other.id.bytes + sealed[21:], other)
+    with pytest.raises(IntegrityError, match="another data key"):
+        open_sealed(sealed, data_key=other, binding=BINDING)
 
 
 def test_parts_of_two_frames_do_not_mix() -> None:

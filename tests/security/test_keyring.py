@@ -93,6 +93,8 @@ def test_a_keyring_of_another_user_is_refused(keys: Path, keyring: FileKeyring) 
         b'{"current": 1, "keys": {"one": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
         b'{"current": 1, "keys": {"1": "c2VjcmV0"}}',
         b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I"}}',
+        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZQ=="}}',
+        b'{"current": 1, "keys": {"1": "!c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
         b'{"current": 1, "keys": {"1": 7}}',
         b'{"current": null, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
     ],
@@ -154,3 +156,14 @@ def test_a_wrapped_key_under_a_false_version_is_refused(keys: Path, claimed: int
     keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
     with pytest.raises(IntegrityError):
         keyring.unwrap(WrappedKey(keyring.wrap(KEY, key_id).wrapped, claimed), key_id)
+
+
+def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
+    document = json.loads(two_versions(current=1))
+    document["keys"]["2"] = document["keys"]["1"]
+    write_keyring(keys / "keyring.json", json.dumps(document).encode())
+    keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
+    wrapped = keyring.wrap(KEY, key_id).wrapped
+    assert keyring.unwrap(WrappedKey(wrapped, 1), key_id) == KEY
+    with pytest.raises(IntegrityError):
+        keyring.unwrap(WrappedKey(wrapped, 2), key_id)

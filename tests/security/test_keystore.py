@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 import sqlite3
@@ -122,6 +123,23 @@ def test_wraps_are_counted_and_bounded(store: KeyStore, keys: Path) -> None:
     with pytest.raises(RecordsUnavailable, match="rotate"):
         store.create()
     assert sqlite(keys, "SELECT count(*) FROM data_keys") == [(1,)]
+
+
+def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys: Path) -> None:
+    store.create()
+
+    def make(_: int) -> UUID | None:
+        try:
+            return store.create().id
+        except RecordsUnavailable:
+            return None
+
+    for _ in range(5):
+        sqlite(keys, "UPDATE wrap_counts SET wraps = 2147483648 - 10")
+        with ThreadPoolExecutor(8) as threads:
+            made = [key_id for key_id in threads.map(make, range(40)) if key_id]
+        assert len(made) == 10
+        assert [store.load(key_id).id for key_id in made] == made
 
 
 def test_another_keyring_shows_at_start(store: KeyStore, keys: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
     sha256 bytea NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+COMMENT ON TABLE schema_migrations IS 'Which migrations made this schema, and the digest of each file.';
 
 -- name: has_ledger
 -- Say whether anything was ever applied.

@@ -1,0 +1,205 @@
+"""The answer to one image: shape, arithmetic, provenance, and that it can be had again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from serve_app.domain.diagnosis import Diagnosis
+
+STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk", "store", "total"}
+
+
+async def test_an_image_is_answered_with_everything_the_contract_names(service, models, model_id) -> None:
+    patient = await service.care()
+    response = await service.upload(
+        patient,
+        encounter_id="e-1",
+        anatom_site_general="posterior torso",
+        age_approx="54",
+        sex="female",
+        history=json.dumps({"personal_melanoma": True, "immunosuppression": None}),
+        checklist=json.dumps({"irregular_shape": True}),
+    )
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    service.hold_to("AssessmentDocument", answer)
+    assert response.headers["location"] == f"/api/lesions/{answer['lesion_id']}"
+    assert response.headers["cache-control"] == "no-store"
+    assert (answer["patient_id"], answer["encounter_id"]) == (patient, "e-1")
+    assert answer["outcome"] in {"decided", "review"}
+    assert bool(answer["reasons"]) == (answer["outcome"] == "review")
+    assert all(reason["message"] and reason["action"] for reason in answer["reasons"])
+    assert (answer["quality"]["width"], answer["quality"]["height"]) == (400, 300)
+    assert answer["change"] is None
+    assert answer["risk"]["policy_version"] == answer["provenance"]["policy_version"]
+    assert answer["risk"]["factors"]
+    assert answer["provenance"]["model_id"] == model_id
+    assert all(answer["provenance"].values())
+    assert set(answer["timings_ms"]) == STAGES
+    assert all(0 <= value <= answer["timings_ms"]["total"] for value in answer["timings_ms"].values())
+
+
+async def test_probabilities_sum_to_one_and_agree_with_the_top_three(service) -> None:
+    response = await service.upload(await service.care())
+    found = response.json()["classification"]
+    probabilities = found["probabilities"]
+    assert list(probabilities) == list(Diagnosis)
+    assert abs(sum(probabilities.values()) - 1) < 1e-9
+    assert all(0 <= p <= 1 for p in probabilities.values())
+    best = sorted(probabilities.values(), reverse=True)[:3]
+    assert [entry["probability"] for entry in found["top3"]] == best
+    assert all(probabilities[entry["diagnosis"]] == entry["probability"] for entry in found["top3"])
+    assert all(entry["name"] == Diagnosis(entry["diagnosis"]).display_name for entry in found["top3"])
+    assert Diagnosis.UNK not in found["prediction_set"]
+    assert 0.5 < found["coverage"] < 1
+
+
+async def test_ten_confirmed_cases_come_with_their_licence(service) -> None:
+    response = await service.upload(await service.care())
+    answer = response.json()
+    similar = answer["similar"]
+    assert len(similar) == 10
+    assert len({case["isic_id"] for case in similar}) == 10
+    for case in similar:
+        assert case["diagnosis"] in set(Diagnosis) - {Diagnosis.UNK}
+        assert case["copyright_license"]
+        assert case["attribution"]
+        assert case["isic_id"] in case["image_url"]
+        assert -1 <= case["similarity"] <= 1
+    similarities = [case["similarity"] for case in similar]
+    assert similarities == sorted(similarities, reverse=True)
+    malignant = {Diagnosis.MEL, Diagnosis.BCC, Diagnosis.AK, Diagnosis.SCC}
+    neighbours = answer["neighbours"]
+    share = sum(case["diagnosis"] in malignant for case in similar) / 10
+    assert neighbours["malignant_share"] == pytest.approx(share)
+    assert neighbours["nearest_malignant"]["diagnosis"] in malignant
+    assert neighbours["nearest_benign"]["diagnosis"] not in malignant
+    nearest = {neighbours["nearest_malignant"]["isic_id"], neighbours["nearest_benign"]["isic_id"]}
+    assert similar[0]["isic_id"] in nearest
+
+
+@pytest.mark.parametrize("top_k", [1, 50])
+async def test_top_k_says_how_many(service, top_k: int) -> None:
+    response = await service.upload(await service.care(), params={"top_k": top_k})
+    assert response.status_code == 201
+    assert len(response.json()["similar"]) == top_k
+
+
+async def test_the_licence_filter_holds_for_everything_shown(service) -> None:
+    wanted = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
+    others = await service.owner.fetch("SELECT DISTINCT copyright_license FROM reference_images")
+    response = await service.upload(await service.care(), params={"licence": wanted})
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    shown = [*answer["similar"], *(v for v in answer["neighbours"].values() if isinstance(v, dict))]
+    assert shown
+    assert {case["copyright_license"] for case in shown} == {wanted}
+    every = [row["copyright_license"] for row in others]
+    response = await service.upload(await service.care(), params=[("licence", licence) for licence in every])
+    assert len(response.json()["similar"]) == 10
+
+
+async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    response = await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=first["lesion_id"])
+    assert response.status_code == 201
+    second = response.json()
+    service.hold_to("AssessmentDocument", second)
+    assert second["lesion_id"] == first["lesion_id"]
+    change = second["change"]
+    assert change["since"] == first["created_at"]
+    assert change["compared_image_id"] == first["image_id"]
+    assert -1 <= change["similarity"] <= 1
+    moved = (
+        second["classification"]["probabilities"]["MEL"] - first["classification"]["probabilities"]["MEL"]
+    )
+    assert change["melanoma_probability_delta"] == pytest.approx(moved, abs=1e-9)
+
+
+async def test_the_same_image_as_a_follow_up_has_not_changed(service) -> None:
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    second = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    # The stored embedding is of half precision.
+    assert second["change"]["similarity"] == pytest.approx(1, abs=2e-3)
+    assert second["change"]["melanoma_probability_delta"] == pytest.approx(0, abs=1e-6)
+
+
+async def test_the_same_image_has_the_same_probabilities(service, drawn_lesion) -> None:
+    image = drawn_lesion(seed=5, kind="JPEG", quality=92)
+    answers = [
+        (await service.upload(await service.care(), image=image)).json()["classification"]["probabilities"]
+        for _ in range(2)
+    ]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-6)
+
+
+async def test_the_answer_does_not_depend_on_company(service, drawn_lesion) -> None:
+    images = [drawn_lesion(seed=seed) for seed in range(5)]
+    patient = await service.care()
+    alone = [(await service.upload(patient, image=image)).json() for image in images]
+    responses = await asyncio.gather(*(service.upload(patient, image=image) for image in images))
+    assert [response.status_code for response in responses] == [201] * 5
+    for one, other in zip(alone, responses, strict=True):
+        expected = one["classification"]["probabilities"]
+        assert other.json()["classification"]["probabilities"] == pytest.approx(expected, abs=1e-6)
+
+
+async def test_one_upload_leaves_one_row_in_each_place(service) -> None:
+    patient = await service.care()
+    before = await service.counts()
+    response = await service.upload(patient)
+    after = await service.counts()
+    added = {table: after[table] - before[table] for table in before if after[table] != before[table]}
+    assert added == {
+        "lesions": 1,
+        "lesion_images": 1,
+        "lesion_embeddings": 1,
+        "assessments": 1,
+        "audit_events": 2,
+    }
+    upload, classify = await service.events(response)
+    answer = response.json()
+    for event in (upload, classify):
+        assert (event["actor"], event["outcome"], event["patient_id"]) == ("dr", "success", patient)
+        assert str(event["lesion_id"]) == answer["lesion_id"]
+        assert str(event["image_id"]) == answer["image_id"]
+        assert str(event["assessment_id"]) == answer["assessment_id"]
+    assert (upload["action"], classify["action"]) == ("upload", "classify")
+    assert classify["detail"]["model_id"] == answer["provenance"]["model_id"]
+
+
+async def test_the_stored_image_is_sealed(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    sealed = await service.owner.fetchval(
+        "SELECT sealed FROM lesion_images WHERE image_id = $1::text::uuid", answer["image_id"]
+    )
+    assert sealed.startswith(b"DERM")
+    assert service.image[64:128] not in sealed
+
+
+async def test_a_black_image_is_refused_and_kept(service) -> None:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(buffer, "PNG")
+    patient = await service.care()
+    response = await service.upload(patient, image=buffer.getvalue())
+    assert response.status_code == 201
+    answer = response.json()
+    service.hold_to("AssessmentDocument", answer)
+    assert answer["outcome"] == "refused"
+    assert not answer["quality"]["acceptable"]
+    assert answer["reasons"]
+    assert [answer[part] for part in ("classification", "risk", "neighbours", "change")] == [None] * 4
+    assert answer["similar"] == []
+    assert all(answer["provenance"].values())
+    assert [event["action"] for event in await service.events(response)] == ["upload", "classify"]
+    seen = (await service.client.get(response.headers["location"], headers=service.token("dr"))).json()
+    assert seen["assessments"] == [answer]

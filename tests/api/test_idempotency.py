@@ -1,0 +1,96 @@
+"""A retry after a lost connection yields one record."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+
+def key(value: str) -> dict[str, str]:
+    return {"Idempotency-Key": value}
+
+
+async def test_the_same_key_and_body_is_one_record(service) -> None:
+    patient = await service.care()
+    before = await service.counts()
+    first = await service.upload(patient, headers=key("same"), age_approx="40", sex="male")
+    between = await service.counts()
+    second = await service.upload(patient, headers=key("same"), sex="male", age_approx="40")
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert second.json() == first.json()
+    assert second.headers["location"] == first.headers["location"]
+    after = await service.counts()
+    assert between["idempotency_keys"] - before["idempotency_keys"] == 1
+    assert after == between
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"age_approx": "41"},
+        {"encounter_id": "e-2"},
+        {"params": {"top_k": 3}},
+        {"params": {"licence": "CC-0"}},
+        {"history": json.dumps({"family_melanoma": True})},
+        {"image": 9},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+async def test_the_same_key_with_another_body_is_refused(service, drawn_lesion, changed) -> None:
+    patient = await service.care()
+    used = f"other-{json.dumps(changed)}".replace(" ", "")
+    first = await service.upload(patient, headers=key(used))
+    assert first.status_code == 201
+    if "image" in changed:
+        changed = {"image": drawn_lesion(seed=changed["image"])}
+    before = await service.counts()
+    response = await service.upload(patient, headers=key(used), **changed)
+    service.hold_to_problem(response, 422, "idempotency_mismatch")
+    after = await service.counts()
+    assert after == {**before, "audit_events": before["audit_events"] + 1}
+    (event,) = await service.events(response)
+    assert (event["action"], event["outcome"]) == ("upload", "failed")
+    assert event["detail"] == {"code": "idempotency_mismatch"}
+
+
+async def test_ten_at_once_with_one_key_are_one_record(service) -> None:
+    patient = await service.care()
+    before = await service.counts()
+    responses = await asyncio.gather(
+        *(service.upload(patient, headers=key("at-once"), age_approx="30") for _ in range(10))
+    )
+    assert {response.status_code for response in responses} <= {201, 202}
+    assert len({response.json()["assessment_id"] for response in responses}) == 1
+    after = await service.counts()
+    for table in ("lesions", "lesion_images", "assessments", "idempotency_keys", "lesion_embeddings"):
+        assert after[table] - before[table] == 1, table
+    again = await service.upload(patient, headers=key("at-once"), age_approx="30")
+    assert again.status_code == 201
+
+
+async def test_another_callers_key_is_another_key(service) -> None:
+    patient = await service.care("dr")
+    await service.care("dr-two", patient)
+    first = await service.upload(patient, headers=key("shared"))
+    second = await service.upload(patient, headers=key("shared"), subject="dr-two", age_approx="20")
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.json()["assessment_id"] != second.json()["assessment_id"]
+
+
+@pytest.mark.parametrize("value", ["", " ", "a b", "x" * 256, "a\tb"])
+async def test_a_key_is_visible_ascii(service, value: str) -> None:
+    patient = await service.care()
+    before = await service.counts()
+    response = await service.upload(patient, headers=key(value))
+    service.hold_to_problem(response, 422, "invalid_field")
+    after = await service.counts()
+    assert after == {**before, "audit_events": before["audit_events"] + 1}
+
+
+async def test_a_rejected_upload_does_not_spend_its_key(service) -> None:
+    patient = await service.care()
+    rejected = await service.upload(patient, image=b"GIF89a", headers=key("spent"))
+    assert rejected.status_code == 415
+    assert (await service.upload(patient, headers=key("spent"))).status_code == 201

@@ -1,0 +1,116 @@
+"""Worklist, timeline and the original."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+
+async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> None:
+    for kind, media in (("PNG", "image/png"), ("JPEG", "image/jpeg")):
+        image = drawn_lesion(seed=8, kind=kind)
+        patient = await service.care()
+        answer = (await service.upload(patient, image=image, name="whatever.gif")).json()
+        response = await service.client.get(
+            f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}", headers=service.token("dr")
+        )
+        assert response.status_code == 200
+        assert response.content == image
+        assert response.headers["content-type"] == media
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"]) == ("download", "success")
+        assert str(event["image_id"]) == answer["image_id"]
+        assert event["patient_id"] == patient
+
+
+async def test_an_image_that_this_lesion_does_not_have_is_not_found(service) -> None:
+    patient = await service.care()
+    first, second = [(await service.upload(patient)).json() for _ in range(2)]
+    for image in (str(uuid4()), second["image_id"]):
+        response = await service.client.get(
+            f"/api/lesions/{first['lesion_id']}/images/{image}", headers=service.token("dr")
+        )
+        service.hold_to_problem(response, 404, "not_found")
+
+
+async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion) -> None:
+    patient = await service.care()
+    answers = [(await service.upload(patient)).json()]
+    lesion = answers[0]["lesion_id"]
+    for seed in (1, 2):
+        response = await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=lesion)
+        answers.append(response.json())
+    response = await service.client.get(f"/api/lesions/{lesion}", headers=service.token("dr"))
+    assert response.status_code == 200
+    assert response.headers["cache-control"] == "no-store"
+    timeline = response.json()
+    service.hold_to("TimelineDocument", timeline)
+    assert (timeline["lesion_id"], timeline["patient_id"]) == (lesion, patient)
+    assert timeline["assessments"] == answers[::-1]
+    (event,) = await service.events(response)
+    assert (event["action"], event["outcome"], str(event["lesion_id"])) == ("read", "success", lesion)
+
+
+async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) -> None:
+    patient = await service.care()
+    made = [(await service.upload(patient)).json() for _ in range(5)]
+    follow_up = (await service.upload(patient, lesion_id=made[1]["lesion_id"])).json()
+    seen, cursor, pages = [], None, 0
+    while True:
+        params = {"patient_id": patient, "limit": "2"} | ({"cursor": cursor} if cursor else {})
+        response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
+        assert response.status_code == 200
+        assert response.headers["cache-control"] == "no-store"
+        page = response.json()
+        service.hold_to("WorklistDocument", page)
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"], event["patient_id"]) == ("list", "success", patient)
+        seen += page["lesions"]
+        cursor, pages = page["next"], pages + 1
+        if cursor is None:
+            break
+    assert pages == 3
+    assert [entry["lesion_id"] for entry in seen] == [answer["lesion_id"] for answer in made[::-1]]
+    newest = {answer["lesion_id"]: answer["image_id"] for answer in [*made, follow_up]}
+    assert {entry["lesion_id"]: entry["latest"]["image_id"] for entry in seen} == newest
+    assert all(entry["latest"]["outcome"] in {"decided", "review"} for entry in seen)
+
+
+async def test_a_patient_without_lesions_has_an_empty_worklist(service) -> None:
+    params = {"patient_id": await service.care()}
+    response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
+    assert response.json() == {"lesions": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"patient_id": ""},
+        {"patient_id": "Jane Doe"},
+        {"patient_id": "a\x00b"},
+        {"patient_id": "p" * 65},
+        {"patient_id": "p", "limit": "0"},
+        {"patient_id": "p", "limit": "201"},
+        {"patient_id": "p", "limit": "many"},
+        {"patient_id": "p", "cursor": "!"},
+        {"patient_id": "p", "cursor": "AAAA"},
+        {"patient_id": "p", "cursor": "é"},
+        {"patient_id": "p", "cursor": "MjAyNi0wMS0wMXxub3QtYW4taWQ="},
+        {"patient_id": "p", "cursor": "x" * 201},
+    ],
+    ids=str,
+)
+async def test_a_bad_query_is_a_clear_problem(service, params: dict[str, str]) -> None:
+    response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
+    body = service.hold_to_problem(response, 422, "invalid_field")
+    assert not any(value in body["detail"] for value in params.values() if len(value) > 3)
+
+
+@pytest.mark.parametrize("path", ["/api/lesions/7", "/api/lesions/7/images/8", "/api/lesions/%00"])
+async def test_a_path_that_holds_no_id_is_a_clear_problem(service, path: str) -> None:
+    response = await service.client.get(path, headers=service.token("dr"))
+    service.hold_to_problem(response, 422, "invalid_field")

@@ -1,0 +1,90 @@
+"""The surface: which routes there are, who may ask them, and what the document says of them."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from fastapi.routing import APIRoute
+import pytest
+
+ANONYMOUS = {"/healthz", "/readyz"}
+
+
+def routes(app) -> list[APIRoute]:
+    """Find every route, those of included routers too."""
+    found, waiting = [], list(app.routes)
+    while waiting:
+        route = waiting.pop()
+        if isinstance(route, APIRoute):
+            found.append(route)
+        else:
+            waiting += getattr(route, "routes", None) or route.original_router.routes
+    return found
+
+
+async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
+    asked = set()
+    for route in routes(service.app):
+        for method in route.methods:
+            path = route.path.replace("{lesion_id}", str(uuid4())).replace("{image_id}", str(uuid4()))
+            response = await service.client.request(method, path)
+            if route.path in ANONYMOUS:
+                assert response.status_code == 200, path
+            else:
+                service.hold_to_problem(response, 401, "unauthenticated")
+            asked.add((method, route.path))
+    assert asked == {
+        ("GET", "/healthz"),
+        ("GET", "/readyz"),
+        ("GET", "/api/openapi.json"),
+        ("POST", "/api/lesions"),
+        ("GET", "/api/lesions"),
+        ("GET", "/api/lesions/{lesion_id}"),
+        ("GET", "/api/lesions/{lesion_id}/images/{image_id}"),
+    }
+
+
+async def test_the_document_names_the_contract(service) -> None:
+    paths = service.document["paths"]
+    post = paths["/api/lesions"]["post"]
+    assert {"201", "202", "401", "403", "404", "413", "415", "422", "429", "503"} <= set(post["responses"])
+    form = post["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(form["properties"]) == {
+        *("image", "patient_id", "encounter_id", "lesion_id", "anatom_site_general"),
+        *("age_approx", "sex", "history", "checklist"),
+    }
+    for path, operations in paths.items():
+        for operation in operations.values():
+            secured = bool(operation.get("security"))
+            assert secured == (path not in ANONYMOUS), path
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/api/nothing", "/api/lesions/"])
+async def test_what_is_not_there_is_a_problem_too(service, path: str) -> None:
+    response = await service.client.get(path, headers=service.token("dr"))
+    service.hold_to_problem(response, 404, "not_found")
+
+
+async def test_a_method_that_is_not_allowed_is_a_problem_too(service) -> None:
+    response = await service.client.put("/api/lesions", headers=service.token("dr"))
+    service.hold_to_problem(response, 405, "method_not_allowed")
+
+
+async def test_the_callers_request_id_is_kept(service) -> None:
+    for path in ("/healthz", "/nothing"):
+        response = await service.client.get(path, headers={"X-Request-ID": "pms-7.a:b_c"})
+        assert response.headers.get_list("x-request-id") == ["pms-7.a:b_c"]
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\tb", "{}", "é".encode()])
+async def test_a_request_id_that_could_forge_a_log_line_is_replaced(service, sent) -> None:
+    response = await service.client.get("/healthz", headers={"X-Request-ID": sent})
+    (given,) = response.headers.get_list("x-request-id")
+    assert given != sent
+    assert len(given) == 36
+
+
+async def test_ready_names_the_live_model(service, model_id) -> None:
+    response = await service.client.get("/readyz")
+    assert response.json()["status"] == "ready"
+    assert response.json()["model_id"] == model_id

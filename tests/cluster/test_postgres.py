@@ -1,0 +1,263 @@
+"""The embedded server: safe by default, found again, and never down for long."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+import os
+from pathlib import Path
+import signal
+import socket
+import subprocess
+import tempfile
+from threading import Event, Thread
+import time
+
+import asyncpg
+import psutil
+import pytest
+
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, ensure_cluster
+from cluster.postgres_state import PostgresState
+from cluster.postgres_supervisor import supervise
+
+AS_ROOT = os.geteuid() == 0
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server of this module's own, to be stopped, killed and misled."""
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as home:
+        made = EmbeddedPostgres(Path(home))
+        made.ensure()
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+async def _value(url: str, query: str, **options: object):
+    connection = await asyncpg.connect(url, timeout=10, **options)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
+
+
+def _state(server: EmbeddedPostgres) -> PostgresState:
+    state = PostgresState.read(server.home / "postgres.json")
+    assert state is not None
+    return state
+
+
+async def _superuser(server: EmbeddedPostgres, query: str):
+    password = _state(server).superuser_password
+    return await _value(server.ensure().app, query, user="derm_superuser", password=password)
+
+
+async def test_a_second_start_finds_the_first(server) -> None:
+    pid, urls = server.pid(), server.ensure()
+    again = EmbeddedPostgres(server.home)
+    assert again.ensure() == ensure_cluster(server.home) == urls
+    assert again.pid() == pid
+    assert await _value(urls.app, "SELECT current_user") == "derm_app"
+    assert await _value(urls.owner, "SELECT current_user") == "derm_owner"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("fsync", "on"),
+        ("full_page_writes", "on"),
+        ("synchronous_commit", "on"),
+        ("data_checksums", "on"),
+        ("listen_addresses", "127.0.0.1"),
+        ("password_encryption", "scram-sha-256"),
+        ("log_statement", "none"),
+        ("log_parameter_max_length", "0"),
+        ("log_parameter_max_length_on_error", "0"),
+        ("server_encoding", "UTF8"),
+    ],
+)
+async def test_settings_are_safe(server, setting: str, value: str) -> None:
+    assert await _superuser(server, f"SHOW {setting}") == value
+
+
+async def test_only_passwords_open_it_and_only_from_here(server) -> None:
+    urls, port = server.ensure(), _state(server).port
+    methods = "SELECT array_agg(DISTINCT auth_method) FROM pg_hba_file_rules"
+    assert await _superuser(server, methods) == ["scram-sha-256"]
+    for host in (None, "127.0.0.1"):
+        for user in ("derm_app", "derm_owner", "derm_superuser"):
+            with pytest.raises(asyncpg.InvalidPasswordError):
+                await _value(
+                    urls.app, "SELECT 1", user=user, password="guess", **({"host": host} if host else {})
+                )
+    listening = psutil.Process(server.pid()).net_connections("tcp")
+    assert {tuple(each.laddr) for each in listening} == {("127.0.0.1", port)}
+    over_tcp = await _value(urls.app, "SELECT 1", host="127.0.0.1", port=port, ssl=False)
+    assert over_tcp == 1
+
+
+async def test_neither_role_is_powerful(server) -> None:
+    powerful = await _superuser(
+        server,
+        "SELECT array_agg(rolname::text) FROM pg_roles WHERE rolcanlogin AND"
+        " (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)",
+    )
+    assert powerful == ["derm_superuser"]
+    owners = "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = 'derm'"
+    assert await _superuser(server, owners) == "derm_owner"
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await _value(server.ensure().app, "SELECT 1", database="postgres")
+
+
+def test_files_are_private(server) -> None:
+    secret = server.home / "postgres.json"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert secret.stat().st_uid == os.geteuid()
+    for name in ("data", "log", "socket"):
+        path = server.directory / name
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert (path.stat().st_uid != 0) or not AS_ROOT
+    passwords = [_state(server).owner_password, _state(server).app_password]
+    process = psutil.Process(server.pid())
+    seen = [" ".join(process.cmdline()), *process.environ().values(), repr(_state(server))]
+    seen.append(repr(server.ensure()))
+    assert not any(password in text for password in passwords for text in seen)
+    assert not any(name.startswith("DERM_") for name in process.environ())
+
+
+async def test_the_log_quotes_nobody(server) -> None:
+    owner = await asyncpg.connect(server.ensure().owner)
+    try:
+        await owner.execute("CREATE TABLE spoken (name text PRIMARY KEY, n int CHECK (n > 0))")
+        await owner.execute("INSERT INTO spoken VALUES ($1, 1)", "Jane Doe")
+        for query, values in (
+            ("INSERT INTO spoken VALUES ($1, 1)", ("Jane Doe",)),
+            ("INSERT INTO spoken VALUES ($1, -1)", ("John Doe",)),
+            ("SELECT 'Mary Doe' FROM nowhere", ()),
+        ):
+            with pytest.raises(asyncpg.PostgresError):
+                await owner.execute(query, *values)
+        await owner.execute("DROP TABLE spoken")
+    finally:
+        await owner.close()
+    text = server.log.read_text()
+    assert "duplicate key value" in text
+    assert "Doe" not in text
+
+
+async def _until(condition, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_the_supervisor_starts_a_killed_server_again(server) -> None:
+    urls = server.ensure()
+    connection = await asyncpg.connect(urls.owner)
+    await connection.execute("CREATE TABLE kept AS SELECT 42 AS n")
+    stop = Event()
+    supervisor = Thread(target=supervise, args=(server, stop))
+    supervisor.start()
+    try:
+        for _ in range(2):
+            killed = server.pid()
+            os.kill(killed, signal.SIGKILL)
+            await _until(lambda killed=killed: server.pid() not in {None, killed})
+            await asyncio.to_thread(server.start)  # waits until it takes connections
+            assert server.ensure() == urls
+            assert await _value(urls.owner, "SELECT n FROM kept") == 42
+    finally:
+        stop.set()
+        supervisor.join()
+    assert server.is_running()
+    await _value(urls.owner, "DROP TABLE kept")
+    connection.terminate()
+
+
+async def test_stop_and_start(server) -> None:
+    urls = server.ensure()
+    server.stop()
+    server.stop()
+    assert not server.is_running()
+    with pytest.raises(OSError, match=r"."):
+        await _value(urls.app, "SELECT 1")
+    server.start()
+    assert await _value(urls.app, "SELECT 1") == 1
+
+
+@pytest.fixture
+def bystander(server):
+    """Another program of the same user, with whose number a postmaster.pid may be left after a reboot."""
+    switch = {"user": (server.data / "PG_VERSION").stat().st_uid} if AS_ROOT else {}
+    process = subprocess.Popen(["/bin/sleep", "60"], cwd="/", **switch)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("content", ["{pid}\n", "99999999\n", "", "no number\n"])
+async def test_a_stale_pid_file_does_not_keep_it_down(server, bystander, content: str) -> None:
+    server.stop()
+    owner = (server.data / "PG_VERSION").stat().st_uid
+    stale = server.data / "postmaster.pid"
+    stale.write_text(content.format(pid=bystander.pid))
+    os.chown(stale, owner, -1)
+    assert not server.is_running()
+    assert await _value(server.ensure().app, "SELECT 1") == 1
+    assert bystander.poll() is None
+
+
+async def test_a_taken_port_is_given_up(server) -> None:
+    before = server.ensure()
+    port = _state(server).port
+    server.stop()
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", port))
+        squatter.listen()
+        urls = server.ensure()
+        assert urls != before
+        assert _state(server).port != port
+        assert await _value(urls.app, "SELECT 1") == 1
+
+
+@pytest.fixture
+def hard_place():
+    """A home deep down in a closed directory, its name full of what shells and URLs choke on."""
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as top:
+        closed = Path(top) / "closed"
+        closed.mkdir(mode=0o700)
+        yield closed / ("deep/" * 20) / 'it\'s a "home" & 50% ünder'
+
+
+def _ensure(home: Path) -> tuple[DatabaseUrls, int | None]:
+    server = EmbeddedPostgres(home)
+    return server.ensure(), server.pid()
+
+
+async def test_two_at_once_make_one_server_even_in_a_hard_place(hard_place: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    server = EmbeddedPostgres(hard_place)
+    try:
+        with ProcessPoolExecutor(3, mp_context=spawn) as executor:
+            (urls, pid), *others = executor.map(_ensure, [hard_place] * 3)
+        assert others == [(urls, pid)] * 2
+        assert server.pid() == pid
+        # The socket's path would be too long for the kernel.
+        assert "@127.0.0.1:" in urls.app
+        assert await _value(urls.app, "SELECT 1") == 1
+        extensions = await _value(urls.owner, "SELECT array_agg(extname::text) FROM pg_extension")
+        assert "vector" in extensions
+    finally:
+        server.stop(mode="immediate")
+
+
+async def test_a_given_port_is_taken(tmp_path: Path) -> None:
+    state = PostgresState.fresh(5433)
+    state.write(tmp_path / "postgres.json")
+    assert PostgresState.read(tmp_path / "postgres.json") == state
+    assert state.urls(None).app.endswith("@127.0.0.1:5433/derm?sslmode=disable")

@@ -1,0 +1,128 @@
+"""What any test may need: a real PostgreSQL, and the data sets where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+import os
+from pathlib import Path
+import re
+import tempfile
+
+import asyncpg
+import pytest
+
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.postgres_state import PostgresState
+from serve_app.records.lesions import LesionStore
+from serve_app.records.migrate import migrate
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceStore
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def isic_dir() -> Path:
+    """The labelled dermoscopic images (train.csv, images/, uploads/)."""
+    return _data_set("DERM_ISIC_DIR", "isic")
+
+
+@pytest.fixture(scope="session")
+def corpora_dir() -> Path:
+    """The malformed images and the crypto vectors."""
+    return _data_set("DERM_CORPORA_DIR", "corpora")
+
+
+def _data_set(variable: str, name: str) -> Path:
+    directory = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
+    if not directory.is_dir():
+        pytest.skip(f"{variable} names no data set, and {directory} is not there")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """A running server for the whole session."""
+    # Not pytest's tmp_path: a second pytest run closes that to other users, PostgreSQL's account too.
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as home:
+        server = EmbeddedPostgres(Path(home))
+        # Many databases, thrown away at the end: what survives a power cut is tested elsewhere.
+        local = server.directory / "etc" / "local.conf"
+        local.parent.mkdir(parents=True)
+        local.write_text("fsync = off\n")
+        server.ensure()
+        try:
+            yield server
+        finally:
+            server.stop(mode="immediate")
+
+
+@pytest.fixture(scope="session")
+def as_superuser(postgres: EmbeddedPostgres) -> Callable[[DatabaseUrls], str]:
+    """Turn a database's URLs into the superuser's."""
+
+    def url(database: DatabaseUrls) -> str:
+        state = PostgresState.read(postgres.home / "postgres.json")
+        assert state is not None
+        return re.sub(r"//.*?@", f"//derm_superuser:{state.superuser_password}@", database.owner)
+
+    return url
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: EmbeddedPostgres, as_superuser) -> Callable[..., Awaitable[DatabaseUrls]]:
+    """Make one more database on the session's server, migrated unless told otherwise."""
+    made = 0
+
+    async def make(*, migrated: bool = True) -> DatabaseUrls:
+        nonlocal made
+        made += 1
+        name, first = f"derm_{made}", postgres.ensure()
+        connection = await asyncpg.connect(as_superuser(first))
+        try:
+            await connection.execute(f"CREATE DATABASE {name} OWNER derm_owner TEMPLATE derm")
+            await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
+            await connection.execute(f"GRANT CONNECT ON DATABASE {name} TO derm_app")
+        finally:
+            await connection.close()
+        urls = (re.sub(r"/derm\?", f"/{name}?", url) for url in (first.owner, first.app))
+        database = DatabaseUrls(*urls)
+        if migrated:
+            await migrate(database.owner, application_role="derm_app")
+        return database
+
+    return make
+
+
+@pytest.fixture(scope="module")
+async def database(new_database) -> DatabaseUrls:
+    """A fresh, migrated database for each test module."""
+    return await new_database()
+
+
+@pytest.fixture(scope="module")
+async def owner_pool(database: DatabaseUrls):
+    """A pool of the role that migrates, loads references and assigns care."""
+    pool = await open_pool(database.owner, minimum=0, maximum=2, timeout_s=20)
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture(scope="module")
+async def pool(database: DatabaseUrls):
+    """A pool of the role that serves."""
+    pool = await open_pool(database.app, minimum=1, maximum=4, timeout_s=20)
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+def lesions(pool) -> LesionStore:
+    """The clinical record as the service sees it."""
+    return LesionStore(pool)
+
+
+@pytest.fixture
+def references(pool) -> ReferenceStore:
+    """The references as the service sees them."""
+    return ReferenceStore(pool)

@@ -1,0 +1,226 @@
+"""Whatever a caller sends, it is an image or one of our four errors: fast, and in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+import io
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+import pytest
+
+from deployments.preprocess.decode import UploadLimits, decode_image
+from deployments.preprocess.preprocess import prepare_image
+from deployments.preprocess.resize import InputGeometry
+from serve_app.domain.errors import (
+    ImageTooSmall,
+    RejectedUpload,
+    TooLarge,
+    UndecodableImage,
+    UnsupportedImage,
+)
+
+GEOMETRY = InputGeometry(192)
+REJECTIONS = (TooLarge, UnsupportedImage, ImageTooSmall, UndecodableImage)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_claiming(width: int, height: int, *chunks: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg_claiming(width: int, height: int, original: bytes) -> bytes:
+    at = original.index(b"\xff\xc0")
+    return original[: at + 5] + struct.pack(">HH", height, width) + original[at + 9 :]
+
+
+@pytest.mark.parametrize("min_side", [224, 1])
+def test_every_corpus_file_is_an_image_or_one_of_our_errors(corpora_dir, min_side):
+    limits = UploadLimits(min_side=min_side)
+    outcomes: Counter[str] = Counter()
+    for path in sorted((corpora_dir / "images").rglob("*")):
+        if not path.is_file():
+            continue
+        started = time.perf_counter()
+        try:
+            prepared = prepare_image(path.read_bytes(), GEOMETRY, limits)
+        except REJECTIONS as rejection:
+            outcomes[rejection.code] += 1
+        else:
+            outcomes["accepted"] += 1
+            assert prepared.pixels.shape == (192, 192, 3), path.name
+            assert min(prepared.width, prepared.height) >= min_side, path.name
+        assert time.perf_counter() - started < 2.0, path.name
+    assert outcomes.total() > 1000
+    assert {"accepted", "unsupported_image", "undecodable_image"} <= set(outcomes), outcomes
+
+
+def test_every_valid_file_of_pngsuite_is_accepted(corpora_dir):
+    for path in sorted((corpora_dir / "images" / "pngsuite").glob("*.png")):
+        # x marks a corrupt file; Pillow forgives a wrong checksum of the pixels (xcsn0g01).
+        if not path.name.startswith("x"):
+            assert decode_image(path.read_bytes(), UploadLimits(min_side=1)).image.mode == "RGB", path.name
+
+
+@pytest.mark.parametrize("size", [(50_000, 50_000), (2**31 - 1, 1), (40_000_001, 1), (6325, 6325)])
+def test_a_pixel_bomb_is_refused_by_its_header(size):
+    started = time.perf_counter()
+    with pytest.raises(TooLarge):
+        decode_image(png_claiming(*size), UploadLimits(min_side=1))
+    assert time.perf_counter() - started < 0.1
+
+
+def test_a_jpeg_bomb_is_refused_by_its_header(lesion, encode):
+    with pytest.raises(TooLarge):
+        decode_image(jpeg_claiming(65_000, 65_000, encode(lesion(300, 240), "JPEG")), UploadLimits())
+
+
+def test_a_text_bomb_is_refused():
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * 80_000_000, 1))
+    with pytest.raises(UndecodableImage):
+        decode_image(png_claiming(300, 300, bomb), UploadLimits())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_image_is_undecodable(lesion, encode, kind, share):
+    data = encode(lesion(600, 480), kind)
+    for target in (None, 96):
+        with pytest.raises(UndecodableImage):
+            decode_image(data[: int(share * len(data))], UploadLimits(), target_side=target)
+
+
+@pytest.mark.parametrize("magic", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_a_magic_number_alone_is_undecodable(magic):
+    for tail in (b"", b"\x00", b"\xff" * 1000, b"\x00" * 1000):
+        with pytest.raises(UndecodableImage):
+            decode_image(magic + tail, UploadLimits(min_side=1))
+
+
+def _sample(kind: str) -> bytes:
+    image = Image.radial_gradient("L").resize((40, 32)).convert("RGB")
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    tags[0x010E] = "a description"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=tags, icc_profile=b"\0" * 128)
+    return buffer.getvalue()
+
+
+SAMPLES = {kind: _sample(kind) for kind in ("JPEG", "PNG")}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_changed_bytes_raise_nothing_else(kind, data):
+    sample = bytearray(SAMPLES[kind])
+    places = data.draw(
+        st.lists(st.tuples(st.integers(2, len(sample) - 1), st.integers(0, 255)), min_size=1, max_size=8)
+    )
+    for place, value in places:
+        sample[place] = value
+    _accept_or_reject(bytes(sample))
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_cut_doubled_and_spliced_bytes_raise_nothing_else(kind, data):
+    sample = SAMPLES[kind]
+    start = data.draw(st.integers(8, len(sample)))
+    end = data.draw(st.integers(start, len(sample)))
+    middle = data.draw(st.sampled_from([b"", sample[start:end] * 2])) + data.draw(st.binary(max_size=16))
+    _accept_or_reject(sample[:start] + middle + sample[end:])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from([b"eXIf", b"iCCP", b"tRNS", b"PLTE", b"iTXt", b"zTXt", b"acTL", b"fcTL", b"pHYs"]),
+    body=st.binary(max_size=64),
+)
+def test_any_chunk_with_a_right_checksum_raises_nothing_else(kind, body):
+    sample = SAMPLES["PNG"]
+    _accept_or_reject(sample[:33] + chunk(kind, body) + sample[33:])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    marker=st.integers(0xE0, 0xEF),
+    body=st.binary(max_size=64),
+    start=st.sampled_from(
+        [
+            b"",
+            b"Exif\0\0II*\0\x08\0\0\0",
+            b"Exif\0\0MM\0*\0\0\0\x08",
+            b"MPF\0II*\0\x08\0\0\0",
+            b"Adobe\0",
+            b"ICC_PROFILE\0",
+        ]
+    ),
+)
+def test_any_application_segment_raises_nothing_else(marker, body, start):
+    sample = SAMPLES["JPEG"]
+    body = start + body
+    _accept_or_reject(
+        sample[:2] + bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body + sample[2:]
+    )
+
+
+def _accept_or_reject(data: bytes) -> None:
+    limits = UploadLimits(max_pixels=4_000_000, min_side=1)
+    try:
+        prepared = prepare_image(data, InputGeometry(32), limits)
+    except RejectedUpload as rejection:
+        assert isinstance(rejection, REJECTIONS)
+    else:
+        assert prepared.pixels.shape == (32, 32, 3)
+
+
+MEMORY = """
+    import resource, sys
+    from deployments.preprocess.decode import UploadLimits
+    from deployments.preprocess.preprocess import prepare_image
+    from deployments.preprocess.resize import InputGeometry
+    data = open(sys.argv[1], "rb").read()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prepare_image(data, InputGeometry(192), UploadLimits())
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "most"),
+    [("RGB", "PNG", 220), ("RGBA", "PNG", 380), ("P", "PNG", 420), ("RGB", "JPEG", 60)],
+)
+def test_forty_megapixels_stay_in_bounded_memory(tmp_path, mode, kind, most):
+    """MiB above the start, in a process of its own; an RGBA of that size is 153 MiB of pixels."""
+    path = tmp_path / "large"
+    image = Image.linear_gradient("L").resize((8000, 5000), Image.Resampling.NEAREST)
+    options = {"transparency": 3} if mode == "P" else {}
+    image.convert(mode).save(path, kind, **({"compress_level": 1} | options if kind == "PNG" else {}))
+    del image
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEMORY), str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert float(done.stdout) < most

@@ -1,0 +1,143 @@
+"""Nothing that speaks for cancer ever lowers the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings, strategies as st
+
+from deployments.risk.diagnosis_rules import SERIOUSNESS
+from deployments.risk.evidence import LEVELS, URGENCIES
+from serve_app.domain.assessment import Change, Classification, Outcome
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History
+
+FEW = settings(max_examples=400, deadline=None)
+RANK = {d: len(SERIOUSNESS) - i for i, d in enumerate(SERIOUSNESS)}
+
+
+@st.composite
+def classifications(draw):
+    weights = draw(st.lists(st.floats(0.0, 1.0), min_size=9, max_size=9).filter(lambda w: sum(w) > 0.01))
+    p = dict(zip(Diagnosis, (w / sum(weights) for w in weights), strict=True))
+    members = draw(st.sets(st.sampled_from(TRAINED)))
+    return Classification(p, tuple(d for d in TRAINED if d in members), 0.95, 1.0)
+
+
+flags = st.sampled_from([None, False, True])
+contexts = st.builds(
+    ClinicalContext,
+    anatom_site_general=st.none() | st.sampled_from(AnatomSite),
+    age_approx=st.none() | st.integers(0, 110),
+    history=st.builds(History, flags, flags, flags, flags),
+    checklist=st.none() | st.builds(Checklist, *[st.booleans()] * 7),
+)
+shares = st.none() | st.floats(0.0, 1.0)
+
+
+def not_lower(before, after) -> None:
+    if after.outcome is Outcome.REFUSED or before.outcome is Outcome.REFUSED:
+        return
+    assert LEVELS.index(after.risk.level) >= LEVELS.index(before.risk.level)
+    assert URGENCIES.index(after.risk.urgency) >= URGENCIES.index(before.risk.urgency)
+    assert after.risk.score >= before.risk.score - 1e-4
+
+
+@FEW
+@given(
+    classifications(),
+    contexts,
+    shares,
+    st.sampled_from(Diagnosis),
+    st.sampled_from(SERIOUSNESS),
+    st.floats(0.0, 1.0),
+)
+def test_probability_that_moves_to_a_more_serious_diagnosis(
+    assess, neighbours, c, context, share, source, target, part
+):
+    if RANK.get(source, 0) >= RANK[target]:
+        return
+    moved = part * c.probabilities[source]
+    p = dict(c.probabilities)
+    p[source] -= moved
+    p[target] += moved
+    more = replace(c, probabilities=p)
+    before, after = (
+        assess(classification=x, context=context, neighbours=neighbours(share)) for x in (c, more)
+    )
+    not_lower(before, after)
+
+
+@FEW
+@given(classifications(), contexts, st.floats(0.0, 1.0))
+def test_melanoma_raised_at_the_cost_of_all_others(assess, c, context, part):
+    p = {d: value * (1 - part) for d, value in c.probabilities.items()}
+    p[Diagnosis.MEL] += part
+    members = tuple(d for d in TRAINED if d in {*c.prediction_set, Diagnosis.MEL})
+    more = replace(c, probabilities=p, prediction_set=members)
+    not_lower(assess(classification=c, context=context), assess(classification=more, context=context))
+
+
+@FEW
+@given(classifications(), contexts, st.data())
+def test_a_risk_factor_more(assess, c, context, data):
+    name = data.draw(
+        st.sampled_from([*History.__dataclass_fields__, *Checklist.__dataclass_fields__, "age", "head/neck"])
+    )
+    if name in History.__dataclass_fields__:
+        more = replace(context, history=replace(context.history, **{name: True}))
+    elif name in Checklist.__dataclass_fields__:
+        more = replace(context, checklist=replace(context.checklist or Checklist(), **{name: True}))
+    elif name == "age":
+        more = replace(context, age_approx=max(context.age_approx or 0, data.draw(st.integers(0, 110))))
+    elif context.anatom_site_general is AnatomSite.ORAL_GENITAL:
+        return  # a site is not added to a site where delay does harm as well
+    else:
+        more = replace(context, anatom_site_general=AnatomSite.HEAD_NECK)
+    not_lower(assess(classification=c, context=context), assess(classification=c, context=more))
+
+
+@FEW
+@given(classifications(), contexts, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_more_malignant_neighbours(assess, neighbours, c, context, one, other):
+    fewer, more = sorted((one, other))
+    none, before, after = (
+        assess(classification=c, context=context, neighbours=neighbours(share))
+        for share in (None, fewer, more)
+    )
+    not_lower(none, before)
+    not_lower(before, after)
+
+
+@FEW
+@given(
+    classifications(), st.floats(-1.0, 1.0), st.floats(-1.0, 1.0), st.floats(-1.0, 1.0), st.floats(-1.0, 1.0)
+)
+def test_a_larger_change(assess, c, rise, more_rise, similarity, less_similarity):
+    small = Change("2026-05-01", "x", max(similarity, less_similarity), min(rise, more_rise))
+    large = Change("2026-05-01", "x", min(similarity, less_similarity), max(rise, more_rise))
+    none, before, after = (assess(classification=c, change=change) for change in (None, small, large))
+    not_lower(none, before)
+    not_lower(before, after)
+
+
+@FEW
+@given(classifications(), contexts)
+def test_three_points_are_urgent_whatever_the_model_says(assess, c, context):
+    three = replace(context.checklist or Checklist(), change_in_size=True, oozing=True)
+    conclusion = assess(classification=c, context=replace(context, checklist=three))
+    if conclusion.outcome is Outcome.REFUSED:
+        assert conclusion.reasons[-1].code == "checklist_demands_referral"
+    else:
+        assert (conclusion.risk.level, conclusion.risk.urgency) == ("high", "urgent")
+
+
+@FEW
+@given(classifications(), contexts, shares)
+def test_every_answer_is_well_formed(assess, neighbours, c, context, share):
+    conclusion = assess(classification=c, context=context, neighbours=neighbours(share))
+    assert (conclusion.outcome is Outcome.DECIDED) == (not conclusion.reasons)
+    assert (conclusion.outcome is Outcome.REFUSED) == (conclusion.risk is None)
+    if conclusion.risk is not None:
+        assert 0.0 <= conclusion.risk.score <= 1.0
+        assert len({f.code for f in conclusion.risk.factors}) == len(conclusion.risk.factors)

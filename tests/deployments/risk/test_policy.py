@@ -1,0 +1,161 @@
+"""The policy file is read strictly, overridden strictly, and never weakens a guideline."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+
+from deployments.risk.policy import RiskPolicy
+from deployments.risk.policy_file import CURRENT_VERSION, POLICIES, read_policy, with_overrides
+from deployments.risk.strict_table import PolicyError, read_table
+
+
+def table() -> dict[str, Any]:
+    return tomllib.loads((POLICIES / f"{CURRENT_VERSION}.toml").read_text(encoding="utf-8"))
+
+
+def leaves(node: dict[str, Any], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for key, value in node.items():
+        found += leaves(value, (*place, key)) if isinstance(value, dict) else [(*place, key)]
+    return found
+
+
+def holder(node: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for key in path[:-1]:
+        node = node[key]
+    return node
+
+
+LEAVES = leaves(table())
+
+
+@pytest.mark.parametrize("path", sorted(path.stem for path in POLICIES.glob("*.toml")))
+def test_every_shipped_policy_loads(path):
+    assert read_policy(path).version == path
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+def test_a_missing_key_is_named(path):
+    raw = table()
+    del holder(raw, path)[path[-1]]
+    with pytest.raises(PolicyError, match=re.escape(f"Missing from the risk policy: {'.'.join(path)}.")):
+        read_table(RiskPolicy, raw)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+def test_a_misspelt_key_is_named(path):
+    raw = table()
+    where = holder(raw, path)
+    where[path[-1] + "s"] = where[path[-1]]
+    with pytest.raises(PolicyError, match=re.escape(f"Unknown in the risk policy: {'.'.join(path)}s.")):
+        read_table(RiskPolicy, raw)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+@pytest.mark.parametrize("wrong", [None, {}, [["x"]], object(), float("nan"), -7.5])
+def test_a_wrong_kind_of_value_is_named(path, wrong):
+    raw = table()
+    holder(raw, path)[path[-1]] = wrong
+    with pytest.raises(PolicyError):
+        read_table(RiskPolicy, raw)
+
+
+def test_every_number_has_a_comment():
+    """A number without its source does not get in."""
+    for line in (POLICIES / f"{CURRENT_VERSION}.toml").read_text(encoding="utf-8").splitlines():
+        if re.match(r"\w+ = [\d.]+\s*$", line):
+            # A band of numbers may be explained once, by the header of its table.
+            assert line.split()[0] in {"mel", "scc", "bcc", "ak", "unk", "high"}, line
+
+
+def test_policies_that_are_not_there_or_not_toml(tmp_path):
+    with pytest.raises(PolicyError, match="no risk policy"):
+        read_policy("1999-01.1")
+    (tmp_path / "x.toml").write_text("= nonsense")
+    with pytest.raises(PolicyError, match="not TOML"):
+        read_policy("x", folder=tmp_path)
+    (tmp_path / "y.toml").write_text((POLICIES / f"{CURRENT_VERSION}.toml").read_text(encoding="utf-8"))
+    with pytest.raises(PolicyError, match="calls itself"):
+        read_policy("y", folder=tmp_path)
+
+
+def test_an_override_changes_one_number_and_the_version(policy):
+    changed = with_overrides(policy, {"review": {"min_margin": 0.15}})
+    assert changed.review.min_margin == 0.15
+    assert changed.review.max_set_size == policy.review.max_set_size
+    assert re.fullmatch(r"2026-11\.1\+[0-9a-f]{8}", changed.version)
+    assert policy.version == "2026-11.1"
+
+
+def test_the_version_names_the_numbers(policy):
+    one = with_overrides(policy, {"review": {"min_margin": 0.15}, "refusal": {"max_unknown": 0.9}})
+    same = with_overrides(
+        with_overrides(policy, {"refusal": {"max_unknown": 0.9}}),
+        {"review": {"min_margin": 0.15, "max_set_size": 3}},
+    )
+    assert one == same
+    assert one.version != with_overrides(policy, {"review": {"min_margin": 0.16}}).version
+
+
+@pytest.mark.parametrize("nothing", [{}, {"review": {}}, {"review": {"min_margin": 0.1}}])
+def test_nothing_changed_keeps_the_version(policy, nothing):
+    assert with_overrides(policy, nothing) is policy
+
+
+def test_a_threshold_may_name_an_operating_point_or_be_a_number(policy):
+    changed = with_overrides(
+        policy, {"rules": {"melanoma": {"threshold": 0.05}, "ak": {"threshold": "malignant"}}}
+    )
+    assert (changed.rules.melanoma.threshold, changed.rules.ak.threshold) == (0.05, "malignant")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"reviews": {}}, "reviews"),
+        ({"review": {"min_margins": 0.1}}, "review.min_margins"),
+        ({"rules": {"bcc": {"treshold": 0.1}}}, "rules.bcc.treshold"),
+        ({"review": 3}, "review"),
+        ({"review": {"min_margin": "wide"}}, "review.min_margin"),
+        ({"review": {"min_margin": True}}, "review.min_margin"),
+        ({"review": {"min_margin": 1.5}}, "review.min_margin"),
+        ({"review": {"max_set_size": 2.5}}, "review.max_set_size"),
+        ({"review": {"melanoma_in_set": 1}}, "review.melanoma_in_set"),
+        ({"review": {"unfamiliar_sites": ["elbow"]}}, "review.unfamiliar_sites"),
+        ({"review": {"unfamiliar_sites": "palms/soles"}}, "review.unfamiliar_sites"),
+        ({"rules": {"scc": {"urgency": "soon"}}}, "rules.scc.urgency"),
+        ({"version": "mine"}, "version"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_name(policy, overrides, named):
+    with pytest.raises(PolicyError, match=re.escape(named)):
+        with_overrides(policy, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"rules": {"checklist": {"refer_at": 4}}}, "NICE NG12"),
+        ({"rules": {"checklist": {"refer_at": 0}}}, "NICE NG12"),
+        ({"rules": {"checklist": {"urgency": "routine"}}}, "NICE NG12"),
+        ({"rules": {"checklist": {"level": "medium"}}}, "NICE NG12"),
+        ({"quality": {"soft": {"min_sharpness": 1.0}}}, "within quality.hard"),
+        ({"review": {"max_unknown": 0.99}}, "refusal.max_unknown"),
+        ({"rules": {"unknown": {"threshold": 0.6}}}, "review.max_unknown"),
+        ({"rules": {"unknown": {"threshold": "melanoma"}}}, "must be a number"),
+        ({"score": {"severity": {"bcc": 0.9}}}, "score.severity"),
+        ({"score": {"bands": {"medium": 0.7}}}, "score.bands"),
+        ({"review": {"max_set_size": 0}}, "max_set_size"),
+    ],
+)
+def test_a_policy_may_not_contradict_itself_or_a_guideline(policy, overrides, complaint):
+    with pytest.raises(PolicyError, match=complaint):
+        with_overrides(policy, overrides)
+
+
+def test_the_checklist_may_be_made_stricter(policy):
+    assert with_overrides(policy, {"rules": {"checklist": {"refer_at": 2}}}).rules.checklist.refer_at == 2

@@ -1,0 +1,116 @@
+"""T1: an image is kept whole and once, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import uuid4
+
+import pytest
+
+from serve_app.domain.errors import Conflict, IntegrityError, InvalidField
+
+COUNTS = """
+SELECT (SELECT count(*) FROM lesions) AS lesions, (SELECT count(*) FROM lesion_images) AS images,
+    (SELECT count(*) FROM assessments) AS assessments, (SELECT count(*) FROM audit_events) AS events,
+    (SELECT count(*) FROM idempotency_keys) AS keys
+"""
+
+
+@pytest.fixture
+def growth(owner_pool):
+    """Return what an action added to the tables: lesions, images, assessments, events, keys."""
+
+    async def measure(action) -> tuple[int, ...]:
+        before = await owner_pool.fetchrow(COUNTS)
+        await action
+        after = await owner_pool.fetchrow(COUNTS)
+        return tuple(new - old for new, old in zip(after, before, strict=True))
+
+    return measure
+
+
+async def _refused(action, error) -> None:
+    with pytest.raises(error):
+        await action
+
+
+async def test_an_admission_is_pending_sealed_and_audited(lesions, admission, growth, owner_pool) -> None:
+    new = admission()
+    assert await growth(lesions.admit(new)) == (1, 1, 1, 1, 0)
+    record = await lesions.assessment_record(new.assessment_id)
+    assert (record.lesion_id, record.patient_id) == (new.lesion_id, new.patient_id)
+    assert record.image.assessment is None
+    assert record.image.created_at == new.created_at
+    image = await lesions.sealed_image(new.lesion_id, new.image_id)
+    assert (image.patient_id, image.content_type, image.sealed) == ("patient", "image/png", new.sealed)
+    assert await lesions.sealed_image(uuid4(), new.image_id) is None
+    event = await owner_pool.fetchrow("SELECT * FROM audit_events WHERE image_id = $1", new.image_id)
+    assert (event["action"], event["patient_id"], event["detail"]) == ("upload", "patient", {"code": "x"})
+
+
+async def test_twenty_at_once_with_one_key_make_one_record(
+    lesions, admission, growth, request_digest
+) -> None:
+    rivals = [admission(idempotency_key="race", request_sha256=request_digest) for _ in range(20)]
+    outcomes: list = []
+
+    async def race() -> None:
+        outcomes.extend(await asyncio.gather(*(lesions.admit(rival) for rival in rivals)))
+
+    assert await growth(race()) == (1, 1, 1, 1, 1)
+    assert outcomes.count(None) == 1
+    winner = rivals[outcomes.index(None)]
+    replays = {outcome for outcome in outcomes if outcome is not None}
+    assert replays == {await lesions.find_replay("dr", "race")}
+    (replay,) = replays
+    assert (replay.assessment_id, replay.image_id) == (winner.assessment_id, winner.image_id)
+    assert replay.request_sha256 == request_digest
+
+
+async def test_a_key_belongs_to_its_caller(lesions, admission, request_digest) -> None:
+    for actor in ("dr-a", "dr-b"):
+        new = admission(actor=actor, idempotency_key="mine", request_sha256=request_digest)
+        assert await lesions.admit(new) is None
+    assert await lesions.find_replay("dr-c", "mine") is None
+
+
+async def test_a_follow_up_joins_its_lesion(lesions, admission, growth) -> None:
+    first = admission()
+    await lesions.admit(first)
+    second = admission(lesion_id=first.lesion_id, new_lesion=False)
+    assert await growth(lesions.admit(second)) == (0, 1, 1, 1, 0)
+    timeline = await lesions.timeline(first.lesion_id)
+    assert [image.image_id for image in timeline.images] == [second.image_id, first.image_id]
+
+
+async def test_no_image_under_another_patients_or_no_lesion(lesions, admission, growth) -> None:
+    first = admission()
+    await lesions.admit(first)
+    wrong = [
+        admission(lesion_id=first.lesion_id, new_lesion=False, patient_id="other"),
+        admission(new_lesion=False),
+        admission(lesion_id=first.lesion_id),
+        admission(image_id=first.image_id),
+    ]
+    for each in wrong:
+        assert await growth(_refused(lesions.admit(each), Conflict)) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("text", ["nul\x00", "surrogate\ud800"])
+async def test_what_no_database_can_hold_is_the_callers_mistake(lesions, admission, growth, text) -> None:
+    new = admission(encounter_id=text)
+    assert await growth(_refused(lesions.admit(new), InvalidField)) == (0, 0, 0, 0, 0)
+
+
+async def test_only_sealed_images_are_kept(lesions, admission, growth) -> None:
+    new = admission(sealed=b"\xff\xd8\xff" + bytes(1000))
+    assert await growth(_refused(lesions.admit(new), IntegrityError)) == (0, 0, 0, 0, 0)
+
+
+async def test_errors_do_not_quote_patients(lesions, admission) -> None:
+    first = admission(patient_id="patient-with-a-name")
+    await lesions.admit(first)
+    with pytest.raises(Conflict) as caught:
+        await lesions.admit(first)
+    assert "patient-with-a-name" not in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -1,0 +1,76 @@
+"""What is kept is what was concluded, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
+import json
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from serve_app.domain.assessment import Assessment
+from serve_app.domain.patient import ClinicalContext
+from serve_app.records.assessment_json import (
+    assessment_from_json,
+    assessment_to_json,
+    context_from_json,
+    context_to_json,
+)
+
+
+def _any(hint: object) -> st.SearchStrategy:
+    """Anything a field of this type may hold; floats finite, as NaN is not JSON."""
+    arguments = get_args(hint)
+    if hint is float:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if is_dataclass(hint):
+        fields = get_type_hints(hint)
+        return st.builds(
+            hint,
+            **{name: st.none() if name == "embedding" else _any(kind) for name, kind in fields.items()},
+        )
+    if get_origin(hint) is UnionType:
+        return st.one_of(*map(_any, arguments))
+    if get_origin(hint) is tuple:
+        return st.lists(_any(arguments[0]), max_size=3).map(tuple)
+    if get_origin(hint) is Mapping:
+        return st.dictionaries(*map(_any, arguments), max_size=9)
+    return st.from_type(hint)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_any(Assessment))
+def test_an_assessment_survives_json(value: Assessment) -> None:
+    text = json.dumps(assessment_to_json(value), allow_nan=False)
+    assert assessment_from_json(json.loads(text)) == value
+
+
+@settings(deadline=None)
+@given(_any(ClinicalContext))
+def test_a_context_survives_json(value: ClinicalContext) -> None:
+    assert context_from_json(json.loads(json.dumps(context_to_json(value)))) == value
+
+
+async def test_an_assessment_survives_jsonb(pool, assessment) -> None:
+    value = assessment(timings_ms={"tiny": 5e-324, "large": 1.7e308, "third": 1 / 3, "whole": 1e22})
+    kept = await pool.fetchval("SELECT $1::jsonb", assessment_to_json(value))
+    back = assessment_from_json(kept)
+    assert back == replace(value, embedding=None)
+    assert all(isinstance(milliseconds, float) for milliseconds in back.timings_ms.values())
+    assert isinstance(back.risk.score, float)
+    assert isinstance(back.quality.width, int)
+
+
+def test_the_embedding_stays_out(assessment) -> None:
+    value = assessment(embedding=np.ones(512, np.float32))
+    assert "embedding" not in assessment_to_json(value)
+
+
+def test_unknown_versions_are_refused(assessment) -> None:
+    with pytest.raises(ValueError, match="version 2"):
+        assessment_from_json({**assessment_to_json(assessment()), "version": 2})

@@ -1,0 +1,56 @@
+"""The serving role can do what serving needs, and nothing more."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+
+@pytest.fixture
+async def connections(database, lesions, event):
+    await lesions.record_event(event())
+    app, owner = await asyncpg.connect(database.app), await asyncpg.connect(database.owner)
+    yield app, owner
+    await app.close()
+    await owner.close()
+
+
+CHANGES = ["UPDATE audit_events SET actor = 'x'", "DELETE FROM audit_events", "TRUNCATE audit_events"]
+
+
+@pytest.mark.parametrize("statement", CHANGES)
+async def test_the_audit_log_is_append_only_for_all(connections, statement: str) -> None:
+    for connection in connections:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM lesion_images",
+        "UPDATE lesion_images SET sealed = ''",
+        "DELETE FROM assessments",
+        "INSERT INTO care_assignments VALUES ('p', 'me', now(), NULL)",
+        "UPDATE serving SET model_id = 'mine'",
+        "UPDATE idempotency_keys SET key = 'x'",
+        "DELETE FROM reference_embeddings",
+        "UPDATE schema_migrations SET sha256 = ''",
+        "CREATE TABLE mine (n int)",
+        "CREATE TEMPORARY TABLE mine (n int)",
+        "ALTER TABLE audit_events DISABLE TRIGGER ALL",
+        "SET session_replication_role = replica",
+        "SET ROLE derm_owner",
+    ],
+)
+async def test_the_application_may_not(connections, statement: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connections[0].execute(statement)
+
+
+async def test_every_table_is_granted_on_purpose(connections) -> None:
+    rows = await connections[1].fetch(
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+        " AND NOT has_table_privilege('derm_app', oid, 'SELECT')"
+    )
+    assert rows == []

@@ -1,0 +1,101 @@
+"""A pending migration runs once, whoever starts and however many at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from serve_app.records.migrate import MIGRATIONS, SchemaMismatch, migrate, pending, read_migrations
+
+
+@pytest.fixture
+async def empty(new_database):
+    return await new_database(migrated=False)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    for path in MIGRATIONS.glob("*.sql"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+async def _fetch(url: str, query: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetch(query)
+    finally:
+        await connection.close()
+
+
+async def test_many_starters_apply_each_migration_once(empty) -> None:
+    starts = [migrate(empty.owner, application_role="derm_app") for _ in range(12)]
+    applied = await asyncio.gather(*starts)
+    names = [migration.name for migration in read_migrations(MIGRATIONS)]
+    assert sorted(filter(None, applied)) == [names]
+    rows = await _fetch(empty.owner, "SELECT name FROM schema_migrations ORDER BY version")
+    assert [row["name"] for row in rows] == names
+
+
+async def test_a_pending_upgrade_of_a_live_schema_runs_once(empty, copied: Path) -> None:
+    await migrate(empty.owner, application_role="derm_app", directory=copied)
+    (copied / "0900_counter.sql").write_text(
+        "CREATE TABLE counter (n int); INSERT INTO counter VALUES (1); SELECT pg_sleep(0.2);"
+    )
+    assert await pending(empty.owner, directory=copied) == ["0900_counter"]
+    starts = [migrate(empty.owner, application_role="derm_app", directory=copied) for _ in range(8)]
+    assert sorted(map(len, await asyncio.gather(*starts))) == [0] * 7 + [1]
+    assert len(await _fetch(empty.owner, "SELECT n FROM counter")) == 1
+    assert await pending(empty.owner, directory=copied) == []
+
+
+async def test_a_failing_migration_leaves_nothing_and_can_be_repeated(empty, copied: Path) -> None:
+    broken = copied / "0900_broken.sql"
+    broken.write_text("CREATE TABLE half (n int); SELECT 1 / 0;")
+    with pytest.raises(SchemaMismatch, match=r"0900_broken.*division by zero"):
+        await migrate(empty.owner, application_role="derm_app", directory=copied)
+    assert await _fetch(empty.owner, "SELECT to_regclass('half') AS half") == [(None,)]
+    broken.write_text("CREATE TABLE half (n int);")
+    assert await migrate(empty.owner, application_role="derm_app", directory=copied) == ["0900_broken"]
+
+
+async def test_changed_missing_and_passed_over_files_are_refused(empty, copied: Path) -> None:
+    await migrate(empty.owner, application_role="derm_app", directory=copied)
+    extra = copied / "0000_late.sql"
+    extra.write_text("SELECT 1;")
+    with pytest.raises(SchemaMismatch, match="passed over"):
+        await migrate(empty.owner, application_role="derm_app", directory=copied)
+    extra.unlink()
+    last = copied / f"{read_migrations(copied)[-1].name}.sql"
+    text = last.read_text()
+    last.write_text(text + "-- a word more\n")
+    with pytest.raises(SchemaMismatch, match="has changed"):
+        await migrate(empty.owner, application_role="derm_app", directory=copied)
+    last.unlink()
+    with pytest.raises(SchemaMismatch, match="does not know"):
+        await pending(empty.owner, directory=copied)
+
+
+@pytest.mark.parametrize("name", ["1_short.sql", "0001_again.sql", "0009-dash.sql"])
+def test_misnamed_files_are_refused(copied: Path, name: str) -> None:
+    (copied / name).write_text("SELECT 1;")
+    with pytest.raises(SchemaMismatch):
+        read_migrations(copied)
+
+
+async def test_the_application_role_must_exist(empty) -> None:
+    with pytest.raises(SchemaMismatch, match="no role"):
+        await migrate(empty.owner, application_role="nobody_here")
+
+
+async def test_every_table_says_what_it_is(empty) -> None:
+    await migrate(empty.owner, application_role="derm_app")
+    rows = await _fetch(
+        empty.owner,
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+        " AND obj_description(oid) IS NULL",
+    )
+    assert rows == []
