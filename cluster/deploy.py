@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import ray
 from ray import serve
@@ -25,13 +26,20 @@ def deploy(address: str, *, host: str, port: int, args: TriageArgs) -> None:
 
 
 def main() -> None:
-    """Read the arguments that `derm-cds serve` passes on."""
+    """Read the arguments that `derm-cds serve` passes on.
+
+    With `--wait` it first imports everything, then waits for a line on standard input: the
+    imports then cost no time after the node has started.
+    """
     parser = argparse.ArgumentParser(description="Deploy the graph on this node.")
     parser.add_argument("--address", required=True)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--profile", choices=("cpu", "gpu"), required=True)
+    parser.add_argument("--wait", action="store_true")
     parsed = parser.parse_args()
+    if parsed.wait and not sys.stdin.readline():
+        sys.exit("The start was given up.")
     # Two threads are worth it on two cores; beyond four a forward pass gains little.
     threads = max(1, min(4, os.cpu_count() or 1))
     args = TriageArgs(profile=parsed.profile, classifier_threads=threads)

@@ -29,6 +29,7 @@ __all__ = ["DatabaseUrls", "EmbeddedPostgres", "PostgresFailed", "ensure_cluster
 _HERE = Path(__file__).parent
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 30
+_LEFTOVERS_TIMEOUT_S = 10
 
 
 def ensure_cluster(home: Path) -> DatabaseUrls:
@@ -148,7 +149,7 @@ class EmbeddedPostgres:
 
     def _start(self, state: PostgresState) -> None:
         if not self.is_running():
-            self._forget_stale_pid()
+            self._clear_leftovers()
             if not is_free(state.port):
                 state.port = free_port()
                 state.write(self._state_file)
@@ -169,19 +170,22 @@ class EmbeddedPostgres:
             return False
         return len(lines) > 7 and lines[7].strip() == "ready"
 
-    def _forget_stale_pid(self) -> None:
-        # PostgreSQL itself drops the postmaster.pid of a dead process. It will not start while the
-        # number belongs to another program of the same user, as it may after a reboot, or is none.
-        # Where anything still works in the directory, PostgreSQL's own check must stand.
-        note = self.data / "postmaster.pid"
-        if not note.exists() or _works_in(self.data):
-            return
-        try:
-            stale = psutil.pid_exists(self._noted_pid())
-        except ValueError:
-            stale = True
-        if stale:
-            note.unlink(missing_ok=True)
+    def _clear_leftovers(self) -> None:
+        # A killed server leaves lock files that name its number. PostgreSQL drops them where that
+        # process is gone, but will not start while it is unreaped, or while the number is another
+        # program's of the same user, as it may be after a reboot. Sessions that outlive their server
+        # for a moment could still write: as long as there is one, PostgreSQL's own check must stand.
+        sockets = self.directory / "socket"
+        locks = [self.data / "postmaster.pid", *sockets.glob(".s.PGSQL.*")]
+        deadline = time.monotonic() + _LEFTOVERS_TIMEOUT_S
+        while any(lock.exists() for lock in locks):
+            if not _works_in(self.data):
+                for lock in locks:
+                    lock.unlink(missing_ok=True)
+            elif time.monotonic() > deadline:
+                return
+            else:
+                time.sleep(0.05)
 
     def _configure(self, state: PostgresState) -> None:
         etc = self.directory / "etc"

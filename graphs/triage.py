@@ -32,17 +32,19 @@ class TriageArgs(BaseModel):
 def build(args: TriageArgs) -> Application:
     """Wire the graph. Serve calls this with the `args` of the config file."""
 
-    def options(name: str) -> dict[str, Any]:
-        return deployment_options(name, args.profile)
+    def options(deployment: Any, **user_config: object) -> Any:  # noqa: ANN401 - untyped in Ray
+        """Set a deployment up as its profile says; user_config reaches `reconfigure`."""
+        chosen = deployment_options(deployment.name, args.profile)
+        return deployment.options(**chosen, **({"user_config": user_config} if user_config else {}))
 
-    return Ingress.options(**options("ingress")).bind(
-        preprocess=PreprocessDeployment.options(**options("preprocess")).bind(),
-        classifier=ClassifierDeployment.options(
-            **options("classifier"), user_config={"max_batch_size": 4, "batch_wait_timeout_s": 0.0}
-        ).bind(threads=args.classifier_threads, device="cuda" if args.profile == "gpu" else "cpu"),
-        embedder=EmbedderDeployment.options(**options("embedder")).bind(),
-        retriever=RetrieverDeployment.options(**options("retriever")).bind(),
-        risk=RiskDeployment.options(**options("risk"), user_config={}).bind(
-            policy_version=args.policy_version
+    device = "cuda" if args.profile == "gpu" else "cpu"
+    graph: Application = options(Ingress).bind(
+        preprocess=options(PreprocessDeployment).bind(),
+        classifier=options(ClassifierDeployment, max_batch_size=4, batch_wait_timeout_s=0.0).bind(
+            threads=args.classifier_threads, device=device
         ),
+        embedder=options(EmbedderDeployment).bind(),
+        retriever=options(RetrieverDeployment).bind(),
+        risk=options(RiskDeployment).bind(policy_version=args.policy_version),
     )
+    return graph

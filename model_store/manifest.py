@@ -190,33 +190,32 @@ def _from_toml(raw: dict[str, Any]) -> Manifest:
 _SCALARS = ("model_id", "architecture", "tag", "modality", "created", "licence", "training_data", "onnx")
 
 
-def _tuple(value: object) -> Any:
+def _tuple(value: object) -> Any:  # noqa: ANN401 - a TOML value
     return tuple(value) if isinstance(value, list) else value
 
 
 def _check_contract(manifest: Manifest, path: Path) -> None:
     output = manifest.output
-    problems = []
-    if manifest.model_id != f"{manifest.architecture}.{manifest.tag}":
-        problems.append(f"model_id {manifest.model_id!r} is not architecture.tag")
-    if manifest.modality != "dermoscopic":
-        problems.append(f"modality {manifest.modality!r} is not dermoscopic")
-    if set(output.label_map) != set(output.label_space):
-        problems.append("label_map does not cover label_space")
-    if sorted(output.label_map.values()) != sorted(TRAINED):
-        problems.append(f"labels must map one to one onto {', '.join(TRAINED)}")
-    if output.embedding_dim != EMBEDDING_DIM:
-        problems.append(f"embedding_dim {output.embedding_dim} is not {EMBEDDING_DIM}")
-    if set(manifest.conformal.thresholds) != set(TRAINED):
-        problems.append("conformal thresholds do not cover the trained diagnoses")
-    if not manifest.calibration.temperature > 0:
-        problems.append("temperature must be positive")
-    if not manifest.spaces:
-        problems.append("there is no embedding space")
     named = {manifest.onnx, manifest.ood.statistics}
     named |= {space.transform for space in manifest.spaces}
     named |= {space.references for space in manifest.spaces}
-    if missing := named - set(manifest.files):
-        problems.append(f"no digest for {', '.join(sorted(missing))}")
-    if problems:
+    unvouched = ", ".join(sorted(named - set(manifest.files)))
+    rules = (
+        (manifest.model_id == f"{manifest.architecture}.{manifest.tag}", "model_id is not architecture.tag"),
+        (manifest.modality == "dermoscopic", f"modality {manifest.modality!r} is not dermoscopic"),
+        (set(output.label_map) == set(output.label_space), "label_map does not cover label_space"),
+        (
+            sorted(output.label_map.values()) == sorted(TRAINED),
+            f"labels must map one to one onto {', '.join(TRAINED)}",
+        ),
+        (output.embedding_dim == EMBEDDING_DIM, f"embedding_dim is not {EMBEDDING_DIM}"),
+        (
+            set(manifest.conformal.thresholds) == set(TRAINED),
+            "conformal thresholds do not cover the trained diagnoses",
+        ),
+        (manifest.calibration.temperature > 0, "temperature must be positive"),
+        (bool(manifest.spaces), "there is no embedding space"),
+        (not unvouched, f"no digest for {unvouched}"),
+    )
+    if problems := [problem for kept, problem in rules if not kept]:
         raise ModelContractError(f"{path}: {'; '.join(problems)}.")

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
 
     max_upload_bytes: int = Field(default=20 * 1024 * 1024, gt=0)
     max_upload_pixels: int = Field(default=40_000_000, gt=0)
+    #: In one ingress process; what comes on top is answered 503 with Retry-After.
+    max_uploads_in_flight: int = Field(default=32, ge=1)
+    max_upload_bytes_in_flight: int = Field(default=160 * 1024 * 1024, gt=0)
     min_side: int = Field(default=224, ge=1)
 
     @property

@@ -20,7 +20,7 @@ from serve_app.settings import load_settings
 class ClassifierDeployment:
     """Runs whatever has queued up as one forward pass, in a thread."""
 
-    async def __init__(self, *, threads: int, device: Device) -> None:
+    async def __init__(self, *, threads: int, device: Device) -> None:  # type: ignore[misc]
         settings = load_settings()
         self._classifier = Classifier(ModelStore(settings.models), threads=threads, device=device)
         live = await live_model_at_start(settings)
@@ -28,8 +28,9 @@ class ClassifierDeployment:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Set the batching: `max_batch_size` images, `batch_wait_timeout_s` seconds."""
-        self._run_batch.set_max_batch_size(int(user_config["max_batch_size"]))
-        self._run_batch.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
+        batching: Any = self._run_batch
+        batching.set_max_batch_size(int(user_config["max_batch_size"]))
+        batching.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
 
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
         """Classify one prepared image, uint8 H×W×3."""

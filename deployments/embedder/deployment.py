@@ -16,7 +16,7 @@ from serve_app.settings import load_settings
 class EmbedderDeployment:
     """A 512×512 product takes microseconds, so it runs on the loop."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
         self._embedder = Embedder(ModelStore(settings.models))
         live = await live_model_at_start(settings)

@@ -16,7 +16,7 @@ from serve_app.settings import load_settings
 class PreprocessDeployment:
     """Decodes in a thread of its pool: `prepare` is a plain function of bytes."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
         self._limits = UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side)
         self._store = ModelStore(settings.models)

@@ -16,7 +16,7 @@ from serve_app.settings import load_settings
 class RetrieverDeployment:
     """One connection pool a replica."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
         pool = await open_pool(
             settings.database_url.get_secret_value(),

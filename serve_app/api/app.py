@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api import health, lesions, timeline
+from serve_app.api.admission import AdmissionGate
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
@@ -44,6 +45,9 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         keys=keys,
         live=LiveModelWatch(pool),
         triage=Triage(stages=stages, records=records, keys=keys, service_version=SERVICE_VERSION),
+        admission=AdmissionGate(
+            max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
+        ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
         token_verifier=TokenVerifier(
             settings.token_secret.get_secret_value(),
@@ -53,8 +57,11 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
     )
 
 
-def create_app(settings: Settings, stages: Stages) -> FastAPI:
-    """Make the application; its services open and close with its lifespan."""
+def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = True) -> FastAPI:
+    """Make the application; its services open and close with its lifespan.
+
+    `answer_request_id`: put X-Request-ID on responses; not where the server in front does it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +86,7 @@ def create_app(settings: Settings, stages: Stages) -> FastAPI:
         openapi_url=None,
     )
     install_problem_handlers(app)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, answer=answer_request_id)
     app.include_router(health.router)
     app.include_router(lesions.router)
     app.include_router(timeline.router)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 import numpy as np
@@ -38,11 +38,11 @@ class ServeStages:
     def __init__(
         self,
         *,
-        preprocess: DeploymentHandle,
-        classifier: DeploymentHandle,
-        embedder: DeploymentHandle,
-        retriever: DeploymentHandle,
-        risk: DeploymentHandle,
+        preprocess: DeploymentHandle[Any],
+        classifier: DeploymentHandle[Any],
+        embedder: DeploymentHandle[Any],
+        retriever: DeploymentHandle[Any],
+        risk: DeploymentHandle[Any],
     ) -> None:
         self._prepare_small = _by_message(preprocess).prepare
         self._prepare_large = preprocess.options(_by_reference=True).prepare
@@ -85,7 +85,7 @@ class ServeStages:
         return conclusion
 
 
-def _by_message(handle: DeploymentHandle) -> DeploymentHandle:
+def _by_message(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
     return handle.options(
         _by_reference=False, request_serialization="pickle", response_serialization="pickle"
     )
@@ -106,7 +106,7 @@ async def _answer(response: Awaitable[Answer]) -> Answer:
 class Ingress:
     """Serves the application; each replica has its own pool, key store and recovery loop."""
 
-    def __init__(self, **stages: DeploymentHandle) -> None:
+    def __init__(self, **stages: DeploymentHandle[Any]) -> None:
         self._stages = ServeStages(**stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

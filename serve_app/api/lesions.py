@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 import re
 from typing import Annotated, Literal
 from uuid import UUID
@@ -15,7 +16,14 @@ from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocu
 from serve_app.api.permission import require
 from serve_app.api.services import Services
 from serve_app.api.triage import Submission
-from serve_app.api.upload import UploadForm, parse_context, parse_lesion_id, parse_opaque_id, read_upload
+from serve_app.api.upload import (
+    UploadForm,
+    expected_bytes,
+    parse_context,
+    parse_lesion_id,
+    parse_opaque_id,
+    read_upload,
+)
 from serve_app.domain.errors import IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
 from serve_app.records.lesion_rows import ImageRecord, Replay
 from serve_app.security.access import Action
@@ -48,21 +56,38 @@ async def create_lesion(
 ) -> JSONResponse:
     """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""
     services: Services = request.app.state.services
+    question = _Question(top_k, tuple(licence or ()), idempotency_key)
+    with services.admission.enter(expected_bytes(request, max_image_bytes=services.limits.max_bytes)):
+        return await _assess(request, services, caller, question)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a request asks beside its form."""
+
+    top_k: int
+    licences: tuple[str, ...]
+    idempotency_key: str | None
+
+
+async def _assess(
+    request: Request, services: Services, caller: Principal, question: _Question
+) -> JSONResponse:
     request_id: str = request.scope["request_id"]
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
     form = None
     try:
+        if question.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(question.idempotency_key):
+            raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
         form = await read_upload(request, max_image_bytes=services.limits.max_bytes)
-        submission = await _authorise(
-            services, caller, form, request_id, top_k, tuple(licence or ()), idempotency_key
-        )
-        if idempotency_key is not None:
-            replay = await services.records.find_replay(caller.subject, idempotency_key)
+        submission = await _authorise(services, caller, form, request_id, question)
+        if question.idempotency_key is not None:
+            replay = await services.records.find_replay(caller.subject, question.idempotency_key)
             if replay is not None:
                 return await _replay(services, replay, submission)
         stored = await services.triage.submit(submission, await services.live.current())
-    except RejectedUpload as rejection:
+        if isinstance(stored, Replay):
+            return await _replay(services, stored, submission)
+    except (RejectedUpload, NotFound, IdempotencyMismatch) as rejection:
         await services.records.record_event(
             AuditEvent(
                 action=Action.UPLOAD,
@@ -74,8 +99,6 @@ async def create_lesion(
             )
         )
         raise
-    if isinstance(stored, Replay):
-        return await _replay(services, stored, submission)
     return _respond(stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
 
 
@@ -84,9 +107,7 @@ async def _authorise(
     caller: Principal,
     form: UploadForm,
     request_id: str,
-    top_k: int,
-    licences: tuple[str, ...],
-    idempotency_key: str | None,
+    question: _Question,
 ) -> Submission:
     """Decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
     sent_lesion = form.values.get("lesion_id")
@@ -111,10 +132,10 @@ async def _authorise(
         lesion_id=lesion_id,
         image=form.image,
         context=parse_context(form.values),
-        top_k=top_k,
-        licences=licences,
-        idempotency_key=idempotency_key,
-        request_sha256=form.fingerprint(str(top_k), *sorted(licences)),
+        top_k=question.top_k,
+        licences=question.licences,
+        idempotency_key=question.idempotency_key,
+        request_sha256=form.fingerprint(str(question.top_k), *sorted(question.licences)),
     )
 
 

@@ -16,7 +16,7 @@ async def require(
     principal: Principal,
     action: Action,
     *,
-    patient_id: str,
+    patient_id: str | None,
     assigned: bool,
     request_id: str,
     lesion_id: UUID | None = None,

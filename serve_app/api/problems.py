@@ -78,7 +78,12 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_defect(request: Request, error: Exception) -> JSONResponse:
         logger.error("Unhandled %s in request %s", type(error).__name__, request.scope.get("request_id"))
         return problem_response(
-            request, status=500, code="internal", detail="The service failed; the request id names the event."
+            request,
+            status=500,
+            code="internal",
+            detail="The service failed; the request id names the event.",
+            # Starlette answers a defect outside of every middleware.
+            headers=request.scope.get("request_id_headers"),
         )
 
     app.add_exception_handler(DermError, on_derm_error)

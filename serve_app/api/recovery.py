@@ -8,7 +8,6 @@ import random
 
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.triage import Triage
-from serve_app.domain.errors import DermError
 from serve_app.records.lesions import LesionStore
 
 logger = logging.getLogger("derm.recovery")
@@ -31,7 +30,7 @@ async def recover_forever(records: LesionStore, triage: Triage, live: LiveModelW
         await asyncio.sleep(_PERIOD_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
         try:
             await recover_once(records, triage, live)
-        except DermError as error:
+        except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
             logger.warning("Recovery waits: %s", type(error).__name__)
 
 
@@ -47,7 +46,7 @@ async def recover_once(
     for pending in await records.claim_pending(older_than_s=orphaned_after_s, lease_s=LEASE_S, limit=4):
         try:
             assessment = await triage.resume(pending, await live.current())
-        except DermError as error:
+        except Exception as error:  # noqa: BLE001 - one that fails must not hold up the others
             logger.warning("Assessment %s stays pending: %s", pending.assessment_id, type(error).__name__)
             continue
         completed += assessment is not None

@@ -14,10 +14,14 @@ _SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Put the request id into the scope and onto the response."""
+    """Put the request id into the scope and, unless the server in front does (`answer`), onto the response.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `scope["request_id_headers"]` is for responses that are made outside of this middleware.
+    """
+
+    def __init__(self, app: ASGIApp, *, answer: bool = True) -> None:
         self._app = app
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -26,11 +30,12 @@ class RequestIdMiddleware:
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if _SANE.fullmatch(sent) else str(new_id())
-        scope["request_id"] = request_id
+        added = {"X-Request-ID": request_id} if self._answer else {}
+        scope["request_id"], scope["request_id_headers"] = request_id, added
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                MutableHeaders(scope=message).update(added)
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deployments.preprocess.decode import UploadLimits
+from serve_app.api.admission import AdmissionGate
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.triage import Triage
 from serve_app.records.lesions import LesionStore
@@ -22,5 +23,6 @@ class Services:
     keys: KeyStore
     live: LiveModelWatch
     triage: Triage
+    admission: AdmissionGate
     limits: UploadLimits
     token_verifier: TokenVerifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
@@ -69,10 +69,8 @@ async def list_lesions(
 async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
     """Every image of a lesion with its assessment, newest first."""
     services: Services = request.app.state.services
+    patient_id = await _require_lesion(request, caller, Action.READ, lesion_id)
     timeline = await services.records.timeline(lesion_id)
-    patient_id = await _require_lesion(
-        request, caller, Action.READ, lesion_id, timeline.patient_id if timeline else None
-    )
     if timeline is None:
         raise NotFound
     await services.records.record_event(
@@ -90,10 +88,8 @@ async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSON
 async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> Response:
     """Answer with the very bytes that were uploaded."""
     services: Services = request.app.state.services
+    patient_id = await _require_lesion(request, caller, Action.DOWNLOAD, lesion_id)
     found = await services.records.sealed_image(lesion_id, image_id)
-    patient_id = await _require_lesion(
-        request, caller, Action.DOWNLOAD, lesion_id, found.patient_id if found else None
-    )
     if found is None:
         raise NotFound
     image = await asyncio.to_thread(_open, services.keys, found, image_id)
@@ -104,26 +100,22 @@ async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id
     return Response(image, media_type=found.content_type, headers=headers)
 
 
-async def _require_lesion(
-    request: Request, caller: Principal, action: Action, lesion_id: UUID, patient_id: str | None
-) -> str:
-    """Permit access to a lesion by its patient. An unknown lesion is denied like a stranger's."""
+async def _require_lesion(request: Request, caller: Principal, action: Action, lesion_id: UUID) -> str:
+    """Permit access to a lesion by its patient, and name that. An unknown lesion is denied like a stranger's."""
     services: Services = request.app.state.services
-    assigned = False
-    if patient_id is not None:
-        assigned = (await services.records.access(caller.subject, patient_id)).assigned
+    access = await services.records.access(caller.subject, None, lesion_id)
     await require(
         services.records,
         caller,
         action,
-        patient_id=patient_id,
-        assigned=assigned,
+        patient_id=access.lesion_patient,
+        assigned=access.assigned,
         request_id=request.scope["request_id"],
         lesion_id=lesion_id,
     )
-    if patient_id is None:
+    if access.lesion_patient is None:
         raise Forbidden
-    return patient_id
+    return access.lesion_patient
 
 
 def _viewed(
@@ -158,9 +150,7 @@ def _write_cursor(created_at: datetime, lesion_id: UUID) -> str:
 def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
     try:
         moment, _, lesion_id = base64.urlsafe_b64decode(cursor.encode()).decode().partition("|")
-        created_at = datetime.fromisoformat(moment)
-        if created_at.tzinfo is None:
-            raise ValueError(moment)
-        return created_at, UUID(lesion_id)
-    except ValueError as error:
+        # A moment without a zone would compare with none in the database.
+        return datetime.fromisoformat(moment).astimezone(UTC), UUID(lesion_id)
+    except (ValueError, OverflowError) as error:
         raise InvalidField("cursor: not a cursor of this service.") from error

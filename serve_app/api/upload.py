@@ -6,7 +6,7 @@ touch the disk unsealed, so the parser's spool is raised above what a body may h
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, fields
 import hashlib
 import json
@@ -17,6 +17,7 @@ from uuid import UUID
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from serve_app.domain.errors import InvalidField, TooLarge
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
@@ -71,7 +72,7 @@ async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
         raise InvalidField("The body must be multipart/form-data.")
     limit = max_image_bytes + _FRAMING
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if _is_length(declared) and int(declared) > limit:
         raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
     parser = MultiPartParser(
         request.headers,
@@ -83,12 +84,29 @@ async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
     parser.spool_max_size = limit + 1
     try:
         form = await parser.parse()
-    except (MultiPartException, UnicodeDecodeError) as error:
+    except ClientDisconnect as error:
+        raise InvalidField("The body broke off.") from error
+    except (MultiPartException, ValueError, LookupError) as error:
+        # ValueError and LookupError: a charset that the caller made up.
         raise InvalidField("The multipart body is malformed.") from error
-    return await _to_upload(form)
+    try:
+        return await _to_upload(form)
+    finally:
+        await form.close()
 
 
-async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+def expected_bytes(request: Request, *, max_image_bytes: int) -> int:
+    """How much memory the body may take: its declared length, or the limit if that is less or unknown."""
+    limit = max_image_bytes + _FRAMING
+    declared = request.headers.get("content-length", "")
+    return min(int(declared), limit) if _is_length(declared) else limit
+
+
+def _is_length(declared: str) -> bool:
+    return declared.isascii() and declared.isdigit() and len(declared) <= 15
+
+
+async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes, None]:
     received = 0
     async for chunk in stream:
         received += len(chunk)

@@ -18,6 +18,7 @@ UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InsufficientResourcesError,
@@ -66,7 +67,12 @@ class Pool:
         """Take a connection for several statements; errors come out as domain errors."""
         with border():
             async with self._pool.acquire(timeout=self._timeout_s) as connection:
-                yield connection
+                try:
+                    yield connection
+                except UNAVAILABLE:
+                    # Nobody knows what state it is in: the next call gets a new one.
+                    connection.terminate()
+                    raise
 
     async def fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
         """Run one statement and return its rows."""

@@ -217,6 +217,7 @@ async def test_a_taken_port_is_given_up(server) -> None:
     port = _state(server).port
     server.stop()
     with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("127.0.0.1", port))
         squatter.listen()
         urls = server.ensure()

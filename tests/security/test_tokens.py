@@ -61,7 +61,7 @@ def test_a_minted_token_says_who_it_is() -> None:
     [
         {},
         {"aud": ["other", AUDIENCE]},
-        {"nbf": time.time() - 60, "iat": time.time() - 60},
+        {"nbf": 1_700_000_000, "iat": 1_700_000_000},
         {"exp": 10**400},
         {"sub": "Ärztin 1"},
         {"sub": "x" * 255},
@@ -78,7 +78,7 @@ def test_no_roles_is_a_principal_without_any(roles: list[str] | None) -> None:
     assert VERIFIER.verify(forge(HS256, claims(roles=roles))).roles == frozenset()
 
 
-NAN, INFINITY = float("nan"), float("inf")
+NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ NAN, INFINITY = float("nan"), float("inf")
             {"exp": value}
             for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, -INFINITY, [9999999999])
         ),
-        *({"nbf": value} for value in (time.time() + 600, "0", True, NAN, INFINITY, [0])),
-        *({"iat": value} for value in (time.time() + 600, "0", True, NAN)),
+        *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY, [0])),
+        *({"iat": value} for value in (YEAR_2096, "0", True, NAN)),
         *({"sub": value} for value in (None, "", " ", "\t", 7, True, ["dr-1"], {"a": 1}, "x" * 256)),
         *(
             {"sub": value}

@@ -11,7 +11,8 @@ import textwrap
 import time
 import zlib
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 import pytest
 
@@ -20,7 +21,6 @@ from deployments.preprocess.preprocess import prepare_image
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.errors import (
     ImageTooSmall,
-    RejectedUpload,
     TooLarge,
     UndecodableImage,
     UnsupportedImage,
@@ -187,8 +187,8 @@ def _accept_or_reject(data: bytes) -> None:
     limits = UploadLimits(max_pixels=4_000_000, min_side=1)
     try:
         prepared = prepare_image(data, InputGeometry(32), limits)
-    except RejectedUpload as rejection:
-        assert isinstance(rejection, REJECTIONS)
+    except REJECTIONS:
+        pass
     else:
         assert prepared.pixels.shape == (32, 32, 3)
 

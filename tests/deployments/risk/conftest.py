@@ -96,6 +96,8 @@ def assess(policy, classification, neighbours) -> Callable[..., Conclusion]:
             "change": None,
             "operating_points": POINTS,
         }
-        return conclude(**{**given, **changes}, policy=with_overrides(policy, overrides or {}))
+        return conclude(
+            **{**given, **changes}, policy=with_overrides(policy, overrides) if overrides else policy
+        )
 
     return run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deployments.risk.diagnosis_rules import SERIOUSNESS
 from deployments.risk.evidence import LEVELS, URGENCIES
@@ -12,7 +13,7 @@ from serve_app.domain.assessment import Change, Classification, Outcome
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History
 
-FEW = settings(max_examples=400, deadline=None)
+FEW = settings(max_examples=200, deadline=None)
 RANK = {d: len(SERIOUSNESS) - i for i, d in enumerate(SERIOUSNESS)}
 
 

@@ -1,0 +1,117 @@
+"""Runs in a process of its own before the graph is deployed: schema, references, a first request.
+
+`python -m cluster.prepare`, with the node's environment set and the owner's URL in
+DERM_OWNER_DATABASE_URL. Each line it prints is a step done, for the person at the terminal;
+the last one is a FirstRequest as JSON. The supervisor, which stays, is spared its 60 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+import json
+import os
+from pathlib import Path
+import sys
+
+from cluster.database import application_role, own_database
+from cluster.sample_lesion import write_sample
+from data_jobs.references.load import publish_bundled
+from model_store.registry import ModelStore
+from serve_app.domain.errors import DermError, ModelContractError
+from serve_app.records.lesions import LesionStore
+from serve_app.records.migrate import migrate
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.serving import live_model
+from serve_app.security.tokens import mint_token
+from serve_app.settings import Settings, load_settings
+
+CLINICIAN = "dr-demo"
+PATIENT = "demo-patient"
+_ASSIGNED_FROM = datetime(2026, 1, 1, tzinfo=UTC)
+_LOAD_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRequest:
+    """What a first request takes: a token, a patient in the caller's care, and an image."""
+
+    token: str
+    patient_id: str
+    image: str
+
+
+async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | None:
+    """Bring the database up to date and let a model answer; None in production, which has no demonstration."""
+    urls = own_database()
+    if urls is None:
+        raise DermError("DERM_DATABASE_URL is not set.")
+    applied = await migrate(urls.owner, application_role=application_role(urls))
+    _say(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date")
+    pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=_LOAD_TIMEOUT_S)
+    try:
+        live = await live_model(pool)
+        chosen = choose_model(settings.models, wanted=model, live=live.model_id if live else None)
+        loaded = await publish_bundled(urls.owner, settings.models, chosen)
+        _say(f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}")
+        return await _demonstrate(settings, pool) if settings.env == "development" else None
+    finally:
+        await pool.close()
+
+
+def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
+    """The model to answer: the one asked for, else the one that answered before, else the only one there is."""
+    there = list(ModelStore(models))
+    if wanted is not None or live is not None:
+        chosen = wanted or str(live)
+        if chosen not in there:
+            raise ModelContractError(f"{models} has no model {chosen}. There: {', '.join(there) or 'none'}.")
+        return chosen
+    if len(there) != 1:
+        raise ModelContractError(
+            f"{models} has {len(there)} models ({', '.join(there)}): say which, with --model."
+        )
+    return there[0]
+
+
+async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
+    lesions = LesionStore(pool)
+    if not (await lesions.access(CLINICIAN, PATIENT)).assigned:
+        await lesions.assign(PATIENT, CLINICIAN, starts_at=_ASSIGNED_FROM)
+    image = settings.home / "sample-lesion.jpg"
+    if not image.exists():
+        write_sample(image)
+    token = mint_token(
+        secret=settings.token_secret.get_secret_value(),
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        subject=CLINICIAN,
+        roles=["clinician"],
+    )
+    return FirstRequest(token=token, patient_id=PATIENT, image=str(image))
+
+
+def _say(step: str) -> None:
+    sys.stdout.write(f"{step}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Prepare; on an expected failure, say it in one line and return 1."""
+    parser = argparse.ArgumentParser(description="Prepare the database for serving.")
+    parser.add_argument("--model")
+    model = parser.parse_args().model
+    os.umask(0o077)
+    try:
+        first = asyncio.run(prepare(load_settings(), model=model))
+    except DermError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    _say(json.dumps(asdict(first) if first else None))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
