@@ -7,6 +7,7 @@ they outlive this process, which would otherwise hold 150 MB for nothing.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -17,12 +18,15 @@ from graphs.triage import TriageArgs, build
 
 APPLICATION = "triage"
 
+#: As in serve_config.yaml: access is in the audit log, and no log holds a path or a query string.
+LOGGING = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}
+
 
 def deploy(address: str, *, host: str, port: int, args: TriageArgs) -> None:
     """Start Serve on a running node and run the graph on it; returns when every replica is healthy."""
-    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="warning")
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
+    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=LOGGING)
+    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False, logging_config=LOGGING)
 
 
 def main() -> None:

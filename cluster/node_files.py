@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 import secrets
 
 from cluster.postgres_state import DatabaseUrls
 from serve_app.security.private_files import locked_folder, write_private
+from serve_app.settings import REPOSITORY
+
+
+def model_folder() -> Path:
+    """Where the models are, for whoever needs no other setting ($DERM_MODELS)."""
+    return Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
 
 
 def write_service_environment(home: Path, urls: DatabaseUrls) -> None:

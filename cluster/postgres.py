@@ -140,7 +140,16 @@ class EmbeddedPostgres:
             password.write_text(state.superuser_password)
             os.chown(password, self._account.uid, self._account.gid)
             options = ["--username", SUPERUSER, "--pwfile", password, "--auth", "scram-sha-256"]
-            options += ["--data-checksums", "--encoding", "UTF8", "--no-instructions", "--locale", "C"]
+            options += [
+                "--sync-method",
+                "syncfs",
+                "--data-checksums",
+                "--encoding",
+                "UTF8",
+                "--no-instructions",
+                "--locale",
+                "C",
+            ]
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
             self._run("initdb", "-D", fresh, *options)
         finally:

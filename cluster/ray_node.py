@@ -61,7 +61,8 @@ class RayNode:
     def environment(self) -> dict[str, str]:
         """The environment of the node, and of whoever connects to it."""
         return {
-            **os.environ,
+            # The schema's owner is nobody's business on the node.
+            **{name: value for name, value in os.environ.items() if name != "DERM_OWNER_DATABASE_URL"},
             **ray_environment(self.home, self.directory),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(self.stats_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(self.metrics_port),
@@ -69,7 +70,7 @@ class RayNode:
         }
 
     def start(self) -> None:
-        """Start GCS and raylet. Raises RayFailed with Ray's own words."""
+        """Start GCS and raylet. Raises RayFailed with Ray's own words; `stop` then cleans up."""
         self._lay_out()
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
@@ -77,33 +78,35 @@ class RayNode:
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(self.dashboard_port)),
             *(f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-agent-listen-port", "0"),
             *("--no-monitor", "--include-log-monitor=false"),
-            # Ray Client's server would be a second way in, and 55 MB; 0 leaves it out.
-            *("--ray-client-server-port", "0"),
             *("--object-store-memory", str(self.object_store_bytes)),
             # Ray opens its own folder to everyone (0777), so it lies inside ours.
             *("--temp-dir", str(self.directory / "r")),
             *("--object-spilling-directory", str(self.home / "spill")),
             *("--disable-usage-stats", "--labels", "tier=clinic"),
         ]
-        with (self.directory / "start.log").open("w+") as log:
+        log = self.directory / "start.log"
+        with log.open("w") as output:
             # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
             done = subprocess.run(
-                command, env=self.environment, stdout=log, stderr=log, check=False, start_new_session=True
+                command,
+                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_client_server"},
+                stdout=output,
+                stderr=output,
+                check=False,
+                start_new_session=True,
             )
-            log.seek(0)
-            said = log.read()
         if done.returncode != 0:
-            self.stop()
-            raise RayFailed(f"The Ray node did not start:\n{said[-2000:]}")
+            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
         if not self.dashboard:
             self._end_idle_dashboard()
 
     def is_running(self) -> bool:
         """Whether this node's raylet and GCS live."""
-        return {process.name() for process in self.core()} == CORE
+        return live(self.core())
 
     def core(self) -> list[psutil.Process]:
-        """The processes that the node cannot be without: while they live, it does."""
+        """The processes that the node cannot be without."""
         return [process for process in self._marked() if _name(process) in CORE]
 
     def processes(self) -> list[psutil.Process]:
@@ -152,6 +155,11 @@ class RayNode:
             except (psutil.Error, OSError):
                 continue
         return found
+
+
+def live(core: list[psutil.Process]) -> bool:
+    """Whether a node lives whose core this was, without looking at every process of the machine."""
+    return {_name(process) for process in core if process.is_running()} == CORE
 
 
 def _name(process: psutil.Process) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 import fcntl
 import json
 from pathlib import Path
+import time
+from typing import IO
 
 from serve_app.security.private_files import write_private
 
@@ -61,17 +63,29 @@ class Tenancy:
 @contextmanager
 def occupy(home: Path) -> Iterator[Tenancy]:
     """Be the one service of this home while the block runs. Raises AlreadyRunning."""
-    home.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if not home.exists():
+        home.mkdir(parents=True)
+        home.chmod(0o711)  # PostgreSQL's account passes through, and sees nothing
     with (home / "serve.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(_read(home)) from None
+        if not _take(lock):
+            raise AlreadyRunning(_read(home))
         (home / "serve.json").unlink(missing_ok=True)  # of one that was killed
         try:
             yield Tenancy(home)
         finally:
             (home / "serve.json").unlink(missing_ok=True)
+
+
+def _take(lock: IO[str]) -> bool:
+    # `running_service` holds the lock for a moment when it looks: that is not a service.
+    for _ in range(5):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 def running_service(home: Path) -> Running | None:

@@ -55,9 +55,7 @@ def _clouds(random: np.random.Generator, size: tuple[int, int], cells: int) -> F
     return field
 
 
-def _outline(
-    random: np.random.Generator, x: Field, y: Field, size: tuple[int, int]
-) -> tuple[Field, Field]:
+def _outline(random: np.random.Generator, x: Field, y: Field, size: tuple[int, int]) -> tuple[Field, Field]:
     """How much each point is lesion (0 to 1), and how deep it lies (0 at the border, 1 in the middle)."""
     width, height = size
     dx, dy = (x - 0.52 * width) / 1.18, y - 0.5 * height

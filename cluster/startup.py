@@ -6,7 +6,8 @@ graph deployed when both are done. Every step runs in a process that can be give
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import contextlib
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from threading import Event
 import time
+from typing import Any
 import urllib.error
 import urllib.request
 
@@ -21,12 +23,13 @@ from cluster.database import own_database
 from cluster.node_files import write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.progress import report
-from cluster.ray_node import RayFailed, RayNode
+from cluster.ray_node import RayFailed, RayNode, live
 from serve_app.domain.errors import DermError
 
 _LOOK_EVERY_S = 0.1
 _STOP_S = 5
 _READY_TIMEOUT_S = 120
+_DEPLOY_TIMEOUT_S = 600
 
 
 class StartFailed(DermError):
@@ -54,10 +57,13 @@ class Startup:
         graph = self._begin_deploy()
         try:
             with ThreadPoolExecutor(max_workers=2) as threads:
-                ray = threads.submit(self._start_ray)
                 first = threads.submit(self._start_database)
-                first.result()
-                ray.result()
+                steps: set[Future[Any]] = {first, threads.submit(self._start_ray)}
+                try:
+                    self._await(steps)
+                except BaseException:
+                    self.node.stop()  # and with it whatever a step is waiting for: all carry its mark
+                    raise
             self._go(graph)
         finally:
             _end(graph)
@@ -72,6 +78,14 @@ class Startup:
         finally:
             _end(graph)
         self._wait_ready()
+
+    def _await(self, steps: set[Future[Any]]) -> None:
+        while steps:
+            done, steps = wait(steps, timeout=_LOOK_EVERY_S, return_when=FIRST_EXCEPTION)
+            for step in done:
+                step.result()
+            if self.stop.is_set():
+                raise GivenUp
 
     def _start_ray(self) -> None:
         report("Ray: starting the node")
@@ -129,11 +143,19 @@ class Startup:
 
     def _go(self, graph: subprocess.Popen[str]) -> None:
         report("graph: deploying preprocess, classifier, embedder, retriever, risk and the ingress")
-        try:
-            graph.communicate("go\n", timeout=0)
-        except subprocess.TimeoutExpired:
-            while graph.poll() is None:
-                self._pause()
+        assert graph.stdin is not None  # noqa: S101
+        with contextlib.suppress(BrokenPipeError):  # it has died, and its log says why
+            graph.stdin.write("go\n")
+            graph.stdin.close()
+        core, deadline = self.node.core(), time.monotonic() + _DEPLOY_TIMEOUT_S
+        while graph.poll() is None:
+            self._pause()
+            if not live(core):
+                raise RayFailed("The node died while the graph was being deployed.")
+            if time.monotonic() > deadline:
+                raise RayFailed(
+                    f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {self._log('deploy')}."
+                )
         if graph.returncode != 0:
             log = self._log("deploy")
             raise RayFailed(f"The graph was not deployed ({log}):\n{_last_lines(log, 12)}")
@@ -173,7 +195,8 @@ def _end(child: subprocess.Popen[str]) -> None:
             child.kill()
             child.wait()
     if child.stdin is not None:
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
 
 
 def _last_lines(path: Path, count: int) -> str:

@@ -6,8 +6,9 @@ Field names follow timm's `pretrained_cfg` where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+import math
 from pathlib import Path
 import tomllib
 from typing import Any
@@ -153,13 +154,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelContractError(f"{path} is not TOML: {error}.") from error
     try:
         manifest = _from_toml(raw)
-    except (KeyError, TypeError, ValueError) as error:
+        problems = list(_contract_problems(manifest))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelContractError(f"{path}: {type(error).__name__}: {error}.") from error
-    _check_contract(manifest, path)
+    if problems:
+        raise ModelContractError(f"{path}: {'; '.join(problems)}.")
     return manifest
 
 
 def _from_toml(raw: dict[str, Any]) -> Manifest:
+    _refuse_unknown(raw, Manifest)
+    _refuse_unknown(raw["output"], OutputSpec)
+    _refuse_unknown(raw["conformal"], ConformalSpec)
     output = raw["output"]
     return Manifest(
         **{key: str(raw[key]) for key in _SCALARS},
@@ -190,12 +196,17 @@ def _from_toml(raw: dict[str, Any]) -> Manifest:
 _SCALARS = ("model_id", "architecture", "tag", "modality", "created", "licence", "training_data", "onnx")
 
 
+def _refuse_unknown(table: Mapping[str, Any], kind: type) -> None:
+    if unknown := set(table) - {field.name for field in fields(kind)}:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+
+
 def _tuple(value: object) -> Any:  # noqa: ANN401 - a TOML value
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_contract(manifest: Manifest, path: Path) -> None:
-    output = manifest.output
+def _contract_problems(manifest: Manifest) -> Iterator[str]:
+    output, conformal = manifest.output, manifest.conformal
     named = {manifest.onnx, manifest.ood.statistics}
     named |= {space.transform for space in manifest.spaces}
     named |= {space.references for space in manifest.spaces}
@@ -203,19 +214,35 @@ def _check_contract(manifest: Manifest, path: Path) -> None:
     rules = (
         (manifest.model_id == f"{manifest.architecture}.{manifest.tag}", "model_id is not architecture.tag"),
         (manifest.modality == "dermoscopic", f"modality {manifest.modality!r} is not dermoscopic"),
-        (set(output.label_map) == set(output.label_space), "label_map does not cover label_space"),
+        (
+            sorted(output.label_map) == sorted(output.label_space),
+            "label_map does not cover label_space, each label once",
+        ),
         (
             sorted(output.label_map.values()) == sorted(TRAINED),
             f"labels must map one to one onto {', '.join(TRAINED)}",
         ),
         (output.embedding_dim == EMBEDDING_DIM, f"embedding_dim is not {EMBEDDING_DIM}"),
         (
-            set(manifest.conformal.thresholds) == set(TRAINED),
+            set(conformal.thresholds) == set(TRAINED),
             "conformal thresholds do not cover the trained diagnoses",
         ),
-        (manifest.calibration.temperature > 0, "temperature must be positive"),
         (bool(manifest.spaces), "there is no embedding space"),
         (not unvouched, f"no digest for {unvouched}"),
+        # Not-a-number compares false with everything: a rule whose threshold it is would never fire.
+        (0 < manifest.calibration.temperature < math.inf, "temperature must be positive"),
+        (0 < conformal.coverage < 1, "coverage must lie between 0 and 1"),
+        (
+            all(0 <= threshold <= 1 for threshold in conformal.thresholds.values()),
+            "conformal thresholds must be probabilities",
+        ),
+        (
+            math.isfinite(manifest.ood.slope) and math.isfinite(manifest.ood.intercept),
+            "slope and intercept of the out-of-distribution score must be finite",
+        ),
+        (
+            all(0 <= point.threshold <= 1 for point in manifest.operating_points.values()),
+            "thresholds of operating points must be probabilities",
+        ),
     )
-    if problems := [problem for kept, problem in rules if not kept]:
-        raise ModelContractError(f"{path}: {'; '.join(problems)}.")
+    return (problem for kept, problem in rules if not kept)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 import onnxruntime as ort
 
-from model_store.manifest import OutputSpec
+from model_store.manifest import Manifest, OutputSpec
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
@@ -37,11 +37,15 @@ class InferenceSession:
         # Spinning threads would take the cores that the other stages need.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         manifest = model.manifest
-        self._session = ort.InferenceSession(
-            model.path(manifest.onnx).read_bytes(), options, providers=[provider]
-        )
+        try:
+            self._session = ort.InferenceSession(
+                model.path(manifest.onnx).read_bytes(), options, providers=[provider]
+            )
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common base but this
+            raise ModelContractError(f"{manifest.onnx} is no model: {type(error).__name__}.") from error
         if provider not in self._session.get_providers():
             raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
+        _check_graph(self._session, manifest)
         self._input = manifest.input.name
         self._outputs = [manifest.output.logits, manifest.output.bottleneck]
         self._order = _logit_order(manifest.output)
@@ -50,6 +54,20 @@ class InferenceSession:
         """Logits N×8 in the order of `TRAINED`, and bottleneck N×512."""
         logits, bottleneck = self._session.run(self._outputs, {self._input: pixels})
         return logits[:, self._order], bottleneck
+
+
+def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
+    """Raise ModelContractError unless the graph has the inputs and outputs that its manifest says."""
+    channels, height, width = manifest.input.input_size
+    expected = {
+        manifest.input.name: ("tensor(uint8)", [height, width, channels]),
+        manifest.output.logits: ("tensor(float)", [len(manifest.output.label_space)]),
+        manifest.output.bottleneck: ("tensor(float)", [manifest.output.embedding_dim]),
+    }
+    ports = [*session.get_inputs(), *session.get_outputs()]
+    found = {port.name: (port.type, list(port.shape[1:])) for port in ports}
+    if found != expected:
+        raise ModelContractError(f"{manifest.onnx} has {found}, its manifest says {expected}.")
 
 
 def _logit_order(output: OutputSpec) -> NDArray[np.intp]:

@@ -8,7 +8,6 @@ model folder and seals it anew.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_jobs.training.dataset import LabelledImage, isic_folder, read_pixels, read_rows
+from data_jobs.training.dataset import LabelledImage, isic_folder, load_pixels, read_rows
 from data_jobs.training.manifest_file import seal
 from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.resize import InputGeometry
@@ -86,13 +85,12 @@ def embed_rows(
 ) -> NDArray[np.float32]:
     """N×512 unit vectors of the rows, by the service's own preprocess, session and space."""
     geometry = geometry_of(spec)
-
-    def parts() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(rows), batch):
-            pixels = [read_pixels(row, archive, geometry) for row in rows[start : start + batch]]
-            yield space.embed(session.run(np.stack(pixels))[1])
-
-    return np.concatenate(list(parts()))
+    parts = []
+    for start in range(0, len(rows), batch):
+        indices = range(start, min(start + batch, len(rows)))
+        pixels = load_pixels(rows, indices, archive, geometry)
+        parts.append(space.embed(session.run(pixels)[1]))
+    return np.concatenate(parts)
 
 
 def geometry_of(spec: InputSpec) -> InputGeometry:

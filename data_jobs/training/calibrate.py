@@ -10,7 +10,7 @@ is not read. `references.parquet` is left empty: `data_jobs.references.bundle` f
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 import json
 from pathlib import Path
@@ -47,6 +47,7 @@ from data_jobs.training.ranking import area_under_curve
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Scan, open_onnx, scan_images, scan_pixels
 from data_jobs.training.unknown import (
+    SHRINKAGES,
     ClassStatistics,
     distance_score,
     fit_logistic,
@@ -128,16 +129,37 @@ def soften(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7)))
 
 
+@dataclass(frozen=True, slots=True)
+class FittedUnknown:
+    """How p(UNK) is computed, and the scores it was fitted on.
+
+    `known` are the scores of the calibration fold, `scores` those of every outlier.
+    """
+
+    statistics: ClassStatistics
+    shrinkage: float
+    slope: float
+    intercept: float
+    known: Floats
+    scores: Floats
+
+
 def fit_unknown(
     train: Scan, train_labels: Labels, held: Scan, outliers: list[Outlier], outlier_scan: Scan
-) -> tuple[ClassStatistics, float, float, Floats, Floats]:
-    """(statistics, slope, intercept, scores of the calibration fold, scores of the outliers)."""
-    statistics = fit_statistics(train.bottleneck, train_labels)
-    known = distance_score(held.bottleneck, statistics)
-    scores = distance_score(outlier_scan.bottleneck, statistics)
+) -> FittedUnknown:
+    """The statistics whose shrinkage best ranks the outliers of the `fit` part after the calibration fold."""
     fitting = np.array([outlier.part == "fit" for outlier in outliers])
-    slope, intercept = fit_logistic(known, scores[fitting])
-    return statistics, slope, intercept, known, scores
+
+    def fit(shrinkage: float) -> tuple[float, FittedUnknown]:
+        statistics = fit_statistics(train.bottleneck, train_labels, shrinkage)
+        known = distance_score(held.bottleneck, statistics)
+        scores = distance_score(outlier_scan.bottleneck, statistics)
+        both = np.concatenate([known, scores[fitting]])
+        auroc = area_under_curve(both, np.arange(len(both)) >= len(known))
+        slope, intercept = fit_logistic(known, scores[fitting])
+        return auroc, FittedUnknown(statistics, shrinkage, slope, intercept, known, scores)
+
+    return max((fit(shrinkage) for shrinkage in SHRINKAGES), key=lambda pair: pair[0])[1]
 
 
 def quantiles(values: Floats) -> dict[str, float]:
@@ -244,14 +266,15 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     outliers += skin_like(lesions, recipe.seed)
     is_skin = np.array([o.kind in {"inverted lesion", "lesion blurred away", "plain skin colour"} for o in outliers])
     outlier_scan = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers]))
-    statistics, slope, intercept, known, scores = fit_unknown(
-        train, labels_of(train_rows), held, outliers, outlier_scan
-    )
+    unknown = fit_unknown(train, labels_of(train_rows), held, outliers, outlier_scan)
+    known, scores = unknown.known, unknown.scores
+    slope, intercept = unknown.slope, unknown.intercept
     space, space_figures = choose_space(train, train_rows, held, held_rows)
     fitted = {
         "temperature": temperature,
         "slope": round(slope, 6),
         "intercept": round(intercept, 6),
+        "shrinkage": unknown.shrinkage,
         "training_images": len(train_indices),
     }
     plain = [o for o, skin in zip(outliers, is_skin, strict=True) if not skin]
@@ -279,7 +302,7 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(export / "model.onnx", folder / "model.onnx")
     shutil.copyfile(export / "export.json", folder / "export.json")
-    np.savez(folder / "ood.npz", means=statistics.means, precision=statistics.precision)
+    np.savez(folder / "ood.npz", means=unknown.statistics.means, precision=unknown.statistics.precision)
     np.savez(folder / content["spaces"][0]["transform"], mean=space.mean, matrix=space.matrix)
     (folder / "calibration.json").write_text(json.dumps(report, indent=1) + "\n")
     write_references(folder / "references.parquet", [], np.empty((0, 512), np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 import csv
 from dataclasses import dataclass
 import os
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_jobs.training.recipe import DataPlan
 from deployments.preprocess.decode import UploadLimits
-from deployments.preprocess.preprocess import PREPROCESS_VERSION, prepare_image
+from deployments.preprocess.resize import PREPROCESS_VERSION, prepare_image
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
@@ -132,8 +133,9 @@ def build_cache(
 def load_pixels(
     rows: list[LabelledImage], indices: Iterable[int], folder: Path, geometry: InputGeometry
 ) -> NDArray[np.uint8]:
-    """Pixels of the rows at `indices`, uint8 N×side×side×3, in memory."""
-    return np.stack([read_pixels(rows[i], folder, geometry) for i in indices])
+    """Pixels of the rows at `indices`, uint8 N×side×side×3, in memory; decoded on several cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.stack(list(pool.map(lambda i: read_pixels(rows[i], folder, geometry), indices)))
 
 
 def read_pixels(row: LabelledImage, folder: Path, geometry: InputGeometry) -> NDArray[np.uint8]:

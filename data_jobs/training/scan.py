@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 import onnxruntime as ort
 
-from data_jobs.training.dataset import LabelledImage, read_pixels
+from data_jobs.training.dataset import LabelledImage, load_pixels
 from deployments.preprocess.resize import InputGeometry
 
 Pixels = NDArray[np.uint8]
@@ -62,8 +62,8 @@ def scan_images(
     picked = list(indices)
     parts = []
     for start in range(0, len(picked), batch):
-        images = [read_pixels(rows[i], folder, geometry) for i in picked[start : start + batch]]
+        pixels = load_pixels(rows, picked[start : start + batch], folder, geometry)
         if change is not None:
-            images = [change(image) for image in images]
-        parts.append(run(np.stack(images)))
+            pixels = np.stack([change(image) for image in pixels])
+        parts.append(run(pixels))
     return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))

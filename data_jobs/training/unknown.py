@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from data_jobs.training.probabilities import Floats, Labels
 
-#: Share of the within-class covariance replaced by a multiple of the identity.
-SHRINKAGE = 0.1
+#: Candidate shares of the within-class covariance to replace by a multiple of the identity.
+SHRINKAGES = (0.001, 0.01, 0.1)
 #: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
 PRIOR_UNKNOWN = 0.01
 
@@ -38,10 +38,12 @@ def class_means(features: NDArray[np.floating], labels: Labels) -> Floats:
     return np.stack([np.asarray(features[labels == c], np.float64).mean(0) for c in classes])
 
 
-def fit_statistics(features: NDArray[np.floating], labels: Labels) -> ClassStatistics:
+def fit_statistics(
+    features: NDArray[np.floating], labels: Labels, shrinkage: float = SHRINKAGES[1]
+) -> ClassStatistics:
     """Means and precision of the training folds' bottlenecks, N×512."""
     means = class_means(features, labels)
-    covariance = shrunk_covariance(features - means[labels], SHRINKAGE)
+    covariance = shrunk_covariance(features - means[labels], shrinkage)
     precision = np.linalg.inv(covariance)
     return ClassStatistics(means.astype(np.float32), precision.astype(np.float32))
 

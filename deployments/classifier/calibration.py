@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from model_store.registry import StoredModel
 from serve_app.domain.assessment import Classification
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.errors import StageFailed
 
 FloatArray = NDArray[np.float64]
 
@@ -62,7 +63,12 @@ class Calibrator:
         )
 
     def classify(self, logits: NDArray[np.float32], bottleneck: NDArray[np.float32]) -> list[Classification]:
-        """Logits N×8 and bottleneck N×512 to N classifications whose nine probabilities sum to 1."""
+        """Logits N×8 and bottleneck N×512 to N classifications whose nine probabilities sum to 1.
+
+        Raises StageFailed when the model's output is not finite.
+        """
+        if not (np.isfinite(logits).all() and np.isfinite(bottleneck).all()):
+            raise StageFailed("The model's output is not finite.")
         softmaxed = softmax(logits.astype(np.float64), self.temperature)
         scores = ood_score(bottleneck.astype(np.float64), self.means, self.precision)
         unknown = 1.0 / (1.0 + np.exp(np.clip(-(self.slope * scores + self.intercept), -60.0, 60.0)))

@@ -16,6 +16,8 @@ from serve_app.domain.patient import AnatomSite, ClinicalContext
 SERIOUSNESS = (Diagnosis.MEL, Diagnosis.SCC, Diagnosis.BCC, Diagnosis.AK, Diagnosis.UNK)
 
 _LEAST_KNOWN = 1e-9
+# A probability that misses its threshold by a rounding error has reached it.
+_ROUNDING = 1e-9
 
 
 def known_probabilities(classification: Classification) -> dict[Diagnosis, float]:
@@ -50,16 +52,20 @@ def check_operating_points(rules: Rules, operating_points: Mapping[str, float]) 
 
 
 def expected_severity(classification: Classification, weights: SeverityWeights) -> float:
-    """Sum severity x probability over the nine; benign diagnoses weigh nothing. 0 to 1."""
-    p = classification.probabilities
-    total = (
+    """Sum severity x probability over the nine; benign diagnoses weigh nothing. 0 to 1.
+
+    The unknown part weighs as much as the known part, and `unk` at least: doubt about an image
+    never makes it look less serious.
+    """
+    p = known_probabilities(classification)
+    known = (
         weights.mel * p[Diagnosis.MEL]
         + weights.scc * p[Diagnosis.SCC]
         + weights.bcc * p[Diagnosis.BCC]
         + weights.ak * p[Diagnosis.AK]
-        + weights.unk * p[Diagnosis.UNK]
     )
-    return min(max(total, 0.0), 1.0)
+    unknown = classification.probabilities[Diagnosis.UNK]
+    return min(max((1.0 - unknown) * known + unknown * max(known, weights.unk), 0.0), 1.0)
 
 
 def weigh_diagnoses(
@@ -74,11 +80,11 @@ def weigh_diagnoses(
     for diagnosis, threshold, level, urgency, because in _keratinocyte_rules(context, rules):
         mass = _or_more_serious(known, diagnosis)
         limit = threshold_of(threshold, operating_points)
-        if mass >= limit:
+        if mass + _ROUNDING >= limit:
             message = f"{diagnosis.display_name} or more serious: probability {mass:.1%} (threshold {limit:.1%}){because}."
             evidence.append(_demand(diagnosis.value.lower(), message, level, urgency))
     mass = _or_more_serious(classification.probabilities, Diagnosis.UNK)
-    if mass >= (limit := threshold_of(rules.unknown.threshold, operating_points)):
+    if mass + _ROUNDING >= (limit := threshold_of(rules.unknown.threshold, operating_points)):
         message = f"Not one of the known benign diagnoses: probability {mass:.1%} (threshold {limit:.1%})."
         evidence.append(_demand("not_benign", message, rules.unknown.level, rules.unknown.urgency))
     return evidence
@@ -116,11 +122,14 @@ def _keratinocyte_rules(
 def _melanoma(classification: Classification, rules: Rules, threshold: float) -> Evidence:
     probability = known_probabilities(classification)[Diagnosis.MEL]
     numbers = f"probability {probability:.1%} (threshold {threshold:.1%})"
-    if probability >= threshold:
+    if probability + _ROUNDING >= threshold:
         message = f"Melanoma: {numbers}."
         return _demand("melanoma", message, rules.melanoma.level, rules.melanoma.urgency)
     plausible = rules.melanoma_plausible
-    if Diagnosis.MEL in classification.prediction_set or probability >= plausible.fraction * threshold:
+    if (
+        Diagnosis.MEL in classification.prediction_set
+        or probability + _ROUNDING >= plausible.fraction * threshold
+    ):
         message = f"Melanoma is below its threshold but not excluded: {numbers}."
         return _demand("melanoma_plausible", message, plausible.level, plausible.urgency)
     return Evidence("melanoma", Effect.NONE, f"Melanoma: {numbers}.")

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api import health, lesions, timeline
 from serve_app.api.admission import AdmissionGate
+from serve_app.api.assessor import Assessor
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
@@ -44,7 +45,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         records=records,
         keys=keys,
         live=LiveModelWatch(pool),
-        triage=Triage(stages=stages, records=records, keys=keys, service_version=SERVICE_VERSION),
+        triage=Triage(assessor=Assessor(stages, service_version=SERVICE_VERSION), records=records, keys=keys),
         admission=AdmissionGate(
             max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
         ),
@@ -76,6 +77,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
             with contextlib.suppress(asyncio.CancelledError):
                 await recovering
             await services.pool.close()
+            services.keys.close()
 
     app = FastAPI(
         title="pms-derm-cds",
@@ -84,6 +86,8 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
         lifespan=lifespan,
         # Nothing but the health routes is anonymous, so the document has a route of its own.
         openapi_url=None,
+        # A redirect would have the caller send a patient's image twice.
+        redirect_slashes=False,
     )
     install_problem_handlers(app)
     app.add_middleware(RequestIdMiddleware, answer=answer_request_id)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
 
 from serve_app.domain.errors import Unauthenticated
 from serve_app.security.tokens import Principal, TokenVerifier
 
+#: For the document alone: what counts as a bearer token is decided here.
+_DOCUMENTED = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
 
-async def authenticate(request: Request) -> Principal:
+
+async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> Principal:
     """Verify `Authorization: Bearer <JWT>`; raise Unauthenticated for anything else."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:

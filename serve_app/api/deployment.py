@@ -110,5 +110,8 @@ class Ingress:
         self._stages = ServeStages(**stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Build the application in the replica, where its handles are."""
-        return create_app(load_settings(), self._stages)
+        """Build the application in the replica, where its handles are.
+
+        Serve itself answers with X-Request-ID.
+        """
+        return create_app(load_settings(), self._stages, answer_request_id=False)

@@ -12,10 +12,10 @@ from serve_app.records.lesions import LesionStore
 
 logger = logging.getLogger("derm.recovery")
 
-#: Longer than a request may take (Triage.deadline_s), so that no live request is overtaken.
-ORPHANED_AFTER_S = 40.0
+#: Longer than a request may take (triage.DEADLINE_S), so that no live request is overtaken.
+ORPHANED_AFTER_S = 20.0
 #: How long one recovery may take before another replica tries.
-LEASE_S = 60.0
+LEASE_S = 30.0
 _PERIOD_S = 5.0
 
 

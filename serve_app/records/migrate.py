@@ -87,12 +87,18 @@ async def _migrate(
     for migration in missing:
         await _apply(connection, migration)
     if application_role is not None:
-        role = await connection.fetchval(_SQL["quote_role"], application_role)
-        if role is None:
-            raise SchemaMismatch(f"There is no role {application_role} to serve as.")
-        async with connection.transaction():
-            await connection.execute(_SQL["grant"].format(role=role))
+        await _grant(connection, application_role)
     return [migration.name for migration in missing]
+
+
+async def _grant(connection: asyncpg.Connection, application_role: str) -> None:
+    found = await connection.fetchrow(_SQL["find_role"], application_role)
+    if found is None:
+        raise SchemaMismatch(f"There is no role {application_role} to serve as.")
+    if found["migrates"]:  # an operator's database of one role: taking rights away would lock it out
+        return
+    async with connection.transaction():
+        await connection.execute(_SQL["grant"].format(role=found["role"]))
 
 
 async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:

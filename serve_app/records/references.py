@@ -97,7 +97,7 @@ class ReferenceStore:
         )
         async with self._pool.connection() as connection:
             async with connection.transaction():
-                await connection.execute(_SQL["without_time_limit"])
+                await connection.execute(_SQL["without_time_limits"])
                 await connection.execute(_SQL["make_arrivals"], timeout=60)
                 await connection.copy_records_to_table("arrivals", records=records, timeout=600)
                 await connection.execute(_SQL["take_in_space"], embedding_space)

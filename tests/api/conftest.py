@@ -92,12 +92,12 @@ async def local_stages(service_urls: DatabaseUrls, models: Path) -> AsyncIterato
     """Make plain stages; `answer_all` lets no image be refused as unfamiliar, whatever the model."""
     pool = await open_pool(service_urls.app, minimum=0, maximum=4)
 
-    def make(*, min_side: int = 224, answer_all: bool = True) -> LocalStages:
+    def make(*, min_side: int = 224, answer_all: bool = True, threads: int = 1) -> LocalStages:
         stages = LocalStages(
             models=models,
             references=ReferenceStore(pool),
             limits=UploadLimits(min_side=min_side),
-            threads=1,
+            threads=threads,
             policy_version=POLICY,
         )
         if answer_all:

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from serve_app.api import triage
 from serve_app.api.recovery import recover_once
 from serve_app.domain.errors import Overloaded, StageFailed
 
@@ -170,11 +171,11 @@ async def test_a_defect_before_the_first_commit_is_a_problem_of_ours(start_servi
         assert await service.counts() == before
 
 
-async def test_a_stage_that_hangs_is_pending_at_the_deadline(start_service, local_stages) -> None:
+async def test_a_stage_that_hangs_is_pending_at_the_deadline(start_service, local_stages, monkeypatch) -> None:
     async with start_service(
         Faulty(local_stages(), "nearest", lambda: asyncio.sleep(3600), calls={1})
     ) as service:
-        service.app.state.services.triage._deadline_s = 0.5
+        monkeypatch.setattr(triage, "DEADLINE_S", 0.5)
         response = await service.upload(await service.care())
         assert response.status_code == 202
         assert await recover(service) == 1

@@ -91,6 +91,15 @@ async def test_the_application_role_must_exist(empty) -> None:
         await migrate(empty.owner, application_role="nobody_here")
 
 
+@pytest.mark.parametrize("role", [None, "derm_owner"])
+async def test_one_role_can_migrate_and_serve(empty, role: str | None) -> None:
+    await migrate(empty.owner, application_role=role)
+    may = (
+        "SELECT bool_and(has_table_privilege(c.oid, 'UPDATE')) AS may FROM pg_class AS c WHERE relkind = 'r'"
+    )
+    assert await _fetch(empty.owner, f"{may} AND relnamespace = 'public'::regnamespace") == [(True,)]
+
+
 async def test_every_table_says_what_it_is(empty) -> None:
     await migrate(empty.owner, application_role="derm_app")
     rows = await _fetch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
@@ -163,6 +164,14 @@ async def test_loading_again_updates_and_reaches_other_spaces(
     old = await references.nearest(vectors[0], embedding_space="old", k=1)
     assert new.similar[0].isic_id == old.similar[0].isic_id == "TWO_0"
     assert old.nearest_malignant == old.similar[0]
+
+
+async def test_two_loaders_at_once_wait_for_each_other(owner_pool, references, unit_vectors, loaded) -> None:
+    images = [replace(image, isic_id=f"BOTH_{n}") for n, image in enumerate(loaded[0])]
+    vectors, store = unit_vectors(len(images)), ReferenceStore(owner_pool)
+    loads = (store.load(images, vectors, embedding_space="both") for _ in range(2))
+    await asyncio.gather(*loads)
+    assert await references.count("both") == len(images)
 
 
 async def test_bad_references_are_refused_whole(owner_pool, references, loaded, unit_vectors) -> None:

@@ -28,9 +28,9 @@ SELECT version, name, sha256 FROM schema_migrations ORDER BY version;
 -- Note a migration as applied, in its own transaction.
 INSERT INTO schema_migrations (version, name, sha256) VALUES ($1, $2, $3);
 
--- name: quote_role
--- Quote a role's name; nothing when there is no such role.
-SELECT quote_ident(rolname) FROM pg_roles WHERE rolname = $1;
+-- name: find_role
+-- Find a role: its quoted name, and whether it is the one that migrates.
+SELECT quote_ident(rolname) AS role, rolname = current_user AS migrates FROM pg_roles WHERE rolname = $1;
 
 -- name: grant
 -- Give the application role what serving needs and no more; {role} is filled in, quoted.

@@ -155,6 +155,6 @@ SET
 -- Let the planner know what is there now.
 ANALYZE reference_images, reference_embeddings;
 
--- name: without_time_limit
--- Lift the time limit that a request has, for this transaction.
-SET LOCAL statement_timeout = 0;
+-- name: without_time_limits
+-- Lift the time limits that a request has, for this transaction: loaders wait for each other.
+SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deployments.risk.diagnosis_rules import SERIOUSNESS
@@ -13,27 +13,35 @@ from serve_app.domain.assessment import Change, Classification, Outcome
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History
 
-FEW = settings(max_examples=200, deadline=None)
+FEW = settings(max_examples=300, deadline=None)
 RANK = {d: len(SERIOUSNESS) - i for i, d in enumerate(SERIOUSNESS)}
 
 
 @st.composite
 def classifications(draw):
-    weights = draw(st.lists(st.floats(0.0, 1.0), min_size=9, max_size=9).filter(lambda w: sum(w) > 0.01))
-    p = dict(zip(Diagnosis, (w / sum(weights) for w in weights), strict=True))
-    members = draw(st.sets(st.sampled_from(TRAINED)))
+    """Around the thresholds: a benign bulk, and a little of some of the others."""
+    little = st.sampled_from([0.0, 0.0, 0.0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.45])
+    weights = {d: draw(little) for d in Diagnosis}
+    bulk = draw(st.sampled_from([Diagnosis.NV, Diagnosis.BKL, *Diagnosis]))
+    weights[bulk] += draw(st.sampled_from([0.1, 0.5, 1.0, 2.0]))
+    p = {d: weight / sum(weights.values()) for d, weight in weights.items()}
+    members = draw(st.sampled_from([(), (bulk,), (Diagnosis.NV, Diagnosis.BKL), TRAINED]))
     return Classification(p, tuple(d for d in TRAINED if d in members), 0.95, 1.0)
 
 
-flags = st.sampled_from([None, False, True])
+flags = st.sampled_from([None, False, False, True])
+# Few points, or the checklist would decide every case.
+checklists = st.sampled_from(
+    [None, None, Checklist(), Checklist(oozing=True), Checklist(change_in_size=True)]
+)
 contexts = st.builds(
     ClinicalContext,
     anatom_site_general=st.none() | st.sampled_from(AnatomSite),
     age_approx=st.none() | st.integers(0, 110),
     history=st.builds(History, flags, flags, flags, flags),
-    checklist=st.none() | st.builds(Checklist, *[st.booleans()] * 7),
+    checklist=checklists,
 )
-shares = st.none() | st.floats(0.0, 1.0)
+shares = st.sampled_from([None, 0.0, 0.1, 0.3, 0.4, 0.6])
 
 
 def not_lower(before, after) -> None:
@@ -56,8 +64,9 @@ def not_lower(before, after) -> None:
 def test_probability_that_moves_to_a_more_serious_diagnosis(
     assess, neighbours, c, context, share, source, target, part
 ):
-    if RANK.get(source, 0) >= RANK[target]:
-        return
+    # From UNK only to melanoma: elsewhere, melanoma is less likely among the known ones than before.
+    assume(RANK.get(source, 0) < RANK[target])
+    assume(target is not Diagnosis.UNK and (source is not Diagnosis.UNK or target is Diagnosis.MEL))
     moved = part * c.probabilities[source]
     p = dict(c.probabilities)
     p[source] -= moved
@@ -80,6 +89,15 @@ def test_melanoma_raised_at_the_cost_of_all_others(assess, c, context, part):
 
 
 @FEW
+@given(classifications(), contexts, st.floats(0.0, 1.0))
+def test_more_doubt_about_the_image(assess, c, context, part):
+    p = {d: value * (1 - part) for d, value in c.probabilities.items()}
+    p[Diagnosis.UNK] += part
+    more = replace(c, probabilities=p)
+    not_lower(assess(classification=c, context=context), assess(classification=more, context=context))
+
+
+@FEW
 @given(classifications(), contexts, st.data())
 def test_a_risk_factor_more(assess, c, context, data):
     name = data.draw(
@@ -91,9 +109,9 @@ def test_a_risk_factor_more(assess, c, context, data):
         more = replace(context, checklist=replace(context.checklist or Checklist(), **{name: True}))
     elif name == "age":
         more = replace(context, age_approx=max(context.age_approx or 0, data.draw(st.integers(0, 110))))
-    elif context.anatom_site_general is AnatomSite.ORAL_GENITAL:
-        return  # a site is not added to a site where delay does harm as well
     else:
+        # Not from a site where delay does harm as well, but the skin is not exposed.
+        assume(context.anatom_site_general is not AnatomSite.ORAL_GENITAL)
         more = replace(context, anatom_site_general=AnatomSite.HEAD_NECK)
     not_lower(assess(classification=c, context=context), assess(classification=c, context=more))
 

@@ -1,0 +1,80 @@
+"""`derm-cds`: what an operator needs at a desk."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+import os
+from pathlib import Path
+import sys
+
+from pydantic import ValidationError
+
+from cluster.ray_node import RayFailed
+from serve_app.domain.errors import DermError
+from serve_app.settings import default_home
+
+#: Command: the module that defines it, and what it does. Only the chosen one's module is
+#: imported: the supervisor stays in memory, and most others bring 40 MB along.
+COMMANDS = {
+    "serve": ("serve", "start everything and keep it running"),
+    "stop": ("serve", "stop what `serve` runs"),
+    "status": ("status", "say what runs, and how it is"),
+    "migrate": ("records", "bring the schema up to date"),
+    "assign": ("records", "put a patient into a clinician's care"),
+    "references": ("references", "load the confirmed cases that similarity search finds"),
+    "models": ("models", "list, show or verify the models in the store"),
+    "environment": ("environment", "print what a shell needs to use `ray` and `serve` on this node"),
+    "token": ("token", "sign a bearer token, for development"),
+    "sample": ("sample", "draw a lesion to try the service with"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; an expected failure is one line on standard error and exit code 1."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = _parser(given).parse_args(given)
+    # Settings, and every process that is started, read it from here.
+    parsed.home = parsed.home.expanduser().resolve()
+    os.environ["DERM_HOME"] = str(parsed.home)
+    # Secrets, patients' images, logs: nobody else's to read.
+    os.umask(0o077)
+    try:
+        code: int = parsed.run(parsed)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"DERM_{'_'.join(map(str, at['loc'])).upper()}: {at['msg']}" for at in error.errors()
+        )
+        return _fail(f"{wrong}. Has `derm-cds serve` run in {parsed.home}?")
+    except (DermError, RayFailed, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+    return code
+
+
+def _parser(given: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="derm-cds", description="Dermatology decision support for clinicians, never a diagnosis."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        command.add_argument(
+            "--home",
+            type=Path,
+            default=default_home(),
+            help="where the node keeps its state ($DERM_HOME; default: %(default)s)",
+        )
+        if given[:1] == [name]:
+            import_module(f"cluster.commands.{module}").define(name, command)
+    return parser
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"derm-cds: {message}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `derm-cds` can do: one file a group of commands."""

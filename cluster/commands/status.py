@@ -1,0 +1,110 @@
+"""`derm-cds status`: what runs here and how it is; exit code 0 ready, 1 in trouble, 3 not running."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import asdict
+import json
+from pathlib import Path
+import sys
+from typing import Any
+import urllib.error
+import urllib.request
+
+import psutil
+
+from cluster.database import own_database
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.ray_node import RayNode
+from cluster.running import running_service
+from serve_app.domain.errors import DermError
+from serve_app.records.migrate import pending
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import live_model
+
+READY, TROUBLE, STOPPED = 0, 1, 3
+
+
+def define(_name: str, parser: argparse.ArgumentParser) -> None:
+    """Define `status`."""
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status, code = _look(arguments.home)
+    if arguments.json:
+        sys.stdout.write(json.dumps(status, indent=1) + "\n")
+    else:
+        width = max(len(part) for part in status)
+        for part, found in status.items():
+            said = found if isinstance(found, str) else ", ".join(f"{k} {v}" for k, v in found.items())
+            sys.stdout.write(f"{part:>{width}}  {said}\n")
+    return code
+
+
+def _look(home: Path) -> tuple[dict[str, Any], int]:
+    running = running_service(home)
+    status: dict[str, Any] = {"home": str(home)}
+    status["service"] = asdict(running) if running else "not running"
+    status["ray"] = _ray(home)
+    urls = own_database()
+    status["database"], urls = ("DERM_DATABASE_URL", urls) if urls else _embedded(home)
+    if urls is not None:
+        try:
+            status |= asyncio.run(_records(urls))
+        except DermError as error:
+            status["records"] = str(error)
+    if running is None:
+        return status, STOPPED
+    status["readyz"] = _readyz(running.url)
+    return status, READY if status["readyz"] == "ready" else TROUBLE
+
+
+def _ray(home: Path) -> dict[str, Any] | str:
+    processes = RayNode(home).processes()
+    if not processes:
+        return "not running"
+    memory = 0
+    for process in processes:
+        try:
+            memory += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return {"processes": len(processes), "pss_mb": round(memory / 1e6)}
+
+
+def _embedded(home: Path) -> tuple[dict[str, Any] | str, DatabaseUrls | None]:
+    if not (home / "postgres.json").exists():
+        return "not set up", None
+    server = EmbeddedPostgres(home)
+    if not server.is_running():
+        return "embedded PostgreSQL, not running", None
+    return {"embedded PostgreSQL, pid": server.pid()}, server.ensure()
+
+
+async def _records(urls: DatabaseUrls) -> dict[str, Any]:
+    missing = await pending(urls.owner)
+    if missing:
+        return {"schema": f"pending: {', '.join(missing)}"}
+    pool = await open_pool(urls.app, minimum=0, maximum=1)
+    try:
+        live = await live_model(pool)
+        count = await ReferenceStore(pool).count(live.embedding_space) if live else 0
+    finally:
+        await pool.close()
+    return {
+        "schema": "up to date",
+        "model": asdict(live) if live else "none published",
+        "references": str(count),
+    }
+
+
+def _readyz(url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:  # noqa: S310
+            return str(json.load(answer)["status"])
+    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
+        return f"no answer ({error})"

@@ -1,0 +1,149 @@
+"""`derm-cds serve`: brings the service up, keeps it up, and takes all of it down again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+import os
+from pathlib import Path
+import signal
+from threading import Event, Thread
+from types import FrameType
+
+from cluster.database import own_database
+from cluster.ports import choose_port, is_listened_on, listener_on
+from cluster.postgres import EmbeddedPostgres
+from cluster.postgres_supervisor import supervise
+from cluster.progress import report
+from cluster.ray_node import RayFailed, RayNode, live
+from cluster.running import Running, Tenancy, occupy
+from cluster.startup import GivenUp, StartFailed, Startup
+
+_LOOK_EVERY_S = 1.0
+_BACKOFF_S = (2.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody asked `derm-cds serve` for."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    profile: str = "cpu"
+    model: str | None = None
+    dashboard: bool = False
+
+
+def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
+    """Serve until SIGINT or SIGTERM; then stop all that belongs to this home, and nothing else.
+
+    `on_ready(url, first)` is told once that the service answers, with prepare.FirstRequest's
+    fields. Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
+    """
+    with occupy(wish.home) as tenancy, _asked_to_stop() as stop:
+        stale = RayNode(wish.home)
+        if stale.processes():
+            report("Ray: ending what an earlier start left behind")
+            stale.stop()
+        node = _node(wish)
+        postgres = None if own_database() else EmbeddedPostgres(wish.home)
+        startup = Startup(node, postgres, wish.host, wish.port, wish.profile, wish.model, stop)
+        url = _announce(tenancy, wish, node)
+        try:
+            first = startup.bring_up()
+            tenancy.announce_ready()
+            on_ready(url, first)
+            _keep_up(startup)
+        except GivenUp:
+            pass
+        finally:
+            _take_down(node, postgres)
+
+
+def _node(wish: Wish) -> RayNode:
+    if is_listened_on(wish.host, wish.port):
+        raise StartFailed(
+            f"Port {wish.port} on {wish.host} is taken by {listener_on(wish.port)}; "
+            "stop that, or choose another with --port."
+        )
+    chosen = [wish.port]
+    for wanted in (6379, 8404, 9101, 8265):
+        chosen.append(choose_port(wanted, taken=chosen))
+    _, ray_port, stats_port, metrics_port, dashboard_port = chosen
+    return RayNode(
+        wish.home,
+        port=ray_port,
+        dashboard=wish.dashboard,
+        dashboard_port=dashboard_port,
+        stats_port=stats_port,
+        metrics_port=metrics_port,
+    )
+
+
+def _announce(tenancy: Tenancy, wish: Wish, node: RayNode) -> str:
+    host = f"[{wish.host}]" if ":" in wish.host else wish.host
+    running = Running(
+        pid=os.getpid(),
+        url=f"http://{host}:{wish.port}",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ready=False,
+        profile=wish.profile,
+        ray_port=node.port,
+        stats_port=node.stats_port,
+        metrics_port=node.metrics_port,
+        dashboard_port=node.dashboard_port if node.dashboard else None,
+    )
+    tenancy.announce(running)
+    return running.url
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Event]:
+    stop = Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if not stop.is_set():
+            report("stopping")
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep_up(startup: Startup) -> None:
+    """Watch until asked to stop; what has died is started again, ever more slowly while that fails."""
+    if startup.postgres is not None:
+        Thread(target=supervise, args=(startup.postgres, startup.stop), daemon=True).start()
+    node, backoff_s = startup.node, _BACKOFF_S[0]
+    core = node.core()
+    while not startup.stop.wait(_LOOK_EVERY_S):
+        if live(core):
+            continue
+        report("Ray: the node has died; starting it again")
+        try:
+            node.stop()
+            node.start()
+            startup.deploy()
+        except (RayFailed, StartFailed) as error:
+            report(f"Ray: {error}\nnext try in {backoff_s:.0f} s")
+            startup.stop.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
+        else:
+            report("ready again")
+            backoff_s = _BACKOFF_S[0]
+        core = node.core()
+
+
+def _take_down(node: RayNode, postgres: EmbeddedPostgres | None) -> None:
+    node.stop()
+    report("Ray: stopped")
+    if postgres is not None:
+        postgres.stop()
+        report("PostgreSQL: stopped")

@@ -1,0 +1,158 @@
+"""One image through the stages: what is found, in the order it is found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.classifier.classifier import ClassifierOutput
+from deployments.preprocess.preprocess import PreparedImage
+from deployments.risk.findings import Findings
+from serve_app.api.stages import Stages
+from serve_app.domain.assessment import Assessment, Change, Outcome, Provenance
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.errors import RejectedUpload, StageFailed
+from serve_app.domain.patient import ClinicalContext
+from serve_app.records.lesion_rows import PreviousAssessment
+from serve_app.records.serving import LiveModel
+
+
+class Timings(dict[str, float]):
+    """Milliseconds of each stage as the interface waited for it, hops included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = perf_counter()
+
+    def lap(self, stage: str, since: float) -> None:
+        """Note how long a stage took."""
+        self[stage] = round((perf_counter() - since) * 1000.0, 2)
+
+    def stop(self) -> None:
+        """Note the whole time up to now."""
+        self.lap("total", self._started)
+
+
+@dataclass(slots=True)
+class Examination:
+    """An accepted image with the classifier already at work on it, on one model from end to end."""
+
+    live: LiveModel
+    prepared: PreparedImage
+    classifying: asyncio.Task[ClassifierOutput]
+    timings: Timings = field(default_factory=Timings)
+
+    async def discard(self) -> None:
+        """End the classifier's work if it is still wanted by nobody."""
+        self.classifying.cancel()
+        # Gathered, so that a failure that nobody will look at is not reported as one.
+        await asyncio.gather(self.classifying, return_exceptions=True)
+
+
+class Assessor:
+    """Runs the stages; stores nothing."""
+
+    def __init__(self, stages: Stages, *, service_version: str) -> None:
+        self._stages = stages
+        self._service_version = service_version
+
+    async def examine(self, image: bytes, live: LiveModel) -> Examination:
+        """Prepare an image and start classifying it.
+
+        Raises RejectedUpload for an image that this service does not take.
+        """
+        timings = Timings()
+        since = perf_counter()
+        prepared = await self._stages.prepare(live.model_id, image)
+        timings.lap("preprocess", since)
+        if isinstance(prepared, RejectedUpload):
+            raise prepared
+        since = perf_counter()
+        classifying = asyncio.create_task(self._stages.classify(live.model_id, prepared.pixels))
+        classifying.add_done_callback(lambda _: timings.lap("classifier", since))
+        return Examination(live, prepared, classifying, timings)
+
+    async def assess(
+        self,
+        examination: Examination,
+        *,
+        context: ClinicalContext,
+        top_k: int,
+        licences: tuple[str, ...],
+        previous: PreviousAssessment | None,
+    ) -> Assessment:
+        """Wait for the classifier, and conclude from everything.
+
+        Raises StageFailed when a stage does not answer, or the classifier ran another model
+        than the published one; Overloaded when a stage refused the work.
+        """
+        live, prepared, timings = examination.live, examination.prepared, examination.timings
+        output = await examination.classifying
+        if output.model_digest != live.model_digest:
+            raise StageFailed("The classifier's model is not the one that was published.")
+        since = perf_counter()
+        embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
+        timings.lap("embedder", since)
+        since = perf_counter()
+        neighbours = await self._stages.nearest(embedding, live.embedding_space, top_k, licences)
+        timings.lap("retriever", since)
+        change = None if previous is None else _compare(previous, output, embedding)
+        since = perf_counter()
+        conclusion = await self._stages.conclude(
+            live.model_id,
+            Findings(
+                quality=prepared.quality,
+                width=prepared.width,
+                height=prepared.height,
+                classification=output.classification,
+                neighbours=neighbours,
+                context=context,
+                change=change,
+            ),
+        )
+        timings.lap("risk", since)
+        timings.stop()
+        answered = conclusion.outcome is not Outcome.REFUSED
+        return Assessment(
+            outcome=conclusion.outcome,
+            reasons=conclusion.reasons,
+            quality=conclusion.quality,
+            classification=output.classification if answered else None,
+            risk=conclusion.risk if answered else None,
+            neighbours=neighbours if answered else None,
+            change=change if answered else None,
+            provenance=Provenance(
+                model_id=output.model_id,
+                model_digest=output.model_digest,
+                embedding_space=live.embedding_space,
+                preprocess_version=prepared.preprocess_version,
+                policy_version=conclusion.policy_version,
+                service_version=self._service_version,
+            ),
+            embedding=embedding if answered else None,
+            timings_ms=timings,
+        )
+
+
+def _compare(
+    previous: PreviousAssessment, output: ClassifierOutput, embedding: NDArray[np.float32]
+) -> Change:
+    """What moved since the last visit; similarity is a cosine, both vectors being unit."""
+    now, then = _melanoma(output.classification.probabilities), _melanoma(previous.probabilities)
+    return Change(
+        since=previous.created_at.isoformat(),
+        compared_image_id=str(previous.image_id),
+        similarity=None if previous.embedding is None else float(previous.embedding @ embedding),
+        melanoma_probability_delta=now - then,
+    )
+
+
+def _melanoma(probabilities: Mapping[Diagnosis, float]) -> float:
+    """p(MEL) among the known eight: more doubt in one of two images must not hide a rise."""
+    known = 1.0 - probabilities[Diagnosis.UNK]
+    return probabilities[Diagnosis.MEL] / known if known > 0.0 else 0.0

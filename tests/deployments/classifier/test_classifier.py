@@ -1,0 +1,169 @@
+"""One forward pass: alone, in company, from many threads, and whatever the order of the labels."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+import os
+from pathlib import Path
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+
+from data_jobs.training.manifest_file import dump_toml
+from deployments.classifier.classifier import Classifier
+from model_store.manifest import MANIFEST_NAME
+from model_store.registry import ModelStore
+from serve_app.domain.errors import ModelContractError
+
+
+@pytest.fixture(scope="module")
+def classifier(models: Path, model_id: str) -> Classifier:
+    classifier = Classifier(ModelStore(models), threads=1)
+    classifier.load(model_id)
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def pixels(models: Path, model_id: str) -> list[np.ndarray]:
+    """Eight different pictures of the model's input size."""
+    _, height, width = ModelStore(models).open(model_id).manifest.input.input_size
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    pictures = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        blotch = np.exp(-((x - 0.5) ** 2 + (y - 0.4) ** 2) * (8 + 4 * seed))[..., None]
+        picture = 200 - blotch * random.uniform(60, 150, 3) + random.normal(0, 6, (height, width, 3))
+        pictures.append(np.clip(picture, 0, 255).astype(np.uint8))
+    return pictures
+
+
+def values(output) -> np.ndarray:
+    return np.array([*output.classification.probabilities.values(), output.classification.ood_score])
+
+
+def test_a_batch_is_as_good_as_one_by_one(classifier: Classifier, model_id: str, pixels) -> None:
+    alone = [classifier.classify(model_id, [picture])[0] for picture in pixels[:4]]
+    together = classifier.classify(model_id, pixels[:4])
+    for one, other in zip(alone, together, strict=True):
+        found, expected = (np.array(list(o.classification.probabilities.values())) for o in (other, one))
+        assert np.abs(found - expected).max() <= 1e-6
+        assert np.allclose(other.bottleneck, one.bottleneck, rtol=1e-4, atol=1e-4)
+        assert other.classification.prediction_set == one.classification.prediction_set
+
+
+def test_the_answer_is_the_same_every_time(classifier: Classifier, model_id: str, pixels) -> None:
+    first, second = (classifier.classify(model_id, pixels[:2]) for _ in range(2))
+    assert all((values(a) == values(b)).all() for a, b in zip(first, second, strict=True))
+
+
+def test_pictures_that_differ_are_told_apart(classifier: Classifier, model_id: str, pixels) -> None:
+    outputs = classifier.classify(model_id, pixels)
+    assert len({values(output).tobytes() for output in outputs}) == len(pixels)
+
+
+def test_threads_do_not_mix_their_answers(classifier: Classifier, model_id: str, pixels) -> None:
+    expected = [values(classifier.classify(model_id, [picture])[0]) for picture in pixels]
+    with ThreadPoolExecutor(6) as threads:
+        jobs = [i % len(pixels) for i in range(48)]
+        found = list(threads.map(lambda i: values(classifier.classify(model_id, [pixels[i]])[0]), jobs))
+    for i, value in zip(jobs, found, strict=True):
+        assert np.allclose(value, expected[i], rtol=0, atol=1e-6)
+
+
+def test_threads_load_one_model_once(models: Path, model_id: str, pixels) -> None:
+    fresh = Classifier(ModelStore(models), threads=1)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: fresh.load(model_id), range(8)))
+    assert len(fresh._loaded) == 1
+
+
+def test_the_output_names_its_model(classifier: Classifier, models: Path, model_id: str, pixels) -> None:
+    (output,) = classifier.classify(model_id, pixels[:1])
+    assert output.model_id == model_id
+    assert output.model_digest == ModelStore(models).open(model_id).digest
+    assert output.bottleneck.shape == (512,)
+    assert output.bottleneck.dtype == np.float32
+
+
+def test_an_unknown_model_is_refused(classifier: Classifier, pixels) -> None:
+    with pytest.raises(ModelContractError):
+        classifier.classify("nobody.here", pixels[:1])
+
+
+def test_the_order_of_the_labels_is_the_models_own_affair(
+    classifier: Classifier, models: Path, model_id: str, pixels, tmp_path: Path
+) -> None:
+    """Permute the graph's logits and the label space alike: the answer stays as it is."""
+    onnx = pytest.importorskip("onnx")
+    source = models / model_id
+    content = tomllib.loads((source / MANIFEST_NAME).read_text())
+    permutation = np.array([3, 0, 7, 5, 1, 6, 2, 4])
+    graph = onnx.load(source / content["onnx"])
+    name = content["output"]["logits"]
+    for node in graph.graph.node:
+        for i, output in enumerate(node.output):
+            if output == name:
+                node.output[i] = "logits_before"
+    indices = onnx.numpy_helper.from_array(permutation.astype(np.int64), "permutation")
+    graph.graph.initializer.append(indices)
+    gather = onnx.helper.make_node("Gather", ["logits_before", "permutation"], [name], axis=1)
+    graph.graph.node.append(gather)
+    _hold_to(classifier, model_id, pixels, tmp_path, source, content, permutation, graph.SerializeToString())
+
+
+def test_a_label_space_in_another_order_reads_the_logits_in_that_order(
+    classifier: Classifier, models: Path, model_id: str, pixels, tmp_path: Path
+) -> None:
+    """Without touching the graph: names and thresholds move with the labels, so only names change."""
+    source = models / model_id
+    content = tomllib.loads((source / MANIFEST_NAME).read_text())
+    labels = content["output"]["label_space"]
+    permutation = np.array([3, 0, 7, 5, 1, 6, 2, 4])
+    content["output"]["label_space"] = [labels[i] for i in permutation]
+    changed = _store(tmp_path, source, content)
+    found = Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:2])
+    expected = classifier.classify(model_id, pixels[:2])
+    mapped = content["output"]["label_map"]
+    for new, old in zip(found, expected, strict=True):
+        for position, original in enumerate(permutation):
+            moved = mapped[labels[original]]
+            stood = mapped[labels[position]]
+            assert new.classification.probabilities[moved] == pytest.approx(
+                old.classification.probabilities[stood], abs=1e-9
+            )
+
+
+def _hold_to(classifier, model_id, pixels, tmp_path, source, content, permutation, graph: bytes) -> None:
+    import hashlib
+
+    labels = content["output"]["label_space"]
+    content["output"]["label_space"] = [labels[i] for i in permutation]
+    content["files"][content["onnx"]] = {"bytes": len(graph), "sha256": hashlib.sha256(graph).hexdigest()}
+    changed = _store(tmp_path, source, content)
+    path = changed / model_id / content["onnx"]
+    path.unlink()
+    path.write_bytes(graph)
+    found = Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:3])
+    expected = classifier.classify(model_id, pixels[:3])
+    for new, old in zip(found, expected, strict=True):
+        assert dict(new.classification.probabilities) == pytest.approx(
+            dict(old.classification.probabilities), abs=1e-6
+        )
+        assert new.classification.prediction_set == old.classification.prediction_set
+
+
+def _store(tmp_path: Path, source: Path, content: dict) -> Path:
+    folder = tmp_path / "models" / source.name
+    shutil.copytree(source, folder, copy_function=_link)
+    (folder / MANIFEST_NAME).unlink()
+    (folder / MANIFEST_NAME).write_text(dump_toml(content))
+    return folder.parent
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)

@@ -1,0 +1,132 @@
+"""The whole graph on Ray Serve, asked over HTTP."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import httpx
+import jsonschema
+import numpy as np
+from PIL import Image
+import pytest
+
+from deployments.preprocess.decode import UploadLimits
+from graphs.local import LocalStages
+from serve_app.domain.diagnosis import Diagnosis
+
+pytestmark = pytest.mark.ray
+
+
+async def test_an_image_is_answered(pms, lesion_image, model_id) -> None:
+    patient, image = await pms.care(), lesion_image()
+    response = await pms.upload(patient, image, age_approx="50")
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    document = (await pms.client.get("/api/openapi.json", headers=pms.token())).json()
+    schema = {"$ref": "#/components/schemas/AssessmentDocument", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    assert response.headers["location"] == f"/api/lesions/{answer['lesion_id']}"
+    assert answer["provenance"]["model_id"] == model_id
+    assert all(answer["provenance"].values())
+    assert await pms.original(answer) == image
+    timeline = (await pms.client.get(response.headers["location"], headers=pms.token())).json()
+    assert timeline["assessments"] == [answer]
+
+
+async def test_a_follow_up_and_a_retry(pms, lesion_image) -> None:
+    patient = await pms.care()
+    first = (await pms.upload(patient, lesion_image())).json()
+    headers = {"Idempotency-Key": "end-to-end"}
+    sent = {"lesion_id": first["lesion_id"], "headers": headers}
+    second = await pms.upload(patient, lesion_image(2), **sent)
+    again = await pms.upload(patient, lesion_image(2), **sent)
+    assert (second.status_code, again.status_code) == (201, 201)
+    assert second.json() == again.json()
+    if first["outcome"] != "refused" != second.json()["outcome"]:
+        assert second.json()["change"]["compared_image_id"] == first["image_id"]
+
+
+async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, model_id: str) -> None:
+    """The same image through every hop has the same probabilities as in one process."""
+    stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.1")
+    compared = 0
+    for seed in range(1, 5):
+        image = lesion_image(seed, (900, 700))
+        prepared = await stages.prepare(model_id, image)
+        expected = (await stages.classify(model_id, prepared.pixels)).classification
+        answer = (await pms.upload(await pms.care(), image)).json()
+        assert answer["quality"]["sharpness"] == pytest.approx(prepared.quality.sharpness, abs=1e-9)
+        if answer["classification"] is None:
+            assert expected.probabilities[Diagnosis.UNK] > 0.5
+            continue
+        found = answer["classification"]["probabilities"]
+        assert found == pytest.approx(dict(expected.probabilities), abs=1e-6)
+        assert answer["classification"]["prediction_set"] == list(expected.prediction_set)
+        compared += 1
+    if not compared:
+        pytest.skip("this model refuses every drawing")
+
+
+async def test_originals_are_answered_in_full(pms, isic_dir: Path) -> None:
+    patient = await pms.care()
+    for path in sorted((isic_dir / "uploads").iterdir())[:6]:
+        response = await pms.upload(patient, path.read_bytes())
+        assert response.status_code == 201, response.text
+        answer = response.json()
+        assert abs(sum(answer["classification"]["probabilities"].values()) - 1) < 1e-9
+        assert len(answer["similar"]) == 10
+
+
+@pytest.mark.parametrize("side", [800, 2000])
+async def test_a_large_original_travels_by_reference(pms, side: int) -> None:
+    """1.9 and 12 MB: above the 1.5 MB from which an argument goes through the object store."""
+    random = np.random.default_rng(side)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    dark = np.exp(-4 * (x**2 + y**2))[..., None] * [110.0, 100.0, 95.0]
+    pixels = np.array([220.0, 175.0, 155.0]) - dark + random.normal(0, 12, (side, side, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG", compress_level=0)
+    image = buffer.getvalue()
+    assert len(image) > 1_500_000
+    response = await pms.upload(await pms.care(), image)
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    assert (answer["quality"]["width"], answer["quality"]["height"]) == (side, side)
+    assert await pms.original(answer) == image
+
+
+async def test_a_rejection_keeps_its_shape_through_serve(pms, lesion_image) -> None:
+    patient = await pms.care()
+    sent = {
+        "gif": (b"GIF89a" + bytes(100), 415, "unsupported_image"),
+        "cut": (lesion_image()[:3000], 422, "undecodable_image"),
+        "small": (lesion_image(1, (200, 200)), 422, "image_too_small"),
+        "large": (b"\xff\xd8\xff" + bytes(21 * 1024 * 1024), 413, "too_large"),
+    }
+    for image, status, code in sent.values():
+        response = await pms.upload(patient, image)
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["code"] == code
+    assert await pms.owner.fetchval("SELECT count(*) FROM lesions WHERE patient_id = $1", patient) == 0
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/api/openapi.json", "/nothing", "/api/lesions"])
+async def test_the_request_id_comes_back_once(pms, path: str) -> None:
+    mine = await pms.client.get(path, headers={"X-Request-ID": "pms-1.a:b"})
+    assert mine.headers.get_list("x-request-id") == ["pms-1.a:b"]
+    for headers in ({}, pms.token()):
+        response = await pms.client.get(path, headers=headers)
+        (given,) = response.headers.get_list("x-request-id")
+        if response.headers["content-type"] == "application/problem+json":
+            assert response.json()["request_id"] == given
+
+
+async def test_an_uploads_request_id_is_the_one_on_record(pms, lesion_image) -> None:
+    response: httpx.Response = await pms.upload(
+        await pms.care(), lesion_image(), headers={"X-Request-ID": "pms-upload-7"}
+    )
+    assert response.headers.get_list("x-request-id") == ["pms-upload-7"]
+    events = await pms.owner.fetchval("SELECT count(*) FROM audit_events WHERE request_id = 'pms-upload-7'")
+    assert events == 2

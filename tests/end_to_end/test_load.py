@@ -1,0 +1,55 @@
+"""Several at once: all answered; many at once: answered or told when to come again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
+async def test_five_at_once_are_all_answered(pms, lesion_image, capsys) -> None:
+    images = [lesion_image(seed) for seed in range(5)]
+    statuses: Counter[int] = Counter()
+    for _ in range(6):
+        patient = await pms.care()
+        responses = await asyncio.gather(*(pms.upload(patient, image) for image in images))
+        statuses.update(response.status_code for response in responses)
+    assert statuses == {201: 30}
+    with capsys.disabled():
+        print(f"\n5 at once, 6 rounds: {dict(statuses)}")
+
+
+async def test_fifty_at_once_are_answered_or_told_when_to_come_again(pms, lesion_image, capsys) -> None:
+    images = [lesion_image(seed) for seed in range(10)]
+    patient = await pms.care()
+    responses = await asyncio.gather(*(pms.upload(patient, images[i % 10]) for i in range(50)))
+    statuses = Counter(response.status_code for response in responses)
+    for response in responses:
+        assert response.status_code in {201, 202, 429, 503}, response.text
+        if response.status_code != 201:
+            assert int(response.headers["retry-after"]) > 0
+        if response.status_code in {201, 202}:
+            assert await pms.original(response.json()) in images
+    await pms.until_none_pending()
+    stored = await pms.owner.fetchval("SELECT count(*) FROM lesions WHERE patient_id = $1", patient)
+    assert stored == statuses[201] + statuses[202]
+    with capsys.disabled():
+        print(f"\n50 at once: {dict(statuses)}")
+
+
+async def test_large_originals_at_once_are_answered_or_told_when_to_come_again(pms, capsys) -> None:
+    """Fifteen of 15 MB each: more than the ingress lets in, and than the object store holds."""
+    image = b"\xff\xd8\xff" + bytes(15_000_000)
+    patient = await pms.care()
+    responses = await asyncio.gather(*(pms.upload(patient, image) for _ in range(15)))
+    statuses = Counter(response.status_code for response in responses)
+    for response in responses:
+        assert response.status_code in {422, 429, 503}, response.text
+        if response.status_code != 422:
+            assert int(response.headers["retry-after"]) > 0
+    assert statuses[422]
+    with capsys.disabled():
+        print(f"\n15 undecodable originals of 15 MB at once: {dict(statuses)}")
