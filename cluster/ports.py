@@ -20,9 +20,9 @@ def is_listened_on(host: str, port: int) -> bool:
         return False
 
 
-def choose_port(wanted: int, *, taken: Collection[int] = ()) -> int:
+def choose_port(wanted: int = 0, *, taken: Collection[int] = ()) -> int:
     """Return the wanted loopback port, or else any that is free and not in `taken`."""
-    if wanted not in taken and not is_listened_on("127.0.0.1", wanted):
+    if wanted and wanted not in taken and not is_listened_on("127.0.0.1", wanted):
         return wanted
     while True:
         with socket.socket() as listener:

@@ -29,6 +29,9 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # A busy machine needs more than 5 s for a process's imports; three times over that, and
+    # Serve ends the proxy and with it the deployment.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # Shutdown waits this long for a load balancer that is not there.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }

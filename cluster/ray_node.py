@@ -1,8 +1,6 @@
 """One Ray head node, with nothing that the service does not need; stopped without touching another.
 
-`ray stop` ends every Ray process of the machine. Ours carry a mark in their environment,
-which all their children inherit, and are found by it. Some rewrite their environment with
-their title; those are found as descendants, or in the session that `ray start` opened.
+`ray stop` would end every Ray process of the machine; ours are found by their mark instead.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 import hashlib
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +17,12 @@ import sys
 import psutil
 
 from cluster.ray_environment import ray_environment
-
-MARK = "DERM_NODE"
-#: What a node cannot be without. Everything else Ray itself starts again.
-CORE = frozenset({"gcs_server", "raylet"})
+from cluster.ray_processes import MARK, belonging, core, end, in_session, live, marked, name
+from cluster.ray_processes import command as process_command
 
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
+_SESSIONS = 3  # whose logs are kept, the coming one included
+_ATTEMPTS = 3
 _DRAIN_S, _RAYLET_S, _STOP_S = 5.0, 10.0, 5.0
 
 
@@ -70,7 +69,7 @@ class RayNode:
         }
 
     def start(self) -> None:
-        """Start GCS and raylet. Raises RayFailed with Ray's own words; `stop` then cleans up."""
+        """Start GCS and raylet. Raises RayFailed with Ray's own words."""
         self._lay_out()
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
@@ -85,17 +84,11 @@ class RayNode:
             *("--disable-usage-stats", "--labels", "tier=clinic"),
         ]
         log = self.directory / "start.log"
-        with log.open("w") as output:
-            # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
-            done = subprocess.run(
-                command,
-                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_client_server"},
-                stdout=output,
-                stderr=output,
-                check=False,
-                start_new_session=True,
-            )
-        if done.returncode != 0:
+        for _ in range(_ATTEMPTS):
+            code = self._run(command, log)
+            if code <= 0:
+                break
+        if code != 0:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
         if not self.dashboard:
@@ -103,22 +96,11 @@ class RayNode:
 
     def is_running(self) -> bool:
         """Whether this node's raylet and GCS live."""
-        return live(self.core())
-
-    def core(self) -> list[psutil.Process]:
-        """The processes that the node cannot be without."""
-        return [process for process in self._marked() if _name(process) in CORE]
+        return live(core(self.home))
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this node, the caller and its ancestors aside."""
-        found = set(self._marked())
-        for process in list(found):
-            found.update(_descendants(process))
-        sessions = {_session(process) for process in found if _name(process) in CORE} - {os.getsid(0), None}
-        if sessions:
-            found.update(process for process in psutil.process_iter() if _session(process) in sessions)
-        ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-        return [process for process in found if process.pid not in ourselves]
+        return belonging(self.home)
 
     def stop(self) -> None:
         """End every process of this node.
@@ -127,12 +109,27 @@ class RayNode:
         workers, then the rest. What an assessment still lacks is made up for at the next start.
         """
         processes = self.processes()
-        front = [process for process in processes if _name(process) == "haproxy"]
-        _end(front, signal.SIGUSR1, _DRAIN_S)
-        _end([process for process in processes if _name(process) == "raylet"], signal.SIGTERM, _RAYLET_S)
+        end([process for process in processes if name(process) == "haproxy"], signal.SIGUSR1, _DRAIN_S)
+        end([process for process in processes if name(process) == "raylet"], signal.SIGTERM, _RAYLET_S)
         processes = list({*processes, *self.processes()})
-        _end(processes, signal.SIGTERM, _STOP_S)
-        _end([process for process in processes if process.is_running()], signal.SIGKILL, _STOP_S)
+        end(processes, signal.SIGTERM, _STOP_S)
+        end([process for process in processes if process.is_running()], signal.SIGKILL, _STOP_S)
+
+    def _run(self, command: list[str], log: Path) -> int:
+        with log.open("w") as output:
+            # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
+            child = subprocess.Popen(
+                command,
+                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_client_server"},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        code = child.wait()
+        if code != 0:
+            # The raylet gives its agents 15 s, which a busy machine may need for their imports alone.
+            end(in_session(child.pid), signal.SIGKILL, _STOP_S)
+        return code
 
     def _lay_out(self) -> None:
         self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -140,60 +137,14 @@ class RayNode:
         if self.directory.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise RayFailed(f"{self.directory} is not this user's alone; remove it.")
         (self.home / "spill").mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(self.directory / "h", ignore_errors=True)
+        sessions = sorted((self.directory / "r").glob("session_2*"))
+        for session in sessions[: -_SESSIONS + 1]:
+            shutil.rmtree(session, ignore_errors=True)
 
     def _end_idle_dashboard(self) -> None:
         # `ray start` runs this one even when told not to: it would only collect usage statistics.
-        idle = [process for process in self._marked() if "dashboard.py" in " ".join(_command(process)[:3])]
-        _end(idle, signal.SIGTERM, 0)
-
-    def _marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == str(self.home) and process.pid != os.getpid():
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
-
-
-def live(core: list[psutil.Process]) -> bool:
-    """Whether a node lives whose core this was, without looking at every process of the machine."""
-    return {_name(process) for process in core if process.is_running()} == CORE
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.name())
-    except psutil.Error:
-        return ""
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.Error:
-        return []
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
-
-
-def _end(processes: list[psutil.Process], number: signal.Signals, timeout_s: float) -> None:
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=timeout_s)
+        idle = [
+            process for process in marked(self.home) if "dashboard/dashboard.py" in process_command(process)
+        ]
+        end(idle, signal.SIGTERM, 0)

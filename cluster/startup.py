@@ -23,7 +23,8 @@ from cluster.database import own_database
 from cluster.node_files import write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.progress import report
-from cluster.ray_node import RayFailed, RayNode, live
+from cluster.ray_node import RayFailed, RayNode
+from cluster.ray_processes import core, live
 from serve_app.domain.errors import DermError
 
 _LOOK_EVERY_S = 0.1
@@ -122,7 +123,7 @@ class Startup:
                 report(said)
             said = line.strip()
         if child.wait() != 0:
-            raise StartFailed(_last_lines(log, 3))
+            raise StartFailed(_last_words(log))
         first: dict[str, str] | None = json.loads(said or "null")
         return first
 
@@ -147,10 +148,10 @@ class Startup:
         with contextlib.suppress(BrokenPipeError):  # it has died, and its log says why
             graph.stdin.write("go\n")
             graph.stdin.close()
-        core, deadline = self.node.core(), time.monotonic() + _DEPLOY_TIMEOUT_S
+        alive, deadline = core(self.node.home), time.monotonic() + _DEPLOY_TIMEOUT_S
         while graph.poll() is None:
             self._pause()
-            if not live(core):
+            if not live(alive):
                 raise RayFailed("The node died while the graph was being deployed.")
             if time.monotonic() > deadline:
                 raise RayFailed(
@@ -158,7 +159,7 @@ class Startup:
                 )
         if graph.returncode != 0:
             log = self._log("deploy")
-            raise RayFailed(f"The graph was not deployed ({log}):\n{_last_lines(log, 12)}")
+            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
 
     def _wait_ready(self) -> None:
         address = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
@@ -199,5 +200,7 @@ def _end(child: subprocess.Popen[str]) -> None:
             child.stdin.close()
 
 
-def _last_lines(path: Path, count: int) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+def _last_words(log: Path) -> str:
+    """The last line that begins a statement: of a traceback, the exception's own."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+    return lines[-1] if lines else "it said nothing"

@@ -17,9 +17,13 @@ from cluster.ports import choose_port, is_listened_on, listener_on
 from cluster.postgres import EmbeddedPostgres
 from cluster.postgres_supervisor import supervise
 from cluster.progress import report
-from cluster.ray_node import RayFailed, RayNode, live
+from cluster.ray_node import RayFailed, RayNode
+from cluster.ray_processes import core, live
 from cluster.running import Running, Tenancy, occupy
 from cluster.startup import GivenUp, StartFailed, Startup
+
+#: What a node takes if it can: GCS, HAProxy's statistics and metrics, the dashboard.
+PORTS = (6379, 8404, 9101, 8265)
 
 _LOOK_EVERY_S = 1.0
 _BACKOFF_S = (2.0, 60.0)
@@ -70,7 +74,7 @@ def _node(wish: Wish) -> RayNode:
             "stop that, or choose another with --port."
         )
     chosen = [wish.port]
-    for wanted in (6379, 8404, 9101, 8265):
+    for wanted in PORTS:
         chosen.append(choose_port(wanted, taken=chosen))
     _, ray_port, stats_port, metrics_port, dashboard_port = chosen
     return RayNode(
@@ -122,23 +126,23 @@ def _keep_up(startup: Startup) -> None:
     if startup.postgres is not None:
         Thread(target=supervise, args=(startup.postgres, startup.stop), daemon=True).start()
     node, backoff_s = startup.node, _BACKOFF_S[0]
-    core = node.core()
+    alive, up = core(node.home), True
     while not startup.stop.wait(_LOOK_EVERY_S):
-        if live(core):
+        if up and live(alive):
             continue
-        report("Ray: the node has died; starting it again")
+        report("Ray: the node has died; starting it again" if up else "Ray: trying again")
         try:
             node.stop()
             node.start()
             startup.deploy()
         except (RayFailed, StartFailed) as error:
-            report(f"Ray: {error}\nnext try in {backoff_s:.0f} s")
+            up = False
+            report(f"Ray: {error} Next try in {backoff_s:.0f} s.")
             startup.stop.wait(backoff_s)
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
         else:
+            alive, up, backoff_s = core(node.home), True, _BACKOFF_S[0]
             report("ready again")
-            backoff_s = _BACKOFF_S[0]
-        core = node.core()
 
 
 def _take_down(node: RayNode, postgres: EmbeddedPostgres | None) -> None:

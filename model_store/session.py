@@ -41,7 +41,7 @@ class InferenceSession:
             self._session = ort.InferenceSession(
                 model.path(manifest.onnx).read_bytes(), options, providers=[provider]
             )
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common base but this
+        except Exception as error:  # ONNX Runtime's have no other common base
             raise ModelContractError(f"{manifest.onnx} is no model: {type(error).__name__}.") from error
         if provider not in self._session.get_providers():
             raise ModelContractError(f"ONNX Runtime fell back from {provider}.")

@@ -51,15 +51,15 @@ def _head(manifest: Manifest, exported: Mapping[str, Any]) -> str:
     size = manifest.files[manifest.onnx].bytes / 1e6
     return f"""# {manifest.model_id}
 
-An {manifest.architecture} trunk with a 512-wide bottleneck (the embedding) and eight logits, for
+A {manifest.architecture} trunk with a 512-wide bottleneck (the embedding) and eight logits, for
 **dermoscopic** images. Input {side}×{side}, squashed from any aspect; {size:.1f} MB of ONNX, float32.
 
 Intended use: decision support for clinicians who have seen the patient. It ranks the eight
 ISIC 2019 diagnoses, finds similar confirmed cases and says when it does not know. It is never a
 diagnosis, and nothing it says may lower the urgency that a rule or a clinician demands.
 
-Trained on {exported["training_images"]} images ({manifest.training_data}). The images are for the most part
-CC BY-NC 4.0: **the weights are for non-commercial use** until trained on data with another licence.
+Trained on {manifest.training_data}. The images are for the most
+part CC BY-NC 4.0: **the weights are for non-commercial use** until trained on data with another licence.
 Folds are grouped by lesion. Calibrated on {manifest.calibration.fitted_on}. Fold 0 was used for nothing but the
 figures below. ONNX against torch: largest logit difference {exported["parity"]["max_abs_logit"]:.1e} over
 {exported["parity"]["images"]} images.
@@ -70,9 +70,11 @@ def _floors(evaluated: Mapping[str, Any]) -> str:
     figures, point = evaluated["with_unk"], evaluated["operating_points"]["melanoma"]
     measured = (figures["top1"], figures["top3"], point["sensitivity"])
     rows = [
-        (name, f"> {floor}", value, "met" if value > floor else "**not met**")
+        (name, f"> {floor}", f"{value:.4f}", "met" if value > floor else "**not met**")
         for (name, floor), value in zip(FLOORS, measured, strict=True)
     ]
+    if point["sensitivity"] > FLOORS[2][1] > point["lower_bound"]:
+        rows[2] = (*rows[2][:3], "met as measured, **not proven**: its lower bound is under the floor")
     return f"""## Against the required floors, on fold 0
 
 {_table(("figure", "floor", "measured", ""), rows)}
@@ -136,8 +138,15 @@ def _points(manifest: Manifest, evaluated: Mapping[str, Any]) -> str:
                 f"{test['specificity']:.4f}",
             )
         )
-    head = ("point", "threshold", "missed (fitted)", "specificity (fitted)")
-    head += ("missed (fold 0)", "sensitivity (fold 0)", "specificity (fold 0)")
+    head = (
+        "point",
+        "threshold",
+        "missed (fitted)",
+        "specificity (fitted)",
+        "missed (fold 0)",
+        "sensitivity (fold 0)",
+        "specificity (fold 0)",
+    )
     return f"""## Operating points
 
 Chosen on the calibration fold as the largest threshold whose sensitivity has its one-sided 95 % Clopper-Pearson bound
@@ -154,7 +163,8 @@ def _unknown(calibrated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str
     near = [(kind, *(f[n] for n in names)) for kind, f in calibrated["skin_like"].items()]
     return f"""## Unknown
 
-p(UNK) comes from the Mahalanobis distance of the bottleneck, not from a trained class. On fold 0 its median is
+p(UNK) comes from a squared distance of the bottleneck (to the classes, and along one direction fitted to outliers), not from
+a trained class. On fold 0 its median is
 {evaluated["median_p_unk"]} and UNK is the first answer in {evaluated["unk_share"]:.2%} of images. Outliers of the test part (no
 source photograph shared with the fit), against fold 0:
 
@@ -181,7 +191,7 @@ do. How the space was chosen (calibration fold against training folds, other les
 def _robustness(exported: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     names = ("images", "top1", "balanced_accuracy", "melanoma_auc")
     groups = [(group, *(f[n] for n in names)) for group, f in evaluated["subgroups"].items()]
-    sides = [tuple(side.values()) for side in exported["sides"]]
+    sides = [[round(value, 4) for value in side.values()] for side in exported["sides"]]
     soft = evaluated["softened"]
     return f"""## Input size, softening, subgroups
 
@@ -204,6 +214,7 @@ def _limits(calibrated: Mapping[str, Any]) -> str:
 - Few images for calibration of rare diagnoses ({few}): their set thresholds rest on one or two images each, and coverage on new images
   varies widely.
 - Ground truth is partly follow-up or consensus, not histology. SCC is mostly in situ (Bowen). Nothing was measured prospectively.
+- p(UNK) was fitted to photographs, text, noise and plain colours. What merely resembles a lesion (an inverted image) is mostly not caught by it.
 - Thresholds were found on the calibration fold with this very network, so they carry over without refitting; another network needs its own.
 """
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from data_jobs.training.recipe import DataPlan
 from deployments.preprocess.decode import UploadLimits
-from deployments.preprocess.resize import PREPROCESS_VERSION, prepare_image
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.preprocess import prepare_image
+from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 #: Offline images may be smaller than an upload: the archive's short sides start at 150 pixels.

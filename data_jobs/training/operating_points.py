@@ -9,7 +9,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.probabilities import Floats
+from data_jobs.training.probabilities import Floats, Labels
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
+
+#: The points every model must have, by name: the diagnoses whose probabilities are summed.
+POINTS = {"melanoma": (Diagnosis.MEL,), "malignant": tuple(d for d in TRAINED if d in MALIGNANT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,9 @@ def lower_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
 def misses_allowed(positives: int, sensitivity: float = 0.95, confidence: float = 0.95) -> int:
     """Most misses with which the bound still holds; -1 when even none is too many."""
     misses = -1
-    while misses + 1 < positives and lower_bound(positives - misses - 1, positives, confidence) >= sensitivity:
+    while (
+        misses + 1 < positives and lower_bound(positives - misses - 1, positives, confidence) >= sensitivity
+    ):
         misses += 1
     return misses
 
@@ -112,3 +118,19 @@ def measure_threshold(
         negatives=negatives,
         specificity=float((~flagged & ~positive).sum() / max(1, negatives)),
     )
+
+
+def point_score(probabilities: Floats, diagnoses: Sequence[Diagnosis]) -> Floats:
+    """Sum of the calibrated probabilities of `diagnoses`."""
+    return np.asarray(probabilities[:, [TRAINED.index(d) for d in diagnoses]].sum(1))
+
+
+def choose_points(
+    probabilities: Floats, labels: Labels, lesions: Sequence[str]
+) -> dict[str, ChosenThreshold]:
+    """All operating points, chosen by lesion."""
+    found = {}
+    for name, diagnoses in POINTS.items():
+        positive = np.isin(labels, [TRAINED.index(d) for d in diagnoses])
+        found[name] = choose_threshold(*by_lesion(point_score(probabilities, diagnoses), positive, lesions))
+    return found

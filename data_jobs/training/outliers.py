@@ -47,11 +47,11 @@ class Outlier:
 def make_outliers(geometry: InputGeometry, seed: int) -> list[Outlier]:
     """Several hundred outliers; equal for equal seeds."""
     rng = np.random.default_rng(seed)
-    found = []
+    found: list[Outlier] = []
     for index, image in enumerate(_photographs()):
         part: Part = "fit" if index % 2 == 0 else "test"
-        for _ in range(_VIEWS):
-            found.append(Outlier("photograph", part, prepared(_view(image, rng), geometry)))
+        views = [_view(image, rng) for _ in range(_VIEWS)]
+        found += [Outlier("photograph", part, prepared(view, geometry)) for view in views]
     for kind, draw in _DRAWINGS.items():
         for index in range(_DRAWN):
             part = "fit" if index % 2 == 0 else "test"

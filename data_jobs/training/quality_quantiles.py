@@ -24,9 +24,7 @@ def quality_quantiles(pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> 
     """Measure -> {quantile: value} over the images at `indices` of N×H×W×3 pixels."""
     measured = [asdict(measure_quality(pixels[i])) for i in indices]
     return {
-        name: {
-            str(q): round(float(np.quantile([m[name] for m in measured], q)), 5) for q in QUANTILES
-        }
+        name: {str(q): round(float(np.quantile([m[name] for m in measured], q)), 5) for q in QUANTILES}
         for name in measured[0]
     }
 

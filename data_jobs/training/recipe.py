@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 import tomllib
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,9 @@ class Recipe:
         return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
 
 
+_Plan = TypeVar("_Plan", DataPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises ValueError for a missing or unknown key, or folds that overlap."""
     with path.open("rb") as file:
@@ -135,10 +138,11 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _read(kind: type[Any], raw: dict[str, Any]) -> Any:
+def _read(kind: type[_Plan], raw: dict[str, Any]) -> _Plan:
     names = {field.name for field in fields(kind)}
     if unknown := set(raw) - names:
         raise ValueError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}.")
     if missing := names - set(raw):
-        raise KeyError(f"{kind.__name__}.{sorted(missing)[0]}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        raise KeyError(f"{kind.__name__}.{min(missing)}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return kind(**values)

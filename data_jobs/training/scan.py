@@ -33,6 +33,7 @@ def open_onnx(path: Path, threads: int = 2) -> Callable[[Pixels], Outputs]:
     """A forward pass of an exported graph that has no manifest yet."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(pixels: Pixels) -> Outputs:

@@ -9,15 +9,20 @@ from numpy.typing import NDArray
 
 from data_jobs.training.probabilities import Floats, Labels
 
-#: Candidate shares of the within-class covariance to replace by a multiple of the identity.
-SHRINKAGES = (0.001, 0.01, 0.1)
+#: Shares of a covariance replaced by a multiple of the identity: within classes, and to find the direction.
+WITHIN_SHRINKAGE = 0.001
+DIRECTION_SHRINKAGE = 0.1
+#: Where the anchor of the direction lies: so many standard deviations on the far side of the known images.
+ANCHOR = 6.0
+#: Weight of the class distance beside the direction.
+CLASS_WEIGHT = 0.25
 #: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
-PRIOR_UNKNOWN = 0.01
+PRIOR_UNKNOWN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class ClassStatistics:
-    """Class means C×512 and the shared precision 512×512, float32."""
+    """Anchored class means C×512 and the shared precision 512×512, float32."""
 
     means: NDArray[np.float32]
     precision: NDArray[np.float32]
@@ -38,14 +43,44 @@ def class_means(features: NDArray[np.floating], labels: Labels) -> Floats:
     return np.stack([np.asarray(features[labels == c], np.float64).mean(0) for c in classes])
 
 
+def outlier_direction(features: NDArray[np.floating], outliers: NDArray[np.floating]) -> Floats:
+    """Fisher's discriminant between known images and outliers, scaled to unit deviation over the known.
+
+    The network was never told of anything but lesions, so that plain colours and text land
+    *inside* its classes; one direction of the same bottleneck tells them apart.
+    """
+    known, other = np.asarray(features, np.float64), np.asarray(outliers, np.float64)
+    known_mean, other_mean = known.mean(0), other.mean(0)
+    within = (
+        shrunk_covariance(known - known_mean, DIRECTION_SHRINKAGE)
+        + shrunk_covariance(other - other_mean, DIRECTION_SHRINKAGE)
+    ) / 2.0
+    direction = np.linalg.solve(within, other_mean - known_mean)
+    result: Floats = direction / (known @ direction).std()
+    return result
+
+
 def fit_statistics(
-    features: NDArray[np.floating], labels: Labels, shrinkage: float = SHRINKAGES[1]
+    features: NDArray[np.floating], labels: Labels, outliers: NDArray[np.floating]
 ) -> ClassStatistics:
-    """Means and precision of the training folds' bottlenecks, N×512."""
+    """Means and precision from the training folds' bottlenecks, N×512, and outliers', M×512.
+
+    The squared distance is the sum of two: to the class means under the shared covariance, and
+    along `outlier_direction` from an anchor ANCHOR deviations on the far side of the known
+    images, so that it grows towards the outliers over the whole range.
+    """
+    known = np.asarray(features, np.float64)
     means = class_means(features, labels)
-    covariance = shrunk_covariance(features - means[labels], shrinkage)
-    precision = np.linalg.inv(covariance)
-    return ClassStatistics(means.astype(np.float32), precision.astype(np.float32))
+    within = shrunk_covariance(known - means[labels], WITHIN_SHRINKAGE)
+    direction = outlier_direction(features, outliers)
+    # The shift of the means that moves them along the direction and nothing else, as the data vary.
+    total = shrunk_covariance(known - known.mean(0), WITHIN_SHRINKAGE)
+    shift = total @ direction / (direction @ total @ direction)
+    anchor = float((known @ direction).mean()) - ANCHOR
+    anchored = means + np.outer(anchor - means @ direction, shift)
+    width = known.shape[1]
+    precision = CLASS_WEIGHT * np.linalg.inv(within) + np.outer(direction, direction) * width / ANCHOR**2
+    return ClassStatistics(anchored.astype(np.float32), precision.astype(np.float32))
 
 
 def distance_score(features: NDArray[np.floating], statistics: ClassStatistics) -> Floats:

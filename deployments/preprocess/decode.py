@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from deployments.preprocess.colour import reduce_to_rgb
 from deployments.preprocess.orientation import Extent, is_turned, make_upright, read_orientation
+from deployments.preprocess.structure import bound_structure
 from serve_app.domain.errors import (
     ImageTooSmall,
     TooLarge,
@@ -93,6 +94,7 @@ def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None =
     content_type = sniff_content_type(data)
     if len(data) > limits.max_bytes:
         raise TooLarge(f"The image has {len(data)} bytes; the limit is {limits.max_bytes}.")
+    bound_structure(data)
     formats = ("JPEG",) if content_type == "image/jpeg" else ("PNG",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deployments.classifier.classifier import ClassifierOutput
 from deployments.preprocess.preprocess import PreparedImage
 from deployments.risk.findings import Findings
+from serve_app.api.answers import format_time
 from serve_app.api.stages import Stages
 from serve_app.domain.assessment import Assessment, Change, Outcome, Provenance
 from serve_app.domain.diagnosis import Diagnosis
@@ -145,7 +146,7 @@ def _compare(
     """What moved since the last visit; similarity is a cosine, both vectors being unit."""
     now, then = _melanoma(output.classification.probabilities), _melanoma(previous.probabilities)
     return Change(
-        since=previous.created_at.isoformat(),
+        since=format_time(previous.created_at),
         compared_image_id=str(previous.image_id),
         similarity=None if previous.embedding is None else float(previous.embedding @ embedding),
         melanoma_probability_delta=now - then,

@@ -17,11 +17,16 @@ _AT_ONCE = 4
 _GROWTH_BYTES = 400_000_000
 
 
+@pytest.fixture(scope="module")
+def files(corpora_dir: Path) -> list[tuple[Path, bytes]]:
+    paths = sorted(path for path in (corpora_dir / "images").rglob("*") if path.is_file())
+    return [(path, path.read_bytes()) for path in paths]
+
+
 @pytest.mark.parametrize("min_side", [224, 1])
 async def test_hostile_files_are_answered_or_rejected(
-    start_service, local_stages, corpora_dir: Path, min_side: int, capsys
+    start_service, local_stages, files: list[tuple[Path, bytes]], min_side: int, capsys
 ) -> None:
-    files = sorted(path for path in (corpora_dir / "images").rglob("*") if path.is_file())
     assert len(files) > 1000
     statuses: Counter[int] = Counter()
     slowest = (0.0, "")
@@ -32,13 +37,13 @@ async def test_hostile_files_are_answered_or_rejected(
         before, resident = await service.counts(), process.memory_info().rss
         peak = resident
 
-        async def send(path: Path) -> tuple[Path, httpx.Response, float]:
+        async def send(path: Path, image: bytes) -> tuple[Path, httpx.Response, float]:
             since = time.perf_counter()
-            response = await service.upload(patient, image=path.read_bytes(), name=path.name)
+            response = await service.upload(patient, image=image, name=path.name)
             return path, response, time.perf_counter() - since
 
         for start in range(0, len(files), _AT_ONCE):
-            batch = await asyncio.gather(*(send(path) for path in files[start : start + _AT_ONCE]))
+            batch = await asyncio.gather(*(send(*file) for file in files[start : start + _AT_ONCE]))
             for path, response, took in batch:
                 statuses[response.status_code] += 1
                 slowest = max(slowest, (took, path.name))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 import pytest
 
 FIELDS = (
@@ -59,7 +60,11 @@ parts = st.builds(
 
 
 @fuzzed
-@given(st.lists(parts, max_size=12), st.sampled_from([b"--b--\r\n", b"--b--", b"--b", b""]), st.binary(max_size=8))
+@given(
+    st.lists(parts, max_size=12),
+    st.sampled_from([b"--b--\r\n", b"--b--", b"--b", b""]),
+    st.binary(max_size=8),
+)
 async def test_random_parts(service, patient, made: list[bytes], end: bytes, extra: bytes) -> None:
     headers = {**service.token("fuzz"), "Content-Type": "multipart/form-data; boundary=b"}
     body = b"".join(made) + end + extra
@@ -88,7 +93,7 @@ async def test_random_json(service, patient, field: str, value) -> None:
 async def test_a_damaged_image(service, patient, drawn_lesion, seed: int, damage: int, kind: str) -> None:
     import random
 
-    dice = random.Random(seed)
+    dice = random.Random(seed)  # noqa: S311 - repeatable damage
     image = bytearray(drawn_lesion(width=230, height=230, kind=kind))
     for _ in range(damage):
         image[dice.randrange(3, len(image))] = dice.randrange(256)

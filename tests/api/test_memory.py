@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 import io
-import os
 from pathlib import Path
 import tempfile
 
@@ -75,26 +75,24 @@ async def test_no_file_of_the_process_holds_an_upload_while_it_is_under_way(
     uploads = asyncio.gather(*(service.upload(patient, image=large_image) for _ in range(2)))
     looked = 0
     while not uploads.done():
-        for descriptor in Path("/proc/self/fd").iterdir():
-            try:
-                target = os.readlink(descriptor)
-            except FileNotFoundError:
-                continue
-            if not target.startswith("/") or target.startswith(("/dev", "/proc")):
-                continue
-            assert not _holds(descriptor, needle), target
+        for target, content in _open_files():
+            assert needle not in content, target
             looked += 1
         await asyncio.sleep(0.02)
     assert [response.status_code for response in await uploads] == [201, 201]
     assert looked
 
 
-def _holds(descriptor: Path, needle: bytes) -> bool:
-    try:
-        with descriptor.open("rb") as file:
-            return needle in file.read(64_000_000)
-    except OSError:
-        return False
+def _open_files() -> Iterator[tuple[str, bytes]]:
+    """The files this process has open, unlinked ones too, and what is in them."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(descriptor.readlink())
+            if target.startswith("/") and not target.startswith(("/dev", "/proc")):
+                with descriptor.open("rb") as file:
+                    yield target, file.read(64_000_000)
+        except OSError:
+            continue
 
 
 async def test_the_key_store_holds_no_image(service, settings) -> None:

@@ -171,7 +171,9 @@ async def test_a_defect_before_the_first_commit_is_a_problem_of_ours(start_servi
         assert await service.counts() == before
 
 
-async def test_a_stage_that_hangs_is_pending_at_the_deadline(start_service, local_stages, monkeypatch) -> None:
+async def test_a_stage_that_hangs_is_pending_at_the_deadline(
+    start_service, local_stages, monkeypatch
+) -> None:
     async with start_service(
         Faulty(local_stages(), "nearest", lambda: asyncio.sleep(3600), calls={1})
     ) as service:
@@ -226,7 +228,11 @@ async def test_a_body_that_breaks_off_leaves_nothing(service) -> None:
     before = await service.counts()
     patient = await service.care()
     messages = [
-        {"type": "http.request", "body": b'--b\r\nContent-Disposition: form-data; name="image"', "more_body": True},
+        {
+            "type": "http.request",
+            "body": b'--b\r\nContent-Disposition: form-data; name="image"',
+            "more_body": True,
+        },
         {"type": "http.disconnect"},
     ]
     sent: list[dict[str, Any]] = []

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from uuid import uuid4
 
 import pytest
+
+
+def cursor(moment: str) -> str:
+    return base64.urlsafe_b64encode(f"{moment}|{uuid4()}".encode()).decode()
 
 
 async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> None:
@@ -101,6 +106,8 @@ async def test_a_patient_without_lesions_has_an_empty_worklist(service) -> None:
         {"patient_id": "p", "cursor": "é"},
         {"patient_id": "p", "cursor": "MjAyNi0wMS0wMXxub3QtYW4taWQ="},
         {"patient_id": "p", "cursor": "x" * 201},
+        {"patient_id": "p", "cursor": cursor("0001-01-01T00:00:00+14:00")},
+        {"patient_id": "p", "cursor": cursor("9999-12-31T23:59:59-14:00")},
     ],
     ids=str,
 )

@@ -183,20 +183,14 @@ async def test_a_patient_id_is_opaque(service, rejected, patient_id: str) -> Non
 
 
 async def test_a_missing_patient_or_image_is_named(service, rejected) -> None:
-    body = await rejected(
-        422, "invalid_field", files={"image": service.image}, data={}, known_patient=False
-    )
+    body = await rejected(422, "invalid_field", files={"image": service.image}, data={}, known_patient=False)
     assert "patient_id" in body["detail"]
-    body = await rejected(
-        422, "invalid_field", files={"checklist": (None, "{}")}, known_patient=False
-    )
+    body = await rejected(422, "invalid_field", files={"checklist": (None, "{}")}, known_patient=False)
     assert "image" in body["detail"]
 
 
 async def test_an_image_sent_as_text_is_rejected(rejected) -> None:
-    body = await rejected(
-        422, "invalid_field", files={"image": (None, "text")}, known_patient=False
-    )
+    body = await rejected(422, "invalid_field", files={"image": (None, "text")}, known_patient=False)
     assert "image" in body["detail"]
 
 

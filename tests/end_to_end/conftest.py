@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import io
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import numpy as np
+from PIL import Image
 import psutil
 import pytest
 
@@ -128,7 +131,7 @@ class Node:
         return [
             process
             for process in self.ray.processes()
-            if _title(process).startswith("ray::ServeReplica") and f":{deployment}" in _title(process)
+            if re.match(rf"ray::.*\btriage[:#]{deployment}\b", _title(process))
         ]
 
 
@@ -197,17 +200,21 @@ class Pms:
 @pytest.fixture(scope="session")
 async def node(models: Path, model_id: str) -> AsyncIterator[Node]:
     """The one running node."""
-    # Short, and not pytest's tmp_path: PostgreSQL's account must be let through.
-    home = Path(tempfile.mkdtemp(prefix="derm-e2e-"))
-    home.chmod(0o711)
-    node = Node(home, models, model_id)
+    node = Node(_new_home(), models, model_id)
     try:
         await node.start()
         yield node
     finally:
         node.stop()
         shutil.rmtree(node.ray.directory, ignore_errors=True)
-        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(node.home, ignore_errors=True)
+
+
+def _new_home() -> Path:
+    # Short, and not pytest's tmp_path: PostgreSQL's account must be let through.
+    home = Path(tempfile.mkdtemp(prefix="derm-e2e-"))
+    home.chmod(0o711)
+    return home
 
 
 @pytest.fixture(scope="session")
@@ -239,6 +246,22 @@ def lesion_image() -> Callable[..., bytes]:
     def draw(seed: int = 1, size: tuple[int, int] = (400, 300)) -> bytes:
         buffer = io.BytesIO()
         draw_lesion(size=size, seed=seed).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def large_original() -> Callable[[int], bytes]:
+    """Draw a square original that does not compress: `(side) -> PNG` of three bytes a pixel."""
+
+    def draw(side: int) -> bytes:
+        random = np.random.default_rng(side)
+        y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+        dark = np.exp(-4 * (x**2 + y**2))[..., None] * [110.0, 100.0, 95.0]
+        pixels = np.array([220.0, 175.0, 155.0]) - dark + random.normal(0, 12, (side, side, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG", compress_level=0)
         return buffer.getvalue()
 
     return draw

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import httpx
 import jsonschema
-import numpy as np
-from PIL import Image
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
@@ -79,15 +76,9 @@ async def test_originals_are_answered_in_full(pms, isic_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [800, 2000])
-async def test_a_large_original_travels_by_reference(pms, side: int) -> None:
+async def test_a_large_original_travels_by_reference(pms, large_original, side: int) -> None:
     """1.9 and 12 MB: above the 1.5 MB from which an argument goes through the object store."""
-    random = np.random.default_rng(side)
-    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
-    dark = np.exp(-4 * (x**2 + y**2))[..., None] * [110.0, 100.0, 95.0]
-    pixels = np.array([220.0, 175.0, 155.0]) - dark + random.normal(0, 12, (side, side, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG", compress_level=0)
-    image = buffer.getvalue()
+    image = large_original(side)
     assert len(image) > 1_500_000
     response = await pms.upload(await pms.care(), image)
     assert response.status_code == 201, response.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-import os
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +90,9 @@ def test_a_true_digest_of_a_file_outside_helps_nothing(altered, model_id: str, t
         ModelStore(altered(change)).open(model_id)
 
 
-@pytest.mark.parametrize("model_id", ["", "..", "../x", "a/b", "no_dot", "A.b", "nobody.here", "a.b\n", "a.b/"])
+@pytest.mark.parametrize(
+    "model_id", ["", "..", "../x", "a/b", "no_dot", "A.b", "nobody.here", "a.b\n", "a.b/"]
+)
 def test_an_unknown_model_is_refused(models: Path, model_id: str) -> None:
     with pytest.raises(ModelContractError):
         ModelStore(models).open(model_id)
@@ -99,7 +100,7 @@ def test_an_unknown_model_is_refused(models: Path, model_id: str) -> None:
 
 def test_a_folder_that_holds_another_model_is_refused(altered, model_id: str) -> None:
     store = altered()
-    os.rename(store / model_id, store / "another.name")
+    (store / model_id).rename(store / "another.name")
     with pytest.raises(ModelContractError, match="holds"):
         ModelStore(store).open("another.name")
 

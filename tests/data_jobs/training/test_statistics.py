@@ -103,19 +103,24 @@ def test_a_lesion_counts_by_its_less_favourable_image() -> None:
     assert positive.tolist() == [True, False]
 
 
-def test_far_features_are_unknown_and_near_ones_are_not() -> None:
+def test_features_off_the_classes_are_unknown_even_when_near() -> None:
     rng = np.random.default_rng(11)
-    labels = rng.integers(0, 8, 2000)
+    labels = rng.integers(0, 8, 2500)
     means = rng.normal(size=(8, 32)) * 3.0
-    statistics = fit_statistics((means[labels] + rng.normal(size=(2000, 32))), labels)
-    near = distance_score(means[labels[:500]] + rng.normal(size=(500, 32)), statistics)
-    far = distance_score(rng.normal(size=(300, 32)) * 8.0, statistics)
-    assert np.median(near) == pytest.approx(1.0, abs=0.15)
-    slope, intercept = fit_logistic(near, far[:150])
+    known = means[labels] + rng.normal(size=(2500, 32))
+    # Right among the classes, but off along one direction that no class uses.
+    outliers = means[labels[:400]] + rng.normal(size=(400, 32))
+    known[:, 0], outliers[:, 0] = rng.normal(size=2500), 9.0 + rng.normal(size=400)
+    statistics = fit_statistics(known[:2000], labels[:2000], outliers[:200])
+    near, far = distance_score(known[2000:], statistics), distance_score(outliers, statistics)
+    slope, intercept = fit_logistic(near, far[:200])
     assert slope > 0
     u = unknown_probability(near, slope, intercept)
     assert np.median(u) < 0.02
-    assert np.median(unknown_probability(far[150:], slope, intercept)) > 0.5
+    assert np.median(unknown_probability(far[200:], slope, intercept)) > 0.9
+    # Unlike any outlier fitted on, and as far from every class.
+    beyond = distance_score(rng.normal(size=(50, 32)) * 30.0, statistics)
+    assert np.median(unknown_probability(beyond, slope, intercept)) > 0.9
     nine = with_unknown(np.full((500, 8), 0.125), u)
     assert nine.shape == (500, 9)
     assert np.allclose(nine.sum(1), 1.0)

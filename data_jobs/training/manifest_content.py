@@ -1,0 +1,91 @@
+"""What a calibrated model says of itself: the manifest as plain tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from data_jobs.training.embedding_spaces import LinearSpace
+from data_jobs.training.operating_points import POINTS, ChosenThreshold
+from data_jobs.training.probabilities import Floats
+from data_jobs.training.recipe import Recipe
+from model_store.manifest import EMBEDDING_DIM
+from serve_app.domain.diagnosis import TRAINED
+
+COVERAGE = 0.95
+
+
+def manifest_content(
+    recipe: Recipe,
+    side: int,
+    fitted: Mapping[str, Any],
+    points: Mapping[str, ChosenThreshold],
+    thresholds: Floats,
+    space: LinearSpace,
+) -> dict[str, Any]:
+    """The manifest as plain tables, without digests."""
+    fold = f"fold {recipe.data.calibration_fold} of the archive's lesion-grouped folds"
+    space_name = f"{recipe.model_id}.{space.name}1"
+    return {
+        "model_id": recipe.model_id,
+        "architecture": recipe.architecture,
+        "tag": recipe.tag,
+        "modality": "dermoscopic",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "licence": "CC-BY-NC-4.0",
+        "training_data": (
+            "ISIC archive: HAM10000, ISIC challenges 2017, 2018, 2020, UDA-1; "
+            f"folds {', '.join(map(str, recipe.data.train_folds))}, {fitted['training_images']} images"
+        ),
+        "onnx": "model.onnx",
+        "input": {
+            "name": "pixels",
+            "input_size": [3, side, side],
+            "mean": [recipe.network.mean] * 3,
+            "std": [recipe.network.std] * 3,
+            "interpolation": recipe.data.interpolation,
+            "crop_pct": 1.0,
+            "aspect": "squash",
+        },
+        "output": {
+            "logits": "logits",
+            "bottleneck": "bottleneck",
+            "embedding_dim": EMBEDDING_DIM,
+            "label_space": [d.value for d in TRAINED],
+            "label_map": {d.value: d.value for d in TRAINED},
+        },
+        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold},
+        "conformal": {
+            "coverage": COVERAGE,
+            "fitted_on": fold,
+            "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        },
+        "ood": {
+            "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
+            "statistics": "ood.npz",
+            "slope": fitted["slope"],
+            "intercept": fitted["intercept"],
+            "fitted_on": f"{fold}, against photographs, text, noise and plain colours",
+        },
+        "spaces": [
+            {
+                "embedding_space": space_name,
+                "transform": f"{space_name}.npz",
+                "references": "references.parquet",
+                "count": 0,
+            }
+        ],
+        "operating_points": {
+            name: {
+                "diagnoses": [d.value for d in POINTS[name]],
+                "threshold": point.threshold,
+                "sensitivity": round(point.sensitivity, 4),
+                "specificity": round(point.specificity, 4),
+                "positives": point.positives,
+                "misses": point.misses,
+                "fitted_on": f"{fold}, by lesion",
+            }
+            for name, point in points.items()
+        },
+    }

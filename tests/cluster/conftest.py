@@ -1,0 +1,64 @@
+"""A home whose PostgreSQL runs, and the command line in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from serve_app.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`main` sets DERM_HOME and the umask of its process, which here is everybody's."""
+    for name in (
+        "DERM_HOME",
+        "DERM_DATABASE_URL",
+        "DERM_OWNER_DATABASE_URL",
+        "DERM_TOKEN_SECRET",
+        "DERM_ENV",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    umask = os.umask(0o022)
+    load_settings.cache_clear()
+    yield
+    os.environ.pop("DERM_HOME", None)
+    os.umask(umask)
+    load_settings.cache_clear()
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def derm_cds(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Run one command, and return its exit code and what it said."""
+
+    def run(command: str, *arguments: str, home: Path) -> Said:
+        capsys.readouterr()
+        code = main([command, "--home", str(home), *arguments])
+        captured = capsys.readouterr()
+        return Said(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def home(postgres: EmbeddedPostgres) -> Path:
+    """The home of the session's server."""
+    return postgres.home
+
+
+@pytest.fixture
+def urls(postgres: EmbeddedPostgres) -> DatabaseUrls:
+    return postgres.ensure()

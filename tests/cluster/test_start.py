@@ -1,0 +1,270 @@
+"""`derm-cds serve`, whole: from nothing to a first answer, and down again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from cluster.node_files import model_folder
+from cluster.postgres import EmbeddedPostgres
+from cluster.postgres_state import free_port
+from cluster.ray_node import RayNode
+from cluster.running import running_service
+from model_store.registry import ModelStore
+from serve_app.settings import REPOSITORY
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+_BASH = shutil.which("bash") or "/bin/bash"
+_READY_S = 600
+_STOP_S = 60
+
+
+@dataclass
+class Service:
+    """`derm-cds serve` on a home of its own; `said` is what it printed."""
+
+    home: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen | None = None
+
+    def command(self, name: str, *options: str) -> list[str]:
+        return [sys.executable, "-m", "cluster.cli", name, "--home", str(self.home), *options]
+
+    def run(self, name: str, *options: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(name, *options), check=False, capture_output=True, text=True, timeout=120
+        )
+
+    def start(self, *options: str) -> None:
+        output = self.home.parent / "said.txt"
+        with output.open("w") as said:
+            command = self.command("serve", "--port", str(self.port), *options)
+            self.process = subprocess.Popen(command, stdout=said, stderr=said, cwd="/")
+        deadline = time.monotonic() + _READY_S
+        while "Ctrl-C stops" not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.2)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        assert self.process.wait(_STOP_S) == 0, self.said
+
+    @property
+    def said(self) -> str:
+        return (self.home.parent / "said.txt").read_text()
+
+    @property
+    def request(self) -> str:
+        """The request it printed, as a command line."""
+        return re.search(r"^curl .*?(?<!\\)$", self.said, re.MULTILINE | re.DOTALL)[0]
+
+    def send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Send a request with the token it printed."""
+        token = re.search(r"Bearer ([\w.-]+)", self.said)[1]
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.request(
+            method, f"http://127.0.0.1:{self.port}{path}", headers=headers, timeout=60, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    if len(list(ModelStore(model_folder()))) != 1:
+        pytest.skip(f"{model_folder()} does not hold one model (DERM_MODELS)")
+    # Not tmp_path: PostgreSQL's account must get through. A space, as a user's folder may have.
+    with tempfile.TemporaryDirectory(prefix="derm start ") as folder:
+        service = Service(Path(folder) / "home")
+        try:
+            service.start()
+            yield service
+        finally:
+            if service.process.poll() is None:
+                service.process.terminate()
+                service.process.wait(_STOP_S)
+            RayNode(service.home).stop()
+            EmbeddedPostgres(service.home).stop()
+
+
+@pytest.fixture(scope="module")
+def first_answer(service: Service) -> dict:
+    """The printed request, pasted."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = f"{service.request} --write-out '\\n%{{http_code}}'"
+    done = subprocess.run([_BASH, "-c", command], check=True, capture_output=True, text=True, cwd="/")
+    body, _, code = done.stdout.rpartition("\n")
+    assert code == "201", done.stdout
+    return json.loads(body)
+
+
+def test_the_printed_request_is_answered(first_answer) -> None:
+    assert first_answer["patient_id"] == "demo-patient"
+    assert first_answer["outcome"] in {"decided", "review", "refused"}
+    assert first_answer["provenance"]["model_id"]
+
+
+def test_it_says_that_a_drawing_is_no_photograph(service: Service) -> None:
+    assert "drawn, not photographed" in service.said
+    assert "never a diagnosis" in service.said
+
+
+def test_a_second_start_says_what_runs(service: Service) -> None:
+    done = service.run("serve", "--port", str(service.port))
+    assert done.returncode == 0
+    assert f"already running: http://127.0.0.1:{service.port}" in done.stdout
+    assert str(service.process.pid) in done.stdout
+    assert "derm-cds stop" in done.stdout
+
+
+def test_another_home_is_told_that_the_port_is_taken(service: Service, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--home", str(tmp_path / "other")]
+    done = subprocess.run(
+        [*command, "--port", str(service.port)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert f"Port {service.port} on 127.0.0.1 is taken by haproxy" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_is_ready(service: Service) -> None:
+    done = service.run("status", "--json")
+    assert done.returncode == 0, done.stdout
+    status = json.loads(done.stdout)
+    assert status["readyz"] == "ready"
+    assert status["schema"] == "up to date"
+    assert int(status["references"]) > 0
+
+
+def test_the_supervisor_is_small(service: Service) -> None:
+    assert psutil.Process(service.process.pid).memory_full_info().pss < 60e6
+
+
+def test_ports_are_those_of_the_documentation(service: Service) -> None:
+    documented = _documented_ports()
+    undocumented = []
+    for process, address, port in _listening(service):
+        if not any(
+            process.startswith(name) and (low <= port <= high) and (loopback is (address != "all"))
+            for name, low, high, loopback in documented
+        ):
+            undocumented.append((process, address, port))
+    assert undocumented == []
+
+
+def _documented_ports() -> list[tuple[str, int, int, bool]]:
+    """The rows of docs/operations.md: process, lowest and highest port, whether on loopback."""
+    rows = []
+    text = (REPOSITORY / "docs" / "operations.md").read_text()
+    for process, port, address in re.findall(r"^\| `([\w:*]+)` \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE):
+        numbers = [int(number) for number in re.findall(r"\d{4,}", port)]
+        low, high = 1, 65535
+        if numbers and "up" in port:
+            low, high = numbers[0], numbers[0] + 1000
+        elif len(numbers) == 2:
+            low, high = numbers
+        # One number is what is taken when it is free: on a test's machine it may not be.
+        name = process.replace("ray::ServeReplica", "ray::ServeRepli").removesuffix("*")[:15]
+        rows.append((name, low, high, "all" not in address))
+    assert len(rows) >= 10
+    return rows
+
+
+def _listening(service: Service) -> list[tuple[str, str, int]]:
+    ours = {process.pid: process.name() for process in RayNode(service.home).processes()}
+    ours[EmbeddedPostgres(service.home).pid()] = "postgres"
+    found = []
+    for connection in psutil.net_connections(kind="tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.pid in ours:
+            loopback = (
+                connection.laddr.ip.removeprefix("::ffff:").startswith("127.") or connection.laddr.ip == "::1"
+            )
+            found.append((ours[connection.pid], "loopback" if loopback else "all", connection.laddr.port))
+    assert {"haproxy", "gcs_server", "raylet", "postgres"} <= {process for process, _, _ in found}
+    return found
+
+
+def test_only_replicas_listen_on_every_interface(service: Service) -> None:
+    assert {process[:13] for process, address, _ in _listening(service) if address == "all"} == {
+        "ray::ServeRep"
+    }
+
+
+def test_a_dead_database_comes_back(service: Service) -> None:
+    os.kill(EmbeddedPostgres(service.home).pid(), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while service.send("GET", "/readyz").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_stop_and_start_again(service: Service, first_answer: dict) -> None:
+    """A stop leaves no process of ours and ends nobody else's; records, references and keys stay."""
+    path = f"/api/lesions/{first_answer['lesion_id']}"
+    image = f"{path}/images/{first_answer['image_id']}"
+    before = service.send("GET", image).content
+    with subprocess.Popen(["/bin/sleep", "600"], env={"DERM_NODE": str(service.home) + "x"}) as stranger:
+        service.stop()
+        assert stranger.poll() is None
+        stranger.kill()
+    assert RayNode(service.home).processes() == []
+    assert not EmbeddedPostgres(service.home).is_running()
+    assert running_service(service.home) is None
+    assert service.run("status").returncode == 3
+
+    service.start("--dashboard")
+    assert "schema: up to date" in service.said
+    assert "references: already there" in service.said
+    timeline = service.send("GET", path)
+    assert timeline.status_code == 200
+    assert first_answer["assessment_id"] in timeline.text
+    assert service.send("GET", image).content == before
+
+
+def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> None:
+    """The file an operator deploys, with one threshold changed: the answers name another policy."""
+    config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = service.port
+    (risk,) = (d for d in config["applications"][0]["deployments"] if d["name"] == "risk")
+    risk["user_config"] = {"review": {"min_margin": 0.11}}
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    exports = service.run("environment").stdout
+    serve = f"{sys.executable} -m ray.serve.scripts"
+    script = f"{exports}\n{serve} deploy {tmp_path}/serve_config.yaml && {serve} status"
+    done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 300
+    while not (version := _policy_version(service)).startswith("2026-11.1+"):
+        assert time.monotonic() < deadline, version
+        time.sleep(1)
+
+
+def _policy_version(service: Service) -> str:
+    with (service.home / "sample-lesion.jpg").open("rb") as image:
+        answer = service.send(
+            "POST", "/api/lesions", files={"image": image}, data={"patient_id": "demo-patient"}
+        )
+    return answer.json()["provenance"]["policy_version"] if answer.status_code == 201 else ""
+
+
+def test_ctrl_c_stops_it_too(service: Service) -> None:
+    service.stop(signal.SIGINT)
+    assert RayNode(service.home).processes() == []
+    assert not EmbeddedPostgres(service.home).is_running()

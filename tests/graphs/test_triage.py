@@ -1,0 +1,75 @@
+"""The wiring of the graph, and what becomes of a stage's refusal or failure on its way to the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
+from graphs.triage import TriageArgs, build
+from serve_app.api.deployment import _answer
+from serve_app.domain.errors import Overloaded, StageFailed
+
+STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"profil": "gpu"}, {"profile": "tpu"}, {"classifier_threads": 0}, {"model_id": "a.b"}], ids=str
+)
+def test_an_argument_that_is_not_known_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TriageArgs.model_validate(wrong)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_ingress_holds_a_handle_to_every_stage(profile) -> None:
+    graph = build(TriageArgs(profile=profile))
+    assert isinstance(graph, Application)
+    ingress = graph._bound_deployment
+    assert ingress.name == "ingress"
+    stages = {name: bound._bound_deployment for name, bound in ingress.init_kwargs.items()}
+    assert set(stages) == STAGES
+    for name, stage in stages.items():
+        assert stage.name == name
+        assert stage.max_ongoing_requests == DEPLOYMENT_OPTIONS[name]["max_ongoing_requests"]
+        assert stage.max_queued_requests > 0
+    device = {"cpu": "cpu", "gpu": "cuda"}[profile]
+    assert stages["classifier"].init_kwargs["device"] == device
+
+
+def test_one_node_of_two_cores_holds_one_replica_of_each() -> None:
+    needed = sum(
+        deployment_options(name, "cpu")["ray_actor_options"]["num_cpus"] for name in DEPLOYMENT_OPTIONS
+    )
+    assert needed <= 2
+    assert "num_gpus" not in deployment_options("classifier", "cpu")["ray_actor_options"]
+    assert 0 < deployment_options("classifier", "gpu")["ray_actor_options"]["num_gpus"] < 1
+
+
+async def _raise(error: BaseException) -> Any:
+    raise error
+
+
+async def test_what_serve_sheds_is_overload() -> None:
+    with pytest.raises(Overloaded):
+        await _answer(_raise(BackPressureError(num_queued_requests=9, max_queued_requests=8)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        RayTaskError("prepare", "Traceback", ValueError("a defect")),
+        RayServeException("gone"),
+        DeploymentUnavailableError.__new__(DeploymentUnavailableError),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_ray_raises_is_a_failed_stage(error: BaseException) -> None:
+    with pytest.raises(StageFailed):
+        await _answer(_raise(error))
