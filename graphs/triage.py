@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,8 +30,13 @@ class TriageArgs(BaseModel):
     policy_version: str = "2026-11.1"
 
 
-def build(args: TriageArgs) -> Application:
-    """Wire the graph. Serve calls this with the `args` of the config file."""
+def build(args: TriageArgs | Mapping[str, Any]) -> Application:
+    """Wire the graph. Serve calls this with the `args` of the config file.
+
+    As plain tables: Ray would make a model of them if it could read the annotation, but in a
+    module with postponed annotations it sees a string.
+    """
+    args = TriageArgs.model_validate(args)
 
     def options(deployment: Any, **user_config: object) -> Any:  # noqa: ANN401 - untyped in Ray
         """Set a deployment up as its profile says; user_config reaches `reconfigure`."""

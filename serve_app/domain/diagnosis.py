@@ -41,6 +41,4 @@ TRAINED: tuple[Diagnosis, ...] = tuple(d for d in Diagnosis if d is not Diagnosi
 
 #: Malignant or pre-malignant. AK is a carcinoma precursor: it counts here as it does in
 #: the Skin Analytics DERM pathway, and is weighed on its own in the risk policy.
-MALIGNANT: frozenset[Diagnosis] = frozenset(
-    {Diagnosis.MEL, Diagnosis.BCC, Diagnosis.SCC, Diagnosis.AK}
-)
+MALIGNANT: frozenset[Diagnosis] = frozenset({Diagnosis.MEL, Diagnosis.BCC, Diagnosis.SCC, Diagnosis.AK})

@@ -26,6 +26,13 @@ def test_an_argument_that_is_not_known_is_refused(wrong: dict[str, object]) -> N
         TriageArgs.model_validate(wrong)
 
 
+def test_plain_tables_are_arguments_too() -> None:
+    """`serve deploy` hands the file's `args` over as a dictionary."""
+    assert build({"profile": "gpu"})._bound_deployment.name == "ingress"
+    with pytest.raises(ValidationError):
+        build({"profil": "gpu"})
+
+
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_the_ingress_holds_a_handle_to_every_stage(profile) -> None:
     graph = build(TriageArgs(profile=profile))
