@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.processes import measure_cpu, measure_pss
 from cluster.postgres import EmbeddedPostgres
+from cluster.postgres_state import free_port
 from cluster.ray_node import RayNode
 
 CORES = os.cpu_count() or 1
@@ -61,7 +62,17 @@ def running_graph(
     `settings` are further DERM_* variables of the node.
     """
     os.environ.update(settings or {})
-    node = RayNode(home, port=port + 1, dashboard=dashboard)
+    # Beside another node of this machine, if there is one.
+    ports = [free_port() for _ in range(4)]
+    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(free_port())
+    node = RayNode(
+        home,
+        port=ports[0],
+        stats_port=ports[1],
+        metrics_port=ports[2],
+        dashboard=dashboard,
+        dashboard_port=ports[3],
+    )
     started = time.monotonic()
     try:
         node.start()

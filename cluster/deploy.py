@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 
 import ray
@@ -44,9 +43,7 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.wait and not sys.stdin.readline():
         sys.exit("The start was given up.")
-    # Two threads are worth it on two cores; beyond four a forward pass gains little.
-    threads = max(1, min(4, os.cpu_count() or 1))
-    args = TriageArgs(profile=parsed.profile, classifier_threads=threads)
+    args = TriageArgs(profile=parsed.profile)
     deploy(parsed.address, host=parsed.host, port=parsed.port, args=args)
 
 

@@ -29,6 +29,10 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Ten times a second every process would hand its counters on, and the controller look at
+    # everything: together more work than the embedder, the retriever and the risk stage.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     # A busy machine needs more than 5 s for a process's imports; three times over that, and
     # Serve ends the proxy and with it the deployment.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",

@@ -20,7 +20,7 @@ _BACKPRESSURE = {"status_code": 503, "retry_after_s": 2}
 #: max_ongoing_requests queue at the caller, above max_queued_requests are refused.
 DEPLOYMENT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ingress": {"max_ongoing_requests": 100, "max_queued_requests": 64, "max_replicas": 4, "target": 16},
-    "preprocess": {"max_ongoing_requests": 2, "max_queued_requests": 64, "max_replicas": 8, "target": 2},
+    "preprocess": {"max_ongoing_requests": 16, "max_queued_requests": 64, "max_replicas": 8, "target": 4},
     "classifier": {"max_ongoing_requests": 16, "max_queued_requests": 64, "max_replicas": 8, "target": 8},
     "embedder": {"max_ongoing_requests": 32, "max_queued_requests": 64, "max_replicas": 2, "target": 16},
     "retriever": {"max_ongoing_requests": 16, "max_queued_requests": 64, "max_replicas": 4, "target": 8},

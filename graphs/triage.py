@@ -20,13 +20,13 @@ from serve_app.api.deployment import Ingress
 class TriageArgs(BaseModel):
     """The arguments in `serve_config.yaml`. Which model answers is not among them: the database says.
 
-    classifier_threads: cores of one forward pass; replicas × threads should be the cores.
+    classifier_threads: cores of one forward pass; a replica runs as many passes as the cores allow.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     profile: Profile = "cpu"
-    classifier_threads: int = Field(default=2, ge=1, le=64)
+    classifier_threads: int = Field(default=1, ge=1, le=64)
     policy_version: str = "2026-11.1"
 
 

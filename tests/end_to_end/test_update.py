@@ -25,13 +25,14 @@ address, config = sys.argv[1], json.loads(sys.argv[2])
 ray.init(address=address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
 client = _get_global_client()
 client.deploy_apps(ServeDeploySchema.model_validate(config))
-deadline = time.monotonic() + 150
+deadline = time.monotonic() + 100
 while True:
     application = serve.status().applications["triage"]
-    if application.status == "RUNNING" and time.monotonic() > deadline - 148:
+    if application.status == "RUNNING" and time.monotonic() > deadline - 98:
         break
     if application.status == "DEPLOY_FAILED" or time.monotonic() > deadline:
-        sys.exit(f"{application.status}: {application.message}")
+        stages = {name: (d.status, d.message) for name, d in application.deployments.items()}
+        sys.exit(f"{application.status}: {application.message} {stages}")
     time.sleep(0.25)
 """
 
