@@ -10,6 +10,7 @@ import sys
 
 from pydantic import ValidationError
 
+from cluster.node_files import explain
 from cluster.ray_node import RayFailed
 from serve_app.domain.errors import DermError
 from serve_app.settings import default_home
@@ -42,10 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = parsed.run(parsed)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"DERM_{'_'.join(map(str, at['loc'])).upper()}: {at['msg']}" for at in error.errors()
-        )
-        return _fail(f"{wrong}. Has `derm-cds serve` run in {parsed.home}?")
+        return _fail(f"{explain(error)}. Has `derm-cds serve` run in {parsed.home}?")
     except (DermError, RayFailed, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 import secrets
 
+from pydantic import ValidationError
+
 from cluster.postgres_state import DatabaseUrls
 from serve_app.security.private_files import locked_folder, write_private
 from serve_app.settings import REPOSITORY
@@ -35,3 +37,8 @@ def read_service_environment(home: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+
+
+def explain(error: ValidationError) -> str:
+    """Say in one line which settings are missing or wrong, without their values."""
+    return "; ".join(f"DERM_{'_'.join(map(str, at['loc'])).upper()}: {at['msg']}" for at in error.errors())

@@ -16,7 +16,10 @@ import os
 from pathlib import Path
 import sys
 
+from pydantic import ValidationError
+
 from cluster.database import application_role, own_database
+from cluster.node_files import explain
 from cluster.sample_lesion import write_sample
 from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
@@ -69,7 +72,9 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
         if chosen not in there:
             raise ModelContractError(f"{models} has no model {chosen}. There: {', '.join(there) or 'none'}.")
         return chosen
-    if len(there) != 1:
+    if not there:
+        raise ModelContractError(f"{models} holds no model (DERM_MODELS).")
+    if len(there) > 1:
         raise ModelContractError(
             f"{models} has {len(there)} models ({', '.join(there)}): say which, with --model."
         )
@@ -106,8 +111,8 @@ def main() -> int:
     os.umask(0o077)
     try:
         first = asyncio.run(prepare(load_settings(), model=model))
-    except DermError as error:
-        sys.stderr.write(f"{error}\n")
+    except (DermError, ValidationError) as error:
+        sys.stderr.write(f"{explain(error) if isinstance(error, ValidationError) else error}\n")
         return 1
     _say(json.dumps(asdict(first) if first else None))
     return 0

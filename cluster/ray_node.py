@@ -17,8 +17,7 @@ import sys
 import psutil
 
 from cluster.ray_environment import ray_environment
-from cluster.ray_processes import MARK, belonging, core, end, in_session, live, marked, name
-from cluster.ray_processes import command as process_command
+from cluster.ray_processes import MARK, belonging, core, end, in_session, live, name
 
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
@@ -34,7 +33,8 @@ class RayFailed(RuntimeError):
 class RayNode:
     """The node below `home`; it listens on loopback only.
 
-    `stats_port` and `metrics_port` are HAProxy's, `dashboard_port` is taken with `dashboard` only.
+    `stats_port` and `metrics_port` are HAProxy's, `fallback_port` is where Serve's own proxy stands
+    in for it, `dashboard_port` is taken with `dashboard` only.
     """
 
     home: Path
@@ -44,6 +44,7 @@ class RayNode:
     dashboard_port: int = 8265
     stats_port: int = 8404
     metrics_port: int = 9101
+    fallback_port: int = 8500
 
     @property
     def address(self) -> str:
@@ -65,6 +66,7 @@ class RayNode:
             **ray_environment(self.home, self.directory),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(self.stats_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(self.metrics_port),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(self.fallback_port),
             MARK: str(self.home),
         }
 
@@ -91,8 +93,6 @@ class RayNode:
         if code != 0:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
-        if not self.dashboard:
-            self._end_idle_dashboard()
 
     def is_running(self) -> bool:
         """Whether this node's raylet and GCS live."""
@@ -120,7 +120,7 @@ class RayNode:
             # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
             child = subprocess.Popen(
                 command,
-                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_client_server"},
+                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_the_needless"},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -141,10 +141,3 @@ class RayNode:
         sessions = sorted((self.directory / "r").glob("session_2*"))
         for session in sessions[: -_SESSIONS + 1]:
             shutil.rmtree(session, ignore_errors=True)
-
-    def _end_idle_dashboard(self) -> None:
-        # `ray start` runs this one even when told not to: it would only collect usage statistics.
-        idle = [
-            process for process in marked(self.home) if "dashboard/dashboard.py" in process_command(process)
-        ]
-        end(idle, signal.SIGTERM, 0)

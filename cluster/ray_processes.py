@@ -65,14 +65,6 @@ def name(process: psutil.Process) -> str:
         return ""
 
 
-def command(process: psutil.Process) -> str:
-    """The command line; empty once it has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def end(processes: list[psutil.Process], number: signal.Signals, timeout_s: float) -> None:
     """Send a signal and wait until they have ended, or the time is up."""
     for process in processes:

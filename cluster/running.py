@@ -26,6 +26,7 @@ class Running:
     ray_port: int
     stats_port: int
     metrics_port: int
+    fallback_port: int
     dashboard_port: int | None = None
 
     def describe(self) -> str:

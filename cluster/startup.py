@@ -19,6 +19,7 @@ from typing import Any
 import urllib.error
 import urllib.request
 
+from cluster.child import end_child, last_words
 from cluster.database import own_database
 from cluster.node_files import write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
@@ -28,7 +29,6 @@ from cluster.ray_processes import core, live
 from serve_app.domain.errors import DermError
 
 _LOOK_EVERY_S = 0.1
-_STOP_S = 5
 _READY_TIMEOUT_S = 120
 _DEPLOY_TIMEOUT_S = 600
 
@@ -67,7 +67,7 @@ class Startup:
                     raise
             self._go(graph)
         finally:
-            _end(graph)
+            end_child(graph)
         self._wait_ready()
         return first.result()
 
@@ -77,7 +77,7 @@ class Startup:
         try:
             self._go(graph)
         finally:
-            _end(graph)
+            end_child(graph)
         self._wait_ready()
 
     def _await(self, steps: set[Future[Any]]) -> None:
@@ -123,7 +123,7 @@ class Startup:
                 report(said)
             said = line.strip()
         if child.wait() != 0:
-            raise StartFailed(_last_words(log))
+            raise StartFailed(last_words(log))
         first: dict[str, str] | None = json.loads(said or "null")
         return first
 
@@ -159,7 +159,7 @@ class Startup:
                 )
         if graph.returncode != 0:
             log = self._log("deploy")
-            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
+            raise RayFailed(f"The graph was not deployed: {last_words(log)} (all of it: {log}).")
 
     def _wait_ready(self) -> None:
         address = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
@@ -185,22 +185,3 @@ def _is_ready(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    if child.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
-
-
-def _last_words(log: Path) -> str:
-    """The last line that begins a statement: of a traceback, the exception's own."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
-    return lines[-1] if lines else "it said nothing"

@@ -22,8 +22,8 @@ from cluster.ray_processes import core, live
 from cluster.running import Running, Tenancy, occupy
 from cluster.startup import GivenUp, StartFailed, Startup
 
-#: What a node takes if it can: GCS, HAProxy's statistics and metrics, the dashboard.
-PORTS = (6379, 8404, 9101, 8265)
+#: What a node takes if it can: GCS, HAProxy's statistics and metrics, the dashboard, Serve's proxy.
+PORTS = (6379, 8404, 9101, 8265, 8500)
 
 _LOOK_EVERY_S = 1.0
 _BACKOFF_S = (2.0, 60.0)
@@ -76,7 +76,7 @@ def _node(wish: Wish) -> RayNode:
     chosen = [wish.port]
     for wanted in PORTS:
         chosen.append(choose_port(wanted, taken=chosen))
-    _, ray_port, stats_port, metrics_port, dashboard_port = chosen
+    _, ray_port, stats_port, metrics_port, dashboard_port, fallback_port = chosen
     return RayNode(
         wish.home,
         port=ray_port,
@@ -84,6 +84,7 @@ def _node(wish: Wish) -> RayNode:
         dashboard_port=dashboard_port,
         stats_port=stats_port,
         metrics_port=metrics_port,
+        fallback_port=fallback_port,
     )
 
 
@@ -98,6 +99,7 @@ def _announce(tenancy: Tenancy, wish: Wish, node: RayNode) -> str:
         ray_port=node.port,
         stats_port=node.stats_port,
         metrics_port=node.metrics_port,
+        fallback_port=node.fallback_port,
         dashboard_port=node.dashboard_port if node.dashboard else None,
     )
     tenancy.announce(running)

@@ -27,14 +27,15 @@ DEPLOYMENT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "risk": {"max_ongoing_requests": 32, "max_queued_requests": 64, "max_replicas": 2, "target": 16},
 }
 
-#: Logical CPUs: how Ray packs replicas. Their sum is below 2, the smallest machine served.
+#: Logical CPUs: how Ray packs replicas, not what they may use. Twice their sum fits the smallest
+#: machine, of 2: an update starts every new replica beside the old one (max_surge_percent).
 _NUM_CPUS = {
-    "ingress": 0.3,
-    "preprocess": 0.3,
-    "classifier": 0.9,
-    "embedder": 0.1,
-    "retriever": 0.2,
-    "risk": 0.1,
+    "ingress": 0.15,
+    "preprocess": 0.15,
+    "classifier": 0.4,
+    "embedder": 0.05,
+    "retriever": 0.1,
+    "risk": 0.05,
 }
 
 

@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 import re
 import shutil
+import subprocess
 import tempfile
 
 import asyncpg
 import pytest
 
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.postgres_account import programs
 from cluster.postgres_state import PostgresState
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
@@ -52,10 +54,22 @@ def postgres() -> Iterator[EmbeddedPostgres]:
         local.parent.mkdir(parents=True)
         local.write_text("fsync = off\n")
         server.ensure()
+        _keep_empty(server)
         try:
             yield server
         finally:
             server.stop(mode="immediate")
+
+
+def _keep_empty(server: EmbeddedPostgres) -> None:
+    """Copy the database while nothing is in it: some tests migrate the server's own."""
+    state = PostgresState.read(server.home / "postgres.json")
+    assert state is not None
+    subprocess.run(
+        [programs() / "psql", "--no-psqlrc", "--quiet", "-c", "CREATE DATABASE derm_empty TEMPLATE derm"],
+        env=state.superuser_environment(None),
+        check=True,
+    )
 
 
 def _memory() -> str | None:
@@ -88,7 +102,7 @@ def new_database(postgres: EmbeddedPostgres, as_superuser) -> Callable[..., Awai
         name, first = f"derm_{made}", postgres.ensure()
         connection = await asyncpg.connect(as_superuser(first))
         try:
-            await connection.execute(f"CREATE DATABASE {name} OWNER derm_owner TEMPLATE derm")
+            await connection.execute(f"CREATE DATABASE {name} OWNER derm_owner TEMPLATE derm_empty")
             await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
             await connection.execute(f"GRANT CONNECT ON DATABASE {name} TO derm_app")
         finally:

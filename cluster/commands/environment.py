@@ -25,6 +25,7 @@ def _environment(arguments: argparse.Namespace) -> int:
             port=running.ray_port,
             stats_port=running.stats_port,
             metrics_port=running.metrics_port,
+            fallback_port=running.fallback_port,
             dashboard_port=running.dashboard_port or node.dashboard_port,
         )
     new = {name: value for name, value in node.environment.items() if os.environ.get(name) != value}

@@ -17,7 +17,5 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 def _sample(arguments: argparse.Namespace) -> int:
     write_sample(arguments.path)
-    sys.stdout.write(
-        f"{arguments.path}: a drawing, not a photograph; `review` or `refused` may be the answer\n"
-    )
+    sys.stdout.write(f"{arguments.path}: a drawing, not a photograph\n")
     return 0

@@ -56,7 +56,7 @@ def _welcome(url: str, first: dict[str, str] | None) -> None:
         sys.stdout.write(
             "\nA first request (the token is for development and lasts an hour):\n\n"
             f"{curl(url, first)}\n\n"
-            "The image is drawn, not photographed: `review` or `refused` may well be the right answer to it.\n"
+            "The image is drawn, not photographed: `review` or `refused` is the right answer to it, `decided` proves nothing.\n"
             "Decision support for clinicians, never a diagnosis.\n"
         )
     sys.stdout.write("\nCtrl-C stops everything that was started here.\n")

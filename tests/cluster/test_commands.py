@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 from PIL import Image
 import pytest
 
 from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
-from serve_app.domain.errors import Unauthenticated
+from cluster.prepare import choose_model
+from serve_app.domain.errors import ModelContractError, Unauthenticated
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
 from serve_app.security.tokens import TokenVerifier
@@ -131,7 +133,42 @@ def test_references_of_an_empty_store(derm_cds, home, tmp_path, monkeypatch) -> 
     monkeypatch.setenv("DERM_MODELS", str(tmp_path))
     said = derm_cds("references", "load", home=home)
     assert said.code == 1
-    assert "0 models" in said.err
+    assert "holds no model" in said.err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "live", "there", "chosen"),
+    [
+        (None, None, ["a.one"], "a.one"),
+        (None, "a.two", ["a.one", "a.two"], "a.two"),
+        ("a.one", "a.two", ["a.one", "a.two"], "a.one"),
+    ],
+)
+def test_the_model_that_answers(tmp_path, wanted, live, there, chosen) -> None:
+    """A start never takes the place of a model that somebody chose."""
+    _store(tmp_path, there)
+    assert choose_model(tmp_path, wanted=wanted, live=live) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "live", "there"),
+    [
+        (None, None, []),
+        (None, None, ["a.one", "a.two"]),
+        ("a.three", None, ["a.one"]),
+        (None, "a.three", ["a.one"]),
+    ],
+)
+def test_no_model_is_guessed(tmp_path, wanted, live, there) -> None:
+    _store(tmp_path, there)
+    with pytest.raises(ModelContractError):
+        choose_model(tmp_path, wanted=wanted, live=live)
+
+
+def _store(folder: Path, models: list[str]) -> None:
+    for model in models:
+        (folder / model).mkdir()
+        (folder / model / "manifest.toml").touch()
 
 
 def test_models_that_are_shipped_verify(derm_cds, tmp_path) -> None:

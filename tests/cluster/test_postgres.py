@@ -18,7 +18,7 @@ import asyncpg
 import psutil
 import pytest
 
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres, ensure_cluster
+from cluster.postgres import EmbeddedPostgres, ensure_cluster
 from cluster.postgres_state import PostgresState
 from cluster.postgres_supervisor import supervise
 
@@ -235,19 +235,16 @@ def hard_place():
         yield closed / ("deep/" * 20) / 'it\'s a "home" & 50% ünder'
 
 
-def _ensure(home: Path) -> tuple[DatabaseUrls, int | None]:
-    server = EmbeddedPostgres(home)
-    return server.ensure(), server.pid()
-
-
 async def test_two_at_once_make_one_server_even_in_a_hard_place(hard_place: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     server = EmbeddedPostgres(hard_place)
     try:
         with ProcessPoolExecutor(3, mp_context=spawn) as executor:
-            (urls, pid), *others = executor.map(_ensure, [hard_place] * 3)
-        assert others == [(urls, pid)] * 2
-        assert server.pid() == pid
+            # Methods, not functions of this module: a spawned process cannot import a test.
+            urls, *others = executor.map(EmbeddedPostgres.ensure, [EmbeddedPostgres(hard_place)] * 3)
+            (pid,) = set(executor.map(EmbeddedPostgres.pid, [server] * 3))
+        assert others == [urls] * 2
+        assert server.pid() == pid is not None
         # The socket's path would be too long for the kernel.
         assert "@127.0.0.1:" in urls.app
         assert await _value(urls.app, "SELECT 1") == 1

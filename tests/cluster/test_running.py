@@ -20,6 +20,7 @@ _RUNNING = Running(
     ray_port=6379,
     stats_port=8404,
     metrics_port=9101,
+    fallback_port=8500,
 )
 
 

@@ -252,8 +252,11 @@ def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 300
     while not (version := _policy_version(service)).startswith("2026-11.1+"):
+        state = subprocess.run(
+            [_BASH, "-c", f"{exports}\n{serve} status"], check=False, capture_output=True, text=True
+        )
+        assert "DEPLOY_FAILED" not in state.stdout, state.stdout
         assert time.monotonic() < deadline, version
-        time.sleep(1)
 
 
 def _policy_version(service: Service) -> str:

@@ -68,8 +68,8 @@ def test_other_ports_give_way(tmp_path, monkeypatch) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         taken = listener.getsockname()[1]
-        monkeypatch.setattr(supervisor, "PORTS", (taken, taken, taken, taken))
+        monkeypatch.setattr(supervisor, "PORTS", (taken,) * 5)
         node = supervisor._node(Wish(tmp_path, port=free_port()))
-    ports = {node.port, node.stats_port, node.metrics_port, node.dashboard_port}
-    assert len(ports) == 4
+    ports = {node.port, node.stats_port, node.metrics_port, node.dashboard_port, node.fallback_port}
+    assert len(ports) == 5
     assert taken not in ports

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 import json
+import os
 from pathlib import Path
 
 import pytest
+import yaml
+
+from graphs.profiles import deployment_options
+from serve_app.settings import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
@@ -37,13 +42,18 @@ while True:
 """
 
 
+_DELETE = """
+import logging, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+serve.delete("triage")
+"""
+
+
 @pytest.fixture(scope="module")
 def config(node) -> dict:
     """serve_config.yaml, on this node's port."""
-    import yaml
-
-    from serve_app.settings import REPOSITORY
-
     read = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
     read["http_options"]["port"] = node.port
     return read
@@ -76,6 +86,10 @@ async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_i
             statuses[response.status_code] += 1
             await asyncio.sleep(0.1)
 
+    room = json.loads(os.environ.get("RAY_OVERRIDE_RESOURCES", "{}")).get("CPU", os.cpu_count())
+    needed = sum(deployment_options(name, "cpu")["ray_actor_options"]["num_cpus"] for name in DEPLOYMENTS)
+    if room < 2 * needed:
+        pytest.skip(f"{room} logical CPUs have no room for a second replica of each ({2 * needed:.1f})")
     before = pids(node)
     workers = [asyncio.create_task(work()) for _ in range(2)]
     try:
@@ -95,6 +109,9 @@ async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_i
 
 async def test_the_policy_changes_without_a_restart(pms, node, config, lesion_image, isic_dir: Path) -> None:
     """A margin nothing can reach sends every answer to review, and back again."""
+    await asyncio.to_thread(node.run, "-c", _DELETE, node.ray.address)
+    await apply(node, config)
+    await node.until_ready()
     image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
     patient = await pms.care()
     before = (await pms.upload(patient, image)).json()
