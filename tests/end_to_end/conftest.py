@@ -71,14 +71,9 @@ class Node:
     ray: RayNode = field(init=False)
 
     def __post_init__(self) -> None:
-        ports = [free_port() for _ in range(5)]
-        # HAProxy's way out while no ingress lives. Left at 8500, another node of this machine may
-        # hold it, and would be sent our patients' images.
-        os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(ports[4]))
+        names = ("port", "stats_port", "metrics_port", "dashboard_port", "fallback_port")
         self.postgres = EmbeddedPostgres(self.home)
-        self.ray = RayNode(
-            self.home, port=ports[0], stats_port=ports[1], metrics_port=ports[2], dashboard_port=ports[3]
-        )
+        self.ray = RayNode(self.home, **{name: free_port() for name in names})
 
     async def start(self) -> None:
         """Start everything that is not running."""
