@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import os
 from pathlib import Path
+import tempfile
 
 import pytest
 
@@ -53,12 +54,18 @@ def derm_cds(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return run
 
 
-@pytest.fixture
-def home(postgres: EmbeddedPostgres) -> Path:
-    """The home of the session's server."""
-    return postgres.home
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    """The home of a server of its own: the session's one is the template of other tests' databases."""
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
+        server = EmbeddedPostgres(Path(folder))
+        server.ensure()
+        try:
+            yield server.home
+        finally:
+            server.stop()
 
 
 @pytest.fixture
-def urls(postgres: EmbeddedPostgres) -> DatabaseUrls:
-    return postgres.ensure()
+def urls(home: Path) -> DatabaseUrls:
+    return EmbeddedPostgres(home).ensure()

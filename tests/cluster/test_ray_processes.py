@@ -63,7 +63,7 @@ def test_the_caller_and_its_ancestors_are_left_alone(tmp_path) -> None:
         "import sys; from pathlib import Path; from cluster.ray_processes import belonging\n"
         "print(len(belonging(Path(sys.argv[1]))))"
     )
-    command = ["sh", "-c", f'{sys.executable} -c "{program}" "{tmp_path}"; true']
+    command = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(
         command, env=os.environ | {MARK: str(tmp_path)}, check=True, capture_output=True, text=True
     )

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -246,8 +247,8 @@ def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> N
     risk["user_config"] = {"review": {"min_margin": 0.11}}
     (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
     exports = service.run("environment").stdout
-    serve = f"{sys.executable} -m ray.serve.scripts"
-    script = f"{exports}\n{serve} deploy {tmp_path}/serve_config.yaml && {serve} status"
+    serve = f"{shlex.quote(sys.executable)} -m ray.serve.scripts"
+    script = f"{exports}\n{serve} deploy {shlex.quote(str(tmp_path))}/serve_config.yaml && {serve} status"
     done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 300
