@@ -101,6 +101,7 @@ def service() -> Iterator[Service]:
                 service.process.terminate()
                 service.process.wait(_STOP_S)
             RayNode(service.home).stop()
+            shutil.rmtree(RayNode(service.home).directory, ignore_errors=True)
             EmbeddedPostgres(service.home).stop()
 
 
