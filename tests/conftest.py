@@ -16,6 +16,7 @@ import pytest
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.postgres_account import programs
 from cluster.postgres_state import PostgresState
+from model_store.registry import ModelStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
@@ -148,3 +149,15 @@ def lesions(pool) -> LesionStore:
 def references(pool) -> ReferenceStore:
     """The references as the service sees them."""
     return ReferenceStore(pool)
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The model store: the repository's own, or $DERM_MODELS."""
+    return Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
+
+
+@pytest.fixture(scope="session")
+def model_id(models: Path) -> str:
+    """The model that answers: the first of the store, which is never empty."""
+    return next(iter(ModelStore(models)))

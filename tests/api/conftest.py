@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,14 +25,13 @@ from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
-from model_store.registry import ModelStore
 from serve_app.api.app import create_app
 from serve_app.api.stages import Stages
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.security.tokens import mint_token
-from serve_app.settings import REPOSITORY, Settings
+from serve_app.settings import Settings
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.1"
@@ -42,21 +40,6 @@ TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
     "audit_events",
 )
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The model store; skips while it is empty."""
-    root = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
-    if not list(ModelStore(root)):
-        pytest.skip(f"there is no model in {root} (DERM_MODELS)")
-    return root
-
-
-@pytest.fixture(scope="session")
-def model_id(models: Path) -> str:
-    """The model that answers: the first of the store."""
-    return next(iter(ModelStore(models)))
 
 
 @pytest.fixture(scope="session")

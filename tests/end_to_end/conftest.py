@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 import io
-import os
 from pathlib import Path
 import re
 import shutil
@@ -32,7 +31,6 @@ from cluster.postgres_supervisor import supervise
 from cluster.ray_node import RayNode
 from cluster.sample_lesion import draw_lesion
 from data_jobs.references.load import publish_bundled
-from model_store.registry import ModelStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
@@ -41,21 +39,6 @@ from serve_app.settings import REPOSITORY
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
 _WHOLE_S = 60.0
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The model store; skips while it is empty."""
-    root = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
-    if not list(ModelStore(root)):
-        pytest.skip(f"there is no model in {root} (DERM_MODELS)")
-    return root
-
-
-@pytest.fixture(scope="session")
-def model_id(models: Path) -> str:
-    """The model that answers: the first of the store."""
-    return next(iter(ModelStore(models)))
 
 
 @dataclass

@@ -13,24 +13,6 @@ import pytest
 
 from data_jobs.training.manifest_file import dump_toml
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
-from serve_app.settings import REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def models() -> Path:
-    """The model store; skips while it is empty."""
-    root = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
-    if not list(ModelStore(root)):
-        pytest.skip(f"there is no model in {root} (DERM_MODELS)")
-    return root
-
-
-@pytest.fixture(scope="session")
-def model_id(models: Path) -> str:
-    """The first model of the store."""
-    return next(iter(ModelStore(models)))
-
 
 Change = Callable[[dict[str, Any]], object]
 
