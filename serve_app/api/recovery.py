@@ -51,5 +51,5 @@ async def recover_once(
             continue
         completed += assessment is not None
     if completed:
-        logger.info("Completed %d pending assessments", completed)
+        logger.warning("Completed %d pending assessments", completed)
     return completed
