@@ -1,7 +1,7 @@
 """Images that are no dermoscopy: what p(UNK) is fitted against and tested on.
 
-Photographs shipped with scikit-image and scikit-learn, text, noise, gradients and plain
-colours. Each source image has two disjoint halves of views: `fit` for the logistic map and `test` for the
+Photographs shipped with scikit-image and scikit-learn, text, noise, gradients, plain colours,
+painted lesions and inverted ones. Each source image has two disjoint halves of views: `fit` for the logistic map and `test` for the
 figures told of it, split by source so that no photograph is in both.
 """
 
@@ -60,11 +60,12 @@ def make_outliers(geometry: InputGeometry, seed: int) -> list[Outlier]:
 
 
 def skin_like(pixels: Rgb, seed: int) -> list[Outlier]:
-    """Plausible but wrong, reported apart: N lesions inverted, blurred away, or as plain skin."""
+    """Made from N lesions: inverted (both parts); blurred away and plain skin, which are never fitted on."""
     rng = np.random.default_rng(seed)
     found = []
-    for image in pixels:
-        found.append(Outlier("inverted lesion", "test", 255 - image))
+    for index, image in enumerate(pixels):
+        part: Part = "fit" if index % 2 == 0 else "test"
+        found.append(Outlier("inverted lesion", part, 255 - image))
         blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(image.shape[0] / 16))
         found.append(Outlier("lesion blurred away", "test", np.asarray(blurred)))
         skin = np.median(image[:12].reshape(-1, 3), axis=0)
@@ -137,10 +138,30 @@ def _shapes(rng: np.random.Generator) -> Image.Image:
     return canvas
 
 
+def _painted_lesion(rng: np.random.Generator) -> Image.Image:
+    """Soft brown blots on a skin tone: what a hand or a program paints when it is asked for a mole."""
+    skin = np.array([228.0, 186.0, 162.0]) * rng.uniform(0.55, 1.08) + rng.uniform(-14.0, 14.0, 3)
+    brown = skin * rng.uniform(0.25, 0.65) * np.array([1.0, rng.uniform(0.8, 1.0), rng.uniform(0.7, 1.0)])
+    y, x = np.mgrid[0:240, 0:320].astype(np.float64)
+    canvas = np.broadcast_to(skin, (240, 320, 3)).copy()
+    for _ in range(int(rng.integers(1, 5))):
+        angle = np.arctan2(y - 120.0, x - 160.0)
+        radius = np.hypot((x - 160.0 - rng.normal(0.0, 14.0)) / rng.uniform(0.8, 1.5), y - 120.0)
+        border = rng.uniform(25.0, 90.0) + rng.uniform(0.0, 9.0) * np.cos(int(rng.integers(2, 9)) * angle)
+        inside = 1.0 / (1.0 + np.exp(np.clip((radius - border) / rng.uniform(1.0, 8.0), -50.0, 50.0)))
+        canvas += (inside * rng.uniform(0.4, 1.0))[..., None] * (brown - canvas)
+    spacing = rng.uniform(6.0, 30.0)
+    mesh = np.cos(2 * np.pi * x / spacing) + np.cos(2 * np.pi * (0.5 * x + 0.87 * y) / spacing)
+    canvas *= 1.0 - rng.uniform(0.0, 0.12) * np.clip(mesh, 0.0, 1.0)[..., None]
+    canvas += rng.normal(0.0, rng.uniform(0.0, 5.0), canvas.shape)
+    return Image.fromarray(np.clip(canvas, 0.0, 255.0).astype(np.uint8))
+
+
 _DRAWINGS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
     "noise": _noise,
     "plain colour": _plain,
     "gradient": _gradient,
     "text": _text,
     "shapes": _shapes,
+    "painted lesion": _painted_lesion,
 }

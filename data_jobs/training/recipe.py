@@ -20,6 +20,14 @@ class DataPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class StartPlan:
+    """Where training starts from instead of ImageNet: an earlier model's checkpoint, by its SHA-256."""
+
+    model_id: str
+    checkpoint_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkPlan:
     """Input mean and std on the 0-1 scale (one for all channels), dropout, stochastic depth.
 
@@ -96,6 +104,7 @@ class Recipe:
     augment: AugmentPlan
     stages: tuple[Stage, ...]
     serving_sides: tuple[int, ...]
+    start: StartPlan | None = None
 
     @property
     def model_id(self) -> str:
@@ -108,7 +117,7 @@ class Recipe:
         return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
 
 
-_Plan = TypeVar("_Plan", DataPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage)
+_Plan = TypeVar("_Plan", DataPlan, StartPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -127,6 +136,7 @@ def read_recipe(path: Path) -> Recipe:
             augment=_read(AugmentPlan, raw.pop("augment")),
             stages=tuple(_read(Stage, stage) for stage in raw.pop("stages")),
             serving_sides=tuple(raw.pop("serving")["sides"]),
+            start=_read(StartPlan, raw.pop("start")) if "start" in raw else None,
         )
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error

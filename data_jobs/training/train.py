@@ -1,13 +1,15 @@
 """Train a recipe: `python -m data_jobs.training.train --recipe R --cache-dir C --output O`.
 
 After every epoch `O/checkpoint.pt` holds all that is needed to go on; a killed run started
-again with the same command continues there. `O/log.jsonl` has one line an epoch.
+again with the same command continues there. `O/log.jsonl` has one line an epoch. A recipe with
+`[start]` begins at the averaged weights of an earlier model's checkpoint: `--start checkpoint.pt`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_jobs.training.augment import augment
 from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
 from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
-from data_jobs.training.recipe import LossPlan, OptimiserPlan, Recipe, read_recipe
+from data_jobs.training.recipe import LossPlan, OptimiserPlan, Recipe, StartPlan, read_recipe
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED
 
@@ -148,12 +150,32 @@ def run_epoch(
     return losses / seen, hits / seen
 
 
-def train(recipe: Recipe, pixels: Pixels, labels: Labels, indices: Labels, output: Path) -> None:
+def load_start(network: DermNetwork, plan: StartPlan | None, checkpoint: Path | None) -> None:
+    """Give the network the weights that its recipe starts from: ImageNet's, or an earlier model's.
+
+    Raises ValueError when the checkpoint is not the one that the recipe names.
+    """
+    if plan is None:
+        load_imagenet(network, wheel_weights())
+        return
+    if checkpoint is None:
+        raise ValueError(f"This recipe starts from {plan.model_id}: give its checkpoint with --start.")
+    if hashlib.sha256(checkpoint.read_bytes()).hexdigest() != plan.checkpoint_sha256:
+        raise ValueError(f"{checkpoint} is not the checkpoint of {plan.model_id} that the recipe names.")
+    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    averaged = AveragedModel(network, use_buffers=True)
+    averaged.load_state_dict(state["ema"])
+    network.load_state_dict(averaged.module.state_dict())
+
+
+def train(
+    recipe: Recipe, pixels: Pixels, labels: Labels, indices: Labels, output: Path, start: Path | None = None
+) -> None:
     """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     network = DermNetwork(recipe.architecture, recipe.network)
-    load_imagenet(network, wheel_weights())
+    load_start(network, recipe.start, start)
     network.to(memory_format=torch.channels_last)
     decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
@@ -207,13 +229,15 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="checkpoint.pt of the model that the recipe starts from")
     arguments = parser.parse_args()
     recipe = read_recipe(arguments.recipe)
     folder = isic_folder()
     rows = read_rows(folder)
     geometry = InputGeometry(recipe.data.cache_side, recipe.data.interpolation)
     pixels = build_cache(rows, folder, arguments.cache_dir, geometry)
-    train(recipe, pixels, labels_of(rows), training_indices(rows, recipe.data), arguments.output)
+    indices = training_indices(rows, recipe.data)
+    train(recipe, pixels, labels_of(rows), indices, arguments.output, arguments.start)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ class AnatomSite(StrEnum):
 
 
 class Sex(StrEnum):
-    """ISIC's `sex`."""
+    """FHIR's administrative gender, which a PMS has; ISIC knows the first two and `unknown`."""
 
     FEMALE = "female"
     MALE = "male"
+    OTHER = "other"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.patient import Sex
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk", "store", "total"}
 
@@ -40,6 +41,11 @@ async def test_an_image_is_answered_with_everything_the_contract_names(service, 
     assert all(answer["provenance"].values())
     assert set(answer["timings_ms"]) == STAGES
     assert all(0 <= value <= answer["timings_ms"]["total"] for value in answer["timings_ms"].values())
+
+
+@pytest.mark.parametrize("sex", list(Sex))
+async def test_every_administrative_gender_is_taken(service, sex) -> None:
+    assert (await service.upload(await service.care(), sex=sex)).status_code == 201
 
 
 async def test_probabilities_sum_to_one_and_agree_with_the_top_three(service) -> None:

@@ -123,7 +123,7 @@ async def test_an_image_just_over_the_limit_is_too_large(rejected) -> None:
     [
         ("anatom_site_general", "elbow"),
         ("anatom_site_general", "Torso"),
-        ("sex", "unknown"),
+        ("sex", "none"),
         ("sex", "F"),
         ("age_approx", "-1"),
         ("age_approx", "abc"),

@@ -84,3 +84,27 @@ def test_an_epoch_draws_rare_classes_more_often() -> None:
     assert learning_rate(0, 100, 0.1) == pytest.approx(0.1)
     assert learning_rate(10, 100, 0.1) == pytest.approx(1.0)
     assert learning_rate(100, 100, 0.1) == pytest.approx(0.0)
+
+
+def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_path: Path) -> None:
+    import hashlib
+
+    from torch.optim.swa_utils import AveragedModel
+
+    from data_jobs.training.network import DermNetwork
+    from data_jobs.training.recipe import StartPlan
+    from data_jobs.training.train import load_start
+
+    torch.manual_seed(3)
+    earlier = AveragedModel(DermNetwork(RECIPE.architecture, RECIPE.network), use_buffers=True)
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save({"ema": earlier.state_dict()}, checkpoint)
+    plan = StartPlan("m.one", hashlib.sha256(checkpoint.read_bytes()).hexdigest())
+    network = DermNetwork(RECIPE.architecture, RECIPE.network)
+    load_start(network, plan, checkpoint)
+    for mine, theirs in zip(network.parameters(), earlier.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="--start"):
+        load_start(network, plan, None)
+    with pytest.raises(ValueError, match="not the checkpoint"):
+        load_start(network, StartPlan("m.one", "0" * 64), checkpoint)

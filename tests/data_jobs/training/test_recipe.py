@@ -7,6 +7,7 @@ import pytest
 from data_jobs.training.recipe import read_recipe
 
 RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
+SUCCESSOR = Path("data_jobs/training/recipes/tf_efficientnet_lite0_derm2.toml")
 
 
 def test_the_shipped_recipe_reads() -> None:
@@ -17,6 +18,13 @@ def test_the_shipped_recipe_reads() -> None:
     assert recipe.epoch_sides == tuple(s.side for s in recipe.stages for _ in range(s.epochs))
 
 
+def test_the_successor_starts_from_the_shipped_model() -> None:
+    start = read_recipe(SUCCESSOR).start
+    assert start is not None
+    assert start.model_id == read_recipe(RECIPE).model_id
+    assert len(bytes.fromhex(start.checkpoint_sha256)) == 32
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -24,6 +32,7 @@ def test_the_shipped_recipe_reads() -> None:
         ("clip_norm", "clip_nrom", "clip_nrom"),
         ("train_folds = [1, 2, 3]", "train_folds = [0, 1, 2]", "overlap"),
         ("calibration_fold = 4", "calibration_fold = 0", "overlap"),
+        ("[serving]", "[start]\nmodel_id = \"m\"\n[serving]", "checkpoint_sha256"),
         ("[serving]", "[extra]\nx = 1\n[serving]", "extra"),
     ],
 )
