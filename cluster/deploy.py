@@ -26,7 +26,9 @@ REPLICA_LOGGING = {**NODE_LOGGING, "log_level": "WARNING"}
 def deploy(address: str, *, host: str, port: int, args: TriageArgs) -> None:
     """Start Serve on a running node and run the graph on it; returns when every replica is healthy."""
     ray.init(address=address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=NODE_LOGGING)
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=NODE_LOGGING
+    )
     serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False, logging_config=REPLICA_LOGGING)
 
 

@@ -32,7 +32,7 @@ def test_the_successor_starts_from_the_shipped_model() -> None:
         ("clip_norm", "clip_nrom", "clip_nrom"),
         ("train_folds = [1, 2, 3]", "train_folds = [0, 1, 2]", "overlap"),
         ("calibration_fold = 4", "calibration_fold = 0", "overlap"),
-        ("[serving]", "[start]\nmodel_id = \"m\"\n[serving]", "checkpoint_sha256"),
+        ("[serving]", '[start]\nmodel_id = "m"\n[serving]', "checkpoint_sha256"),
         ("[serving]", "[extra]\nx = 1\n[serving]", "extra"),
     ],
 )
