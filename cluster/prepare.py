@@ -70,7 +70,10 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
     if wanted is not None or live is not None:
         chosen = wanted or str(live)
         if chosen not in there:
-            raise ModelContractError(f"{models} has no model {chosen}. There: {', '.join(there) or 'none'}.")
+            answered = "" if wanted else ", which answered so far: say which shall from now on, with --model"
+            raise ModelContractError(
+                f"{models} has no model {chosen}{answered}. There: {', '.join(there) or 'none'}."
+            )
         return chosen
     if not there:
         raise ModelContractError(f"{models} holds no model (DERM_MODELS).")

@@ -43,6 +43,7 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
 #: No processes that nobody asked for, and nothing sent anywhere.
 NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it

@@ -15,10 +15,6 @@ from serve_app.domain.errors import ModelContractError
 
 Device = Literal["cpu", "cuda"]
 
-# Nothing leaves the premises. ONNX Runtime collects events where its build has telemetry, and says
-# so nowhere: off before the first session of a process.
-ort.disable_telemetry_events()
-
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
