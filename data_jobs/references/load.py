@@ -61,13 +61,16 @@ async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
     pool = await open_pool(owner_dsn, minimum=0, maximum=1)
     try:
         references = ReferenceStore(pool)
+        target = LiveModel(model.manifest.model_id, model.digest, space.embedding_space)
+        live = await live_model(pool)
+        # The same space in a changed folder: its vectors may be others.
+        rebuilt = live is not None and live != target and live.embedding_space == target.embedding_space
         loaded = 0
-        if await references.count(space.embedding_space) < space.count:
+        if rebuilt or await references.count(space.embedding_space) < space.count:
             bundle = read_bundle(model, space)
             await references.load(bundle.images, bundle.embeddings, embedding_space=space.embedding_space)
             loaded = len(bundle.images)
-        target = LiveModel(model.manifest.model_id, model.digest, space.embedding_space)
-        if await live_model(pool) != target:
+        if live != target:
             await publish(pool, target)
         return loaded
     finally:
