@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
-from serve_app.api import health, lesions, timeline
+from serve_app.api import health, lesions, replay, timeline
 from serve_app.api.admission import AdmissionGate
 from serve_app.api.assessor import Assessor
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
+from serve_app.api.replayer import Replayer
 from serve_app.api.request_id import RequestIdMiddleware
 from serve_app.api.services import Services
 from serve_app.api.stages import Stages
@@ -40,12 +41,14 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
     )
     records = LesionStore(pool)
     keys = KeyStore(settings.keystore, FileKeyring(settings.keyring))
+    assessor = Assessor(stages, service_version=SERVICE_VERSION)
     return Services(
         pool=pool,
         records=records,
         keys=keys,
         live=LiveModelWatch(pool),
-        triage=Triage(assessor=Assessor(stages, service_version=SERVICE_VERSION), records=records, keys=keys),
+        triage=Triage(assessor=assessor, records=records, keys=keys),
+        replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
         admission=AdmissionGate(
             max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
         ),
@@ -94,4 +97,5 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     app.include_router(health.router)
     app.include_router(lesions.router)
     app.include_router(timeline.router)
+    app.include_router(replay.router)
     return app

@@ -15,7 +15,7 @@ from deployments.preprocess.preprocess import PreparedImage
 from deployments.risk.findings import Findings
 from serve_app.api.answers import format_time
 from serve_app.api.stages import Stages
-from serve_app.domain.assessment import Assessment, Change, Outcome, Provenance
+from serve_app.domain.assessment import Assessment, Change, Neighbours, Outcome, Provenance
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.domain.patient import ClinicalContext
@@ -86,9 +86,12 @@ class Assessor:
         top_k: int,
         licences: tuple[str, ...],
         previous: PreviousAssessment | None,
+        recorded: Neighbours | None = None,
     ) -> Assessment:
         """Wait for the classifier, and conclude from everything.
 
+        With `recorded` neighbours the conclusion is drawn from them, not from those found now:
+        a replay must not depend on which references came or went since.
         Raises StageFailed when a stage does not answer, or the classifier ran another model
         than the published one; Overloaded when a stage refused the work.
         """
@@ -111,7 +114,7 @@ class Assessor:
                 width=prepared.width,
                 height=prepared.height,
                 classification=output.classification,
-                neighbours=neighbours,
+                neighbours=recorded or neighbours,
                 context=context,
                 change=change,
             ),

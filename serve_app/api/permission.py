@@ -40,3 +40,25 @@ async def require(
         )
     )
     raise Forbidden
+
+
+async def require_lesion(
+    records: LesionStore, principal: Principal, action: Action, *, lesion_id: UUID, request_id: str
+) -> str:
+    """Permit access to a lesion by its patient, and name that.
+
+    An unknown lesion is denied like a stranger's: Forbidden, and on record.
+    """
+    access = await records.access(principal.subject, None, lesion_id)
+    await require(
+        records,
+        principal,
+        action,
+        patient_id=access.lesion_patient,
+        assigned=access.assigned,
+        request_id=request_id,
+        lesion_id=lesion_id,
+    )
+    if access.lesion_patient is None:
+        raise Forbidden
+    return access.lesion_patient

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api.admission import AdmissionGate
 from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.replayer import Replayer
 from serve_app.api.triage import Triage
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool
@@ -23,6 +24,7 @@ class Services:
     keys: KeyStore
     live: LiveModelWatch
     triage: Triage
+    replayer: Replayer
     admission: AdmissionGate
     limits: UploadLimits
     token_verifier: TokenVerifier

@@ -14,15 +14,13 @@ from fastapi.responses import JSONResponse, Response
 from serve_app.api.answers import summary_answer, timeline_answer
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, TimelineDocument, WorklistDocument
-from serve_app.api.permission import require
+from serve_app.api.permission import require, require_lesion
 from serve_app.api.services import Services
 from serve_app.api.upload import parse_opaque_id
-from serve_app.domain.errors import Forbidden, InvalidField, NotFound
-from serve_app.records.lesion_rows import SealedImageRecord
+from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
-from serve_app.security.envelope import ImageBinding, data_key_id_of, open_sealed
-from serve_app.security.keystore import KeyStore
+from serve_app.security.envelope import ImageBinding
 from serve_app.security.tokens import Principal
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
@@ -69,7 +67,9 @@ async def list_lesions(
 async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
     """Every image of a lesion with its assessment, newest first."""
     services: Services = request.app.state.services
-    patient_id = await _require_lesion(request, caller, Action.READ, lesion_id)
+    patient_id = await require_lesion(
+        services.records, caller, Action.READ, lesion_id=lesion_id, request_id=request.scope["request_id"]
+    )
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
@@ -88,34 +88,19 @@ async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSON
 async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> Response:
     """Answer with the very bytes that were uploaded."""
     services: Services = request.app.state.services
-    patient_id = await _require_lesion(request, caller, Action.DOWNLOAD, lesion_id)
+    patient_id = await require_lesion(
+        services.records, caller, Action.DOWNLOAD, lesion_id=lesion_id, request_id=request.scope["request_id"]
+    )
     found = await services.records.sealed_image(lesion_id, image_id)
     if found is None:
         raise NotFound
-    image = await asyncio.to_thread(_open, services.keys, found, image_id)
+    binding = ImageBinding(image_id, found.patient_id, found.content_type)
+    image = await asyncio.to_thread(services.keys.open_image, found.sealed, binding)
     await services.records.record_event(
         _viewed(Action.DOWNLOAD, caller, request.scope["request_id"], patient_id, lesion_id, image_id)
     )
     headers = _NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
     return Response(image, media_type=found.content_type, headers=headers)
-
-
-async def _require_lesion(request: Request, caller: Principal, action: Action, lesion_id: UUID) -> str:
-    """Permit access to a lesion by its patient, and name that. An unknown lesion is denied like a stranger's."""
-    services: Services = request.app.state.services
-    access = await services.records.access(caller.subject, None, lesion_id)
-    await require(
-        services.records,
-        caller,
-        action,
-        patient_id=access.lesion_patient,
-        assigned=access.assigned,
-        request_id=request.scope["request_id"],
-        lesion_id=lesion_id,
-    )
-    if access.lesion_patient is None:
-        raise Forbidden
-    return access.lesion_patient
 
 
 def _viewed(
@@ -135,12 +120,6 @@ def _viewed(
         image_id=image_id,
         request_id=request_id,
     )
-
-
-def _open(keys: KeyStore, found: SealedImageRecord, image_id: UUID) -> bytes:
-    data_key = keys.load(data_key_id_of(found.sealed))
-    binding = ImageBinding(image_id, found.patient_id, found.content_type)
-    return open_sealed(found.sealed, data_key=data_key, binding=binding)
 
 
 def _write_cursor(created_at: datetime, lesion_id: UUID) -> str:

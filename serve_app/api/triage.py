@@ -24,7 +24,7 @@ from serve_app.records.lesion_rows import Admission, ImageRecord, PendingAssessm
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
 from serve_app.security.audit import AuditEvent
-from serve_app.security.envelope import ImageBinding, data_key_id_of, open_sealed, seal
+from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.keystore import KeyStore
 
 logger = logging.getLogger("derm.triage")
@@ -194,5 +194,4 @@ class Triage:
 
     def _open(self, pending: PendingAssessment) -> bytes:
         binding = ImageBinding(pending.image_id, pending.patient_id, pending.content_type)
-        data_key = self._keys.load(data_key_id_of(pending.sealed))
-        return open_sealed(pending.sealed, data_key=data_key, binding=binding)
+        return self._keys.open_image(pending.sealed, binding)

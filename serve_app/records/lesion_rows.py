@@ -110,7 +110,7 @@ class PreviousAssessment:
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> PreviousAssessment:
-        """Make one of a row of `previous`."""
+        """Make one of a row of `previous` or `compared`."""
         embedding = row["embedding"]
         return cls(
             image_id=row["image_id"],
@@ -156,6 +156,29 @@ class AssessmentRecord:
     lesion_id: UUID
     patient_id: str
     image: ImageRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCase:
+    """What an assessment was asked and answered (`assessment` is None while pending), without its image."""
+
+    assessment_id: UUID
+    lesion_id: UUID
+    image_id: UUID
+    sealed_bytes: int
+    context: ClinicalContext
+    top_k: int
+    licences: tuple[str, ...]
+    assessment: Assessment | None
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> RecordedCase:
+        """Make one of a row of `recorded_case`."""
+        values = dict(row)
+        answer = values.pop("answer")
+        values["context"] = context_from_json(values["context"])
+        values["licences"] = tuple(values["licences"])
+        return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
 
 
 @dataclass(frozen=True, slots=True)

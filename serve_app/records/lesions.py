@@ -17,6 +17,7 @@ from serve_app.records.lesion_rows import (
     PatientAccess,
     PendingAssessment,
     PreviousAssessment,
+    RecordedCase,
     Replay,
     SealedImageRecord,
 )
@@ -121,6 +122,13 @@ class LesionStore:
         row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space)
         return PreviousAssessment.from_row(row) if row else None
 
+    async def compared(
+        self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
+    ) -> PreviousAssessment | None:
+        """Find again the image that a later one was compared with; None when it is gone."""
+        row = await self._pool.fetchrow(_SQL["compared"], lesion_id, image_id, embedding_space)
+        return PreviousAssessment.from_row(row) if row else None
+
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""
         rows = await self._pool.fetch(_SQL["timeline"], lesion_id)
@@ -155,6 +163,11 @@ class LesionStore:
         return (
             AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row)) if row else None
         )
+
+    async def recorded_case(self, lesion_id: UUID, assessment_id: UUID) -> RecordedCase | None:
+        """Find what an assessment was asked and answered; None when the lesion has no such assessment."""
+        row = await self._pool.fetchrow(_SQL["recorded_case"], lesion_id, assessment_id)
+        return RecordedCase.from_row(row) if row else None
 
     async def sealed_image(self, lesion_id: UUID, image_id: UUID) -> SealedImageRecord | None:
         """Fetch a sealed image; None when the lesion has no such image."""

@@ -17,6 +17,7 @@ class Action(StrEnum):
     READ = "read"
     DOWNLOAD = "download"
     LIST = "list"
+    REPLAY = "replay"
 
 
 class Role(StrEnum):
@@ -30,8 +31,8 @@ class Role(StrEnum):
 #: original image is for the clinician who looks at it.
 GRANTS: Mapping[Role, frozenset[Action]] = MappingProxyType(
     {
-        Role.CLINICIAN: frozenset({Action.UPLOAD, Action.READ, Action.DOWNLOAD, Action.LIST}),
-        Role.PMS_SERVICE: frozenset({Action.UPLOAD, Action.READ, Action.LIST}),
+        Role.CLINICIAN: frozenset({Action.UPLOAD, Action.READ, Action.DOWNLOAD, Action.LIST, Action.REPLAY}),
+        Role.PMS_SERVICE: frozenset({Action.UPLOAD, Action.READ, Action.LIST, Action.REPLAY}),
     }
 )
 

@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from serve_app.domain.errors import IntegrityError, RecordsUnavailable
-from serve_app.security.envelope import DataKey
+from serve_app.security.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.private_files import locked_folder, touch_private
 
@@ -75,6 +75,10 @@ class KeyStore:
         if not found:
             raise IntegrityError(f"There is no data key {data_key_id}")
         return DataKey(data_key_id, self._provider.unwrap(WrappedKey(*found), data_key_id), spent=True)
+
+    def open_image(self, sealed: bytes, binding: ImageBinding) -> bytes:
+        """Decrypt a sealed image with its key. IntegrityError when shredded, altered or bound to another."""
+        return open_sealed(sealed, data_key=self.load(data_key_id_of(sealed)), binding=binding)
 
     def shred(self, data_key_id: UUID) -> None:
         """Destroy a key for good: on return no file of this store holds it. Safe to repeat.

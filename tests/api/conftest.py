@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings
 
 SECRET = "a secret of the tests, long enough for HS256"
-POLICY = "2026-11.1"
+POLICY = "2026-11.2"
 #: Everything an upload can leave behind.
 TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
@@ -130,6 +130,15 @@ class Service:
             data={"patient_id": patient_id, **fields},
             files={"image": (name, self.image if image is None else image)},
             headers={**self.token(subject), **(headers or {})},
+        )
+
+    async def replay(
+        self, answer: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """Ask for an answer to be made again."""
+        return await self.client.post(
+            f"/api/lesions/{answer['lesion_id']}/assessments/{answer['assessment_id']}/replay",
+            headers=headers or self.token("dr"),
         )
 
     async def counts(self) -> dict[str, int]:

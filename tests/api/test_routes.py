@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from uuid import uuid4
 
 from fastapi.routing import APIRoute
@@ -26,7 +27,7 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
     asked = set()
     for route in routes(service.app):
         for method in route.methods:
-            path = route.path.replace("{lesion_id}", str(uuid4())).replace("{image_id}", str(uuid4()))
+            path = re.sub(r"\{\w+_id\}", lambda _: str(uuid4()), route.path)
             response = await service.client.request(method, path)
             if route.path in ANONYMOUS:
                 assert response.status_code == 200, path
@@ -41,6 +42,7 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
         ("GET", "/api/lesions"),
         ("GET", "/api/lesions/{lesion_id}"),
         ("GET", "/api/lesions/{lesion_id}/images/{image_id}"),
+        ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"),
     }
 
 

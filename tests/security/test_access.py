@@ -12,8 +12,8 @@ from serve_app.security.tokens import Principal
 # Written out by hand: what a role may do for a patient assigned to it. Nobody may do
 # anything for another patient.
 EXPECTED = {
-    "clinician": {"upload", "read", "download", "list"},
-    "pms_service": {"upload", "read", "list"},
+    "clinician": {"upload", "read", "download", "list", "replay"},
+    "pms_service": {"upload", "read", "list", "replay"},
     # Roles of a later wave, and names that are none: nothing
     "supervisor": set(),
     "auditor": set(),

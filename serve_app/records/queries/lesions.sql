@@ -116,6 +116,16 @@ WHERE i.lesion_id = $1
 ORDER BY i.created_at DESC, i.image_id DESC
 LIMIT 1;
 
+-- name: compared
+-- Find one image of the lesion with what a later image of it was compared with.
+SELECT i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding
+FROM lesion_images AS i
+INNER JOIN assessments AS a USING (image_id)
+LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
+WHERE i.lesion_id = $1
+    AND i.image_id = $2
+    AND a.answer #> '{classification,probabilities}' IS NOT NULL;
+
 -- name: timeline
 -- List a lesion's images, newest first.
 SELECT
@@ -160,6 +170,15 @@ SELECT
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
 WHERE a.assessment_id = $1;
+
+-- name: recorded_case
+-- Find what one assessment of a lesion was asked and what it answered; of its image only the size.
+SELECT
+    i.lesion_id, i.image_id, octet_length(i.sealed) AS sealed_bytes,
+    a.assessment_id, a.context, a.top_k, a.licences, a.answer
+FROM assessments AS a
+INNER JOIN lesion_images AS i USING (image_id)
+WHERE i.lesion_id = $1 AND a.assessment_id = $2;
 
 -- name: sealed_image
 -- Fetch a sealed image of a lesion.

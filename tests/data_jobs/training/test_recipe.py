@@ -10,7 +10,7 @@ RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
 SUCCESSOR = Path("data_jobs/training/recipes/tf_efficientnet_lite0_derm2.toml")
 
 
-def test_the_shipped_recipe_reads() -> None:
+def test_the_first_recipe_reads() -> None:
     recipe = read_recipe(RECIPE)
     assert recipe.model_id == "tf_efficientnet_lite0.derm1"
     assert recipe.data.test_fold == 0
@@ -18,7 +18,7 @@ def test_the_shipped_recipe_reads() -> None:
     assert recipe.epoch_sides == tuple(s.side for s in recipe.stages for _ in range(s.epochs))
 
 
-def test_the_successor_starts_from_the_shipped_model() -> None:
+def test_the_shipped_recipe_starts_from_the_first_model() -> None:
     start = read_recipe(SUCCESSOR).start
     assert start is not None
     assert start.model_id == read_recipe(RECIPE).model_id

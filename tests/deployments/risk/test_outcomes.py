@@ -25,7 +25,7 @@ def codes(conclusion) -> list[str]:
 @pytest.mark.parametrize(
     ("measure", "hard", "soft", "fine", "code"),
     [
-        ("sharpness", 3.9, 4.0, 8.0, "blurred"),
+        ("sharpness", 4.4, 4.5, 9.0, "blurred"),
         ("exposure", 0.079, 0.08, 0.20, "underexposed"),
         ("exposure", 0.951, 0.95, 0.90, "overexposed"),
         ("contrast", 0.0119, 0.012, 0.020, "low_contrast"),
@@ -77,14 +77,14 @@ def test_a_refused_image_does_not_silence_the_checklist(assess, classification, 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"UNK": 0.50}, ["out_of_distribution"]),
-        ({"UNK": 0.49}, []),
+        ({"UNK": 0.20}, ["out_of_distribution"]),
+        ({"UNK": 0.19}, []),
         ({"members": ""}, ["empty_prediction_set"]),
         ({"members": "NV BKL DF"}, []),
         ({"members": "NV BKL DF VASC"}, ["wide_prediction_set"]),
         ({"BKL": 0.455}, ["low_margin"]),
         ({"BKL": 0.44}, []),
-        ({"BKL": 0.23, "UNK": 0.49}, ["low_margin"]),
+        ({"BKL": 0.37, "UNK": 0.19}, ["low_margin"]),
         ({"MEL": 0.2, "members": "NV MEL"}, []),
     ],
 )

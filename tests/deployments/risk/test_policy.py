@@ -11,6 +11,7 @@ import pytest
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_file import CURRENT_VERSION, POLICIES, read_policy, with_overrides
 from deployments.risk.strict_table import PolicyError, read_table
+from model_store.registry import ModelStore
 
 
 def table() -> dict[str, Any]:
@@ -87,8 +88,8 @@ def test_an_override_changes_one_number_and_the_version(policy):
     changed = with_overrides(policy, {"review": {"min_margin": 0.15}})
     assert changed.review.min_margin == 0.15
     assert changed.review.max_set_size == policy.review.max_set_size
-    assert re.fullmatch(r"2026-11\.1\+[0-9a-f]{8}", changed.version)
-    assert policy.version == "2026-11.1"
+    assert re.fullmatch(r"2026-11\.2\+[0-9a-f]{8}", changed.version)
+    assert policy.version == "2026-11.2"
 
 
 def test_the_version_names_the_numbers(policy):
@@ -159,3 +160,10 @@ def test_a_policy_may_not_contradict_itself_or_a_guideline(policy, overrides, co
 
 def test_the_checklist_may_be_made_stricter(policy):
     assert with_overrides(policy, {"rules": {"checklist": {"refer_at": 2}}}).rules.checklist.refer_at == 2
+
+
+def test_the_limits_of_sharpness_were_measured_at_the_size_of_the_model_that_answers(
+    policy, models, model_id
+):
+    _, height, width = ModelStore(models).open(model_id).manifest.input.input_size
+    assert height == width == policy.quality.input_side

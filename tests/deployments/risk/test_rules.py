@@ -29,7 +29,7 @@ def test_a_plain_benign_case_is_decided_low_and_routine(assess):
     assert conclusion.reasons == ()
     assert said(conclusion) == LOW
     assert conclusion.risk.score < 0.05
-    assert conclusion.policy_version == conclusion.risk.policy_version == "2026-11.1"
+    assert conclusion.policy_version == conclusion.risk.policy_version == "2026-11.2"
     assert (conclusion.quality.width, conclusion.quality.height, conclusion.quality.acceptable) == (
         1200,
         900,
@@ -49,14 +49,16 @@ def test_a_plain_benign_case_is_decided_low_and_routine(assess):
         ({"SCC": 0.19}, LOW, "melanoma"),
         ({"SCC": 0.17, "MEL": 0.03}, URGENT, "scc"),
         ({"BCC": 0.30}, MEDIUM, "bcc"),
-        ({"BCC": 0.29}, LOW, "melanoma"),
+        ({"BCC": 0.19}, LOW, "melanoma"),
         ({"BCC": 0.15, "SCC": 0.15}, MEDIUM, "bcc"),
         ({"AK": 0.40}, MEDIUM, "ak"),
-        ({"AK": 0.39}, LOW, "melanoma"),
+        ({"AK": 0.19}, LOW, "melanoma"),
         ({"AK": 0.30, "BCC": 0.10}, MEDIUM, "ak"),
-        ({"UNK": 0.50}, MEDIUM, "not_benign"),
-        ({"UNK": 0.48}, LOW, "melanoma"),
-        ({"UNK": 0.44, "AK": 0.06}, MEDIUM, "not_benign"),
+        ({"BCC": 0.29}, MEDIUM, "not_benign"),
+        ({"AK": 0.39}, MEDIUM, "not_benign"),
+        ({"UNK": 0.20}, MEDIUM, "not_benign"),
+        ({"UNK": 0.18}, LOW, "melanoma"),
+        ({"UNK": 0.14, "AK": 0.06}, MEDIUM, "not_benign"),
     ],
 )
 def test_probabilities(assess, classification, probabilities, expected, code):

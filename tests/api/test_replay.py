@@ -1,0 +1,221 @@
+"""A past answer made again: what is the same, what differs, and who may ask."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+from uuid import uuid4
+
+from PIL import Image
+import pytest
+
+
+async def replay(service, answer: dict[str, Any]) -> dict[str, Any]:
+    """Replay an answer; nothing but the audit event is stored by it."""
+    before = await service.counts()
+    response = await service.replay(answer)
+    assert response.status_code == 200, response.text
+    assert response.headers["cache-control"] == "no-store"
+    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
+    body: dict[str, Any] = response.json()
+    service.hold_to("ReplayDocument", body)
+    assert body["assessment_id"] == answer["assessment_id"]
+    assert body["tolerance"] == {"probability": 1e-6, "score": 1e-4}
+    (event,) = await service.events(response)
+    assert (event["action"], event["outcome"], event["actor"]) == ("replay", "success", "dr")
+    for name in ("lesion_id", "image_id", "assessment_id"):
+        assert str(event[name]) == answer[name]
+    assert event["patient_id"] == answer["patient_id"]
+    cause = {"cause": body["cause"]["code"]} if body["cause"] else {}
+    assert event["detail"] == {"verdict": body["verdict"]} | cause
+    return body
+
+
+async def rewrite(service, answer: dict[str, Any], path: str, value: Any) -> None:
+    """Change what is on record, behind the service's back."""
+    await service.owner.execute(
+        "UPDATE assessments SET answer = jsonb_set(answer, $2::text::text[], $3::jsonb)"
+        " WHERE assessment_id = $1::text::uuid",
+        answer["assessment_id"],
+        path,
+        value,
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+async def test_a_fresh_answer_is_identical(service, drawn_lesion, history, seed: int, kind: str) -> None:
+    fields = {"age_approx": "62", "sex": "female", "anatom_site_general": "torso", "history": history}
+    checklist = json.dumps({"change_in_size": True})
+    response = await service.upload(
+        await service.care(),
+        image=drawn_lesion(seed=seed, kind=kind),
+        params={"top_k": 3, "licence": ["CC-0", "CC-BY"]},
+        **fields,
+        checklist=checklist,
+    )
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    body = await replay(service, answer)
+    assert body == {
+        "assessment_id": answer["assessment_id"],
+        "verdict": "identical",
+        "cause": None,
+        "tolerance": {"probability": 1e-6, "score": 1e-4},
+        "differences": [],
+        "notes": [],
+        "provenance": {"recorded": answer["provenance"], "current": answer["provenance"]},
+    }
+    assert await replay(service, answer) == body
+
+
+async def test_a_refused_answer_is_identical(service) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(buffer, "PNG")
+    answer = (await service.upload(await service.care(), image=buffer.getvalue())).json()
+    assert answer["outcome"] == "refused"
+    assert (await replay(service, answer))["verdict"] == "identical"
+
+
+async def test_a_follow_up_is_compared_with_the_same_image_again(service, drawn_lesion) -> None:
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    second, third = [
+        (await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=first["lesion_id"])).json()
+        for seed in (2, 3)
+    ]
+    assert second["change"]["compared_image_id"] == first["image_id"]
+    for answer in (first, second, third):
+        assert (await replay(service, answer))["verdict"] == "identical"
+    # As if the second image had been assessed after the third.
+    await service.owner.execute(
+        "UPDATE lesion_images SET created_at = created_at - interval '1 hour' WHERE image_id = $1::text::uuid",
+        second["image_id"],
+    )
+    assert (await replay(service, second))["verdict"] == "identical"
+    await rewrite(service, second, "{change,similarity}", 0.25)
+    body = await replay(service, second)
+    assert body["verdict"] == "differs"
+    assert [difference["field"] for difference in body["differences"]] == ["change.similarity"]
+
+
+async def test_a_compared_image_that_is_gone_is_named(service, drawn_lesion) -> None:
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    second = await service.upload(patient, image=drawn_lesion(seed=2), lesion_id=first["lesion_id"])
+    await service.owner.execute(
+        "DELETE FROM lesion_embeddings WHERE image_id = $1::text::uuid", first["image_id"]
+    )
+    body = await replay(service, second.json())
+    assert (body["verdict"], body["cause"]["code"]) == ("cannot", "compared_image_gone")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("{outcome}", "refused", "outcome"),
+        ("{reasons}", [{"code": "other", "message": "", "action": ""}], "reasons"),
+        ("{classification,prediction_set}", ["MEL", "DF"], "prediction_set"),
+        ("{classification,probabilities,MEL}", 0.987, "probabilities.MEL"),
+        ("{risk,score}", 0.123, "risk.score"),
+        ("{risk,factors}", [{"code": "x", "effect": "y", "message": ""}], "risk.factors"),
+    ],
+)
+async def test_what_differs_is_named(service, path: str, value: Any, field: str) -> None:
+    answer = (await service.upload(await service.care())).json()
+    await rewrite(service, answer, path, value)
+    body = await replay(service, answer)
+    assert body["verdict"] == "differs"
+    (difference,) = body["differences"]
+    assert difference["field"] == field
+    assert difference["recorded"] != difference["recomputed"]
+    assert body["cause"] is None
+
+
+@pytest.mark.parametrize(
+    ("moved", "verdict"), [(9e-7, "within_tolerance"), (-9e-7, "within_tolerance"), (3e-6, "differs")]
+)
+async def test_a_millionth_is_tolerated(service, moved: float, verdict: str) -> None:
+    answer = (await service.upload(await service.care())).json()
+    probability = answer["classification"]["probabilities"]["NV"]
+    await rewrite(service, answer, "{classification,probabilities,NV}", probability + moved)
+    body = await replay(service, answer)
+    assert body["verdict"] == verdict
+    assert body["differences"] == [
+        {"field": "probabilities.NV", "recorded": probability + moved, "recomputed": probability}
+    ]
+
+
+async def test_other_references_are_a_note_and_no_difference(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    await rewrite(service, answer, "{neighbours,similar,0,isic_id}", "ISIC_0000000")
+    body = await replay(service, answer)
+    assert (body["verdict"], body["differences"]) == ("identical", [])
+    (note,) = body["notes"]
+    assert (note["field"], note["code"]) == ("similar", "references_changed")
+
+
+async def test_another_preprocess_is_named(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    await rewrite(service, answer, "{provenance,preprocess_version}", "0")
+    body = await replay(service, answer)
+    assert (body["verdict"], body["cause"]["code"]) == ("cannot", "preprocess_changed")
+    assert body["differences"] == [
+        {
+            "field": "provenance.preprocess_version",
+            "recorded": "0",
+            "recomputed": answer["provenance"]["preprocess_version"],
+        }
+    ]
+
+
+async def test_a_stranger_and_an_unknown_lesion_are_denied_alike(service) -> None:
+    patient = await service.care("dr-other")
+    answer = (await service.upload(patient, subject="dr-other")).json()
+    details = set()
+    for lesion, assessment in (
+        (answer["lesion_id"], answer["assessment_id"]),
+        (answer["lesion_id"], str(uuid4())),
+        (str(uuid4()), str(uuid4())),
+    ):
+        response = await service.replay({"lesion_id": lesion, "assessment_id": assessment})
+        details.add(service.hold_to_problem(response, 403, "forbidden")["detail"])
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"], event["actor"]) == ("replay", "denied", "dr")
+    assert len(details) == 1
+
+
+async def test_who_may_read_may_replay_and_no_other_role(service) -> None:
+    patient = await service.care("pms")
+    headers = service.token("pms", ("pms_service",))
+    answer = (await service.upload(patient, subject="pms", headers=headers)).json()
+    assert (await service.replay(answer, headers=headers)).status_code == 200
+    response = await service.replay(answer, headers=service.token("pms", ("porter",)))
+    service.hold_to_problem(response, 403, "forbidden")
+    service.hold_to_problem(await service.replay(answer, headers={"X-None": ""}), 401, "unauthenticated")
+
+
+async def test_another_lesions_assessment_is_not_found(service) -> None:
+    patient = await service.care()
+    first, second = [(await service.upload(patient)).json() for _ in range(2)]
+    for assessment in (second["assessment_id"], str(uuid4())):
+        response = await service.replay({**first, "assessment_id": assessment})
+        service.hold_to_problem(response, 404, "not_found")
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"]) == ("replay", "failed")
+        assert event["detail"] == {"code": "not_found"}
+    service.hold_to_problem(await service.replay({**first, "assessment_id": "7"}), 422, "invalid_field")
+
+
+async def test_an_image_that_was_altered_is_no_answer(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    await service.owner.execute(
+        "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+        " WHERE image_id = $1::text::uuid",
+        answer["image_id"],
+    )
+    response = await service.replay(answer)
+    service.hold_to_problem(response, 500, "integrity")
+    (event,) = await service.events(response)
+    assert (event["outcome"], event["detail"]) == ("failed", {"code": "integrity"})
