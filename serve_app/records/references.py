@@ -16,8 +16,14 @@ from serve_app.records.sql import queries
 
 #: Width of every embedding.
 DIMENSIONS = 512
+#: Fewer references of a kind (benign, malignant) have no index and are looked through one by one.
+EXACT_BELOW = 4_000
 
 _SQL = queries("references")
+_BOTH_KINDS = (True, False)
+# One step along an index takes as long as looking at so many references in a row (docs/references.md).
+_STEP = 23
+_LOAD_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,9 @@ class ReferenceImage:
 class ReferenceStore:
     """The references, by embedding space. RecordsUnavailable when the database does not answer in time."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, *, exact_below: int = EXACT_BELOW) -> None:
         self._pool = pool
+        self._exact_below = exact_below
 
     async def nearest(
         self,
@@ -52,21 +59,33 @@ class ReferenceStore:
     ) -> Neighbours:
         """Find the K references of highest cosine, one a lesion, all of them when there are fewer.
 
-        `embedding`: (512,). Exact, in one round trip; equals come in the order of their isic_id.
+        `embedding`: (512,). Equals come in the order of their isic_id. Exact, except that a kind (benign,
+        malignant) of which many pass the filters is found by an index: that may pass over some, though
+        never so that fewer than K are left.
         `licences` and `sites` (anatom_site_general) limit everything found; empty means any.
         """
-        rows = await self._pool.fetch(
-            _SQL["nearest"], embedding, embedding_space, k, licences, sites, max(64, 4 * k)
-        )
-        similar = tuple(_case(row) for row in rows if row["role"] == "similar")
-        alone = {row["role"]: _case(row) for row in rows if row["role"] != "similar"}
-        malignant = sum(case.diagnosis in MALIGNANT for case in similar)
-        return Neighbours(
-            similar=similar,
-            malignant_share=malignant / len(similar) if similar else None,
-            nearest_benign=alone.get("nearest_benign"),
-            nearest_malignant=alone.get("nearest_malignant"),
-        )
+        first = max(64, 4 * k)
+        asked = (embedding, embedding_space, k, licences, sites, first)
+        async with self._pool.connection() as connection:
+            counted = await connection.fetch(_SQL["count_kinds"], embedding_space, licences, sites)
+            indexed = {
+                row["malignant"]
+                for row in counted
+                if row["passing"] >= self._exact_below
+                # Of every images / passing steps along the index one leads to what is looked for.
+                and row["passing"] ** 2 >= _STEP * first * row["images"]
+            }
+            if not (indexed or licences or sites):
+                return await _search(connection, asked, _BOTH_KINDS)
+            async with connection.transaction(readonly=True):
+                await connection.execute(_SQL["plan_for_parameters"])
+                found = await _search(
+                    connection, asked, [kind for kind in _BOTH_KINDS if kind not in indexed]
+                )
+                nearest = {True: found.nearest_malignant, False: found.nearest_benign}
+                if indexed and (len(found.similar) < k or None in map(nearest.get, indexed)):
+                    found = await _search(connection, asked, _BOTH_KINDS)
+                return found
 
     async def count(self, embedding_space: str) -> int:
         """Count the references of a space."""
@@ -84,6 +103,7 @@ class ReferenceStore:
 
         `embeddings`: (len(images), 512), finite, unit norm. ValueError when they are not;
         Conflict when an image lacks what the archive must say (licence, attribution) or is UNK.
+        A kind that grows large is indexed before any of it can be found. Loaders wait for each other.
         """
         _check(images, embeddings)
         records = (
@@ -98,13 +118,38 @@ class ReferenceStore:
         async with self._pool.connection() as connection:
             async with connection.transaction():
                 await connection.execute(_SQL["without_time_limits"])
+                await connection.execute(_SQL["wait_for_loaders"], timeout=_LOAD_TIMEOUT_S)
                 await connection.execute(_SQL["make_arrivals"], timeout=60)
-                await connection.copy_records_to_table("arrivals", records=records, timeout=600)
+                await connection.copy_records_to_table("arrivals", records=records, timeout=_LOAD_TIMEOUT_S)
                 await connection.execute(_SQL["take_in_space"], embedding_space)
                 for step in ("take_in_images", "take_in_copies"):
-                    await connection.execute(_SQL[step], timeout=600)
-                await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=600)
+                    await connection.execute(_SQL[step], timeout=_LOAD_TIMEOUT_S)
+                await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=_LOAD_TIMEOUT_S)
+                for step in ("forget_counts", "recount"):
+                    await connection.execute(_SQL[step], timeout=_LOAD_TIMEOUT_S)
+                await self._index(connection, embedding_space)
             await connection.execute(_SQL["analyze"], timeout=60)
+
+    async def _index(self, connection: asyncpg.Connection, embedding_space: str) -> None:
+        statements = await connection.fetch(_SQL["index_statements"], embedding_space, self._exact_below)
+        await connection.execute(_SQL["room_for_indexes"])
+        for (statement,) in statements:
+            await connection.execute(statement, timeout=_LOAD_TIMEOUT_S)
+
+
+async def _search(
+    connection: asyncpg.Connection, asked: Sequence[object], looked_through: Sequence[bool]
+) -> Neighbours:
+    rows = await connection.fetch(_SQL["nearest"], *asked, looked_through)
+    similar = tuple(_case(row) for row in rows if row["role"] == "similar")
+    alone = {row["role"]: _case(row) for row in rows if row["role"] != "similar"}
+    malignant = sum(case.diagnosis in MALIGNANT for case in similar)
+    return Neighbours(
+        similar=similar,
+        malignant_share=malignant / len(similar) if similar else None,
+        nearest_benign=alone.get("nearest_benign"),
+        nearest_malignant=alone.get("nearest_malignant"),
+    )
 
 
 def _case(row: asyncpg.Record) -> SimilarCase:

@@ -1,17 +1,58 @@
+-- name: count_kinds
+-- Count the references of space $1, malignant and not, and those that licences $2 and sites $3 (empty: any) let pass.
+SELECT
+    malignant,
+    sum(images) AS images,
+    coalesce(
+        sum(images) FILTER (
+            WHERE (cardinality($2::text[]) = 0 OR copyright_license = ANY($2))
+                AND (cardinality($3::text[]) = 0 OR anatom_site_general = ANY($3))
+        ),
+        0
+    ) AS passing
+FROM reference_counts
+WHERE embedding_space = $1
+GROUP BY malignant;
+
+-- name: plan_for_parameters
+-- Set this transaction up for filters and the indexes of a space: docs/references.md says why these values.
+-- Both need a plan made for the very parameters: an index of a space has its name in its condition.
+-- Relaxed order finds more than strict; `nearest` sorts what was found. Without enable_sort the planner
+-- does not weigh sorting a whole kind against its index, which has been weighed already.
+SELECT
+    set_config('plan_cache_mode', 'force_custom_plan', true),
+    set_config('enable_sort', 'off', true),
+    set_config('hnsw.iterative_scan', 'relaxed_order', true),
+    set_config('hnsw.ef_search', '150', true),
+    set_config('hnsw.max_scan_tuples', '20000', true);
+
 -- name: nearest
 -- Find the K nearest references, one image a lesion, and the nearest benign and malignant of all.
--- $1 embedding, $2 space, $3 K, $4 licences, $5 sites (empty: any), $6 how many images to look at first.
--- Each row's distance is computed once: the scan below is exact, and needs no index. K lesions
--- nearly always show among the first $6 images; when many images of one lesion crowd them out,
--- `thorough` looks at all.
-WITH near AS MATERIALIZED (
+-- $1 embedding, $2 space, $3 K, $4 licences, $5 sites (empty: any), $6 how many images to look at first,
+-- $7 the kinds (malignant: true or false) to look through one by one; the others are found by their index.
+-- K lesions nearly always show among the first $6 images; when many images of one lesion crowd them out,
+-- `thorough` looks at all that were looked through.
+WITH looked_through AS MATERIALIZED (
+    SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
+    FROM reference_embeddings
+    WHERE embedding_space = $2
+        AND malignant = ANY($7::boolean[])
+        AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
+        AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
+),
+near AS MATERIALIZED (
     (
-        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
-        FROM reference_embeddings
-        WHERE embedding_space = $2
-            AND malignant
-            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
+        SELECT isic_id, lesion_key, malignant, distance
+        FROM looked_through
+        WHERE malignant
+        ORDER BY distance, isic_id
+        LIMIT $6
+    )
+    UNION ALL
+    (
+        SELECT isic_id, lesion_key, malignant, distance
+        FROM looked_through
+        WHERE NOT malignant
         ORDER BY distance, isic_id
         LIMIT $6
     )
@@ -20,10 +61,23 @@ WITH near AS MATERIALIZED (
         SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
         FROM reference_embeddings
         WHERE embedding_space = $2
-            AND NOT malignant
+            AND malignant
+            AND true <> ALL($7)
             AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
             AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
-        ORDER BY distance, isic_id
+        ORDER BY embedding <=> $1
+        LIMIT $6
+    )
+    UNION ALL
+    (
+        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
+        FROM reference_embeddings
+        WHERE embedding_space = $2
+            AND NOT malignant
+            AND false <> ALL($7)
+            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
+            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
+        ORDER BY embedding <=> $1
         LIMIT $6
     )
 ),
@@ -39,13 +93,10 @@ quick AS MATERIALIZED (
     ORDER BY lesion_key, distance, isic_id
 ),
 thorough AS (
-    SELECT DISTINCT ON (lesion_key) isic_id, embedding <=> $1 AS distance
-    FROM reference_embeddings
-    WHERE embedding_space = $2
-        AND (SELECT count(*) FROM quick) < $3
+    SELECT DISTINCT ON (lesion_key) isic_id, distance
+    FROM looked_through
+    WHERE (SELECT count(*) FROM quick) < $3
         AND (SELECT count(*) FROM nearest_images) = $6
-        AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-        AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
     ORDER BY lesion_key, distance, isic_id
 ),
 found AS (
@@ -97,6 +148,11 @@ CREATE TEMPORARY TABLE arrivals (
     embedding halfvec(512)
 ) ON COMMIT DROP;
 
+-- name: wait_for_loaders
+-- Let nobody else write references until this transaction ends; searches go on.
+-- It covers the lock that making an index takes: two loaders that both asked for that later would be stuck.
+LOCK TABLE reference_embeddings IN SHARE ROW EXCLUSIVE MODE;
+
 -- name: take_in_space
 -- Make sure that the space exists.
 INSERT INTO embedding_spaces (embedding_space) VALUES ($1) ON CONFLICT DO NOTHING;
@@ -136,13 +192,13 @@ WHERE e.isic_id = a.isic_id
     IS DISTINCT FROM (coalesce(a.lesion_id, a.isic_id), a.malignant, a.copyright_license, a.anatom_site_general);
 
 -- name: take_in_embeddings
--- Add the arrived embeddings to the space, or replace them.
+-- Add the arrived embeddings to the space, or replace them; images that pass one filter lie side by side.
 INSERT INTO reference_embeddings
     (embedding_space, isic_id, lesion_key, malignant, copyright_license, anatom_site_general, embedding)
 SELECT
     $1, isic_id, coalesce(lesion_id, isic_id), malignant, copyright_license, anatom_site_general, embedding
 FROM arrivals
-ORDER BY isic_id
+ORDER BY malignant, copyright_license, anatom_site_general, isic_id
 ON CONFLICT (embedding_space, isic_id) DO UPDATE
 SET
     lesion_key = excluded.lesion_key,
@@ -151,9 +207,40 @@ SET
     anatom_site_general = excluded.anatom_site_general,
     embedding = excluded.embedding;
 
+-- name: forget_counts
+-- Forget how many references there are of each sort.
+DELETE FROM reference_counts;
+
+-- name: recount
+-- Count the sorts of reference anew, in every space: loading changes the copies of others too.
+INSERT INTO reference_counts (embedding_space, malignant, copyright_license, anatom_site_general, images)
+SELECT embedding_space, malignant, copyright_license, anatom_site_general, count(*)
+FROM reference_embeddings
+GROUP BY embedding_space, malignant, copyright_license, anatom_site_general;
+
+-- name: room_for_indexes
+-- Let this transaction build its indexes in memory: a limit, of which a graph takes what it needs.
+SELECT set_config('maintenance_work_mem', '1GB', true);
+
+-- name: index_statements
+-- Write the statement that indexes each kind of which space $1 holds at least $2 images.
+SELECT
+    format(
+        'CREATE INDEX IF NOT EXISTS %I ON reference_embeddings USING hnsw (embedding halfvec_cosine_ops) '
+        'WITH (m = 16, ef_construction = 128) WHERE embedding_space = %L AND %s',
+        'reference_hnsw_' || left(md5($1), 16) || CASE WHEN malignant THEN '_malignant' ELSE '_benign' END,
+        $1,
+        CASE WHEN malignant THEN 'malignant' ELSE 'NOT malignant' END
+    )
+FROM reference_counts
+WHERE embedding_space = $1
+GROUP BY malignant
+HAVING sum(images) >= $2
+ORDER BY malignant;
+
 -- name: analyze
 -- Let the planner know what is there now.
-ANALYZE reference_images, reference_embeddings;
+ANALYZE reference_images, reference_embeddings, reference_counts;
 
 -- name: without_time_limits
 -- Lift the time limits that a request has, for this transaction: loaders wait for each other.

@@ -1,0 +1,106 @@
+"""References and queries for the search: real embeddings, and real ones perturbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_jobs.references.load import read_bundle
+from model_store.registry import ModelStore
+from serve_app.domain.diagnosis import MALIGNANT
+from serve_app.records.references import DIMENSIONS, ReferenceImage
+
+#: Perturbed copies are spread over the licences as the archive's public images roughly are.
+LICENCES = {"CC-0": 0.5, "CC-BY": 0.15, "CC-BY-NC": 0.35}
+#: Length of what is added to a vector of length 1: a cosine of 0.96 to 0.71 with the real one.
+NOISE = (0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a search is limited to; empty means any."""
+
+    licences: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " and ".join((*self.licences, *self.sites)) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class SearchData:
+    """`vectors` float32 N×512 as the database rounds them, a row an image; `queries` float32 Q×512, none a row."""
+
+    images: list[ReferenceImage]
+    vectors: NDArray[np.float32]
+    queries: NDArray[np.float32]
+
+    def passing(self, limits: Filter) -> NDArray[np.bool_]:
+        """Which images a filter lets pass (N,)."""
+        return np.array(
+            [
+                (not limits.licences or image.copyright_license in limits.licences)
+                and (not limits.sites or image.anatom_site_general in limits.sites)
+                for image in self.images
+            ]
+        )
+
+    def malignant(self) -> NDArray[np.bool_]:
+        """Which images are malignant (N,)."""
+        return np.array([image.diagnosis in MALIGNANT for image in self.images])
+
+    def filters(self) -> list[Filter]:
+        """None, each licence, each site, the rarest licence at each site."""
+        sites = sorted({image.anatom_site_general for image in self.images} - {None}, key=str)
+        rarest = min(LICENCES, key=lambda licence: LICENCES[licence])
+        return [
+            Filter(),
+            *(Filter(licences=(licence,)) for licence in LICENCES),
+            *(Filter(sites=(str(site),)) for site in sites),
+            *(Filter((rarest,), (str(site),)) for site in sites),
+        ]
+
+
+def make_search_data(models: Path, *, count: int, queries: int, seed: int = 20261124) -> SearchData:
+    """Take the references of the one model and perturb them until there are `count`, each of its own lesion.
+
+    Half the queries are real images, of which neither they nor anything made of them is a
+    reference; half are fresh perturbations of references.
+    """
+    store = ModelStore(models)
+    (model_id,) = store
+    model = store.open(model_id)
+    bundle = read_bundle(model, model.manifest.live_space)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(bundle.images))
+    asked, kept = order[: queries // 2], order[queries // 2 :][:count]
+    parents = rng.choice(kept, size=count - len(kept))
+    licences = rng.choice(list(LICENCES), size=len(parents), p=list(LICENCES.values()))
+    copies = [
+        replace(
+            bundle.images[parent],
+            isic_id=f"COPY_{number:07d}",
+            lesion_id=f"IL_COPY_{number:07d}",
+            copyright_license=str(licence),
+        )
+        for number, (parent, licence) in enumerate(zip(parents, licences, strict=True))
+    ]
+    again = rng.choice(kept, size=queries - len(asked))
+    return SearchData(
+        [*(bundle.images[place] for place in kept), *copies],
+        np.vstack([_rounded(bundle.embeddings[kept]), _perturbed(bundle.embeddings[parents], rng)]),
+        np.vstack([_rounded(bundle.embeddings[asked]), _perturbed(bundle.embeddings[again], rng)]),
+    )
+
+
+def _perturbed(vectors: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    lengths = rng.uniform(*NOISE, size=(len(vectors), 1)) / np.sqrt(DIMENSIONS)
+    noisy = vectors + lengths * rng.standard_normal(vectors.shape, dtype=np.float32)
+    return _rounded(noisy / np.linalg.norm(noisy, axis=1, keepdims=True))
+
+
+def _rounded(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    return vectors.astype(np.float16).astype(np.float32)

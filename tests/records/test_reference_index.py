@@ -1,0 +1,154 @@
+"""Where a space is large, an index finds what looking at all finds; what it cannot find is looked for."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.sql import queries
+
+SPACE = "large"
+EXACT_BELOW = 500
+SQL = queries("references")
+
+
+@pytest.fixture(scope="module")
+async def loaded(owner_pool, unit_vectors):
+    """6000 images, half of them malignant, in clusters, two a lesion; nine in ten under CC-0."""
+    rng = np.random.default_rng(3)
+    vectors = unit_vectors(6000, seed=1) + np.repeat(unit_vectors(300, seed=2), 20, axis=0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    images = [
+        ReferenceImage(
+            isic_id=f"LARGE_{number:07d}",
+            lesion_id=f"IL_{number // 2}",
+            diagnosis=TRAINED[rng.integers(8)],
+            diagnosis_confirm_type=None,
+            age_approx=None,
+            sex=None,
+            anatom_site_general=("torso", "head/neck", None)[rng.integers(3)],
+            copyright_license="CC-BY" if number % 10 == 0 else "CC-0",
+            attribution="Anonymous",
+        )
+        for number in range(6000)
+    ]
+    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
+    await store.load(images, vectors, embedding_space=SPACE)
+    return images, vectors
+
+
+@pytest.fixture
+def indexed(pool) -> ReferenceStore:
+    return ReferenceStore(pool, exact_below=EXACT_BELOW)
+
+
+@pytest.fixture
+def exact(pool) -> ReferenceStore:
+    return ReferenceStore(pool, exact_below=10**9)
+
+
+async def _indexes(pool) -> list[str]:
+    rows = await pool.fetch(
+        "SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid"
+        " JOIN pg_am ON pg_am.oid = relam WHERE amname = 'hnsw' ORDER BY 1"
+    )
+    return [name for (name,) in rows]
+
+
+async def _scanned(pool, *, licences: list[str], looked_through: list[bool], query: np.ndarray) -> str:
+    arguments = (query, SPACE, 10, licences, [], 64, looked_through)
+    async with pool.connection() as connection, connection.transaction():
+        await connection.execute(SQL["plan_for_parameters"])
+        plan = await connection.fetch(f"EXPLAIN {SQL['nearest']}", *arguments)
+    return "\n".join(line for (line,) in plan if "Scan" in line)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"licences": ["CC-0"]},
+        {"licences": ["CC-BY"]},
+        {"sites": ["torso"]},
+        {"licences": ["CC-BY", "CC-0"]},
+    ],
+)
+async def test_an_index_finds_what_looking_at_all_finds(loaded, indexed, exact, unit_vectors, limits) -> None:
+    found_again = asked = kinds = 0
+    for query in (*unit_vectors(20, seed=8), *loaded[1][::300]):
+        found = await indexed.nearest(query, embedding_space=SPACE, k=10, **limits)
+        wanted = await exact.nearest(query, embedding_space=SPACE, k=10, **limits)
+        assert len(found.similar) == len({case.lesion_id for case in found.similar}) == 10
+        farthest = wanted.similar[-1].similarity - 1e-6
+        found_again += sum(case.similarity >= farthest for case in found.similar)
+        asked += 10
+        kinds += found.nearest_benign == wanted.nearest_benign
+        kinds += found.nearest_malignant == wanted.nearest_malignant
+        assert found == await indexed.nearest(query, embedding_space=SPACE, k=10, **limits)
+    assert found_again / asked >= 0.99
+    assert kinds / (asked / 5) >= 0.95
+
+
+async def test_the_indexes_are_used_where_they_pay(loaded, pool, unit_vectors) -> None:
+    (query,) = unit_vectors(1, seed=8)
+    for licences in ([], ["CC-0"]):
+        plan = await _scanned(pool, licences=licences, looked_through=[], query=query)
+        assert "_malignant on reference_embeddings" in plan
+        assert "_benign on reference_embeddings" in plan
+        assert "Seq Scan" not in plan
+    selective = await _scanned(pool, licences=["CC-BY"], looked_through=[True, False], query=query)
+    assert "reference_hnsw" not in selective
+    assert "reference_embeddings_of_sort" in selective
+
+
+async def test_a_crowd_of_one_lesion_hides_no_other(loaded, owner_pool, indexed, unit_vectors) -> None:
+    images, _ = loaded
+    (near,) = unit_vectors(1, seed=99)
+    crowd = [
+        replace(images[0], isic_id=f"CROWD_{i}", lesion_id="IL_crowd", diagnosis=kind)
+        for kind in (Diagnosis.NV, Diagnosis.MEL)
+        for i in range(100 * (kind is Diagnosis.MEL), 100 + 100 * (kind is Diagnosis.MEL))
+    ]
+    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
+    await store.load(crowd, np.tile(near, (200, 1)), embedding_space=SPACE)
+    found = await indexed.nearest(near, embedding_space=SPACE, k=10)
+    assert found.similar[0].lesion_id == "IL_crowd"
+    assert len({case.lesion_id for case in found.similar}) == 10
+
+
+async def test_only_large_spaces_are_indexed_and_once(loaded, owner_pool) -> None:
+    images, vectors = loaded
+    before = await _indexes(owner_pool)
+    assert [name.rsplit("_", 1)[1] for name in before] == ["benign", "malignant"]
+    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
+    await store.load(images[:400], vectors[:400], embedding_space="small")
+    await store.load(images[:1], vectors[:1], embedding_space=SPACE)
+    assert await _indexes(owner_pool) == before
+
+
+async def test_wrong_counts_change_no_answer(loaded, owner_pool, indexed, exact, unit_vectors) -> None:
+    images, vectors = loaded
+    few = [replace(image, isic_id=f"FEW_{n}", diagnosis=Diagnosis.NV) for n, image in enumerate(images[:30])]
+    await ReferenceStore(owner_pool).load(few, vectors[:30], embedding_space="few")
+    await owner_pool.execute("UPDATE reference_counts SET images = 10000 WHERE embedding_space = 'few'")
+    (query,) = unit_vectors(1, seed=8)
+    found = await indexed.nearest(query, embedding_space="few", k=50)
+    assert found == await exact.nearest(query, embedding_space="few", k=50)
+    assert (len(found.similar), found.nearest_malignant) == (15, None)
+
+
+async def test_two_loaders_may_both_index(loaded, owner_pool, indexed) -> None:
+    images, vectors = loaded
+    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
+    await asyncio.gather(
+        *(store.load(images[:1200], vectors[:1200], embedding_space=space) for space in ("one", "two"))
+    )
+    assert len(await _indexes(owner_pool)) == 6
+    for space in ("one", "two"):
+        found = await indexed.nearest(vectors[7], embedding_space=space, k=1)
+        assert found.similar[0].isic_id == images[7].isic_id
