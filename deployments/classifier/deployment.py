@@ -24,7 +24,7 @@ _MOST_PASSES = 4
 class ClassifierDeployment:
     """On a CPU an image a forward pass, in a thread, a pass for every core; on a GPU what has queued up.
 
-    A batch saves nothing on a CPU, and gathering one costs a millisecond an image.
+    A batch saves nothing on a CPU, and gathering one costs turns of the event loop (docs/performance.md).
     """
 
     async def __init__(self, *, threads: int, device: Device) -> None:  # type: ignore[misc]
@@ -39,7 +39,7 @@ class ClassifierDeployment:
         self._classifier.load(live.model_id)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Set the batching: `max_batch_size` images, `batch_wait_timeout_s` seconds."""
+        """Set the batching of a GPU: `max_batch_size` images, `batch_wait_timeout_s` seconds."""
         batching: Any = self._run_batch
         batching.set_max_batch_size(int(user_config["max_batch_size"]))
         batching.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))

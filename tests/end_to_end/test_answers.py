@@ -61,8 +61,7 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
         assert found == pytest.approx(dict(expected.probabilities), abs=1e-6)
         assert answer["classification"]["prediction_set"] == list(expected.prediction_set)
         compared += 1
-    if not compared:
-        pytest.skip("this model refuses every drawing")
+    assert compared
 
 
 async def test_originals_are_answered_in_full(pms, isic_dir: Path) -> None:
