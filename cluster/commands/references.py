@@ -1,34 +1,71 @@
-"""`derm-cds references load`: a model's confirmed cases into the database, and the model live."""
+"""`derm-cds references`: the confirmed cases that similarity search finds, and the spaces they live in."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Awaitable, Callable
+import getpass
+from importlib.util import find_spec
+import os
+from pathlib import Path
+import subprocess
 import sys
+from typing import TypeVar
 
 from cluster.database import database
 from cluster.node_files import model_folder
 from cluster.prepare import choose_model
 from data_jobs.references.load import publish_bundled
-from serve_app.records.pool import open_pool
-from serve_app.records.serving import live_model
+from data_jobs.references.publish import publish_space
+from data_jobs.references.verify import verify_space
+from model_store.registry import ModelStore
+from serve_app.domain.errors import Conflict, DermError
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
+from serve_app.records.serving import Approval, live_model
+from serve_app.settings import REPOSITORY
+
+_Result = TypeVar("_Result")
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `references`."""
-    parser.add_argument("action", choices=("load",), help="load a model's references and let it answer")
-    parser.add_argument("--model", help="default: the one that answers now, or the only one")
-    parser.set_defaults(run=_load)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    load = action("load", _load, "load the references that ship with a model, and let it answer")
+    load.add_argument("--model", help="default: the one that answers now, or the only one")
+    embed = action("embed", _embed, "embed a folder of references into a space; started again, it goes on")
+    embed.add_argument("folder", type=Path, help="what `python -m data_jobs.references.fetch` wrote")
+    embed.add_argument("options", nargs=argparse.REMAINDER, help="as python -m data_jobs.references.embed")
+    action("spaces", _spaces, "list the spaces: what fills them, how far, and which one is live")
+    for name, run, purpose in (
+        ("verify", _verify, "check a filled space: counts, norms, recall, canaries"),
+        ("publish", _publish, "check a filled space, and let its model answer in it"),
+    ):
+        made = action(name, run, purpose)
+        made.add_argument("model")
+        made.add_argument("--space", help="default: the model's first")
+        made.add_argument("--folder", type=Path, help="the images, for canaries")
+        if name == "publish":
+            made.add_argument("--reason", default="a new reference space", help="for the history")
+    drop = action("drop", _drop, "delete a space that is not live")
+    drop.add_argument("space")
 
 
 def _load(arguments: argparse.Namespace) -> int:
     with database(arguments.home) as urls:
-        model_id, loaded = asyncio.run(_publish(urls.owner, arguments.model))
+        model_id, loaded = asyncio.run(_publish_bundled(urls.owner, arguments.model))
     sys.stdout.write(f"{model_id} answers; {loaded or 'no new'} references loaded\n")
     return 0
 
 
-async def _publish(dsn: str, wanted: str | None) -> tuple[str, int]:
+async def _publish_bundled(dsn: str, wanted: str | None) -> tuple[str, int]:
     pool = await open_pool(dsn, minimum=0, maximum=1)
     try:
         live = await live_model(pool)
@@ -37,3 +74,85 @@ async def _publish(dsn: str, wanted: str | None) -> tuple[str, int]:
     models = model_folder()
     model_id = choose_model(models, wanted=wanted, live=live.model_id if live else None)
     return model_id, await publish_bundled(dsn, models, model_id)
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    """Run the job in a process of its own: it needs Ray Data, which the serving environment is spared."""
+    if find_spec("pandas") is None:
+        raise DermError(
+            "Embedding needs Ray Data: pip install 'pms-derm-cds[jobs,cpu]' into this environment."
+        )
+    command = [sys.executable, "-m", "data_jobs.references.embed", str(arguments.folder.resolve())]
+    command += [*arguments.options]
+    if "--models" not in arguments.options:
+        command += ["--models", str(model_folder())]
+    with database(arguments.home) as urls:
+        environment = {**os.environ, "DERM_OWNER_DATABASE_URL": urls.owner}
+        return subprocess.run(command, env=environment, cwd=REPOSITORY, check=False).returncode
+
+
+def _spaces(arguments: argparse.Namespace) -> int:
+    for summary in _ask(arguments.home, lambda pool: ReferenceCache(pool).spaces()):
+        sys.stdout.write(_describe(summary))
+    return 0
+
+
+def _describe(summary: SpaceSummary) -> str:
+    state = (
+        "filled by nobody knows what"
+        if summary.images_expected is None
+        else f"filled by {summary.model_id}, {summary.images_expected} images expected"
+        if summary.completed_at
+        else f"being filled by {summary.model_id}, {summary.images_expected} images expected"
+    )
+    return (
+        f"{'*' if summary.live else ' '} {summary.embedding_space}: {summary.images} references, "
+        f"{summary.failures} failures; {state}\n"
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    model = ModelStore(model_folder()).open(arguments.model)
+    checks = _ask(
+        arguments.home, lambda pool: verify_space(pool, model, arguments.space, folder=arguments.folder)
+    )
+    for check in checks:
+        sys.stdout.write(f"{'ok' if check.passed else 'NO':>3}  {check.name}: {check.found}\n")
+    if not all(check.passed for check in checks):
+        raise Conflict("This space must not answer yet.")
+    return 0
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    live = _ask(
+        arguments.home,
+        lambda pool: publish_space(
+            pool,
+            model_folder(),
+            arguments.model,
+            embedding_space=arguments.space,
+            folder=arguments.folder,
+            approval=Approval(approved_by=getpass.getuser(), reason=arguments.reason),
+            say=lambda line: print(line, flush=True),
+        ),
+    )
+    sys.stdout.write(f"{live.model_id} answers in {live.embedding_space}\n")
+    return 0
+
+
+def _drop(arguments: argparse.Namespace) -> int:
+    dropped = _ask(arguments.home, lambda pool: ReferenceCache(pool).drop(arguments.space))
+    sys.stdout.write(f"{arguments.space} is gone, with {dropped} references\n")
+    return 0
+
+
+def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
+    async def run(dsn: str) -> _Result:
+        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
+        try:
+            return await ask(pool)
+        finally:
+            await pool.close()
+
+    with database(home) as urls:
+        return asyncio.run(run(urls.owner))

@@ -19,6 +19,7 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
 from serve_app.domain.errors import DermError
+from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
@@ -93,12 +94,15 @@ async def _records(urls: DatabaseUrls) -> dict[str, Any]:
     try:
         live = await live_model(pool)
         count = await ReferenceStore(pool).count(live.embedding_space) if live else 0
+        violations = await find_violations(pool)
     finally:
         await pool.close()
     return {
         "schema": "up to date",
         "model": asdict(live) if live else "none published",
         "references": str(count),
+        "invariants": "; ".join(f"violated: {v.invariant} ({v.count} rows)" for v in violations)
+        or f"all {len(INVARIANTS)} hold",
     }
 
 

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 import pyarrow.parquet as pq
 
+from data_jobs.references.embedder import identify_embedder
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
+from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.serving import LiveModel, live_model, publish
 
@@ -60,16 +62,27 @@ async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
     space = model.manifest.live_space
     pool = await open_pool(owner_dsn, minimum=0, maximum=1)
     try:
-        references = ReferenceStore(pool)
+        references, cache = ReferenceStore(pool), ReferenceCache(pool)
         target = LiveModel(model.manifest.model_id, model.digest, space.embedding_space)
         live = await live_model(pool)
+        embedder = identify_embedder(model, space)
+        known = await cache.embedder(space.embedding_space)
+        # A space of this name that another network or transform filled: none of it may stay.
+        foreign = known is not None and known.digest != embedder.digest
         # The same space in a changed folder: its vectors may be others.
         rebuilt = live is not None and live != target and live.embedding_space == target.embedding_space
         loaded = 0
-        if rebuilt or await references.count(space.embedding_space) < space.count:
+        if foreign or rebuilt or await references.count(space.embedding_space) < space.count:
             bundle = read_bundle(model, space)
-            await references.load(bundle.images, bundle.embeddings, embedding_space=space.embedding_space)
+            await references.load(
+                bundle.images,
+                bundle.embeddings,
+                embedding_space=space.embedding_space,
+                replace=foreign or (rebuilt and known is None),
+            )
             loaded = len(bundle.images)
+        if foreign or known is None:
+            await cache.reassign(embedder, expected=space.count)
         if live != target:
             await publish(pool, target)
         return loaded

@@ -15,13 +15,22 @@ from serve_app.domain.assessment import Assessment, Classification, Neighbours, 
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.records.lesion_rows import ImageRecord, LesionSummary, LesionTimeline
 
-#: The archive's own page of an image, for a reader who may follow it; nothing here does.
-ARCHIVE_IMAGE = "https://api.isic-archive.com/api/v2/images/{isic_id}/"
+_ARCHIVE_PAGE = "https://api.isic-archive.com/images/{isic_id}/"
 
 
 def format_time(moment: datetime) -> str:
     """RFC 3339 in UTC, to the millisecond."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def archive_url(isic_id: str) -> str:
+    """The archive's own page of an image, for a reader who may follow it; nothing here does."""
+    return _ARCHIVE_PAGE.format(isic_id=isic_id)
+
+
+def reference_url(isic_id: str) -> str:
+    """Where a reference image's picture is."""
+    return f"/api/references/{isic_id}/image"
 
 
 def lesion_url(lesion_id: UUID) -> str:
@@ -138,4 +147,5 @@ def _neighbours(neighbours: Neighbours | None) -> dict[str, Any] | None:
 
 
 def _similar(case: SimilarCase) -> dict[str, Any]:
-    return asdict(case) | {"image_url": ARCHIVE_IMAGE.format(isic_id=case.isic_id)}
+    urls = {"image_url": reference_url(case.isic_id), "archive_url": archive_url(case.isic_id)}
+    return asdict(case) | urls

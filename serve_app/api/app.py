@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
-from serve_app.api import health, lesions, replay, timeline
+from serve_app.api import health, lesions, references, replay, timeline
 from serve_app.api.admission import AdmissionGate
 from serve_app.api.assessor import Assessor
+from serve_app.api.invariants import InvariantWatch
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
@@ -47,6 +48,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         records=records,
         keys=keys,
         live=LiveModelWatch(pool),
+        invariants=InvariantWatch(pool),
         triage=Triage(assessor=assessor, records=records, keys=keys),
         replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
         admission=AdmissionGate(
@@ -72,13 +74,17 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
         services = await open_services(settings, stages)
         app.state.services = services
         app.state.token_verifier = services.token_verifier
-        recovering = asyncio.create_task(recover_forever(services.records, services.triage, services.live))
+        tasks = (
+            asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
+            asyncio.create_task(services.invariants.check_forever()),
+        )
         try:
             yield
         finally:
-            recovering.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await recovering
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await services.pool.close()
             services.keys.close()
 
@@ -98,4 +104,5 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     app.include_router(lesions.router)
     app.include_router(timeline.router)
     app.include_router(replay.router)
+    app.include_router(references.router)
     return app

@@ -21,11 +21,19 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", tags=["health"], summary="The database answers and a model is live")
 async def readyz(request: Request) -> JSONResponse:
-    """Ask the database which model is live; RecordsUnavailable (503) when it does not answer."""
+    """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
+
+    Invariants of what is stored are reported beside it, and do not decide.
+    """
     services: Services = request.app.state.services
     live = await services.live.refresh()
     return JSONResponse(
-        {"status": "ready", "model_id": live.model_id, "embedding_space": live.embedding_space}
+        {
+            "status": "ready",
+            "model_id": live.model_id,
+            "embedding_space": live.embedding_space,
+            "invariants": services.invariants.describe(),
+        }
     )
 
 

@@ -83,7 +83,7 @@ class RiskDocument(_Document):
 
 
 class SimilarDocument(_Document):
-    """A confirmed reference case; similarity is the cosine."""
+    """A confirmed reference case; similarity is the cosine. `image_url` is here, `archive_url` the archive's page."""
 
     isic_id: str
     lesion_id: str | None
@@ -96,6 +96,7 @@ class SimilarDocument(_Document):
     copyright_license: str
     attribution: str
     image_url: str
+    archive_url: str
 
 
 class NeighboursDocument(_Document):

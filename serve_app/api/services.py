@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api.admission import AdmissionGate
+from serve_app.api.invariants import InvariantWatch
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.replayer import Replayer
 from serve_app.api.triage import Triage
@@ -23,6 +24,7 @@ class Services:
     records: LesionStore
     keys: KeyStore
     live: LiveModelWatch
+    invariants: InvariantWatch
     triage: Triage
     replayer: Replayer
     admission: AdmissionGate

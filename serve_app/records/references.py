@@ -23,7 +23,8 @@ _SQL = queries("references")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
-_LOAD_TIMEOUT_S = 1800
+#: Copying, counting and indexing 400,000 references takes minutes.
+LOAD_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,43 +99,63 @@ class ReferenceStore:
         embeddings: NDArray[np.floating],
         *,
         embedding_space: str,
+        replace: bool = False,
     ) -> None:
         """Add references or bring them up to date, all or nothing; needs the owner's role.
 
+        `replace`: nothing else stays in the space.
         `embeddings`: (len(images), 512), finite, unit norm. ValueError when they are not;
         Conflict when an image lacks what the archive must say (licence, attribution) or is UNK.
         A kind that grows large is indexed before any of it can be found. Loaders wait for each other.
         """
-        _check(images, embeddings)
-        records = (
-            (
-                *(image.isic_id, image.lesion_id, image.diagnosis, image.diagnosis_confirm_type),
-                *(image.age_approx, image.sex, image.anatom_site_general),
-                *(image.copyright_license, image.attribution),
-                *(image.diagnosis in MALIGNANT, embedding),
-            )
-            for image, embedding in zip(images, embeddings, strict=True)
-        )
         async with self._pool.connection() as connection:
             async with connection.transaction():
                 await connection.execute(_SQL["without_time_limits"])
-                await connection.execute(_SQL["wait_for_loaders"], timeout=_LOAD_TIMEOUT_S)
-                await connection.execute(_SQL["make_arrivals"], timeout=60)
-                await connection.copy_records_to_table("arrivals", records=records, timeout=_LOAD_TIMEOUT_S)
-                await connection.execute(_SQL["take_in_space"], embedding_space)
-                for step in ("take_in_images", "take_in_copies"):
-                    await connection.execute(_SQL[step], timeout=_LOAD_TIMEOUT_S)
-                await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=_LOAD_TIMEOUT_S)
-                for step in ("forget_counts", "recount"):
-                    await connection.execute(_SQL[step], timeout=_LOAD_TIMEOUT_S)
-                await self._index(connection, embedding_space)
+                await connection.execute(_SQL["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
+                await copy_arrivals(connection, images, embeddings)
+                if replace:
+                    await connection.execute(_SQL["leave_only_arrivals"], embedding_space)
+                await take_in_arrivals(connection, embedding_space)
+                await index_space(connection, embedding_space, exact_below=self._exact_below)
             await connection.execute(_SQL["analyze"], timeout=60)
 
-    async def _index(self, connection: asyncpg.Connection, embedding_space: str) -> None:
-        statements = await connection.fetch(_SQL["index_statements"], embedding_space, self._exact_below)
-        await connection.execute(_SQL["room_for_indexes"])
-        for (statement,) in statements:
-            await connection.execute(statement, timeout=_LOAD_TIMEOUT_S)
+
+async def copy_arrivals(
+    connection: asyncpg.Connection, images: Sequence[ReferenceImage], embeddings: NDArray[np.floating]
+) -> None:
+    """Put images and their embeddings (as `load` takes them) into this transaction's `arrivals`."""
+    _check(images, embeddings)
+    records = (
+        (
+            *(image.isic_id, image.lesion_id, image.diagnosis, image.diagnosis_confirm_type),
+            *(image.age_approx, image.sex, image.anatom_site_general),
+            *(image.copyright_license, image.attribution),
+            *(image.diagnosis in MALIGNANT, embedding),
+        )
+        for image, embedding in zip(images, embeddings, strict=True)
+    )
+    await connection.execute(_SQL["make_arrivals"], timeout=60)
+    await connection.copy_records_to_table("arrivals", records=records, timeout=LOAD_TIMEOUT_S)
+
+
+async def take_in_arrivals(connection: asyncpg.Connection, embedding_space: str) -> None:
+    """Add what is in `arrivals` to the images and to a space, or bring it up to date."""
+    await connection.execute(_SQL["take_in_space"], embedding_space)
+    for step in ("take_in_images", "take_in_copies"):
+        await connection.execute(_SQL[step], timeout=LOAD_TIMEOUT_S)
+    await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=LOAD_TIMEOUT_S)
+
+
+async def index_space(
+    connection: asyncpg.Connection, embedding_space: str, *, exact_below: int = EXACT_BELOW
+) -> None:
+    """Count what there is, and index each kind of a space that has `exact_below` images or more."""
+    for step in ("forget_counts", "recount"):
+        await connection.execute(_SQL[step], timeout=LOAD_TIMEOUT_S)
+    statements = await connection.fetch(_SQL["index_statements"], embedding_space, exact_below)
+    await connection.execute(_SQL["room_for_indexes"])
+    for (statement,) in statements:
+        await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
 
 
 async def _search(

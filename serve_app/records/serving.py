@@ -1,9 +1,13 @@
-"""Which model answers: one row in the database, and nothing else."""
+"""Which model answers: one row in the database, and nothing else; and the history of that row."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
 
+from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
 
@@ -19,15 +23,87 @@ class LiveModel:
     embedding_space: str
 
 
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Who lets a model answer and why; the SHA-256 of the report, the publication that it takes back."""
+
+    action: Literal["publish", "promote", "rollback"] = "publish"
+    approved_by: str = "derm-cds"
+    reason: str = "started or loaded by the service's own commands"
+    report_sha256: str | None = None
+    takes_back: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One entry of the history."""
+
+    publication_id: int
+    published_at: datetime
+    model: LiveModel
+    approval: Approval
+
+
 async def live_model(pool: Pool) -> LiveModel | None:
     """Say which model answers; None when none has been published yet."""
     row = await pool.fetchrow(_SQL["live_model"])
     return LiveModel(*row) if row else None
 
 
-async def publish(pool: Pool, model: LiveModel) -> None:
+async def publish(
+    pool: Pool, model: LiveModel, approval: Approval | None = None, *, over: LiveModel | None = None
+) -> None:
     """Let this model answer from the next request on; needs the owner's role. Safe to repeat.
 
-    Conflict when the same model and digest are already known in another space.
+    The row and its history change together or not at all; a model that answers already is not
+    published again. Conflict when the same model and digest are already known in another space,
+    or when `over` is given and another model than that answers by now.
     """
-    await pool.execute(_SQL["publish"], model.model_id, model.model_digest, model.embedding_space)
+    given = approval or Approval()
+    values = (model.model_id, model.model_digest, model.embedding_space)
+    async with pool.connection() as connection, connection.transaction():
+        await connection.execute(_SQL["lock_serving"])
+        row = await connection.fetchrow(_SQL["live_model"])
+        answering = LiveModel(*row) if row else None
+        if over is not None and answering != over:
+            raise Conflict(
+                f"{answering.model_id if answering else 'No model'} answers by now, and not {over.model_id} "
+                "as when this began; nothing was changed."
+            )
+        if answering == model:
+            return
+        await connection.execute(_SQL["publish"], *values)
+        await connection.execute(
+            _SQL["record_publication"],
+            *values,
+            given.action,
+            given.approved_by,
+            given.reason,
+            given.report_sha256,
+            given.takes_back,
+        )
+
+
+async def publications(pool: Pool, *, limit: int = 20) -> list[Publication]:
+    """List what was published, newest first."""
+    return [_publication(row) for row in await pool.fetch(_SQL["publications"], limit)]
+
+
+async def standing_publications(pool: Pool) -> list[Publication]:
+    """Give the publication in force and the one that a rollback would return to, if there are any."""
+    return [_publication(row) for row in await pool.fetch(_SQL["standing_publications"])]
+
+
+def _publication(row: Mapping[str, Any]) -> Publication:
+    return Publication(
+        publication_id=row["publication_id"],
+        published_at=row["published_at"],
+        model=LiveModel(row["model_id"], row["model_digest"], row["embedding_space"]),
+        approval=Approval(
+            action=row["action"],
+            approved_by=row["approved_by"],
+            reason=row["reason"],
+            report_sha256=row["report_sha256"],
+            takes_back=row["takes_back"],
+        ),
+    )

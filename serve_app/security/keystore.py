@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 import sqlite3
 from threading import Lock
@@ -21,9 +22,21 @@ from serve_app.security.envelope import DataKey, ImageBinding, data_key_id_of, o
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.private_files import locked_folder, touch_private
 
+#: Half of what NIST SP 800-38D (8.3) allows; open_store.sql has the check.
+MAX_WRAPS = 2**31
+
 _BUSY_TIMEOUT_S = 5.0
 
 _QUERIES = {path.stem: path.read_text() for path in (Path(__file__).parent / "queries").glob("*.sql")}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVersionCount:
+    """One KEK version: its wraps so far (at most MAX_WRAPS), and the data keys that it wraps now."""
+
+    key_version: int
+    wraps: int
+    data_keys: int
 
 
 class KeyStore:
@@ -79,6 +92,38 @@ class KeyStore:
     def open_image(self, sealed: bytes, binding: ImageBinding) -> bytes:
         """Decrypt a sealed image with its key. IntegrityError when shredded, altered or bound to another."""
         return open_sealed(sealed, data_key=self.load(data_key_id_of(sealed)), binding=binding)
+
+    def rewrap(self, limit: int = 100) -> int:
+        """Wrap up to `limit` data keys anew that an older KEK wrapped; returns how many were found.
+
+        0 when all are under the current KEK. Stopped at any moment, it goes on where it was; images
+        are opened meanwhile as ever. RecordsUnavailable as `create`.
+        """
+        current = self._provider.current_version
+        with self._transaction() as connection:
+            stale = connection.execute(
+                _QUERIES["select_stale"], {"current": current, "limit": limit}
+            ).fetchall()
+        # Unwrapping and wrapping may ask a service: nobody's transaction waits for that.
+        rows = [self._rewrapped(UUID(bytes=row[0]), WrappedKey(*row[1:])) for row in stale]
+        with self._transaction() as connection:
+            connection.executemany(_QUERIES["count_wrap"], rows)
+            connection.executemany(_QUERIES["replace_wrapped"], rows)
+        return len(rows)
+
+    def _rewrapped(self, data_key_id: UUID, old: WrappedKey) -> dict[str, object]:
+        new = self._provider.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
+        return {
+            "data_key_id": data_key_id.bytes,
+            "wrapped": new.wrapped,
+            "key_version": new.key_version,
+            "old_version": old.key_version,
+        }
+
+    def count_versions(self) -> list[KeyVersionCount]:
+        """Say of every KEK version how many data keys it wraps, and how often it has wrapped."""
+        with self._transaction() as connection:
+            return [KeyVersionCount(*row) for row in connection.execute(_QUERIES["count_versions"])]
 
     def shred(self, data_key_id: UUID) -> None:
         """Destroy a key for good: on return no file of this store holds it. Safe to repeat.

@@ -90,3 +90,20 @@ async def test_ready_names_the_live_model(service, model_id) -> None:
     response = await service.client.get("/readyz")
     assert response.json()["status"] == "ready"
     assert response.json()["model_id"] == model_id
+
+
+async def test_ready_reports_which_invariants_do_not_hold(service) -> None:
+    services = service.app.state.services
+    await services.invariants.check()
+    found = (await service.client.get("/readyz")).json()["invariants"]
+    assert found["violated"] == []
+    assert found["checked_at"].endswith("Z")
+    await service.owner.execute(
+        "UPDATE space_embedders SET model_id = 'another.model' WHERE embedding_space ="
+        " (SELECT embedding_space FROM serving)"
+    )
+    await services.invariants.check()
+    response = await service.client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json()["invariants"]["violated"] == ["the live model filled the live space"]
+    await service.owner.execute("UPDATE space_embedders SET model_id = (SELECT model_id FROM serving)")

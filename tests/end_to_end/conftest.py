@@ -36,6 +36,7 @@ from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.security.tokens import mint_token
 from serve_app.settings import REPOSITORY
+from tests.end_to_end.twin_model import make_twin
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
 _WHOLE_S = 60.0
@@ -179,9 +180,24 @@ class Pms:
 
 
 @pytest.fixture(scope="session")
-async def node(models: Path, model_id: str) -> AsyncIterator[Node]:
+def two_models(models: Path, model_id: str, tmp_path_factory) -> Path:
+    """A store with the shipped model and its twin."""
+    store = tmp_path_factory.mktemp("models")
+    (store / model_id).symlink_to(models / model_id)
+    make_twin(models / model_id, store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def twin_id(model_id: str) -> str:
+    """The twin's id: see twin_model.py."""
+    return f"{model_id}twin"
+
+
+@pytest.fixture(scope="session")
+async def node(two_models: Path, model_id: str) -> AsyncIterator[Node]:
     """The one running node."""
-    node = Node(_new_home(), models, model_id)
+    node = Node(_new_home(), two_models, model_id)
     try:
         await node.start()
         yield node

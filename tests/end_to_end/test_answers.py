@@ -44,6 +44,13 @@ async def test_a_follow_up_and_a_retry(pms, lesion_image) -> None:
         assert second.json()["change"]["compared_image_id"] == first["image_id"]
 
 
+async def test_an_answer_made_again_is_identical(pms, lesion_image) -> None:
+    answer = (await pms.upload(await pms.care(), lesion_image(3), age_approx="40")).json()
+    path = f"/api/lesions/{answer['lesion_id']}/assessments/{answer['assessment_id']}/replay"
+    response = await pms.client.post(path, headers=pms.token())
+    assert (response.status_code, response.json()["verdict"]) == (200, "identical"), response.text
+
+
 async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, model_id: str) -> None:
     """The same image through every hop has the same probabilities as in one process."""
     stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.2")

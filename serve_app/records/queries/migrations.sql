@@ -36,8 +36,9 @@ SELECT quote_ident(rolname) AS role, rolname = current_user AS migrates FROM pg_
 -- Give the application role what serving needs and no more; {role} is filled in, quoted.
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
 GRANT USAGE ON SCHEMA public TO {role};
-GRANT SELECT ON schema_migrations, embedding_spaces, models, serving TO {role};
-GRANT SELECT ON reference_images, reference_embeddings, reference_counts, care_assignments TO {role};
+GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications TO {role};
+GRANT SELECT ON reference_images, reference_embeddings, reference_counts, reference_pictures TO {role};
+GRANT SELECT ON care_assignments, space_embedders TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};
 GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
 GRANT SELECT, INSERT ON audit_events TO {role};

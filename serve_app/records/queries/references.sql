@@ -153,6 +153,11 @@ CREATE TEMPORARY TABLE arrivals (
 -- It covers the lock that making an index takes: two loaders that both asked for that later would be stuck.
 LOCK TABLE reference_embeddings IN SHARE ROW EXCLUSIVE MODE;
 
+-- name: leave_only_arrivals
+-- Delete from space $1 what has not arrived.
+DELETE FROM reference_embeddings AS e
+WHERE e.embedding_space = $1 AND NOT EXISTS (SELECT FROM arrivals AS a WHERE a.isic_id = e.isic_id);
+
 -- name: take_in_space
 -- Make sure that the space exists.
 INSERT INTO embedding_spaces (embedding_space) VALUES ($1) ON CONFLICT DO NOTHING;

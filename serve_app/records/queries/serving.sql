@@ -2,6 +2,11 @@
 -- Say which model answers.
 SELECT model_id, model_digest, embedding_space FROM serving;
 
+-- name: lock_serving
+-- Let nobody else change which model answers, until this transaction ends ("dermserv" in ASCII).
+-- A lock on the row would not do: before the first publication there is none.
+SELECT pg_advisory_xact_lock(7234314190853599862);
+
 -- name: publish
 -- Make a model the one that answers, from the next request on.
 WITH space AS (
@@ -18,6 +23,46 @@ SET
     model_id = excluded.model_id,
     model_digest = excluded.model_digest,
     embedding_space = excluded.embedding_space,
-    served_since = now()
-WHERE (serving.model_id, serving.model_digest, serving.embedding_space)
-    IS DISTINCT FROM (excluded.model_id, excluded.model_digest, excluded.embedding_space);
+    served_since = now();
+
+-- name: record_publication
+-- Note who let the model answer, why, and what that takes back.
+INSERT INTO publications (
+    action, model_id, model_digest, embedding_space, approved_by, reason, report_sha256, takes_back
+) VALUES ($4, $1, $2, $3, $5, $6, $7, $8);
+
+-- name: publications
+-- List the last $1 publications, newest first.
+SELECT
+    publication_id,
+    published_at,
+    action,
+    model_id,
+    model_digest,
+    embedding_space,
+    approved_by,
+    reason,
+    report_sha256,
+    takes_back
+FROM publications
+ORDER BY publication_id DESC
+LIMIT $1;
+
+-- name: standing_publications
+-- The publication that is in force and the one it replaced, newest first: rollbacks and what they took back are left out.
+SELECT
+    publication_id,
+    published_at,
+    action,
+    model_id,
+    model_digest,
+    embedding_space,
+    approved_by,
+    reason,
+    report_sha256,
+    takes_back
+FROM publications AS made
+WHERE action <> 'rollback'
+    AND NOT EXISTS (SELECT FROM publications AS back WHERE back.takes_back = made.publication_id)
+ORDER BY publication_id DESC
+LIMIT 2;

@@ -1,0 +1,118 @@
+"""`derm-cds keys`: the key-encryption keys that wrap every image's data key."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from contextlib import closing
+import getpass
+import sys
+from uuid import uuid4
+
+from cluster.database import database
+from serve_app.domain.errors import Conflict
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import open_pool
+from serve_app.security.audit import AuditEvent
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import MAX_WRAPS, KeyStore
+
+
+def define(_name: str, parser: argparse.ArgumentParser) -> None:
+    """Define `keys`."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, run, purpose in (
+        ("status", _status, "say which versions there are and what they wrap"),
+        ("rotate", _rotate, "make a new key-encryption key, for all images from now on"),
+        ("rewrap", _rewrap, "wrap older images' data keys under the current key; started again, it goes on"),
+    ):
+        actions.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+        ).set_defaults(run=run)
+    retire = actions.add_parser(
+        "retire", help="destroy an old key-encryption key that wraps nothing any more"
+    )
+    retire.add_argument("version", type=int)
+    retire.set_defaults(run=_retire)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    keyring = _keyring(arguments)
+    with closing(_keystore(arguments, keyring)) as store:
+        counts = {count.key_version: count for count in store.count_versions()}
+    for version in sorted({*counts, *keyring.versions}):
+        count = counts.get(version)
+        wraps, data_keys = (count.wraps, count.data_keys) if count else (0, 0)
+        state = (
+            "current"
+            if version == keyring.current_version
+            else "old"
+            if version in keyring.versions
+            else "retired"
+        )
+        sys.stdout.write(
+            f"version {version} ({state}): wraps {data_keys} data keys; "
+            f"{wraps} of at most {MAX_WRAPS} wraps used\n"
+        )
+    return 0
+
+
+def _rotate(arguments: argparse.Namespace) -> int:
+    keyring = _keyring(arguments)
+    _record(arguments, "key_rotate", from_version=keyring.current_version)
+    sys.stdout.write(f"version {keyring.rotate()} wraps from now on; `derm-cds keys rewrap` does the rest\n")
+    return 0
+
+
+def _rewrap(arguments: argparse.Namespace) -> int:
+    keyring = _keyring(arguments)
+    _record(arguments, "key_rewrap", to_version=keyring.current_version)
+    done = 0
+    with closing(_keystore(arguments, keyring)) as store:
+        while found := store.rewrap():
+            done += found
+            sys.stdout.write(f"\r{done} data keys rewrapped")
+            sys.stdout.flush()
+    sys.stdout.write(f"\r{done} data keys rewrapped; all are under version {keyring.current_version}\n")
+    return 0
+
+
+def _retire(arguments: argparse.Namespace) -> int:
+    keyring = _keyring(arguments)
+    with closing(_keystore(arguments, keyring)) as store:
+        counts = {count.key_version: count.data_keys for count in store.count_versions()}
+    if counts.get(arguments.version):
+        raise Conflict(
+            f"Version {arguments.version} wraps {counts[arguments.version]} data keys: `derm-cds keys rewrap` first."
+        )
+    _record(arguments, "key_retire", version=arguments.version)
+    keyring.retire(arguments.version)
+    sys.stdout.write(
+        f"version {arguments.version} is destroyed; backups of the key store made under it open nothing\n"
+    )
+    return 0
+
+
+def _keyring(arguments: argparse.Namespace) -> FileKeyring:
+    return FileKeyring(arguments.home / "keys" / "keyring.json")
+
+
+def _keystore(arguments: argparse.Namespace, keyring: FileKeyring) -> KeyStore:
+    return KeyStore(arguments.home / "keys" / "keystore.sqlite", keyring)
+
+
+def _record(arguments: argparse.Namespace, action: str, **detail: object) -> None:
+    """Have it in the audit log first: what cannot be audited does not happen."""
+    event = AuditEvent(
+        action=action, actor=getpass.getuser(), outcome="success", request_id=str(uuid4()), detail=detail
+    )
+
+    async def write(dsn: str) -> None:
+        pool = await open_pool(dsn, minimum=0, maximum=1)
+        try:
+            await LesionStore(pool).record_event(event)
+        finally:
+            await pool.close()
+
+    with database(arguments.home) as urls:
+        asyncio.run(write(urls.app))

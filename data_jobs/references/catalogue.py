@@ -1,0 +1,164 @@
+"""A folder of reference images: `images/<isic_id>.jpg`, and `metadata.parquet` that describes them.
+
+`fetch` writes such a folder, the embed job reads it. A hand-made folder may have `metadata.csv` (or the
+labelled archive's `train.csv`) instead: the same columns, an empty cell where something is not known.
+Those that must be there: isic_id, diagnosis, copyright_license, attribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.errors import Conflict, NotFound
+
+METADATA = "metadata.parquet"
+IMAGES = "images"
+#: In the order in which they are looked for.
+METADATA_FILES = (METADATA, "metadata.csv", "train.csv")
+
+_ISIC_ID = re.compile(r"ISIC_[0-9]{7,10}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogueEntry:
+    """One reference image in the ISIC archive's words; None where the archive does not say."""
+
+    isic_id: str
+    lesion_id: str | None = None
+    patient_id: str | None = None
+    #: One of the eight; an image without such a diagnosis is no reference.
+    diagnosis: Diagnosis
+    diagnosis_confirm_type: str | None = None
+    age_approx: int | None = None
+    sex: str | None = None
+    anatom_site_general: str | None = None
+    fitzpatrick_skin_type: str | None = None
+    image_type: str = "dermoscopic"
+    copyright_license: str
+    attribution: str
+    #: Where it was fetched from: "archive", "bucket" or "folder".
+    source: str = "folder"
+    #: The image, relative to the folder.
+    path: str
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def lesion(self) -> str:
+        """The lesion, or the image itself where the archive names none."""
+        return self.lesion_id or self.isic_id
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field(field.name, pa.int64() if field.name in {"age_approx", "bytes"} else pa.string())
+        for field in fields(CatalogueEntry)
+    ]
+)
+
+
+def image_path(isic_id: str) -> str:
+    """Path of an image within its folder. Raises Conflict unless `isic_id` looks like ISIC_0024306."""
+    if not _ISIC_ID.fullmatch(isic_id):
+        raise Conflict(f"{isic_id[:40]!r} is no isic_id; they look like ISIC_0024306.")
+    return f"{IMAGES}/{isic_id}.jpg"
+
+
+def read_catalogue(folder: Path) -> list[CatalogueEntry]:
+    """Read the entries in file order.
+
+    Raises NotFound when there is no metadata file, Conflict when a row is no reference: a mandatory
+    cell empty, a diagnosis that is none of the eight, a path that leads out of the folder, an id twice.
+    """
+    return read_entries(metadata_file(folder))
+
+
+def read_entries(file: Path) -> list[CatalogueEntry]:
+    """Read the entries of one metadata file, as read_catalogue does."""
+    if file.suffix == ".parquet":
+        rows: list[Mapping[str, object]] = pq.read_table(file).to_pylist()
+    else:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            rows = list(csv.DictReader(opened))
+    entries = [_entry(row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.isic_id in seen:
+            raise Conflict(f"{file} has {entry.isic_id} twice; each image may be there once.")
+        seen.add(entry.isic_id)
+    return entries
+
+
+def metadata_file(folder: Path) -> Path:
+    """The file that describes a folder's images. Raises NotFound."""
+    for name in METADATA_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise NotFound(f"{folder} has none of {', '.join(METADATA_FILES)}.")
+
+
+def write_catalogue(folder: Path, entries: Iterable[CatalogueEntry]) -> None:
+    """Write `metadata.parquet`, ordered by isic_id; an earlier one is replaced only when this one is whole."""
+    write_entries(folder / METADATA, entries)
+
+
+def write_entries(file: Path, entries: Iterable[CatalogueEntry]) -> None:
+    """Write one metadata file, as write_catalogue does."""
+    ordered = sorted(entries, key=lambda entry: entry.isic_id)
+    table = pa.Table.from_pylist([asdict(entry) for entry in ordered], schema=SCHEMA)
+    partial = file.with_name(f"{file.name}.partial")
+    pq.write_table(table, partial, compression="zstd")
+    partial.replace(file)
+
+
+def _entry(row: Mapping[str, object], where: str) -> CatalogueEntry:
+    cells = {name: str(value) for name, value in row.items() if value not in {None, ""}}
+    for name in ("isic_id", "diagnosis", "copyright_license", "attribution"):
+        if name not in cells:
+            raise Conflict(f"{where}: no {name}; a reference must have one.")
+    try:
+        diagnosis = Diagnosis(cells["diagnosis"])
+        age, size = (_whole_number(cells.get(name)) for name in ("age_approx", "bytes"))
+    except ValueError as error:
+        raise Conflict(f"{where}: {error}.") from error
+    if diagnosis not in TRAINED:
+        raise Conflict(f"{where}: {diagnosis} is the diagnosis of no reference.")
+    usual = image_path(cells["isic_id"])
+    path = cells.get("path", usual)
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise Conflict(f"{where}: the path {path!r} leads out of the folder.")
+    sha256 = cells.get("sha256")
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise Conflict(f"{where}: {sha256[:80]!r} is no SHA-256 in lower-case hexadecimal.")
+    return CatalogueEntry(
+        isic_id=cells["isic_id"],
+        lesion_id=cells.get("lesion_id"),
+        patient_id=cells.get("patient_id"),
+        diagnosis=diagnosis,
+        diagnosis_confirm_type=cells.get("diagnosis_confirm_type"),
+        age_approx=age,
+        sex=cells.get("sex"),
+        anatom_site_general=cells.get("anatom_site_general"),
+        fitzpatrick_skin_type=cells.get("fitzpatrick_skin_type"),
+        image_type=cells.get("image_type", "dermoscopic"),
+        copyright_license=cells["copyright_license"],
+        attribution=cells["attribution"],
+        source=cells.get("source", "folder"),
+        path=path,
+        bytes=size,
+        sha256=sha256,
+    )
+
+
+def _whole_number(cell: str | None) -> int | None:
+    # Tools that know no missing integers write 55.0.
+    return None if cell is None else int(float(cell))

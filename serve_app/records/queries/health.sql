@@ -1,0 +1,27 @@
+-- name: references_licensed
+-- Count the references without a licence that lets them be shown, or without anyone to name for them.
+SELECT count(*) FROM reference_images
+WHERE copyright_license NOT IN ('CC-0', 'CC-BY', 'CC-BY-NC') OR btrim(attribution) = '';
+
+-- name: references_of_the_archive
+-- Count the references that are not the archive's: another kind of id, or a lesion of ours.
+SELECT count(*) FROM reference_images AS r
+WHERE r.isic_id !~ '^ISIC_[0-9]+$'
+    OR EXISTS (SELECT FROM lesions AS l WHERE l.lesion_id::text = r.lesion_id);
+
+-- name: live_vectors_of_unit_norm
+-- Count the vectors of the live space that are not of unit norm, to the precision of a halfvec.
+SELECT count(*) FROM reference_embeddings AS e
+INNER JOIN serving AS s USING (embedding_space)
+WHERE abs(l2_norm(e.embedding) - 1) > 0.01;
+
+-- name: live_space_holds_references
+-- One when the live space is empty.
+SELECT count(*) FROM serving AS s
+WHERE NOT EXISTS (SELECT FROM reference_embeddings AS e WHERE e.embedding_space = s.embedding_space);
+
+-- name: live_space_of_the_live_model
+-- One when another model than the live one filled the live space.
+SELECT count(*) FROM serving AS s
+INNER JOIN space_embedders AS f USING (embedding_space)
+WHERE f.model_id <> s.model_id;

@@ -1,0 +1,73 @@
+"""A neighbour can be looked at: its picture with licence and attribution, or where else to find it."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from urllib.parse import unquote
+
+import pytest
+
+JPEG = b"\xff\xd8\xff a picture"
+
+
+@pytest.fixture
+async def shown(service):
+    """A reference with a picture, and one without."""
+    with_picture, without = [
+        row["isic_id"]
+        for row in await service.owner.fetch("SELECT isic_id FROM reference_images ORDER BY isic_id LIMIT 2")
+    ]
+    await service.owner.execute(
+        "INSERT INTO reference_pictures (isic_id, width, height, sha256, jpeg) VALUES ($1, 4, 3, $2, $3)"
+        " ON CONFLICT DO NOTHING",
+        with_picture,
+        sha256(JPEG).hexdigest(),
+        JPEG,
+    )
+    yield with_picture, without
+    await service.owner.execute("DELETE FROM reference_pictures")
+
+
+async def test_a_picture_comes_with_its_licence_and_whom_to_name(service, shown) -> None:
+    response = await service.client.get(f"/api/references/{shown[0]}/image", headers=service.token("dr"))
+    assert response.status_code == 200
+    assert response.content == JPEG
+    assert response.headers["Content-Type"] == "image/jpeg"
+    assert 'rel="license"' in response.headers["Link"]
+    attribution = await service.owner.fetchval(
+        "SELECT attribution FROM reference_images WHERE isic_id = $1", shown[0]
+    )
+    assert unquote(response.headers["X-Attribution"]) == attribution
+    again = await service.client.get(
+        f"/api/references/{shown[0]}/image",
+        headers=service.token("dr") | {"If-None-Match": response.headers["ETag"]},
+    )
+    assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_without_a_picture_the_answer_names_the_archives_page(service, shown) -> None:
+    response = await service.client.get(f"/api/references/{shown[1]}/image", headers=service.token("dr"))
+    assert response.status_code == 404
+    problem = response.json()
+    assert problem["code"] == "not_found"
+    assert f"https://api.isic-archive.com/images/{shown[1]}/" in problem["detail"]
+
+
+@pytest.mark.parametrize("isic_id", ["ISIC_9999999", "nothing", "x" * 40, "..%2f..%2fetc"])
+async def test_an_unknown_reference_is_not_found(service, isic_id: str) -> None:
+    response = await service.client.get(f"/api/references/{isic_id}/image", headers=service.token("dr"))
+    assert response.status_code == 404
+    assert response.json()["code"] == "not_found"
+
+
+async def test_nobody_without_a_token_sees_one(service, shown) -> None:
+    assert (await service.client.get(f"/api/references/{shown[0]}/image")).status_code == 401
+
+
+async def test_what_an_answer_links_to_is_there(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    case = answer["similar"][0]
+    assert case["image_url"] == f"/api/references/{case['isic_id']}/image"
+    response = await service.client.get(case["image_url"], headers=service.token("dr"))
+    assert response.status_code == 404
+    assert case["archive_url"] in response.json()["detail"]

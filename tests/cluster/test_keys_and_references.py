@@ -1,0 +1,58 @@
+"""`derm-cds keys` and `derm-cds references` against a real database."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from serve_app.records.pool import open_pool
+
+
+async def _fetch(dsn: str, query: str) -> list[Any]:
+    pool = await open_pool(dsn, minimum=0, maximum=1)
+    try:
+        return await pool.fetch(query)
+    finally:
+        await pool.close()
+
+
+def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, urls) -> None:
+    derm_cds("migrate", home=home)
+    assert "version 1 (current): wraps 0 data keys; 0 of at most" in derm_cds("keys", "status", home=home).out
+    rotated = derm_cds("keys", "rotate", home=home)
+    assert rotated.code == 0
+    assert rotated.out.startswith("version 2 wraps from now on")
+    assert "0 data keys rewrapped; all are under version 2" in derm_cds("keys", "rewrap", home=home).out
+    current = derm_cds("keys", "retire", "2", home=home)
+    assert current.code == 1
+    assert "rotate and rewrap first" in current.err
+    assert derm_cds("keys", "retire", "1", home=home).code == 0
+    assert "version 1" not in derm_cds("keys", "status", home=home).out
+    events = asyncio.run(
+        _fetch(urls.owner, "SELECT action FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
+    )
+    assert [row["action"] for row in events] == ["key_rotate", "key_rewrap", "key_retire", "key_retire"]
+
+
+def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_cds, home, model_id) -> None:
+    derm_cds("migrate", home=home)
+    assert f"{model_id} answers" in derm_cds("references", "load", home=home).out
+    listed = derm_cds("references", "spaces", home=home).out
+    assert listed.startswith("* ")
+    assert "0 failures; filled by" in listed
+    verified = derm_cds("references", "verify", model_id, home=home)
+    assert verified.code == 0, verified.out
+    assert verified.out.count(" ok  ") == 5
+    space = listed.split()[1].rstrip(":")
+    dropped = derm_cds("references", "drop", space, home=home)
+    assert dropped.code == 1
+    assert "live model answers in" in dropped.err
+    unknown = derm_cds("references", "drop", "no.space", home=home)
+    assert unknown.code == 1
+    assert "nothing in a space named" in unknown.err
+
+
+def test_status_says_that_the_invariants_hold(derm_cds, home, model_id) -> None:
+    derm_cds("migrate", home=home)
+    derm_cds("references", "load", home=home)
+    assert "invariants  all 5 hold" in derm_cds("status", home=home).out

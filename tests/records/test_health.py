@@ -1,0 +1,60 @@
+"""Each invariant holds on what is loaded rightly, and names what breaks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve_app.records.health import INVARIANTS, find_violations
+from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
+from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.serving import LiveModel, publish
+from serve_app.records.sql import queries
+
+IMAGE = ReferenceImage("ISIC_0000001", None, "NV", None, None, None, None, "CC-0", "Anonymous")
+
+
+@pytest.fixture
+async def healthy(new_database, unit_vectors):
+    """An owner's pool on a database with one live reference, and the application's."""
+    from serve_app.records.pool import open_pool
+
+    urls = await new_database()
+    owner = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
+    application = await open_pool(urls.app, minimum=0, maximum=1, timeout_s=20)
+    await ReferenceStore(owner).load([IMAGE], unit_vectors(1), embedding_space="s")
+    await ReferenceCache(owner).reassign(SpaceEmbedder("s", "lite0.a", "a" * 64, "1"), expected=1)
+    await publish(owner, LiveModel("lite0.a", "digest", "s"))
+    yield owner, application
+    await owner.close()
+    await application.close()
+
+
+def test_every_invariant_has_its_query() -> None:
+    assert set(INVARIANTS) == set(queries("health"))
+
+
+async def test_nothing_is_violated_where_everything_is_as_it_should_be(healthy) -> None:
+    _, application = healthy
+    assert await find_violations(application) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "violated"),
+    [
+        ("UPDATE reference_images SET copyright_license = 'all rights reserved'", "references_licensed"),
+        ("UPDATE reference_images SET attribution = ' '", "references_licensed"),
+        ("UPDATE reference_embeddings SET embedding = embedding + embedding", "live_vectors_of_unit_norm"),
+        ("DELETE FROM reference_embeddings", "live_space_holds_references"),
+        ("UPDATE space_embedders SET model_id = 'another.model'", "live_space_of_the_live_model"),
+        (
+            "INSERT INTO reference_images VALUES (gen_random_uuid(), NULL, 'NV', NULL, NULL, NULL, NULL, 'CC-0', 'A')",
+            "references_of_the_archive",
+        ),
+    ],
+)
+async def test_each_violation_is_named_and_counted(healthy, harm: str, violated: str) -> None:
+    owner, application = healthy
+    await owner.execute(harm)
+    (found,) = await find_violations(application)
+    assert (found.name, found.count) == (violated, 1)
+    assert found.invariant == INVARIANTS[violated]

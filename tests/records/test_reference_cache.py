@@ -1,0 +1,143 @@
+"""A space is filled piece by piece, by one embedder, and dropped only when nobody answers in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+import pytest
+
+from serve_app.domain.diagnosis import TRAINED
+from serve_app.domain.errors import Conflict, NotFound
+from serve_app.records.reference_cache import (
+    FailedReference,
+    ReferenceCache,
+    ReferencePicture,
+    SpaceEmbedder,
+)
+from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.serving import LiveModel, publish
+
+EMBEDDER = SpaceEmbedder("filled.1", "lite0.a", "a" * 64, "1")
+
+
+def reference(number: int, **overrides: object) -> ReferenceImage:
+    values = {
+        "isic_id": f"ISIC_{number:07d}",
+        "lesion_id": f"IL_{number}",
+        "diagnosis": TRAINED[number % 8],
+        "diagnosis_confirm_type": "histopathology",
+        "age_approx": 50,
+        "sex": "female",
+        "anatom_site_general": "torso",
+        "copyright_license": "CC-0",
+        "attribution": "Anonymous",
+    }
+    return ReferenceImage(**{**values, **overrides})
+
+
+def picture(image: ReferenceImage, jpeg: bytes = b"\xff\xd8\xff") -> ReferencePicture:
+    return ReferencePicture(image.isic_id, 100, 75, sha256(jpeg).hexdigest(), jpeg)
+
+
+@pytest.fixture
+async def cache(new_database):
+    """An owner's cache in a database of its own."""
+    from serve_app.records.pool import open_pool
+
+    urls = await new_database()
+    pool = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
+    yield ReferenceCache(pool), pool
+    await pool.close()
+
+
+async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, unit_vectors) -> None:
+    references, pool = cache
+    images, vectors = [reference(n) for n in range(20)], unit_vectors(20)
+    await references.begin(EMBEDDER, expected=21)
+    lost = FailedReference("ISIC_0000099", "undecodable_image", "broken")
+    for _ in range(2):
+        await references.take_in(
+            "filled.1", images[:10], vectors[:10], pictures=[picture(images[0])], failures=[lost]
+        )
+    assert await references.present("filled.1", with_picture=False) == {i.isic_id for i in images[:10]}
+    assert await references.present("filled.1", with_picture=True) == {images[0].isic_id}
+    assert await references.failures("filled.1") == {"undecodable_image": 1}
+    (summary,) = await references.spaces()
+    assert (summary.images, summary.failures, summary.completed_at) == (10, 1, None)
+
+    await references.begin(EMBEDDER, expected=21)
+    mended = reference(99)
+    await references.take_in("filled.1", [*images[10:], mended], unit_vectors(21)[10:])
+    await references.complete("filled.1")
+    (summary,) = await references.spaces()
+    assert (summary.images, summary.failures, summary.images_expected) == (21, 0, 21)
+    assert summary.completed_at is not None
+    found = await ReferenceStore(pool).nearest(vectors[3], embedding_space="filled.1", k=1)
+    assert found.similar[0].isic_id == images[3].isic_id
+    assert await references.count_unfit("filled.1") == 0
+
+
+async def test_what_two_embedders_made_never_lies_in_one_space(cache, unit_vectors) -> None:
+    references, _ = cache
+    await references.begin(EMBEDDER, expected=1)
+    await references.take_in("filled.1", [reference(1)], unit_vectors(1))
+    with pytest.raises(Conflict, match=r"another build of lite0\.a"):
+        await references.begin(replace(EMBEDDER, digest="b" * 64), expected=1)
+    assert (await references.embedder("filled.1")) == EMBEDDER
+    await references.drop("filled.1")
+    await references.begin(replace(EMBEDDER, digest="b" * 64), expected=1)
+
+
+async def test_a_bad_vector_or_an_image_without_attribution_takes_nothing_in(cache, unit_vectors) -> None:
+    references, _ = cache
+    await references.begin(EMBEDDER, expected=2)
+    images = [reference(1), reference(2)]
+    with pytest.raises(ValueError, match="unit norm"):
+        await references.take_in("filled.1", images, 2 * unit_vectors(2))
+    with pytest.raises(Conflict, match="attribution"):
+        await references.take_in("filled.1", [images[0], replace(images[1], attribution="")], unit_vectors(2))
+    assert await references.present("filled.1", with_picture=False) == set()
+
+
+async def test_dropping_refuses_the_live_space_and_leaves_the_others(cache, unit_vectors) -> None:
+    references, pool = cache
+    shared, alone = reference(1), reference(2)
+    await references.begin(EMBEDDER, expected=2)
+    await references.take_in("filled.1", [shared, alone], unit_vectors(2), pictures=[picture(alone)])
+    other = SpaceEmbedder("filled.2", "lite0.b", "b" * 64, "1")
+    await references.begin(other, expected=1)
+    await references.take_in("filled.2", [shared], unit_vectors(1))
+    await publish(pool, LiveModel("lite0.a", "digest", "filled.1"))
+    with pytest.raises(Conflict, match="live model answers in"):
+        await references.drop("filled.1")
+    await publish(pool, LiveModel("lite0.b", "digest", "filled.2"))
+    assert await references.drop("filled.1") == 2
+    assert await pool.fetchval("SELECT array_agg(isic_id) FROM reference_images") == [shared.isic_id]
+    assert await pool.fetchval("SELECT count(*) FROM reference_pictures") == 0
+    assert await references.present("filled.2", with_picture=False) == {shared.isic_id}
+    with pytest.raises(NotFound, match="nothing in a space"):
+        await references.drop("filled.1")
+
+
+async def test_dropping_takes_the_indexes_along(cache, unit_vectors) -> None:
+    _, pool = cache
+    images = [reference(n) for n in range(40)]
+    await ReferenceStore(pool, exact_below=5).load(images, unit_vectors(40), embedding_space="indexed")
+    names = "SELECT count(*) FROM pg_indexes WHERE indexname LIKE 'reference\\_hnsw\\_%'"
+    assert await pool.fetchval(names) == 2
+    await ReferenceCache(pool).drop("indexed")
+    assert await pool.fetchval(names) == 0
+
+
+async def test_a_load_that_replaces_leaves_nothing_else(cache, unit_vectors) -> None:
+    references, pool = cache
+    store = ReferenceStore(pool)
+    vectors = unit_vectors(3)
+    await store.load([reference(1), reference(2)], vectors[:2], embedding_space="s")
+    await store.load([reference(2), reference(3)], vectors[1:], embedding_space="s", replace=True)
+    assert await references.present("s", with_picture=False) == {"ISIC_0000002", "ISIC_0000003"}
+    sample = await references.sample("s", 5)
+    assert {name for name, _ in sample} == {"ISIC_0000002", "ISIC_0000003"}
+    assert all(np.isclose(np.linalg.norm(vector), 1, atol=1e-3) for _, vector in sample)
