@@ -25,6 +25,7 @@ COMMANDS = {
     "assign": ("records", "put a patient into a clinician's care"),
     "references": ("references", "the confirmed cases that similarity search finds, and their spaces"),
     "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, retire"),
+    "audit": ("audit", "verify the audit log, and sign its state"),
     "models": ("models", "list, show or verify the models in the store"),
     "environment": ("environment", "print what a shell needs to use `ray` and `serve` on this node"),
     "token": ("token", "sign a bearer token, for development"),

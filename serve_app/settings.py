@@ -58,6 +58,16 @@ class Settings(BaseSettings):
         """The wrapped data keys, apart from the clinical database."""
         return self.home / "keys" / "keystore.sqlite"
 
+    @property
+    def audit_signing_key(self) -> Path:
+        """What signs the audit log's checkpoints, mode 0600."""
+        return self.home / "keys" / "audit-signing.key"
+
+    @property
+    def audit_checkpoints(self) -> Path:
+        """The signed checkpoints of the audit log."""
+        return self.home / "audit" / "checkpoints.jsonl"
+
 
 @lru_cache(maxsize=1)
 def load_settings() -> Settings:

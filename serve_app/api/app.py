@@ -19,11 +19,14 @@ from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
 from serve_app.api.replayer import Replayer
 from serve_app.api.request_id import RequestIdMiddleware
+from serve_app.api.sealing import seal_forever
 from serve_app.api.services import Services
 from serve_app.api.stages import Stages
 from serve_app.api.triage import Triage
+from serve_app.records.audit_chain import AuditChain
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
+from serve_app.security.checkpoints import CheckpointLog
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
 from serve_app.security.tokens import TokenVerifier
@@ -73,10 +76,12 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = await open_services(settings, stages)
         app.state.services = services
+        checkpoints = CheckpointLog(settings.audit_checkpoints, settings.audit_signing_key)
         app.state.token_verifier = services.token_verifier
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
             asyncio.create_task(services.invariants.check_forever()),
+            asyncio.create_task(seal_forever(AuditChain(services.pool), checkpoints)),
         )
         try:
             yield

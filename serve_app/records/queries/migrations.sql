@@ -41,4 +41,4 @@ GRANT SELECT ON reference_images, reference_embeddings, reference_counts, refere
 GRANT SELECT ON care_assignments, space_embedders TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};
 GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
-GRANT SELECT, INSERT ON audit_events TO {role};
+GRANT SELECT, INSERT ON audit_events, audit_seals TO {role};

@@ -1,4 +1,4 @@
-"""`derm-cds keys` and `derm-cds references` against a real database."""
+"""`derm-cds keys`, `audit` and `references` against a real database."""
 
 from __future__ import annotations
 
@@ -56,3 +56,19 @@ def test_status_says_that_the_invariants_hold(derm_cds, home, model_id) -> None:
     derm_cds("migrate", home=home)
     derm_cds("references", "load", home=home)
     assert "invariants  all 5 hold" in derm_cds("status", home=home).out
+
+
+def test_the_audit_log_verifies_and_a_forged_checkpoint_does_not(derm_cds, home) -> None:
+    derm_cds("migrate", home=home)
+    derm_cds("keys", "rotate", home=home)
+    signed = derm_cds("audit", "checkpoint", home=home)
+    assert signed.code == 0, signed.err
+    verified = derm_cds("audit", "verify", home=home)
+    assert verified.code == 0, verified.err
+    assert "1 checkpoints" in verified.out
+    assert "nothing found" in verified.out
+    file = home / "audit" / "checkpoints.jsonl"
+    file.write_text(file.read_text().replace('"position": ', '"position": 1'))
+    forged = derm_cds("audit", "verify", home=home)
+    assert forged.code == 1
+    assert "is not a checkpoint that was signed here" in forged.err

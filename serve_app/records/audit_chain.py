@@ -1,0 +1,126 @@
+"""The chain over the audit log: an event that is edited, removed, added or moved afterwards shows.
+
+Events are written in the transaction of what they record, and wait for nobody. One sealer follows, moments
+later, and adds a seal to each: a hash over the event and over the seal before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+
+import asyncpg
+
+from serve_app.records.pool import Pool
+from serve_app.records.sql import queries
+
+#: What is before the first seal.
+GENESIS = bytes(32)
+#: Events that may have been sealed before one with a lower id commits: more than a request's time holds.
+LATE_EVENTS = 10_000
+#: An event older than this has its seal, unless nobody seals.
+SEALED_WITHIN = timedelta(minutes=2)
+
+_BATCH = 5_000
+_SQL = queries("audit_chain")
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The chain's state after `position` events: its hash, 32 bytes."""
+
+    position: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tampering:
+    """Something that was done to the log: what, at which seal (0: none of them) and event."""
+
+    kind: str
+    position: int
+    event_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked, the chain's head, and what was found; no finding is as it should be."""
+
+    events: int
+    head: Seal
+    findings: tuple[Tampering, ...]
+
+
+def link(before: bytes, position: int, digest: bytes) -> bytes:
+    """The hash of a seal."""
+    return sha256(before + position.to_bytes(8, "big") + digest).digest()
+
+
+class AuditChain:
+    """Seals and verifies. RecordsUnavailable as the pool says; the application's role will do."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def head(self) -> Seal:
+        """The newest seal."""
+        return _seal(await self._pool.fetchrow(_SQL["head"]))
+
+    async def seal(self, *, limit: int = _BATCH, wait: bool = False, all_events: bool = False) -> int:
+        """Seal up to `limit` events that have none; returns how many.
+
+        0, too, while another process seals, unless `wait`. `all_events` looks for those, too, that no late commit explains.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            if wait:
+                await connection.execute(_SQL["be_the_sealer"])
+            elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
+                return 0
+            late = 2**62 if all_events else LATE_EVENTS
+            events = await connection.fetch(_SQL["unsealed"], late, limit)
+            seal = _seal(await connection.fetchrow(_SQL["head"]))
+            rows = []
+            for event in events:
+                position = seal.position + 1
+                seal = Seal(position, link(seal.hash, position, event["digest"]))
+                rows.append((position, event["event_id"], seal.hash))
+            await connection.executemany(_SQL["seal"], rows)
+            return len(rows)
+
+    async def verify(self, known: Sequence[Seal] = ()) -> Verification:
+        """Recompute the chain from its beginning, and hold it against seals that are `known` from elsewhere.
+
+        Finds events edited, removed, moved or exchanged, a chain cut short or written anew behind a known
+        seal, and events without a seal.
+        """
+        findings: list[Tampering] = []
+        expected = {seal.position: seal.hash for seal in known}
+        at = Seal(0, GENESIS)
+        async for position, event_id, stored, digest in self._links():
+            if position != at.position + 1:
+                findings.append(Tampering("seals are missing", position, event_id))
+            if digest is None:
+                findings.append(Tampering("the event is gone", position, event_id))
+            elif link(at.hash, position, digest) != stored:
+                findings.append(Tampering("the event or its place has changed", position, event_id))
+            if expected.pop(position, stored) != stored:
+                findings.append(Tampering("the chain was written anew", position, event_id))
+            # From the stored hash on: one change is one finding.
+            at = Seal(position, stored)
+        findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
+        for row in await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN):
+            findings.append(Tampering("the event has no seal", 0, row["event_id"]))
+        return Verification(at.position, at, tuple(findings))
+
+    async def _links(self) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
+        position = 0
+        while rows := await self._pool.fetch(_SQL["chain"], position, _BATCH):
+            for row in rows:
+                yield row["position"], row["event_id"], row["hash"], row["digest"]
+            position = rows[-1]["position"]
+
+
+def _seal(row: asyncpg.Record | None) -> Seal:
+    return Seal(row["position"], row["hash"]) if row else Seal(0, GENESIS)

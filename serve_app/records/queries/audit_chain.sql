@@ -1,0 +1,45 @@
+-- name: try_to_be_the_sealer
+-- One sealer at a time, until its transaction ends ("dermseal" in ASCII); false when there is another.
+SELECT pg_try_advisory_xact_lock(7234314190585520492);
+
+-- name: be_the_sealer
+-- As above, after whoever seals now.
+SELECT pg_advisory_xact_lock(7234314190585520492);
+
+-- name: head
+-- The newest seal.
+SELECT position, hash FROM audit_seals ORDER BY position DESC LIMIT 1;
+
+-- name: unsealed
+-- Up to $2 events that have no seal, of the last $1 and all that are newer than the newest sealed one.
+-- An event that commits late has a lower id than some that are sealed; nothing commits later than that many.
+SELECT e.event_id, audit_digest(e) AS digest
+FROM audit_events AS e
+WHERE e.event_id > coalesce((SELECT max(event_id) FROM audit_seals), 0) - $1
+    AND NOT EXISTS (SELECT FROM audit_seals AS s WHERE s.event_id = e.event_id)
+ORDER BY e.event_id
+LIMIT $2;
+
+-- name: seal
+-- Add one seal.
+INSERT INTO audit_seals (position, event_id, hash) VALUES ($1, $2, $3);
+
+-- name: chain
+-- The next $2 seals after position $1, with the digest of their event as it is now; null where it is gone.
+SELECT s.position, s.event_id, s.hash, audit_digest(e) AS digest
+FROM audit_seals AS s
+LEFT JOIN audit_events AS e USING (event_id)
+WHERE s.position > $1
+ORDER BY s.position
+LIMIT $2;
+
+-- name: seal_at
+-- The hash of the seal at position $1.
+SELECT hash FROM audit_seals WHERE position = $1;
+
+-- name: unsealed_since
+-- Events without a seal that are older than $1: added behind the sealer's back, or it does not run.
+SELECT event_id FROM audit_events AS e
+WHERE e.recorded_at < now() - $1::interval
+    AND NOT EXISTS (SELECT FROM audit_seals AS s WHERE s.event_id = e.event_id)
+ORDER BY event_id;
