@@ -1,0 +1,136 @@
+"""Whether an image of the archive can be a reference, and its catalogue entry if it can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from data_jobs.references.catalogue import CatalogueEntry, image_path
+from data_jobs.references.fetch.diagnoses import diagnosis_of
+from data_jobs.references.fetch.licences import Licence, licence_of
+from data_jobs.references.fetch.sites import site_of
+from deployments.preprocess.decode import UploadLimits
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.errors import Conflict
+
+#: What the service's decoder takes of a reference; the archive's short sides start at 150 pixels.
+IMAGE_LIMITS = UploadLimits(min_side=32)
+
+#: The archive's words for how a diagnosis was confirmed, in those of HAM10000, which the shipped references use.
+#: "single contributor clinical assessment" is one person's opinion: not among them.
+CONFIRMED = {
+    "histopathology": "histo",
+    "serial imaging showing no change": "follow_up",
+    "single image expert consensus": "consensus",
+    "confocal microscopy with consensus dermoscopy": "confocal",
+}
+_OLDEST = 120
+_SKIN_TYPES = frozenset({"I", "II", "III", "IV", "V", "VI"})
+
+
+class LeftOut(StrEnum):
+    """Why an image is no candidate; the first that applies is counted."""
+
+    BAD_ID = "isic_id that does not look like one"
+    NOT_PUBLIC = "not public"
+    NOT_DERMOSCOPIC = "not dermoscopic"
+    NOT_A_PHOTOGRAPH = "altered or synthetic"
+    LICENCE = "other licence"
+    NO_ATTRIBUTION = "no attribution"
+    NO_DIAGNOSIS = "no diagnosis"
+    INDETERMINATE = "indeterminate diagnosis"
+    OTHER_DIAGNOSIS = "diagnosis of none of the eight classes"
+    UNCONFIRMED = "diagnosis not confirmed"
+    TOO_LARGE = "larger than the service reads"
+    TOO_SMALL = "smaller than the service reads"
+    EXCLUDED = "excluded by --exclude"
+
+
+@dataclass(frozen=True, slots=True)
+class Eligibility:
+    """What is asked of an image; `excluded`: isic_ids, lesion_ids and patient_ids to leave out."""
+
+    licences: frozenset[Licence] = frozenset(Licence)
+    unconfirmed: bool = False
+    excluded: frozenset[str] = frozenset()
+
+    def judge(self, record: Mapping[str, object], *, source: str) -> CatalogueEntry | LeftOut:
+        """The entry of an image, or why it has none.
+
+        `record`: the archive's fields, flat, as in its metadata.csv (an empty cell is a missing one);
+        beside them may be `public`, `bytes` and, from a folder of ours, `diagnosis` (one of the eight) and `path`.
+        """
+        cells = {name: str(value).strip() for name, value in record.items() if value is not None}
+        cells = {name: value for name, value in cells.items() if value}
+        try:
+            path = image_path(cells.get("isic_id", ""))
+        except Conflict:
+            return LeftOut.BAD_ID
+        licence = licence_of(cells.get("copyright_license"))
+        if (cause := self._unsuitable(cells, licence)) is not None or licence is None:
+            return cause or LeftOut.LICENCE
+        levels = [cells.get(f"diagnosis_{level}") for level in range(1, 6)]
+        stated = cells.get("diagnosis")
+        diagnosis = Diagnosis(stated) if stated in TRAINED else diagnosis_of(levels)
+        if diagnosis is None:
+            return _unclassified(levels)
+        confirmed = cells.get("diagnosis_confirm_type", "")
+        confirmed = CONFIRMED.get(confirmed, confirmed)
+        if confirmed not in CONFIRMED.values() and not self.unconfirmed:
+            return LeftOut.UNCONFIRMED
+        sites = [cells.get(f"anatom_site_{level}") for level in range(1, 6)]
+        skin = cells.get("fitzpatrick_skin_type")
+        return CatalogueEntry(
+            isic_id=cells["isic_id"],
+            lesion_id=cells.get("lesion_id"),
+            patient_id=cells.get("patient_id"),
+            diagnosis=diagnosis,
+            diagnosis_confirm_type=confirmed or None,
+            age_approx=_age(cells.get("age_approx")),
+            sex=cells.get("sex"),
+            anatom_site_general=site_of(cells.get("anatom_site_general"), sites),
+            fitzpatrick_skin_type=skin if skin in _SKIN_TYPES else None,
+            image_type="dermoscopic",
+            copyright_license=licence,
+            attribution=cells["attribution"],
+            source=source,
+            path=path,
+            bytes=_whole_number(cells.get("bytes")),
+        )
+
+    def _unsuitable(self, cells: Mapping[str, str], licence: Licence | None) -> LeftOut | None:
+        names = {cells.get(name) for name in ("isic_id", "lesion_id", "patient_id")}
+        sides = [_whole_number(cells.get(side)) for side in ("pixels_x", "pixels_y")]
+        width, height = (side if side is not None else IMAGE_LIMITS.min_side for side in sides)
+        causes = {
+            LeftOut.NOT_PUBLIC: cells.get("public", "True").lower() != "true",
+            LeftOut.NOT_DERMOSCOPIC: cells.get("image_type") != "dermoscopic",
+            LeftOut.NOT_A_PHOTOGRAPH: cells.get("image_manipulation") in {"altered", "synthetic"},
+            LeftOut.LICENCE: licence not in self.licences,
+            LeftOut.NO_ATTRIBUTION: "attribution" not in cells,
+            LeftOut.EXCLUDED: bool(names & self.excluded),
+            LeftOut.TOO_LARGE: width * height > IMAGE_LIMITS.max_pixels
+            or (_whole_number(cells.get("bytes")) or 0) > IMAGE_LIMITS.max_bytes,
+            LeftOut.TOO_SMALL: min(width, height) < IMAGE_LIMITS.min_side,
+        }
+        return next((cause for cause, applies in causes.items() if applies), None)
+
+
+def _unclassified(levels: list[str | None]) -> LeftOut:
+    if not levels[0]:
+        return LeftOut.NO_DIAGNOSIS
+    return LeftOut.INDETERMINATE if levels[0] == "Indeterminate" else LeftOut.OTHER_DIAGNOSIS
+
+
+def _age(cell: str | None) -> int | None:
+    age = _whole_number(cell)
+    return age if age is not None and 0 <= age <= _OLDEST else None
+
+
+def _whole_number(cell: str | None) -> int | None:
+    # Tools that know no missing integers write 55.0; what is no number is not known.
+    try:
+        return None if cell is None else int(float(cell))
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,62 @@
+"""Images of the archive as its API describes them, and small JPEGs."""
+
+from __future__ import annotations
+
+from functools import cache
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+
+LEVELS = {
+    "MEL": ("Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma Invasive"),
+    "NV": ("Benign", "Benign melanocytic proliferations", "Nevus", "Nevus, Spitz"),
+    "BKL": ("Benign", "Benign epidermal proliferations", "Seborrheic keratosis"),
+    "DF": ("Benign", "Benign soft tissue proliferations - Fibro-histiocytic", "Dermatofibroma"),
+    "cyst": ("Benign", "Cysts", "Milium"),
+}
+
+
+@cache
+def jpeg(seed: int, side: int = 64) -> bytes:
+    """A small JPEG that no other seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+    return buffer.getvalue()
+
+
+def image_out(number: int, diagnosis: str = "NV", **changes) -> dict:
+    """An ImageOut without `files`; `changes` go into clinical, or where their name belongs."""
+    levels = {f"diagnosis_{level}": name for level, name in enumerate(LEVELS[diagnosis], 1)}
+    clinical = {
+        **levels,
+        "diagnosis_confirm_type": "histopathology",
+        "age_approx": 25 + 5 * (number % 12),
+        "sex": ("female", "male")[number % 2],
+        "anatom_site_general": ("head/neck", "upper extremity", "posterior torso")[number % 3],
+        "lesion_id": f"IL_{number:07}",
+    }
+    image = {
+        "isic_id": f"ISIC_{number:07}",
+        "copyright_license": ("CC-0", "CC-BY", "CC-BY-NC")[number % 3],
+        "attribution": "Hospital Clinic de Barcelona",
+        "public": True,
+        "metadata": {"acquisition": {"pixels_x": 1024, "pixels_y": 768, "image_type": "dermoscopic"}},
+    }
+    for name, value in changes.items():
+        part = next((part for part in (image, image["metadata"]["acquisition"]) if name in part), clinical)
+        part[name] = value
+    image["metadata"]["clinical"] = {name: value for name, value in clinical.items() if value is not None}
+    return image
+
+
+@pytest.fixture
+def new_image():
+    return image_out
+
+
+@pytest.fixture
+def new_jpeg():
+    return jpeg

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import csv
+import time
+
+import httpx
+import pytest
+
+from data_jobs.references.fetch import download as subject
+from data_jobs.references.fetch import http
+from data_jobs.references.fetch.archive import Archive, flatten
+from data_jobs.references.fetch.disk import RESERVE, check_space, needed_bytes
+from data_jobs.references.fetch.download import Download, stored_images
+from data_jobs.references.fetch.eligibility import Eligibility
+from data_jobs.references.fetch.errors import FetchError, Transient
+from data_jobs.references.fetch.progress import Progress, duration
+
+
+@pytest.fixture
+def output(tmp_path):
+    (tmp_path / "images").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def entries(archive_server, new_image):
+    archive_server.add(*(new_image(number) for number in range(12)))
+    return [
+        Eligibility().judge(flatten(archive_server.image(isic_id)), source="archive")
+        for isic_id in archive_server.images
+    ]
+
+
+@pytest.fixture
+def download(archive, output, pace):
+    return Download(archive, output, pace, Progress(12, interval_s=0.05))
+
+
+def names(output):
+    return sorted(path.name for path in (output / "images").iterdir())
+
+
+def whole(output, archive_server, left_out=()):
+    assert names(output) == sorted(f"{name}.jpg" for name in archive_server.images if name not in left_out)
+    for file in (output / "images").iterdir():
+        assert file.read_bytes() == archive_server.files[file.stem]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 429, "retry_after": "0"},
+        {"status": 429},
+        {"status": 500},
+        {"status": 503, "retry_after": "Tue, 24 Nov 2026 11:00:00 GMT"},
+        {"body": "reset"},
+        {"body": "cut"},
+        {"body": "short"},
+        {"body": "garbage"},
+        {"body": "page"},
+    ],
+    ids=str,
+)
+def test_a_fault_that_passes_costs_another_attempt(
+    archive_server, entries, download, output, new_fault, fault
+):
+    archive_server.fail("/files/", *[new_fault(**fault)] * 5)
+    download.run(entries, threads=3)
+    assert download.failed == {}
+    whole(output, archive_server)
+    assert len(archive_server.paths("/files/")) == 12 + 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ({"status": 500}, "status 500"),
+        ({"status": 429}, "status 429"),
+        ({"body": "cut"}, "broke off"),
+        ({"body": "short"}, "wrong length"),
+        ({"body": "garbage"}, "no whole JPEG"),
+        ({"body": "page"}, "wrong length"),
+    ],
+    ids=str,
+)
+def test_a_fault_that_stays_is_that_images_failure_and_no_others(
+    archive_server, entries, download, output, new_fault, fault, cause
+):
+    archive_server.always["/files/ISIC_0000005"] = new_fault(**fault)
+    download.run(entries, threads=3)
+    assert {isic_id: error.cause for isic_id, error in download.failed.items()} == {"ISIC_0000005": cause}
+    assert len(archive_server.paths("/files/ISIC_0000005")) == 6
+    whole(output, archive_server, left_out={"ISIC_0000005"})
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_what_another_attempt_would_not_change_is_tried_once(
+    archive_server, entries, download, new_fault, status
+):
+    archive_server.always["/files/ISIC_0000005"] = new_fault(status=status)
+    download.run(entries, threads=3)
+    assert list(download.failed) == ["ISIC_0000005"]
+    assert len(archive_server.paths("/files/ISIC_0000005")) == 1
+
+
+def test_an_image_that_is_whole_but_no_picture_fails(archive_server, entries, download):
+    archive_server.files["ISIC_0000005"] = archive_server.files["ISIC_0000005"][:-200]
+    download.run(entries, threads=2)
+    assert download.failed["ISIC_0000005"].cause == "no whole JPEG"
+
+
+def test_retry_after_is_waited_for(archive_server, entries, download, new_fault):
+    archive_server.fail("/files/", new_fault(status=429, retry_after="1"))
+    started = time.monotonic()
+    download.run(entries[:1], threads=1)
+    assert download.failed == {}
+    assert 1.0 <= time.monotonic() - started < 60
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(
+    archive_server, entries, output, pace, new_fault, monkeypatch
+):
+    monkeypatch.setattr(http, "_TIMEOUT", httpx.Timeout(2.0))
+    archive_server.fail("/files/", new_fault(body="hang"))
+    archive_server.always["/files/ISIC_0000001"] = new_fault(body="hang")
+    with http.Http(archive_server.api, pace) as client:
+        source = Archive(client, base=archive_server.api)
+        source.attempts = 2
+        download = Download(source, output, pace, Progress(2))
+        download.run(entries[:2], threads=1)
+    assert {isic_id: error.cause for isic_id, error in download.failed.items()} == {"ISIC_0000001": "timeout"}
+
+
+def test_no_more_images_at_once_than_asked_for(archive_server, entries, download):
+    archive_server.delay_s = 0.02
+    download.run(entries, threads=3)
+    assert 2 <= archive_server.most_at_once <= 3
+
+
+def test_an_archive_that_is_down_ends_the_run_early(
+    archive_server, entries, download, new_fault, monkeypatch
+):
+    monkeypatch.setattr(subject, "GIVE_UP_AFTER", 4)
+    archive_server.always["/files/"] = new_fault(status=503)
+    with pytest.raises(FetchError, match=r"does not answer: 4 images in a row failed.*Run this again later"):
+        download.run(entries, threads=1)
+    assert len(download.failed) == 4
+
+
+def test_a_disk_that_fills_up_ends_the_run(entries, download, output, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subject, "store_image", full)
+    with pytest.raises(OSError, match="No space left"):
+        download.run(entries, threads=2)
+    assert names(output) == []
+
+
+def test_an_error_of_our_own_is_not_lost_in_a_thread(entries, download, monkeypatch):
+    monkeypatch.setattr(subject, "store_image", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        download.run(entries, threads=2)
+
+
+def test_what_is_whole_is_known_again(entries, download, output):
+    download.run(entries, threads=3)
+    again = stored_images(output, threads=2)
+    assert set(again.values()) == set(download.stored)
+
+
+def test_what_is_half_done_or_changed_is_not(entries, download, output):
+    download.run(entries, threads=3)
+    images = output / "images"
+    (images / "ISIC_0000001.jpg.partial").write_bytes(b"half")
+    flipped = bytearray((images / "ISIC_0000002.jpg").read_bytes())
+    flipped[700] ^= 1
+    (images / "ISIC_0000002.jpg").write_bytes(flipped)
+    cut = images / "ISIC_0000003.jpg"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (images / "ISIC_0000004.jpg").unlink()
+    again = stored_images(output, threads=2)
+    assert sorted({entry.isic_id for entry in entries} - set(again)) == [f"ISIC_000000{n}" for n in (2, 3, 4)]
+    assert "ISIC_0000001.jpg.partial" not in names(output)
+
+
+def test_a_file_that_the_journal_does_not_know_is_not_trusted(entries, download, output):
+    download.run(entries, threads=3)
+    journal = output / "fetched.csv"
+    lines = journal.read_text().splitlines(keepends=True)
+    # As a power cut leaves it: the last line torn, and a file whose end never reached the disk.
+    journal.write_text("".join(lines[:-1]) + lines[-1][:40])
+    last = output / "images" / f"{lines[-1][:12]}.jpg"
+    last.write_bytes(last.read_bytes()[:-200] + bytes(200))
+    again = stored_images(output, threads=2)
+    assert {entry.isic_id for entry in entries} - set(again) == {last.stem}
+
+
+def test_a_journal_that_is_no_journal_is_as_good_as_none(output):
+    (output / "fetched.csv").write_text("a,b\n\n../../x,12," + "0" * 64 + "\n")
+    assert stored_images(output, threads=2) == {}
+
+
+def test_the_journal_has_each_image_once(entries, download, output):
+    download.run(entries, threads=3)
+    with (output / "fetched.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert sorted(row[0] for row in rows) == sorted(entry.isic_id for entry in entries)
+
+
+def test_space_is_asked_for_with_a_reserve(entries, output, monkeypatch):
+    needed = needed_bytes(entries)
+    usage = type("Usage", (), {"free": needed + RESERVE})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert check_space(output, entries) == needed
+    usage.free -= 1
+    with pytest.raises(
+        FetchError, match=r"need .* GB and 0\.5 GB are to stay free, but .* has .* GB\. Make room"
+    ):
+        check_space(output, entries)
+
+
+def test_an_unknown_size_counts_as_the_mean_of_the_known(new_image):
+    judge = Eligibility().judge
+    known = [judge(flatten(new_image(number)) | {"bytes": 1000 * number}, source="x") for number in (1, 3)]
+    unknown = judge(flatten(new_image(5)), source="x")
+    assert needed_bytes([*known, unknown]) == 6000
+    assert needed_bytes([unknown]) == 2_000_000
+    assert needed_bytes([]) == 0
+
+
+def test_progress_says_what_is_done_how_fast_and_what_failed():
+    progress = Progress(100, there=10)
+    for _ in range(20):
+        progress.stored(2_000_000)
+    progress.failed("gone")
+    line = progress.line(elapsed_s=10)
+    assert line == "30 of 100 images (30%), 2.1/s, 4.0 MB/s, 33 s left; 1 failed: gone 1"
+
+
+def test_durations_are_rounded_to_what_a_person_needs():
+    assert [duration(s) for s in (5, 59.4, 600, 11_100)] == ["5 s", "59 s", "10 min", "3 h 5 min"]
+
+
+def test_a_failure_names_its_cause_and_the_place_without_the_signature(
+    archive_server, entries, download, new_fault
+):
+    archive_server.always["/files/ISIC_0000005"] = new_fault(status=500)
+    download.run(entries[:6], threads=2)
+    error = download.failed["ISIC_0000005"]
+    assert isinstance(error, Transient)
+    assert str(error) == "127.0.0.1/files/ISIC_0000005.jpg answered 500."

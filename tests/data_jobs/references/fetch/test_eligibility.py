@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+
+from data_jobs.references.catalogue import CatalogueEntry
+from data_jobs.references.fetch.archive import flatten
+from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
+from data_jobs.references.fetch.licences import Licence, licence_of, parse_licences
+from data_jobs.references.fetch.sites import SITES, site_of
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.errors import InvalidField
+
+
+@pytest.fixture
+def judge(new_image):
+    def judge(eligibility: Eligibility | None = None, diagnosis="NV", number=3, **changes):
+        image = new_image(number, diagnosis, **changes)
+        return (eligibility or Eligibility()).judge(flatten(image), source="archive")
+
+    return judge
+
+
+def test_an_image_becomes_an_entry_in_the_archives_words(judge):
+    entry = judge(patient_id="IP_0000012", fitzpatrick_skin_type="IV", mel_thick_mm=0.3)
+    assert entry == CatalogueEntry(
+        isic_id="ISIC_0000003",
+        lesion_id="IL_0000003",
+        patient_id="IP_0000012",
+        diagnosis=Diagnosis.NV,
+        diagnosis_confirm_type="histo",
+        age_approx=40,
+        sex="male",
+        anatom_site_general="head/neck",
+        fitzpatrick_skin_type="IV",
+        image_type="dermoscopic",
+        copyright_license="CC-0",
+        attribution="Hospital Clinic de Barcelona",
+        source="archive",
+        path="images/ISIC_0000003.jpg",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"isic_id": "../../etc/passwd"}, LeftOut.BAD_ID),
+        ({"isic_id": None}, LeftOut.BAD_ID),
+        ({"public": False}, LeftOut.NOT_PUBLIC),
+        ({"image_type": "clinical: close-up"}, LeftOut.NOT_DERMOSCOPIC),
+        ({"image_type": "TBP tile: close-up"}, LeftOut.NOT_DERMOSCOPIC),
+        ({"image_type": None}, LeftOut.NOT_DERMOSCOPIC),
+        ({"copyright_license": "CC-BY-ND"}, LeftOut.LICENCE),
+        ({"copyright_license": ""}, LeftOut.LICENCE),
+        ({"attribution": "  "}, LeftOut.NO_ATTRIBUTION),
+        ({"attribution": None}, LeftOut.NO_ATTRIBUTION),
+        ({"diagnosis_1": None}, LeftOut.NO_DIAGNOSIS),
+        ({"diagnosis_1": "Indeterminate"}, LeftOut.INDETERMINATE),
+        ({"diagnosis_2": "Cysts"}, LeftOut.OTHER_DIAGNOSIS),
+        ({"diagnosis_confirm_type": None}, LeftOut.UNCONFIRMED),
+        ({"diagnosis_confirm_type": "single contributor clinical assessment"}, LeftOut.UNCONFIRMED),
+        ({"pixels_x": 9000, "pixels_y": 9000}, LeftOut.TOO_LARGE),
+        ({"pixels_x": 20}, LeftOut.TOO_SMALL),
+    ],
+)
+def test_what_is_no_candidate_is_left_out_by_cause(judge, changes, cause):
+    assert judge(**changes) is cause
+
+
+def test_what_was_altered_or_made_is_no_photograph(new_image):
+    record = flatten(new_image(3)) | {"image_manipulation": "synthetic"}
+    assert Eligibility().judge(record, source="archive") is LeftOut.NOT_A_PHOTOGRAPH
+
+
+def test_a_file_that_the_service_would_not_read_is_left_out(new_image):
+    record = flatten(new_image(3)) | {"bytes": 21 * 1024 * 1024}
+    assert Eligibility().judge(record, source="archive") is LeftOut.TOO_LARGE
+
+
+@pytest.mark.parametrize("name", ["ISIC_0000003", "IL_0000003", "IP_0000012"])
+def test_an_image_its_lesion_or_its_patient_can_be_excluded(judge, name):
+    eligibility = Eligibility(excluded=frozenset({name}))
+    assert judge(eligibility, patient_id="IP_0000012") is LeftOut.EXCLUDED
+    assert judge(eligibility, number=4).isic_id == "ISIC_0000004"
+
+
+def test_unconfirmed_images_come_when_asked_for(judge):
+    entry = judge(Eligibility(unconfirmed=True), diagnosis_confirm_type=None)
+    assert entry.diagnosis_confirm_type is None
+
+
+def test_only_the_licences_asked_for_pass(judge):
+    free = Eligibility(licences=parse_licences("cc-0,cc-by"))
+    assert judge(free, copyright_license="CC-BY").copyright_license == "CC-BY"
+    assert judge(free, copyright_license="CC-BY-NC") is LeftOut.LICENCE
+
+
+@pytest.mark.parametrize("age", ["-5", "500", "forty", "nan", "inf"])
+def test_an_age_that_is_none_is_not_known(judge, age):
+    assert judge(age_approx=age).age_approx is None
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("CC-0", "CC-0"),
+        ("cc0", "CC-0"),
+        ("CC0 1.0 Universal", "CC-0"),
+        ("CC BY 4.0", "CC-BY"),
+        ("cc_by", "CC-BY"),
+        ("CC BY-NC 4.0 International", "CC-BY-NC"),
+        ("CC-BY-SA", None),
+        ("CC-BY-NC-ND 4.0", None),
+        ("all rights reserved", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_known_however_it_is_spelt(text, licence):
+    assert licence_of(text) == licence
+
+
+def test_a_list_of_licences_is_read_or_refused():
+    assert parse_licences(" cc-0, CC-BY ,") == {Licence.CC_0, Licence.CC_BY}
+    with pytest.raises(InvalidField, match="'cc-by-sa' is none of CC-0, CC-BY, CC-BY-NC"):
+        parse_licences("cc-0,cc-by-sa")
+    with pytest.raises(InvalidField, match="Name at least one"):
+        parse_licences(",")
+
+
+@pytest.mark.parametrize(
+    ("general", "path", "site"),
+    [
+        ("palms/soles", "Lower extremity", "palms/soles"),
+        (None, "Trunk:Posterior trunk:Upper back", "posterior torso"),
+        (None, "Trunk", "torso"),
+        (None, "Upper extremity:Hand:Palm of hand:Thenar eminence", "palms/soles"),
+        (None, "Upper extremity:Hand:Dorsum of hand", "upper extremity"),
+        (None, "Head and neck:Head:Face:Mouth:Tongue", "oral/genital"),
+        ("somewhere", "", None),
+        (None, "Elsewhere:Trunk", None),
+    ],
+)
+def test_a_site_is_stated_or_follows_from_its_levels(general, path, site):
+    assert site_of(general, path.split(":")) == site
+
+
+def test_every_site_of_the_archive_has_a_general_one():
+    known = pytest.importorskip(
+        "isic_metadata.anatom_site_hierarchical", reason="isic-metadata is not installed"
+    )
+    vocabulary = [site.value for site in known.AnatomSiteEnum]
+    assert set(SITES) <= set(vocabulary)
+    assert all(site_of(None, value.split(":")) for value in vocabulary)

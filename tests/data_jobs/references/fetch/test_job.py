@@ -1,0 +1,281 @@
+"""The command line from end to end, against the server that stands in for the archive."""
+
+from __future__ import annotations
+
+from collections import Counter
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_jobs.references.catalogue import read_catalogue
+from data_jobs.references.fetch import __main__ as command
+from data_jobs.references.fetch.plan import only_one
+from data_jobs.references.fetch.retry import Backoff, Pace
+from serve_app.records.references import ReferenceImage
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(command, "Pace", lambda: Pace(Backoff(first_s=0.01, longest_s=0.1)))
+
+
+@pytest.fixture
+def filled(archive_server, new_image):
+    """57 naevi, 15 melanomas, 3 dermatofibromas; and what is left out."""
+    archive_server.page = 20
+    for number in range(75):
+        diagnosis = "DF" if number % 25 == 7 else "MEL" if number % 5 == 3 else "NV"
+        archive_server.add(new_image(number, diagnosis))
+    archive_server.add(
+        new_image(80, image_type="clinical: overview"),
+        new_image(81, "cyst"),
+        new_image(82, diagnosis_confirm_type=None),
+        new_image(83, attribution=""),
+        new_image(84, copyright_license="CC-BY-NC"),
+    )
+    return archive_server
+
+
+@pytest.fixture
+def run(filled, tmp_path, capsys):
+    def run(*arguments, source="archive", count=30, output=tmp_path / "out"):
+        url = {"archive": filled.api, "bucket": filled.bucket}[source]
+        asked = ["--source", source, "--url", url, "--output", str(output), "--count", str(count)]
+        status = command.main([*asked, "--threads", "4", "--licence", "cc-0,cc-by", *arguments])
+        return status, capsys.readouterr()
+
+    return run
+
+
+def check_folder(output, filled, *, count=None):
+    entries = read_catalogue(output)
+    if count is not None:
+        assert len(entries) == count
+    assert sorted(path.name for path in (output / "images").iterdir()) == [
+        f"{entry.isic_id}.jpg" for entry in entries
+    ]
+    for entry in entries:
+        data = (output / entry.path).read_bytes()
+        assert data == filled.files[entry.isic_id]
+        assert entry.bytes == len(data)
+        assert entry.sha256 == hashlib.sha256(data).hexdigest()
+    return entries
+
+
+@pytest.mark.parametrize("source", ["archive", "bucket"])
+def test_a_folder_is_filled_with_what_a_reference_needs(run, filled, tmp_path, source):
+    status, said = run(source=source)
+    assert status == 0
+    entries = check_folder(tmp_path / "out", filled, count=30)
+    assert {entry.source for entry in entries} == {source}
+    assert {entry.copyright_license for entry in entries} == {"CC-0", "CC-BY"}
+    for entry in entries:
+        ReferenceImage(**{name: getattr(entry, name) for name in ReferenceImage.__dataclass_fields__})
+    assert "30 of 30 images are here, 30 fetched now" in said.out
+    assert "1 not dermoscopic" in said.out or source == "archive"
+    assert "1 diagnosis not confirmed" in said.out
+    assert "1 diagnosis of none of the eight classes" in said.out
+
+
+def test_the_three_sources_choose_the_same(run, filled, tmp_path, capsys):
+    for source in ("archive", "bucket"):
+        run(source=source, output=tmp_path / source)
+    status, _ = run(count=500, output=tmp_path / "all")
+    assert status == 0
+    asked = ["--folder", str(tmp_path / "all"), "--output", str(tmp_path / "folder"), "--count", "30"]
+    assert command.main(["--source", "folder", *asked]) == 0
+    chosen = [
+        [entry.isic_id for entry in read_catalogue(tmp_path / name)]
+        for name in ("archive", "bucket", "folder")
+    ]
+    assert chosen[0] == chosen[1] == chosen[2]
+    check_folder(tmp_path / "folder", filled, count=30)
+
+
+def test_rare_diagnoses_have_their_minimum(run, tmp_path):
+    status, _ = run("--minimum", "5", count=20)
+    assert status == 0
+    diagnoses = Counter(entry.diagnosis for entry in read_catalogue(tmp_path / "out"))
+    assert diagnoses["DF"] == 2
+    assert diagnoses["MEL"] >= 5
+
+
+def test_fewer_than_asked_for_is_no_failure(run, filled, tmp_path):
+    status, said = run(count=1000)
+    assert status == 0
+    assert "50 of 50 images are here" in said.out
+    check_folder(tmp_path / "out", filled, count=50)
+
+
+def test_running_again_fetches_nothing(run, filled, tmp_path):
+    run()
+    before = (tmp_path / "out" / "metadata.parquet").read_bytes()
+    filled.seen.clear()
+    status, said = run()
+    assert status == 0
+    assert "30 of 30 images are here, 0 fetched now" in said.out
+    assert filled.seen == []
+    assert (tmp_path / "out" / "metadata.parquet").read_bytes() == before
+
+
+def test_an_archive_that_has_grown_does_not_change_what_was_chosen(run, filled, tmp_path, new_image):
+    run()
+    (tmp_path / "out" / "images" / read_catalogue(tmp_path / "out")[4].path.split("/")[1]).unlink()
+    filled.add(*(new_image(number) for number in range(200, 260)))
+    status, said = run()
+    assert status == 0
+    assert "30 of 30 images are here, 1 fetched now" in said.out
+    check_folder(tmp_path / "out", filled, count=30)
+
+
+def test_a_failed_image_is_told_and_fetched_the_next_time(run, filled, tmp_path, new_fault):
+    run(count=30, output=tmp_path / "whole")
+    broken = read_catalogue(tmp_path / "whole")[7].isic_id
+    filled.always[f"/files/{broken}"] = new_fault(status=404)
+    status, said = run()
+    assert status == 1
+    assert "29 of 30 images are here" in said.out
+    assert "1 failed, see failures.csv; run this again" in said.out
+    with (tmp_path / "out" / "failures.csv").open(newline="") as file:
+        assert [(row["isic_id"], row["cause"]) for row in csv.DictReader(file)] == [(broken, "gone")]
+    check_folder(tmp_path / "out", filled, count=29)
+    filled.always.clear()
+    status, said = run()
+    assert status == 0
+    assert "30 of 30 images are here, 1 fetched now" in said.out
+    assert not (tmp_path / "out" / "failures.csv").exists()
+    check_folder(tmp_path / "out", filled, count=30)
+
+
+def test_a_listing_that_broke_off_goes_on_where_it_was(run, filled, tmp_path, new_fault):
+    whole = run(output=tmp_path / "whole")
+    assert whole[0] == 0
+    filled.seen.clear()
+    filled.fail("cursor=", *[new_fault(status=503)] * 9)
+    # The first page is there, the second is not to be had.
+    status, said = run()
+    assert status == 1
+    assert "answered 503" in said.err
+    filled.faults.clear()
+    filled.seen.clear()
+    status, _ = run()
+    assert status == 0
+    assert len([path for path in filled.paths("/search/") if "cursor=" not in path]) == 0
+    assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["torn", "unknown cursor", "other options", "nonsense"])
+def test_a_journal_of_no_use_is_begun_anew(run, filled, tmp_path, new_fault, damage):
+    filled.fail("cursor=", *[new_fault(status=503)] * 9)
+    assert run("--seed", "5" if damage == "other options" else "0")[0] == 1
+    filled.faults.clear()
+    journal = tmp_path / "out" / "listing.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    if damage == "torn":
+        journal.write_text("".join(lines) + lines[-1][:100])
+    elif damage == "unknown cursor":
+        page = json.loads(lines[-1]) | {"cursor": "query=image_type%3Adermoscopic&cursor=bm9uc2Vuc2U%3D"}
+        journal.write_text(lines[0] + json.dumps(page) + "\n")
+    elif damage == "nonsense":
+        journal.write_text("[]\n{}\n")
+    assert run()[0] == 0
+    run(output=tmp_path / "whole")
+    assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")
+
+
+def test_a_folder_begun_with_other_options_is_left_alone(run, tmp_path):
+    run()
+    status, said = run("--seed", "9", count=40)
+    assert status == 1
+    assert "was begun with other options (count was 30, is 40; seed was 0, is 9)" in said.err
+    assert len(read_catalogue(tmp_path / "out")) == 30
+
+
+def test_two_fetches_do_not_share_a_folder(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with only_one(tmp_path / "out"):
+        status, said = run()
+    assert status == 1
+    assert "Another fetch is at work" in said.err
+
+
+def test_no_candidate_at_all_says_why(run):
+    status, said = run("--exclude", "/dev/null", "--query", "diagnosis_2:Cysts")
+    assert status == 1
+    assert "None of 1 images can be a reference (diagnosis of none of the eight classes: 1)" in said.err
+
+
+def test_excluded_images_and_lesions_stay_out(run, filled, tmp_path):
+    out = tmp_path / "exclude.txt"
+    out.write_text("ISIC_0000000\nIL_0000001\n")
+    assert run("--exclude", str(out), count=500)[0] == 0
+    assert not {"ISIC_0000000", "ISIC_0000001"} & {
+        entry.isic_id for entry in read_catalogue(tmp_path / "out")
+    }
+
+
+def test_too_little_space_is_told_before_anything_is_fetched(run, filled, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100_000_000}))
+    status, said = run()
+    assert status == 1
+    assert "has 0.1 GB. Make room, name another --output, or a smaller --count." in said.err
+    assert filled.paths("/files/") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--source", "folder", "--output", "x", "--count", "3"],
+        ["--source", "archive", "--output", "x", "--count", "0"],
+        ["--source", "archive", "--output", "x", "--count", "3", "--licence", "gpl"],
+        ["--source", "elsewhere", "--output", "x", "--count", "3"],
+    ],
+)
+def test_wrong_use_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_fetch_goes_on_when_run_again(run, filled, tmp_path, number):
+    filled.delay_s = 0.1
+    output = tmp_path / "out"
+    asked = ["--source", "archive", "--url", filled.api, "--output", str(output), "--count", "30"]
+    fetch = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "data_jobs.references.fetch",
+            *asked,
+            "--threads",
+            "4",
+            "--licence",
+            "cc-0,cc-by",
+        ],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while len(filled.paths("/files/")) < 8 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    fetch.send_signal(number)
+    _, said = fetch.communicate(timeout=30)
+    assert fetch.returncode == 130
+    assert said.decode().splitlines()[-1] == "interrupted; run this again with the same options to go on"
+    whole = list((output / "images").iterdir())
+    assert 0 < len(whole) < 30
+    assert all(file.read_bytes() == filled.files[file.stem] for file in whole)
+    assert not (output / "metadata.parquet").exists()
+    filled.delay_s = 0
+    status, again = run()
+    assert status == 0
+    assert f"30 of 30 images are here, {30 - len(whole)} fetched now" in again.out
+    check_folder(output, filled, count=30)

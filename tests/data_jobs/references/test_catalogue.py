@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_jobs.references.catalogue import CatalogueEntry, image_path, read_catalogue, write_catalogue
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.errors import Conflict, NotFound
+
+FULL = CatalogueEntry(
+    isic_id="ISIC_0000001",
+    lesion_id="IL_0000001",
+    patient_id="IP_0000001",
+    diagnosis=Diagnosis.MEL,
+    diagnosis_confirm_type="histo",
+    age_approx=55,
+    sex="female",
+    anatom_site_general="head/neck",
+    fitzpatrick_skin_type="IV",
+    copyright_license="CC-BY",
+    attribution="Hôpital, “Nord”",
+    source="archive",
+    path="images/ISIC_0000001.jpg",
+    bytes=12345,
+    sha256="ab" * 32,
+)
+BARE = CatalogueEntry(
+    isic_id="ISIC_0000002",
+    diagnosis=Diagnosis.NV,
+    copyright_license="CC-0",
+    attribution="Someone",
+    path="images/ISIC_0000002.jpg",
+)
+HEADER = "isic_id,diagnosis,copyright_license,attribution"
+
+
+def csv_folder(folder: Path, *rows: str, header: str = HEADER, name: str = "metadata.csv") -> Path:
+    (folder / name).write_text("\n".join((header, *rows)) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_what_is_written_is_read_ordered_by_id(tmp_path):
+    write_catalogue(tmp_path, [BARE, FULL])
+    assert read_catalogue(tmp_path) == [FULL, BARE]
+    assert [path.name for path in tmp_path.iterdir()] == ["metadata.parquet"]
+    assert pq.read_schema(tmp_path / "metadata.parquet").field("bytes").type == "int64"
+
+
+def test_a_csv_needs_four_columns(tmp_path):
+    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone")
+    assert read_catalogue(tmp_path) == [BARE]
+
+
+def test_ages_may_be_written_with_a_decimal_point(tmp_path):
+    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone,55.0", header=f"{HEADER},age_approx")
+    assert read_catalogue(tmp_path) == [replace(BARE, age_approx=55)]
+
+
+def test_parquet_goes_before_csv(tmp_path):
+    csv_folder(tmp_path, "ISIC_0000009,NV,CC-0,Someone")
+    write_catalogue(tmp_path, [BARE])
+    assert read_catalogue(tmp_path) == [BARE]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (",NV,CC-0,Someone,", "no isic_id"),
+        ("ISIC_0000002,,CC-0,Someone,", "no diagnosis"),
+        ("ISIC_0000002,NV,,Someone,", "no copyright_license"),
+        ("ISIC_0000002,NV,CC-0,,", "no attribution"),
+        ("ISIC_0000002,UNK,CC-0,Someone,", "UNK is the diagnosis of no reference"),
+        ("ISIC_0000002,wart,CC-0,Someone,", "row 1: 'wart' is not a valid Diagnosis"),
+        ("../../2,NV,CC-0,Someone,", "is no isic_id"),
+        ("ISIC_0000002,NV,CC-0,Someone,../x.jpg", "leads out of the folder"),
+        ("ISIC_0000002,NV,CC-0,Someone,/x.jpg", "leads out of the folder"),
+    ],
+)
+def test_a_row_that_is_no_reference_is_refused_by_name(tmp_path, row, message):
+    csv_folder(tmp_path, row, header=f"{HEADER},path")
+    with pytest.raises(Conflict, match=message):
+        read_catalogue(tmp_path)
+
+
+def test_a_digest_that_is_none_is_refused(tmp_path):
+    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone,abc", header=f"{HEADER},sha256")
+    with pytest.raises(Conflict, match="is no SHA-256"):
+        read_catalogue(tmp_path)
+
+
+def test_an_image_is_there_once(tmp_path):
+    csv_folder(tmp_path, *["ISIC_0000002,NV,CC-0,Someone"] * 2)
+    with pytest.raises(Conflict, match="has ISIC_0000002 twice"):
+        read_catalogue(tmp_path)
+
+
+def test_a_folder_without_metadata_is_named(tmp_path):
+    with pytest.raises(NotFound, match=r"none of metadata\.parquet, metadata\.csv, train\.csv"):
+        read_catalogue(tmp_path)
+
+
+@pytest.mark.parametrize("isic_id", ["", "ISIC_1", "isic_0000001", "ISIC_0000001/..", "ISIC_0000001\n"])
+def test_only_an_isic_id_names_a_file(isic_id):
+    with pytest.raises(Conflict, match="is no isic_id"):
+        image_path(isic_id)
+
+
+def test_the_labelled_archive_is_a_catalogue(isic_dir):
+    entries = read_catalogue(isic_dir)
+    assert {entry.diagnosis for entry in entries} == set(TRAINED)
+    assert (isic_dir / entries[0].path).is_file()
