@@ -40,6 +40,7 @@ from deployments.preprocess.resize import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
+from serve_app.records.reference_cache import FailedReference
 from serve_app.settings import REPOSITORY
 
 _PROCESSES = 2
@@ -125,6 +126,8 @@ def _open_model(models: Path, model_id: str) -> None:
 
 def _embed_file(path: Path) -> Any:  # noqa: ANN401 - a vector, by way of pickle
     prepared = prepare_reference(path, path.stem, _open["geometry"], picture=False)
+    if isinstance(prepared, FailedReference):
+        raise SystemExit(f"{path}: {prepared.detail}")
     return _open["embedder"].embed(prepared.pixels[np.newaxis])[0]
 
 

@@ -22,7 +22,10 @@ EMBEDDING_DIM = 512
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What the ONNX input `name` takes: uint8 N×H×W×3; mean and std (0-1 scale) are inside the graph."""
+    """What the ONNX input `name` takes: uint8 N×H×W×3; mean and std (0-1 scale) are inside the graph.
+
+    `aspect_evidence` is the file of the folder that measures what `aspect` does to the answers.
+    """
 
     name: str
     input_size: tuple[int, int, int]
@@ -31,6 +34,7 @@ class InputSpec:
     interpolation: str
     crop_pct: float
     aspect: str
+    aspect_evidence: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,8 @@ def _contract_problems(manifest: Manifest) -> Iterator[str]:
     named = {manifest.onnx, manifest.ood.statistics}
     named |= {space.transform for space in manifest.spaces}
     named |= {space.references for space in manifest.spaces}
+    if manifest.input.aspect_evidence is not None:
+        named.add(manifest.input.aspect_evidence)
     unvouched = ", ".join(sorted(named - set(manifest.files)))
     rules = (
         (manifest.model_id == f"{manifest.architecture}.{manifest.tag}", "model_id is not architecture.tag"),

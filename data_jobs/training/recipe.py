@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+import math
 from pathlib import Path
 import tomllib
 from typing import Any, Literal, TypeVar
@@ -29,16 +30,26 @@ class StartPlan:
 
 @dataclass(frozen=True, slots=True)
 class NetworkPlan:
-    """Input mean and std on the 0-1 scale (one for all channels), dropout, stochastic depth.
+    """Input mean and std on the 0-1 scale (one number, or one a channel), dropout, stochastic depth.
 
     `frozen_groups` block groups after the stem keep their ImageNet weights and statistics.
     """
 
-    mean: float
-    std: float
+    mean: float | tuple[float, float, float]
+    std: float | tuple[float, float, float]
     dropout: float
     drop_path: float
     frozen_groups: int
+
+    @property
+    def channel_mean(self) -> tuple[float, float, float]:
+        """Mean of red, green and blue."""
+        return self.mean if isinstance(self.mean, tuple) else (self.mean,) * 3
+
+    @property
+    def channel_std(self) -> tuple[float, float, float]:
+        """Standard deviation of red, green and blue."""
+        return self.std if isinstance(self.std, tuple) else (self.std,) * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,32 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class AcceptancePlan:
+    """What a candidate must keep, on the test fold, to take the place of the live model.
+
+    None: not asked. `min_` and `max_` bound the candidate alone; a `_loss` is live minus
+    candidate, so 0 means "no worse". Melanoma sensitivity and specificity are those of the
+    operating point `melanoma`, by lesion; `_bound` is the one-sided 95 % Clopper-Pearson bound.
+    A downgrade is a malignant image whose referral becomes less urgent than under the live
+    model. Subgroups of fewer than `subgroup_images` images are not judged.
+    """
+
+    min_top1: float | None = None
+    min_top3: float | None = None
+    min_balanced_accuracy: float | None = None
+    min_melanoma_auc: float | None = None
+    max_ece: float | None = None
+    min_melanoma_sensitivity_bound: float | None = None
+    max_top1_loss: float | None = None
+    max_melanoma_auc_loss: float | None = None
+    max_melanoma_sensitivity_loss: float | None = None
+    max_melanoma_specificity_loss: float | None = None
+    max_malignant_downgrade_share: float | None = None
+    max_subgroup_top1_loss: float | None = None
+    subgroup_images: int = 50
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """One model: its data, network, optimisation, augmentation and stages of input size."""
 
@@ -105,6 +142,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     serving_sides: tuple[int, ...]
     start: StartPlan | None = None
+    acceptance: AcceptancePlan | None = None
 
     @property
     def model_id(self) -> str:
@@ -117,7 +155,9 @@ class Recipe:
         return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
 
 
-_Plan = TypeVar("_Plan", DataPlan, StartPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage)
+_Plan = TypeVar(
+    "_Plan", DataPlan, StartPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage, AcceptancePlan
+)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -137,6 +177,7 @@ def read_recipe(path: Path) -> Recipe:
             stages=tuple(_read(Stage, stage) for stage in raw.pop("stages")),
             serving_sides=tuple(raw.pop("serving")["sides"]),
             start=_read(StartPlan, raw.pop("start")) if "start" in raw else None,
+            acceptance=read_acceptance(raw.pop("acceptance")) if "acceptance" in raw else None,
         )
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error
@@ -148,11 +189,26 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:
+    """Read criteria. Raises ValueError for an unknown one, one that is no number, or none at all."""
+    plan = _read(AcceptancePlan, raw)
+    wrong = [
+        name
+        for name, value in raw.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ]
+    if wrong:
+        raise ValueError(f"acceptance: {', '.join(wrong)} must be a number.")
+    if not set(raw) - {"subgroup_images"}:
+        raise ValueError("acceptance: there is no criterion, so that any model would pass.")
+    return plan
+
+
 def _read(kind: type[_Plan], raw: dict[str, Any]) -> _Plan:
     names = {field.name for field in fields(kind)}
     if unknown := set(raw) - names:
         raise ValueError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}.")
-    if missing := names - set(raw):
+    if missing := {field.name for field in fields(kind) if field.default is MISSING} - set(raw):
         raise KeyError(f"{kind.__name__}.{min(missing)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     return kind(**values)

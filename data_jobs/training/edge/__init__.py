@@ -1,0 +1,1 @@
+"""Copies of the served model for edge devices, each with the proof that it answers as the server does."""

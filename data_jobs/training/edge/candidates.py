@@ -1,0 +1,106 @@
+"""Every copy there may be, and the settings tried for it, best first.
+
+The order was found on fold 4 (docs/edge-copies.md has the figures): a build takes the first
+setting of a kind that passes the gate on fold 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from data_jobs.training.edge.activation_ranges import measure_ranges
+from data_jobs.training.edge.fold_images import Run
+from data_jobs.training.edge.onnx_copies import Int8Settings, write_float16, write_int8
+from data_jobs.training.scan import Pixels, open_onnx
+from model_store.edge_copies import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What every candidate is made from: the plain graph and the calibration images; `work` keeps files."""
+
+    graph: onnx.ModelProto
+    images: Pixels
+    work: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One setting of one kind of copy; `make` writes its file."""
+
+    setting: str
+    make: Callable[[Source, Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A copy's name, its file in the model folder, what runs it and its candidates."""
+
+    name: str
+    file: str
+    runtime: Runtime
+    precision: str
+    candidates: tuple[Candidate, ...]
+
+    def open(self, path: Path, threads: int) -> Run:
+        """A forward pass."""
+        if self.runtime == "onnxruntime":
+            return open_onnx(path, threads)
+        # Only who builds or tests this copy needs the package.
+        from data_jobs.training.edge.litert_runtime import open_litert  # noqa: PLC0415
+
+        return open_litert(path, threads)
+
+
+def _float16(source: Source, path: Path) -> None:
+    write_float16(source.graph, path)
+
+
+def _int8(settings: Int8Settings) -> Candidate:
+    def make(source: Source, path: Path) -> None:
+        ranges = measure_ranges(source.graph, source.images, source.work / "ranges.npz")
+        write_int8(source.graph, ranges, settings, path)
+
+    return Candidate(settings.name, make)
+
+
+def _litert_float16(source: Source, path: Path) -> None:
+    # torch, litert-torch and AI Edge Quantizer: an environment of their own.
+    from data_jobs.training.edge.litert_copy import convert, halve_weights  # noqa: PLC0415
+
+    float32 = source.work / "litert.float32.tflite"
+    if not float32.exists():
+        partial = float32.with_suffix(".partial")
+        convert(source.graph, source.images.shape[1], partial)
+        partial.rename(float32)
+    halve_weights(float32, path)
+
+
+#: More than half of the error of quantised weights comes from here, and few of the weights are here.
+_EARLY = ("/conv_stem/", "/blocks.0/", "/blocks.1/", "/blocks.2/blocks.2.0/")
+_HEAD = ("/reduce/", "/classify/")
+
+KINDS = (
+    Kind(
+        "float16",
+        "model.float16.onnx",
+        "onnxruntime",
+        "float16",
+        (Candidate("float16 weights", _float16),),
+    ),
+    Kind(
+        "int8",
+        "model.int8.onnx",
+        "onnxruntime",
+        "int8",
+        (
+            _int8(Int8Settings("7-bit weights, early blocks and head float", "99.99 %", 7, _EARLY + _HEAD)),
+            _int8(Int8Settings("7-bit weights, head float", "99.99 %", 7, _HEAD)),
+        ),
+    ),
+    Kind("litert", "model.tflite", "litert", "float16", (Candidate("float16 weights", _litert_float16),)),
+)

@@ -1,0 +1,167 @@
+"""Does a copy answer as the server does? Figures on the same images, and the gate.
+
+Fold 4 chooses between settings, fold 0 confirms the chosen one; the images that p(UNK) must
+find (photographs, text, noise) are those that nothing was fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from data_jobs.training.edge.fold_images import FoldImages
+from data_jobs.training.edge.search_parity import ReferenceSearch, cosines
+from data_jobs.training.evaluation.predictions import MELANOMA, served
+from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.probabilities import Floats, calibration_error
+from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.scan import Scan
+from deployments.classifier.calibration import Calibrator
+from model_store.manifest import OperatingPoint
+from model_store.registry import StoredModel
+from serve_app.domain.diagnosis import TRAINED
+
+#: Sensitivity at an operating point that a copy may lose against the server, by lesion.
+LOSS_ALLOWED = 0.005
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What turns logits and bottlenecks into what is told: the manifest's, for server and copy alike."""
+
+    calibrator: Calibrator
+    search: ReferenceSearch
+    points: Mapping[str, OperatingPoint]
+
+    @classmethod
+    def from_model(cls, model: StoredModel) -> Self:
+        """The calibration, references and operating points of a verified model."""
+        points = model.manifest.operating_points
+        return cls(Calibrator.from_model(model), ReferenceSearch.from_model(model), points)
+
+
+@dataclass(frozen=True, slots=True)
+class PointFigures:
+    """One operating point by lesion, server against copy, at the server's threshold.
+
+    `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
+    """
+
+    threshold: float
+    positives: int
+    sensitivity_server: float
+    sensitivity: float
+    newly_missed: int
+    newly_found: int
+    specificity_server: float
+    specificity: float
+
+
+def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> dict[str, Any]:
+    """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
+    nine_server, _ = served(judge.calibrator, server)
+    nine, _ = served(judge.calibrator, copy)
+    eight_server, eight = _without_unknown(nine_server), _without_unknown(nine)
+    thresholds = judge.calibrator.thresholds
+    melanoma = images.labels == MELANOMA
+    return {
+        "images": len(images.labels),
+        "lesions": len(set(images.lesions)),
+        "top1_agreement": _rounded((nine_server.argmax(1) == nine.argmax(1)).mean()),
+        "same_prediction_set": _rounded(
+            ((eight_server >= thresholds) == (eight >= thresholds)).all(1).mean()
+        ),
+        "server": _quality(nine_server, images, melanoma),
+        "copy": _quality(nine, images, melanoma),
+        "logit_difference": spread(np.abs(server.logits - copy.logits)),
+        "melanoma_difference": spread(np.abs(eight_server[:, MELANOMA] - eight[:, MELANOMA])),
+        "p_unk": unknown_figures(nine_server, nine),
+        "bottleneck_cosine": cosines(server.bottleneck, copy.bottleneck),
+        "search": judge.search.compare(images, server.bottleneck, copy.bottleneck),
+        "operating_points": {
+            name: asdict(point_figures(point, eight_server, eight, images))
+            for name, point in judge.points.items()
+        },
+    }
+
+
+def compare_outliers(judge: Judge, server: Scan, copy: Scan) -> dict[str, float]:
+    """p(UNK) on images that are no dermoscopy."""
+    nine_server, _ = served(judge.calibrator, server)
+    nine, _ = served(judge.calibrator, copy)
+    return {"images": len(nine), **unknown_figures(nine_server, nine)}
+
+
+def point_figures(point: OperatingPoint, server: Floats, copy: Floats, images: FoldImages) -> PointFigures:
+    """An operating point from N×8 probabilities of server and copy."""
+    positive = np.isin(images.labels, [TRAINED.index(d) for d in point.diagnoses])
+    scores_server, is_positive = by_lesion(point_score(server, point.diagnoses), positive, images.lesions)
+    scores, _ = by_lesion(point_score(copy, point.diagnoses), positive, images.lesions)
+    before = measure_threshold(scores_server, is_positive, point.threshold)
+    after = measure_threshold(scores, is_positive, point.threshold)
+    flagged_server, flagged = scores_server >= point.threshold, scores >= point.threshold
+    return PointFigures(
+        threshold=point.threshold,
+        positives=before.positives,
+        sensitivity_server=_rounded(before.sensitivity, 6),
+        sensitivity=_rounded(after.sensitivity, 6),
+        newly_missed=int((is_positive & flagged_server & ~flagged).sum()),
+        newly_found=int((is_positive & ~flagged_server & flagged).sum()),
+        specificity_server=_rounded(before.specificity),
+        specificity=_rounded(after.specificity),
+    )
+
+
+def unknown_figures(server: Floats, copy: Floats) -> dict[str, float]:
+    """p(UNK) of N×9 probabilities: shares over one half, how often both say the same, differences."""
+    u_server, u = server[:, 8], copy[:, 8]
+    return {
+        "over_half_server": _rounded((u_server > 0.5).mean()),
+        "over_half": _rounded((u > 0.5).mean()),
+        "agreement": _rounded(((u_server > 0.5) == (u > 0.5)).mean()),
+        **spread(np.abs(u_server - u)),
+    }
+
+
+def gate_problems(fold: str, figures: Mapping[str, Any]) -> list[str]:
+    """Why a copy with these figures may not be shipped; empty when it may."""
+    point = figures["operating_points"]["melanoma"]
+    loss = point["sensitivity_server"] - point["sensitivity"]
+    if loss <= LOSS_ALLOWED + _ROUNDING:
+        return []
+    return [
+        (
+            f"{fold}: melanoma sensitivity {point['sensitivity']:.4f} against the server's "
+            f"{point['sensitivity_server']:.4f}, {100 * loss:.2f} points less; {100 * LOSS_ALLOWED} are allowed"
+        )
+    ]
+
+
+def spread(differences: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Mean, 99.9 % quantile and greatest of absolute differences."""
+    return {
+        "mean": _rounded(differences.mean(), 6),
+        "quantile_999": _rounded(np.quantile(differences, 0.999), 6),
+        "max": _rounded(differences.max(), 6),
+    }
+
+
+def _quality(nine: Floats, images: FoldImages, melanoma: np.ndarray[Any, Any]) -> dict[str, float]:
+    return {
+        "top1": _rounded((nine.argmax(1) == images.labels).mean()),
+        "ece": _rounded(calibration_error(nine, images.labels)),
+        "melanoma_auc": _rounded(area_under_curve(nine[:, MELANOMA], melanoma)),
+    }
+
+
+def _without_unknown(nine: Floats) -> Floats:
+    result: Floats = nine[:, :8] / nine[:, :8].sum(1, keepdims=True)
+    return result
+
+
+def _rounded(value: float, digits: int = 4) -> float:
+    return round(float(value), digits)

@@ -1,0 +1,93 @@
+"""The images a copy is proven on: whole folds of the archive, and outliers, scanned once a file.
+
+Answers are kept in the working folder under the digest of the file that gave them, so that a
+build that was stopped goes on where it was, and a changed file is scanned anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_jobs.training.dataset import (
+    LabelledImage,
+    build_cache,
+    fold_indices,
+    isic_folder,
+    labels_of,
+    read_rows,
+)
+from data_jobs.training.probabilities import Labels
+from data_jobs.training.scan import Outputs, Pixels, Scan, scan_pixels
+from deployments.preprocess.resize import InputGeometry
+from serve_app.domain.diagnosis import Diagnosis
+
+Run = Callable[[Pixels], Outputs]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldImages:
+    """Labelled images of one fold; `name` is the fold's, `pixels` uint8 N×side×side×3."""
+
+    name: str
+    rows: list[LabelledImage]
+    labels: Labels
+    pixels: Pixels
+
+    @property
+    def lesions(self) -> list[str]:
+        """The lesion of every image."""
+        return [row.lesion for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """All labelled images, prepared once by the service's own code (`build_cache`)."""
+
+    rows: list[LabelledImage]
+    pixels: NDArray[np.uint8]
+    geometry: InputGeometry
+
+    @classmethod
+    def open(cls, cache: Path, geometry: InputGeometry) -> Archive:
+        """Read the rows and the pixel cache; a first call prepares every image, a minute or two."""
+        folder = isic_folder()
+        rows = read_rows(folder)
+        return cls(rows, build_cache(rows, folder, cache, geometry), geometry)
+
+    def fold(self, number: int, sample: int | None = None) -> FoldImages:
+        """One fold, in the order of the file; of a sample, half are melanomas as far as there are."""
+        indices = fold_indices(self.rows, [number])
+        if sample is not None:
+            drawn = np.random.default_rng(number).permutation(indices)
+            melanoma = np.array([self.rows[i].diagnosis is Diagnosis.MEL for i in drawn])
+            found = drawn[melanoma][: sample // 2]
+            indices = np.sort(np.concatenate([found, drawn[~melanoma][: sample - len(found)]]))
+        rows = [self.rows[i] for i in indices]
+        return FoldImages(f"fold{number}", rows, labels_of(rows), self.pixels[indices])
+
+    def sample(self, folds: tuple[int, ...], per_diagnosis: int, seed: int) -> Pixels:
+        """As many images of every diagnosis (or all there are), drawn from these folds; equal for equal seeds."""
+        rng = np.random.default_rng(seed)
+        indices = fold_indices(self.rows, folds)
+        labels = labels_of([self.rows[i] for i in indices])
+        picked = [rng.permutation(indices[labels == label])[:per_diagnosis] for label in np.unique(labels)]
+        return np.asarray(self.pixels[np.sort(np.concatenate(picked))])
+
+
+def scan_once(run: Run, digest: str, name: str, pixels: Pixels, work: Path, batch: int = 16) -> Scan:
+    """Scan `pixels` with the file of this digest, or read what an earlier run found."""
+    path = work / "scans" / f"{digest[:16]}-{name}-{len(pixels)}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            return Scan(found["logits"], found["bottleneck"])
+    scan = scan_pixels(run, pixels, batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, logits=scan.logits, bottleneck=scan.bottleneck)
+    partial.rename(path)
+    return scan

@@ -1,0 +1,163 @@
+"""`golden.json`: what an app developer tests an app against, in one file.
+
+Uploads, the pixels they must become, and what the server's model and every copy answer; with
+labels, thresholds, formulas and the preprocess contract, so that nothing else of this project
+is needed but the copy itself and the statistics of p(UNK).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_jobs.training.edge.fold_images import Run
+from data_jobs.training.edge.golden_images import GoldenUpload, draw_uploads
+from data_jobs.training.scan import Pixels
+from deployments.classifier.calibration import Calibrator
+from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.preprocess import prepare_image
+from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
+from model_store.edge_copies import server_contract
+from model_store.manifest import Manifest
+from model_store.registry import StoredModel
+from serve_app.domain.assessment import Classification
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+FORMAT = 1
+#: How far logits of the same file may be from the expected ones on another processor: kernels sum
+#: in another order, and a rounding that falls the other way moves an INT8 activation by one step.
+#: Measured for INT8 on the golden images: integer kernels differ from exact arithmetic by at most
+#: 0.03 with 7-bit weights, by 0.2 to 0.8 where 8-bit weights saturate.
+TOLERANCES = {"float32": 0.001, "float16": 0.01, "int8": 0.15}
+
+FORMULAS = {
+    "eight": "softmax(logits / temperature), in the order of labels",
+    "prediction_set": "every diagnosis d of the eight with eight[d] >= conformal_thresholds[d]; an empty set reads UNK",
+    "ood_score": "min over the rows m of means of (b - m) @ precision @ (b - m) / 512, where b is the bottleneck; "
+    "means and precision are arrays of the .npz that ood.statistics names",
+    "p_unk": "1 / (1 + exp(-(ood.slope * ood_score + ood.intercept)))",
+    "probabilities": "eight[d] * (1 - p_unk), and UNK: p_unk; the nine sum to 1",
+    "operating_points": "flagged when the sum of eight[d] over the point's diagnoses is >= its threshold",
+}
+
+STEPS = (
+    "Decode PNG or JPEG to 8 bits. Grey becomes RGB; of 16 bits the high byte is kept.",
+    (
+        "Reduce: with f = max(1, floor(short side / {twice})), replace each block of f×f pixels by its mean "
+        "(Pillow's Image.reduce). A JPEG is first decoded at the coarsest of 1/1, 1/2, 1/4, 1/8 that keeps both "
+        "sides at {twice} or more (libjpeg's DCT scaling)."
+    ),
+    "Lay transparency on white.",
+    "Turn and mirror by the EXIF orientation, so that the image is upright. No tag, or a broken one, is 1.",
+    "Squash the whole image to {side}×{side}, whatever its shape: no crop, no border.",
+    (
+        "The resize is Pillow's {filter} with antialiasing (Image.resize): a separable convolution, rows first, "
+        "rounded to 8 bits after each pass; the kernel (bicubic: a = -0.5, support 2) is stretched by the scale "
+        "when shrinking. Scalers without antialiasing give other pixels and other answers."
+    ),
+)
+
+
+def preprocess_contract(manifest: Manifest) -> dict[str, Any]:
+    """How an upload becomes pixels: for programs, and step by step for people."""
+    side = manifest.input.input_size[1]
+    return {
+        "version": PREPROCESS_VERSION,
+        "side": side,
+        "layout": "uint8 RGB, 1×side×side×3; mean and std are inside the model",
+        "aspect": manifest.input.aspect,
+        "crop_pct": manifest.input.crop_pct,
+        "interpolation": manifest.input.interpolation,
+        "least_short_side": UploadLimits().min_side,
+        "steps": [
+            line.format(side=side, twice=2 * side, filter=manifest.input.interpolation) for line in STEPS
+        ],
+    }
+
+
+def golden_document(model: StoredModel, server: Run, copies: Mapping[str, tuple[str, Run]]) -> dict[str, Any]:
+    """The whole document; `copies` are precision and forward pass by name."""
+    manifest = model.manifest
+    geometry = InputGeometry.from_manifest(manifest.input)
+    calibrator = Calibrator.from_model(model)
+    uploads = draw_uploads()
+    pixels = np.stack([prepare_image(u.png, geometry, UploadLimits()).pixels for u in uploads])
+    logits, bottleneck = server(pixels)
+    answers = calibrator.classify(logits, bottleneck)
+    answered = {name: run(pixels)[0] for name, (_, run) in copies.items()}
+    return {
+        "format": FORMAT,
+        "about": "Test vectors for apps that run an edge copy. The images are drawn; they show no patient.",
+        "server": server_contract(model),
+        "labels": [d.value for d in TRAINED],
+        "preprocess": preprocess_contract(manifest),
+        "temperature": manifest.calibration.temperature,
+        "conformal_thresholds": {d.value: manifest.conformal.thresholds[d] for d in TRAINED},
+        "ood": {
+            "statistics": manifest.ood.statistics,
+            "slope": manifest.ood.slope,
+            "intercept": manifest.ood.intercept,
+        },
+        "operating_points": {
+            name: {"diagnoses": [d.value for d in point.diagnoses], "threshold": point.threshold}
+            for name, point in manifest.operating_points.items()
+        },
+        "formulas": FORMULAS,
+        "logit_tolerance": {
+            "server": TOLERANCES["float32"],
+            **{name: TOLERANCES[precision] for name, (precision, _) in copies.items()},
+        },
+        "images": [
+            {
+                **_input(upload, prepared),
+                "expected": _expected(manifest, answers[i], logits[i], bottleneck[i]),
+                "copies": {name: {"logits": _rounded(found[i], 5)} for name, found in answered.items()},
+            }
+            for i, (upload, prepared) in enumerate(zip(uploads, pixels, strict=True))
+        ],
+    }
+
+
+def _input(upload: GoldenUpload, prepared: Pixels) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(prepared).save(buffer, "PNG", optimize=True)
+    return {
+        "name": upload.name,
+        "tests": upload.tests,
+        "upload_png": base64.b64encode(upload.png).decode(),
+        "prepared_png": base64.b64encode(buffer.getvalue()).decode(),
+        "prepared_sha256": hashlib.sha256(prepared.tobytes()).hexdigest(),
+    }
+
+
+def _expected(
+    manifest: Manifest,
+    answer: Classification,
+    logits: NDArray[np.float32],
+    bottleneck: NDArray[np.float32],
+) -> dict[str, Any]:
+    known = 1.0 - answer.probabilities[Diagnosis.UNK]
+    flagged = {
+        name: sum(answer.probabilities[d] for d in point.diagnoses) / known >= point.threshold
+        for name, point in manifest.operating_points.items()
+    }
+    return {
+        "logits": _rounded(logits, 5),
+        "bottleneck": _rounded(bottleneck, 4),
+        "ood_score": round(answer.ood_score, 5),
+        "p_unk": round(answer.probabilities[Diagnosis.UNK], 6),
+        "probabilities": {d.value: round(p, 6) for d, p in answer.probabilities.items()},
+        "prediction_set": [d.value for d in answer.prediction_set],
+        "flagged": flagged,
+    }
+
+
+def _rounded(values: NDArray[np.float32], digits: int) -> list[float]:
+    return [round(float(value), digits) for value in values]

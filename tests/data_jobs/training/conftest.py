@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from data_jobs.training.dataset import LabelledImage
+from data_jobs.training.evaluation.predictions import Predictions
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+
+@pytest.fixture(scope="session")
+def make_row() -> Callable[..., LabelledImage]:
+    """A made-up row of the archive, by a number and the index of its diagnosis."""
+    return _row
+
+
+@pytest.fixture(scope="session")
+def make_predictions(make_row: Callable[..., LabelledImage]) -> Callable[..., Predictions]:
+    """Seeded answers to made-up lesions, right more often than not, some of them UNK."""
+
+    def make(count: int = 1600, seed: int = 1) -> Predictions:
+        rng = np.random.default_rng(seed)
+        labels = np.repeat(rng.integers(0, len(TRAINED), count // 2), 2)
+        logits = rng.normal(size=(count, len(Diagnosis))) + 2.0 * np.eye(len(Diagnosis))[labels]
+        logits[:, -1] -= 1.0
+        nine = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        rows = [make_row(i, int(label)) for i, label in enumerate(labels)]
+        return Predictions(rows, nine, logits[:, -1])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def predictions(make_predictions: Callable[..., Predictions]) -> Predictions:
+    return make_predictions()
+
+
+def _row(index: int, label: int = 0) -> LabelledImage:
+    return LabelledImage(
+        isic_id=f"ISIC_{index:07d}",
+        diagnosis=TRAINED[label],
+        fold=0,
+        # Two images a lesion, half of them from HAM10000.
+        lesion_id=f"{'HAM' if index % 4 < 2 else 'IL'}_{index // 2:07d}" if index % 10 else None,
+        patient_id=None,
+        age_approx=None if index % 7 == 0 else 10 + index % 80,
+        sex=(None, "female", "male")[index % 3],
+        anatom_site_general=None,
+        diagnosis_confirm_type=None,
+        copyright_license="CC-BY-NC",
+        attribution="",
+        width=224,
+        height=224,
+        aspect="squashed",
+    )

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_jobs.training.evaluation.predictions import Predictions
+from model_store.integrity import verify_files
+from model_store.manifest import read_manifest
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def folder(models: Path, model_id: str, tmp_path: Path) -> Path:
+    """A copy of the shipped model without what an evaluation writes."""
+    copy = tmp_path / model_id
+    shutil.copytree(models / model_id, copy)
+    for name in ("evaluation.json", "MODEL_CARD.md", "aspect.json", "unknown_methods.json"):
+        (copy / name).unlink(missing_ok=True)
+    for picture in copy.glob("*.png"):
+        picture.unlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def figures(predictions: Predictions) -> dict[str, Any]:
+    pytest.importorskip("matplotlib", reason="needs the train extra")
+    from data_jobs.training.evaluate import figures_of
+
+    return figures_of(predictions, seed=1)
+
+
+@pytest.fixture
+def report(folder: Path, predictions: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
+    """Every figure that predictions give; the rest, which needs images, as another job measured it."""
+    from data_jobs.training.evaluate import point_figures
+    from data_jobs.training.evaluation.sets import set_figures
+
+    calibrated = json.loads((folder / "calibration.json").read_text())
+    return {
+        "model_id": folder.name,
+        "fold": 0,
+        **figures,
+        "operating_points": point_figures(predictions, read_manifest(folder)),
+        "sets": set_figures(predictions, np.full(8, 0.1), 0.95, calibrated["images_a_class"]),
+        "unk_share": 0.01,
+        "median_p_unk": 0.0001,
+        "outliers": calibrated["outliers"],
+        "skin_like": calibrated["skin_like"],
+        "retrieval": {
+            "references": 4000,
+            "precision_at_10": 0.7,
+            "balanced_precision_at_10": 0.5,
+            "vote_16_melanoma_auc": 0.8,
+        },
+        "softened": {"top1_agreement": 0.9, "top1": 0.7},
+    }
+
+
+def test_evidence_is_written_and_vouched_for(
+    folder: Path, predictions: Predictions, report: dict[str, Any]
+) -> None:
+    from data_jobs.training.evaluate import write_evidence
+
+    half = np.arange(len(predictions)) < 800
+    write_evidence(folder, report, [predictions[half], predictions[~half]])
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    pictures = {"confusion.png", "reliability.png", "melanoma.png"}
+    assert {*pictures, "predictions.parquet", "evaluation.json", "MODEL_CARD.md"} <= set(manifest.files)
+    assert all(manifest.files[name].bytes < 150_000 for name in pictures)
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert all(f"]({name})" in card for name in pictures)
+    assert f"{report['with_unk']['top1']:.4f}" in card
+    assert "Not measured for this model" in card
+    assert "None" not in card
+    assert " nan " not in card
+    digests = dict(manifest.files)
+    write_evidence(folder, report, [predictions[half], predictions[~half]])
+    assert read_manifest(folder).files == digests
+
+
+def test_proofs_enter_the_card(folder: Path, predictions: Predictions, report: dict[str, Any]) -> None:
+    from data_jobs.training.aspect import agreement
+    from data_jobs.training.card import write_card
+    from data_jobs.training.evaluate import without_nan
+    from data_jobs.training.evaluation.figures import accuracy_figures
+
+    (folder / "evaluation.json").write_text(json.dumps(without_nan(report)))
+    found = accuracy_figures(predictions.nine, predictions.labels)
+    proof = {
+        "images": 1600,
+        "agreement": {"squashed, all files": agreement(predictions, predictions, 0.5)},
+        "accuracy": {"fold 0": {"own shape": found}},
+    }
+    (folder / "aspect.json").write_text(json.dumps(proof))
+    compared = {"training_images": 9, "known_images": 7, "auroc": {"ViM": {"text": 0.5, "all": 0.75}}}
+    (folder / "unknown_methods.json").write_text(json.dumps(compared))
+    write_card(folder)
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "| squashed, all files | 1600 | 100.00% |" in card
+    assert "| ViM | 0.5 | 0.75 |" in card
