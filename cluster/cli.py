@@ -26,7 +26,7 @@ COMMANDS = {
     "references": ("references", "the confirmed cases that similarity search finds, and their spaces"),
     "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, retire"),
     "audit": ("audit", "verify the audit log, and sign its state"),
-    "models": ("models", "list, show or verify the models in the store"),
+    "models": ("models", "list, show, verify, import, evaluate, promote and roll back models"),
     "environment": ("environment", "print what a shell needs to use `ray` and `serve` on this node"),
     "token": ("token", "sign a bearer token, for development"),
     "sample": ("sample", "draw a lesion to try the service with"),

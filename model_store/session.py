@@ -46,6 +46,7 @@ class InferenceSession:
         if provider not in self._session.get_providers():
             raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
         _check_graph(self._session, manifest)
+        _check_labels(self._session, manifest)
         self._input = manifest.input.name
         self._outputs = [manifest.output.logits, manifest.output.bottleneck]
         self._order = _logit_order(manifest.output)
@@ -68,6 +69,18 @@ def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
     found = {port.name: (port.type, list(port.shape[1:])) for port in ports}
     if found != expected:
         raise ModelContractError(f"{manifest.onnx} has {found}, its manifest says {expected}.")
+
+
+def _check_labels(session: ort.InferenceSession, manifest: Manifest) -> None:
+    """Raise ModelContractError when the graph itself names its labels, and the manifest in another order.
+
+    Models from before the export wrote them down name none.
+    """
+    stated = session.get_modelmeta().custom_metadata_map.get("label_space")
+    if stated is not None and tuple(stated.split(",")) != manifest.output.label_space:
+        raise ModelContractError(
+            f"{manifest.onnx} gives its logits as {stated}, its manifest as {','.join(manifest.output.label_space)}."
+        )
 
 
 def _logit_order(output: OutputSpec) -> NDArray[np.intp]:

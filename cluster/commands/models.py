@@ -1,41 +1,131 @@
-"""`derm-cds models`: what is in the store, and whether it is what its manifest says."""
+"""`derm-cds models`: what is in the store, how a model comes into it, and which one answers."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+import getpass
+import json
+import os
+from pathlib import Path
 import sys
 
+from cluster.commands.promotion import define_promotion
 from cluster.node_files import model_folder
+from data_jobs.promotion.evaluation import evaluate_model
+from data_jobs.promotion.import_model import ImportRequest, headline, import_model
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import DermError, ModelContractError
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
-    """Define `models`."""
-    parser.add_argument("action", choices=("list", "show", "verify"))
-    parser.add_argument("model", nargs="*", help="model ids (default: all)")
-    parser.set_defaults(run=_models)
+    """Define `models` and its actions."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        made.add_argument("--home", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        made.set_defaults(run=run)
+        return made
+
+    action("list", _list, "list the models in the store")
+    for name, run, purpose in (
+        ("show", _show, "show what models say of themselves"),
+        ("verify", _verify, "verify that every file is the one its manifest names"),
+    ):
+        action(name, run, purpose).add_argument("model", nargs="*", help="model ids (default: all)")
+    _define_import(
+        action("import", _import, "import a model: check, export, calibrate, bundle and evaluate it")
+    )
+    evaluate = action(
+        "evaluate", _evaluate, "measure a model on its recipe's test fold; the store stays as it is"
+    )
+    evaluate.add_argument("model")
+    evaluate.add_argument("--recipe", type=Path, required=True, help="TOML file; says which fold")
+    evaluate.add_argument("--report", type=Path, help="write all figures into this JSON file")
+    _add_threads(evaluate)
+    define_promotion(action, _add_threads)
 
 
-def _models(arguments: argparse.Namespace) -> int:
+def _define_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="ONNX, safetensors or our own checkpoint: a path, an https URL, or hf-hub:ORG/NAME[@REVISION]",
+    )
+    parser.add_argument("--recipe", type=Path, required=True, help="TOML file with an [acceptance] table")
+    parser.add_argument("--sha256", help="of the source; needed for all but a local ONNX or safetensors file")
+    parser.add_argument("--label-map", type=Path, help="TOML file: modality, label_space, [label_map]")
+    parser.add_argument("--licence", help="licence of the weights, for the manifest and the card")
+    parser.add_argument("--training-data", help="what they were trained on, for the manifest and the card")
+    parser.add_argument(
+        "--side", type=int, help="input side of a safetensors model (default: the recipe's largest)"
+    )
+    _add_threads(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+
+
+def _list(_arguments: argparse.Namespace) -> int:
+    sys.stdout.write("".join(f"{model_id}\n" for model_id in ModelStore(model_folder())))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    return _open_each(arguments.model, _describe)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    return _open_each(arguments.model, lambda model: f"{model.manifest.model_id}: verified\n")
+
+
+def _open_each(wanted: Iterable[str], tell: Callable[[StoredModel], str]) -> int:
     store = ModelStore(model_folder())
-    wanted: Iterable[str] = arguments.model or store
-    if arguments.action == "list":
-        sys.stdout.write("".join(f"{model_id}\n" for model_id in store))
-        return 0
     failures = 0
-    for model_id in wanted:
+    for model_id in wanted or store:
         try:
-            model = store.open(model_id)
+            sys.stdout.write(tell(store.open(model_id)))
         except ModelContractError as error:
             failures += 1
             sys.stderr.write(f"{model_id}: {error}\n")
-            continue
-        sys.stdout.write(_describe(model) if arguments.action == "show" else f"{model_id}: verified\n")
     if failures:
         raise DermError(f"{failures} of the models must not be loaded.")
     return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    request = ImportRequest(
+        source=arguments.source,
+        recipe=arguments.recipe,
+        sha256=arguments.sha256,
+        label_map=arguments.label_map,
+        licence=arguments.licence,
+        training_data=arguments.training_data,
+        side=arguments.side,
+        threads=arguments.threads,
+    )
+    model = import_model(model_folder(), request, say)
+    say(
+        f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {getpass.getuser()}"
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    evaluated = evaluate_model(
+        model_folder(), arguments.model, recipe=arguments.recipe, threads=arguments.threads
+    )
+    if arguments.report is not None:
+        arguments.report.write_text(json.dumps(evaluated, indent=1) + "\n", encoding="utf-8")
+    say(f"{arguments.model}: {headline(evaluated)}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line at once: these commands take minutes."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _describe(model: StoredModel) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from data_jobs.training.network import DermNetwork
 from data_jobs.training.probabilities import calibration_error, fit_prior_shift, log_loss, softmax
 from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
 from data_jobs.training.recipe import Recipe, read_recipe
+from data_jobs.training.served_graph import state_labels
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
@@ -113,7 +115,7 @@ def choose_side(figures: list[SideFigures], tolerance: float = 0.005) -> SideFig
 
 
 def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
-    """Write the served graph: input `pixels`, outputs `logits` and `bottleneck`, any batch size."""
+    """Write the served graph: input `pixels`, outputs `logits` and `bottleneck`, any batch size; it names its labels."""
     example = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
     torch.onnx.export(
         PixelsIn(network).eval(),
@@ -125,6 +127,9 @@ def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
         opset_version=OPSET,
         dynamo=False,
     )
+    model = onnx.load(path)
+    state_labels(model)
+    onnx.save(model, path)
 
 
 @torch.inference_mode()

@@ -42,8 +42,8 @@ def manifest_content(
         "input": {
             "name": "pixels",
             "input_size": [3, side, side],
-            "mean": [recipe.network.mean] * 3,
-            "std": [recipe.network.std] * 3,
+            "mean": list(recipe.network.channel_mean),
+            "std": list(recipe.network.channel_std),
             "interpolation": recipe.data.interpolation,
             "crop_pct": 1.0,
             "aspect": "squash",

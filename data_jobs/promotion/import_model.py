@@ -1,0 +1,150 @@
+"""Import: from a file to a verified model folder in the store, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+import json
+from pathlib import Path
+import tempfile
+import tomllib
+from typing import Any
+
+from data_jobs.promotion.acceptance import write_acceptance
+from data_jobs.promotion.candidate import open_whole
+from data_jobs.promotion.export_source import ExportedSource, export_source
+from data_jobs.promotion.refusal import ImportRefused
+from data_jobs.promotion.source import SourceFile, take_source
+from data_jobs.promotion.training_step import run_step
+from data_jobs.training.manifest_file import write_manifest
+from data_jobs.training.recipe import Recipe, read_recipe
+from model_store.manifest import MANIFEST_NAME
+from model_store.registry import ModelStore, StoredModel
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRequest:
+    """What to import, and what its file cannot say of itself.
+
+    `source`: a path, an https URL or `hf-hub:ORG/NAME`. `licence` and `training_data` go into
+    the manifest and the card; our own checkpoint needs neither.
+    """
+
+    source: str
+    recipe: Path
+    sha256: str | None = None
+    label_map: Path | None = None
+    licence: str | None = None
+    training_data: str | None = None
+    side: int | None = None
+    threads: int = 1
+
+
+def import_model(models: Path, request: ImportRequest, say: Callable[[str], None]) -> StoredModel:
+    """Take, check, export, calibrate, bundle and evaluate a model; it is in the store when all of it succeeded.
+
+    Raises ImportRefused, and leaves nothing behind, when the source or its labels do not keep the
+    contract, a step fails, or the store has a model of this name; ModelContractError when
+    what came out must not be loaded.
+    """
+    recipe = _read_recipe(request.recipe)
+    folder = models / recipe.model_id
+    if folder.exists():
+        raise ImportRefused(
+            f"{folder} is there already. A model never changes: give the recipe another tag than {recipe.tag!r}."
+        )
+    # In the store's own folder, so that the last step is one rename; two levels down, where no model is looked for.
+    with tempfile.TemporaryDirectory(prefix=".importing-", dir=models) as staging:
+        built = _build(Path(staging), recipe, request, say)
+        model = open_whole(ModelStore(built.parent), recipe.model_id)
+        try:
+            built.rename(folder)
+        except OSError as error:
+            raise ImportRefused(f"{folder} appeared meanwhile: {error}.") from error
+    say(f"{recipe.model_id}: imported, digest {model.digest}")
+    return ModelStore(models).open(recipe.model_id)
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        recipe = read_recipe(path)
+    except (ValueError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise ImportRefused(f"{path}: {error}") from error
+    if recipe.acceptance is None:
+        raise ImportRefused(
+            f"{path} has no [acceptance] table: say what this model must keep before it is measured, not after."
+        )
+    return recipe
+
+
+def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[[str], None]) -> Path:
+    """Run every step inside the staging folder; returns the finished model folder there."""
+    export, store = staging / "export", staging / "models"
+    export.mkdir()
+    store.mkdir()
+    source = take_source(request.source, request.sha256, staging)
+    say(f"source: {source.origin}, SHA-256 {source.sha256}")
+    exported = export_source(
+        source,
+        recipe,
+        recipe_path=request.recipe,
+        digest_stated=request.sha256 is not None,
+        label_map=request.label_map,
+        side=request.side,
+        output=export,
+    )
+    say(f"export: {exported.kind}, {exported.told}")
+    if exported.kind != "checkpoint" and not (request.licence and request.training_data):
+        raise ImportRefused(
+            "State the licence of the weights and what they were trained on, with --licence and --training-data."
+        )
+    run_step(
+        "data_jobs.training.calibrate", "--recipe", request.recipe, "--export", export, "--models", store
+    )
+    folder = store / recipe.model_id
+    _complete(folder, recipe, request, source, exported)
+    say("calibration: temperature, sets, operating points and p(UNK) fitted")
+    where = ("--model", recipe.model_id, "--models", store, "--threads", request.threads)
+    say(f"references: {run_step('data_jobs.references.bundle', *where).strip()}")
+    run_step("data_jobs.training.evaluate", *where, "--recipe", request.recipe)
+    say(f"evaluation: {headline(json.loads((folder / 'evaluation.json').read_text()))}")
+    return folder
+
+
+def _complete(
+    folder: Path, recipe: Recipe, request: ImportRequest, source: SourceFile, exported: ExportedSource
+) -> None:
+    """Say in the manifest and beside it what calibration cannot know: origin, licence, criteria."""
+    if recipe.acceptance is not None:
+        write_acceptance(folder, recipe.acceptance)
+    origin = {
+        "source": source.origin,
+        "sha256": source.sha256,
+        "kind": exported.kind,
+        "label_space": list(exported.labels.label_space),
+        "ignored_labels": list(exported.labels.ignored),
+        "recipe_sha256": sha256(request.recipe.read_bytes()).hexdigest(),
+        "imported": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    (folder / "origin.json").write_text(
+        json.dumps(origin, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    content = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    del content["files"]
+    content["licence"] = request.licence or content["licence"]
+    content["training_data"] = request.training_data or content["training_data"]
+    content["input"]["mean"] = list(recipe.network.channel_mean)
+    content["input"]["std"] = list(recipe.network.channel_std)
+    write_manifest(folder, content)
+
+
+def headline(evaluated: dict[str, Any]) -> str:
+    """The figures of an evaluation that decide most, in one line."""
+    figures, point = evaluated["with_unk"], evaluated["operating_points"]["melanoma"]
+    return (
+        f"fold {evaluated['fold']}, {figures['images']} images: top-1 {figures['top1']}, top-3 {figures['top3']}, "
+        f"balanced {figures['balanced_accuracy']}, melanoma AUC {figures['melanoma_auc']}, ECE {figures['ece']}; "
+        f"{point['misses']} of {point['positives']} melanomas missed"
+    )

@@ -1,0 +1,175 @@
+"""Promotion: the evidence first, then the references into their own space, then one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from data_jobs.promotion.acceptance import judge
+from data_jobs.promotion.candidate import ReferenceProof, open_whole, prove_references, read_plan
+from data_jobs.promotion.comparison import compare
+from data_jobs.promotion.refusal import PromotionRefused
+from data_jobs.promotion.report import report_content, to_json, to_text
+from data_jobs.promotion.shadow import CaseKind, Cases, read_cases, shadow
+from data_jobs.references.load import read_bundle
+from deployments.preprocess.resize import PREPROCESS_VERSION
+from deployments.risk.policy import RiskPolicy
+from deployments.risk.policy_file import read_policy
+from model_store.registry import ModelStore, StoredModel
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import Approval, LiveModel, live_model, publish
+
+#: A candidate may find a tenth fewer references than the live model; fewer still is a loss for the clinician.
+LEAST_REFERENCE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionRequest:
+    """What to promote, on which evidence, and who answers for it.
+
+    `report`: where the report goes (None: beside the candidate). `cache`: where answers are kept.
+    """
+
+    candidate: str
+    approved_by: str
+    reason: str
+    cache: Path
+    kind: CaseKind = "held-out"
+    acceptance: Path | None = None
+    report: Path | None = None
+    dry_run: bool = False
+    threads: int = 1
+
+
+async def promote(
+    owner_dsn: str, models: Path, request: PromotionRequest, say: Callable[[str], None]
+) -> LiveModel:
+    """Compare, judge and report; then let the candidate answer, unless this is a dry run.
+
+    Returns the model that answers afterwards. Raises PromotionRefused when a criterion fails or
+    the candidate cannot be compared, ModelContractError when a model must not be loaded,
+    Conflict when another model was published meanwhile: the live model then goes on answering.
+    """
+    pool = await open_pool(owner_dsn, minimum=0, maximum=1)
+    try:
+        answering = await live_model(pool)
+        if answering is None:
+            raise PromotionRefused(
+                "No model answers yet, so there is nothing to compare with: `derm-cds references load` first."
+            )
+        store = ModelStore(models)
+        candidate = open_whole(store, request.candidate)
+        live = _open_live(store, answering)
+        if candidate.digest == live.digest:
+            raise PromotionRefused(f"{request.candidate} answers already.")
+        await _require_references(pool, candidate, answering)
+        path, text, accepted = _gather_evidence(models, candidate, live, request, say)
+        if not accepted:
+            raise PromotionRefused(
+                f"{request.candidate} fails an acceptance criterion; {answering.model_id} goes on answering. "
+                f"The report is {path}."
+            )
+        if request.dry_run:
+            say(f"{request.candidate} keeps every criterion; nothing was changed. The report is {path}.")
+            return answering
+        say(await _load_references(pool, candidate))
+        # All that took minutes: what was changed meanwhile would be refused by every replica.
+        if ModelStore(models).open(request.candidate).digest != candidate.digest:
+            raise PromotionRefused(f"{candidate.folder} was changed while it was compared.")
+        approval = Approval("promote", request.approved_by, request.reason, sha256(text.encode()).hexdigest())
+        target = LiveModel(request.candidate, candidate.digest, candidate.manifest.live_space.embedding_space)
+        await publish(pool, target, approval, over=answering)
+        say(f"{request.candidate} answers from the next request on. The report is {path}.")
+        return target
+    finally:
+        await pool.close()
+
+
+def _open_live(store: ModelStore, answering: LiveModel) -> StoredModel:
+    live = store.open(answering.model_id)
+    if live.digest != answering.model_digest:
+        raise PromotionRefused(
+            f"{live.folder} is not the {answering.model_id} that answers (its manifest has another digest): "
+            "nothing can be compared with it."
+        )
+    return live
+
+
+def _gather_evidence(
+    models: Path,
+    candidate: StoredModel,
+    live: StoredModel,
+    request: PromotionRequest,
+    say: Callable[[str], None],
+) -> tuple[Path, str, bool]:
+    """Run the comparison, print it and write the report: its path, its text, and the verdict."""
+    plan = read_plan(candidate, request.acceptance)
+    cases = read_cases(request.kind, live)
+    proof = prove_references(candidate, live, threads=request.threads)
+    policy = read_policy()
+    before, after = (
+        shadow(model, cases, policy, cache=request.cache, threads=request.threads, say=say)
+        for model in (live, candidate)
+    )
+    comparison = compare(before, after, cases.rows, live_model=live, candidate_model=candidate)
+    verdicts = judge(plan, comparison)
+    circumstances = _circumstances(candidate, live, cases, policy, proof, request)
+    text = to_json(report_content(comparison, verdicts, circumstances))
+    path = request.report or models / f"{request.candidate}.promotion.json"
+    path.write_text(text, encoding="utf-8")
+    say(to_text(comparison, verdicts))
+    return path, text, all(verdict.kept for verdict in verdicts)
+
+
+def _circumstances(
+    candidate: StoredModel,
+    live: StoredModel,
+    cases: Cases,
+    policy: RiskPolicy,
+    proof: ReferenceProof,
+    request: PromotionRequest,
+) -> dict[str, object]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "approved_by": request.approved_by,
+        "reason": request.reason,
+        "dry_run": request.dry_run,
+        "live": {"model_id": live.manifest.model_id, "model_digest": live.digest},
+        "candidate": {"model_id": candidate.manifest.model_id, "model_digest": candidate.digest},
+        "cases": {"kind": cases.kind, "images": len(cases.rows), "metadata_sha256": cases.digest},
+        "policy_version": policy.version,
+        "preprocess_version": PREPROCESS_VERSION,
+        "references": asdict(proof),
+    }
+
+
+async def _require_references(pool: Pool, candidate: StoredModel, answering: LiveModel) -> None:
+    """Raise PromotionRefused when the candidate would find far fewer similar cases than the live model does."""
+    references = ReferenceStore(pool)
+    space = candidate.manifest.live_space
+    there = await references.count(answering.embedding_space)
+    coming = max(space.count, await references.count(space.embedding_space))
+    if coming < LEAST_REFERENCE_SHARE * there:
+        raise PromotionRefused(
+            f"{answering.embedding_space} has {there} references and {space.embedding_space} would have "
+            f"{coming}: fill it first, with `derm-cds references embed`, or similar cases go missing."
+        )
+
+
+async def _load_references(pool: Pool, candidate: StoredModel) -> str:
+    """Load the candidate's references beside those of the live model, whose space is not touched.
+
+    Even when as many are there: an earlier build of the candidate may have left others. A space
+    that holds more was filled by `derm-cds references embed`, and stays as that left it.
+    """
+    references, space = ReferenceStore(pool), candidate.manifest.live_space
+    there = await references.count(space.embedding_space)
+    if there > space.count:
+        return f"{space.embedding_space} holds {there} references"
+    bundle = read_bundle(candidate, space)
+    await references.load(bundle.images, bundle.embeddings, embedding_space=space.embedding_space)
+    return f"{len(bundle.images)} references loaded into {space.embedding_space}"

@@ -1,0 +1,60 @@
+"""Rollback: the same row back, when what it points to is still whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_jobs.promotion.candidate import open_whole
+from data_jobs.promotion.refusal import PromotionRefused
+from model_store.registry import ModelStore, StoredModel
+from serve_app.domain.errors import ModelContractError
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import Approval, LiveModel, live_model, publish, standing_publications
+
+
+async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: str) -> LiveModel:
+    """Let the model answer that answered before the last publication; returns it.
+
+    Repeated, it goes back further, publication by publication. Raises PromotionRefused when
+    there is none before, or its folder or references are not what they were; Conflict when another model
+    is published meanwhile. The live model then goes on answering.
+    """
+    pool = await open_pool(owner_dsn, minimum=0, maximum=1)
+    try:
+        answering = await live_model(pool)
+        standing = await standing_publications(pool)
+        if answering is None or len(standing) < 2:
+            name = answering.model_id if answering else "no model"
+            raise PromotionRefused(f"{name} answers, and nothing was published before it to go back to.")
+        current, earlier = standing
+        model = _open_unchanged(models, earlier.model)
+        await _find_references(pool, model, earlier.model)
+        approval = Approval("rollback", approved_by, reason, takes_back=current.publication_id)
+        await publish(pool, earlier.model, approval, over=answering)
+        return earlier.model
+    finally:
+        await pool.close()
+
+
+def _open_unchanged(models: Path, earlier: LiveModel) -> StoredModel:
+    try:
+        model = open_whole(ModelStore(models), earlier.model_id)
+    except ModelContractError as error:
+        raise PromotionRefused(f"{earlier.model_id} cannot answer again: {error}") from error
+    if model.digest != earlier.model_digest:
+        raise PromotionRefused(
+            f"{model.folder} is not what it was when it answered: its manifest has another digest. "
+            "Put the folder back as it was, or promote it as a model of its own."
+        )
+    return model
+
+
+async def _find_references(pool: Pool, model: StoredModel, earlier: LiveModel) -> None:
+    expected = model.manifest.live_space.count
+    found = await ReferenceStore(pool).count(earlier.embedding_space)
+    if found < expected:
+        raise PromotionRefused(
+            f"{earlier.embedding_space} holds {found} references of {expected}: "
+            f"load them with `derm-cds references load --model {earlier.model_id}`, which also lets it answer."
+        )

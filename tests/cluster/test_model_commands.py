@@ -1,0 +1,149 @@
+"""`derm-cds models`: import, promotion and rollback as an operator types them."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import importlib.util
+import json
+from pathlib import Path
+import shutil
+import tomllib
+
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.cli import main
+from data_jobs.references.load import publish_bundled
+from data_jobs.training.manifest_file import seal, write_manifest
+from model_store.manifest import MANIFEST_NAME
+from model_store.registry import ModelStore
+
+RECIPES = Path(__file__).parents[2] / "data_jobs" / "training" / "recipes"
+
+
+@pytest.fixture
+def store(models: Path, model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shipped model with 200 of its references, and the same under another tag with criteria that it meets."""
+    folder = tmp_path / "models"
+    other = f"{model_id.partition('.')[0]}.candidate"
+    shutil.copytree(models / model_id, folder / model_id)
+    references = folder / model_id / ModelStore(models).open(model_id).manifest.live_space.references
+    table = pq.read_table(references)
+    pq.write_table(table.take(list(range(0, table.num_rows, table.num_rows // 200))[:200]), references)
+    seal(folder / model_id, references=200)
+    shutil.copytree(folder / model_id, folder / other)
+    content = tomllib.loads((folder / other / MANIFEST_NAME).read_text())
+    del content["files"]
+    content |= {"model_id": other, "tag": "candidate"}
+    content["spaces"][0]["embedding_space"] = f"{other}.space1"
+    (folder / other / "acceptance.json").write_text(json.dumps({"max_top1_loss": 0.0}))
+    write_manifest(folder / other, content)
+    monkeypatch.setenv("DERM_MODELS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def cases(isic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive with eight cases in the held-out fold."""
+    with (isic_dir / "train.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    held = [row for row in rows if row["fold"] == "0"]
+    chosen = [row for row in held if row["diagnosis"] == "MEL"][:4]
+    chosen += [row for row in held if row["diagnosis"] == "NV"][:4]
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(chosen + [row for row in rows if row["fold"] != "0"])
+    (tmp_path / "images").symlink_to((isic_dir / "images").resolve())
+    monkeypatch.setenv("DERM_ISIC_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("cases")
+def test_promote_roll_back_and_history(derm_cds, home, urls, store, model_id) -> None:
+    candidate = f"{model_id.partition('.')[0]}.candidate"
+    derm_cds("migrate", home=home)
+    asyncio.run(publish_bundled(urls.owner, store, model_id))
+    who = ("--approved-by", "Dr Test", "--reason", "annual update 2026")
+    dry = derm_cds("models", "promote", candidate, *who, "--dry-run", "--threads", "1", home=home)
+    assert dry.code == 0, dry.err
+    assert "Changed cases: 0 of 8" in dry.out
+    assert "nothing was changed" in dry.out
+    said = derm_cds("models", "promote", candidate, *who, "--threads", "1", home=home)
+    assert said.code == 0, said.err
+    assert f"{candidate} answers from the next request on" in said.out
+    assert json.loads((store / f"{candidate}.promotion.json").read_text())["approved_by"] == "Dr Test"
+    # A report beside the folders is no model.
+    assert derm_cds("models", "list", home=home).out.split() == sorted([model_id, candidate])
+    back = derm_cds("models", "rollback", *who, home=home)
+    assert back.out == f"{model_id} answers again from the next request on.\n"
+    lines = derm_cds("models", "history", "--last", "3", home=home).out.splitlines()
+    assert lines[0] == f"{model_id} answers"
+    assert "rollback" in lines[1]
+    assert "by Dr Test: annual update 2026" in lines[1]
+    assert "promote" in lines[2]
+    assert ", report " in lines[2]
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(derm_cds, home, urls, store, model_id, monkeypatch) -> None:
+    derm_cds("migrate", home=home)
+    asyncio.run(publish_bundled(urls.owner, store, model_id))
+    who = ("--approved-by", "Dr Test")
+    said = derm_cds("models", "promote", model_id, *who, home=home)
+    assert (said.code, said.out) == (1, "")
+    assert said.err == f"derm-cds: {model_id} answers already.\n"
+    monkeypatch.setenv("DERM_ISIC_DIR", str(store))
+    candidate = f"{model_id.partition('.')[0]}.candidate"
+    said = derm_cds("models", "promote", candidate, *who, home=home)
+    assert said.code == 1
+    assert "set DERM_ISIC_DIR" in said.err
+
+
+@pytest.mark.parametrize("action", ["promote x.y", "rollback", "promote x.y --approved-by"])
+def test_who_approves_must_be_said(action: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["models", *action.split()])
+    assert "--approved-by" in capsys.readouterr().err
+
+
+def test_an_import_that_is_refused_leaves_the_store_as_it_was(derm_cds, tmp_path, monkeypatch) -> None:
+    store = tmp_path / "models"
+    store.mkdir()
+    monkeypatch.setenv("DERM_MODELS", str(store))
+    recipe = ("--recipe", str(RECIPES / "efficientnet_b4.toml"))
+    pickled = tmp_path / "weights.safetensors"
+    pickled.write_bytes(b"\x80\x04K\x01.")
+    for source, message in (
+        (str(pickled), "is a pickle"),
+        ("https://example.org/model.onnx", "--sha256"),
+        ("http://example.org/model.onnx", "--sha256"),
+        (str(tmp_path / "missing.onnx"), "No such file"),
+    ):
+        said = derm_cds("models", "import", source, *recipe, home=tmp_path)
+        assert said.code == 1
+        assert message in said.err
+        assert said.err.count("\n") == 1
+    assert list(store.iterdir()) == []
+
+
+def test_without_the_train_extra_import_says_what_to_install(derm_cds, tmp_path, monkeypatch) -> None:
+    if importlib.util.find_spec("onnx") is not None:
+        pytest.skip("the train extra is installed")
+    monkeypatch.setenv("DERM_MODELS", str(tmp_path))
+    source = tmp_path / "model.onnx"
+    source.write_bytes(b"\x08\x09")
+    recipe = ("--recipe", str(RECIPES / "efficientnet_b4.toml"))
+    said = derm_cds("models", "import", str(source), *recipe, home=tmp_path)
+    assert said.code == 1
+    assert "pip install 'pms-derm-cds[train,cpu]'" in said.err
+
+
+@pytest.mark.parametrize(
+    "action", ["list", "show", "verify", "import", "evaluate", "promote", "rollback", "history"]
+)
+def test_every_action_has_help(action: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["models", action, "--help"])
+    assert exit_.value.code == 0
+    assert action in capsys.readouterr().out

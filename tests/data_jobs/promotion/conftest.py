@@ -1,0 +1,146 @@
+"""A small archive of real images, a store of two models, and a database in which one of them answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+import csv
+import json
+import os
+from pathlib import Path
+import shutil
+import tomllib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.postgres import DatabaseUrls
+from data_jobs.references.load import publish_bundled
+from data_jobs.training.manifest_file import seal, write_manifest
+from model_store.manifest import MANIFEST_NAME
+from model_store.registry import ModelStore
+
+#: Cases of fold 0: few enough for seconds, enough melanomas for a sensitivity.
+MELANOMAS, OTHERS = 12, 24
+LENIENT = {"max_top1_loss": 0.0, "max_melanoma_sensitivity_loss": 0.0, "max_malignant_downgrade_share": 0.0}
+
+
+def link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+@pytest.fixture(scope="session")
+def small_archive(isic_dir: Path, tmp_path_factory) -> Path:
+    """train.csv with a few dozen rows of fold 0 and all others but images; images are the archive's own."""
+    folder = tmp_path_factory.mktemp("archive")
+    with (isic_dir / "train.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    held = [row for row in rows if row["fold"] == "0"]
+    chosen = [row for row in held if row["diagnosis"] == "MEL"][:MELANOMAS]
+    chosen += [row for row in held if row["diagnosis"] != "MEL"][::20][:OTHERS]
+    with (folder / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(chosen + [row for row in rows if row["fold"] != "0"])
+    (folder / "images").symlink_to((isic_dir / "images").resolve())
+    return folder
+
+
+@pytest.fixture
+def archive(small_archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small archive, where the jobs look for it."""
+    monkeypatch.setenv("DERM_ISIC_DIR", str(small_archive))
+    return small_archive
+
+
+@pytest.fixture(scope="session")
+def small_store(models: Path, model_id: str, tmp_path_factory) -> Path:
+    """The shipped model with 300 of its references: thousands take the database seconds for every test."""
+    folder = tmp_path_factory.mktemp("small") / "models"
+    shutil.copytree(models / model_id, folder / model_id, copy_function=link)
+    path = folder / model_id / "references.parquet"
+    table = pq.read_table(path)
+    path.unlink()  # a hard link: the original stays as it is
+    kept = table.take(list(range(0, table.num_rows, table.num_rows // 300))[:300])
+    pq.write_table(kept, path)
+    manifest = folder / model_id / MANIFEST_NAME
+    text = manifest.read_bytes()
+    manifest.unlink()
+    manifest.write_bytes(text)
+    seal(folder / model_id, references=300)
+    return folder
+
+
+@pytest.fixture
+def store(small_store: Path, model_id: str, tmp_path: Path) -> Path:
+    """A store of its own with that model in it."""
+    folder = tmp_path / "models"
+    shutil.copytree(small_store / model_id, folder / model_id, copy_function=link)
+    return folder
+
+
+@pytest.fixture
+def make_candidate(small_store: Path, model_id: str) -> Callable[..., str]:
+    """Copy a store's model under another tag: `(store, tag, acceptance, change) -> model_id`."""
+
+    def make(
+        store: Path,
+        tag: str = "candidate",
+        acceptance: dict[str, float] | None = None,
+        change: Callable[[dict[str, Any]], object] | None = None,
+    ) -> str:
+        content = tomllib.loads((small_store / model_id / MANIFEST_NAME).read_text())
+        new_id = f"{content['architecture']}.{tag}"
+        folder = store / new_id
+        folder.mkdir()
+        (space,) = content["spaces"]
+        renamed = {space["transform"]: f"{new_id}.space1.npz"}
+        for name in content.pop("files"):
+            link(str(small_store / model_id / name), str(folder / renamed.get(name, name)))
+        space |= {"embedding_space": f"{new_id}.space1", "transform": f"{new_id}.space1.npz"}
+        content |= {"model_id": new_id, "tag": tag}
+        (folder / "acceptance.json").write_text(json.dumps(LENIENT if acceptance is None else acceptance))
+        if change is not None:
+            change(content)
+        write_manifest(folder, content)
+        return new_id
+
+    return make
+
+
+@pytest.fixture
+async def served(new_database: Callable[..., Awaitable[DatabaseUrls]], store: Path, model_id: str) -> str:
+    """The owner's URL of a database in which the shipped model answers."""
+    urls = await new_database()
+    await publish_bundled(urls.owner, store, model_id)
+    return urls.owner
+
+
+def weaken_melanoma(content: dict[str, Any]) -> None:
+    """As if calibration had chosen a far too high threshold: most melanomas are no longer flagged."""
+    content["operating_points"]["melanoma"]["threshold"] = 0.9
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.unlink()  # a hard link: the original stays as it is
+    path.write_bytes(content)
+
+
+def replace_references(store: Path, model_id: str) -> None:
+    """Ship vectors of another model: unit, finite, of the right count, and meaningless."""
+    path = store / model_id / ModelStore(store).open(model_id).manifest.live_space.references
+    table = pq.read_table(path)
+    vectors = np.random.default_rng(0).normal(size=(table.num_rows, 512))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    halves = pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors.astype(np.float16).ravel(), pa.float16()), 512
+    )
+    path.unlink()
+    pq.write_table(table.set_column(table.schema.get_field_index("embedding"), "embedding", halves), path)
+    seal(store / model_id)

@@ -1,0 +1,254 @@
+"""Import of real files by the real steps; needs the train extra, and for calibration the archive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_jobs.promotion.import_model import ImportRequest, import_model
+from data_jobs.promotion.refusal import ImportRefused
+from model_store.registry import ModelStore
+from model_store.session import InferenceSession
+from serve_app.domain.diagnosis import TRAINED
+
+onnx = pytest.importorskip("onnx", reason="needs the train extra")
+pytest.importorskip("skimage", reason="needs the train extra")
+pytest.importorskip("matplotlib", reason="needs the train extra")
+
+pytestmark = pytest.mark.torch
+
+RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
+SIDE = 64
+MILK10K = ["AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC"]
+EIGHT = {"AKIEC": "AK", "SCCKA": "SCC"}
+DECLARED = {"licence": "CC0-1.0", "training_data": "nothing: random weights"}
+
+
+def write_graph(
+    path: Path,
+    labels: int = 11,
+    *,
+    kind: str = "UINT8",
+    bottleneck: int = 512,
+    batch: int | str = "N",
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Mean colours of 8×8 tiles, a random projection to the bottleneck, a random classifier on that."""
+    helper, types = onnx.helper, onnx.TensorProto
+    random = np.random.default_rng(labels)
+    tiles = (SIDE // 8) ** 2 * 3
+    weights = {
+        "scale": np.array(128.0, np.float32),
+        "project": random.normal(0, 0.3, (tiles, bottleneck)).astype(np.float32),
+        "classify": random.normal(0, 0.05, (bottleneck, labels)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["image"], ["numbers"], to=types.FLOAT),
+        helper.make_node("Div", ["numbers", "scale"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["planes"], ["tiles"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["tiles"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "project"], ["features"]),
+        helper.make_node("MatMul", ["features", "classify"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiles",
+        [helper.make_tensor_value_info("image", getattr(types, kind), [batch, SIDE, SIDE, 3])],
+        [
+            helper.make_tensor_value_info("scores", types.FLOAT, [batch, labels]),
+            helper.make_tensor_value_info("features", types.FLOAT, [batch, bottleneck]),
+        ],
+        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    if metadata:
+        helper.set_model_props(model, metadata)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("import")
+
+
+@pytest.fixture(scope="module")
+def label_map(folder: Path) -> Path:
+    mapping = {label: EIGHT.get(label, label if label in set(TRAINED) else "ignored") for label in MILK10K}
+    lines = ['modality = "dermoscopic"', f"label_space = {json.dumps(MILK10K)}", "[label_map]"]
+    path = folder / "labels.toml"
+    path.write_text("\n".join([*lines, *(f'{label} = "{value}"' for label, value in mapping.items())]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    text = (RECIPES / "mobilenetv3_large_100.toml").read_text()
+    text = text.replace('"mobilenetv3_large_100"', '"tile_colours"', 1)
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibration_archive(isic_dir: Path, folder: Path) -> Path:
+    """As many rows as calibration needs: 59 melanomas can prove a sensitivity of 0.95, and every class is there."""
+    archive = folder / "archive"
+    archive.mkdir()
+    with (isic_dir / "train.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    chosen: list[dict[str, str]] = []
+    lesions: set[str] = set()
+    room = {(fold, d.value): 6 for fold in "01234" for d in TRAINED} | {("4", "MEL"): 64}
+    for row in rows:
+        key, lesion = (row["fold"], row["diagnosis"]), row["lesion_id"] or row["isic_id"]
+        if room[key] and lesion not in lesions:
+            room[key] -= 1
+            lesions.add(lesion)
+            chosen.append(row)
+    with (archive / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(chosen)
+    (archive / "images").symlink_to((isic_dir / "images").resolve())
+    return archive
+
+
+@pytest.fixture(autouse=True)
+def _small_archive(calibration_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DERM_ISIC_DIR", str(calibration_archive))
+
+
+@pytest.fixture
+def request_for(folder: Path, recipe: Path) -> Callable[..., ImportRequest]:
+    def make(source: Path | str, **given: object) -> ImportRequest:
+        return ImportRequest(str(source), recipe, **{**DECLARED, **given})
+
+    return make
+
+
+@pytest.mark.timeout(600)
+def test_an_eleven_class_model_comes_in_with_a_mapping(
+    folder: Path, request_for, label_map: Path, recipe: Path
+) -> None:
+    store = folder / "models"
+    store.mkdir()
+    source = write_graph(folder / "milk10k.onnx")
+    said: list[str] = []
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    model = import_model(store, request_for(source, label_map=label_map, sha256=digest), said.append)
+    assert [path.name for path in store.iterdir()] == ["tile_colours.derm1"]
+    assert any("max |Δlogit| 0.0e+00 over 8 images" in line for line in said), said
+    manifest = ModelStore(store).open("tile_colours.derm1").manifest
+    assert manifest.output.label_space == tuple(d.value for d in TRAINED)
+    assert (manifest.licence, manifest.training_data) == tuple(DECLARED.values())
+    assert manifest.input.mean == (0.485, 0.456, 0.406)
+    assert manifest.live_space.count > 100
+    assert {"acceptance.json", "origin.json", "evaluation.json", "MODEL_CARD.md"} <= set(manifest.files)
+    origin = json.loads(model.path("origin.json").read_text())
+    assert origin["sha256"] == digest
+    assert origin["ignored_labels"] == ["BEN_OTH", "INF", "MAL_OTH"]
+    acceptance = json.loads(model.path("acceptance.json").read_text())
+    assert acceptance["max_melanoma_sensitivity_loss"] == 0.0
+    # The eight logits are those of the file, in our order.
+    import onnxruntime as ort
+
+    pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
+    scores = ort.InferenceSession(str(source)).run(["scores"], {"image": pixels})[0]
+    eight = [label for d in TRAINED for label in MILK10K if EIGHT.get(label, label) == d]
+    logits, _ = InferenceSession(model, threads=1).run(pixels)
+    assert np.array_equal(logits, scores[:, [MILK10K.index(label) for label in eight]])
+    stated = {p.key: p.value for p in onnx.load(model.path("model.onnx")).metadata_props}
+    assert stated == {"label_space": ",".join(TRAINED), "modality": "dermoscopic"}
+    with pytest.raises(ImportRefused, match="is there already"):
+        import_model(store, request_for(source, label_map=label_map), said.append)
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({"labels": 2}, "two labels"),
+        ({"labels": 11}, r"11 labels.*--label-map"),
+        ({"labels": 8}, r"8 labels.*--label-map"),
+        ({"labels": 8, "metadata": {"label_space": ",".join(TRAINED)}}, "unstated images"),
+        ({"labels": 8, "metadata": {"label_space": ",".join(TRAINED), "modality": "clinical"}}, "clinical"),
+        (
+            {"labels": 9, "metadata": {"label_space": ",".join(TRAINED), "modality": "dermoscopic"}},
+            "9 logits",
+        ),
+        ({"kind": "FLOAT16"}, "uint8"),
+        ({"bottleneck": 256}, "bottleneck"),
+        ({"batch": 1}, "must be free"),
+    ],
+)
+def test_what_does_not_keep_the_contract_is_refused(
+    tmp_path: Path, request_for, graph: dict, message: str
+) -> None:
+    store = tmp_path / "models"
+    store.mkdir()
+    kind = graph.pop("kind", "UINT8")
+    source = write_graph(tmp_path / "m.onnx", **graph, kind=kind)
+    with pytest.raises(ImportRefused, match=message):
+        import_model(store, request_for(source), print)
+    assert list(store.iterdir()) == []
+
+
+def test_a_truncated_onnx_is_refused(tmp_path: Path, request_for, label_map: Path) -> None:
+    whole = write_graph(tmp_path / "whole.onnx").read_bytes()
+    source = tmp_path / "m.onnx"
+    for kept in (len(whole) // 2, len(whole) - 7, 40):
+        source.write_bytes(whole[:kept])
+        with pytest.raises(ImportRefused, match=r"no whole ONNX model|does not load"):
+            import_model(tmp_path, request_for(source, label_map=label_map), print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "whole.onnx"]
+
+
+def test_a_step_that_fails_leaves_nothing(
+    tmp_path: Path, request_for, label_map: Path, calibration_archive: Path, monkeypatch
+) -> None:
+    """Too few melanomas in the calibration fold to prove anything."""
+    few = tmp_path / "few"
+    few.mkdir()
+    lines = (calibration_archive / "train.csv").read_text().splitlines()
+    kept = [line for line in lines if ",MEL,4," not in line]
+    kept += [line for line in lines if ",MEL,4," in line][:10]
+    (few / "train.csv").write_text("\n".join(kept) + "\n")
+    (few / "images").symlink_to((calibration_archive / "images").resolve())
+    monkeypatch.setenv("DERM_ISIC_DIR", str(few))
+    store = tmp_path / "models"
+    store.mkdir()
+    source = write_graph(tmp_path / "m.onnx")
+    with pytest.raises(ImportRefused, match="10 positives cannot prove"):
+        import_model(store, request_for(source, label_map=label_map), print)
+    assert list(store.iterdir()) == []
+
+
+def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, request_for) -> None:
+    torch = pytest.importorskip("torch", reason="needs the train extra")
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "touched",))
+
+    source = tmp_path / "checkpoint.pt"
+    torch.save({"ema": Evil()}, source)
+    with pytest.raises(ImportRefused, match="only when it is our own"):
+        import_model(tmp_path, request_for(source), print)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    with pytest.raises(ImportRefused, match="export"):
+        import_model(tmp_path, request_for(source, sha256=digest), print)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_recipe_without_criteria_is_refused(tmp_path: Path) -> None:
+    recipe = RECIPES / "tf_efficientnet_lite0.toml"
+    with pytest.raises(ImportRefused, match=r"\[acceptance\]"):
+        import_model(tmp_path, ImportRequest("m.onnx", recipe), print)

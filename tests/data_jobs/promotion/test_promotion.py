@@ -1,0 +1,214 @@
+"""Promotion on real images: what is shown, what is refused, and that one row flips or nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from data_jobs.promotion.promotion import PromotionRequest, promote
+from data_jobs.promotion.refusal import PromotionRefused
+from model_store.registry import ModelStore
+from serve_app.domain.errors import Conflict, ModelContractError
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import LiveModel, live_model, publications, publish
+
+from .conftest import MELANOMAS, OTHERS, replace_references, rewrite, weaken_melanoma
+
+pytestmark = pytest.mark.usefixtures("archive")
+
+
+@pytest.fixture
+def request_for(tmp_path: Path) -> Callable[..., PromotionRequest]:
+    def make(candidate: str, **changed: object) -> PromotionRequest:
+        values = {"approved_by": "Dr Test", "reason": "annual update", "cache": tmp_path / "cache", **changed}
+        return PromotionRequest(candidate, **values)
+
+    return make
+
+
+async def answering(dsn: str) -> str | None:
+    pool = await open_pool(dsn, minimum=0, maximum=1)
+    try:
+        live = await live_model(pool)
+        return live.model_id if live else None
+    finally:
+        await pool.close()
+
+
+async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
+    served, store, make_candidate, request_for, tmp_path
+) -> None:
+    candidate = make_candidate(store)
+    said: list[str] = []
+    target = await promote(served, store, request_for(candidate), said.append)
+    assert await answering(served) == candidate == target.model_id
+    report = json.loads((store / f"{candidate}.promotion.json").read_text())
+    assert report["accepted"]
+    assert report["changed"] == []
+    assert report["figures"]["live"] == report["figures"]["candidate"]
+    assert report["figures"]["live"]["images"] == MELANOMAS + OTHERS
+    assert report["mcnemar"]["first answer right"]["p_value"] == 1.0
+    assert report["references"]["least_cosine"] > 0.999
+    assert {name.partition(":")[0] for name in report["subgroups"]} == {"sex", "age", "site", "source"}
+    pool = await open_pool(served, minimum=0, maximum=1)
+    try:
+        newest, first = await publications(pool)
+        assert (newest.approval.action, newest.approval.approved_by) == ("promote", "Dr Test")
+        text = (store / f"{candidate}.promotion.json").read_bytes()
+        assert newest.approval.report_sha256 == sha256(text).hexdigest()
+        assert first.approval.action == "publish"
+        # Both spaces are there, side by side: a rollback needs nothing but the row.
+        for model in (newest.model, first.model):
+            space = ModelStore(store).open(model.model_id).manifest.live_space
+            assert await ReferenceStore(pool).count(space.embedding_space) == space.count
+    finally:
+        await pool.close()
+    with pytest.raises(PromotionRefused, match="answers already"):
+        await promote(served, store, request_for(candidate), said.append)
+
+
+async def test_a_failing_criterion_refuses_and_every_changed_case_is_shown(
+    served, store, model_id, make_candidate, request_for, tmp_path
+) -> None:
+    candidate = make_candidate(store, change=weaken_melanoma)
+    said: list[str] = []
+    report_path = tmp_path / "report.json"
+    with pytest.raises(PromotionRefused, match="fails an acceptance criterion"):
+        await promote(served, store, request_for(candidate, report=report_path), said.append)
+    assert await answering(served) == model_id
+    report = json.loads(report_path.read_text())
+    assert not report["accepted"]
+    failed = {verdict["criterion"] for verdict in report["acceptance"] if not verdict["kept"]}
+    assert "max_melanoma_sensitivity_loss" in failed
+    flagged = report["mcnemar"]["melanoma flagged"]
+    assert flagged["cases"] == report["figures"]["live"]["melanoma_lesions"]
+    assert flagged["lost"] > flagged["gained"] == 0
+    text = "\n".join(said)
+    assert report["changed"]
+    for case in report["changed"]:
+        assert case["isic_id"] in text
+        assert "urgency" in case["changes"]
+    assert "LESS URGENT" in text
+    assert "FAILED" in text
+
+
+async def test_a_dry_run_changes_nothing_and_answers_are_kept(
+    served, store, model_id, make_candidate, request_for, tmp_path
+) -> None:
+    candidate = make_candidate(store)
+    request = request_for(candidate, dry_run=True, report=tmp_path / "report.json")
+    said: list[str] = []
+    await promote(served, store, request, said.append)
+    assert await answering(served) == model_id
+    assert "nothing was changed" in said[-1]
+    first = json.loads((tmp_path / "report.json").read_text())
+    said.clear()
+    await promote(served, store, request, said.append)
+    assert sum("answers from" in line for line in said) == 2
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert {**first, "created": ""} == {**again, "created": ""}
+
+
+async def test_a_changed_byte_in_the_candidate_is_refused(
+    served, store, model_id, make_candidate, request_for
+) -> None:
+    candidate = make_candidate(store)
+    path = store / candidate / "model.onnx"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    rewrite(path, bytes(content))
+    with pytest.raises(ModelContractError, match=r"model\.onnx"):
+        await promote(served, store, request_for(candidate), print)
+    assert await answering(served) == model_id
+
+
+async def test_references_of_another_model_are_refused(
+    served, store, model_id, make_candidate, request_for
+) -> None:
+    candidate = make_candidate(store)
+    replace_references(store, candidate)
+    with pytest.raises(PromotionRefused, match="not embedded by this model"):
+        await promote(served, store, request_for(candidate), print)
+    assert await answering(served) == model_id
+
+
+async def test_the_space_of_the_live_model_is_refused(
+    served, store, models, model_id, make_candidate, request_for
+) -> None:
+    space = ModelStore(models).open(model_id).manifest.live_space.embedding_space
+    candidate = make_candidate(
+        store, change=lambda content: content["spaces"][0].update(embedding_space=space)
+    )
+    with pytest.raises(PromotionRefused, match="space of its own"):
+        await promote(served, store, request_for(candidate), print)
+
+
+async def test_without_criteria_nothing_is_promoted(
+    served, store, make_candidate, request_for, tmp_path
+) -> None:
+    candidate = make_candidate(store, change=lambda _: (store / f"{CANDIDATE}/acceptance.json").unlink())
+    with pytest.raises(PromotionRefused, match="--acceptance"):
+        await promote(served, store, request_for(candidate), print)
+    given = tmp_path / "criteria.json"
+    given.write_text('{"max_top1_loss": 0.0}')
+    await promote(
+        served,
+        store,
+        request_for(candidate, acceptance=given, dry_run=True, report=tmp_path / "r.json"),
+        print,
+    )
+
+
+async def test_other_criteria_cannot_replace_its_own(
+    served, store, make_candidate, request_for, tmp_path
+) -> None:
+    given = tmp_path / "criteria.json"
+    given.write_text('{"max_top1_loss": 1.0}')
+    with pytest.raises(PromotionRefused, match="cannot replace"):
+        await promote(served, store, request_for(make_candidate(store), acceptance=given), print)
+
+
+CANDIDATE = "tf_efficientnet_lite0.candidate"
+
+
+async def test_a_live_model_whose_folder_changed_is_no_yardstick(
+    served, store, model_id, make_candidate, request_for
+) -> None:
+    candidate = make_candidate(store)
+    pool = await open_pool(served, minimum=0, maximum=1)
+    live = await live_model(pool)
+    assert live is not None
+    await publish(pool, LiveModel(model_id, "0" * 64, live.embedding_space))
+    await pool.close()
+    with pytest.raises(PromotionRefused, match="another digest"):
+        await promote(served, store, request_for(candidate), print)
+
+
+async def test_nothing_to_compare_with_is_refused(new_database, store, make_candidate, request_for) -> None:
+    urls = await new_database()
+    with pytest.raises(PromotionRefused, match="No model answers yet"):
+        await promote(urls.owner, store, request_for(make_candidate(store)), print)
+
+
+async def test_a_model_published_meanwhile_stops_the_flip(
+    served, store, model_id, make_candidate, request_for
+) -> None:
+    """Evidence against one model is no evidence against another."""
+    candidate, other = make_candidate(store), make_candidate(store, "other")
+
+    def publish_another(line: str) -> None:
+        # Said right before the row would flip; in a process of its own, as another operator's command is.
+        if "references loaded" in line:
+            code = f"import asyncio; from data_jobs.references.load import publish_bundled; from pathlib import Path; asyncio.run(publish_bundled({served!r}, Path({str(store)!r}), {other!r}))"
+            subprocess.run([sys.executable, "-c", code], check=True)
+
+    with pytest.raises(Conflict, match="by now"):
+        await promote(served, store, request_for(candidate), publish_another)
+    assert await answering(served) == other

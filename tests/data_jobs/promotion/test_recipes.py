@@ -1,0 +1,204 @@
+"""The larger and the smaller recipe: seeded random weights, made here, from a timm checkpoint to an answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import json
+from pathlib import Path
+import tomllib
+
+import numpy as np
+import pytest
+
+from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
+from data_jobs.references.bundle import embed_rows, write_references
+from data_jobs.references.load import publish_bundled
+from data_jobs.training.dataset import read_rows
+from data_jobs.training.manifest_file import write_manifest
+from data_jobs.training.recipe import Recipe, read_recipe
+from deployments.embedder.embedder import EmbeddingSpace
+from deployments.preprocess.decode import UploadLimits
+from graphs.local import LocalStages
+from model_store.manifest import MANIFEST_NAME
+from model_store.registry import ModelStore
+from model_store.session import InferenceSession
+from serve_app.api.assessor import Assessor
+from serve_app.domain.assessment import Outcome
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.patient import ClinicalContext
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import live_model
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+timm = pytest.importorskip("timm", reason="needs the train extra")
+pytest.importorskip("safetensors", reason="needs the train extra")
+pytest.importorskip("onnx", reason="needs the train extra")
+
+pytestmark = [
+    pytest.mark.torch,
+    # torch's ONNX tracer and its own deprecations are not ours to fix
+    pytest.mark.filterwarnings("ignore"),
+]
+
+RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
+#: The eight of eleven logits, in an order that is not ours.
+POSITIONS = [7, 8, 1, 0, 3, 4, 10, 9]
+
+
+def random_checkpoint(architecture: str, path: Path, classes: int = 11) -> Path:
+    """A timm classifier with seeded random weights, as safetensors."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(4)
+    network = timm.create_model(architecture, pretrained=False, num_classes=classes)
+    save_file(network.state_dict(), path)
+    return path
+
+
+def write_folder(store: Path, recipe: Recipe, export: Path, shipped: Path, archive: Path) -> Path:
+    """A model folder around an export, with a calibration that says nothing: the weights are random."""
+    exported = json.loads((export / "export.json").read_text())
+    folder = store / recipe.model_id
+    folder.mkdir(parents=True)
+    (export / "model.onnx").rename(folder / "model.onnx")
+    space = f"{recipe.model_id}.plain1"
+    np.savez(
+        folder / "ood.npz", means=np.zeros((8, 512), np.float32), precision=np.eye(512, dtype=np.float32)
+    )
+    np.savez(folder / f"{space}.npz", mean=np.zeros(512, np.float32), matrix=np.eye(512, dtype=np.float32))
+    write_references(folder / "references.parquet", [], np.empty((0, 512), np.float32))
+    content = tomllib.loads((shipped / MANIFEST_NAME).read_text())
+    del content["files"]
+    content |= {"model_id": recipe.model_id, "architecture": recipe.architecture, "tag": recipe.tag}
+    content["input"] |= {
+        "input_size": [3, exported["side"], exported["side"]],
+        "mean": list(recipe.network.channel_mean),
+        "std": list(recipe.network.channel_std),
+    }
+    content["ood"] |= {"slope": 1e-6, "intercept": -6.0}
+    content["spaces"] = [
+        {
+            "embedding_space": space,
+            "transform": f"{space}.npz",
+            "references": "references.parquet",
+            "count": 0,
+        }
+    ]
+    write_manifest(folder, content)
+    model = ModelStore(store).open(recipe.model_id)
+    rows = [row for row in read_rows(archive) if row.diagnosis_confirm_type][::3000]
+    embeddings = embed_rows(
+        rows,
+        archive,
+        InferenceSession(model, threads=1),
+        EmbeddingSpace.from_model(model, model.manifest.live_space),
+        model.manifest.input,
+    )
+    write_references(folder / "references.parquet", rows, embeddings)
+    content["spaces"][0]["count"] = len(rows)
+    write_manifest(folder, content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "tf_efficientnet_lite0"])
+def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path, name: str) -> None:
+    from data_jobs.training.timm_checkpoint import bottleneck_basis, export
+
+    recipe = read_recipe(RECIPES / f"{name}.toml")
+    weights = random_checkpoint(name, tmp_path / "model.safetensors")
+    report = export(recipe, weights, POSITIONS, 64, tmp_path)
+    assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
+    assert report["max_abs_logit_of_timm"] < MAX_LOGIT_DIFFERENCE
+    basis = bottleneck_basis(torch.randn(8, 1280)).double()
+    assert torch.allclose(basis @ basis.T, torch.eye(512, dtype=torch.float64), atol=1e-5)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    from data_jobs.training.timm_checkpoint import export
+
+    recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
+    weights = random_checkpoint("tf_efficientnet_lite0", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not the weights of mobilenetv3_large_100"):
+        export(recipe, weights, POSITIONS, 64, tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from data_jobs.training.network import DermNetwork
+    from data_jobs.training.timm_checkpoint import export
+
+    recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
+    torch.manual_seed(5)
+    network = DermNetwork(recipe.architecture, recipe.network).eval()
+    # Mean and std are the recipe's, one a channel, and no part of a checkpoint.
+    assert not {"mean", "std"} & set(network.state_dict())
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    assert (
+        export(recipe, tmp_path / "own.safetensors", list(range(8)), 64, tmp_path)["parity"]["max_abs_logit"]
+        < 1e-4
+    )
+    pixels = torch.randint(0, 256, (2, 3, 64, 64)).float()
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (recipe.network.mean, recipe.network.std))
+    pooled = network.trunk((pixels - mean) / std)
+    assert pooled.shape == (2, 1280)
+    assert torch.allclose(network(pixels)[1], network.normalise(network.reduce(pooled)), atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+async def test_b4_answers_through_the_whole_graph(
+    tmp_path: Path,
+    new_database,
+    models: Path,
+    model_id: str,
+    isic_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All five stages on a real image, with real references in a real database."""
+    from data_jobs.training.timm_checkpoint import export
+
+    recipe = replace(read_recipe(RECIPES / "efficientnet_b4.toml"), tag="random")
+    export_folder = tmp_path / "export"
+    export_folder.mkdir()
+    weights = random_checkpoint(recipe.architecture, tmp_path / "b4.safetensors")
+    report = export(recipe, weights, POSITIONS, 380, export_folder)
+    assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
+    store = tmp_path / "models"
+    folder = write_folder(store, recipe, export_folder, models / model_id, isic_dir)
+    urls = await new_database()
+    loaded = await publish_bundled(urls.owner, store, recipe.model_id)
+    pool = await open_pool(urls.app, minimum=0, maximum=2, timeout_s=20)
+    try:
+        live = await live_model(pool)
+        assert live is not None
+        stages = LocalStages(
+            models=store,
+            references=ReferenceStore(pool),
+            limits=UploadLimits(),
+            threads=1,
+            policy_version="2026-11.2",
+        )
+        assessor = Assessor(stages, service_version="test")
+        image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
+        examination = await assessor.examine(image, live)
+        assert examination.prepared.pixels.shape == (380, 380, 3)
+        answer = await assessor.assess(
+            examination, context=ClinicalContext(), top_k=3, licences=(), previous=None
+        )
+    finally:
+        await pool.close()
+    assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}
+    assert answer.provenance.model_id == "efficientnet_b4.random"
+    assert answer.classification is not None
+    assert set(answer.classification.probabilities) == set(Diagnosis)
+    assert sum(answer.classification.probabilities.values()) == pytest.approx(1.0)
+    assert answer.neighbours is not None
+    assert len(answer.neighbours.similar) == 3
+    assert answer.risk is not None
+    size = (folder / "model.onnx").stat().st_size
+    with capsys.disabled():
+        print(
+            f"\nB4: {size / 1e6:.0f} MB, {loaded} references, {answer.timings_ms}, parity {report['parity']}"
+        )

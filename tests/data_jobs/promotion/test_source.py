@@ -1,0 +1,161 @@
+"""The file a model comes in: its digest before anything is parsed, and never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+import hashlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import json
+from pathlib import Path
+import pickle
+import struct
+from threading import Thread
+import zipfile
+
+import pytest
+
+from data_jobs.promotion.file_kind import sniff_kind
+from data_jobs.promotion.refusal import ImportRefused
+from data_jobs.promotion.source import take_source
+
+CONTENT = b"\x08\x0aa model, or so it says" * 1000
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_arguments: object) -> None:
+        """Keep the test's output clean."""
+
+    def do_GET(self) -> None:
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", "http://192.0.2.1/model.onnx")
+            self.end_headers()
+        elif self.path == "/short":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"\x08" * 10)
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    served = tmp_path / "served" / "org" / "name" / "resolve" / "main"
+    served.mkdir(parents=True)
+    (tmp_path / "served" / "model.onnx").write_bytes(CONTENT)
+    (served / "model.safetensors").write_bytes(CONTENT)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path / "served")))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "staging").mkdir()
+    return tmp_path / "staging"
+
+
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_a_download_with_its_digest_is_taken(server: str, folder: Path) -> None:
+    source = take_source(f"{server}/model.onnx", DIGEST.upper(), folder)
+    assert source.path.read_bytes() == CONTENT
+    assert (source.sha256, source.origin) == (DIGEST, f"{server}/model.onnx")
+
+
+def test_a_name_on_the_hub_is_its_safetensors_file(server: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    assert take_source("hf-hub:org/name", DIGEST, folder).path.read_bytes() == CONTENT
+    with pytest.raises(ImportRefused, match="SHA-256"):
+        take_source("hf-hub:org/name", None, folder)
+    with pytest.raises(ImportRefused, match="ORGANISATION/NAME"):
+        take_source("hf-hub:../../etc", DIGEST, folder)
+    with pytest.raises(ImportRefused, match="cannot be had"):
+        take_source("hf-hub:org/name@another", DIGEST, folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "digest", "message"),
+    [
+        ("/model.onnx", None, "--sha256"),
+        ("/model.onnx", "0" * 64, "it is not that file"),
+        ("/model.onnx", "abc", "64 hex digits"),
+        ("/missing", DIGEST, "cannot be had"),
+        ("/elsewhere", DIGEST, "only https"),
+        ("/short", DIGEST, "broke off|not that file"),
+    ],
+)
+def test_a_download_that_cannot_be_trusted_leaves_nothing(
+    server: str, folder: Path, path: str, digest: str | None, message: str
+) -> None:
+    with pytest.raises(ImportRefused, match=message):
+        take_source(server + path, digest, folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["http://example.org/m.onnx", "ftp://example.org/m", "file:///etc/hostname"])
+def test_only_https_is_taken(folder: Path, url: str) -> None:
+    with pytest.raises(ImportRefused, match="only https"):
+        take_source(url, DIGEST, folder)
+
+
+def test_a_file_too_large_is_refused_on_the_way(server: str, folder: Path) -> None:
+    with pytest.raises(ImportRefused, match="larger than 100 bytes"):
+        take_source(f"{server}/model.onnx", DIGEST, folder, max_bytes=100)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_local_file_is_copied_and_may_state_its_digest(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(CONTENT)
+    assert take_source(str(path), None, folder).sha256 == DIGEST
+    with pytest.raises(ImportRefused, match="not that file"):
+        take_source(str(path), "1" * 64, folder)
+    assert path.read_bytes() == CONTENT
+
+
+def safetensors(tensors: dict[str, int], cut: int = 0) -> bytes:
+    header, offset = {}, 0
+    for name, size in tensors.items():
+        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [offset, offset + 4 * size]}
+        offset += 4 * size
+    text = json.dumps(header).encode()
+    whole = struct.pack("<Q", len(text)) + text + bytes(offset)
+    return whole[: len(whole) - cut]
+
+
+def test_a_file_is_what_its_content_says(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(safetensors({"classifier.weight": 4}))
+    assert sniff_kind(path) == "safetensors"
+    path.write_bytes(CONTENT)
+    assert sniff_kind(path) == "onnx"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"")
+    assert sniff_kind(path) == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"weights": [1.0]}), "pickle"),
+        (b"", "neither"),
+        (b"<html>not found</html>", "neither"),
+        (safetensors({"a": 4}, cut=1), "cut short"),
+        (safetensors({"a": 4}, cut=40), "longer than the file"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "longer than the file"),
+        (struct.pack("<Q", 4) + b"{12}", "broken"),
+    ],
+)
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ImportRefused, match=message):
+        sniff_kind(path)
