@@ -50,7 +50,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         pool=pool,
         records=records,
         keys=keys,
-        live=LiveModelWatch(pool),
+        live=LiveModelWatch(pool, settings.models),
         invariants=InvariantWatch(pool),
         triage=Triage(assessor=assessor, records=records, keys=keys),
         replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),

@@ -23,7 +23,8 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request) -> JSONResponse:
     """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
 
-    Invariants of what is stored are reported beside it, and do not decide.
+    Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
+    (null otherwise), and the invariants of what is stored.
     """
     services: Services = request.app.state.services
     live = await services.live.refresh()
@@ -32,6 +33,7 @@ async def readyz(request: Request) -> JSONResponse:
             "status": "ready",
             "model_id": live.model_id,
             "embedding_space": live.embedding_space,
+            "refused_model": services.live.refused,
             "invariants": services.invariants.describe(),
         }
     )

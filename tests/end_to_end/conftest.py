@@ -65,7 +65,10 @@ class Node:
         await migrate(self.urls.owner, application_role="derm_app")
         await publish_bundled(self.urls.owner, self.models, self.model_id)
         write_service_environment(self.home, self.urls)
-        self.ray.start()
+        # Replicas find the models where their node was told to look.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DERM_MODELS", str(self.models))
+            self.ray.start()
         command = [sys.executable, "-m", "cluster.deploy", "--address", self.ray.address]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--profile", "cpu"]
         self.run(*command[1:])
