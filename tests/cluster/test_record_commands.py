@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from serve_app.records.pool import open_pool
 
 
-async def _fetch(dsn: str, query: str) -> list[Any]:
-    pool = await open_pool(dsn, minimum=0, maximum=1)
+async def _fetch(query: str) -> list[Any]:
+    pool = await open_pool(os.environ["DERM_OWNER_DATABASE_URL"], minimum=0, maximum=1)
     try:
         return await pool.fetch(query)
     finally:
         await pool.close()
 
 
-def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, urls) -> None:
-    derm_cds("migrate", home=home)
+@pytest.fixture
+async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home whose database is its own: what is published here is nobody else's live model."""
+    urls = await new_database()
+    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
+    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
+    return tmp_path
+
+
+def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home) -> None:
     assert "version 1 (current): wraps 0 data keys; 0 of at most" in derm_cds("keys", "status", home=home).out
     rotated = derm_cds("keys", "rotate", home=home)
     assert rotated.code == 0
@@ -29,13 +41,12 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, urls) 
     assert derm_cds("keys", "retire", "1", home=home).code == 0
     assert "version 1" not in derm_cds("keys", "status", home=home).out
     events = asyncio.run(
-        _fetch(urls.owner, "SELECT action FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
+        _fetch("SELECT action FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
     )
     assert [row["action"] for row in events] == ["key_rotate", "key_rewrap", "key_retire", "key_retire"]
 
 
 def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_cds, home, model_id) -> None:
-    derm_cds("migrate", home=home)
     assert f"{model_id} answers" in derm_cds("references", "load", home=home).out
     listed = derm_cds("references", "spaces", home=home).out
     assert listed.startswith("* ")
@@ -53,13 +64,11 @@ def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_c
 
 
 def test_status_says_that_the_invariants_hold(derm_cds, home, model_id) -> None:
-    derm_cds("migrate", home=home)
     derm_cds("references", "load", home=home)
     assert "invariants  all 5 hold" in derm_cds("status", home=home).out
 
 
 def test_the_audit_log_verifies_and_a_forged_checkpoint_does_not(derm_cds, home) -> None:
-    derm_cds("migrate", home=home)
     derm_cds("keys", "rotate", home=home)
     signed = derm_cds("audit", "checkpoint", home=home)
     assert signed.code == 0, signed.err

@@ -74,7 +74,10 @@ def _challenge(challenge: Mapping[str, Any]) -> str:
             )
         )
     head = ("", "images", "UNK first", "top1", "balanced accuracy", "(official)", "mean AUC", "(official)")
-    package = next((o["official"]["package"] for o in kinds.values() if o["official"]), "not installed")
+    package = next(
+        (o["official"]["package"] for o in kinds.values() if o["official"]),
+        "no official score: not installed, or a class without images",
+    )
     return f"""As the ISIC challenges count, an image with UNK first being wrong and last in every ranking; beside it what the challenges' own
 code ({package}) gives for the same table:
 

@@ -59,9 +59,8 @@ def test_figures_against_the_challenges_own_scoring(figures: dict[str, Any]) -> 
 
 @needs_scoring
 @pytest.mark.torch
-def test_the_official_scoring_needs_every_class() -> None:
-    with pytest.raises(ValueError, match="c has none"):
-        official_scores(np.eye(3)[:2], np.arange(2), ("a", "b", "c"))
+def test_without_images_of_a_class_there_is_no_official_score() -> None:
+    assert official_scores(np.eye(3)[:2], np.arange(2), ("a", "b", "c")) is None
 
 
 @needs_scoring
