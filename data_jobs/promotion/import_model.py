@@ -12,7 +12,6 @@ import tempfile
 import tomllib
 from typing import Any
 
-from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.promotion.candidate import open_whole
 from data_jobs.promotion.export_source import ExportedSource, export_source
 from data_jobs.promotion.refusal import ImportRefused
@@ -116,9 +115,7 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
 def _complete(
     folder: Path, recipe: Recipe, request: ImportRequest, source: SourceFile, exported: ExportedSource
 ) -> None:
-    """Say in the manifest and beside it what calibration cannot know: origin, licence, criteria."""
-    if recipe.acceptance is not None:
-        write_acceptance(folder, recipe.acceptance)
+    """Say in the manifest what calibration cannot know: origin and licence."""
     origin = {
         "source": source.origin,
         "sha256": source.sha256,

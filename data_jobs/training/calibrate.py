@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.references.bundle import write_references
 from data_jobs.training.conformal import conformal_thresholds
 from data_jobs.training.dataset import (
@@ -203,6 +204,8 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     np.savez(folder / "ood.npz", means=unknown.statistics.means, precision=unknown.statistics.precision)
     np.savez(folder / content["spaces"][0]["transform"], mean=space.mean, matrix=space.matrix)
     (folder / "calibration.json").write_text(json.dumps(report, indent=1) + "\n")
+    if recipe.acceptance is not None:
+        write_acceptance(folder, recipe.acceptance)
     write_references(folder / "references.parquet", [], np.empty((0, 512), np.float32))
     write_manifest(folder, content)
     return folder

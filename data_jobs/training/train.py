@@ -8,11 +8,12 @@ again with the same command continues there. `O/log.jsonl` has one line an epoch
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import hashlib
 import json
 import math
 from pathlib import Path
+import sys
 import time
 from typing import Any
 
@@ -130,8 +131,9 @@ def run_epoch(
     batches: Iterator[tuple[Tensor, Tensor]],
     factors: Iterator[float],
     clip_norm: float,
+    show: Callable[[int, float], None] = lambda _seen, _loss: None,
 ) -> tuple[float, float]:
-    """Train over `batches`; returns mean loss and training accuracy."""
+    """Train over `batches`; returns mean loss and training accuracy. `show` hears of every batch."""
     network.train()
     losses, hits, seen = 0.0, 0, 0
     for (views, labels), factor in zip(batches, factors, strict=False):
@@ -147,7 +149,30 @@ def run_epoch(
         losses += float(value.detach()) * len(labels)
         hits += int((logits.detach().argmax(1) == labels).sum())
         seen += len(labels)
+        show(seen, losses / seen)
     return losses / seen, hits / seen
+
+
+class EpochProgress:
+    """A line now and then: how far the epoch is, how fast, and how long it still takes."""
+
+    def __init__(self, epoch: int, epochs: int, images: int, every_s: float = 30.0) -> None:
+        self._epoch, self._epochs, self._images, self._every_s = epoch, epochs, images, every_s
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, seen: int, loss: float) -> None:
+        """Say so, unless it was said a moment ago."""
+        now = time.monotonic()
+        if now - self._shown < self._every_s:
+            return
+        self._shown = now
+        rate = seen / (now - self._started)
+        minutes, seconds = divmod(round((self._images - seen) / rate), 60)
+        sys.stderr.write(
+            f"epoch {self._epoch + 1} of {self._epochs}: {seen} of {self._images} images, "
+            f"{rate:.1f} a second, loss {loss:.3f}; {minutes} min {seconds:02} s left\n"
+        )
+        sys.stderr.flush()
 
 
 def load_start(network: DermNetwork, plan: StartPlan | None, checkpoint: Path | None) -> None:
@@ -205,7 +230,14 @@ def train(
             for step in range(epoch * steps, (epoch + 1) * steps)
         )
         mean_loss, accuracy = run_epoch(
-            network, ema, optimiser, loss, iter(batches), factors, recipe.optimiser.clip_norm
+            network,
+            ema,
+            optimiser,
+            loss,
+            iter(batches),
+            factors,
+            recipe.optimiser.clip_norm,
+            EpochProgress(epoch, len(sides), len(draws)),
         )
         state = {"network": network.state_dict(), "ema": ema.state_dict()}
         state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}
