@@ -76,6 +76,7 @@ def write_folder(store: Path, recipe: Recipe, export: Path, shipped: Path, archi
         "mean": list(recipe.network.channel_mean),
         "std": list(recipe.network.channel_std),
     }
+    del content["input"]["aspect_evidence"]  # another model's
     content["ood"] |= {"slope": 1e-6, "intercept": -6.0}
     content["spaces"] = [
         {
