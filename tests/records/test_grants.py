@@ -15,7 +15,7 @@ async def connections(database, lesions, event):
     await owner.close()
 
 
-CHANGES = ["UPDATE audit_events SET actor = 'x'", "DELETE FROM audit_events", "TRUNCATE audit_events"]
+CHANGES = ["UPDATE audit_events SET actor = 'x'", "DELETE FROM audit_events", "TRUNCATE audit_events CASCADE"]
 
 
 @pytest.mark.parametrize("statement", CHANGES)

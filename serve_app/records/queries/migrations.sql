@@ -38,7 +38,7 @@ REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
 GRANT USAGE ON SCHEMA public TO {role};
 GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications TO {role};
 GRANT SELECT ON reference_images, reference_embeddings, reference_counts, reference_pictures TO {role};
-GRANT SELECT ON care_assignments, space_embedders TO {role};
+GRANT SELECT ON care_assignments, space_embedders, reference_failures TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};
 GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
 GRANT SELECT, INSERT ON audit_events, audit_seals TO {role};
