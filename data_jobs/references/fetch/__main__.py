@@ -112,6 +112,8 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    # What stops a container stops the fetch as Ctrl-C does: it leaves a folder to go on with.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What stops a container stops the fetch as Ctrl-C does: it leaves a folder to go on with. Said of both: a shell starts
+    # what runs in the background with SIGINT ignored, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
