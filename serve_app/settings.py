@@ -6,6 +6,7 @@ line, all of which Ray shows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 import os
 from pathlib import Path
@@ -20,6 +21,33 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def default_home() -> Path:
     """Where this node keeps its state: $DERM_HOME, else .derm beside the code."""
     return Path(os.environ.get("DERM_HOME", REPOSITORY / ".derm"))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFiles:
+    """Where a node keeps its keys, and what they sign: one place, for the service and for `derm-cds`."""
+
+    home: Path
+
+    @property
+    def keyring(self) -> Path:
+        """The key-encryption keys, mode 0600."""
+        return self.home / "keys" / "keyring.json"
+
+    @property
+    def keystore(self) -> Path:
+        """The wrapped data keys, apart from the clinical database."""
+        return self.home / "keys" / "keystore.sqlite"
+
+    @property
+    def audit_signing_key(self) -> Path:
+        """What signs the audit log's checkpoints, mode 0600."""
+        return self.home / "keys" / "audit-signing.key"
+
+    @property
+    def audit_checkpoints(self) -> Path:
+        """The signed checkpoints of the audit log."""
+        return self.home / "audit" / "checkpoints.jsonl"
 
 
 class Settings(BaseSettings):
@@ -49,24 +77,9 @@ class Settings(BaseSettings):
     min_side: int = Field(default=224, ge=1)
 
     @property
-    def keyring(self) -> Path:
-        """The key-encryption keys, mode 0600."""
-        return self.home / "keys" / "keyring.json"
-
-    @property
-    def keystore(self) -> Path:
-        """The wrapped data keys, apart from the clinical database."""
-        return self.home / "keys" / "keystore.sqlite"
-
-    @property
-    def audit_signing_key(self) -> Path:
-        """What signs the audit log's checkpoints, mode 0600."""
-        return self.home / "keys" / "audit-signing.key"
-
-    @property
-    def audit_checkpoints(self) -> Path:
-        """The signed checkpoints of the audit log."""
-        return self.home / "audit" / "checkpoints.jsonl"
+    def files(self) -> NodeFiles:
+        """The files that only this node's own user may read, and its checkpoints."""
+        return NodeFiles(self.home)
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from serve_app.domain.errors import IntegrityError
 from serve_app.records.audit_chain import AuditChain, Seal
 from serve_app.records.pool import open_pool
 from serve_app.security.checkpoints import Checkpoint, CheckpointLog
+from serve_app.settings import NodeFiles
 
 _Result = TypeVar("_Result")
 
@@ -31,7 +32,8 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 def checkpoint_log(home: Path) -> CheckpointLog:
     """The checkpoints of a node."""
-    return CheckpointLog(home / "audit" / "checkpoints.jsonl", home / "keys" / "audit-signing.key")
+    files = NodeFiles(home)
+    return CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from serve_app.records.pool import open_pool
 from serve_app.security.audit import AuditEvent
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
+from serve_app.settings import NodeFiles
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -94,11 +95,11 @@ def _retire(arguments: argparse.Namespace) -> int:
 
 
 def _keyring(arguments: argparse.Namespace) -> FileKeyring:
-    return FileKeyring(arguments.home / "keys" / "keyring.json")
+    return FileKeyring(NodeFiles(arguments.home).keyring)
 
 
 def _keystore(arguments: argparse.Namespace, keyring: FileKeyring) -> KeyStore:
-    return KeyStore(arguments.home / "keys" / "keystore.sqlite", keyring)
+    return KeyStore(NodeFiles(arguments.home).keystore, keyring)
 
 
 def _record(arguments: argparse.Namespace, action: str, **detail: object) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.promotion.reference_search import ReferenceSearch
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.references.load import read_bundle
-from data_jobs.training.dataset import ARCHIVE_LIMITS, LabelledImage
+from data_jobs.training.dataset import LabelledImage
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.preprocess import PreparedImage, prepare_image

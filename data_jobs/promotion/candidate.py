@@ -109,8 +109,8 @@ def _embed_again(candidate: StoredModel, bundle: ReferenceBundle, threads: int) 
     fresh = embed_rows(
         [rows[bundle.images[i].isic_id] for i in picked],
         archive,
-        InferenceSession(candidate, threads=threads),
-        EmbeddingSpace.from_model(candidate, candidate.manifest.live_space),
-        candidate.manifest.input,
+        candidate,
+        candidate.manifest.live_space,
+        threads=threads,
     )
     return len(picked), float((fresh * bundle.embeddings[picked]).sum(1).min())

@@ -10,7 +10,7 @@ from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
-from serve_app.records.serving import Approval, LiveModel, live_model, publish, standing_publications
+from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish
 
 
 async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: str) -> LiveModel:
@@ -23,7 +23,7 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
     pool = await open_pool(owner_dsn, minimum=0, maximum=1)
     try:
         answering = await live_model(pool)
-        standing = await standing_publications(pool)
+        standing = await publications(pool, limit=2, standing=True)
         if answering is None or len(standing) < 2:
             name = answering.model_id if answering else "no model"
             raise PromotionRefused(f"{name} answers, and nothing was published before it to go back to.")

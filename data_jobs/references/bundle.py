@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_jobs.references.embedder import ReferenceEmbedder
 from data_jobs.training.dataset import LabelledImage, isic_folder, load_pixels, read_rows
 from data_jobs.training.manifest_file import seal
-from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.resize import InputGeometry
-from model_store.manifest import EMBEDDING_DIM, InputSpec
-from model_store.registry import ModelStore
-from model_store.session import InferenceSession
+from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
+from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 TARGET = 4000
 FOLDS = frozenset({1, 2, 3, 4})
 SEED = 4000
+#: Pixels in memory together.
+_AT_A_TIME = 64
 
 SCHEMA = pa.schema(
     [
@@ -76,26 +77,16 @@ def spread_over_sites(rows: list[LabelledImage], count: int) -> list[LabelledIma
 
 
 def embed_rows(
-    rows: list[LabelledImage],
-    archive: Path,
-    session: InferenceSession,
-    space: EmbeddingSpace,
-    spec: InputSpec,
-    batch: int = 32,
+    rows: list[LabelledImage], archive: Path, model: StoredModel, spec: EmbeddingSpaceSpec, *, threads: int
 ) -> NDArray[np.float32]:
-    """N×512 unit vectors of the rows, by the service's own preprocess, session and space."""
-    geometry = geometry_of(spec)
+    """N×512 unit vectors of the rows, as the embed job and the service make them."""
+    embedder = ReferenceEmbedder(model, spec, threads=threads)
+    geometry = InputGeometry.from_manifest(model.manifest.input)
     parts = []
-    for start in range(0, len(rows), batch):
-        indices = range(start, min(start + batch, len(rows)))
-        pixels = load_pixels(rows, indices, archive, geometry)
-        parts.append(space.embed(session.run(pixels)[1]))
+    for start in range(0, len(rows), _AT_A_TIME):
+        indices = range(start, min(start + _AT_A_TIME, len(rows)))
+        parts.append(embedder.embed(load_pixels(rows, indices, archive, geometry)))
     return np.concatenate(parts)
-
-
-def geometry_of(spec: InputSpec) -> InputGeometry:
-    """The preprocess geometry that a manifest states."""
-    return InputGeometry(spec.input_size[1], spec.interpolation, spec.crop_pct, spec.aspect)  # type: ignore[arg-type]
 
 
 def write_references(path: Path, rows: list[LabelledImage], embeddings: NDArray[np.float32]) -> None:
@@ -131,9 +122,7 @@ def main() -> None:
     model = ModelStore(arguments.models).open(arguments.model)
     live = model.manifest.live_space
     rows = choose_references(read_rows(isic_folder()))
-    session = InferenceSession(model, threads=arguments.threads)
-    space = EmbeddingSpace.from_model(model, live)
-    embeddings = embed_rows(rows, isic_folder(), session, space, model.manifest.input)
+    embeddings = embed_rows(rows, isic_folder(), model, live, threads=arguments.threads)
     write_references(model.folder / live.references, rows, embeddings)
     seal(model.folder, references=len(rows))
     print(f"{len(rows)} references in {live.embedding_space}")

@@ -16,11 +16,14 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
 
 METADATA = "metadata.parquet"
 IMAGES = "images"
+#: The archive's images may be smaller than an upload: their short sides start at 150 pixels.
+ARCHIVE_LIMITS = UploadLimits(min_side=32)
 #: In the order in which they are looked for.
 METADATA_FILES = (METADATA, "metadata.csv", "train.csv")
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from deployments.embedder.embedder import EmbeddingSpace
-from deployments.preprocess.decode import DecodedImage, UploadLimits, decode_image
+from deployments.preprocess.decode import DecodedImage, decode_image
 from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry, resize_to_input
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import StoredModel
@@ -20,8 +21,6 @@ from model_store.session import Device, InferenceSession
 from serve_app.domain.errors import ModelContractError, RejectedUpload
 from serve_app.records.reference_cache import FailedReference, ReferencePicture, SpaceEmbedder
 
-#: The archive's short sides start at 150 pixels; an upload must have more.
-REFERENCE_LIMITS = UploadLimits(min_side=32)
 #: Longer side of a picture, pixels: as large as a neighbour is shown beside the patient's image.
 PICTURE_SIDE = 384
 _PICTURE_QUALITY = 85
@@ -80,7 +79,7 @@ def prepare_reference(
         data = path.read_bytes()
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             return FailedReference(isic_id, "altered", "The file is not the one that was fetched.")
-        decoded = decode_image(data, REFERENCE_LIMITS, target_side=geometry.side)
+        decoded = decode_image(data, ARCHIVE_LIMITS, target_side=geometry.side)
         pixels = resize_to_input(decoded.image, geometry, decoded.extent)
         shown = make_picture(isic_id, decoded) if picture else None
     except RejectedUpload as rejection:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.dataset import ARCHIVE_LIMITS, LabelledImage, isic_folder, read_rows
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
+from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from data_jobs.training.evaluation.figures import accuracy_figures
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions, served
 from data_jobs.training.manifest_file import write_manifest

@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.recipe import DataPlan
-from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import prepare_image
 from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
-
-#: Offline images may be smaller than an upload: the archive's short sides start at 150 pixels.
-ARCHIVE_LIMITS = UploadLimits(min_side=32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from data_jobs.references.bundle import geometry_of
 from data_jobs.training.calibrate import soften
 from data_jobs.training.card import write_card
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
@@ -46,6 +45,7 @@ from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import scan_images
 from deployments.classifier.calibration import Calibrator
+from deployments.preprocess.resize import InputGeometry
 from model_store.manifest import Manifest
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
@@ -64,7 +64,7 @@ def evaluate(
     test, calibration = (
         fold_indices(rows, [fold])[::stride] for fold in (recipe.data.test_fold, recipe.data.calibration_fold)
     )
-    geometry = geometry_of(model.manifest.input)
+    geometry = InputGeometry.from_manifest(model.manifest.input)
     session = InferenceSession(model, threads=threads)
     calibrator = Calibrator.from_model(model)
     scan = scan_images(session.run, rows, test, archive, geometry)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_images
 
-from data_jobs.training.dataset import ARCHIVE_LIMITS
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from deployments.preprocess.preprocess import prepare_image
 from deployments.preprocess.resize import InputGeometry
 

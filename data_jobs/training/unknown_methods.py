@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_jobs.references.bundle import geometry_of
 from data_jobs.training.dataset import (
     fold_indices,
     isic_folder,
@@ -39,6 +38,7 @@ from data_jobs.training.unknown_scores import (
     virtual_logit,
 )
 from deployments.classifier.calibration import Calibrator
+from deployments.preprocess.resize import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
 
@@ -54,7 +54,7 @@ def compare_methods(model: StoredModel, recipe: Recipe, threads: int, stride: in
     rows = read_rows(archive)
     trained = training_indices(rows, recipe.data)[::stride]
     held = fold_indices(rows, [recipe.data.calibration_fold])
-    geometry = geometry_of(model.manifest.input)
+    geometry = InputGeometry.from_manifest(model.manifest.input)
     run = InferenceSession(model, threads=threads).run
     train = scan_images(run, rows, trained, archive, geometry)
     known = scan_images(run, rows, held[::stride], archive, geometry)

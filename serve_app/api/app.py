@@ -44,7 +44,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         timeout_s=settings.database_timeout_s,
     )
     records = LesionStore(pool)
-    keys = KeyStore(settings.keystore, FileKeyring(settings.keyring))
+    keys = KeyStore(settings.files.keystore, FileKeyring(settings.files.keyring))
     assessor = Assessor(stages, service_version=SERVICE_VERSION)
     return Services(
         pool=pool,
@@ -76,7 +76,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = await open_services(settings, stages)
         app.state.services = services
-        checkpoints = CheckpointLog(settings.audit_checkpoints, settings.audit_signing_key)
+        checkpoints = CheckpointLog(settings.files.audit_checkpoints, settings.files.audit_signing_key)
         app.state.token_verifier = services.token_verifier
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),

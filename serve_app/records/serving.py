@@ -84,14 +84,12 @@ async def publish(
         )
 
 
-async def publications(pool: Pool, *, limit: int = 20) -> list[Publication]:
-    """List what was published, newest first."""
-    return [_publication(row) for row in await pool.fetch(_SQL["publications"], limit)]
+async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -> list[Publication]:
+    """List what was published, newest first; `standing` leaves out rollbacks and what they took back.
 
-
-async def standing_publications(pool: Pool) -> list[Publication]:
-    """Give the publication in force and the one that a rollback would return to, if there are any."""
-    return [_publication(row) for row in await pool.fetch(_SQL["standing_publications"])]
+    The first two that stand are the publication in force and the one that a rollback returns to.
+    """
+    return [_publication(row) for row in await pool.fetch(_SQL["publications"], limit, standing)]
 
 
 def _publication(row: Mapping[str, Any]) -> Publication:

@@ -68,6 +68,8 @@ class Node:
         # Replicas find the models where their node was told to look.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DERM_MODELS", str(self.models))
+            # Logical ones: room for a second replica of each deployment during an update, on any machine.
+            patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
             self.ray.start()
         command = [sys.executable, "-m", "cluster.deploy", "--address", self.ray.address]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--profile", "cpu"]

@@ -23,8 +23,7 @@ LITERT_BUDGET = 15_000_000
 @pytest.fixture(scope="module")
 def model(models: Path, model_id: str) -> StoredModel:
     stored = ModelStore(models).open(model_id)
-    if not list_copies(stored):
-        pytest.skip(f"{model_id} ships no edge copies: run data_jobs.training.edge.build")
+    assert list_copies(stored), f"{model_id} ships no edge copies: run data_jobs.training.edge.build"
     return stored
 
 

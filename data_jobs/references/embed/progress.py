@@ -6,24 +6,18 @@ from collections.abc import Callable, Mapping
 import threading
 from time import monotonic
 
+from data_jobs.references.duration import duration
+
 
 def describe(done: int, total: int, seconds: float, failures: Mapping[str, int], *, before: int = 0) -> str:
     """One line. `done` of `total` images after `seconds`; `before` of them were done by an earlier run."""
     rate = (done - before) / seconds if seconds > 0 else 0.0
-    left = f"{_duration((total - done) / rate)} left" if rate > 0 else "estimating"
+    left = f"{duration((total - done) / rate)} left" if rate > 0 else "estimating"
     failed = ", ".join(f"{count} {cause}" for cause, count in failures.items())
     share = 100.0 * done / total if total else 100.0
     return (
         f"{done:,} of {total:,} images ({share:.1f} %), {rate:.1f} a second, {left}; "
         f"{'failed: ' + failed if failed else 'none failed'}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
     )
 
 

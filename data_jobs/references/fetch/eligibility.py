@@ -6,16 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from data_jobs.references.catalogue import CatalogueEntry, image_path
+from data_jobs.references.catalogue import ARCHIVE_LIMITS, CatalogueEntry, image_path
 from data_jobs.references.fetch.diagnoses import diagnosis_of
 from data_jobs.references.fetch.licences import Licence, licence_of
 from data_jobs.references.fetch.sites import site_of
-from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict
-
-#: What the service's decoder takes of a reference; the archive's short sides start at 150 pixels.
-IMAGE_LIMITS = UploadLimits(min_side=32)
 
 #: The archive's words for how a diagnosis was confirmed, in those of HAM10000, which the shipped references use.
 #: "single contributor clinical assessment" is one person's opinion: not among them.
@@ -102,7 +98,7 @@ class Eligibility:
     def _unsuitable(self, cells: Mapping[str, str], licence: Licence | None) -> LeftOut | None:
         names = {cells.get(name) for name in ("isic_id", "lesion_id", "patient_id")}
         sides = [_whole_number(cells.get(side)) for side in ("pixels_x", "pixels_y")]
-        width, height = (side if side is not None else IMAGE_LIMITS.min_side for side in sides)
+        width, height = (side if side is not None else ARCHIVE_LIMITS.min_side for side in sides)
         causes = {
             LeftOut.NOT_PUBLIC: cells.get("public", "True").lower() != "true",
             LeftOut.NOT_DERMOSCOPIC: cells.get("image_type") != "dermoscopic",
@@ -110,9 +106,9 @@ class Eligibility:
             LeftOut.LICENCE: licence not in self.licences,
             LeftOut.NO_ATTRIBUTION: "attribution" not in cells,
             LeftOut.EXCLUDED: bool(names & self.excluded),
-            LeftOut.TOO_LARGE: width * height > IMAGE_LIMITS.max_pixels
-            or (_whole_number(cells.get("bytes")) or 0) > IMAGE_LIMITS.max_bytes,
-            LeftOut.TOO_SMALL: min(width, height) < IMAGE_LIMITS.min_side,
+            LeftOut.TOO_LARGE: width * height > ARCHIVE_LIMITS.max_pixels
+            or (_whole_number(cells.get("bytes")) or 0) > ARCHIVE_LIMITS.max_bytes,
+            LeftOut.TOO_SMALL: min(width, height) < ARCHIVE_LIMITS.min_side,
         }
         return next((cause for cause, applies in causes.items() if applies), None)
 

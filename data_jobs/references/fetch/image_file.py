@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import hashlib
 from pathlib import Path
 
-from data_jobs.references.fetch.eligibility import IMAGE_LIMITS
+from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.references.fetch.errors import Refused, Transient
 from data_jobs.references.fetch.retry import Pace
 from data_jobs.references.fetch.source import Source
@@ -40,8 +40,8 @@ def store_image(source: Source, isic_id: str, file: Path, pace: Pace) -> StoredI
             for chunk in body.chunks:
                 pace.step()
                 data += chunk
-                if len(data) > IMAGE_LIMITS.max_bytes:
-                    raise Refused(f"{isic_id} has more than {IMAGE_LIMITS.max_bytes} bytes.", "too large")
+                if len(data) > ARCHIVE_LIMITS.max_bytes:
+                    raise Refused(f"{isic_id} has more than {ARCHIVE_LIMITS.max_bytes} bytes.", "too large")
                 written.write(chunk)
         if body.length not in {None, len(data)}:
             raise Transient(f"{isic_id}: {len(data)} bytes came, not {body.length}.", "wrong length")
@@ -67,7 +67,7 @@ def check_jpeg(isic_id: str, data: bytes) -> None:
         if sniff_content_type(data) != "image/jpeg":
             # An error page of something on the way, mostly: worth another attempt.
             raise Transient(f"{isic_id} came as something that is no JPEG.", "no JPEG")
-        decode_image(data, IMAGE_LIMITS, target_side=_CHECK_SIDE)
+        decode_image(data, ARCHIVE_LIMITS, target_side=_CHECK_SIDE)
     except (TooLarge, ImageTooSmall) as error:
         raise Refused(f"{isic_id}: {error}", type(error).code) from error
     except RejectedUpload as error:

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import TextIO
 
+from data_jobs.references.duration import duration
+
 MB = 1_000_000
 
 
@@ -59,11 +61,3 @@ class Progress:
         if left and rate:
             line += f", {duration(left / rate)} left"
         return f"{line}; {failed:,} failed: {causes}" if failed else line
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -32,24 +32,7 @@ INSERT INTO publications (
 ) VALUES ($4, $1, $2, $3, $5, $6, $7, $8);
 
 -- name: publications
--- List the last $1 publications, newest first.
-SELECT
-    publication_id,
-    published_at,
-    action,
-    model_id,
-    model_digest,
-    embedding_space,
-    approved_by,
-    reason,
-    report_sha256,
-    takes_back
-FROM publications
-ORDER BY publication_id DESC
-LIMIT $1;
-
--- name: standing_publications
--- The publication that is in force and the one it replaced, newest first: rollbacks and what they took back are left out.
+-- List the last $1 publications, newest first; with $2 only those that stand: rollbacks and what they took back are left out.
 SELECT
     publication_id,
     published_at,
@@ -62,7 +45,10 @@ SELECT
     report_sha256,
     takes_back
 FROM publications AS made
-WHERE action <> 'rollback'
-    AND NOT EXISTS (SELECT FROM publications AS back WHERE back.takes_back = made.publication_id)
+WHERE NOT $2
+    OR (
+        action <> 'rollback'
+        AND NOT EXISTS (SELECT FROM publications AS back WHERE back.takes_back = made.publication_id)
+    )
 ORDER BY publication_id DESC
-LIMIT 2;
+LIMIT $1;

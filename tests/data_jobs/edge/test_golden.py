@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from PIL import Image, ImageOps
 import pytest
 
 
 @pytest.fixture(scope="module")
 def folder(models: Path, model_id: str) -> Path:
-    if not (models / model_id / "golden.json").is_file():
-        pytest.skip(f"{model_id} ships no edge copies: run data_jobs.training.edge.build")
     return models / model_id
 
 
@@ -83,12 +82,11 @@ def test_no_picture_carries_more_than_its_orientation(golden: dict) -> None:
 
 @pytest.mark.parametrize("name", ["server", "float16", "int8"])
 def test_onnx_runtime_answers_as_expected(golden: dict, folder: Path, name: str) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="needs the cpu or gpu extra")
     if name != "server" and name not in golden["images"][0]["copies"]:
         assert json.loads((folder / "edge.json").read_text())["left_out"][name]["problems"]
         return
     file = "model.onnx" if name == "server" else f"model.{name}.onnx"
-    session = runtime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
     statistics = np.load(folder / golden["ood"]["statistics"])
     for vector in golden["images"]:
         logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels_of(vector)})
@@ -111,11 +109,11 @@ def test_what_is_no_skin_is_unknown_and_skin_is_less_so(golden: dict) -> None:
     assert unknown["page"] > unknown["landscape"]
 
 
+@pytest.mark.torch
 def test_litert_answers_as_expected(golden: dict, folder: Path) -> None:
-    litert = pytest.importorskip("ai_edge_litert.interpreter", reason="needs the edge extra")
-    if "litert" not in golden["images"][0]["copies"]:
-        pytest.skip("no LiteRT copy is shipped; edge.json says why")
-    interpreter = litert.Interpreter(model_path=str(folder / "model.tflite"), num_threads=1)
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(folder / "model.tflite"), num_threads=1)
     run = interpreter.get_signature_runner()
     for vector in golden["images"]:
         answer = run(pixels=pixels_of(vector))

@@ -16,12 +16,10 @@ from data_jobs.references.load import publish_bundled
 from data_jobs.training.dataset import read_rows
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe, read_recipe
-from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
-from model_store.session import InferenceSession
 from serve_app.api.assessor import Assessor
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.diagnosis import Diagnosis
@@ -92,9 +90,9 @@ def write_folder(store: Path, recipe: Recipe, export: Path, shipped: Path, archi
     embeddings = embed_rows(
         rows,
         archive,
-        InferenceSession(model, threads=1),
-        EmbeddingSpace.from_model(model, model.manifest.live_space),
-        model.manifest.input,
+        model,
+        model.manifest.live_space,
+        threads=1,
     )
     write_references(folder / "references.parquet", rows, embeddings)
     content["spaces"][0]["count"] = len(rows)

@@ -14,7 +14,7 @@ import pytest
 from data_jobs.references.catalogue import read_catalogue
 from data_jobs.references.embed.steps import EmbedImages, PrepareImages, catalogue_table
 from data_jobs.references.embedder import (
-    REFERENCE_LIMITS,
+    ARCHIVE_LIMITS,
     ReferenceEmbedder,
     identify_embedder,
     prepare_reference,
@@ -48,7 +48,7 @@ def test_a_reference_has_the_vector_that_its_upload_would_have(make_folder, mode
     for row in table.to_pylist():
         upload = (folder / "images" / f"{row['isic_id']}.jpg").read_bytes()
         (output,) = classifier.classify(
-            model.manifest.model_id, [prepare_image(upload, geometry, REFERENCE_LIMITS).pixels]
+            model.manifest.model_id, [prepare_image(upload, geometry, ARCHIVE_LIMITS).pixels]
         )
         expected = embedder.embed(model.manifest.model_id, space, output.bottleneck)
         np.testing.assert_array_equal(np.frombuffer(row["embedding"], np.float32), expected)

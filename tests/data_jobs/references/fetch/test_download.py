@@ -6,6 +6,7 @@ import time
 import httpx
 import pytest
 
+from data_jobs.references.duration import duration
 from data_jobs.references.fetch import download as subject
 from data_jobs.references.fetch import http
 from data_jobs.references.fetch.archive import Archive, flatten
@@ -13,7 +14,7 @@ from data_jobs.references.fetch.disk import RESERVE, check_space, needed_bytes
 from data_jobs.references.fetch.download import Download, stored_images
 from data_jobs.references.fetch.eligibility import Eligibility
 from data_jobs.references.fetch.errors import FetchError, Transient
-from data_jobs.references.fetch.progress import Progress, duration
+from data_jobs.references.fetch.progress import Progress
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from data_jobs.training.evaluation.predictions import Predictions
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 # Not importorskip: an import would replace parts of `zipfile` in this very process.
-needs_scoring = pytest.mark.skipif(find_spec(PACKAGE) is None, reason="needs the challenge extra")
+INSTALLED = find_spec(PACKAGE) is not None
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +46,26 @@ def test_seven_classes_are_of_ham10000_alone(predictions: Predictions, figures: 
     assert set(found["auc"]) == set(SEVEN)
 
 
-@needs_scoring
 @pytest.mark.torch
 def test_figures_against_the_challenges_own_scoring(figures: dict[str, Any]) -> None:
     for found in figures.values():
         official = found["official"]
+        assert (official is not None) == INSTALLED
+        if official is None:
+            continue
         assert official["balanced_accuracy"] == pytest.approx(found["balanced_accuracy"], abs=1e-4)
         assert official["mean_auc"] == pytest.approx(found["mean_auc"], abs=1e-4)
         for name, scores in official["classes"].items():
             assert scores["auc"] == pytest.approx(found["auc"][name], abs=1e-4)
 
 
-@needs_scoring
 @pytest.mark.torch
 def test_without_images_of_a_class_there_is_no_official_score() -> None:
     assert official_scores(np.eye(3)[:2], np.arange(2), ("a", "b", "c")) is None
 
 
-@needs_scoring
 @pytest.mark.torch
 def test_the_official_scoring_leaves_this_process_alone(figures: dict[str, Any]) -> None:
     """Imported here it would replace parts of `zipfile`."""
-    assert figures["isic2019_eight"]["official"] is not None
+    assert (figures["isic2019_eight"]["official"] is not None) == INSTALLED
     assert PACKAGE not in sys.modules
