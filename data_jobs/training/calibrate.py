@@ -4,7 +4,8 @@
 
 Everything is fitted on the training folds (class statistics, embedding space) and the
 calibration fold (temperature, conformal thresholds, p(UNK), operating points). The test fold
-is not read. `references.parquet` is left empty: `data_jobs.references.bundle` fills it.
+is not read, unless it is the calibration fold: then it is fitted without each part in turn as
+well, for `evaluate`. `references.parquet` is left empty: `data_jobs.references.bundle` fills it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from PIL import Image, ImageFilter
 from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.references.bundle import write_references
 from data_jobs.training.conformal import conformal_thresholds
+from data_jobs.training.cross_fitting import cross_fit, write_cross_fit
 from data_jobs.training.dataset import (
     LabelledImage,
     fold_indices,
@@ -203,6 +205,18 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     shutil.copyfile(export / "export.json", folder / "export.json")
     np.savez(folder / "ood.npz", means=unknown.statistics.means, precision=unknown.statistics.precision)
     np.savez(folder / content["spaces"][0]["transform"], mean=space.mean, matrix=space.matrix)
+    if recipe.data.test_fold == recipe.data.calibration_fold:
+        fit = cross_fit(
+            held.logits,
+            known,
+            labels,
+            [row.lesion for row in held_rows],
+            shift=exported["prior_shift"],
+            prior=np.bincount(labels_of(train_rows), minlength=len(TRAINED)) / len(train_rows),
+            outlier_scores=scores[np.array([outlier.part == "fit" for outlier in outliers])],
+            coverage=COVERAGE,
+        )
+        write_cross_fit(folder, fit)
     (folder / "calibration.json").write_text(json.dumps(report, indent=1) + "\n")
     if recipe.acceptance is not None:
         write_acceptance(folder, recipe.acceptance)

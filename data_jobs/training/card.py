@@ -38,7 +38,7 @@ def write_card(folder: Path) -> None:
         _read(folder, name) for name in ("export", "calibration", "evaluation")
     )
     parts = [
-        head_section(manifest, exported),
+        head_section(manifest, exported, evaluated),
         floors_section(evaluated),
         accuracy_section(evaluated),
         diagnosis_section(evaluated),
@@ -49,7 +49,7 @@ def write_card(folder: Path) -> None:
         aspect_section(_read_if_measured(folder, "aspect")),
         retrieval_section(manifest, calibrated, evaluated),
         subgroup_section(exported, evaluated),
-        limits_section(calibrated),
+        limits_section(calibrated, evaluated),
     ]
     (folder / "MODEL_CARD.md").write_text("\n".join(parts), encoding="utf-8")
 

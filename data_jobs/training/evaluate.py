@@ -1,9 +1,11 @@
-"""What a model folder is worth, on the fold nothing was ever chosen on.
+"""What a model folder is worth, on a fold that it was neither trained on nor fitted to.
 
 `python -m data_jobs.training.evaluate --model M --recipe R` runs the served code (session,
 calibrator, embedding space) over the test fold and, for the record, the calibration fold. It
-writes `predictions.parquet` (both), `evaluation.json`, three pictures and `MODEL_CARD.md` (the
-test fold) into the model folder and seals it. Nothing is fitted or chosen here.
+writes `predictions.parquet` (the test fold, as judged), `calibration.parquet` (the calibration
+fold, as served), `evaluation.json`, three pictures and `MODEL_CARD.md` into the model folder and
+seals it. Where both folds are one, the test figures are cross-fitted (`cross_fitting`). Nothing
+is fitted or chosen here.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 
 from data_jobs.training.calibrate import soften
 from data_jobs.training.card import write_card
+from data_jobs.training.cross_fitting import PARTS, CrossFit, read_cross_fit
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
 from data_jobs.training.evaluation.challenge import challenge_figures
 from data_jobs.training.evaluation.curves import melanoma_curve, reliability
@@ -28,8 +31,10 @@ from data_jobs.training.evaluation.figures import (
     lesion_figures,
 )
 from data_jobs.training.evaluation.intervals import bootstrap_intervals
+from data_jobs.training.evaluation.judged import Judged, judge
 from data_jobs.training.evaluation.plots import draw_all
 from data_jobs.training.evaluation.predictions import (
+    CALIBRATION_NAME,
     PREDICTIONS_NAME,
     Predictions,
     served,
@@ -54,8 +59,8 @@ from serve_app.domain.diagnosis import TRAINED
 
 def evaluate(
     model: StoredModel, recipe: Recipe, threads: int, stride: int = 1
-) -> tuple[dict[str, Any], list[Predictions]]:
-    """All figures of the test fold; the predictions of the test and the calibration fold.
+) -> tuple[dict[str, Any], Predictions, Predictions]:
+    """All figures of the test fold; the predictions of the test fold as judged, of the calibration fold as served.
 
     `stride` takes every so many images only, to try things out.
     """
@@ -68,26 +73,35 @@ def evaluate(
     session = InferenceSession(model, threads=threads)
     calibrator = Calibrator.from_model(model)
     scan = scan_images(session.run, rows, test, archive, geometry)
-    predictions = Predictions([rows[i] for i in test], *served(calibrator, scan))
-    other = served(calibrator, scan_images(session.run, rows, calibration, archive, geometry))
-    softened, _ = served(calibrator, scan_images(session.run, rows, test, archive, geometry, change=soften))
+    test_rows, manifest, cross = [rows[i] for i in test], model.manifest, read_cross_fit(model.folder)
+    judged = judge(test_rows, scan, calibrator, manifest, cross)
+    predictions = judged.predictions
+    other = scan if cross else scan_images(session.run, rows, calibration, archive, geometry)
+    softened = judge(
+        test_rows,
+        scan_images(session.run, rows, test, archive, geometry, change=soften),
+        calibrator,
+        manifest,
+        cross,
+    )
     lesions = load_pixels(rows, test[:: max(1, len(test) // SPOILT)], archive, geometry)
     report = {
         "model_id": model.manifest.model_id,
         "fold": recipe.data.test_fold,
+        "cross_fitted": cross is not None,
         **figures_of(predictions, recipe.seed),
-        "operating_points": point_figures(predictions, model.manifest),
+        "operating_points": point_figures(judged, manifest),
         "sets": set_figures(
             predictions,
-            calibrator.thresholds,
+            judged.thresholds,
             calibrator.coverage,
-            json.loads(model.path("calibration.json").read_text())["images_a_class"],
+            fitted_images(model, cross),
         ),
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions),
-        "softened": softened_figures(predictions, softened),
+        "softened": softened_figures(predictions, softened.predictions.nine),
     }
-    return report, [predictions, Predictions([rows[i] for i in calibration], *other)]
+    return report, predictions, Predictions([rows[i] for i in calibration], *served(calibrator, other))
 
 
 def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
@@ -110,15 +124,20 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
     }
 
 
-def point_figures(predictions: Predictions, manifest: Manifest) -> dict[str, Any]:
-    """What the manifest's thresholds give on these lesions."""
-    points = {}
+def fitted_images(model: StoredModel, cross: CrossFit | None) -> dict[str, int]:
+    """How many images of every diagnosis a set threshold rests on; without a part, so many less."""
+    images: dict[str, int] = json.loads(model.path("calibration.json").read_text())["images_a_class"]
+    return {name: n * (PARTS - 1) // PARTS for name, n in images.items()} if cross else images
+
+
+def point_figures(judged: Judged, manifest: Manifest) -> dict[str, Any]:
+    """What the thresholds give on these lesions, each lesion by its own; `threshold` is the manifest's."""
+    points, predictions = {}, judged.predictions
     for name, point in manifest.operating_points.items():
         positive = np.isin(predictions.labels, [TRAINED.index(d) for d in point.diagnoses])
-        scores = point_score(predictions.eight, point.diagnoses)
-        points[name] = asdict(
-            measure_threshold(*by_lesion(scores, positive, predictions.lesions), point.threshold)
-        )
+        over = point_score(predictions.eight, point.diagnoses) - judged.points[name]
+        found = measure_threshold(*by_lesion(over, positive, predictions.lesions), 0.0)
+        points[name] = asdict(found) | {"threshold": point.threshold}
     return points
 
 
@@ -140,12 +159,10 @@ def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def write_evidence(folder: Path, report: dict[str, Any], folds: list[Predictions]) -> None:
+def write_evidence(folder: Path, report: dict[str, Any], test: Predictions, calibration: Predictions) -> None:
     """Predictions, figures, pictures and card; the manifest then vouches for each."""
-    rows = [row for predictions in folds for row in predictions.rows]
-    nine = np.concatenate([predictions.nine for predictions in folds])
-    scores = np.concatenate([predictions.scores for predictions in folds])
-    write_predictions(folder / PREDICTIONS_NAME, Predictions(rows, nine, scores))
+    write_predictions(folder / PREDICTIONS_NAME, test)
+    write_predictions(folder / CALIBRATION_NAME, calibration)
     text = json.dumps(without_nan(report), indent=1, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n")
     draw_all(folder, report)
@@ -165,9 +182,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     model = ModelStore(arguments.models).open(arguments.model)
-    report, folds = evaluate(model, read_recipe(arguments.recipe), arguments.threads, arguments.stride)
+    report, *predictions = evaluate(model, read_recipe(arguments.recipe), arguments.threads, arguments.stride)
     if arguments.stride == 1:
-        write_evidence(model.folder, report, folds)
+        write_evidence(model.folder, report, *predictions)
     summary = ("model_id", "with_unk", "by_lesion", "ham10000", "operating_points", "unk_share", "softened")
     print(json.dumps(without_nan({key: report[key] for key in summary}), indent=1))
 

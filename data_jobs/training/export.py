@@ -28,7 +28,13 @@ from data_jobs.training.dataset import (
     training_indices,
 )
 from data_jobs.training.network import DermNetwork
-from data_jobs.training.probabilities import calibration_error, fit_prior_shift, log_loss, softmax
+from data_jobs.training.probabilities import (
+    calibration_error,
+    fit_prior_shift,
+    log_loss,
+    prior_shifts,
+    softmax,
+)
 from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
@@ -36,7 +42,6 @@ from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 OPSET = 18
-SHIFTS = np.linspace(0.0, 1.2, 13)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ def side_figures(
     side: int, logits: NDArray[np.float32], labels: NDArray[np.int64], prior: NDArray[np.float64]
 ) -> SideFigures:
     """Figures of one side from raw logits."""
-    shift, temperature = fit_prior_shift(logits, labels, prior, SHIFTS)
+    shift, temperature = fit_prior_shift(logits, labels, prior, prior_shifts())
     p = softmax(logits + shift * np.log(prior), temperature)
     melanoma = TRAINED.index(Diagnosis.MEL)
     return SideFigures(

@@ -11,7 +11,11 @@ from typing import Any, Literal, TypeVar
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
-    """Which folds do what. `test_fold` is read by `evaluate` alone."""
+    """Which folds do what; no lesion of the test or calibration fold is trained on.
+
+    `test_fold` is read by `evaluate` alone, unless it is the calibration fold as well: then
+    every figure on it is cross-fitted (`data_jobs.training.cross_fitting`).
+    """
 
     test_fold: int
     calibration_fold: int
@@ -67,11 +71,16 @@ class OptimiserPlan:
 
 @dataclass(frozen=True, slots=True)
 class LossPlan:
-    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021) over a class-tempered sample."""
+    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021) over a class-tempered sample.
+
+    `mixup` is the alpha of the Beta distribution that images and labels of a batch are mixed by
+    (Zhang et al., ICLR 2018); 0 mixes nothing.
+    """
 
     label_smoothing: float
     sampling_power: float
     logit_adjustment: float
+    mixup: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +193,8 @@ def read_recipe(path: Path) -> Recipe:
     if raw:
         raise ValueError(f"{path}: unknown {', '.join(sorted(raw))}.")
     plan = recipe.data
-    if len({plan.test_fold, plan.calibration_fold, *plan.train_folds}) != 2 + len(plan.train_folds):
-        raise ValueError(f"{path}: the test, calibration and training folds must not overlap.")
+    if {plan.test_fold, plan.calibration_fold} & set(plan.train_folds):
+        raise ValueError(f"{path}: the training folds must not overlap the test or calibration fold.")
     return recipe
 
 

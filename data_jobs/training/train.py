@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 import hashlib
 import json
 import math
@@ -103,6 +104,26 @@ def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.Ad
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A batch of images N×3×H×W, each `share` of itself and 1 - `share` of its partner; both labels."""
+
+    images: Tensor
+    labels: Tensor
+    partners: Tensor
+    share: float
+
+
+def mix(images: Tensor, labels: Tensor, alpha: float, rng: np.random.Generator) -> Mixture:
+    """Mixup (Zhang et al., ICLR 2018): one share a batch from Beta(alpha, alpha), the larger part kept."""
+    if alpha == 0.0:
+        return Mixture(images, labels, labels, 1.0)
+    share = float(rng.beta(alpha, alpha))
+    share = max(share, 1.0 - share)
+    order = torch.from_numpy(rng.permutation(len(labels)))
+    return Mixture(torch.lerp(images[order], images, share), labels, labels[order], share)
+
+
 class AdjustedLoss(nn.Module):
     """Cross-entropy of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10)."""
 
@@ -112,9 +133,12 @@ class AdjustedLoss(nn.Module):
         self.register_buffer("adjustment", torch.from_numpy(adjustment).float())
         self.loss = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, mixture: Mixture) -> Tensor:
         """Mean loss of a batch."""
-        loss: Tensor = self.loss(logits + self.adjustment, labels)
+        adjusted = logits + self.adjustment
+        loss: Tensor = self.loss(adjusted, mixture.labels)
+        if mixture.share < 1.0:
+            loss = mixture.share * loss + (1.0 - mixture.share) * self.loss(adjusted, mixture.partners)
         return loss
 
 
@@ -128,20 +152,21 @@ def run_epoch(
     ema: AveragedModel,
     optimiser: torch.optim.Optimizer,
     loss: AdjustedLoss,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    mixtures: Iterator[Mixture],
     factors: Iterator[float],
     clip_norm: float,
     show: Callable[[int, float], None] = lambda _seen, _loss: None,
 ) -> tuple[float, float]:
-    """Train over `batches`; returns mean loss and training accuracy. `show` hears of every batch."""
+    """Train over `mixtures`; returns mean loss and training accuracy. `show` hears of every batch."""
     network.train()
     losses, hits, seen = 0.0, 0, 0
-    for (views, labels), factor in zip(batches, factors, strict=False):
+    for mixture, factor in zip(mixtures, factors, strict=False):
+        labels = mixture.labels
         for group in optimiser.param_groups:
             group["lr"] = factor * group["peak"]
         optimiser.zero_grad(set_to_none=True)
-        logits, _ = network(as_input(views))
-        value = loss(logits, labels)
+        logits, _ = network(mixture.images)
+        value = loss(logits, mixture)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         optimiser.step()
@@ -234,7 +259,7 @@ def train(
             ema,
             optimiser,
             loss,
-            iter(batches),
+            (mix(as_input(images), answers, recipe.loss.mixup, rng) for images, answers in batches),
             factors,
             recipe.optimiser.clip_norm,
             EpochProgress(epoch, len(sides), len(draws)),

@@ -35,7 +35,9 @@ def replace(path: Path, content: bytes) -> None:
 def test_every_copy_is_certified_and_within_its_gate(model: StoredModel) -> None:
     for copy in list_copies(model):
         assert copy.certificate["shipped"]
-        for fold in ("fold4", "fold0"):
+        folds = [name for name in copy.certificate if name.startswith("fold")]
+        assert folds
+        for fold in folds:
             point = copy.certificate[fold]["operating_points"]["melanoma"]
             assert point["sensitivity_server"] - point["sensitivity"] <= 0.005 + 1e-9
 

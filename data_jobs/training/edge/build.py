@@ -1,7 +1,7 @@
 """Build, certify and ship a model's edge copies: `python -m data_jobs.training.edge.build --model M`.
 
-For each kind of copy the first setting that passes the gate on fold 4 is measured once on
-fold 0 and on outliers. What passes is written into the model folder with `edge.json` (the
+For each kind of copy the first setting that passes the gate on the recipe's calibration fold is
+measured once on its test fold, where that is another one, and on outliers. What passes is written into the model folder with `edge.json` (the
 certificates) and `golden.json` (test vectors), and the folder is sealed anew; what fails is
 left out, and `edge.json` says why. Whatever was done already is read from `--work`.
 """
@@ -26,6 +26,7 @@ from data_jobs.training.edge.latency import latency_ratio
 from data_jobs.training.edge.plain_graph import plain_graph
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.outliers import make_outliers
+from data_jobs.training.recipe import DataPlan, read_recipe
 from data_jobs.training.scan import Pixels, Scan, open_onnx
 from deployments.preprocess.resize import InputGeometry
 from model_store.edge_copies import EDGE_NAME, server_contract
@@ -33,7 +34,6 @@ from model_store.golden_check import GOLDEN_NAME
 from model_store.integrity import digest_file
 from model_store.registry import ModelStore, StoredModel
 
-TRAIN_FOLDS, CALIBRATION_FOLD, TEST_FOLD = (1, 2, 3), 4, 0
 #: Images of each diagnosis that activations are measured on.
 CALIBRATION_IMAGES = 16
 SEED = 20261126
@@ -45,13 +45,23 @@ class Proof:
     """The server's answers on the images that copies are proven on, and the comparison with them."""
 
     def __init__(
-        self, model: StoredModel, archive: Archive, work: Path, threads: int, sample: int | None
+        self,
+        model: StoredModel,
+        plan: DataPlan,
+        archive: Archive,
+        work: Path,
+        threads: int,
+        sample: int | None,
     ) -> None:
+        self.calibration_fold = plan.calibration_fold
+        self.other_folds = sorted({plan.test_fold} - {plan.calibration_fold})
         self._judge = Judge.from_model(model)
         self._work = work
         outliers = [o.pixels for o in make_outliers(archive.geometry, SEED) if o.part == "test"]
         self._outliers = FoldImages("outliers", [], np.empty(0, np.int64), np.stack(outliers))
-        self._folds = {number: archive.fold(number, sample) for number in (CALIBRATION_FOLD, TEST_FOLD)}
+        self._folds = {
+            number: archive.fold(number, sample) for number in (plan.calibration_fold, *self.other_folds)
+        }
         self._server = model.path(model.manifest.onnx)
         self.threads = threads
         self.run_server = open_onnx(self._server, threads)
@@ -82,22 +92,24 @@ def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], P
     for candidate in kind.candidates:
         path = make(kind, candidate, source)
         run = kind.open(path, proof.threads)
-        figures, problems = proof.fold(CALIBRATION_FOLD, run, path)
+        figures, problems = proof.fold(proof.calibration_fold, run, path)
         if path.stat().st_size > MOST_BYTES:
             problems.append(f"{path.stat().st_size} bytes; {MOST_BYTES} are allowed")
         tried.append({"setting": candidate.setting, "bytes": path.stat().st_size, "problems": problems})
         tell(kind, candidate, figures, problems)
         if problems:
             continue
-        confirmed, problems = proof.fold(TEST_FOLD, run, path)
-        tell(kind, candidate, confirmed, problems)
+        confirmed = {}
+        for number in proof.other_folds:
+            confirmed[f"fold{number}"], problems = proof.fold(number, run, path)
+            tell(kind, candidate, confirmed[f"fold{number}"], problems)
         certificate = {
             "setting": candidate.setting,
             "tried": tried,
             "shipped": not problems,
             "problems": problems,
-            f"fold{CALIBRATION_FOLD}": figures,
-            f"fold{TEST_FOLD}": confirmed,
+            f"fold{proof.calibration_fold}": figures,
+            **confirmed,
             "outliers": proof.outliers(run, path),
             "latency": proof.latency(kind, path, source.images),
         }
@@ -129,7 +141,13 @@ def tell(kind: Kind, candidate: Candidate, figures: Mapping[str, Any], problems:
 
 
 def build(
-    model: StoredModel, cache: Path, work: Path, kinds: list[Kind], threads: int, sample: int | None
+    model: StoredModel,
+    plan: DataPlan,
+    cache: Path,
+    work: Path,
+    kinds: list[Kind],
+    threads: int,
+    sample: int | None,
 ) -> dict[str, Any]:
     """Build all copies and return `edge.json`; the model folder changes only when all is done."""
     geometry = InputGeometry.from_manifest(model.manifest.input)
@@ -137,8 +155,8 @@ def build(
     work = work / model.manifest.files[model.manifest.onnx].sha256[:16]
     work.mkdir(parents=True, exist_ok=True)
     archive = Archive.open(cache, geometry)
-    source = Source(graph, archive.sample(TRAIN_FOLDS, CALIBRATION_IMAGES, SEED), work)
-    proof = Proof(model, archive, work, threads, sample)
+    source = Source(graph, archive.sample(plan.train_folds, CALIBRATION_IMAGES, SEED), work)
+    proof = Proof(model, plan, archive, work, threads, sample)
     copies, left_out, files = {}, {}, {}
     for kind in kinds:
         certificate, path = certify(kind, source, proof)
@@ -186,6 +204,7 @@ def main() -> None:
     """Command line: see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--recipe", type=Path, required=True, help="the model's: which folds do what")
     parser.add_argument("--models", type=Path, default=Path("model_store/models"))
     parser.add_argument("--cache-dir", type=Path, required=True, help="pixel cache, as of training")
     parser.add_argument("--work", type=Path, required=True, help="what is done already; may be deleted")
@@ -197,7 +216,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = ModelStore(arguments.models).open(arguments.model)
     kinds = [kind for kind in KINDS if kind.name in arguments.copies]
-    edge = build(model, arguments.cache_dir, arguments.work, kinds, arguments.threads, arguments.sample)
+    plan = read_recipe(arguments.recipe).data
+    edge = build(model, plan, arguments.cache_dir, arguments.work, kinds, arguments.threads, arguments.sample)
     if edge["left_out"]:
         parser.exit(1, f"Not shipped: {', '.join(edge['left_out'])}; {EDGE_NAME} says why.\n")
 

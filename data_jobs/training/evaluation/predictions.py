@@ -17,7 +17,10 @@ from data_jobs.training.scan import Scan
 from deployments.classifier.calibration import Calibrator
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
+#: The test fold, each image as it was judged.
 PREDICTIONS_NAME = "predictions.parquet"
+#: The calibration fold, as served: what the thresholds follow from.
+CALIBRATION_NAME = "calibration.parquet"
 MELANOMA = TRAINED.index(Diagnosis.MEL)
 UNKNOWN = len(TRAINED)
 

@@ -12,7 +12,17 @@ from model_store.manifest import Manifest
 FLOORS = (("top-1 accuracy", 0.85), ("top-3 accuracy", 0.95), ("melanoma sensitivity", 0.95))
 
 
-def head_section(manifest: Manifest, exported: Mapping[str, Any]) -> str:
+def _held_out(evaluated: Mapping[str, Any]) -> str:
+    if not evaluated.get("cross_fitted"):
+        return f"Fold {evaluated['fold']} was used for nothing but the figures below."
+    return (
+        f"The network never saw fold {evaluated['fold']}. The figures on it below\nare cross-fitted: temperature, prior, "
+        "p(UNK), set thresholds and operating points are fitted\nanew without each fifth of its lesions, and that fifth "
+        "is judged by the fit that never saw it\n(`cross_fitting.json`). What ships is fitted on the whole fold."
+    )
+
+
+def head_section(manifest: Manifest, exported: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     """Name, intended use, training data, folds, and parity of the export."""
     side = manifest.input.input_size[1]
     size = manifest.files[manifest.onnx].bytes / 1e6
@@ -27,8 +37,8 @@ diagnosis, and nothing it says may lower the urgency that a rule or a clinician 
 
 Trained on {manifest.training_data}. The images are for the most
 part CC BY-NC 4.0: **the weights are for non-commercial use** until trained on data with another licence.
-Folds are grouped by lesion. Calibrated on {manifest.calibration.fitted_on}. Fold 0 was used for nothing but the
-figures below. ONNX against torch: largest logit difference {exported["parity"]["max_abs_logit"]:.1e} over
+Folds are grouped by lesion. Calibrated on {manifest.calibration.fitted_on}. {_held_out(evaluated)}
+ONNX against torch: largest logit difference {exported["parity"]["max_abs_logit"]:.1e} over
 {exported["parity"]["images"]} images.
 """
 
@@ -52,16 +62,20 @@ Melanoma sensitivity is that of the operating point `melanoma` by lesion ({point
 """
 
 
-def limits_section(calibrated: Mapping[str, Any]) -> str:
+def limits_section(calibrated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     """What was not or could not be tested."""
     few = ", ".join(f"{d} {n}" for d, n in calibrated["images_a_class"].items() if n < 60)
+    fold = f"fold {evaluated['fold']}"
+    out_of_sample = (
+        f"only {fold} is" if evaluated.get("cross_fitted") else f"only the calibration fold and {fold} are"
+    )
     return f"""## Limits
 
 - **Dermoscopic images only.** Clinical (non-dermoscopic) photographs were not to be had: untested, neither as input nor as UNK.
 - **Skin types are not recorded** in the data, which is mostly of light skin: performance on dark skin is unknown.
 - Aspect and resolution go with the diagnosis in this archive (AK, SCC and VASC arrive squashed and small). Both were hidden in training by
   squashing every image, random stretch, resampling, blur and JPEG; compare the subgroups above for what is left.
-- One network on one split: only the calibration fold and fold 0 are out of its sample (`predictions.parquet` holds both). It was not trained
+- One network on one split: {out_of_sample} out of its sample (`predictions.parquet`, `calibration.parquet`). It was not trained
   again for every fold: the intervals tell of other images, not of another training.
 - Few images for calibration of rare diagnoses ({few}): their set thresholds rest on one or two images each, and coverage on new images
   varies widely.

@@ -25,13 +25,22 @@ def test_the_shipped_recipe_starts_from_the_first_model() -> None:
     assert len(bytes.fromhex(start.checkpoint_sha256)) == 32
 
 
+def test_one_fold_may_be_calibrated_and_tested_on(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        RECIPE.read_text(encoding="utf-8").replace("calibration_fold = 4", "calibration_fold = 0")
+    )
+    plan = read_recipe(path).data
+    assert plan.test_fold == plan.calibration_fold == 0
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("seed = ", "sead = ", "seed"),
         ("clip_norm", "clip_nrom", "clip_nrom"),
         ("train_folds = [1, 2, 3]", "train_folds = [0, 1, 2]", "overlap"),
-        ("calibration_fold = 4", "calibration_fold = 0", "overlap"),
+        ("calibration_fold = 4", "calibration_fold = 3", "overlap"),
         ("[serving]", '[start]\nmodel_id = "m"\n[serving]', "checkpoint_sha256"),
         ("[serving]", "[extra]\nx = 1\n[serving]", "extra"),
     ],
