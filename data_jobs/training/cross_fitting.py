@@ -97,7 +97,7 @@ def cross_fit(
         own, temperature = fit_prior_shift(raw[rest], labels[rest], prior, prior_shifts())
         p = softmax(raw[rest] + own * np.log(prior), temperature)
         slope, intercept = fit_logistic(scores[rest], outlier_scores)
-        points = choose_points(p, labels[rest], [lesions[i] for i in np.flatnonzero(rest)])
+        points = choose_points(p, labels[rest], [lesions[i] for i in np.flatnonzero(rest).tolist()])
         fits.append(
             PartFit(
                 images=int(rest.sum()),

@@ -38,7 +38,7 @@ def fit_temperature(logits: NDArray[np.floating], labels: Labels) -> float:
 
 
 #: What the flattest prior may cost of the share of right first answers.
-TOP1_TOLERANCE = 0.01
+TOP1_TOLERANCE = 0.005
 
 
 def prior_shifts() -> Floats:

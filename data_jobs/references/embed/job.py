@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -17,7 +16,7 @@ from typing import TypeVar
 from data_jobs.references.catalogue import CatalogueEntry, read_catalogue
 from data_jobs.references.embed.pipeline import Resources, Target, run_pipeline
 from data_jobs.references.embed.progress import ProgressDisplay, describe
-from data_jobs.references.embed.steps import PrepareImages, catalogue_table
+from data_jobs.references.embed.steps import catalogue_table
 from data_jobs.references.embedder import identify_embedder, space_spec
 from deployments.preprocess.resize import InputGeometry
 from model_store.registry import ModelStore
@@ -41,53 +40,17 @@ class JobReport:
     total_s: float
 
 
-def run_job(
-    folder: Path,
-    target: Target,
-    resources: Resources,
-    *,
-    pictures: bool,
-    say: Say,
-    join_ray: Callable[[], None],
-) -> JobReport:
-    """Fill the space from a folder of references. Needs the owner's role in the database.
+def run_job(folder: Path, target: Target, resources: Resources, *, pictures: bool, say: Say) -> JobReport:
+    """Fill the space from a folder of references. Needs `ray.init`, and the owner's role in the database.
 
-    `join_ray` is called at once: a node takes seconds to start, in which the database is asked what is
-    missing. Raises what it, `read_catalogue`, `ModelStore.open` and `ReferenceCache.begin` do.
+    Raises what `read_catalogue`, `ModelStore.open` and `ReferenceCache.begin` do.
     """
     started = monotonic()
-    with ThreadPoolExecutor(1) as beside:
-        planning = beside.submit(_plan, folder.resolve(), target, pictures=pictures)
-        join_ray()
-        plan = planning.result()
-    total, found = len(plan.entries), len(plan.entries) - len(plan.missing)
-    say(f"{len(plan.missing):,} images to embed into {target.embedding_space}; {found:,} are there")
-    display = ProgressDisplay(total, before=found, say=say)
-    if plan.missing:
-        with display:
-            run_pipeline(catalogue_table(plan.missing), plan.prepare, target, resources, note=display.note)
-    embedded_after = monotonic() - started
-    say("indexing")
-    _in_database(target.dsn, lambda cache: cache.complete(target.embedding_space))
-    done, failures = _look(target, plan.entries)
-    total_s = monotonic() - started
-    say(describe(done, total, embedded_after, failures, before=found))
-    embedded = done - found - sum(failures.values())
-    return JobReport(target.embedding_space, total, found, embedded, failures, embedded_after, total_s)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    entries: list[CatalogueEntry]
-    missing: list[CatalogueEntry]
-    prepare: PrepareImages
-
-
-def _plan(folder: Path, target: Target, *, pictures: bool) -> _Plan:
-    """Claim the space, and find out which images of the folder are not in it."""
+    folder = folder.resolve()
     entries = [entry for entry in read_catalogue(folder) if entry.image_type == "dermoscopic"]
     model = ModelStore(target.models).open(target.model_id)
-    embedder = identify_embedder(model, space_spec(model, target.embedding_space))
+    spec = space_spec(model, target.embedding_space)
+    embedder = identify_embedder(model, spec)
 
     async def begin(cache: ReferenceCache) -> set[str]:
         await cache.begin(embedder, expected=len(entries))
@@ -95,8 +58,21 @@ def _plan(folder: Path, target: Target, *, pictures: bool) -> _Plan:
 
     present = _in_database(target.dsn, begin)
     missing = [entry for entry in entries if entry.isic_id not in present]
-    geometry = InputGeometry.from_manifest(model.manifest.input)
-    return _Plan(entries, missing, PrepareImages(folder, geometry, pictures))
+    found = len(entries) - len(missing)
+    say(f"{len(missing):,} images to embed into {target.embedding_space}; {found:,} are there")
+    display = ProgressDisplay(lambda: _look(target, entries), len(entries), before=found, say=say)
+    if missing:
+        geometry = InputGeometry.from_manifest(model.manifest.input)
+        with display:
+            run_pipeline(catalogue_table(missing), folder, geometry, target, resources, pictures=pictures)
+    embedded_after = monotonic() - started
+    say("indexing")
+    _in_database(target.dsn, lambda cache: cache.complete(target.embedding_space))
+    done, failures = _look(target, entries)
+    total_s = monotonic() - started
+    say(describe(done, len(entries), embedded_after, failures, before=found))
+    embedded = done - found - sum(failures.values())
+    return JobReport(target.embedding_space, len(entries), found, embedded, failures, embedded_after, total_s)
 
 
 def _look(target: Target, entries: list[CatalogueEntry]) -> tuple[int, Mapping[str, int]]:

@@ -1,37 +1,31 @@
-"""The job as Ray Data runs it: catalogue rows in, and actors that prepare, embed and write.
+"""The job as Ray Data runs it: catalogue rows -> read and prepare -> embed (actors) -> database.
 
-An actor does all of it, so that neither files nor pixels travel: what they are fed is names, and what they
-give back is a word for each image that failed. Where decoding would hold a GPU up, preparing is a step of
-its own (`Resources.prepare_cpus`). Where the job runs and how wide is said by `Resources` alone: two cores
-of one machine, GPUs of many.
+Where it runs and how wide is said by `Resources` alone: two cores of one machine, GPUs of many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from data_jobs.references.embed.sink import ReferenceSink
-from data_jobs.references.embed.steps import EmbedImages, PrepareImages, embed_files
+from data_jobs.references.embed.steps import EmbedImages, PrepareImages
 from deployments.preprocess.resize import InputGeometry
 from model_store.session import Device
-
-#: The least rows of a block, at the end of a job.
-_LEAST_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What the job takes of the cluster; CPUs are Ray's logical ones, shares allowed.
 
-    `prepare_cpus` 0: the actors prepare their images themselves. Otherwise tasks that take so much each do,
-    and must find room beside the actors: on a node whose CPUs those took all of, nothing would ever be read.
+    Preparing and writing must find room beside the actors: on a node whose CPUs the actors took all of,
+    nothing would ever be read.
     """
 
     actors: int
@@ -39,7 +33,9 @@ class Resources:
     actor_gpus: float = 0.0
     threads: int = 1
     batch: int = 1
-    prepare_cpus: float = 0.0
+    prepare_cpus: float = 0.5
+    write_cpus: float = 0.25
+    rows_per_block: int = 64
     rows_per_write: int = 256
     niceness: int = 10
 
@@ -51,7 +47,7 @@ class Resources:
     @property
     def cpus(self) -> float:
         """What must be there for the job to move at all."""
-        return self.actors * self.actor_cpus + self.prepare_cpus
+        return self.actors * self.actor_cpus + self.prepare_cpus + self.write_cpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,51 +62,40 @@ class Target:
 
 def run_pipeline(
     table: pa.Table,
-    prepare: PrepareImages,
+    folder: Path,
+    geometry: InputGeometry,
     target: Target,
     resources: Resources,
     *,
-    note: Callable[[list[str | None]], None],
+    pictures: bool,
 ) -> None:
-    """Embed every row of the catalogue `table`; returns when all are in the database. Needs `ray.init`.
-
-    `note` hears of each transaction: for every image of it the cause of its failure, or None.
-    """
+    """Embed every row of the catalogue `table`; returns when all are in the database. Needs `ray.init`."""
     configure_data()
-    dataset = ray.data.from_arrow(list(split_rows(table, resources)))
-    if resources.prepare_cpus:
-        dataset = dataset.map_batches(
-            _Preparing(prepare, resources.niceness).prepare,
+    rows = resources.rows_per_block
+    blocks = [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
+    embed = {"threads": resources.threads, "device": resources.device, "batch": resources.batch}
+    (
+        ray.data.from_arrow(blocks)
+        .map_batches(
+            _Preparing(PrepareImages(folder, geometry, pictures), resources.niceness).prepare,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,
         )
-    written = dataset.map_batches(
-        _Embedding,
-        fn_constructor_args=(target, resources, None if resources.prepare_cpus else prepare),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=resources.actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=resources.actor_cpus,
-        num_gpus=resources.actor_gpus or None,
+        .map_batches(
+            _Embedding,
+            fn_constructor_args=(target, resources.niceness, embed),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=resources.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=resources.actor_cpus,
+            num_gpus=resources.actor_gpus or None,
+        )
+        .write_datasink(
+            ReferenceSink(target.dsn, target.embedding_space, rows_per_write=resources.rows_per_write),
+            ray_remote_args={"num_cpus": resources.write_cpus},
+        )
     )
-    for causes in written.iter_batches(batch_size=None, batch_format="pyarrow"):
-        note(causes["cause"].to_pylist())
-
-
-def split_rows(table: pa.Table, resources: Resources) -> Iterator[pa.Table]:
-    """Cut a table into blocks of `rows_per_write`, ever smaller towards the end: the actors end together.
-
-    Guided self-scheduling (Polychronopoulos and Kuck, IEEE Transactions on Computers, 1987): a block is
-    a share of what is left, here half an actor's part of it.
-    """
-    most, start = resources.rows_per_write, 0
-    least = min(_LEAST_ROWS, most)
-    while start < table.num_rows:
-        share = (table.num_rows - start) // (2 * resources.actors)
-        rows = max(least, min(most, share))
-        yield table.slice(start, rows)
-        start += rows
 
 
 def configure_data() -> None:
@@ -118,7 +103,7 @@ def configure_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 64 * 1024 * 1024
+    context.target_max_block_size = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,25 +119,14 @@ class _Preparing:
 
 
 class _Embedding:
-    """EmbedImages and ReferenceSink in an actor, and PrepareImages unless that was done before."""
+    """EmbedImages in an actor."""
 
-    def __init__(self, target: Target, resources: Resources, prepare: PrepareImages | None) -> None:
-        _step_back(resources.niceness)
-        self._prepare = prepare
-        self._embed = EmbedImages(
-            target.models,
-            target.model_id,
-            target.embedding_space,
-            threads=resources.threads,
-            device=resources.device,
-            batch=resources.batch,
-        )
-        self._sink = ReferenceSink(target.dsn, target.embedding_space)
+    def __init__(self, target: Target, niceness: int, options: dict[str, Any]) -> None:
+        _step_back(niceness)
+        self._images = EmbedImages(target.models, target.model_id, target.embedding_space, **options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        embedded = embed_files(batch, self._prepare, self._embed) if self._prepare else self._embed(batch)
-        self._sink.take_in(embedded)
-        return embedded.select(["cause"])
+        return self._images(batch)
 
 
 def _step_back(niceness: int) -> None:

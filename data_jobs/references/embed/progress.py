@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import threading
 from time import monotonic
 
@@ -23,21 +22,25 @@ def describe(done: int, total: int, seconds: float, failures: Mapping[str, int],
 
 
 class ProgressDisplay:
-    """Counts what a run has done, and prints a line every few seconds while a `with` block runs."""
+    """Prints a line every few seconds while a `with` block runs, from what `look` finds.
 
-    def __init__(self, total: int, *, before: int, say: Callable[[str], None], every_s: float = 10.0) -> None:
-        self._total, self._before = total, before
-        self._done, self._failures = before, Counter[str]()
+    `look` gives how many images are done and the failures by cause; when it fails the display is
+    silent for that once, for it must never end the job that it shows.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], tuple[int, Mapping[str, int]]],
+        total: int,
+        *,
+        before: int,
+        say: Callable[[str], None],
+        every_s: float = 10.0,
+    ) -> None:
+        self._look, self._total, self._before = look, total, before
         self._say, self._every_s = say, every_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
-
-    def note(self, causes: Iterable[str | None]) -> None:
-        """Count images that are done: the cause of each one's failure, or None."""
-        for cause in causes:
-            self._done += 1
-            if cause is not None:
-                self._failures[cause] += 1
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -49,5 +52,9 @@ class ProgressDisplay:
     def _show(self) -> None:
         started = monotonic()
         while not self._over.wait(self._every_s):
-            seconds = monotonic() - started
-            self._say(describe(self._done, self._total, seconds, dict(self._failures), before=self._before))
+            try:
+                done, failures = self._look()
+            except Exception as error:  # noqa: BLE001 - see the class
+                self._say(f"progress unknown: {error}")
+                continue
+            self._say(describe(done, self._total, monotonic() - started, failures, before=self._before))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from ray.data import Datasink
+from ray.data.block import Block, BlockAccessor
 
 from data_jobs.references.embed.steps import IMAGE_COLUMNS
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RecordsUnavailable
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import open_pool
 from serve_app.records.reference_cache import FailedReference, ReferenceCache, ReferencePicture
 from serve_app.records.references import DIMENSIONS, ReferenceImage
 
@@ -29,28 +31,24 @@ class _Arrivals:
     failures: list[FailedReference]
 
 
-class ReferenceSink:
-    """Takes rows into one space, over one connection that it keeps. Twice is as good as once.
+class ReferenceSink(Datasink[None]):
+    """Writes each bundle of blocks in one transaction. Ray may write one twice; twice is as good as once."""
 
-    Belongs to the thread that made it.
-    """
-
-    def __init__(self, dsn: str, embedding_space: str) -> None:
+    def __init__(self, dsn: str, embedding_space: str, *, rows_per_write: int) -> None:
         self._dsn = dsn
         self._embedding_space = embedding_space
-        self._loop = asyncio.Runner()
-        self._pool: Pool | None = None
+        self._rows_per_write = rows_per_write
 
-    def take_in(self, rows: pa.Table) -> None:
-        """Take in all of these rows, or none. RecordsUnavailable when the database stays away."""
-        if rows.num_rows:
-            self._loop.run(self._take_in(_arrivals(rows.to_pylist())))
+    @property
+    def min_rows_per_write(self) -> int:
+        """Rows that Ray collects for one transaction."""
+        return self._rows_per_write
 
-    def close(self) -> None:
-        """Give the connection back."""
-        if self._pool is not None:
-            self._loop.run(self._pool.close())
-        self._loop.close()
+    def write(self, blocks: Iterable[Block], ctx: object) -> None:  # noqa: ARG002 - Ray's signature
+        """Take in all rows of these blocks, or none. RecordsUnavailable when the database stays away."""
+        rows = [row for block in blocks for row in BlockAccessor.for_block(block).to_arrow().to_pylist()]
+        if rows:
+            asyncio.run(self._take_in(_arrivals(rows)))
 
     async def _take_in(self, arrivals: _Arrivals) -> None:
         started, pause = monotonic(), 0.5
@@ -66,15 +64,17 @@ class ReferenceSink:
                 return
 
     async def _try(self, arrivals: _Arrivals) -> None:
-        if self._pool is None:
-            self._pool = await open_pool(self._dsn, minimum=0, maximum=1, timeout_s=60)
-        await ReferenceCache(self._pool).take_in(
-            self._embedding_space,
-            arrivals.images,
-            arrivals.embeddings,
-            pictures=arrivals.pictures,
-            failures=arrivals.failures,
-        )
+        pool = await open_pool(self._dsn, minimum=0, maximum=1, timeout_s=60)
+        try:
+            await ReferenceCache(pool).take_in(
+                self._embedding_space,
+                arrivals.images,
+                arrivals.embeddings,
+                pictures=arrivals.pictures,
+                failures=arrivals.failures,
+            )
+        finally:
+            await pool.close()
 
 
 def _arrivals(rows: list[dict[str, Any]]) -> _Arrivals:

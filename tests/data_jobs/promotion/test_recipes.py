@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-import json
 from pathlib import Path
-import tomllib
 
-import numpy as np
 import pytest
 
 from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
-from data_jobs.references.bundle import embed_rows, write_references
 from data_jobs.references.load import publish_bundled
-from data_jobs.training.dataset import read_rows
-from data_jobs.training.manifest_file import write_manifest
-from data_jobs.training.recipe import Recipe, read_recipe
+from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
-from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
 from serve_app.api.assessor import Assessor
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.diagnosis import Diagnosis
@@ -27,9 +19,10 @@ from serve_app.domain.patient import ClinicalContext
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
+from tests.random_model import POSITIONS, RECIPES, random_checkpoint, write_folder
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
-timm = pytest.importorskip("timm", reason="needs the train extra")
+pytest.importorskip("timm", reason="needs the train extra")
 pytest.importorskip("safetensors", reason="needs the train extra")
 pytest.importorskip("onnx", reason="needs the train extra")
 
@@ -38,66 +31,6 @@ pytestmark = [
     # torch's ONNX tracer and its own deprecations are not ours to fix
     pytest.mark.filterwarnings("ignore"),
 ]
-
-RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
-#: The eight of eleven logits, in an order that is not ours.
-POSITIONS = [7, 8, 1, 0, 3, 4, 10, 9]
-
-
-def random_checkpoint(architecture: str, path: Path, classes: int = 11) -> Path:
-    """A timm classifier with seeded random weights, as safetensors."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(4)
-    network = timm.create_model(architecture, pretrained=False, num_classes=classes)
-    save_file(network.state_dict(), path)
-    return path
-
-
-def write_folder(store: Path, recipe: Recipe, export: Path, shipped: Path, archive: Path) -> Path:
-    """A model folder around an export, with a calibration that says nothing: the weights are random."""
-    exported = json.loads((export / "export.json").read_text())
-    folder = store / recipe.model_id
-    folder.mkdir(parents=True)
-    (export / "model.onnx").rename(folder / "model.onnx")
-    space = f"{recipe.model_id}.plain1"
-    np.savez(
-        folder / "ood.npz", means=np.zeros((8, 512), np.float32), precision=np.eye(512, dtype=np.float32)
-    )
-    np.savez(folder / f"{space}.npz", mean=np.zeros(512, np.float32), matrix=np.eye(512, dtype=np.float32))
-    write_references(folder / "references.parquet", [], np.empty((0, 512), np.float32))
-    content = tomllib.loads((shipped / MANIFEST_NAME).read_text())
-    del content["files"]
-    content |= {"model_id": recipe.model_id, "architecture": recipe.architecture, "tag": recipe.tag}
-    content["input"] |= {
-        "input_size": [3, exported["side"], exported["side"]],
-        "mean": list(recipe.network.channel_mean),
-        "std": list(recipe.network.channel_std),
-    }
-    del content["input"]["aspect_evidence"]  # another model's
-    content["ood"] |= {"slope": 1e-6, "intercept": -6.0}
-    content["spaces"] = [
-        {
-            "embedding_space": space,
-            "transform": f"{space}.npz",
-            "references": "references.parquet",
-            "count": 0,
-        }
-    ]
-    write_manifest(folder, content)
-    model = ModelStore(store).open(recipe.model_id)
-    rows = [row for row in read_rows(archive) if row.diagnosis_confirm_type][::3000]
-    embeddings = embed_rows(
-        rows,
-        archive,
-        model,
-        model.manifest.live_space,
-        threads=1,
-    )
-    write_references(folder / "references.parquet", rows, embeddings)
-    content["spaces"][0]["count"] = len(rows)
-    write_manifest(folder, content)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_large_100", "tf_efficientnet_lite0"])
