@@ -22,11 +22,18 @@ COMMANDS = {
     "stop": ("serve", "stop what `serve` runs"),
     "status": ("status", "say what runs, and how it is"),
     "migrate": ("records", "bring the schema up to date"),
-    "assign": ("records", "put a patient into a clinician's care"),
+    "assign": ("access", "put a patient into a clinician's care"),
+    "access": ("access", "care assignments and revocations: assign, end, list, revoke, restore"),
     "references": ("references", "the confirmed cases that similarity search finds, and their spaces"),
     "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, retire"),
-    "audit": ("audit", "verify the audit log, and sign its state"),
+    "backup": ("backup", "back up the database, or apart from it the keys, while serving"),
+    "restore": ("backup", "check a backup and put it in place; what was there is kept"),
+    "hold": ("hold", "legal holds, which keep images from being erased: set, release, list"),
+    "retention": ("retention", "close patients' records, and erase what is past its retention"),
+    "audit": ("audit", "verify, sign and export the audit log"),
     "models": ("models", "list, show, verify, import, evaluate, promote and roll back models"),
+    "outbox": ("outbox", "what the PMS is still to be told of: status, list, retry"),
+    "patients": ("patients", "load the directory of patients of a node without a PMS"),
     "environment": ("environment", "print what a shell needs to use `ray` and `serve` on this node"),
     "token": ("token", "sign a bearer token, for development"),
     "sample": ("sample", "draw a lesion to try the service with"),
@@ -45,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = parsed.run(parsed)
     except ValidationError as error:
-        return _fail(f"{explain(error)}. Has `derm-cds serve` run in {parsed.home}?")
+        missing = any(at["type"] == "missing" for at in error.errors())
+        hint = f" Has `derm-cds serve` run in {parsed.home}?" if missing else ""
+        return _fail(f"{explain(error)}.{hint}")
     except (DermError, RayFailed, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-import secrets
 
 from pydantic import ValidationError
 
 from cluster.postgres_state import DatabaseUrls
 from serve_app.security.private_files import locked_folder, write_private
+from serve_app.security.token_secret import DEVELOPMENT_PREFIX, make_development_secret
 from serve_app.settings import REPOSITORY
 
 
@@ -21,13 +21,18 @@ def model_folder() -> Path:
 def write_service_environment(home: Path, urls: DatabaseUrls) -> None:
     """Write `home`/service.env (0600): the application role's URL, and the token secret.
 
-    The secret is made once and kept; the URL follows the embedded server's port.
+    The URL follows the embedded server's port; every other line is kept. Where nobody gave a secret
+    or an issuer's keys, one is made once, for development: production refuses it.
     """
     path = home / "secrets" / "service.env"
     with locked_folder(path.parent):
         known = read_service_environment(home)
-        secret = known.get("DERM_TOKEN_SECRET") or secrets.token_urlsafe(48)
-        lines = {"DERM_DATABASE_URL": urls.app, "DERM_TOKEN_SECRET": secret}
+        lines = {**known, "DERM_DATABASE_URL": urls.app}
+        if os.environ.get("DERM_TOKEN_JWKS") or known.get("DERM_TOKEN_JWKS"):
+            if known.get("DERM_TOKEN_SECRET", "").startswith(DEVELOPMENT_PREFIX):
+                del lines["DERM_TOKEN_SECRET"]
+        elif not known.get("DERM_TOKEN_SECRET"):
+            lines["DERM_TOKEN_SECRET"] = make_development_secret()
         write_private(path, "".join(f"{key}={value}\n" for key, value in lines.items()).encode())
 
 
@@ -41,4 +46,10 @@ def read_service_environment(home: Path) -> dict[str, str]:
 
 def explain(error: ValidationError) -> str:
     """Say in one line which settings are missing or wrong, without their values."""
-    return "; ".join(f"DERM_{'_'.join(map(str, at['loc'])).upper()}: {at['msg']}" for at in error.errors())
+    return "; ".join(_explain(at["loc"], at["msg"]) for at in error.errors())
+
+
+def _explain(location: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    # What concerns several settings names them itself.
+    return f"DERM_{'_'.join(map(str, location)).upper()}: {message}" if location else message

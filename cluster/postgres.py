@@ -49,25 +49,30 @@ class EmbeddedPostgres:
         self.data = self.directory / "data"
         self.log = self.directory / "log" / "postgres.log"
         self._port = port
-        self._programs = programs()
-        self._account = server_account()
+        self.programs = programs()
+        self.account = server_account()
 
     def ensure(self) -> DatabaseUrls:
         """Set up what is missing, start the server unless it runs, and return its URLs."""
-        with self._alone() as state:
-            self._lay_out()
+        with self.alone() as state:
+            self.lay_out()
             if not (self.data / "PG_VERSION").exists():
+                if state.ready:  # an empty database in place of a lost one would pass for a working service
+                    raise PostgresFailed(
+                        f"{self.data} is gone. Put it back, or `derm-cds restore` a backup; for an empty "
+                        f"database, remove {self.state_file}."
+                    )
                 self._initdb(state)
             self._start(state)
             if not state.ready:
                 self._make_roles(state)
                 state.ready = True
-                state.write(self._state_file)
-            return state.urls(self._socket_directory(state))
+                state.write(self.state_file)
+            return state.urls(self.socket_directory(state))
 
     def start(self) -> None:
         """Start the server unless it runs; return once it takes connections."""
-        with self._alone() as state:
+        with self.alone() as state:
             self._start(state)
 
     def stop(self, *, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -76,11 +81,11 @@ class EmbeddedPostgres:
         Fast writes a checkpoint; immediate leaves that to the next start, and is what a stop
         becomes that takes longer than 30 s. Neither loses what was committed.
         """
-        with self._alone():
+        with self.alone():
             for how in (mode, "immediate"):
                 if self.is_running():
                     options = ("-m", how, "-w", "-t", _STOP_TIMEOUT_S)
-                    self._run("pg_ctl", "stop", "-D", "data", *options, check=False)
+                    self.run("pg_ctl", "stop", "-D", "data", *options, check=False)
             if self.is_running():
                 raise PostgresFailed(f"PostgreSQL in {self.data} did not stop.")
 
@@ -98,37 +103,41 @@ class EmbeddedPostgres:
         return process.pid if alive else None
 
     @property
-    def _state_file(self) -> Path:
+    def state_file(self) -> Path:
+        """Where its port and passwords are, 0600."""
         return self.home / "postgres.json"
 
     @contextmanager
-    def _alone(self) -> Iterator[PostgresState]:
-        # One at a time sets up, starts or stops; the kernel drops the lock of one that is killed.
+    def alone(self) -> Iterator[PostgresState]:
+        """Hold the server's state against other processes: one at a time sets up, starts, stops or restores."""
+        # The kernel drops the lock of one that is killed.
         self.home.mkdir(mode=0o711, parents=True, exist_ok=True)
         with (self.home / "postgres.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            state = PostgresState.read(self._state_file)
+            state = PostgresState.read(self.state_file)
             if state is None:
                 state = PostgresState.fresh(self._port)
-                state.write(self._state_file)
+                state.write(self.state_file)
             yield state
 
-    def _socket_directory(self, state: PostgresState) -> Path | None:
+    def socket_directory(self, state: PostgresState) -> Path | None:
+        """Where its socket is; None when the path would be too long, and loopback has to do."""
         directory = self.directory / "socket"
         return directory if fits_socket(directory, state.port) else None
 
     def _noted_pid(self) -> int:
         return int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
+        """Make the folders around the data directory, each with its owner and mode."""
         self.directory.mkdir(mode=0o711, exist_ok=True)
         self.directory.chmod(0o711)
         (self.directory / "etc").mkdir(exist_ok=True)
         (self.directory / "etc").chmod(0o755)
-        let_in(self._account, self.data)
-        let_run(self._account, self._programs)
+        let_in(self.account, self.data)
+        let_run(self.account, self.programs)
         for name in ("log", "socket", "setup"):
-            self._account.own(self.directory / name, 0o700)
+            self.account.own(self.directory / name, 0o700)
 
     def _initdb(self, state: PostgresState) -> None:
         # Elsewhere first: a set-up that was cut off never leaves half a data directory.
@@ -138,7 +147,7 @@ class EmbeddedPostgres:
         password.touch(mode=0o600)
         try:
             password.write_text(state.superuser_password)
-            os.chown(password, self._account.uid, self._account.gid)
+            os.chown(password, self.account.uid, self.account.gid)
             options = ["--username", SUPERUSER, "--pwfile", password, "--auth", "scram-sha-256"]
             options += [
                 "--sync-method",
@@ -151,7 +160,7 @@ class EmbeddedPostgres:
                 "C",
             ]
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
-            self._run("initdb", "-D", fresh, *options)
+            self.run("initdb", "-D", fresh, *options)
         finally:
             password.unlink()
         fresh.rename(self.data)
@@ -161,11 +170,11 @@ class EmbeddedPostgres:
             self._clear_leftovers()
             if not is_free(state.port):
                 state.port = free_port()
-                state.write(self._state_file)
+                state.write(self.state_file)
             self._configure(state)
             # pg_ctl builds a shell command: relative paths, for ours may hold what a shell minds.
             options = ("-l", "log/postgres.log", "-o", "-c config_file=etc/postgresql.conf")
-            self._run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S)
+            self.run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._takes_connections():
             if time.monotonic() > deadline or not self.is_running():
@@ -201,7 +210,7 @@ class EmbeddedPostgres:
         values = {
             "data": self.data,
             "hba": etc / "pg_hba.conf",
-            "socket": self._socket_directory(state) or "",
+            "socket": self.socket_directory(state) or "",
             "port": state.port,
         }
         settings = (_HERE / "postgresql.conf").read_text()
@@ -214,8 +223,8 @@ class EmbeddedPostgres:
 
     def _make_roles(self, state: PostgresState) -> None:
         done = subprocess.run(
-            [self._programs / "psql", "--no-psqlrc", "--quiet", "--file", _HERE / "postgres_roles.sql"],
-            env=state.superuser_environment(self._socket_directory(state)),
+            [self.programs / "psql", "--no-psqlrc", "--quiet", "--file", _HERE / "postgres_roles.sql"],
+            env=state.superuser_environment(self.socket_directory(state)),
             check=False,
             capture_output=True,
             text=True,
@@ -223,8 +232,9 @@ class EmbeddedPostgres:
         if done.returncode != 0:
             raise PostgresFailed(f"The database roles could not be made.\n{done.stderr}")
 
-    def _run(self, program: str, *arguments: object, check: bool = True) -> None:
-        command = [str(self._programs / program), *(str(argument) for argument in arguments)]
+    def run(self, program: str, *arguments: object, check: bool = True) -> None:
+        """Run one of PostgreSQL's programs as the server's account, in `directory`. PostgresFailed with what it said."""
+        command = [str(self.programs / program), *(str(argument) for argument in arguments)]
         # A file, not a pipe: the server inherits it, and a pipe would never end.
         with (self.directory / "etc" / f"{program}.log").open("w+") as output:
             done = subprocess.run(
@@ -233,7 +243,7 @@ class EmbeddedPostgres:
                 stdout=output,
                 stderr=output,
                 cwd=self.directory,
-                **self._account.popen,
+                **self.account.popen,
             )
             output.seek(0)
             said = output.read()

@@ -59,7 +59,9 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
         chosen = choose_model(settings.models, wanted=model, live=live.model_id if live else None)
         loaded = await publish_bundled(urls.owner, settings.models, chosen)
         _say(f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}")
-        return await _demonstrate(settings, pool) if settings.env == "development" else None
+        # An issuer that publishes its keys signs every token itself, the demonstration's too.
+        demonstrates = settings.env == "development" and not settings.token_jwks
+        return await _demonstrate(settings, pool) if demonstrates else None
     finally:
         await pool.close()
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serve_app.security.token_secret import find_weakness
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,12 +53,30 @@ class NodeFiles:
         return self.home / "audit" / "checkpoints.jsonl"
 
 
-class Settings(BaseSettings):
-    """What a replica needs to know of its node; times in seconds, sizes in bytes or pixels."""
+class KeySettings(BaseSettings):
+    """Where the key-encryption keys are: what the service and `derm-cds keys` must agree on."""
 
     model_config = SettingsConfigDict(env_prefix="DERM_", extra="ignore")
 
     home: Path = Field(default_factory=default_home)
+
+    #: `file:`, vault://HOST/MOUNT/KEY or kms:KEY; serve_app/security/key_providers has the details.
+    key_provider: str = "file:"
+    #: Vault's token, read before every request: a Vault Agent renews it there.
+    vault_token_file: Path | None = None
+    vault_token: SecretStr = Field(
+        default=SecretStr(""), validation_alias=AliasChoices("DERM_VAULT_TOKEN", "VAULT_TOKEN")
+    )
+
+    @property
+    def files(self) -> NodeFiles:
+        """The files that only this node's own user may read, and its checkpoints."""
+        return NodeFiles(self.home)
+
+
+class Settings(KeySettings):
+    """What a replica needs to know of its node; times in seconds, sizes in bytes or pixels."""
+
     env: Literal["development", "production"] = "development"
 
     database_url: SecretStr
@@ -63,7 +84,14 @@ class Settings(BaseSettings):
     database_pool_max: int = Field(default=4, ge=1)
     database_timeout_s: float = Field(default=5.0, gt=0)
 
-    token_secret: SecretStr
+    #: Tokens are checked with the one or the other: a secret shared with the issuer, or the keys it publishes
+    #: as a JWK set (a path, an http or an https URL).
+    token_secret: SecretStr = SecretStr("")
+    token_jwks: str = ""
+    #: Of the published keys: RS256, ES256, EdDSA, Ed25519.
+    token_algorithms: str = "RS256,ES256,EdDSA"
+    #: A key that the issuer withdrew is refused after that long.
+    token_jwks_refresh_s: float = Field(default=600.0, ge=30, le=86_400)
     token_issuer: str = "derm-cds"
     token_audience: str = "derm-cds"
 
@@ -76,13 +104,91 @@ class Settings(BaseSettings):
     max_upload_bytes_in_flight: int = Field(default=160 * 1024 * 1024, gt=0)
     min_side: int = Field(default=224, ge=1)
 
-    @property
-    def files(self) -> NodeFiles:
-        """The files that only this node's own user may read, and its checkpoints."""
-        return NodeFiles(self.home)
+    #: Of one principal in one ingress process; what comes on top is answered 429 with Retry-After.
+    rate_limit_per_s: float = Field(default=50.0, gt=0)
+    rate_limit_burst: int = Field(default=200, ge=1)
+    #: Requests without a valid token, of one address; what comes on top is answered 429.
+    unauthenticated_per_minute: int = Field(default=30, ge=1)
+    #: Refusals of one kind that are audited singly, of all addresses together; the rest is one event with a count.
+    refusal_events_per_minute: int = Field(default=300, ge=1)
+    #: Addresses, at commas, whose X-Forwarded-For is believed: a proxy that sets it, and nobody else.
+    trusted_proxies: str = ""
+
+    emergency_access_minutes: int = Field(default=240, ge=1)
+    emergency_access_max_minutes: int = Field(default=720, ge=1, le=1440)
+
+    #: How long a request with an Idempotency-Key may be repeated.
+    idempotency_days: int = Field(default=7, ge=1)
+    #: How long images are kept once their patient's record is closed; unset: for good.
+    retention_days: int | None = Field(default=None, ge=0)
+
+    #: Who is asked of patients at an upload: nobody, a table of our own, or the PMS.
+    patient_directory: Literal["none", "local", "pms"] = "none"
+    #: The PMS's address, as this node reaches it.
+    pms_url: str | None = None
+    #: Bearer token for it (mode 0600), read before every request; certificates to trust instead of the system's.
+    pms_token_file: Path | None = None
+    pms_ca_file: Path | None = None
+    #: For all that an upload asks the directory of patients.
+    pms_timeout_s: float = Field(default=0.3, gt=0, le=10)
+    #: How long what the PMS said of a patient is used again.
+    pms_cache_s: float = Field(default=300.0, ge=0, le=86_400)
+    #: Whether finished assessments are posted to the PMS: a disclosure, so only where somebody asked for it.
+    pms_deliver: bool = False
+    #: How long a message waits for the PMS before an operator must look at it.
+    pms_dead_after_days: int = Field(default=7, ge=1)
+
+    @field_validator("pms_url")
+    @classmethod
+    def _without_slash(cls, url: str | None) -> str | None:
+        if url is None or url == "":
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must be an http(s) address without a query")
+        if parts.username or parts.password:
+            raise ValueError("holds no credentials: the token is in DERM_PMS_TOKEN_FILE")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _tokens_have_one_issuer(self) -> Self:
+        secret = self.token_secret.get_secret_value()
+        if bool(secret) == bool(self.token_jwks):
+            raise ValueError(
+                "set DERM_TOKEN_SECRET, or DERM_TOKEN_JWKS, and never both: one issuer signs in one way"
+            )
+        if self.env == "production":
+            if secret and (weakness := find_weakness(secret)):
+                raise ValueError(
+                    f"DERM_TOKEN_SECRET is refused in production: {weakness}. Set the one that the PMS's issuer"
+                    " signs with, or DERM_TOKEN_JWKS"
+                )
+            parts = urlsplit(self.token_jwks)
+            if parts.scheme == "http" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}:
+                raise ValueError(
+                    "DERM_TOKEN_JWKS must be https or a file in production: it says who may sign"
+                )
+        if self.emergency_access_minutes > self.emergency_access_max_minutes:
+            raise ValueError("DERM_EMERGENCY_ACCESS_MINUTES is above DERM_EMERGENCY_ACCESS_MAX_MINUTES")
+        return self
+
+    @model_validator(mode="after")
+    def _pms_is_whole(self) -> Self:
+        if self.pms_url is None and (self.patient_directory == "pms" or self.pms_deliver):
+            raise ValueError("DERM_PMS_URL is missing: DERM_PATIENT_DIRECTORY or DERM_PMS_DELIVER needs it")
+        if self.env == "production" and self.pms_url is not None:
+            parts = urlsplit(self.pms_url)
+            if parts.scheme != "https" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}:
+                raise ValueError("DERM_PMS_URL must be https in production: patients' data goes there")
+        return self
 
 
 @lru_cache(maxsize=1)
 def load_settings() -> Settings:
     """Read this process's settings once; the environment wins over service.env."""
     return Settings(_env_file=default_home() / "secrets" / "service.env")  # type: ignore[call-arg]
+
+
+def load_key_settings() -> KeySettings:
+    """Read the key settings alone: they are there before anything else of the node is."""
+    return KeySettings(_env_file=default_home() / "secrets" / "service.env")  # type: ignore[call-arg]

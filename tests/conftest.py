@@ -25,6 +25,11 @@ from serve_app.records.references import ReferenceStore
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """As deployments/preprocess/decode.py has it for the process: pytest puts filters of its own before those."""
+    config.addinivalue_line("filterwarnings", r"ignore::UserWarning:PIL\..*")
+
+
 @pytest.fixture(scope="session")
 def isic_dir() -> Path:
     """The labelled dermoscopic images (train.csv, images/, uploads/)."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 import getpass
 import sys
 from uuid import uuid4
 
 from cluster.database import database
-from serve_app.domain.errors import Conflict
+from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import AuditEvent
-from serve_app.security.keyring import FileKeyring
+from serve_app.security.audit import AuditEvent, AuditOutcome
+from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
-from serve_app.settings import NodeFiles
+from serve_app.settings import NodeFiles, load_key_settings
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -38,19 +40,15 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    keyring = _keyring(arguments)
-    with closing(_keystore(arguments, keyring)) as store:
+    provider = _provider()
+    with closing(_keystore(arguments, provider)) as store:
         counts = {count.key_version: count for count in store.count_versions()}
-    for version in sorted({*counts, *keyring.versions}):
+    current, versions = provider.current_version, provider.versions
+    sys.stdout.write(f"{provider}\n")
+    for version in sorted({*counts, *versions}):
         count = counts.get(version)
         wraps, data_keys = (count.wraps, count.data_keys) if count else (0, 0)
-        state = (
-            "current"
-            if version == keyring.current_version
-            else "old"
-            if version in keyring.versions
-            else "retired"
-        )
+        state = "current" if version == current else "old" if version in versions else "retired"
         sys.stdout.write(
             f"version {version} ({state}): wraps {data_keys} data keys; "
             f"{wraps} of at most {MAX_WRAPS} wraps used\n"
@@ -59,53 +57,70 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _rotate(arguments: argparse.Namespace) -> int:
-    keyring = _keyring(arguments)
-    _record(arguments, "key_rotate", from_version=keyring.current_version)
-    sys.stdout.write(f"version {keyring.rotate()} wraps from now on; `derm-cds keys rewrap` does the rest\n")
+    provider = _provider()
+    _keystore(arguments, provider).close()  # another provider's keys show here, before anything changes
+    with _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version):
+        version = provider.rotate()
+    sys.stdout.write(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest\n")
     return 0
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:
-    keyring = _keyring(arguments)
-    _record(arguments, "key_rewrap", to_version=keyring.current_version)
+    provider = _provider()
     done = 0
-    with closing(_keystore(arguments, keyring)) as store:
+    to = provider.current_version
+    with (
+        closing(_keystore(arguments, provider)) as store,
+        _recorded(arguments, "key_rewrap", provider=str(provider), to_version=to),
+    ):
         while found := store.rewrap():
             done += found
             sys.stdout.write(f"\r{done} data keys rewrapped")
             sys.stdout.flush()
-    sys.stdout.write(f"\r{done} data keys rewrapped; all are under version {keyring.current_version}\n")
+    sys.stdout.write(f"\r{done} data keys rewrapped; all are under version {provider.current_version}\n")
     return 0
 
 
 def _retire(arguments: argparse.Namespace) -> int:
-    keyring = _keyring(arguments)
-    with closing(_keystore(arguments, keyring)) as store:
+    provider = _provider()
+    with closing(_keystore(arguments, provider)) as store:
         counts = {count.key_version: count.data_keys for count in store.count_versions()}
     if counts.get(arguments.version):
         raise Conflict(
             f"Version {arguments.version} wraps {counts[arguments.version]} data keys: `derm-cds keys rewrap` first."
         )
-    _record(arguments, "key_retire", version=arguments.version)
-    keyring.retire(arguments.version)
+    with _recorded(arguments, "key_retire", provider=str(provider), version=arguments.version):
+        provider.retire(arguments.version)
     sys.stdout.write(
         f"version {arguments.version} is destroyed; backups of the key store made under it open nothing\n"
     )
     return 0
 
 
-def _keyring(arguments: argparse.Namespace) -> FileKeyring:
-    return FileKeyring(NodeFiles(arguments.home).keyring)
+def _provider() -> KeyProvider:
+    return open_key_provider(load_key_settings())
 
 
-def _keystore(arguments: argparse.Namespace, keyring: FileKeyring) -> KeyStore:
-    return KeyStore(NodeFiles(arguments.home).keystore, keyring)
+def _keystore(arguments: argparse.Namespace, provider: KeyProvider) -> KeyStore:
+    return KeyStore(NodeFiles(arguments.home).keystore, provider)
 
 
-def _record(arguments: argparse.Namespace, action: str, **detail: object) -> None:
-    """Have it in the audit log first: what cannot be audited does not happen."""
+@contextmanager
+def _recorded(arguments: argparse.Namespace, action: str, **detail: object) -> Iterator[None]:
+    """Have it in the audit log first, for what cannot be audited does not happen; and again when it fails."""
+    _record(arguments, action, "success", detail)
+    try:
+        yield
+    except DermError:
+        _record(arguments, action, "failed", detail)
+        raise
+
+
+def _record(
+    arguments: argparse.Namespace, action: str, outcome: AuditOutcome, detail: dict[str, object]
+) -> None:
     event = AuditEvent(
-        action=action, actor=getpass.getuser(), outcome="success", request_id=str(uuid4()), detail=detail
+        action=action, actor=getpass.getuser(), outcome=outcome, request_id=str(uuid4()), detail=detail
     )
 
     async def write(dsn: str) -> None:

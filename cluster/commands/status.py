@@ -1,4 +1,4 @@
-"""`derm-cds status`: what runs here and how it is; exit code 0 ready, 1 in trouble, 3 not running."""
+"""`derm-cds status`: what runs here and how it is; exit code 0 ready, 1 in trouble, 3 not running, 4 unsafe."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import urllib.error
 import urllib.request
 
 import psutil
+from pydantic import ValidationError
 
 from cluster.database import own_database
+from cluster.node_files import explain
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
+from cluster.safety import Finding, all_findings, file_findings, prevents_ready
 from serve_app.domain.errors import DermError
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
+from serve_app.settings import load_settings
 
-READY, TROUBLE, STOPPED = 0, 1, 3
+READY, TROUBLE, STOPPED, UNSAFE = 0, 1, 3, 4
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -58,10 +62,37 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
             status |= asyncio.run(_records(urls))
         except DermError as error:
             status["records"] = str(error)
+    env, found = _safety(home, urls)
+    status["safety"] = {finding.name: finding.advice for finding in found} or "nothing found"
     if running is None:
         return status, STOPPED
     status["readyz"] = _readyz(running.url)
-    return status, READY if status["readyz"] == "ready" else TROUBLE
+    if status["readyz"] != "ready":
+        return status, TROUBLE
+    return status, UNSAFE if any(prevents_ready(finding, env=env) for finding in found) else READY
+
+
+def _safety(home: Path, urls: DatabaseUrls | None) -> tuple[str, list[Finding]]:
+    if not home.exists():
+        return "development", []
+    try:
+        settings = load_settings()
+    except ValidationError as error:
+        return "production", [Finding("settings", explain(error)), *file_findings(home)]
+
+    async def look() -> list[Finding]:
+        if urls is None:
+            return await all_findings(home, None, settings)
+        pool = await open_pool(urls.app, minimum=0, maximum=1)
+        try:
+            return await all_findings(home, pool, settings)
+        finally:
+            await pool.close()
+
+    try:
+        return settings.env, asyncio.run(look())
+    except (DermError, OSError) as error:
+        return settings.env, [Finding("not_checked", f"the set-up could not be looked at: {error}")]
 
 
 def _ray(home: Path) -> dict[str, Any] | str:

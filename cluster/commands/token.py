@@ -22,6 +22,10 @@ def _token(arguments: argparse.Namespace) -> int:
     settings = load_settings()
     if settings.env == "production":
         raise DermError("DERM_ENV is production: tokens come from the PMS's issuer, not from here.")
+    if settings.token_jwks:
+        raise DermError(
+            "DERM_TOKEN_JWKS names an issuer's keys: tokens come from that issuer, not from here."
+        )
     token = mint_token(
         secret=settings.token_secret.get_secret_value(),
         issuer=settings.token_issuer,

@@ -15,6 +15,7 @@ from deployments.classifier.classifier import Classifier, ClassifierOutput
 from deployments.live_model import live_model_at_start
 from model_store.registry import ModelStore
 from model_store.session import Device
+from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
 _MOST_PASSES = 4
@@ -29,6 +30,7 @@ class ClassifierDeployment:
 
     async def __init__(self, *, threads: int, device: Device) -> None:  # type: ignore[misc]
         settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
         # Passes × threads = cores. One thread a pass is the default: two share a pass of this
         # size so badly that it gains no time and costs a quarter more of the processor.
         passes = max(1, min(_MOST_PASSES, (os.cpu_count() or 1) // threads))

@@ -9,6 +9,7 @@ from ray import serve
 from deployments.embedder.embedder import Embedder
 from deployments.live_model import live_model_at_start
 from model_store.registry import ModelStore
+from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
 
@@ -18,6 +19,7 @@ class EmbedderDeployment:
 
     async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
         self._embedder = Embedder(ModelStore(settings.models))
         live = await live_model_at_start(settings)
         self._embedder.load(live.model_id, live.embedding_space)

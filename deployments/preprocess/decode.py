@@ -26,6 +26,9 @@ from serve_app.domain.errors import (
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 # Our own limit is checked on the header; Pillow's would only warn up to twice its value.
 Image.MAX_IMAGE_PIXELS = None
+# Broken metadata is no reason to turn a good photograph away, nor to write of it to the log. Once for the process:
+# `warnings.catch_warnings` around a decode would change, and put back, what every other thread goes by.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 ContentType = Literal["image/jpeg", "image/png"]
 
@@ -96,17 +99,15 @@ def decode_image(data: bytes, limits: UploadLimits, *, target_side: int | None =
         raise TooLarge(f"The image has {len(data)} bytes; the limit is {limits.max_bytes}.")
     bound_structure(data)
     formats = ("JPEG",) if content_type == "image/jpeg" else ("PNG",)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=formats)
-        except _DECODER_ERRORS as error:
-            raise UndecodableImage from error
-        _check_size(image.size, limits)
-        try:
-            return _load(image, target_side)
-        except _DECODER_ERRORS as error:
-            raise UndecodableImage from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except _DECODER_ERRORS as error:
+        raise UndecodableImage from error
+    _check_size(image.size, limits)
+    try:
+        return _load(image, target_side)
+    except _DECODER_ERRORS as error:
+        raise UndecodableImage from error
 
 
 def _check_size(size: tuple[int, int], limits: UploadLimits) -> None:

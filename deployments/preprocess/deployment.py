@@ -13,6 +13,7 @@ from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
 from model_store.registry import ModelStore
 from serve_app.domain.errors import RejectedUpload
+from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
 
@@ -22,6 +23,7 @@ class PreprocessDeployment:
 
     async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
         self._limits = UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoder")
         self._store = ModelStore(settings.models)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from serve_app.domain.assessment import Neighbours
+from serve_app.logs.process import ProcessLog
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import load_settings
@@ -18,6 +19,7 @@ class RetrieverDeployment:
 
     async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
         pool = await open_pool(
             settings.database_url.get_secret_value(),
             minimum=settings.database_pool_min,

@@ -10,6 +10,7 @@ from deployments.risk.findings import Findings
 from deployments.risk.stage import RiskStage
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Conclusion
+from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
 
@@ -18,7 +19,9 @@ class RiskDeployment:
     """Rules over what was found; they take microseconds, so they run on the loop."""
 
     def __init__(self, *, policy_version: str) -> None:
-        self._stage = RiskStage(ModelStore(load_settings().models), policy_version)
+        settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
+        self._stage = RiskStage(ModelStore(settings.models), policy_version)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Override policy thresholds without a restart; an unknown key fails the update."""

@@ -15,6 +15,7 @@ from deployments.risk.evidence import Effect, Evidence, highest_level, most_urge
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_tables import ScorePolicy
 from deployments.risk.quality_gate import judge_quality
+from deployments.risk.record_check import doubt_identity, state_record
 from serve_app.domain.assessment import (
     Change,
     Classification,
@@ -64,11 +65,13 @@ def conclude(
     evidence = [
         *weigh_diagnoses(classification, context, policy.rules, operating_points),
         *weigh_context(context, policy),
+        *state_record(context.record),
         *weigh_neighbours(neighbours, policy),
         *weigh_change(change, policy),
     ]
     reasons = (
         *verdict.concerns,
+        *doubt_identity(context.record),
         *find_doubts(classification, neighbours, context, policy.review),
     )
     risk = _risk(expected_severity(classification, policy.score.severity), evidence, policy)
@@ -104,6 +107,7 @@ def _refuse(
     reasons: tuple[Reason, ...], quality: Quality, context: ClinicalContext, policy: RiskPolicy
 ) -> Conclusion:
     """No answer; but what the clinician's own checklist demands stands without an image."""
+    reasons += tuple(doubt_identity(context.record))
     checklist = context.checklist
     if checklist is not None and demands_referral(checklist, policy.rules.checklist):
         reasons += (

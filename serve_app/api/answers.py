@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
-from serve_app.domain.assessment import Assessment, Classification, Neighbours, Outcome, SimilarCase
+from serve_app.api.unanswered import unanswered
+from serve_app.domain.assessment import Assessment, Classification, Neighbours, SimilarCase
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.records.lesion_rows import ImageRecord, LesionSummary, LesionTimeline
 
@@ -38,8 +40,13 @@ def lesion_url(lesion_id: UUID) -> str:
     return f"/api/lesions/{lesion_id}"
 
 
-def assessment_answer(record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> dict[str, Any]:
-    """One image's answer; `pending` while there is none, with every finding null."""
+def assessment_answer(
+    record: ImageRecord, *, lesion_id: UUID, patient_id: str, pms_url: str | None = None
+) -> dict[str, Any]:
+    """One image's answer; without one, the outcome says why, and every finding is null.
+
+    `pms_url`: the PMS's address, where one is configured, for the link to the encounter.
+    """
     answer: dict[str, Any] = {
         "assessment_id": str(record.assessment_id),
         "lesion_id": str(lesion_id),
@@ -48,17 +55,33 @@ def assessment_answer(record: ImageRecord, *, lesion_id: UUID, patient_id: str) 
         "encounter_id": record.encounter_id,
         "created_at": format_time(record.created_at),
     }
-    return answer | (_PENDING if record.assessment is None else _findings(record.assessment))
+    answer |= unanswered(record) if record.assessment is None else _findings(record.assessment)
+    if (erasure := record.erasure) is not None:
+        answer["erasure"] = {
+            "receipt_id": str(erasure.receipt_id),
+            "erased_at": format_time(erasure.erased_at),
+            "reason": erasure.reason,
+        }
+    if pms_url is not None and record.encounter_id is not None:
+        answer["links"] = {"encounter": encounter_url(pms_url, record.encounter_id)}
+    return answer
 
 
-def timeline_answer(timeline: LesionTimeline) -> dict[str, Any]:
+def encounter_url(pms_url: str, encounter_id: str) -> str:
+    """Where the PMS has an encounter."""
+    return f"{pms_url}/api/encounters/{quote(encounter_id, safe='')}"
+
+
+def timeline_answer(timeline: LesionTimeline, *, pms_url: str | None = None) -> dict[str, Any]:
     """A lesion with every image and assessment, newest first."""
     return {
         "lesion_id": str(timeline.lesion_id),
         "patient_id": timeline.patient_id,
         "created_at": format_time(timeline.created_at),
         "assessments": [
-            assessment_answer(record, lesion_id=timeline.lesion_id, patient_id=timeline.patient_id)
+            assessment_answer(
+                record, lesion_id=timeline.lesion_id, patient_id=timeline.patient_id, pms_url=pms_url
+            )
             for record in timeline.images
         ],
     }
@@ -76,30 +99,10 @@ def summary_answer(summary: LesionSummary) -> dict[str, Any]:
             "image_id": str(latest.image_id),
             "assessment_id": str(latest.assessment_id),
             "created_at": format_time(latest.created_at),
-            "outcome": assessment.outcome if assessment else Outcome.PENDING,
+            "outcome": latest.outcome,
             "risk": {"level": risk.level, "urgency": risk.urgency} if risk else None,
         },
     }
-
-
-_PENDING: dict[str, Any] = {
-    "outcome": Outcome.PENDING,
-    "reasons": [
-        {
-            "code": "assessment_pending",
-            "message": "The image is stored; its assessment has not finished.",
-            "action": "Ask again at Location; do not send the image a second time.",
-        }
-    ],
-    "quality": None,
-    "classification": None,
-    "risk": None,
-    "similar": [],
-    "neighbours": None,
-    "change": None,
-    "provenance": None,
-    "timings_ms": {},
-}
 
 
 def _findings(assessment: Assessment) -> dict[str, Any]:

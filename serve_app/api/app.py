@@ -10,11 +10,16 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
-from serve_app.api import health, lesions, references, replay, timeline
+from serve_app.api import emergency_access, erasure, health, lesions, references, replay, timeline
 from serve_app.api.admission import AdmissionGate
 from serve_app.api.assessor import Assessor
+from serve_app.api.door_settings import open_door
+from serve_app.api.emergency_limits import EmergencyLimits
+from serve_app.api.eraser import Eraser
+from serve_app.api.housekeeping import Housekeeper
 from serve_app.api.invariants import InvariantWatch
 from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.pms import open_pms
 from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
 from serve_app.api.replayer import Replayer
@@ -23,13 +28,16 @@ from serve_app.api.sealing import seal_forever
 from serve_app.api.services import Services
 from serve_app.api.stages import Stages
 from serve_app.api.triage import Triage
+from serve_app.records.access import AccessStore
 from serve_app.records.audit_chain import AuditChain
+from serve_app.records.erasures import ErasureStore
+from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
+from serve_app.records.retention import RetentionStore
 from serve_app.security.checkpoints import CheckpointLog
-from serve_app.security.keyring import FileKeyring
+from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keystore import KeyStore
-from serve_app.security.tokens import TokenVerifier
 from serve_app.settings import Settings
 
 SERVICE_VERSION = "0.1.0"
@@ -44,25 +52,45 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         timeout_s=settings.database_timeout_s,
     )
     records = LesionStore(pool)
-    keys = KeyStore(settings.files.keystore, FileKeyring(settings.files.keyring))
+    keys = KeyStore(settings.files.keystore, open_key_provider(settings))
     assessor = Assessor(stages, service_version=SERVICE_VERSION)
+    pms = open_pms(settings, pool, records)
     return Services(
         pool=pool,
         records=records,
         keys=keys,
         live=LiveModelWatch(pool, settings.models),
         invariants=InvariantWatch(pool),
-        triage=Triage(assessor=assessor, records=records, keys=keys),
+        triage=Triage(
+            assessor=assessor,
+            records=records,
+            keys=keys,
+            consultation=pms.consultation,
+            tells_pms=pms.delivery is not None,
+        ),
         replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
+        eraser=Eraser(ErasureStore(pool), keys),
+        pms=pms,
         admission=AdmissionGate(
             max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
         ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-        token_verifier=TokenVerifier(
-            settings.token_secret.get_secret_value(),
-            issuer=settings.token_issuer,
-            audience=settings.token_audience,
+        door=open_door(settings, pool, records),
+        access=AccessStore(pool),
+        emergency_limits=EmergencyLimits(
+            minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
         ),
+    )
+
+
+def _housekeeper(settings: Settings, services: Services) -> Housekeeper:
+    return Housekeeper(
+        eraser=services.eraser,
+        housekeeping=Housekeeping(services.pool),
+        retention=RetentionStore(services.pool),
+        keys=services.keys,
+        idempotency_days=settings.idempotency_days,
+        retention_days=settings.retention_days,
     )
 
 
@@ -77,11 +105,13 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
         services = await open_services(settings, stages)
         app.state.services = services
         checkpoints = CheckpointLog(settings.files.audit_checkpoints, settings.files.audit_signing_key)
-        app.state.token_verifier = services.token_verifier
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
             asyncio.create_task(services.invariants.check_forever()),
+            asyncio.create_task(services.door.summarise_forever()),
+            asyncio.create_task(_housekeeper(settings, services).keep_forever()),
             asyncio.create_task(seal_forever(AuditChain(services.pool), checkpoints)),
+            *services.pms.start(),
         )
         try:
             yield
@@ -90,6 +120,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+            await services.pms.close()
             await services.pool.close()
             services.keys.close()
 
@@ -108,6 +139,8 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     app.include_router(health.router)
     app.include_router(lesions.router)
     app.include_router(timeline.router)
+    app.include_router(erasure.router)
     app.include_router(replay.router)
     app.include_router(references.router)
+    app.include_router(emergency_access.router)
     return app

@@ -1,4 +1,4 @@
-"""Who is asking: the bearer token of a request."""
+"""Who is asking: the bearer token of a request, checked at the door."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from serve_app.domain.errors import Unauthenticated
-from serve_app.security.tokens import Principal, TokenVerifier
+from serve_app.api.services import Services
+from serve_app.security.tokens import Principal
 
-#: For the document alone: what counts as a bearer token is decided here.
+#: For the document alone: what counts as a bearer token is decided at the door.
 _DOCUMENTED = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
 
 
 async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> Principal:
-    """Verify `Authorization: Bearer <JWT>`; raise Unauthenticated for anything else."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthenticated
-    verifier: TokenVerifier = request.app.state.token_verifier
-    return verifier.verify(token.strip())
+    """Verify `Authorization: Bearer <JWT>`, and that the route is for this principal at all.
+
+    Raises Unauthenticated, RateLimited or Forbidden; each is in the audit log.
+    """
+    services: Services = request.app.state.services
+    return await services.door.admit(request)
 
 
 Caller = Annotated[Principal, Depends(authenticate)]

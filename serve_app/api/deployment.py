@@ -19,6 +19,7 @@ from deployments.risk.findings import Findings
 from serve_app.api.app import create_app
 from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import Overloaded, RejectedUpload, StageFailed
+from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
 Answer = TypeVar("Answer")
@@ -114,4 +115,6 @@ class Ingress:
 
         Serve itself answers with X-Request-ID.
         """
-        return create_app(load_settings(), self._stages, answer_request_id=False)
+        settings = load_settings()
+        ProcessLog.of_node(settings.token_secret).install()
+        return create_app(settings, self._stages, answer_request_id=False)

@@ -8,7 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serve_app.api.authentication import Caller
+from serve_app.api.rules import rule
 from serve_app.api.services import Services
+from serve_app.security.access import Action
 
 router = APIRouter()
 
@@ -24,7 +26,7 @@ async def readyz(request: Request) -> JSONResponse:
     """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
-    (null otherwise), and the invariants of what is stored.
+    (null otherwise), the invariants of what is stored, and how many messages to the PMS wait or are dead.
     """
     services: Services = request.app.state.services
     live = await services.live.refresh()
@@ -35,11 +37,12 @@ async def readyz(request: Request) -> JSONResponse:
             "embedding_space": live.embedding_space,
             "refused_model": services.live.refused,
             "invariants": services.invariants.describe(),
+            "outbox": await services.pms.describe(),
         }
     )
 
 
-@router.get("/api/openapi.json", include_in_schema=False)
+@router.get("/api/openapi.json", include_in_schema=False, openapi_extra=rule(Action.DESCRIBE))
 async def openapi(request: Request, _: Caller) -> dict[str, Any]:
     """Describe the interface."""
     document: dict[str, Any] = request.app.openapi()

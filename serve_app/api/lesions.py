@@ -14,6 +14,7 @@ from serve_app.api.answers import assessment_answer, lesion_url
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
+from serve_app.api.rules import rule
 from serve_app.api.services import Services
 from serve_app.api.triage import Submission
 from serve_app.api.upload import (
@@ -24,7 +25,8 @@ from serve_app.api.upload import (
     parse_opaque_id,
     read_upload,
 )
-from serve_app.domain.errors import IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
+from serve_app.domain.assessment import Outcome
+from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
 from serve_app.records.lesion_rows import ImageRecord, Replay
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
@@ -44,7 +46,7 @@ _PENDING_RETRY_AFTER = "5"
     status_code=201,
     response_model=AssessmentDocument,
     responses={202: {"model": AssessmentDocument}, **PROBLEM_RESPONSES},
-    openapi_extra={"requestBody": UPLOAD_BODY},
+    openapi_extra=rule(Action.UPLOAD, requestBody=UPLOAD_BODY),
     summary="Assess a dermoscopic image",
 )
 async def create_lesion(
@@ -87,7 +89,7 @@ async def _assess(
         stored = await services.triage.submit(submission, await services.live.current())
         if isinstance(stored, Replay):
             return await _replay(services, stored, submission)
-    except (RejectedUpload, NotFound, IdempotencyMismatch) as rejection:
+    except (RejectedUpload, NotFound, IdempotencyMismatch, Erased) as rejection:
         await services.records.record_event(
             AuditEvent(
                 action=Action.UPLOAD,
@@ -99,7 +101,7 @@ async def _assess(
             )
         )
         raise
-    return _respond(stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
+    return _respond(services, stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
 
 
 async def _authorise(
@@ -118,7 +120,7 @@ async def _authorise(
         caller,
         Action.UPLOAD,
         patient_id=form.patient_id,
-        assigned=access.assigned,
+        access=access,
         request_id=request_id,
     )
     if lesion_id is not None and access.lesion_patient != form.patient_id:
@@ -146,12 +148,14 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
     found = await services.records.assessment_record(replay.assessment_id)
     if found is None:
         raise NotFound
-    return _respond(found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
+    if found.image.erasure is not None:
+        raise Erased
+    return _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
 
 
-def _respond(record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> JSONResponse:
-    answer = assessment_answer(record, lesion_id=lesion_id, patient_id=patient_id)
+def _respond(services: Services, record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> JSONResponse:
+    answer = assessment_answer(record, lesion_id=lesion_id, patient_id=patient_id, pms_url=services.pms.url)
     headers = {"Location": lesion_url(lesion_id), "Cache-Control": "no-store"}
-    if record.assessment is None:
+    if record.outcome is Outcome.PENDING:
         return JSONResponse(answer, 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
     return JSONResponse(answer, 201, headers)

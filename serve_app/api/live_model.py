@@ -59,7 +59,10 @@ class LiveModelWatch:
             await asyncio.to_thread(_verify, self._models, published)
         except ModelContractError as error:
             if self.refused is None:
-                _log.error("%s does not take over: %s", published.model_id, error)
+                _log.error(
+                    "%(model_id)s does not take over: %(cause)s",
+                    {"model_id": published.model_id, "cause": str(error)},
+                )
             self.refused = str(error)
             return False
         self.refused = None

@@ -9,12 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import AnatomSite, Sex
 
+ErasureReason = Literal[
+    "patient_request", "consent_withdrawn", "wrong_patient", "uploaded_in_error", "retention"
+]
+RecordedOutcome = Literal["decided", "review", "refused", "pending", "failed", "cancelled", "erased"]
 
-class _Document(BaseModel):
+
+class Document(BaseModel):
+    """A shape that holds nothing but its fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class ProblemDocument(_Document):
+class ProblemDocument(Document):
     """RFC 9457; `code` is stable, `detail` is for people."""
 
     type: str
@@ -25,7 +32,7 @@ class ProblemDocument(_Document):
     request_id: str
 
 
-class ReasonDocument(_Document):
+class ReasonDocument(Document):
     """Why the outcome is not `decided`, and what to do about it."""
 
     code: str
@@ -33,7 +40,7 @@ class ReasonDocument(_Document):
     action: str
 
 
-class QualityDocument(_Document):
+class QualityDocument(Document):
     """Measured at the model's input size; width and height are the original's, in pixels."""
 
     sharpness: float
@@ -46,7 +53,7 @@ class QualityDocument(_Document):
     acceptable: bool
 
 
-class RankedDiagnosisDocument(_Document):
+class RankedDiagnosisDocument(Document):
     """One of the three most probable."""
 
     diagnosis: Diagnosis
@@ -54,7 +61,7 @@ class RankedDiagnosisDocument(_Document):
     probability: float = Field(ge=0, le=1)
 
 
-class ClassificationDocument(_Document):
+class ClassificationDocument(Document):
     """Nine calibrated probabilities that sum to 1; the set holds the truth at the stated coverage."""
 
     probabilities: dict[Diagnosis, float]
@@ -64,7 +71,7 @@ class ClassificationDocument(_Document):
     ood_score: float
 
 
-class FactorDocument(_Document):
+class FactorDocument(Document):
     """One thing that went into the risk."""
 
     code: str
@@ -72,7 +79,7 @@ class FactorDocument(_Document):
     message: str
 
 
-class RiskDocument(_Document):
+class RiskDocument(Document):
     """Level, urgency, a score from 0 to 1 and the factors behind them."""
 
     level: Literal["low", "medium", "high"]
@@ -82,7 +89,7 @@ class RiskDocument(_Document):
     policy_version: str
 
 
-class SimilarDocument(_Document):
+class SimilarDocument(Document):
     """A confirmed reference case; similarity is the cosine. `image_url` is here, `archive_url` the archive's page."""
 
     isic_id: str
@@ -99,7 +106,7 @@ class SimilarDocument(_Document):
     archive_url: str
 
 
-class NeighboursDocument(_Document):
+class NeighboursDocument(Document):
     """The references together; nearest of each kind wherever the cache holds one."""
 
     malignant_share: float | None
@@ -107,7 +114,7 @@ class NeighboursDocument(_Document):
     nearest_malignant: SimilarDocument | None
 
 
-class ChangeDocument(_Document):
+class ChangeDocument(Document):
     """New minus old since the lesion's previous assessed image."""
 
     since: str
@@ -116,7 +123,7 @@ class ChangeDocument(_Document):
     melanoma_probability_delta: float | None
 
 
-class ProvenanceDocument(_Document):
+class ProvenanceDocument(Document):
     """What made the answer."""
 
     model_id: str
@@ -127,8 +134,22 @@ class ProvenanceDocument(_Document):
     service_version: str
 
 
-class AssessmentDocument(_Document):
-    """The answer to one image."""
+class ErasureNoteDocument(Document):
+    """That the image was erased: its receipt is at `/api/lesions/{lesion_id}/images/{image_id}/receipt`."""
+
+    receipt_id: str
+    erased_at: str
+    reason: ErasureReason
+
+
+class LinksDocument(Document):
+    """Where else the answer belongs: the encounter in the PMS."""
+
+    encounter: str
+
+
+class AssessmentDocument(Document):
+    """The answer to one image; `erasure` is there only once the image is not, `links` where a PMS is configured."""
 
     assessment_id: str
     lesion_id: str
@@ -136,7 +157,7 @@ class AssessmentDocument(_Document):
     patient_id: str
     encounter_id: str | None
     created_at: str
-    outcome: Literal["decided", "review", "refused", "pending"]
+    outcome: RecordedOutcome
     reasons: list[ReasonDocument]
     quality: QualityDocument | None
     classification: ClassificationDocument | None
@@ -146,9 +167,27 @@ class AssessmentDocument(_Document):
     change: ChangeDocument | None
     provenance: ProvenanceDocument | None
     timings_ms: dict[str, float]
+    erasure: ErasureNoteDocument | None = None
+    links: LinksDocument | None = None
 
 
-class TimelineDocument(_Document):
+class ErasureDocument(Document):
+    """A receipt of erasure; while the key is not yet known to be gone, `erased_at` and `record_hash` are null.
+
+    `record_hash` is the SHA-256 of the other fields (docs/erasure.md); the audit log holds it, too.
+    """
+
+    receipt_id: str
+    image_id: str
+    erased_at: str | None
+    actor: str
+    reason: ErasureReason
+    ciphertext_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    data_key_id: str
+    record_hash: str | None = Field(pattern="^[0-9a-f]{64}$")
+
+
+class TimelineDocument(Document):
     """A lesion with every image and assessment, newest first."""
 
     lesion_id: str
@@ -157,24 +196,24 @@ class TimelineDocument(_Document):
     assessments: list[AssessmentDocument]
 
 
-class RiskSummaryDocument(_Document):
+class RiskSummaryDocument(Document):
     """Level and urgency alone."""
 
     level: Literal["low", "medium", "high"]
     urgency: Literal["routine", "expedited", "urgent"]
 
 
-class LatestDocument(_Document):
+class LatestDocument(Document):
     """A lesion's newest image."""
 
     image_id: str
     assessment_id: str
     created_at: str
-    outcome: Literal["decided", "review", "refused", "pending"]
+    outcome: RecordedOutcome
     risk: RiskSummaryDocument | None
 
 
-class LesionSummaryDocument(_Document):
+class LesionSummaryDocument(Document):
     """A lesion as the worklist shows it."""
 
     lesion_id: str
@@ -183,73 +222,16 @@ class LesionSummaryDocument(_Document):
     latest: LatestDocument
 
 
-class WorklistDocument(_Document):
+class WorklistDocument(Document):
     """One page, newest first."""
 
     lesions: list[LesionSummaryDocument]
     next: str | None
 
 
-class ReplayCauseDocument(_Document):
-    """Why an assessment could not be replayed; `code` is stable, `message` is for people."""
-
-    code: Literal[
-        "assessment_pending",
-        "model_gone",
-        "model_changed",
-        "image_rejected",
-        "preprocess_changed",
-        "compared_image_gone",
-        "policy_changed",
-    ]
-    message: str
-
-
-class ReplayToleranceDocument(_Document):
-    """How far two numbers may be apart and still count as the same, absolutely; the score is rounded."""
-
-    probability: float
-    score: float
-
-
-class DifferenceDocument(_Document):
-    """One field that did not come out as recorded; null where one side has no such field."""
-
-    field: str
-    recorded: str | float | list[str] | None
-    recomputed: str | float | list[str] | None
-
-
-class ReplayNoteDocument(_Document):
-    """Something that is other than then without being a difference of the answer."""
-
-    field: Literal["similar"]
-    code: Literal["references_changed"]
-    message: str
-
-
-class ReplayProvenanceDocument(_Document):
-    """What made the recorded answer, and the one made again; null where there is none."""
-
-    recorded: ProvenanceDocument | None
-    current: ProvenanceDocument | None
-
-
-class ReplayDocument(_Document):
-    """A past answer, made again: `cannot` has a cause, `within_tolerance` and `differs` have differences."""
-
-    assessment_id: str
-    verdict: Literal["identical", "within_tolerance", "differs", "cannot"]
-    cause: ReplayCauseDocument | None
-    tolerance: ReplayToleranceDocument
-    differences: list[DifferenceDocument]
-    notes: list[ReplayNoteDocument]
-    provenance: ReplayProvenanceDocument
-
-
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "content": {"application/problem+json": {}}}
-    for status in (401, 403, 404, 409, 413, 415, 422, 429, 503)
+    for status in (401, 403, 404, 409, 410, 413, 415, 422, 429, 503)
 }
 
 UPLOAD_BODY: dict[str, Any] = {

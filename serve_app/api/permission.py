@@ -1,12 +1,14 @@
-"""Every route's one door to a patient: decide, and have a denial on record."""
+"""Every route's way to a patient: decide, and have a denial on record."""
 
 from __future__ import annotations
 
 from uuid import UUID
 
-from serve_app.domain.errors import Forbidden
+from serve_app.domain.errors import Forbidden, NotFound
+from serve_app.records.lesion_rows import PatientAccess
 from serve_app.records.lesions import LesionStore
-from serve_app.security.access import Action, may
+from serve_app.security.access import Action, Circumstances, may
+from serve_app.security.attempt import attempt_of
 from serve_app.security.audit import AuditEvent
 from serve_app.security.tokens import Principal
 
@@ -17,15 +19,20 @@ async def require(
     action: Action,
     *,
     patient_id: str | None,
-    assigned: bool,
+    access: PatientAccess,
     request_id: str,
     lesion_id: UUID | None = None,
 ) -> None:
-    """Return if the principal may do this; else record the denial and raise Forbidden.
+    """Return if the principal may do this for the patient; else record the denial and raise Forbidden.
 
-    The caller reads the same words whether the patient is another's or does not exist.
+    The caller reads the same words whether the patient is another's or does not exist. What rests
+    on an emergency access is marked so from here on, in every event of the request.
     """
-    decision = may(principal, action, assigned=assigned)
+    decision = may(principal, action, Circumstances(assigned=access.assigned, emergency=access.emergency))
+    attempt = attempt_of(request_id)
+    if attempt is not None:
+        attempt.patient_id, attempt.lesion_id = patient_id, lesion_id
+        attempt.emergency = decision.emergency
     if decision:
         return
     await records.record_event(
@@ -47,7 +54,8 @@ async def require_lesion(
 ) -> str:
     """Permit access to a lesion by its patient, and name that.
 
-    An unknown lesion is denied like a stranger's: Forbidden, and on record.
+    An unknown lesion is denied like a stranger's: Forbidden, and on record. Only who may do this
+    for any patient learns that it is unknown: NotFound.
     """
     access = await records.access(principal.subject, None, lesion_id)
     await require(
@@ -55,10 +63,10 @@ async def require_lesion(
         principal,
         action,
         patient_id=access.lesion_patient,
-        assigned=access.assigned,
+        access=access,
         request_id=request_id,
         lesion_id=lesion_id,
     )
     if access.lesion_patient is None:
-        raise Forbidden
+        raise NotFound
     return access.lesion_patient

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from serve_app.api.failures import record_defect, record_failure, record_fault
 from serve_app.domain.errors import DermError
 
 logger = logging.getLogger("derm.api")
@@ -47,6 +48,7 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     async def on_derm_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, DermError)  # noqa: S101 - narrows for the type checker
+        error = await record_failure(request, error)
         headers = {}
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
@@ -72,11 +74,16 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - narrows for the type checker
         # Locations and rules only: the offending value may be patient data.
+        try:
+            await record_fault(request)
+        except DermError as unrecorded:
+            return await on_derm_error(request, unrecorded)
         faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
         return problem_response(request, status=422, code="invalid_field", detail=faults)
 
     async def on_defect(request: Request, error: Exception) -> JSONResponse:
         logger.error("Unhandled %s in request %s", type(error).__name__, request.scope.get("request_id"))
+        await record_defect(request)
         return problem_response(
             request,
             status=500,

@@ -8,14 +8,20 @@ import random
 
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.triage import Triage
+from serve_app.domain.errors import IntegrityError, RejectedUpload
+from serve_app.records.lesion_rows import PendingAssessment
 from serve_app.records.lesions import LesionStore
+from serve_app.security.audit import AuditEvent
 
 logger = logging.getLogger("derm.recovery")
 
 #: Longer than a request may take (triage.DEADLINE_S), so that no live request is overtaken.
 ORPHANED_AFTER_S = 20.0
-#: How long one recovery may take before another replica tries.
+#: How long the first recovery may take before another replica tries; each further one has twice that.
 LEASE_S = 30.0
+#: Tries, over 7.5 minutes, before an image that cannot be assessed is given up: a limit that was set wrong,
+#: or a key store that is being restored, must not end what was accepted.
+FAILED_AFTER_TRIES = 5
 _PERIOD_S = 5.0
 
 
@@ -45,11 +51,34 @@ async def recover_once(
     completed = 0
     for pending in await records.claim_pending(older_than_s=orphaned_after_s, lease_s=LEASE_S, limit=4):
         try:
-            assessment = await triage.resume(pending, await live.current())
+            completed += await _recover(records, triage, live, pending)
         except Exception as error:  # noqa: BLE001 - one that fails must not hold up the others
             logger.warning("Assessment %s stays pending: %s", pending.assessment_id, type(error).__name__)
-            continue
-        completed += assessment is not None
     if completed:
         logger.warning("Completed %d pending assessments", completed)
     return completed
+
+
+async def _recover(
+    records: LesionStore, triage: Triage, live: LiveModelWatch, pending: PendingAssessment
+) -> bool:
+    """Complete one, or end it as failed when it is the image itself that keeps it from an answer."""
+    try:
+        return await triage.resume(pending, await live.current()) is not None
+    except (RejectedUpload, IntegrityError) as error:
+        if pending.attempts < FAILED_AFTER_TRIES:
+            raise
+        event = AuditEvent(
+            action="classify",
+            actor=pending.actor,
+            outcome="failed",
+            patient_id=pending.patient_id,
+            lesion_id=pending.lesion_id,
+            image_id=pending.image_id,
+            assessment_id=pending.assessment_id,
+            request_id=pending.request_id,
+            detail={"code": error.code, "attempts": pending.attempts},
+        )
+        if await records.fail(pending.assessment_id, error.code, event=event):
+            logger.warning("Assessment %s has failed: %s", pending.assessment_id, error.code)
+        return False

@@ -1,7 +1,7 @@
 """GET /api/references/{isic_id}/image: a confirmed case to look at beside the patient's lesion.
 
-Public, licensed images of the archive: no patient of ours, so any caller with a token may see them, and
-nothing goes to the audit log.
+Public, licensed images of the archive: no patient of ours, so every role may see them, and a look at one
+is not in the audit log; a refusal is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from fastapi.responses import Response
 from serve_app.api.answers import archive_url
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES
+from serve_app.api.rules import rule
 from serve_app.api.services import Services
 from serve_app.domain.errors import NotFound
 from serve_app.records.reference_pictures import find_picture
+from serve_app.security.access import Action
 
 router = APIRouter(tags=["references"], responses=PROBLEM_RESPONSES)
 
@@ -45,6 +47,7 @@ LICENCE_TEXTS = {
         },
         304: {"description": "The caller has this picture."},
     },
+    openapi_extra=rule(Action.VIEW_REFERENCE),
     summary="A reference image, small",
 )
 async def read_reference_image(

@@ -11,9 +11,11 @@ from fastapi.responses import JSONResponse
 
 from serve_app.api.authentication import Caller
 from serve_app.api.comparison import SCORE_TOLERANCE, TOLERANCE
-from serve_app.api.openapi import PROBLEM_RESPONSES, ReplayDocument
+from serve_app.api.openapi import PROBLEM_RESPONSES
 from serve_app.api.permission import require_lesion
+from serve_app.api.replay_document import ReplayDocument
 from serve_app.api.replayer import Replayed
+from serve_app.api.rules import rule
 from serve_app.api.services import Services
 from serve_app.domain.assessment import Provenance
 from serve_app.domain.errors import IntegrityError, NotFound, StageFailed
@@ -33,6 +35,7 @@ _REFERENCES_CHANGED = {
 @router.post(
     "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay",
     response_model=ReplayDocument,
+    openapi_extra=rule(Action.REPLAY),
     summary="Make a past answer again, and compare",
 )
 async def replay_assessment(

@@ -16,8 +16,8 @@ from model_store.registry import ModelStore
 from serve_app.api.assessor import Assessor, Examination
 from serve_app.api.comparison import Difference, Verdict, compare, same_references
 from serve_app.api.triage import DEADLINE_S
-from serve_app.domain.assessment import Assessment, Provenance
-from serve_app.domain.errors import ModelContractError, NotFound, RejectedUpload, StageFailed
+from serve_app.domain.assessment import Assessment, Outcome, Provenance
+from serve_app.domain.errors import Erased, ModelContractError, NotFound, RejectedUpload, StageFailed
 from serve_app.records.lesion_rows import PreviousAssessment, RecordedCase
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
@@ -29,6 +29,8 @@ class Cause(StrEnum):
     """Why an assessment cannot be replayed."""
 
     ASSESSMENT_PENDING = "assessment_pending"
+    ASSESSMENT_FAILED = "assessment_failed"
+    IMAGE_ERASED = "image_erased"
     MODEL_GONE = "model_gone"
     MODEL_CHANGED = "model_changed"
     IMAGE_REJECTED = "image_rejected"
@@ -44,12 +46,22 @@ class Cause(StrEnum):
 
 _MESSAGES = {
     Cause.ASSESSMENT_PENDING: "The assessment has not finished: there is no answer to make again.",
+    Cause.ASSESSMENT_FAILED: "The image could not be assessed: there is no answer to make again.",
+    Cause.IMAGE_ERASED: "The image was erased, and what was found on it, too.",
     Cause.MODEL_GONE: "The model that answered is no longer in the model store.",
     Cause.MODEL_CHANGED: "The model store holds another model under the id of the one that answered.",
     Cause.IMAGE_REJECTED: "The image is outside the limits that this service has today.",
     Cause.PREPROCESS_CHANGED: "Images are prepared by another version than the one that answered.",
     Cause.COMPARED_IMAGE_GONE: "The earlier image that this one was compared with is no longer on record.",
     Cause.POLICY_CHANGED: "The risk policy in force is another than the one that answered.",
+}
+
+
+_NO_ANSWER = {
+    Outcome.PENDING: Cause.ASSESSMENT_PENDING,
+    Outcome.FAILED: Cause.ASSESSMENT_FAILED,
+    Outcome.CANCELLED: Cause.IMAGE_ERASED,
+    Outcome.ERASED: Cause.IMAGE_ERASED,
 }
 
 
@@ -89,7 +101,7 @@ class Replayer:
         Overloaded, RecordsUnavailable, IntegrityError; NotFound when the image is gone.
         """
         if case.assessment is None:
-            return Replayed(Verdict.CANNOT, None, cause=Cause.ASSESSMENT_PENDING)
+            return Replayed(Verdict.CANNOT, None, cause=_NO_ANSWER[case.outcome])
         recorded = case.assessment
         try:
             async with asyncio.timeout(DEADLINE_S):
@@ -117,6 +129,8 @@ class Replayer:
         model = LiveModel(versions.model_id, versions.model_digest, versions.embedding_space)
         try:
             examination = await self._assessor.examine(await self._image(case), model)
+        except Erased as erased:  # a moment ago
+            raise _CannotError(Cause.IMAGE_ERASED) from erased
         except RejectedUpload as rejection:
             raise _CannotError(
                 Cause.IMAGE_REJECTED, Difference("rejection", None, rejection.code)

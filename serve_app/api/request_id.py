@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import re
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.domain.identifiers import new_id
+from serve_app.logs.request_context import begin_request, end_request
 
 # Short and printable: the id is written to logs and to the audit trail.
 _SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -38,4 +41,18 @@ class RequestIdMiddleware:
                 MutableHeaders(scope=message).update(added)
             await send(message)
 
+        begin_request(request_id, _of_the_caller(scope))
         await self._app(scope, receive, send_with_id)
+        # Not after a defect: that is logged outside of here, by what surrounds every middleware.
+        end_request()
+
+
+def _of_the_caller(scope: Scope) -> Iterator[str]:
+    """What no log line of this request may hold: credentials, idempotency key, and query string."""
+    headers = Headers(scope=scope)
+    yield headers.get("authorization", "").partition(" ")[2].strip()
+    yield headers.get("idempotency-key", "")
+    query = scope.get("query_string", b"").decode("latin-1")
+    yield query
+    for _, value in parse_qsl(query):
+        yield value

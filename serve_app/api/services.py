@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api.admission import AdmissionGate
+from serve_app.api.door import Door
+from serve_app.api.emergency_limits import EmergencyLimits
+from serve_app.api.eraser import Eraser
 from serve_app.api.invariants import InvariantWatch
 from serve_app.api.live_model import LiveModelWatch
+from serve_app.api.pms import PmsTies
 from serve_app.api.replayer import Replayer
 from serve_app.api.triage import Triage
+from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool
 from serve_app.security.keystore import KeyStore
-from serve_app.security.tokens import TokenVerifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,10 @@ class Services:
     invariants: InvariantWatch
     triage: Triage
     replayer: Replayer
+    eraser: Eraser
+    pms: PmsTies
     admission: AdmissionGate
     limits: UploadLimits
-    token_verifier: TokenVerifier
+    door: Door
+    access: AccessStore
+    emergency_limits: EmergencyLimits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
@@ -15,9 +16,10 @@ from serve_app.api.answers import summary_answer, timeline_answer
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, TimelineDocument, WorklistDocument
 from serve_app.api.permission import require, require_lesion
+from serve_app.api.rules import rule
 from serve_app.api.services import Services
 from serve_app.api.upload import parse_opaque_id
-from serve_app.domain.errors import InvalidField, NotFound
+from serve_app.domain.errors import Erased, InvalidField, NotFound
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.envelope import ImageBinding
@@ -28,7 +30,12 @@ router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
-@router.get("/api/lesions", response_model=WorklistDocument, summary="A patient's lesions, newest first")
+@router.get(
+    "/api/lesions",
+    response_model=WorklistDocument,
+    openapi_extra=rule(Action.LIST),
+    summary="A patient's lesions, newest first",
+)
 async def list_lesions(
     request: Request,
     caller: Caller,
@@ -47,7 +54,7 @@ async def list_lesions(
         caller,
         Action.LIST,
         patient_id=patient_id,
-        assigned=access.assigned,
+        access=access,
         request_id=request_id,
     )
     page = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
@@ -63,7 +70,12 @@ async def list_lesions(
     )
 
 
-@router.get("/api/lesions/{lesion_id}", response_model=TimelineDocument, summary="A lesion's timeline")
+@router.get(
+    "/api/lesions/{lesion_id}",
+    response_model=TimelineDocument,
+    openapi_extra=rule(Action.READ),
+    summary="A lesion's timeline",
+)
 async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
     """Every image of a lesion with its assessment, newest first."""
     services: Services = request.app.state.services
@@ -76,13 +88,14 @@ async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSON
     await services.records.record_event(
         _viewed(Action.READ, caller, request.scope["request_id"], patient_id, lesion_id)
     )
-    return JSONResponse(timeline_answer(timeline), headers=_NO_STORE)
+    return JSONResponse(timeline_answer(timeline, pms_url=services.pms.url), headers=_NO_STORE)
 
 
 @router.get(
     "/api/lesions/{lesion_id}/images/{image_id}",
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {}, "image/png": {}}}},
+    openapi_extra=rule(Action.DOWNLOAD),
     summary="The original image, decrypted",
 )
 async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> Response:
@@ -91,11 +104,16 @@ async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id
     patient_id = await require_lesion(
         services.records, caller, Action.DOWNLOAD, lesion_id=lesion_id, request_id=request.scope["request_id"]
     )
-    found = await services.records.sealed_image(lesion_id, image_id)
-    if found is None:
-        raise NotFound
-    binding = ImageBinding(image_id, found.patient_id, found.content_type)
-    image = await asyncio.to_thread(services.keys.open_image, found.sealed, binding)
+    try:
+        found = await services.records.sealed_image(lesion_id, image_id)
+        if found is None:
+            raise NotFound
+        binding = ImageBinding(image_id, found.patient_id, found.content_type)
+        image = await asyncio.to_thread(services.keys.open_image, found.sealed, binding)
+    except Erased as erased:
+        event = _viewed(Action.DOWNLOAD, caller, request.scope["request_id"], patient_id, lesion_id, image_id)
+        await services.records.record_event(replace(event, outcome="failed", detail={"code": erased.code}))
+        raise
     await services.records.record_event(
         _viewed(Action.DOWNLOAD, caller, request.scope["request_id"], patient_id, lesion_id, image_id)
     )

@@ -17,9 +17,10 @@ from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.api.assessor import Assessor, Examination
-from serve_app.domain.assessment import Assessment
+from serve_app.domain.assessment import Assessment, Outcome
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
+from serve_app.pms.consultation import RecordConsultation
 from serve_app.records.lesion_rows import Admission, ImageRecord, PendingAssessment, Replay
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
@@ -61,10 +62,21 @@ class Stored:
 class Triage:
     """Runs lesions through the stages and keeps the record of it."""
 
-    def __init__(self, *, assessor: Assessor, records: LesionStore, keys: KeyStore) -> None:
+    def __init__(
+        self,
+        *,
+        assessor: Assessor,
+        records: LesionStore,
+        keys: KeyStore,
+        consultation: RecordConsultation | None = None,
+        tells_pms: bool = False,
+    ) -> None:
+        """`tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction."""
         self._assessor = assessor
         self._records = records
         self._keys = keys
+        self._consultation = consultation
+        self._tells_pms = tells_pms
 
     async def submit(self, submission: Submission, live: LiveModel) -> Stored | Replay:
         """Assess one image and record it.
@@ -72,13 +84,22 @@ class Triage:
         Returns the earlier record's Replay when a request with the same idempotency key won.
         Raises RejectedUpload, Overloaded, StageFailed or RecordsUnavailable with nothing stored.
         """
-        examination = await self._assessor.examine(submission.image, live)
+        # Asked while the image is prepared: the PMS costs the answer only what it takes longer.
+        consulting = asyncio.create_task(self._consult(submission))
         try:
+            examination = await self._assessor.examine(submission.image, live)
+        except BaseException:
+            consulting.cancel()
+            await asyncio.gather(consulting, return_exceptions=True)
+            raise
+        try:
+            context = await consulting
             since = perf_counter()
-            admission = await self._admission(submission, examination.prepared)
+            admission = await self._admission(submission, context, examination.prepared)
             replay = await self._records.admit(admission)
             examination.timings.lap("store", since)
         except BaseException:
+            consulting.cancel()
             await examination.discard()
             raise
         if replay is not None:
@@ -95,6 +116,7 @@ class Triage:
                 content_type=admission.content_type,
                 width=admission.width,
                 height=admission.height,
+                outcome=Outcome.PENDING if assessment is None else assessment.outcome,
                 assessment=assessment,
             ),
         )
@@ -105,7 +127,17 @@ class Triage:
         examination = await self._assessor.examine(image, live)
         return await self._finish(examination, pending, follow_up=True)
 
-    async def _admission(self, submission: Submission, prepared: PreparedImage) -> Admission:
+    async def _consult(self, submission: Submission) -> ClinicalContext:
+        """What is known of the patient beside what was sent; WrongEncounter for one of another patient."""
+        if self._consultation is None:
+            return submission.context
+        return await self._consultation.consult(
+            submission.context, patient_id=submission.patient_id, encounter_id=submission.encounter_id
+        )
+
+    async def _admission(
+        self, submission: Submission, context: ClinicalContext, prepared: PreparedImage
+    ) -> Admission:
         """Seal the image. Key first, then ciphertext: a crash leaves an orphan key, no unreadable image."""
         image_id, assessment_id = new_id(), new_id()
         lesion_id = submission.lesion_id or new_id()
@@ -122,7 +154,7 @@ class Triage:
             content_type=prepared.content_type,
             width=prepared.width,
             height=prepared.height,
-            context=submission.context,
+            context=context,
             top_k=submission.top_k,
             licences=submission.licences,
             actor=submission.actor,
@@ -183,7 +215,11 @@ class Triage:
             detail={"outcome": assessment.outcome, "model_id": live.model_id},
         )
         if await self._records.complete(
-            case.assessment_id, assessment, embedding_space=live.embedding_space, event=event
+            case.assessment_id,
+            assessment,
+            embedding_space=live.embedding_space,
+            event=event,
+            message_id=new_id() if self._tells_pms else None,
         ):
             return assessment
         recorded = await self._records.assessment_record(case.assessment_id)

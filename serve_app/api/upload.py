@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from serve_app.domain.errors import InvalidField, TooLarge
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.logs.request_context import conceal
 
 #: Room for the other fields and the multipart framing, bytes.
 _FRAMING = 256 * 1024
@@ -124,6 +125,10 @@ async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncGenerator[b
 
 
 async def _to_upload(form: FormData) -> UploadForm:
+    for name, value in form.multi_items():
+        conceal(
+            name if name not in _FIELDS else None, value.filename if isinstance(value, UploadFile) else value
+        )
     names = [name for name, _ in form.multi_items()]
     if unknown := set(names) - _FIELDS:
         raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")

@@ -13,12 +13,18 @@ from serve_app.domain.diagnosis import Diagnosis
 
 
 class Outcome(StrEnum):
-    """How far the service goes for this image."""
+    """How far the service goes for this image; only the first three come with an assessment.
+
+    FAILED: it can never be assessed. CANCELLED: erased while it was pending. ERASED: after it was answered.
+    """
 
     DECIDED = "decided"
     REVIEW = "review"
     REFUSED = "refused"
     PENDING = "pending"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    ERASED = "erased"
 
 
 class RiskLevel(StrEnum):

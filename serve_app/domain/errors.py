@@ -5,17 +5,27 @@ DermError
 ├── Forbidden                      403  not this principal's patient, or no such patient
 ├── NotFound                       404
 ├── Conflict                       409
+│   └── LegalHold                  409  must not be erased now
+├── Erased                         410  the image is destroyed, its receipt stays
 ├── RejectedUpload                      nothing is stored but the audit event
 │   ├── TooLarge                   413  bytes or pixels, found before decoding
 │   ├── UnsupportedImage           415  not JPEG or PNG by content
 │   ├── UndecodableImage           422  broken or truncated
 │   ├── ImageTooSmall              422
-│   └── InvalidField               422  unknown value, bad JSON
+│   ├── InvalidField               422  unknown value, bad JSON
+│   └── WrongEncounter             422  the directory of patients has no such encounter of this patient
 ├── IdempotencyMismatch            422  the same key with another body
+├── RateLimited                    429  too many requests of one caller, or of one address without a token
 ├── Overloaded                     503  refused at admission, try again
 ├── RecordsUnavailable             503  the database or key store cannot be reached
+│   └── KeyProviderUnavailable     503  whoever holds the key-encryption keys does not answer, or refuses
+├── IssuerKeysUnavailable          503  the token issuer's keys cannot be had
+├── DirectoryUnavailable           503  the directory of patients did not answer; never a caller's to see
+├── PmsUnavailable                 503  the PMS gave no usable answer; never a caller's to see
+│   └── PmsRefused                 503  the PMS says that it will not take this message
 ├── StageFailed                    503  a stage of the graph did not answer
 ├── IntegrityError                 500  stored data did not authenticate
+├── InvalidSetting                 500  a setting of this node cannot be used
 └── ModelContractError             500  a model folder that must not be loaded
 
 A class's docstring is its default message, and is what a caller reads.
@@ -31,7 +41,8 @@ class DermError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
-    retry_after_s: ClassVar[int | None] = None
+    #: Seconds; a subclass states its own.
+    retry_after_s: int | None = None
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message or (self.__doc__ or "").strip())
@@ -67,6 +78,20 @@ class Conflict(DermError):
 
     status = 409
     code = "conflict"
+
+
+class LegalHold(Conflict):
+    """A legal hold is in force on this image: it cannot be erased until the hold is released."""
+
+    status = 409
+    code = "legal_hold"
+
+
+class Erased(DermError):
+    """The image was erased and cannot be brought back; its receipt is on record."""
+
+    status = 410
+    code = "erased"
 
 
 class RejectedUpload(DermError):
@@ -111,11 +136,30 @@ class InvalidField(RejectedUpload):
     code = "invalid_field"
 
 
+class WrongEncounter(RejectedUpload):
+    """encounter_id: the patient's record has no such encounter of this patient. Check both ids."""
+
+    status = 422
+    code = "wrong_encounter"
+
+
 class IdempotencyMismatch(DermError):
     """This Idempotency-Key was used with a different request."""
 
     status = 422
     code = "idempotency_mismatch"
+
+
+class RateLimited(DermError):
+    """Too many requests; wait as long as Retry-After says."""
+
+    status = 429
+    code = "rate_limited"
+    retry_after_s = 1
+
+    def __init__(self, message: str = "", *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(DermError):
@@ -134,6 +178,41 @@ class RecordsUnavailable(DermError):
     retry_after_s = 5
 
 
+class KeyProviderUnavailable(RecordsUnavailable):
+    """The key provider cannot be reached; nothing was stored, try again."""
+
+    code = "key_provider_unavailable"
+    retry_after_s = 5
+
+
+class IssuerKeysUnavailable(DermError):
+    """The keys of the token issuer cannot be had, so no token can be checked; try again."""
+
+    status = 503
+    code = "issuer_keys_unavailable"
+    retry_after_s = 5
+
+
+class DirectoryUnavailable(DermError):
+    """The directory of patients did not answer; its message is a code that says how."""
+
+    status = 503
+    code = "directory_unavailable"
+
+
+class PmsUnavailable(DermError):
+    """The PMS gave no usable answer; its message is a code that says how, and never about whom."""
+
+    status = 503
+    code = "pms_unavailable"
+
+
+class PmsRefused(PmsUnavailable):
+    """The PMS will not take a message for what it says; its message is a code that says how."""
+
+    code = "pms_refused"
+
+
 class StageFailed(DermError):
     """A stage of the assessment did not answer."""
 
@@ -147,6 +226,13 @@ class IntegrityError(DermError):
 
     status = 500
     code = "integrity"
+
+
+class InvalidSetting(DermError):
+    """A setting of this node cannot be used."""
+
+    status = 500
+    code = "invalid_setting"
 
 
 class ModelContractError(DermError):

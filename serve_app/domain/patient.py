@@ -73,11 +73,47 @@ class Checklist:
 
 
 @dataclass(frozen=True, slots=True)
+class PatientRecord:
+    """What a directory of patients knows: age in whole years, never the date of birth."""
+
+    age: int | None = None
+    sex: Sex | None = None
+    history: History = field(default_factory=History)
+
+
+class Lookup(StrEnum):
+    """How asking the directory of patients ended."""
+
+    FOUND = "found"
+    UNKNOWN = "unknown"
+    NOT_AVAILABLE = "not_available"
+
+
+@dataclass(frozen=True, slots=True)
+class Discrepancy:
+    """Where the caller and the patient's record differ: the field, what was sent, what is recorded."""
+
+    field: str
+    sent: str
+    recorded: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCheck:
+    """What the directory of patients said while the image came in; `encounter` is None when none was named."""
+
+    patient: Lookup
+    encounter: Lookup | None = None
+    discrepancies: tuple[Discrepancy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ClinicalContext:
-    """Everything beside the pixels that may change the risk."""
+    """Everything beside the pixels that may change the risk; `record` is None where no directory is asked."""
 
     anatom_site_general: AnatomSite | None = None
     age_approx: int | None = None
     sex: Sex | None = None
     history: History = field(default_factory=History)
     checklist: Checklist | None = None
+    record: RecordCheck | None = None

@@ -27,7 +27,16 @@ from serve_app.domain.assessment import (
     Urgency,
 )
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.patient import (
+    AnatomSite,
+    Checklist,
+    ClinicalContext,
+    Discrepancy,
+    History,
+    Lookup,
+    RecordCheck,
+    Sex,
+)
 
 #: Raised when the form changes; older versions stay readable.
 VERSION = 1
@@ -83,7 +92,14 @@ def assessment_from_json(answer: Mapping[str, Any]) -> Assessment:
 
 def context_to_json(context: ClinicalContext) -> dict[str, Any]:
     """Write a clinical context as JSON-able values."""
-    return {**_flat(context), "history": _flat(context.history), "checklist": _flat(context.checklist)}
+    record = context.record
+    return {
+        **_flat(context),
+        "history": _flat(context.history),
+        "checklist": _flat(context.checklist),
+        "record": record
+        and {**_flat(record), "discrepancies": [_flat(found) for found in record.discrepancies]},
+    }
 
 
 def context_from_json(context: Mapping[str, Any]) -> ClinicalContext:
@@ -95,6 +111,18 @@ def context_from_json(context: Mapping[str, Any]) -> ClinicalContext:
         sex=None if sex is None else Sex(sex),
         history=History(**context["history"]),
         checklist=None if checklist is None else Checklist(**checklist),
+        # Contexts from before there was a directory of patients have no such key.
+        record=_record(context.get("record")),
+    )
+
+
+def _record(value: Mapping[str, Any] | None) -> RecordCheck | None:
+    if value is None:
+        return None
+    return RecordCheck(
+        patient=Lookup(value["patient"]),
+        encounter=None if value["encounter"] is None else Lookup(value["encounter"]),
+        discrepancies=tuple(Discrepancy(**found) for found in value["discrepancies"]),
     )
 
 

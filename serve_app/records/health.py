@@ -21,6 +21,8 @@ INVARIANTS: Mapping[str, str] = MappingProxyType(
         "live_vectors_of_unit_norm": "every live reference has a vector of norm 1",
         "live_space_holds_references": "the live space holds references",
         "live_space_of_the_live_model": "the live model filled the live space",
+        "erased_images_leave_nothing": "no erased image has a vector or an answer",
+        "erasures_proven": "every accepted erasure has its receipt within ten minutes",
     }
 )
 

@@ -11,7 +11,7 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.domain.assessment import Assessment
+from serve_app.domain.assessment import Assessment, Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
 from serve_app.records.assessment_json import (
@@ -24,10 +24,14 @@ from serve_app.security.audit import AuditEvent
 
 @dataclass(frozen=True, slots=True)
 class PatientAccess:
-    """Whether a principal cares for a patient now, and whose the lesion asked for is (None: no such lesion)."""
+    """Whether a principal cares for a patient now, and whose the lesion asked for is (None: no such lesion).
+
+    `emergency`: the emergency access to the patient that is in force, if any.
+    """
 
     assigned: bool
     lesion_patient: str | None
+    emergency: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,21 @@ class PreviousAssessment:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ErasureNote:
+    """That an image was erased: the receipt proves it once its data key is destroyed."""
+
+    receipt_id: UUID
+    erased_at: datetime
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """One image and what was made of it; `assessment` is None while that is pending."""
+    """One image and what was made of it; `assessment` is None where `outcome` is no answer.
+
+    `failure` is the code of what made it fail; `erasure` is there once the image is not.
+    """
 
     image_id: UUID
     assessment_id: UUID
@@ -131,7 +147,10 @@ class ImageRecord:
     content_type: str
     width: int
     height: int
+    outcome: Outcome
     assessment: Assessment | None
+    failure: str | None = None
+    erasure: ErasureNote | None = None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
@@ -145,7 +164,12 @@ class ImageRecord:
             content_type=row["content_type"],
             width=row["width"],
             height=row["height"],
+            outcome=Outcome(row["outcome"]),
             assessment=None if answer is None else assessment_from_json(answer),
+            failure=row["failure"],
+            erasure=None
+            if row["receipt_id"] is None
+            else ErasureNote(row["receipt_id"], row["erased_at"], row["erasure_reason"]),
         )
 
 
@@ -160,7 +184,7 @@ class AssessmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedCase:
-    """What an assessment was asked and answered (`assessment` is None while pending), without its image."""
+    """What an assessment was asked and answered (`assessment` is None without an answer), without its image."""
 
     assessment_id: UUID
     lesion_id: UUID
@@ -169,6 +193,7 @@ class RecordedCase:
     context: ClinicalContext
     top_k: int
     licences: tuple[str, ...]
+    outcome: Outcome
     assessment: Assessment | None
 
     @classmethod
@@ -176,8 +201,10 @@ class RecordedCase:
         """Make one of a row of `recorded_case`."""
         values = dict(row)
         answer = values.pop("answer")
-        values["context"] = context_from_json(values["context"])
+        # Erased with the image, it is empty.
+        values["context"] = context_from_json(values["context"]) if values["context"] else ClinicalContext()
         values["licences"] = tuple(values["licences"])
+        values["outcome"] = Outcome(values["outcome"])
         return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
 
 

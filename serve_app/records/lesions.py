@@ -6,8 +6,9 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from serve_app.domain.assessment import Assessment
-from serve_app.domain.errors import RecordsUnavailable
+from serve_app.domain.errors import Erased, RecordsUnavailable
 from serve_app.records.assessment_json import assessment_to_json, context_to_json
+from serve_app.records.audit_rows import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentRecord,
@@ -82,7 +83,7 @@ class LesionStore:
             admission.idempotency_key,
             admission.request_sha256,
             data_key_id_of(admission.sealed),
-            *_event(admission.event),
+            *event_columns(admission.event),
         )
         if admitted or admission.idempotency_key is None:
             return None
@@ -93,9 +94,19 @@ class LesionStore:
         return winner
 
     async def complete(
-        self, assessment_id: UUID, assessment: Assessment, *, embedding_space: str, event: AuditEvent
+        self,
+        assessment_id: UUID,
+        assessment: Assessment,
+        *,
+        embedding_space: str,
+        event: AuditEvent,
+        message_id: UUID | None = None,
     ) -> bool:
-        """T2: commit the answer, the embedding and the audit event; False, and nothing, when done before."""
+        """T2: commit the answer, the embedding and the audit event; False, and nothing, when done before.
+
+        With a `message_id`, and for an image that names an encounter, the outbox's message to the
+        PMS is part of the same commit.
+        """
         completed: bool = await self._pool.fetchval(
             _SQL["complete"],
             assessment_id,
@@ -103,14 +114,26 @@ class LesionStore:
             assessment_to_json(assessment),
             embedding_space,
             assessment.embedding,
-            *_event(event),
+            *event_columns(event),
+            message_id,
         )
         return completed
+
+    async def fail(self, assessment_id: UUID, failure: str, *, event: AuditEvent) -> bool:
+        """End a pending assessment that can never be answered; `failure` is the code of what keeps it from that.
+
+        False, and nothing, when it is no longer pending.
+        """
+        failed: bool = await self._pool.fetchval(_SQL["fail"], assessment_id, failure, *event_columns(event))
+        return failed
 
     async def claim_pending(
         self, *, older_than_s: float, lease_s: float, limit: int
     ) -> list[PendingAssessment]:
-        """Lease pending assessments, oldest first, that nobody else holds; unfinished, they come up again."""
+        """Lease pending assessments, oldest first, that nobody else holds; unfinished, they come up again.
+
+        Each try doubles the lease, up to five minutes: one that always fails does not wear the stages out.
+        """
         older_than, lease = timedelta(seconds=older_than_s), timedelta(seconds=lease_s)
         rows = await self._pool.fetch(_SQL["claim_pending"], older_than, lease, limit)
         return [PendingAssessment.from_row(row) for row in rows]
@@ -170,13 +193,15 @@ class LesionStore:
         return RecordedCase.from_row(row) if row else None
 
     async def sealed_image(self, lesion_id: UUID, image_id: UUID) -> SealedImageRecord | None:
-        """Fetch a sealed image; None when the lesion has no such image."""
+        """Fetch a sealed image; None when the lesion has no such image, Erased when it had."""
         row = await self._pool.fetchrow(_SQL["sealed_image"], lesion_id, image_id)
+        if row and row["sealed"] is None:
+            raise Erased
         return SealedImageRecord(**row) if row else None
 
     async def record_event(self, event: AuditEvent) -> None:
         """Commit an audit event on its own."""
-        await self._pool.execute(_SQL["record_event"], *_event(event))
+        await self._pool.execute(_SQL["record_event"], *event_columns(event))
 
     async def assign(
         self, patient_id: str, clinician: str, *, starts_at: datetime, ends_at: datetime | None = None
@@ -186,17 +211,3 @@ class LesionStore:
         Conflict when the end is not after the start.
         """
         await self._pool.execute(_SQL["assign"], patient_id, clinician, starts_at, ends_at)
-
-
-def _event(event: AuditEvent) -> tuple[object, ...]:
-    return (
-        event.action,
-        event.actor,
-        event.outcome,
-        event.patient_id,
-        event.lesion_id,
-        event.image_id,
-        event.assessment_id,
-        event.request_id,
-        dict(event.detail),
-    )

@@ -1,63 +1,153 @@
-"""Who may do what for a patient: what is not granted here is denied."""
+"""Who may do what: one decision for every route, and what is not granted here is denied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from types import MappingProxyType
+from uuid import UUID
 
 from serve_app.security.tokens import Principal
 
 
 class Action(StrEnum):
-    """What can be done with a patient's lesions; the same word stands in the audit log."""
+    """What can be asked for; the same word stands in the OpenAPI document (`x-action`) and in the audit log."""
 
     UPLOAD = "upload"
     READ = "read"
     DOWNLOAD = "download"
     LIST = "list"
     REPLAY = "replay"
+    ERASE = "erase"
+    HOLD = "hold"
+    EXPORT = "export"
+    BREAK_GLASS = "break_glass"
+    REVIEW_ACCESS = "review_access"
+    READ_AUDIT = "read_audit"
+    VIEW_REFERENCE = "view_reference"
+    VIEW_MODELS = "view_models"
+    DESCRIBE = "describe"
 
 
 class Role(StrEnum):
     """The roles of a token's `roles` claim that mean something here; any other grants nothing."""
 
     CLINICIAN = "clinician"
+    SUPERVISOR = "supervisor"
+    AUDITOR = "auditor"
+    OPERATOR = "operator"
     PMS_SERVICE = "pms_service"
 
 
-#: What each role may do for a patient assigned to it. The PMS works with assessments; the
-#: original image is for the clinician who looks at it.
-GRANTS: Mapping[Role, frozenset[Action]] = MappingProxyType(
+class Reach(Enum):
+    """For whom a grant holds."""
+
+    #: Patients in this principal's care, by an assignment or by an emergency access.
+    CARE = "in care, or in an emergency"
+    #: Patients in this principal's care by an assignment; an emergency never needs it.
+    ASSIGNED = "in care"
+    #: Any patient, or nobody's data.
+    ANY = "any"
+
+
+_OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action.DESCRIBE: Reach.ANY}
+
+#: What each role may do, and for whom. The PMS works with assessments; the original image is for the
+#: clinician who looks at it. Erasure ends a record for good: never a clinician's alone, but a
+#: supervisor's (the house's duty, so for any patient) or the PMS's, which is where a patient's
+#: request arrives and is approved, for the patients it is assigned to. Who audits treats nobody.
+GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
-        Role.CLINICIAN: frozenset({Action.UPLOAD, Action.READ, Action.DOWNLOAD, Action.LIST, Action.REPLAY}),
-        Role.PMS_SERVICE: frozenset({Action.UPLOAD, Action.READ, Action.LIST, Action.REPLAY}),
+        Role.CLINICIAN: {
+            **_OPEN,
+            Action.UPLOAD: Reach.CARE,
+            Action.READ: Reach.CARE,
+            Action.DOWNLOAD: Reach.CARE,
+            Action.LIST: Reach.CARE,
+            Action.REPLAY: Reach.CARE,
+            Action.BREAK_GLASS: Reach.ANY,
+        },
+        Role.SUPERVISOR: {
+            **_OPEN,
+            Action.READ: Reach.CARE,
+            Action.DOWNLOAD: Reach.CARE,
+            Action.LIST: Reach.CARE,
+            Action.REPLAY: Reach.CARE,
+            Action.BREAK_GLASS: Reach.ANY,
+            Action.ERASE: Reach.ANY,
+            Action.HOLD: Reach.ANY,
+            Action.REVIEW_ACCESS: Reach.ANY,
+        },
+        Role.AUDITOR: {
+            **_OPEN,
+            Action.REVIEW_ACCESS: Reach.ANY,
+            Action.READ_AUDIT: Reach.ANY,
+            Action.EXPORT: Reach.ANY,
+        },
+        Role.OPERATOR: {**_OPEN},
+        Role.PMS_SERVICE: {
+            **_OPEN,
+            Action.UPLOAD: Reach.ASSIGNED,
+            Action.READ: Reach.ASSIGNED,
+            Action.LIST: Reach.ASSIGNED,
+            Action.REPLAY: Reach.ASSIGNED,
+            Action.ERASE: Reach.ASSIGNED,
+        },
     }
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """What is known of the principal and the resource; the default is nothing, which allows least.
+
+    `assigned`: a care assignment of the principal to the patient is in force. `emergency`: the
+    emergency access that is, if any. `own`: what is to be judged is the principal's own doing.
+    """
+
+    assigned: bool = False
+    emergency: UUID | None = None
+    own: bool = False
+
+
+NOTHING_KNOWN = Circumstances()
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Yes or no, and why in one stable code: for the audit log, never for the caller."""
+    """Yes or no, and why in one stable code: for the audit log, never for the caller.
+
+    `emergency` is the emergency access that a yes rests on, and on nothing else.
+    """
 
     allowed: bool
     reason: str
+    emergency: UUID | None = None
 
     def __bool__(self) -> bool:
         """Read `if may(...)` as it sounds."""
         return self.allowed
 
 
-def may(principal: Principal, action: Action, *, assigned: bool) -> Decision:
-    """Decide whether the principal may do this for a patient.
+def may(principal: Principal, action: Action, circumstances: Circumstances = NOTHING_KNOWN) -> Decision:
+    """Decide whether the principal may do this.
 
-    `assigned`: a care assignment of this principal to the patient is in force. A decision
-    that allows names the role that does; one that denies is `role` or `assignment`.
+    A decision that allows names the role that does; one that denies is `role` (no role of the
+    principal grants the action to anyone), `own`, or `assignment`. An assignment goes before an
+    emergency access: only what needed the emergency is put down to it.
     """
-    granting = [role for role, actions in GRANTS.items() if role in principal.roles and action in actions]
+    granting = [
+        (role, GRANTS[role][action]) for role in Role if role in principal.roles and action in GRANTS[role]
+    ]
     if not granting:
         return Decision(allowed=False, reason="role")
-    if not assigned:
-        return Decision(allowed=False, reason="assignment")
-    return Decision(allowed=True, reason=granting[0].value)
+    if circumstances.own:
+        return Decision(allowed=False, reason="own")
+    for role, reach in granting:
+        if reach is Reach.ANY or circumstances.assigned:
+            return Decision(allowed=True, reason=role.value)
+    for role, reach in granting:
+        if reach is Reach.CARE and circumstances.emergency is not None:
+            return Decision(allowed=True, reason=role.value, emergency=circumstances.emergency)
+    return Decision(allowed=False, reason="assignment")

@@ -34,7 +34,10 @@ class WrappedKey:
 
 
 class KeyProvider(Protocol):
-    """Whoever holds the KEKs: a file here; Vault and AWS KMS speak the same words."""
+    """Whoever holds the KEKs: a file here; Vault and AWS KMS in `key_providers` speak the same words.
+
+    `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
+    """
 
     @property
     def current_version(self) -> int:
@@ -47,6 +50,19 @@ class KeyProvider(Protocol):
 
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
         """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        ...
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """All versions that still unwrap, oldest first."""
+        ...
+
+    def rotate(self) -> int:
+        """Make a new version, which wraps from now on; returns it. Conflict where that is done elsewhere."""
+        ...
+
+    def retire(self, version: int) -> None:
+        """Destroy an old version, and with it whatever it wrapped. Conflict where that cannot be."""
         ...
 
 
@@ -65,6 +81,9 @@ class FileKeyring:
             if not path.exists():
                 write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}))
             self._read()
+
+    def __str__(self) -> str:
+        return f"keyring {self._path}"
 
     @property
     def current_version(self) -> int:

@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from serve_app.domain.errors import IntegrityError, RecordsUnavailable
+from serve_app.domain.errors import Erased, IntegrityError, RecordsUnavailable
 from serve_app.security.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.private_files import locked_folder, touch_private
@@ -37,6 +37,16 @@ class KeyVersionCount:
     key_version: int
     wraps: int
     data_keys: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DestroyedKey:
+    """A data key that was destroyed with its image: which erasure did so, why and for whom."""
+
+    data_key_id: UUID
+    receipt_id: UUID
+    reason: str
+    actor: str
 
 
 class KeyStore:
@@ -80,17 +90,22 @@ class KeyStore:
         return DataKey(data_key_id, material, spent=False)
 
     def load(self, data_key_id: UUID) -> DataKey:
-        """Find the key of a sealed image; it opens only. IntegrityError when shredded or never made."""
+        """Find the key of a sealed image; it opens only.
+
+        Erased when it was destroyed with its image, IntegrityError when there never was one or it is lost.
+        """
+        row = {"data_key_id": data_key_id.bytes}
         with self._transaction() as connection:
-            found = connection.execute(
-                _QUERIES["select_data_key"], {"data_key_id": data_key_id.bytes}
-            ).fetchone()
+            found = connection.execute(_QUERIES["select_data_key"], row).fetchone()
+            destroyed = not found and connection.execute(_QUERIES["select_destroyed_key"], row).fetchone()
+        if destroyed:
+            raise Erased
         if not found:
             raise IntegrityError(f"There is no data key {data_key_id}")
         return DataKey(data_key_id, self._provider.unwrap(WrappedKey(*found), data_key_id), spent=True)
 
     def open_image(self, sealed: bytes, binding: ImageBinding) -> bytes:
-        """Decrypt a sealed image with its key. IntegrityError when shredded, altered or bound to another."""
+        """Decrypt a sealed image with its key. Erased as `load`; IntegrityError when altered or bound to another."""
         return open_sealed(sealed, data_key=self.load(data_key_id_of(sealed)), binding=binding)
 
     def rewrap(self, limit: int = 100) -> int:
@@ -125,13 +140,53 @@ class KeyStore:
         with self._transaction() as connection:
             return [KeyVersionCount(*row) for row in connection.execute(_QUERIES["count_versions"])]
 
-    def shred(self, data_key_id: UUID) -> None:
-        """Destroy a key for good: on return no file of this store holds it. Safe to repeat.
+    def shred(self, *data_key_ids: UUID) -> None:
+        """Destroy keys for good: on return no file of this store holds them. Safe to repeat.
 
-        RecordsUnavailable when it may linger in the write-ahead log: then repeat.
+        RecordsUnavailable when they may linger in the write-ahead log: then repeat.
         """
         with self._transaction() as connection:
-            connection.execute(_QUERIES["delete_data_key"], {"data_key_id": data_key_id.bytes})
+            rows = [{"data_key_id": data_key_id.bytes} for data_key_id in data_key_ids]
+            connection.executemany(_QUERIES["delete_data_key"], rows)
+        self._empty_log()
+
+    def destroy(self, key: DestroyedKey) -> None:
+        """Shred the key of an erased image and remember that it was; safe to repeat. RecordsUnavailable as `shred`."""
+        row = {
+            "data_key_id": key.data_key_id.bytes,
+            "receipt_id": key.receipt_id.bytes,
+            "reason": key.reason,
+            "actor": key.actor,
+        }
+        with self._transaction() as connection:
+            connection.execute(_QUERIES["delete_data_key"], row)
+            connection.execute(_QUERIES["insert_destroyed_key"], row)
+        self._empty_log()
+
+    def list_destroyed(self, *, after: int = 0, limit: int = 1000) -> list[tuple[int, DestroyedKey]]:
+        """List keys that were destroyed with their images, each behind its sequence number, oldest first."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                _QUERIES["select_destroyed_keys"], {"after": after, "limit": limit}
+            ).fetchall()
+        return [
+            (
+                sequence,
+                DestroyedKey(
+                    data_key_id=UUID(bytes=key), receipt_id=UUID(bytes=receipt), reason=reason, actor=actor
+                ),
+            )
+            for sequence, key, receipt, reason, actor in rows
+        ]
+
+    def list_made_before(self, age_s: int, *, after: int = 0, limit: int = 1000) -> list[tuple[int, UUID]]:
+        """List data keys of at least this age in seconds, each behind its sequence number, oldest first."""
+        row = {"age": f"-{age_s} seconds", "after": after, "limit": limit}
+        with self._transaction() as connection:
+            rows = connection.execute(_QUERIES["select_old_keys"], row).fetchall()
+        return [(sequence, UUID(bytes=key)) for sequence, key in rows]
+
+    def _empty_log(self) -> None:
         with self._transaction() as connection:
             lingers, _, _ = connection.execute(_QUERIES["empty_log"]).fetchone()
         if lingers:

@@ -54,7 +54,12 @@ async def test_without_a_valid_token_there_is_no_answer(service, authorization: 
     for response in (posted, read):
         service.hold_to_problem(response, 401, "unauthenticated")
         assert response.headers["www-authenticate"] == "Bearer"
-    assert await service.counts() == before
+        (event,) = await service.events(response)
+        assert (event["action"], event["actor"], event["outcome"]) == (
+            *("authenticate", "unauthenticated", "denied"),
+        )
+        assert event["detail"] == {"code": "unauthenticated", "client": "127.0.0.1"}
+    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 2}
 
 
 async def test_anothers_patient_and_no_patient_look_alike(service) -> None:

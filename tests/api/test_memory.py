@@ -13,13 +13,18 @@ from PIL import Image
 import pytest
 
 
-@pytest.fixture(scope="module")
-def large_image() -> bytes:
-    """15 MB of PNG: noise does not compress."""
-    pixels = np.random.default_rng(0).integers(0, 256, (2300, 2300, 3), np.uint8)
+def noise(side: int) -> bytes:
+    """A PNG of three bytes a pixel: noise does not compress."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def large_image() -> bytes:
+    """15 MB."""
+    return noise(2300)
 
 
 @pytest.fixture

@@ -155,7 +155,9 @@ async def test_a_failure_before_the_first_commit_stores_nothing(
         response = await service.upload(patient, headers=headers)
         service.hold_to_problem(response, 503, code)
         assert int(response.headers["retry-after"]) > 0
-        assert await service.counts() == before
+        # Refused at capacity, nothing was looked at; a stage that fails is on record.
+        events = 0 if code == "overloaded" else 1
+        assert await service.counts() == {**before, "audit_events": before["audit_events"] + events}
         assert (await service.upload(patient, headers=headers)).status_code == 201
 
 
@@ -167,7 +169,9 @@ async def test_a_defect_before_the_first_commit_is_a_problem_of_ours(start_servi
         response = await service.upload(patient)
         service.hold_to_problem(response, 500, "internal")
         assert "secret-detail" not in response.text
-        assert await service.counts() == before
+        assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
+        (event,) = await service.events(response)
+        assert (event["outcome"], event["detail"]) == ("failed", {"code": "internal"})
 
 
 async def test_a_stage_that_hangs_is_pending_at_the_deadline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import os
@@ -12,7 +13,9 @@ import pytest
 
 from cluster.cli import main
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from serve_app.records.migrate import migrate
 from serve_app.settings import load_settings
+from tests.cluster.clinic import Clinic
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +72,23 @@ def home() -> Iterator[Path]:
 @pytest.fixture
 def urls(home: Path) -> DatabaseUrls:
     return EmbeddedPostgres(home).ensure()
+
+
+@pytest.fixture(scope="module")
+def open_clinic() -> Iterator[Clinic]:
+    """One server for the module: every test leaves it with the images it lists, all readable."""
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
+        Path(folder).chmod(0o711)
+        made = Clinic(Path(folder) / "home")
+        try:
+            asyncio.run(migrate(made.server.ensure().owner, application_role="derm_app"))
+            made.add_images(4)
+            yield made
+        finally:
+            made.server.stop(mode="immediate")
+
+
+@pytest.fixture
+def clinic(open_clinic: Clinic) -> Clinic:
+    open_clinic.server.ensure()
+    return open_clinic

@@ -53,6 +53,15 @@ def test_the_admin_socket_is_for_this_user(tmp_path, template) -> None:
     assert "mode 600 level admin" in line
 
 
+def test_nobody_is_told_the_routes(tmp_path, template) -> None:
+    assert len(re.findall(r"^ *http-request return .* if routes$", template, re.MULTILINE)) == 1
+    config = tmp_path / "cfg"
+    config.write_text(template)
+    _start(config)
+    (line,) = re.findall(r"^ *http-request return .* if routes$", config.read_text(), re.MULTILINE)
+    assert line.strip() == "http-request return status 404 if routes"
+
+
 def test_arguments_and_exit_code_are_haproxys(tmp_path) -> None:
     config = tmp_path / "cfg"
     config.write_text("global\n")

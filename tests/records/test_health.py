@@ -10,6 +10,27 @@ from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.serving import LiveModel, publish
 from serve_app.records.sql import queries
 
+#: An erased image of a patient, of which nothing is left.
+ERASED = """
+WITH l AS (
+    INSERT INTO lesions VALUES (gen_random_uuid(), 'p', now()) RETURNING lesion_id
+)
+INSERT INTO lesion_images (
+    image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, erased_at
+)
+SELECT gen_random_uuid(), l.lesion_id, 'p', now(), 'image/jpeg', 300, 300, gen_random_uuid(), now() FROM l;
+"""
+LEFT_VECTOR = """
+INSERT INTO lesion_embeddings
+SELECT i.image_id, r.embedding_space, r.embedding FROM lesion_images AS i, reference_embeddings AS r;
+"""
+UNPROVEN = """
+INSERT INTO erasures
+SELECT gen_random_uuid(), i.image_id, i.data_key_id, sha256('x'),
+    'patient_request', NULL, 'dr', 'r', now() - interval '11 minutes'
+FROM lesion_images AS i;
+"""
+
 IMAGE = ReferenceImage("ISIC_0000001", None, "NV", None, None, None, None, "CC-0", "Anonymous")
 
 
@@ -38,6 +59,12 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(healthy) 
     assert await find_violations(application) == []
 
 
+async def test_an_image_that_was_erased_rightly_violates_nothing(healthy) -> None:
+    owner, application = healthy
+    await owner.execute(ERASED)
+    assert await find_violations(application) == []
+
+
 @pytest.mark.parametrize(
     ("harm", "violated"),
     [
@@ -49,6 +76,14 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(healthy) 
         (
             "INSERT INTO reference_images VALUES (gen_random_uuid(), NULL, 'NV', NULL, NULL, NULL, NULL, 'CC-0', 'A')",
             "references_of_the_archive",
+        ),
+        (
+            ERASED + LEFT_VECTOR,
+            "erased_images_leave_nothing",
+        ),
+        (
+            ERASED + UNPROVEN,
+            "erasures_proven",
         ),
     ],
 )

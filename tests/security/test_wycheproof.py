@@ -10,6 +10,11 @@ from uuid import uuid4
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import (
+    InvalidUnwrap,
+    aes_key_unwrap_with_padding,
+    aes_key_wrap_with_padding,
+)
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
@@ -70,6 +75,28 @@ def test_aes_gcm_through_a_data_key(corpora_dir: Path) -> None:
             with pytest.raises(IntegrityError):
                 data_key.decrypt(nonce, sealed, aad)
     assert ran == {"valid": 39, "invalid": 27}
+
+
+def unwrapped(test: dict[str, Any]) -> str:
+    try:
+        key = aes_key_unwrap_with_padding(bytes.fromhex(test["key"]), bytes.fromhex(test["ct"]))
+    except (InvalidUnwrap, ValueError):
+        return "refused"
+    return "right" if key.hex() == test["msg"] else "wrong"
+
+
+def test_aes_key_wrapping_with_padding(corpora_dir: Path) -> None:
+    """All 254 of RFC 5649: nothing wrong is accepted, and every valid one is.
+
+    Our keyring wraps with AES-GCM; keys that come from elsewhere (PKCS #11, Vault's import) use this.
+    """
+    tests = vectors(corpora_dir / "wycheproof" / "aes_kwp_test.json")
+    verdicts = Counter((test["result"], unwrapped(test)) for _, test in tests)
+    assert verdicts == {("valid", "right"): 77, ("invalid", "refused"): 177}
+    for _, test in tests:
+        if test["result"] == "valid":
+            wrapped = aes_key_wrap_with_padding(bytes.fromhex(test["key"]), bytes.fromhex(test["msg"]))
+            assert wrapped.hex() == test["ct"], test["tcId"]
 
 
 def test_signatures_with_a_shared_secret(corpora_dir: Path) -> None:

@@ -43,3 +43,10 @@ SELECT event_id FROM audit_events AS e
 WHERE e.recorded_at < now() - $1::interval
     AND NOT EXISTS (SELECT FROM audit_seals AS s WHERE s.event_id = e.event_id)
 ORDER BY event_id;
+
+-- name: events_between
+-- The next $4 events after event $3 that were recorded from $1 on and before $2.
+SELECT * FROM audit_events
+WHERE recorded_at >= $1 AND recorded_at < $2 AND event_id > $3
+ORDER BY event_id
+LIMIT $4;

@@ -25,3 +25,17 @@ WHERE NOT EXISTS (SELECT FROM reference_embeddings AS e WHERE e.embedding_space 
 SELECT count(*) FROM serving AS s
 INNER JOIN space_embedders AS f USING (embedding_space)
 WHERE f.model_id <> s.model_id;
+
+-- name: erased_images_leave_nothing
+-- Count the erased images that a vector or an answer is left of.
+SELECT count(*) FROM lesion_images AS i
+WHERE i.erased_at IS NOT NULL AND (
+    EXISTS (SELECT FROM lesion_embeddings AS e WHERE e.image_id = i.image_id)
+    OR EXISTS (SELECT FROM assessments AS a WHERE a.image_id = i.image_id AND a.answer IS NOT NULL)
+);
+
+-- name: erasures_proven
+-- Count the erasures whose data key may still be there long after they were accepted.
+SELECT count(*) FROM erasures AS e
+WHERE e.accepted_at < now() - interval '10 minutes'
+    AND NOT EXISTS (SELECT FROM erasure_receipts AS r WHERE r.receipt_id = e.receipt_id);

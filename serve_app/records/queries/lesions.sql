@@ -1,5 +1,5 @@
 -- name: access
--- Say whether the principal cares for the patient now, and whose the lesion is.
+-- Say whether the principal cares for the patient now, by assignment or in an emergency, and whose the lesion is.
 -- Without a patient, the lesion's own is meant.
 SELECT
     l.patient_id AS lesion_patient,
@@ -9,7 +9,17 @@ SELECT
             AND c.patient_id = coalesce($2, l.patient_id)
             AND c.starts_at <= now()
             AND (c.ends_at IS NULL OR c.ends_at > now())
-    ) AS assigned
+    ) AS assigned,
+    (
+        SELECT e.emergency_id
+        FROM emergency_accesses AS e
+        WHERE e.principal = $1
+            AND e.patient_id = coalesce($2, l.patient_id)
+            AND e.starts_at <= now()
+            AND e.ends_at > now()
+        ORDER BY e.ends_at DESC
+        LIMIT 1
+    ) AS emergency
 FROM (VALUES ($3::uuid)) AS asked (lesion_id)
 LEFT JOIN lesions AS l USING (lesion_id);
 
@@ -59,7 +69,8 @@ event AS (
 SELECT EXISTS (SELECT FROM admitted);
 
 -- name: complete
--- T2: the answer, the embedding and the audit event, once: when the assessment is still pending.
+-- T2: the answer, the embedding, the audit event and the message for the PMS (if one is asked for), once:
+-- when the assessment is still pending.
 WITH completed AS (
     UPDATE assessments
     SET outcome = $2, answer = $3, completed_at = now(), lease_until = NULL
@@ -75,11 +86,34 @@ event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
     SELECT $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM completed
+),
+queued AS (
+    INSERT INTO outbox (message_id, assessment_id, encounter_id)
+    SELECT $15, $1, i.encounter_id
+    FROM completed
+    INNER JOIN lesion_images AS i USING (image_id)
+    WHERE $15::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
 )
 SELECT EXISTS (SELECT FROM completed);
 
+-- name: fail
+-- End a pending assessment that can never be answered, with its audit event, once.
+WITH failed AS (
+    UPDATE assessments
+    SET outcome = 'failed', failure = $2, completed_at = now(), lease_until = NULL
+    WHERE assessment_id = $1 AND outcome = 'pending'
+    RETURNING assessment_id
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM failed
+)
+SELECT EXISTS (SELECT FROM failed);
+
 -- name: claim_pending
 -- Lease pending assessments that nobody works on, oldest first; claimers pass each other by.
+-- Each try that does not finish one doubles its lease, up to five minutes.
 WITH claimable AS (
     SELECT assessment_id
     FROM assessments
@@ -92,7 +126,8 @@ WITH claimable AS (
 ),
 claimed AS (
     UPDATE assessments AS a
-    SET lease_until = now() + $2::interval, attempts = a.attempts + 1
+    SET lease_until = now() + greatest($2::interval, least($2::interval * 2 ^ least(a.attempts, 16), interval '5 minutes')),
+        attempts = least(a.attempts, 32766) + 1
     FROM claimable AS c
     WHERE a.assessment_id = c.assessment_id
     RETURNING a.*
@@ -131,10 +166,11 @@ WHERE i.lesion_id = $1
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
 INNER JOIN assessments AS a USING (image_id)
+LEFT JOIN erasures AS e USING (image_id)
 WHERE l.lesion_id = $1
 ORDER BY i.created_at DESC, i.image_id DESC;
 
@@ -143,7 +179,7 @@ ORDER BY i.created_at DESC, i.image_id DESC;
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
 FROM (
     SELECT lesion_id, patient_id, created_at
     FROM lesions
@@ -159,6 +195,7 @@ CROSS JOIN LATERAL (
     LIMIT 1
 ) AS i
 INNER JOIN assessments AS a USING (image_id)
+LEFT JOIN erasures AS e USING (image_id)
 ORDER BY l.created_at DESC, l.lesion_id DESC;
 
 -- name: assessment_record
@@ -166,22 +203,23 @@ ORDER BY l.created_at DESC, l.lesion_id DESC;
 SELECT
     i.lesion_id, i.patient_id,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
+LEFT JOIN erasures AS e USING (image_id)
 WHERE a.assessment_id = $1;
 
 -- name: recorded_case
 -- Find what one assessment of a lesion was asked and what it answered; of its image only the size.
 SELECT
-    i.lesion_id, i.image_id, octet_length(i.sealed) AS sealed_bytes,
-    a.assessment_id, a.context, a.top_k, a.licences, a.answer
+    i.lesion_id, i.image_id, coalesce(octet_length(i.sealed), 0) AS sealed_bytes,
+    a.assessment_id, a.context, a.top_k, a.licences, a.answer, a.outcome
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
 WHERE i.lesion_id = $1 AND a.assessment_id = $2;
 
 -- name: sealed_image
--- Fetch a sealed image of a lesion.
+-- Fetch a sealed image of a lesion; without its bytes once it is erased.
 SELECT patient_id, content_type, sealed
 FROM lesion_images
 WHERE lesion_id = $1 AND image_id = $2;

@@ -12,6 +12,16 @@ CREATE TABLE IF NOT EXISTS data_keys (
     created_at  TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP
 );
 
+-- What a restored database must not bring back: it has its images again, and not their erasures.
+CREATE TABLE IF NOT EXISTS destroyed_keys (
+    sequence     INTEGER PRIMARY KEY,
+    data_key_id  BLOB    NOT NULL UNIQUE CHECK (length(data_key_id) = 16),
+    receipt_id   BLOB    NOT NULL CHECK (length(receipt_id) = 16),
+    reason       TEXT    NOT NULL,
+    actor        TEXT    NOT NULL,
+    destroyed_at TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP
+);
+
 -- NIST SP 800-38D (8.3) allows one key 2^32 encryptions under random nonces. Half of it, so
 -- that the wraps this check turns down stay within it, too.
 CREATE TABLE IF NOT EXISTS wrap_counts (

@@ -1,0 +1,206 @@
+"""A PMS that goes on uploading while things break, and the account of what it was promised.
+
+Every upload has an Idempotency-Key and is sent again until it is acknowledged. `lost`: acknowledged,
+and at the end not readable and whole. `doubled`: one key, more than one record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+import io
+import time
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from cluster.sample_lesion import draw_lesion
+from serve_app.records.pool import Pool
+
+#: A service is whole again when this many uploads in a row, begun after the fault, were answered 201.
+WHOLE_AFTER = 4
+_PAUSE_S = 0.2
+_PROBLEM_FIELDS = {"type", "title", "status", "code", "detail", "request_id"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running service as its callers see it, and its database as its owner does."""
+
+    client: httpx.AsyncClient
+    headers: Callable[[], dict[str, str]]
+    patient: str
+    owner: Pool
+    #: Completes what is pending now; over Ray that is left to the service's own loop.
+    recover: Callable[[], Awaitable[object]] | None = None
+
+
+@dataclass
+class Sent:
+    """One upload: its key (also its encounter), its image, and the answer that acknowledged it."""
+
+    key: str
+    image: bytes
+    at: float = field(default_factory=time.monotonic)
+    answer: dict[str, Any] | None = None
+
+
+@dataclass
+class Account:
+    """What came back, over all rounds of one kind."""
+
+    acknowledged: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+    untyped: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+
+    def note(self, response: httpx.Response) -> None:
+        """Count an answer; one that is neither 2xx nor a problem document is untyped."""
+        name = str(response.status_code)
+        if not response.is_success:
+            name += f" {_problem_code(response) or 'untyped'}"
+            if _problem_code(response) is None:
+                self.untyped.append(f"{response.status_code}: {response.text[:200]}")
+        self.answers[name] += 1
+
+
+def _problem_code(response: httpx.Response) -> str | None:
+    if response.headers.get("content-type") != "application/problem+json":
+        return None
+    try:
+        body = response.json()
+    except ValueError:
+        return None
+    whole = isinstance(body, dict) and set(body) >= _PROBLEM_FIELDS and body["status"] == response.status_code
+    return str(body["code"]) if whole else None
+
+
+class Load:
+    """Uploads under way without a pause; each is sent again, with its key, until it is acknowledged."""
+
+    def __init__(self, target: Target, account: Account) -> None:
+        self.target, self.account = target, account
+        self.sent: list[Sent] = []
+        self._images = [_draw(seed) for seed in range(4)]
+        self._stopping = asyncio.Event()
+        self._running: list[Sent] = []
+
+    async def work(self) -> None:
+        """Upload until stopped; what is under way then is still brought to its end."""
+        while not self._stopping.is_set():
+            await self.upload()
+
+    async def upload(self, *, give_up_after_s: float = 120.0) -> Sent:
+        """Send one image until it is acknowledged."""
+        one = Sent(uuid4().hex, self._images[len(self.sent) % len(self._images)])
+        self.sent.append(one)
+        deadline = time.monotonic() + give_up_after_s
+        while one.answer is None and time.monotonic() < deadline:
+            at = time.monotonic()
+            response = await self._send(one)
+            if response is not None and response.status_code in {201, 202}:
+                one.answer = response.json()
+                self.account.acknowledged += 1
+            if response is not None and response.status_code == 201:
+                one.at = at
+                self._running.append(one)
+                continue
+            self._running.clear()
+            await asyncio.sleep(_PAUSE_S)
+        return one
+
+    def whole_since(self, moment: float) -> bool:
+        """Whether the last uploads, all begun after a moment, were answered 201 at their one try or retry."""
+        latest = self._running[-WHOLE_AFTER:]
+        return len(latest) == WHOLE_AFTER and all(one.at > moment for one in latest)
+
+    async def until_whole(self, moment: float, *, give_up_after_s: float = 180.0) -> float:
+        """Wait under load; seconds from the moment until the service was whole again."""
+        while not self.whole_since(moment):
+            if time.monotonic() - moment > give_up_after_s:
+                raise TimeoutError(
+                    f"not whole {give_up_after_s:.0f} s after the fault: {self.account.answers}"
+                )
+            await asyncio.sleep(0.02)
+        return time.monotonic() - moment
+
+    async def settle(self) -> None:
+        """Wait until nothing is pending, then hold every acknowledged upload against the record."""
+        await _until_none_pending(self.target)
+        for one in self.sent:
+            if one.answer is not None and not await self._is_whole(one):
+                self.account.lost.append(one.key)
+        rows = await self.target.owner.fetch(
+            "SELECT encounter_id FROM lesion_images WHERE patient_id = $1"
+            " GROUP BY encounter_id HAVING count(*) > 1",
+            self.target.patient,
+        )
+        self.account.doubled.extend(row["encounter_id"] for row in rows)
+
+    async def _send(self, one: Sent) -> httpx.Response | None:
+        try:
+            response = await self.target.client.post(
+                "/api/lesions",
+                data={"patient_id": self.target.patient, "encounter_id": one.key},
+                files={"image": ("lesion.jpg", one.image)},
+                headers={**self.target.headers(), "Idempotency-Key": one.key},
+            )
+        except httpx.TransportError as error:
+            self.account.answers[f"broken connection ({type(error).__name__})"] += 1
+            return None
+        self.account.note(response)
+        return response
+
+    async def _is_whole(self, one: Sent) -> bool:
+        """Readable with its image, byte for byte, and finished: by its key and by its id."""
+        assert one.answer is not None  # noqa: S101 - narrows for the type checker
+        lesion = f"/api/lesions/{one.answer['lesion_id']}"
+        again = await self._send(one)
+        timeline = await self.target.client.get(lesion, headers=self.target.headers())
+        image = await self.target.client.get(
+            f"{lesion}/images/{one.answer['image_id']}", headers=self.target.headers()
+        )
+        if again is None or (again.status_code, timeline.status_code, image.status_code) != (201, 200, 200):
+            return False
+        (kept,) = timeline.json()["assessments"]
+        same = again.json()["assessment_id"] == kept["assessment_id"] == one.answer["assessment_id"]
+        return same and kept["outcome"] != "pending" and image.content == one.image
+
+    def stop(self) -> None:
+        """Begin no further upload."""
+        self._stopping.set()
+
+
+@asynccontextmanager
+async def under_load(target: Target, account: Account, *, concurrency: int) -> AsyncIterator[Load]:
+    """Keep so many uploads under way around a block; then settle the account."""
+    load = Load(target, account)
+    workers = [asyncio.create_task(load.work()) for _ in range(concurrency)]
+    try:
+        await load.until_whole(time.monotonic())
+        yield load
+    finally:
+        load.stop()
+        await asyncio.gather(*workers)
+    await load.settle()
+
+
+async def _until_none_pending(target: Target, *, give_up_after_s: float = 180.0) -> None:
+    since = time.monotonic()
+    while await target.owner.fetchval("SELECT count(*) FROM assessments WHERE outcome = 'pending'"):
+        if time.monotonic() - since > give_up_after_s:
+            return  # what is still pending counts as lost
+        if target.recover is not None:
+            await target.recover()
+        await asyncio.sleep(0.5)
+
+
+def _draw(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    draw_lesion(size=(400, 300), seed=seed).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,170 @@
+"""Backing up the keys: the key store and the keyring, each apart from the database and from the other.
+
+A key store's backup still holds the keys of what is erased after it: so it says when it must be
+gone, is refused after that, and `prune` deletes it. A keyring's opens what any key store's holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+import os
+from pathlib import Path
+import shutil
+import sqlite3
+from typing import Any
+
+from cluster.backup_folder import (
+    digest,
+    expiry,
+    new_folder,
+    read_manifest,
+    require_space,
+    verify_file,
+    write_manifest,
+)
+from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
+from serve_app.security.keyring import KeyProvider
+from serve_app.security.keystore import DestroyedKey, KeyStore
+from serve_app.security.private_files import locked_folder, read_private, write_private
+from serve_app.settings import NodeFiles
+
+_STORE = "keystore.sqlite"
+_VERSIONS = "SELECT key_version, count(*) FROM data_keys GROUP BY key_version ORDER BY key_version"
+
+
+def back_up_keys(
+    files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta, service_version: str
+) -> dict[str, Any]:
+    """Copy the key store as it is at one moment, while it is used, into `folder`; return the manifest.
+
+    `provider` names whoever can unwrap it. NotFound when there is no key store.
+    """
+    if not files.keystore.exists():
+        raise NotFound(f"There is no key store at {files.keystore}.")
+    require_space(folder, files.keystore.stat().st_size)
+    with new_folder(folder) as partial:
+        copy = partial / _STORE
+        os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with (
+            closing(sqlite3.connect(files.keystore.as_uri() + "?mode=ro", uri=True)) as source,
+            closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")  # one file, whole by itself
+            versions = dict(target.execute(_VERSIONS).fetchall())
+            (verdict,) = target.execute("PRAGMA integrity_check").fetchone()
+        if verdict != "ok":
+            raise IntegrityError(f"The key store is damaged: {verdict}.")
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+        return write_manifest(
+            partial,
+            "keys",
+            expires_at=(datetime.now(UTC) + lifetime).isoformat(timespec="seconds"),
+            service_version=service_version,
+            key_provider=provider,
+            data_keys_by_key_version=versions,
+            sha256=digest(copy),
+        )
+
+
+def back_up_keyring(files: NodeFiles, folder: Path, *, service_version: str) -> dict[str, Any]:
+    """Copy the keyring, and the key that signs checkpoints, into `folder`; return the manifest.
+
+    NotFound when the key-encryption keys are not in a file here.
+    """
+    if not files.keyring.exists():
+        raise NotFound(
+            f"There is no keyring at {files.keyring}: Vault and KMS back their keys up themselves."
+        )
+    with new_folder(folder) as partial:
+        copied = [path for path in (files.keyring, files.audit_signing_key) if path.exists()]
+        for path in copied:
+            write_private(partial / path.name, read_private(path))
+        sums = {path.name: digest(partial / path.name) for path in copied}
+        return write_manifest(partial, "keyring", service_version=service_version, sha256=sums)
+
+
+def restore_keys(
+    files: NodeFiles, folder: Path, provider: KeyProvider, *, erased: Iterable[DestroyedKey]
+) -> Path | None:
+    """Put a key store's backup in place; returns where the one that was there is now.
+
+    The keys of `erased` images, and those that the old key store knows to be destroyed, are
+    destroyed in it before it can be used. Conflict after its expiry; IntegrityError when it is
+    damaged or `provider` did not wrap it. Nothing has changed then.
+    """
+    manifest = read_manifest(folder, "keys")
+    if expiry(manifest) <= datetime.now(UTC):
+        raise Conflict(
+            f"This key backup expired on {manifest['expires_at']}: it must not be used, but pruned."
+        )
+    verify_file(folder / _STORE, manifest["sha256"])
+    partial = files.keystore.with_name(f"{_STORE}.restored")
+    gone = [*erased, *_destroyed(files.keystore, provider)]
+    try:
+        with locked_folder(files.keystore.parent):
+            write_private(partial, (folder / _STORE).read_bytes())
+        with closing(KeyStore(partial, provider)) as store:
+            for key in gone:
+                store.destroy(key)
+    except BaseException:
+        for path in files.keystore.parent.glob(f"{partial.name}*"):
+            path.unlink()
+        raise
+    # Closed, a store has neither log nor index beside it: one rename moves it whole.
+    with locked_folder(files.keystore.parent):
+        kept = _set_aside(files.keystore)
+        partial.rename(files.keystore)
+    return kept
+
+
+def prune(root: Path) -> list[Path]:
+    """Delete every key store's backup at or right below `root` that has expired; returns which."""
+    gone = []
+    for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
+        try:
+            expired = expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
+        except DermError:  # no backup, or of something else
+            continue
+        if expired:
+            _overwrite(folder / _STORE)
+            shutil.rmtree(folder)
+            gone.append(folder)
+    return gone
+
+
+def _destroyed(path: Path, provider: KeyProvider) -> list[DestroyedKey]:
+    if not path.exists():
+        return []
+    try:
+        with closing(KeyStore(path, provider)) as store:
+            found: list[DestroyedKey] = []
+            after = 0
+            while page := store.list_destroyed(after=after):
+                found += [key for _, key in page]
+                after = page[-1][0]
+            return found
+    except IntegrityError:  # damaged: why a backup is wanted
+        return []
+
+
+def _set_aside(store: Path) -> Path | None:
+    kept = store.with_name(f"{store.name}.before-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
+    moved = [store.with_name(f"{store.name}{suffix}") for suffix in ("", "-wal", "-shm")]
+    for path in moved:
+        if path.exists():
+            path.rename(kept.with_name(path.name.replace(store.name, kept.name, 1)))
+    return kept if kept.exists() else None
+
+
+def _overwrite(path: Path) -> None:
+    """Overwrite with zeros what is deleted: all that can be done where the file system writes in place."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        os.fsync(file.fileno())

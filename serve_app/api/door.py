@@ -1,0 +1,144 @@
+"""The door that every request but the health ones comes through: token, rate, revocation, rule."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+import logging
+from math import ceil
+from typing import NoReturn
+
+from fastapi import Request
+
+from serve_app.api.client_address import client_address
+from serve_app.api.rate_limit import AuditBudget, TokenBuckets
+from serve_app.api.rules import rule_of
+from serve_app.domain.errors import DermError, Forbidden, RateLimited, Unauthenticated
+from serve_app.domain.identifiers import new_id
+from serve_app.records.access import AccessStore
+from serve_app.records.lesions import LesionStore
+from serve_app.security.access import may
+from serve_app.security.attempt import Attempt, begin
+from serve_app.security.audit import AuditEvent
+from serve_app.security.tokens import Principal, Verifier
+
+#: The audit log's actor where no token says who it is, and its action where nobody got as far as one.
+NOBODY = "unauthenticated"
+AUTHENTICATE = "authenticate"
+
+#: The action of a route that names none, and is denied for it.
+_UNDECLARED = "undeclared"
+
+WINDOW_S = 60.0
+
+_log = logging.getLogger("derm.access")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How often one principal may ask, and how often one address, or all, may fail to show a token."""
+
+    rate_per_s: float
+    burst: int
+    unauthenticated_per_minute: int
+    events_per_minute: int
+    trusted_proxies: frozenset[str] = frozenset()
+
+
+class Door:
+    """Lets a request in as somebody, or turns it away; each of these is one audit event, within bounds."""
+
+    def __init__(
+        self, *, verifier: Verifier, access: AccessStore, records: LesionStore, limits: Limits
+    ) -> None:
+        self._verifier = verifier
+        self._access = access
+        self._records = records
+        self._trusted = limits.trusted_proxies
+        self._principals = TokenBuckets(rate_per_s=limits.rate_per_s, burst=limits.burst)
+        per_minute = limits.unauthenticated_per_minute
+        self._strangers = TokenBuckets(rate_per_s=per_minute / 60, burst=per_minute)
+        self._limited = AuditBudget(per_key=1, total=limits.events_per_minute, window_s=WINDOW_S)
+        self._refused = AuditBudget(per_key=per_minute, total=limits.events_per_minute, window_s=WINDOW_S)
+        self._faulty = AuditBudget(per_key=per_minute, total=limits.events_per_minute, window_s=WINDOW_S)
+
+    async def admit(self, request: Request) -> Principal:
+        """Say who asks. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
+        begin(None)
+        try:
+            principal = await self._verifier.identify(_token(request))
+        except Unauthenticated:
+            await self._turn_away(request)
+        action = rule_of(request)
+        attempt = Attempt(principal, action or _UNDECLARED, request.scope["request_id"])
+        begin(attempt)
+        request.state.attempt = attempt
+        if wait := self._principals.take(principal.subject):
+            if self._limited.spend(principal.subject):
+                await self._records.record_event(attempt.event("denied", reason="rate_limited"))
+            attempt.recorded = True
+            raise RateLimited(retry_after_s=ceil(wait))
+        if await self._access.is_revoked(principal):
+            await self._records.record_event(attempt.event("denied", reason="revoked"))
+            raise Unauthenticated
+        decision = may(principal, action) if action is not None else None
+        if decision is None or decision.reason == "role":
+            reason = "no_rule" if decision is None else decision.reason
+            await self._records.record_event(attempt.event("denied", reason=reason))
+            raise Forbidden
+        return principal
+
+    async def record_fault(self, attempt: Attempt, code: str) -> None:
+        """Record a request that was no question at all, within bounds."""
+        if self._faulty.spend(attempt.principal.subject):
+            await self._records.record_event(attempt.event("failed", code=code))
+
+    async def _turn_away(self, request: Request) -> NoReturn:
+        """Refuse whoever has no valid token: 401 and its event, or past the address's bound 429 and a count."""
+        address = client_address(request, self._trusted)
+        wait = self._strangers.take(address)
+        if wait:
+            self._refused.suppress()
+            raise RateLimited(retry_after_s=ceil(wait))
+        if self._refused.spend(address):
+            await self._records.record_event(
+                _nobodys_event(request.scope["request_id"], code="unauthenticated", client=address)
+            )
+        raise Unauthenticated
+
+    async def summarise(self) -> None:
+        """Write one event for each kind that had more than may be written singly."""
+        for code, budget in (
+            ("unauthenticated", self._refused),
+            ("rate_limited", self._limited),
+            ("invalid_field", self._faulty),
+        ):
+            if count := budget.drain():
+                await self._records.record_event(_nobodys_event(str(new_id()), code=code, not_listed=count))
+
+    async def summarise_forever(self) -> None:
+        """Do so once a window until cancelled, and then once more."""
+        try:
+            while True:
+                await asyncio.sleep(WINDOW_S)
+                try:
+                    await self.summarise()
+                except DermError as error:
+                    _log.warning("A summary of refusals was not written: %s", type(error).__name__)
+        finally:
+            with contextlib.suppress(DermError):
+                await self.summarise()
+
+
+def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
+    return AuditEvent(
+        action=AUTHENTICATE, actor=NOBODY, outcome="denied", request_id=request_id, detail=detail
+    )
+
+
+def _token(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated
+    return token.strip()

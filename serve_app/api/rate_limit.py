@@ -1,0 +1,87 @@
+"""How often: token buckets for callers and addresses, and a bound on what they may write to the audit log.
+
+All of it is one ingress process's own. N replicas let N times as much through, which is still a bound,
+and no request waits for a shared store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from time import monotonic
+
+#: How many keys are remembered; the one not seen for longest is forgotten first, and starts afresh.
+MAX_KEYS = 10_000
+
+
+class TokenBuckets:
+    """A bucket for each key: `burst` requests at once, `rate_per_s` in the long run."""
+
+    def __init__(
+        self,
+        *,
+        rate_per_s: float,
+        burst: int,
+        max_keys: int = MAX_KEYS,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._rate = rate_per_s
+        self._burst = float(burst)
+        self._max_keys = max_keys
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, key: str) -> float:
+        """Take one request out of the key's bucket; seconds until there is one if it is empty, else 0."""
+        now = self._clock()
+        left, since = self._buckets.pop(key, (self._burst, now))
+        left = min(self._burst, left + (now - since) * self._rate)
+        wait = 0.0 if left >= 1 else (1 - left) / self._rate
+        self._buckets[key] = (left if wait else left - 1, now)
+        while len(self._buckets) > self._max_keys:
+            self._buckets.popitem(last=False)
+        return wait
+
+
+class AuditBudget:
+    """How many events of one kind may be written in a window: `per_key` for each key, `total` together.
+
+    What is over is counted, for one summary after the window. Memory is bounded by `total`: keys
+    beyond it are counted together.
+    """
+
+    def __init__(
+        self, *, per_key: int, total: int, window_s: float = 60.0, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._per_key = per_key
+        self._total = total
+        self._window_s = window_s
+        self._clock = clock
+        self._window = self._now()
+        self._written: Counter[str] = Counter()
+        self._suppressed = 0
+
+    def spend(self, key: str) -> bool:
+        """Say whether an event may be written for this key now; one that may not is counted."""
+        if (window := self._now()) != self._window:
+            self._window = window
+            self._written.clear()
+        if self._written[key] >= self._per_key or self._written.total() >= self._total:
+            if not self._written[key]:
+                del self._written[key]
+            self.suppress()
+            return False
+        self._written[key] += 1
+        return True
+
+    def suppress(self) -> None:
+        """Count an event that is not to be written on its own, budget or not."""
+        self._suppressed += 1
+
+    def drain(self) -> int:
+        """Take the number of events that were not written since the last time."""
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed
+
+    def _now(self) -> int:
+        return int(self._clock() // self._window_s)

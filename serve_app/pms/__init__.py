@@ -1,0 +1,1 @@
+"""The patient management system: the directory of patients, and the way to it."""

@@ -1,0 +1,157 @@
+"""Who may reach whom: care assignments, emergency accesses, and who is locked out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal
+from uuid import UUID
+
+from serve_app.records.audit_rows import event_columns
+from serve_app.records.pool import Pool
+from serve_app.records.sql import queries
+from serve_app.security.audit import AuditEvent
+from serve_app.security.tokens import Principal
+
+_SQL = queries("access")
+
+ReviewOutcome = Literal["justified", "not_justified", "follow_up"]
+RevocationKind = Literal["subject", "token"]
+
+
+@dataclass(frozen=True, slots=True)
+class CareAssignment:
+    """A patient is in a principal's care from `starts_at` until `ends_at` (None: until further notice)."""
+
+    patient_id: str
+    clinician: str
+    starts_at: datetime
+    ends_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A subject (`sub`) or a single token (`jti`) that is refused."""
+
+    kind: RevocationKind
+    value: str
+    revoked_at: datetime
+    revoked_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmergencyAccess:
+    """A principal's rights without an assignment, for a time; `accesses` counts what was done under it, by action."""
+
+    emergency_id: UUID
+    patient_id: str
+    principal: str
+    reason: str = field(repr=False)
+    starts_at: datetime
+    ends_at: datetime
+    reviewed_at: datetime | None = None
+    reviewer: str | None = None
+    review_outcome: ReviewOutcome | None = None
+    review_note: str | None = field(default=None, repr=False)
+    accesses: Mapping[str, int] = field(default_factory=dict)
+
+
+class AccessStore:
+    """Reads and changes access; every change is committed with its audit event, or not at all.
+
+    Assigning, ending, revoking and restoring need the owner's role: the service cannot widen
+    anyone's access but by an emergency access, which is reviewed.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def is_revoked(self, principal: Principal) -> bool:
+        """Say whether the principal, or the very token it came with, is locked out."""
+        revoked: bool = await self._pool.fetchval(_SQL["is_revoked"], principal.subject, principal.token_id)
+        return revoked
+
+    async def revoke(self, kind: RevocationKind, value: str, *, by: str, event: AuditEvent) -> bool:
+        """Lock out from the next request on; False, and nothing, when it was before."""
+        done: bool = await self._pool.fetchval(_SQL["revoke"], kind, value, by, *event_columns(event))
+        return done
+
+    async def restore(self, kind: RevocationKind, value: str, *, event: AuditEvent) -> bool:
+        """Let in again; False, and nothing, when it was not locked out."""
+        done: bool = await self._pool.fetchval(_SQL["restore"], kind, value, *event_columns(event))
+        return done
+
+    async def revocations(self) -> list[Revocation]:
+        """List who is locked out, newest first."""
+        return [Revocation(**row) for row in await self._pool.fetch(_SQL["revocations"])]
+
+    async def assign(
+        self,
+        patient_id: str,
+        clinician: str,
+        *,
+        starts_at: datetime,
+        ends_at: datetime | None,
+        event: AuditEvent,
+    ) -> None:
+        """Put a patient into somebody's care. Conflict when the end is not after the start."""
+        await self._pool.execute(
+            _SQL["assign"], patient_id, clinician, starts_at, ends_at, *event_columns(event)
+        )
+
+    async def end_assignment(self, patient_id: str, clinician: str, *, event: AuditEvent) -> int:
+        """End somebody's care for a patient now; returns how many assignments were in force or to come."""
+        ended: int = await self._pool.fetchval(
+            _SQL["end_assignment"], patient_id, clinician, *event_columns(event)
+        )
+        return ended
+
+    async def assignments(
+        self, *, patient_id: str | None = None, clinician: str | None = None, ended_too: bool = False
+    ) -> list[CareAssignment]:
+        """List care assignments: those in force or to come, unless `ended_too`."""
+        rows = await self._pool.fetch(_SQL["assignments"], patient_id, clinician, ended_too)
+        return [CareAssignment(**row) for row in rows]
+
+    async def break_glass(
+        self,
+        emergency_id: UUID,
+        patient_id: str,
+        principal: str,
+        reason: str,
+        *,
+        lasts: timedelta,
+        event: AuditEvent,
+    ) -> EmergencyAccess:
+        """Open an emergency access from now on; the clock is the database's."""
+        row = await self._pool.fetchrow(
+            _SQL["break_glass"], emergency_id, patient_id, principal, reason, lasts, *event_columns(event)
+        )
+        assert row is not None  # noqa: S101 - the statement returns what it inserts, or raises
+        return EmergencyAccess(**row)
+
+    async def emergency(self, emergency_id: UUID) -> EmergencyAccess | None:
+        """Find one emergency access, without what was done under it."""
+        row = await self._pool.fetchrow(_SQL["emergency"], emergency_id)
+        return EmergencyAccess(**row) if row else None
+
+    async def emergencies(self, *, reviewed: bool, after: UUID | None, limit: int) -> list[EmergencyAccess]:
+        """List the emergency accesses that wait for a review, or those reviewed; oldest first."""
+        rows = await self._pool.fetch(_SQL["emergencies"], reviewed, after, limit)
+        return [EmergencyAccess(**row) for row in rows]
+
+    async def review(
+        self,
+        emergency_id: UUID,
+        *,
+        reviewer: str,
+        outcome: ReviewOutcome,
+        note: str | None,
+        event: AuditEvent,
+    ) -> EmergencyAccess | None:
+        """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own."""
+        row = await self._pool.fetchrow(
+            _SQL["review"], emergency_id, reviewer, outcome, note, *event_columns(event)
+        )
+        return EmergencyAccess(**row) if row else None

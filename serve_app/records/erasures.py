@@ -1,0 +1,157 @@
+"""Accepted erasures and their receipts: added to, read, and never changed.
+
+An erasure is accepted in one transaction, which destroys all that the database holds of the image, and
+proven in a second one, once its data key is gone. What was accepted and not proven is finished later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from uuid import UUID
+
+import asyncpg
+
+from serve_app.domain.errors import IntegrityError
+from serve_app.domain.identifiers import new_id
+from serve_app.records.audit_rows import event_columns
+from serve_app.records.pool import Pool
+from serve_app.records.sql import queries
+from serve_app.security.audit import AuditEvent
+from serve_app.security.receipts import ErasureReason, Receipt
+
+_SQL = queries("erasures")
+
+
+class Verdict(StrEnum):
+    """What became of a request to erase."""
+
+    ACCEPTED = "accepted"
+    ERASED = "erased"
+    HELD = "held"
+    ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErasureRequest:
+    """Who wants an image erased, and why; `note` (1 to 500 characters) is kept and never logged.
+
+    `receipt_id` is given only where an erasure is done again that a restored database has forgotten.
+    """
+
+    lesion_id: UUID
+    image_id: UUID
+    reason: ErasureReason
+    note: str | None = None
+    actor: str
+    request_id: str
+    receipt_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """An accepted erasure; `receipt` is None until its data key is known to be gone."""
+
+    receipt_id: UUID
+    lesion_id: UUID
+    image_id: UUID
+    patient_id: str
+    data_key_id: UUID
+    ciphertext_sha256: bytes
+    reason: ErasureReason
+    actor: str
+    request_id: str
+    receipt: Receipt | None
+
+    def prove(self, erased_at: datetime) -> Receipt:
+        """Make the receipt; only for whoever has seen the data key destroyed."""
+        return Receipt(
+            receipt_id=self.receipt_id,
+            image_id=self.image_id,
+            erased_at=erased_at,
+            actor=self.actor,
+            reason=self.reason,
+            ciphertext_sha256=self.ciphertext_sha256,
+            data_key_id=self.data_key_id,
+        )
+
+
+class ErasureStore:
+    """Accepts, finds and proves erasures; RecordsUnavailable as the pool says."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def accept(self, request: ErasureRequest) -> Verdict:
+        """Commit to an erasure: ciphertext, vectors and findings are gone, a pending assessment is cancelled.
+
+        Nothing changes unless ACCEPTED, and the audit event is in the same transaction.
+        """
+        verdict: str = await self._pool.fetchval(
+            _SQL["accept"],
+            request.lesion_id,
+            request.image_id,
+            request.receipt_id or new_id(),
+            request.reason,
+            request.note,
+            request.actor,
+            request.request_id,
+        )
+        return Verdict(verdict)
+
+    async def find(self, lesion_id: UUID, image_id: UUID) -> Erasure | None:
+        """Find an image's erasure; IntegrityError when its receipt is not the one that was recorded."""
+        row = await self._pool.fetchrow(_SQL["find"], lesion_id, image_id)
+        return _erasure(row) if row else None
+
+    async def unproven(self, *, older_than_s: float, limit: int) -> list[tuple[UUID, UUID]]:
+        """List (lesion, image) of what was accepted this long ago and has no receipt, oldest first."""
+        rows = await self._pool.fetch(_SQL["unproven"], timedelta(seconds=older_than_s), limit)
+        return [(row["lesion_id"], row["image_id"]) for row in rows]
+
+    async def restored(self, data_key_ids: Sequence[UUID]) -> dict[UUID, tuple[UUID, UUID]]:
+        """Of these destroyed data keys, those whose (lesion, image) is there: only a restored backup has such."""
+        rows = await self._pool.fetch(_SQL["restored"], data_key_ids)
+        return {row["data_key_id"]: (row["lesion_id"], row["image_id"]) for row in rows}
+
+    async def prove(self, erasure: Erasure) -> Receipt:
+        """Record that the data key is gone, with the audit event; the receipt of whoever did so first."""
+        receipt = erasure.prove(datetime.now(UTC))
+        event = AuditEvent(
+            action="erased",
+            actor=erasure.actor,
+            outcome="success",
+            patient_id=erasure.patient_id,
+            lesion_id=erasure.lesion_id,
+            image_id=erasure.image_id,
+            request_id=erasure.request_id,
+            detail={
+                "receipt_id": str(receipt.receipt_id),
+                "reason": receipt.reason,
+                "ciphertext_sha256": receipt.ciphertext_sha256.hex(),
+                "data_key_id": str(receipt.data_key_id),
+                "record_hash": receipt.record_hash.hex(),
+            },
+        )
+        await self._pool.execute(
+            _SQL["prove"], receipt.receipt_id, receipt.erased_at, receipt.record_hash, *event_columns(event)
+        )
+        found = await self.find(erasure.lesion_id, erasure.image_id)
+        if found is None or found.receipt is None:
+            raise IntegrityError(f"The receipt {erasure.receipt_id} was recorded and is not there.")
+        return found.receipt
+
+
+def _erasure(row: asyncpg.Record) -> Erasure:
+    values = dict(row)
+    erased_at, record_hash = values.pop("erased_at"), values.pop("record_hash")
+    values["reason"] = ErasureReason(values["reason"])
+    erasure = Erasure(**values, receipt=None)
+    if erased_at is None:
+        return erasure
+    receipt = erasure.prove(erased_at)
+    if receipt.record_hash != record_hash:
+        raise IntegrityError(f"The receipt {receipt.receipt_id} is not the one that was recorded.")
+    return Erasure(**values, receipt=receipt)

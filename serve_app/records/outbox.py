@@ -1,0 +1,96 @@
+"""The transactional outbox: assessments that the PMS is still to be told of.
+
+A message is written in the transaction that completes its assessment (`complete` in
+lesions.sql), so that neither exists without the other. It holds no finding: what is sent is
+read from the record at each attempt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from serve_app.records.audit_rows import event_columns
+from serve_app.records.pool import Pool
+from serve_app.records.sql import queries
+from serve_app.security.audit import AuditEvent
+
+_SQL = queries("outbox")
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedMessage:
+    """A message that is this sender's to deliver until its lease ends; `attempts` counts this one."""
+
+    message_id: UUID
+    assessment_id: UUID
+    encounter_id: str
+    waiting_since: datetime
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class UndeliveredMessage:
+    """A message that waits or is dead, as an operator sees it."""
+
+    message_id: UUID
+    assessment_id: UUID
+    encounter_id: str
+    queued_at: datetime
+    attempts: int
+    due_at: datetime
+    last_error: str | None
+    dead_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxCounts:
+    """How many messages wait and how many are dead; the age of the oldest waiting one in seconds."""
+
+    waiting: int
+    dead: int
+    oldest_waiting_s: float | None
+
+
+class Outbox:
+    """The messages as senders and operators use them; the application's role will do.
+
+    Every method is one statement, and so one transaction. RecordsUnavailable as the pool says.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def claim(self, *, lease_s: float, limit: int) -> list[ClaimedMessage]:
+        """Lease messages that are due, at most one of each encounter: its oldest that waits."""
+        rows = await self._pool.fetch(_SQL["claim"], timedelta(seconds=lease_s), limit)
+        return [ClaimedMessage(**row) for row in rows]
+
+    async def deliver(self, message_id: UUID, *, event: AuditEvent) -> bool:
+        """Note the PMS's acknowledgement, with the audit event of the disclosure; False when noted before."""
+        delivered: bool = await self._pool.fetchval(_SQL["deliver"], message_id, *event_columns(event))
+        return delivered
+
+    async def postpone(self, message_id: UUID, *, delay_s: float, error: str) -> None:
+        """Let a message wait before its next attempt; `error` is a code, without patients' data."""
+        await self._pool.execute(_SQL["postpone"], message_id, timedelta(seconds=delay_s), error)
+
+    async def give_up(self, message_id: UUID, *, error: str) -> None:
+        """Send a message no more until an operator says so."""
+        await self._pool.execute(_SQL["give_up"], message_id, error)
+
+    async def counts(self) -> OutboxCounts:
+        """Count what was not delivered."""
+        row = await self._pool.fetchrow(_SQL["counts"])
+        return OutboxCounts(**row) if row else OutboxCounts(0, 0, None)
+
+    async def list(self, *, dead_only: bool, limit: int) -> list[UndeliveredMessage]:
+        """List what was not delivered, oldest first."""
+        rows = await self._pool.fetch(_SQL["list"], dead_only, limit)
+        return [UndeliveredMessage(**row) for row in rows]
+
+    async def retry(self, message_id: UUID | None, *, actor: str, request_id: str) -> int:
+        """Have one message, or every dead one, sent at once; each on record. Returns how many."""
+        revived: int = await self._pool.fetchval(_SQL["retry"], message_id, actor, request_id)
+        return revived

@@ -1,0 +1,154 @@
+-- name: is_revoked
+-- Say whether a subject, or this one token of it, is locked out.
+SELECT EXISTS (
+    SELECT FROM revocations
+    WHERE (kind = 'subject' AND value = $1) OR (kind = 'token' AND value = $2)
+);
+
+-- name: revoke
+-- Lock a subject or a token out, with the audit event; again, it stays as it was first.
+WITH revoked AS (
+    INSERT INTO revocations (kind, value, revoked_by)
+    VALUES ($1, $2, $3)
+    ON CONFLICT (kind, value) DO NOTHING
+    RETURNING kind
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM revoked
+)
+SELECT EXISTS (SELECT FROM revoked);
+
+-- name: restore
+-- Let a subject or a token in again, with the audit event.
+WITH restored AS (
+    DELETE FROM revocations
+    WHERE kind = $1 AND value = $2
+    RETURNING kind
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM restored
+)
+SELECT EXISTS (SELECT FROM restored);
+
+-- name: revocations
+-- List who is locked out, newest first.
+SELECT kind, value, revoked_at, revoked_by
+FROM revocations
+ORDER BY revoked_at DESC, kind, value;
+
+-- name: assign
+-- Put a patient into somebody's care, with the audit event; again with the same start, change the end.
+WITH assigned AS (
+    INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
+    VALUES ($1, $2, $3, $4)
+    ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at
+    RETURNING patient_id
+)
+INSERT INTO audit_events
+    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+SELECT $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM assigned;
+
+-- name: end_assignment
+-- End what is in force of somebody's care for a patient, and withdraw what has not begun; with the audit event.
+WITH ended AS (
+    UPDATE care_assignments
+    SET ends_at = now()
+    WHERE patient_id = $1 AND clinician = $2
+        AND starts_at < now()
+        AND (ends_at IS NULL OR ends_at > now())
+    RETURNING starts_at
+),
+withdrawn AS (
+    DELETE FROM care_assignments
+    WHERE patient_id = $1 AND clinician = $2 AND starts_at >= now()
+    RETURNING starts_at
+),
+stopped AS (
+    SELECT starts_at FROM ended
+    UNION ALL
+    SELECT starts_at FROM withdrawn
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11
+    WHERE EXISTS (SELECT FROM stopped)
+)
+SELECT count(*) FROM stopped;
+
+-- name: assignments
+-- List care assignments of a patient, a principal, or all: those in force or to come, or ($3) every one.
+SELECT patient_id, clinician, starts_at, ends_at
+FROM care_assignments
+WHERE ($1::text IS NULL OR patient_id = $1)
+    AND ($2::text IS NULL OR clinician = $2)
+    AND ($3::boolean OR ends_at IS NULL OR ends_at > now())
+ORDER BY patient_id, clinician, starts_at;
+
+-- name: break_glass
+-- Let a principal into a patient's record for a time, with the audit event.
+WITH opened AS (
+    INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
+    VALUES ($1, $2, $3, $4, now() + $5::interval)
+    RETURNING emergency_id, patient_id, principal, reason, starts_at, ends_at
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM opened
+)
+SELECT * FROM opened;
+
+-- name: emergency
+-- Find one emergency access.
+SELECT
+    emergency_id, patient_id, principal, reason, starts_at, ends_at,
+    reviewed_at, reviewer, review_outcome, review_note
+FROM emergency_accesses
+WHERE emergency_id = $1;
+
+-- name: emergencies
+-- List emergency accesses, oldest first, from behind one on: those to review, or ($1) those reviewed;
+-- each with what was done under it, by action and outcome.
+SELECT
+    e.emergency_id, e.patient_id, e.principal, e.reason, e.starts_at, e.ends_at,
+    e.reviewed_at, e.reviewer, e.review_outcome, e.review_note,
+    (
+        SELECT coalesce(jsonb_object_agg(done.action, done.times), '{}'::jsonb)
+        FROM (
+            SELECT a.action, count(*) AS times
+            FROM audit_events AS a
+            WHERE a.detail ? 'emergency_access'
+                AND a.detail ->> 'emergency_access' = e.emergency_id::text
+                AND a.actor = e.principal
+                AND a.outcome = 'success'
+                AND a.action <> 'break_glass'
+            GROUP BY a.action
+        ) AS done
+    ) AS accesses
+FROM emergency_accesses AS e
+WHERE (e.reviewed_at IS NOT NULL) = $1::boolean
+    AND ($2::uuid IS NULL OR e.emergency_id > $2)
+ORDER BY e.emergency_id
+LIMIT $3;
+
+-- name: review
+-- Judge an emergency access that nobody has judged, with the audit event.
+WITH reviewed AS (
+    UPDATE emergency_accesses
+    SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
+    WHERE emergency_id = $1 AND reviewed_at IS NULL
+    RETURNING
+        emergency_id, patient_id, principal, reason, starts_at, ends_at,
+        reviewed_at, reviewer, review_outcome, review_note
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM reviewed
+)
+SELECT * FROM reviewed;

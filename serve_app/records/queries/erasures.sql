@@ -1,0 +1,40 @@
+-- name: accept
+-- Accept an erasure, in one transaction with all that it destroys: accepted, erased, held or absent.
+SELECT erase_image($1, $2, $3, $4, $5, $6, $7);
+
+-- name: find
+-- Find an image's erasure, with its proof where there is one already.
+SELECT
+    e.receipt_id, i.lesion_id, e.image_id, i.patient_id, e.data_key_id, e.ciphertext_sha256, e.reason, e.actor,
+    e.request_id, r.erased_at, r.record_hash
+FROM erasures AS e
+INNER JOIN lesion_images AS i USING (image_id)
+LEFT JOIN erasure_receipts AS r USING (receipt_id)
+WHERE i.lesion_id = $1 AND e.image_id = $2;
+
+-- name: unproven
+-- List accepted erasures that have no receipt after this long, oldest first.
+SELECT i.lesion_id, e.image_id
+FROM erasures AS e
+INNER JOIN lesion_images AS i USING (image_id)
+WHERE e.accepted_at < now() - $1::interval
+    AND NOT EXISTS (SELECT FROM erasure_receipts AS r WHERE r.receipt_id = e.receipt_id)
+ORDER BY e.accepted_at
+LIMIT $2;
+
+-- name: prove
+-- Add the receipt and its audit event, once.
+WITH proven AS (
+    INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES ($1, $2, $3)
+    ON CONFLICT (receipt_id) DO NOTHING
+    RETURNING receipt_id
+)
+INSERT INTO audit_events
+    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM proven;
+
+-- name: restored
+-- Images that are there, with their ciphertext, of these data keys.
+SELECT data_key_id, lesion_id, image_id
+FROM lesion_images
+WHERE data_key_id = ANY($1::uuid[]) AND erased_at IS NULL;

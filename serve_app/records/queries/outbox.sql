@@ -1,0 +1,95 @@
+-- name: claim
+-- Lease what is due: of each encounter only its oldest waiting message, so that its order is kept.
+-- Senders pass each other by.
+WITH due AS (
+    SELECT o.message_id
+    FROM outbox AS o
+    WHERE o.delivered_at IS NULL
+        AND o.dead_at IS NULL
+        AND o.due_at <= now()
+        AND (o.lease_until IS NULL OR o.lease_until < now())
+        AND NOT EXISTS (
+            SELECT FROM outbox AS earlier
+            WHERE earlier.encounter_id = o.encounter_id
+                AND earlier.position < o.position
+                AND earlier.delivered_at IS NULL
+                AND earlier.dead_at IS NULL
+        )
+    ORDER BY o.due_at, o.position
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+),
+claimed AS (
+    UPDATE outbox AS o
+    SET lease_until = now() + $1::interval, attempts = o.attempts + 1
+    FROM due AS d
+    WHERE o.message_id = d.message_id
+    RETURNING o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts
+)
+SELECT message_id, assessment_id, encounter_id, waiting_since, attempts
+FROM claimed
+ORDER BY position;
+
+-- name: deliver
+-- Note a message as delivered, with the audit event of the disclosure, once; a dead one that a late
+-- answer brought there, too.
+WITH delivered AS (
+    UPDATE outbox
+    SET delivered_at = now(), dead_at = NULL, lease_until = NULL, last_error = NULL
+    WHERE message_id = $1 AND delivered_at IS NULL
+    RETURNING message_id
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $2, $3, $4, $5, $6, $7, $8, $9, $10 FROM delivered
+)
+SELECT EXISTS (SELECT FROM delivered);
+
+-- name: postpone
+-- Let a message wait before the next attempt, and say why.
+UPDATE outbox
+SET due_at = now() + $2::interval, lease_until = NULL, last_error = $3
+WHERE message_id = $1 AND delivered_at IS NULL AND dead_at IS NULL;
+
+-- name: give_up
+-- Note a message as dead, and why.
+UPDATE outbox
+SET dead_at = now(), lease_until = NULL, last_error = $2
+WHERE message_id = $1 AND delivered_at IS NULL AND dead_at IS NULL;
+
+-- name: counts
+-- Count what waits and what is dead, and say how long the oldest has waited.
+SELECT
+    (SELECT count(*) FROM outbox WHERE delivered_at IS NULL AND dead_at IS NULL) AS waiting,
+    (SELECT count(*) FROM outbox WHERE dead_at IS NOT NULL) AS dead,
+    (
+        SELECT extract(epoch FROM now() - min(queued_at))::float8
+        FROM outbox
+        WHERE delivered_at IS NULL AND dead_at IS NULL
+    ) AS oldest_waiting_s;
+
+-- name: list
+-- List what was not delivered, oldest first; only the dead when asked so.
+SELECT message_id, assessment_id, encounter_id, queued_at, attempts, due_at, last_error, dead_at
+FROM outbox
+WHERE delivered_at IS NULL AND (dead_at IS NOT NULL OR NOT $1::boolean)
+ORDER BY position
+LIMIT $2;
+
+-- name: retry
+-- Have messages that were not delivered sent at once: one, or (without an id) all dead ones, with
+-- an audit event each. It has its whole time again.
+WITH revived AS (
+    UPDATE outbox
+    SET dead_at = NULL, due_at = now(), waiting_since = now()
+    WHERE delivered_at IS NULL
+        AND CASE WHEN $1::uuid IS NULL THEN dead_at IS NOT NULL ELSE message_id = $1 END
+    RETURNING message_id, assessment_id
+),
+event AS (
+    INSERT INTO audit_events (action, actor, outcome, assessment_id, request_id, detail)
+    SELECT 'outbox_retry', $2, 'success', assessment_id, $3, jsonb_build_object('message_id', message_id)
+    FROM revived
+)
+SELECT count(*) FROM revived;

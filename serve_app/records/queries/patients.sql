@@ -1,0 +1,31 @@
+-- name: patient
+-- Find what is known of a patient; the age in whole years, today.
+SELECT
+    extract(year FROM age(current_date, birth_date))::integer AS age,
+    sex, personal_melanoma, personal_skin_cancer, family_melanoma, immunosuppression
+FROM patient_records
+WHERE patient_id = $1;
+
+-- name: encounter
+-- Find whose an encounter is.
+SELECT patient_id FROM patient_encounters WHERE encounter_id = $1;
+
+-- name: put_patient
+-- Write what is known of a patient over what was known.
+INSERT INTO patient_records
+    (patient_id, birth_date, sex, personal_melanoma, personal_skin_cancer, family_melanoma, immunosuppression)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+ON CONFLICT (patient_id) DO UPDATE SET
+    birth_date = excluded.birth_date,
+    sex = excluded.sex,
+    personal_melanoma = excluded.personal_melanoma,
+    personal_skin_cancer = excluded.personal_skin_cancer,
+    family_melanoma = excluded.family_melanoma,
+    immunosuppression = excluded.immunosuppression,
+    updated_at = now();
+
+-- name: put_encounters
+-- Add a patient's encounters; one that was another patient's is this one's from now on.
+INSERT INTO patient_encounters (encounter_id, patient_id)
+SELECT encounter_id, $1 FROM unnest($2::text[]) AS given (encounter_id)
+ON CONFLICT (encounter_id) DO UPDATE SET patient_id = excluded.patient_id;

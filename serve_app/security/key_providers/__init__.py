@@ -1,0 +1,1 @@
+"""Where key-encryption keys may be kept besides a file: HashiCorp Vault and AWS KMS."""

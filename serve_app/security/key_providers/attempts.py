@@ -1,0 +1,69 @@
+"""How long a key service is asked before its caller is turned away.
+
+An upload waits for its key to be wrapped, so that seconds are all there is. A service that has
+just not answered is not asked again for a moment: else every request would wait for the same
+time-out, each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+import logging
+import random
+import time
+from typing import TypeVar
+
+from serve_app.domain.errors import KeyProviderUnavailable
+
+#: What one attempt may take, in seconds: to connect, and to answer.
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 1.0, 2.0
+
+_ATTEMPTS = 3
+_FIRST_WAIT_S = 0.1
+_DEADLINE_S = 4.0
+_REST_S = 1.0
+
+_Answer = TypeVar("_Answer")
+
+_log = logging.getLogger("derm.keys")
+
+
+class Unanswered(Exception):
+    """The service was not reached, not in time, or is in trouble of its own: asking again may help."""
+
+
+class Attempts:
+    """Asks one service up to three times, waiting longer each time; for many threads at once.
+
+    No attempt begins later than 4 s after the first. After a failure everybody is turned away
+    for 1 s without asking.
+    """
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._rests_until = 0.0
+
+    def ask(self, question: Callable[[], _Answer]) -> _Answer:
+        """Return the answer. KeyProviderUnavailable when `question` keeps raising Unanswered."""
+        if time.monotonic() < self._rests_until:
+            raise self._unavailable("has just failed")
+        deadline = time.monotonic() + _DEADLINE_S
+        for attempt in count():
+            try:
+                return question()
+            except Unanswered as error:
+                # Up to half as much again, so that threads that failed together do not return together.
+                wait = _FIRST_WAIT_S * 4**attempt * random.uniform(1.0, 1.5)  # noqa: S311
+                if attempt + 1 == _ATTEMPTS or time.monotonic() + wait > deadline:
+                    self._rests_until = time.monotonic() + _REST_S
+                    _log.warning("%s: %s, %d attempts", self._service, error, attempt + 1)
+                    # Without its cause: a library's error holds the request, and that a data key.
+                    raise self._unavailable(str(error)) from None
+                time.sleep(wait)
+        raise AssertionError  # count() has no end
+
+    def _unavailable(self, why: str) -> KeyProviderUnavailable:
+        return KeyProviderUnavailable(
+            f"{self._service} does not answer ({why}); nothing was stored, try again."
+        )

@@ -1,0 +1,178 @@
+"""Breaking the glass, and who judges it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+import httpx
+import pytest
+
+REASON = "unconscious in casualty, dermatologist on call"
+
+
+async def break_glass(service, subject: str, patient: str, **changed: object) -> httpx.Response:
+    return await service.client.post(
+        "/api/emergency-access",
+        json={"patient_id": patient, "reason": REASON, **changed},
+        headers=service.token(subject),
+    )
+
+
+async def review(service, emergency_id: str, subject: str, **changed: object) -> httpx.Response:
+    return await service.client.post(
+        f"/api/emergency-access/{emergency_id}/review",
+        json={"outcome": "justified", **changed},
+        headers=service.token(subject, ("supervisor",)),
+    )
+
+
+async def queue(service, *, reviewed: bool = False) -> list[dict]:
+    found, after = [], None
+    while True:
+        params = {"reviewed": reviewed, "limit": 2, **({"after": after} if after else {})}
+        answer = await service.client.get(
+            "/api/emergency-access", params=params, headers=service.token("auditor", ("auditor",))
+        )
+        assert answer.status_code == 200, answer.text
+        service.hold_to("EmergencyQueueDocument", answer.json())
+        found += answer.json()["emergency_accesses"]
+        after = answer.json()["next"]
+        if after is None:
+            return found
+
+
+async def test_from_the_emergency_to_its_review(service) -> None:
+    patient = await service.care("dr-owner")
+    lesion = (await service.upload(patient, subject="dr-owner")).json()["lesion_id"]
+    subject = f"dr-{uuid4().hex[:8]}"
+    headers = service.token(subject)
+    assert (await service.client.get(f"/api/lesions/{lesion}", headers=headers)).status_code == 403
+    opened = await break_glass(service, subject, patient)
+    assert opened.status_code == 201, opened.text
+    service.hold_to("EmergencyAccessDocument", opened.json())
+    emergency_id = opened.json()["emergency_id"]
+    (event,) = await service.events(opened)
+    assert (event["action"], event["outcome"], event["patient_id"]) == ("break_glass", "success", patient)
+    assert event["detail"] == {"emergency_access": emergency_id, "minutes": 240}
+    lasts = datetime.fromisoformat(opened.json()["ends_at"]) - datetime.fromisoformat(
+        opened.json()["starts_at"]
+    )
+    assert abs(lasts - timedelta(hours=4)) < timedelta(seconds=2)
+
+    for _ in range(2):
+        answer = await service.client.get(f"/api/lesions/{lesion}", headers=headers)
+        assert answer.status_code == 200
+        (event,) = await service.events(answer)
+        assert event["detail"] == {"emergency_access": emergency_id}
+    uploaded = await service.upload(patient, subject=subject, lesion_id=lesion)
+    assert uploaded.status_code == 201
+    events = await service.events(uploaded)
+    assert {event["action"] for event in events} == {"upload", "classify"}
+    assert all(event["detail"]["emergency_access"] == emergency_id for event in events)
+
+    (waiting,) = [access for access in await queue(service) if access["emergency_id"] == emergency_id]
+    assert waiting["reason"] == REASON
+    assert waiting["accesses"] == {"read": 2, "upload": 1, "classify": 1}
+    reviewed = await review(service, emergency_id, "chief", outcome="follow_up", note="Ask why no call.")
+    assert reviewed.status_code == 200, reviewed.text
+    assert reviewed.json()["reviewer"] == "chief"
+    assert emergency_id not in {access["emergency_id"] for access in await queue(service)}
+    assert emergency_id in {access["emergency_id"] for access in await queue(service, reviewed=True)}
+    again = await review(service, emergency_id, "chief-2")
+    service.hold_to_problem(again, 409, "conflict")
+    (event,) = await service.events(again)
+    assert (event["action"], event["outcome"], event["detail"]) == (
+        *("review_access", "failed", {"code": "conflict"}),
+    )
+
+
+async def test_nobody_reviews_their_own(service) -> None:
+    subject = f"dr-{uuid4().hex[:8]}"
+    opened = await break_glass(service, subject, "p-own")
+    emergency_id = opened.json()["emergency_id"]
+    own = await review(service, emergency_id, subject)
+    service.hold_to_problem(own, 403, "forbidden")
+    (event,) = await service.events(own)
+    assert (event["outcome"], event["detail"]["reason"]) == ("denied", "own")
+    assert (await review(service, emergency_id, "chief")).status_code == 200
+
+
+async def test_an_assignment_goes_before_an_emergency(service) -> None:
+    patient, subject = await service.care("dr-owner"), f"dr-{uuid4().hex[:8]}"
+    await break_glass(service, subject, patient)
+    await service.care(subject, patient)
+    answer = await service.client.get(
+        "/api/lesions", params={"patient_id": patient}, headers=service.token(subject)
+    )
+    (event,) = await service.events(answer)
+    assert event["detail"] == {}
+
+
+async def test_one_request_does_not_lend_its_emergency_to_the_next(service) -> None:
+    patient, subject = await service.care("dr-owner"), f"dr-{uuid4().hex[:8]}"
+    await break_glass(service, subject, patient)
+    own = await service.care(subject)
+    for asked, flagged in ((patient, True), (own, False), (patient, True)):
+        answer = await service.client.get(
+            "/api/lesions", params={"patient_id": asked}, headers=service.token(subject)
+        )
+        (event,) = await service.events(answer)
+        assert ("emergency_access" in event["detail"]) is flagged
+
+
+async def test_the_reason_is_kept_and_is_not_in_the_log(service) -> None:
+    opened = await break_glass(service, "dr-secret", "p-secret", reason="Mrs Marker has a rash at work")
+    (event,) = await service.events(opened)
+    assert "Marker" not in str(dict(event))
+    found = await service.owner.fetchval(
+        "SELECT reason FROM emergency_accesses WHERE emergency_id::text = $1", opened.json()["emergency_id"]
+    )
+    assert found == "Mrs Marker has a rash at work"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reason": ""},
+        {"reason": "short"},
+        {"reason": " " * 40},
+        {"reason": "x" * 1001},
+        {"reason": "a reason with a \x00 in it"},
+        {"reason": None},
+        {"patient_id": ""},
+        {"patient_id": "Jane Doe"},
+        {"minutes": 0},
+        {"minutes": 721},
+        {"minutes": "many"},
+        {"more": "than asked"},
+    ],
+    ids=repr,
+)
+async def test_what_is_no_emergency_is_refused(service, changed: dict[str, object]) -> None:
+    before = await service.owner.fetchval("SELECT count(*) FROM emergency_accesses")
+    answer = await break_glass(service, "dr", "p-none", **changed)
+    service.hold_to_problem(answer, 422, "invalid_field")
+    (event,) = await service.events(answer)
+    assert (event["action"], event["outcome"]) == ("break_glass", "failed")
+    assert await service.owner.fetchval("SELECT count(*) FROM emergency_accesses") == before
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"null", b"[]", b"\xff", b"x" * 20_000, b'{"patient_id": "\\ud800"}']
+)
+async def test_a_body_that_is_no_form_is_refused(service, body: bytes) -> None:
+    answer = await service.client.post("/api/emergency-access", content=body, headers=service.token("dr"))
+    assert answer.status_code == (413 if len(body) > 16_384 else 422)
+    assert len(await service.events(answer)) == 1
+    stranger = await service.client.post("/api/emergency-access", content=body)
+    service.hold_to_problem(stranger, 401, "unauthenticated")
+
+
+async def test_the_service_cannot_widen_an_emergency(service) -> None:
+    import asyncpg
+
+    for change in ("ends_at = 'infinity'", "principal = 'me'", "reason = 'another reason'"):
+        async with service.app.state.services.pool._pool.acquire() as connection:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(f"UPDATE emergency_accesses SET {change}")  # noqa: S608

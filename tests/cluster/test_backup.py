@@ -1,0 +1,211 @@
+"""The drill: back up while serving, lose everything, restore, and have it all again; but for what was erased."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+import json
+from pathlib import Path
+import shutil
+import sqlite3
+import tempfile
+from uuid import uuid4
+
+import pytest
+
+from cluster import backup_folder
+from cluster.backup import back_up
+from cluster.backup_folder import BackupFailed
+from cluster.postgres import PostgresFailed
+from cluster.postgres_state import PostgresState
+from cluster.restore import restore
+from cluster.running import occupy
+from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
+from serve_app.security.envelope import data_key_id_of
+from serve_app.security.keystore import DestroyedKey
+from serve_app.settings import NodeFiles
+from tests.cluster.clinic import Clinic, flip_a_bit
+
+
+@pytest.fixture(scope="module")
+def good(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backup to look at, copy and damage."""
+    open_clinic.server.ensure()
+    folder = tmp_path_factory.mktemp("backups") / "good"
+    back_up(open_clinic.server, folder, service_version="1")
+    return folder
+
+
+def test_the_drill(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
+    """Everything is readable again, the audit chain verifies, and what was erased meanwhile is not."""
+    home, folder = clinic.home, tmp_path / "backups" / "monday"
+    assert derm_cds("audit", "checkpoint", home=home).code == 0
+    pid = clinic.server.pid()
+    made = derm_cds("backup", str(folder), home=home)
+    assert made.code == 0, made.err
+    assert clinic.server.pid() == pid  # it served throughout
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "data"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+    erased, *kept = clinic.images
+    del clinic.images[erased]
+    with closing(clinic.open_keys()) as keys:
+        key_id = data_key_id_of(clinic.sealed(erased)[0])
+        keys.destroy(
+            DestroyedKey(data_key_id=key_id, receipt_id=uuid4(), reason="patient_request", actor="dr")
+        )
+    clinic.server.stop(mode="immediate")
+    shutil.rmtree(clinic.server.data)
+    with pytest.raises(PostgresFailed, match="is gone"):  # and not silently an empty one
+        clinic.server.ensure()
+
+    restored = derm_cds("restore", str(folder), home=home)
+    assert restored.code == 0, restored.err
+    assert "as it was at" in restored.out
+    assert all(clinic.opens(at) for at in kept)
+    with pytest.raises(Erased):
+        clinic.open_image(erased)
+    assert derm_cds("audit", "verify", home=home).code == 0
+    events = "SELECT action FROM audit_events WHERE action IN ('backup', 'restore') ORDER BY event_id"
+    assert [row["action"] for row in clinic.ask(lambda pool: pool.fetch(events))] == ["backup", "restore"]
+    assert (
+        clinic.ask(lambda pool: pool.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'amcheck'"))
+        == 0
+    )
+    assert derm_cds("migrate", home=home).out == "up to date\n"
+
+
+def test_a_backup_holds_neither_keys_nor_images_in_clear(clinic: Clinic, good: Path) -> None:
+    everything = b"".join(path.read_bytes() for path in good.rglob("*") if path.is_file())
+    secrets = [json.loads(NodeFiles(clinic.home).keyring.read_bytes())["keys"]["1"].encode()]
+    with closing(sqlite3.connect(NodeFiles(clinic.home).keystore)) as store:
+        secrets += [row[0] for row in store.execute("SELECT wrapped FROM data_keys")]
+    state = PostgresState.read(clinic.server.state_file)
+    assert state is not None
+    secrets += [content[-64:] for content in clinic.images.values()]
+    secrets += [state.app_password.encode(), state.superuser_password.encode()]
+    assert not any(secret in everything for secret in secrets)
+
+
+def test_another_machine_restores_it_with_passwords_of_its_own(clinic: Clinic, tmp_path: Path) -> None:
+    back_up(clinic.server, tmp_path / "b", service_version="1")
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
+        other = Clinic(Path(folder), dict(clinic.images))
+        done = restore(other.server, tmp_path / "b")
+        try:
+            assert done.kept is None
+            assert not list((other.server.directory / "setup").iterdir())
+            assert other.server.ensure() != clinic.server.ensure()
+            shutil.copytree(clinic.home / "keys", other.home / "keys")
+            assert all(other.opens(at) for at in other.images)
+            owner = (other.server.data / "PG_VERSION").stat().st_uid
+            assert {path.stat().st_uid for path in other.server.data.rglob("*")} == {owner}
+        finally:
+            other.server.stop(mode="immediate")
+
+
+def test_what_was_there_is_kept(clinic: Clinic, tmp_path: Path) -> None:
+    count = "SELECT count(*) FROM lesion_images"
+    before = clinic.ask(lambda pool: pool.fetchval(count))
+    back_up(clinic.server, tmp_path / "b", service_version="1")
+    clinic.add_images(1)
+    clinic.server.stop()
+    kept = restore(clinic.server, tmp_path / "b").kept
+    assert clinic.ask(lambda pool: pool.fetchval(count)) == before
+    clinic.server.stop()
+    assert kept is not None
+    shutil.rmtree(clinic.server.data)
+    kept.rename(clinic.server.data)
+    assert clinic.ask(lambda pool: pool.fetchval(count)) == before + 1
+
+
+def test_a_folder_in_use_is_refused(clinic: Clinic, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").touch()
+    with pytest.raises(Conflict, match="not empty"):
+        back_up(clinic.server, tmp_path / "b", service_version="1")
+    (tmp_path / "c.partial").mkdir()
+    with pytest.raises(Conflict, match="cut off"):
+        back_up(clinic.server, tmp_path / "c", service_version="1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c.partial"]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup_folder, "_SPARE_BYTES", 2**60)
+    with pytest.raises(BackupFailed, match="are needed"):
+        back_up(clinic.server, tmp_path / "b", service_version="1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_that_fails_leaves_nothing(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = PostgresState.read(clinic.server.state_file)
+    assert state is not None
+    monkeypatch.setattr(
+        PostgresState, "superuser_environment", lambda _, at: {"PGHOST": str(at), "PGPORT": "1"}
+    )
+    with pytest.raises(BackupFailed, match="pg_basebackup failed"):
+        back_up(clinic.server, tmp_path / "b", service_version="1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_restored_under_a_running_service(clinic: Clinic, good: Path) -> None:
+    with pytest.raises(Conflict, match="derm-cds stop"):
+        restore(clinic.server, good)
+    clinic.server.stop()
+    with occupy(clinic.home), pytest.raises(Conflict, match="derm-cds stop"):
+        restore(clinic.server, good)
+
+
+def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: Path, tmp_path: Path) -> None:
+    clinic.server.stop()
+    log = next(path for path in (good / "data" / "pg_wal").iterdir() if len(path.name) == 24)
+    damages: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
+        "data/base/1/1259": (flip_a_bit, BackupFailed),
+        f"data/pg_wal/{log.name}": (Path.unlink, BackupFailed),
+        "data/backup_manifest": (flip_a_bit, IntegrityError),
+        "data/global/pg_control": (Path.unlink, BackupFailed),
+        "manifest.json": (Path.unlink, NotFound),
+    }
+    before = sorted(path.name for path in clinic.server.directory.iterdir())
+    for number, (name, (damage, error)) in enumerate(damages.items()):
+        bad = tmp_path / f"bad-{number}"
+        shutil.copytree(good, bad)
+        damage(bad / name)
+        with pytest.raises(error):
+            restore(clinic.server, bad)
+        assert sorted(path.name for path in clinic.server.directory.iterdir()) == before
+        assert not list((clinic.server.directory / "setup").iterdir())
+    assert all(clinic.opens(at) for at in clinic.images)
+
+
+@pytest.mark.parametrize(
+    ("field_", "value", "error", "said"),
+    [
+        ("format", 2, IntegrityError, "another version"),
+        ("kind", "keys", IntegrityError, "backup of the keys"),
+        ("postgres_version", "17.4", BackupFailed, "cannot read it"),
+        ("schema", "9999_future", BackupFailed, "install a newer one"),
+    ],
+)
+def test_a_backup_of_another_kind_is_refused(
+    clinic: Clinic, good: Path, tmp_path: Path, field_, value, error, said
+) -> None:
+    shutil.copytree(good, tmp_path / "b")
+    clinic.server.stop()
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {field_: value}))
+    with pytest.raises(error, match=said):
+        restore(clinic.server, tmp_path / "b")
+
+
+def test_an_operators_own_database_is_theirs_to_back_up(
+    clinic: Clinic, derm_cds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DERM_DATABASE_URL", clinic.server.ensure().app)
+    said = derm_cds("backup", str(tmp_path / "b"), home=clinic.home)
+    assert said.code == 1
+    assert "your own PostgreSQL" in said.err

@@ -1,0 +1,102 @@
+"""The keys are backed up apart, for a while only, and never bring an erased image back."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+import json
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from cluster.backup import back_up
+from cluster.key_backup import restore_keys
+from serve_app.domain.errors import Erased, IntegrityError
+from serve_app.security.envelope import data_key_id_of
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import DestroyedKey
+from serve_app.settings import NodeFiles
+from tests.cluster.clinic import Clinic, flip_a_bit
+
+
+def test_keys_are_backed_up_apart_and_restored_without_the_erased_ones(
+    clinic: Clinic, derm_cds, tmp_path: Path
+) -> None:
+    home, folder = clinic.home, tmp_path / "keys"
+    with closing(clinic.open_keys()):  # in use, its log not empty
+        made = derm_cds("backup", "--keys", str(folder), home=home)
+    assert made.code == 0, made.err
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ("manifest.json", "keystore.sqlite"), 0o600
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["data_keys_by_key_version"] == {"1": len(clinic.images)}
+    assert datetime.fromisoformat(manifest["expires_at"]) - datetime.now(UTC) > timedelta(days=29)
+
+    erased, *kept = clinic.images
+    del clinic.images[erased]
+    with closing(clinic.open_keys()) as keys:
+        key_id = data_key_id_of(clinic.sealed(erased)[0])
+        keys.destroy(DestroyedKey(data_key_id=key_id, receipt_id=uuid4(), reason="retention", actor="dr"))
+    assert derm_cds("restore", "--keys", str(folder), home=home).code == 0
+    assert all(clinic.opens(at) for at in kept)
+    with pytest.raises(Erased):
+        clinic.open_image(erased)
+
+
+def test_the_erased_ones_are_known_from_the_database_where_the_key_store_is_lost(
+    clinic: Clinic, derm_cds, tmp_path: Path
+) -> None:
+    folder, files = tmp_path / "keys", NodeFiles(clinic.home)
+    derm_cds("backup", "--keys", str(folder), home=clinic.home)
+    erased, *others = clinic.images
+    del clinic.images[erased]
+    key_id = data_key_id_of(clinic.sealed(erased)[0])
+    files.keystore.unlink()
+    known = DestroyedKey(data_key_id=key_id, receipt_id=uuid4(), reason="retention", actor="dr")
+    kept = restore_keys(files, folder, FileKeyring(files.keyring), erased=[known])
+    assert kept is None
+    with pytest.raises(Erased):
+        clinic.open_image(erased)
+    assert all(clinic.opens(at) for at in others)
+
+
+def test_an_expired_key_backup_is_refused_and_pruned(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
+    old, young = tmp_path / "old", tmp_path / "young"
+    assert derm_cds("backup", "--keys", str(old), "--days", "0", home=clinic.home).code == 0
+    assert derm_cds("backup", "--keys", str(young), home=clinic.home).code == 0
+    back_up(clinic.server, tmp_path / "database", service_version="1")
+    refused = derm_cds("restore", "--keys", str(old), home=clinic.home)
+    assert refused.code == 1
+    assert "expired" in refused.err
+    pruned = derm_cds("backup", "--prune", str(tmp_path), home=clinic.home)
+    assert pruned.out == f"{old} had expired and is deleted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["database", "young"]
+    assert derm_cds("backup", "--prune", str(tmp_path), home=clinic.home).out == "nothing has expired\n"
+
+
+def _stores(files: NodeFiles) -> set[str]:
+    """What is in the keys' folder, but for what a store in use has beside it."""
+    return {path.name for path in files.keystore.parent.iterdir() if not path.name.endswith(("-wal", "-shm"))}
+
+
+def test_a_key_backup_of_another_keyring_or_altered_is_refused(
+    clinic: Clinic, derm_cds, tmp_path: Path
+) -> None:
+    files = NodeFiles(clinic.home)
+    derm_cds("backup", "--keys", str(tmp_path / "k"), home=clinic.home)
+    before = _stores(files)
+    with pytest.raises(IntegrityError, match="did not wrap"):
+        restore_keys(files, tmp_path / "k", FileKeyring(tmp_path / "other" / "keyring.json"), erased=[])
+    flip_a_bit(tmp_path / "k" / "keystore.sqlite")
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        restore_keys(files, tmp_path / "k", FileKeyring(files.keyring), erased=[])
+    assert _stores(files) == before
+
+
+def test_the_keyring_is_backed_up_by_itself(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
+    made = derm_cds("backup", "--keyring", str(tmp_path / "safe"), home=clinic.home)
+    assert made.code == 0, made.err
+    assert (tmp_path / "safe" / "keyring.json").read_bytes() == NodeFiles(clinic.home).keyring.read_bytes()
+    assert not (tmp_path / "safe" / "keystore.sqlite").exists()

@@ -1,0 +1,102 @@
+"""`derm-cds keys` with the key-encryption key in Vault and in KMS, over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from serve_app.security.envelope import ImageBinding, seal
+from serve_app.security.key_providers import attempts
+from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import KeyStore
+from serve_app.settings import KeySettings, NodeFiles
+from tests.security.key_service import KeyService
+from tests.security.kms_server import Kms
+from tests.security.vault_server import Vault
+
+BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+
+
+@pytest.fixture
+async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    urls = await new_database()
+    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
+    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
+    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
+    return tmp_path
+
+
+@pytest.fixture
+def transit(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyService]:
+    vault = Vault()
+    vault.make_key("derm")
+    service = KeyService(vault)
+    monkeypatch.setenv("DERM_KEY_PROVIDER", f"vault+http://127.0.0.1:{service.port}/transit/derm")
+    monkeypatch.setenv("VAULT_TOKEN", vault.token)
+    yield service
+    service.down()
+
+
+@pytest.fixture
+def kms(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyService]:
+    aws = Kms()
+    aws.make_key("1234abcd", alias="alias/derm")
+    service = KeyService(aws)
+    for name, value in {
+        "DERM_KEY_PROVIDER": "kms:alias/derm",
+        "AWS_ENDPOINT_URL_KMS": f"http://127.0.0.1:{service.port}",
+        "AWS_REGION": "eu-central-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "NO_PROXY": "*",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield service
+    service.down()
+
+
+def test_a_key_in_vault_is_rotated_rewrapped_and_retired(derm_cds, home: Path, transit: KeyService) -> None:
+    store = NodeFiles(home).keystore
+    with closing(KeyStore(store, open_key_provider(KeySettings(home=home)))) as keys:
+        sealed = seal(b"image", data_key=keys.create(), binding=BINDING)
+    status = derm_cds("keys", "status", home=home)
+    assert status.out.startswith("Vault transit key transit/derm at http://127.0.0.1")
+    assert "version 1 (current): wraps 1 data keys" in status.out
+    assert derm_cds("keys", "rotate", home=home).out.startswith("version 2 wraps from now on")
+    assert "1 data keys rewrapped; all are under version 2" in derm_cds("keys", "rewrap", home=home).out
+    retired = derm_cds("keys", "retire", "1", home=home)
+    assert retired.code == 0, retired.err
+    with closing(KeyStore(store, open_key_provider(KeySettings(home=home)))) as keys:
+        assert keys.open_image(sealed, BINDING) == b"image"
+    assert not NodeFiles(home).keyring.exists()
+
+
+def test_a_vault_that_is_down_is_one_line(derm_cds, home: Path, transit: KeyService) -> None:
+    transit.down()
+    said = derm_cds("keys", "rotate", home=home)
+    assert said.code == 1
+    assert said.err.startswith("derm-cds: Vault does not answer")
+    assert said.err.count("\n") == 1
+
+
+def test_another_providers_store_is_not_rotated(derm_cds, home: Path, transit: KeyService) -> None:
+    files = NodeFiles(home)
+    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+        keys.create()
+    said = derm_cds("keys", "rotate", home=home)
+    assert said.code == 1
+    assert "DERM_KEY_PROVIDER" in said.err
+    assert list(transit.service.keys["derm"]["versions"]) == [1]
+
+
+def test_kms_says_what_to_do(derm_cds, home: Path, kms: KeyService) -> None:
+    assert derm_cds("keys", "status", home=home).out.startswith("AWS KMS key alias/derm\nversion 1 (current)")
+    rotated = derm_cds("keys", "rotate", home=home)
+    assert rotated.code == 1
+    assert "aws kms rotate-key-on-demand --key-id alias/derm" in rotated.err
+    assert "0 data keys rewrapped" in derm_cds("keys", "rewrap", home=home).out

@@ -1,0 +1,143 @@
+"""A small PMS that really listens, keeps what it is told, and fails in every way asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import json
+import socket
+import threading
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+import uvicorn
+
+TOKEN = "the PMS's token"
+
+
+class PmsServer:
+    """`fault` is asked before each request: None, or "slow", "500", "404", "page" (200 without JSON), "wrong"
+    (200 with another's JSON), "drop" (no answer), and for a message "lost" (kept, but the answer is lost)."""
+
+    def __init__(self) -> None:
+        self.patients: dict[str, dict[str, Any]] = {}
+        self.encounters: dict[str, str] = {}
+        self.fault: Callable[[Request], str | None] = lambda _: None
+        self.slow_s = 1.0
+        #: By encounter, in the order they were kept: (idempotency key, body).
+        self.kept: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        #: Every message that came in whole, kept or known already.
+        self.seen: list[str] = []
+        self.asked: list[str] = []
+        self.app = self._make_app()
+        self.port = 0
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def register(self, patient_id: str, *encounters: str, **known: Any) -> None:
+        self.patients[patient_id] = {"patient_id": patient_id, **known}
+        self.encounters |= dict.fromkeys(encounters, patient_id)
+
+    def start(self) -> None:
+        """Listen, on the same port as before."""
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", self.port))
+        self.port = listening.getsockname()[1]
+        config = uvicorn.Config(
+            self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            threading.Event().wait(0.01)
+
+    def stop(self) -> None:
+        """Be down: connections are refused."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(10)
+        self._server = self._thread = None
+
+    def _make_app(self) -> FastAPI:
+        app = FastAPI()
+        app.get("/api/patients/{patient_id}")(self._patient)
+        app.get("/api/encounters/{encounter_id}")(self._encounter)
+        app.post("/api/encounters/{encounter_id}/assessments")(self._assessment)
+        return app
+
+    async def _patient(self, request: Request, patient_id: str) -> Response:
+        if (failed := await self._fail(request)) is not None:
+            return failed
+        found = self.patients.get(patient_id)
+        return JSONResponse(found or {"patient_id": patient_id}, 200 if found else 404)
+
+    async def _encounter(self, request: Request, encounter_id: str) -> Response:
+        if (failed := await self._fail(request)) is not None:
+            return failed
+        owner = self.encounters.get(encounter_id)
+        body = {"encounter_id": encounter_id} | ({"patient_id": owner} if owner else {})
+        return JSONResponse(body, 200 if owner else 404)
+
+    async def _assessment(self, request: Request, encounter_id: str) -> Response:
+        body = json.loads(await request.body())
+        fault = self.fault(request)
+        if fault not in {None, "lost"}:
+            return await self._answer_with(str(fault))
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
+            return JSONResponse({}, 401)
+        key = request.headers["idempotency-key"]
+        self.seen.append(key)
+        kept = self.kept.setdefault(encounter_id, [])
+        if key not in [known for known, _ in kept]:
+            kept.append((key, body))
+        if fault == "lost":
+            return Lost()
+        return JSONResponse({"assessment_id": body["assessment_id"]}, 201)
+
+    async def _fail(self, request: Request) -> Response | None:
+        self.asked.append(request.url.path)
+        fault = self.fault(request)
+        return None if fault is None else await self._answer_with(fault)
+
+    async def _answer_with(self, fault: str) -> Response:
+        if fault == "slow":
+            await asyncio.sleep(self.slow_s)
+        answers: dict[str, Callable[[], Response]] = {
+            "slow": lambda: JSONResponse({}, 200),
+            "500": lambda: JSONResponse({"detail": "internal"}, 500),
+            "404": lambda: JSONResponse({"message": "no Route matched"}, 404),
+            "page": lambda: PlainTextResponse("<html>Please log in</html>", 200),
+            "wrong": lambda: JSONResponse(
+                {"assessment_id": "another", "patient_id": "another", "encounter_id": "another"}, 200
+            ),
+            "drop": Lost,
+        }
+        return answers[fault]()
+
+
+class Lost(Response):
+    """Breaks the connection off instead of answering."""
+
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
+        # Fewer bytes than announced: the server closes, and the client's answer is incomplete.
+        headers = [(b"content-length", b"1000"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{"})
+
+
+@contextmanager
+def running_pms() -> Iterator[PmsServer]:
+    server = PmsServer()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
