@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from serve_app.api import replayer
-from serve_app.api.openapi import ReplayCauseDocument
+from serve_app.api.replay_document import ReplayCauseDocument
 from serve_app.api.replayer import Cause
 from serve_app.domain.errors import Overloaded, StageFailed
 
