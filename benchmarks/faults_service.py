@@ -23,8 +23,8 @@ from pydantic import SecretStr
 from benchmarks.faults_load import Target
 from benchmarks.systems import System, running_graph
 from cluster.node_files import read_service_environment, write_service_environment
+from cluster.ports import choose_port
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_state import free_port
 from cluster.postgres_supervisor import supervise
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
@@ -124,7 +124,7 @@ async def graph_service(home: Path) -> AsyncIterator[GraphService]:
     await prepare_database(urls)
     secret = read_service_environment(home)["DERM_TOKEN_SECRET"]
     owner = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
-    port = free_port()
+    port = choose_port()
     limit = str(_NO_RATE_LIMIT)
     settings = {"DERM_RATE_LIMIT_PER_S": limit, "DERM_RATE_LIMIT_BURST": limit}
     starting = running_graph(home, port=port, settings=settings)

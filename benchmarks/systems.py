@@ -17,8 +17,8 @@ import urllib.request
 import psutil
 
 from benchmarks.processes import measure_cpu, measure_pss
+from cluster.ports import choose_ports
 from cluster.postgres import EmbeddedPostgres
-from cluster.postgres_state import free_port
 from cluster.ray_node import RayNode
 
 CORES = os.cpu_count() or 1
@@ -63,8 +63,8 @@ def running_graph(
     """
     os.environ.update(settings or {})
     # Beside another node of this machine, if there is one.
-    ports = [free_port() for _ in range(4)]
-    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(free_port())
+    ports = choose_ports(5)
+    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(ports[4])
     node = RayNode(
         home,
         port=ports[0],

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+import random
 import socket
 
 import psutil
+
+# Above Ray's worker ports (10002 to 19999), below the kernel's for outgoing connections (32768 on): such a port
+# cannot be taken by a connection of Ray or PostgreSQL between being chosen and being listened on.
+_CHOSEN = range(20_000, 32_768)
 
 
 def is_listened_on(host: str, port: int) -> bool:
@@ -22,14 +27,18 @@ def is_listened_on(host: str, port: int) -> bool:
 
 def choose_port(wanted: int = 0, *, taken: Collection[int] = ()) -> int:
     """Return the wanted loopback port, or else any that is free and not in `taken`."""
-    if wanted and wanted not in taken and not is_listened_on("127.0.0.1", wanted):
-        return wanted
-    while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
-        if port not in taken:
-            return port
+    port = wanted or random.choice(_CHOSEN)  # noqa: S311 - nothing secret
+    while port in taken or is_listened_on("127.0.0.1", port):
+        port = random.choice(_CHOSEN)  # noqa: S311
+    return port
+
+
+def choose_ports(count: int) -> list[int]:
+    """Return as many different free loopback ports."""
+    ports: list[int] = []
+    while len(ports) < count:
+        ports.append(choose_port(taken=ports))
+    return ports
 
 
 def listener_on(port: int) -> str:

@@ -21,8 +21,9 @@ from typing import Literal
 
 import psutil
 
+from cluster.ports import choose_port, is_listened_on
 from cluster.postgres_account import PostgresFailed, let_in, let_run, programs, server_account
-from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState, fits_socket, free_port, is_free
+from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState, fits_socket
 
 __all__ = ["DatabaseUrls", "EmbeddedPostgres", "PostgresFailed", "ensure_cluster"]
 
@@ -168,8 +169,8 @@ class EmbeddedPostgres:
     def _start(self, state: PostgresState) -> None:
         if not self.is_running():
             self._clear_leftovers()
-            if not is_free(state.port):
-                state.port = free_port()
+            if is_listened_on("127.0.0.1", state.port):
+                state.port = choose_port()
                 state.write(self.state_file)
             self._configure(state)
             # pg_ctl builds a shell command: relative paths, for ours may hold what a shell minds.

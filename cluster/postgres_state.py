@@ -7,9 +7,9 @@ import json
 import os
 from pathlib import Path
 import secrets
-import socket
 from urllib.parse import quote
 
+from cluster.ports import choose_port
 from serve_app.security.private_files import read_private, write_private
 
 SUPERUSER = "derm_superuser"
@@ -43,7 +43,7 @@ class PostgresState:
     def fresh(cls, port: int | None) -> PostgresState:
         """Make up what a new server needs."""
         superuser, owner, app = (secrets.token_urlsafe(24) for _ in range(3))
-        return cls(port or free_port(), superuser, owner, app)
+        return cls(port or choose_port(), superuser, owner, app)
 
     @classmethod
     def read(cls, path: Path) -> PostgresState | None:
@@ -91,21 +91,3 @@ def fits_socket(directory: Path, port: int) -> bool:
     """Whether a socket below this directory has a path short enough for the kernel."""
     path = os.fsencode(directory / f".s.PGSQL.{port}.lock")
     return len(path) <= _SOCKET_PATH_BYTES and b"," not in path  # a comma separates directories
-
-
-def free_port() -> int:
-    """Find a loopback port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def is_free(port: int) -> bool:
-    """Whether PostgreSQL could listen on this loopback port now."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+import logging
 import os
 from pathlib import Path
 import re
@@ -28,6 +29,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     """As deployments/preprocess/decode.py has it for the process: pytest puts filters of its own before those."""
     config.addinivalue_line("filterwarnings", r"ignore::UserWarning:PIL\..*")
+
+
+@pytest.fixture
+def outside_serve() -> Iterator[None]:
+    """This process is no replica, whatever was imported before: Serve's logger has no handlers.
+
+    It must pass its records on meanwhile, because pytest puts a handler of its own on every logger that does not.
+    """
+    serve = logging.getLogger("ray.serve")
+    handlers, propagate = serve.handlers[:], serve.propagate
+    for handler in handlers:
+        serve.removeHandler(handler)
+    serve.propagate = True
+    yield
+    serve.propagate = propagate
+    for handler in handlers:
+        if not type(handler).__module__.startswith("_pytest"):
+            serve.addHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ class Log(logging.Handler):
 
 
 @pytest.fixture
-def log() -> Iterator[tuple[Log, io.StringIO]]:
+def log(outside_serve) -> Iterator[tuple[Log, io.StringIO]]:
     """The process's log, and a handler beside it."""
     stream, beside = io.StringIO(), Log()
     process = ProcessLog(node_key(SECRET), stream=stream, level=logging.DEBUG)

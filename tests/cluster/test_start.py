@@ -22,8 +22,8 @@ import psutil
 import pytest
 import yaml
 
+from cluster.ports import choose_port
 from cluster.postgres import EmbeddedPostgres
-from cluster.postgres_state import free_port
 from cluster.ray_node import RayNode
 from cluster.running import running_service
 from serve_app.settings import REPOSITORY
@@ -40,7 +40,7 @@ class Service:
     """`derm-cds serve` on a home of its own; `said` is what it printed."""
 
     home: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=choose_port)
     process: subprocess.Popen | None = None
 
     def command(self, name: str, *options: str) -> list[str]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import supervisor
-from cluster.postgres_state import free_port
+from cluster.ports import choose_port
 from cluster.ray_node import RayFailed
 from cluster.startup import StartFailed
 from cluster.supervisor import Wish
@@ -69,7 +69,7 @@ def test_other_ports_give_way(tmp_path, monkeypatch) -> None:
         listener.listen()
         taken = listener.getsockname()[1]
         monkeypatch.setattr(supervisor, "PORTS", (taken,) * 5)
-        node = supervisor._node(Wish(tmp_path, port=free_port()))
+        node = supervisor._node(Wish(tmp_path, port=choose_port()))
     ports = {node.port, node.stats_port, node.metrics_port, node.dashboard_port, node.fallback_port}
     assert len(ports) == 5
     assert taken not in ports

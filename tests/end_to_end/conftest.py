@@ -25,8 +25,8 @@ import psutil
 import pytest
 
 from cluster.node_files import read_service_environment, write_service_environment
+from cluster.ports import choose_ports
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_state import free_port
 from cluster.postgres_supervisor import supervise
 from cluster.ray_node import RayNode
 from cluster.sample_lesion import draw_lesion
@@ -49,7 +49,7 @@ class Node:
     home: Path
     models: Path
     model_id: str
-    port: int = field(default_factory=free_port)
+    port: int = field(init=False)
     urls: DatabaseUrls = field(init=False)
     postgres: EmbeddedPostgres = field(init=False)
     ray: RayNode = field(init=False)
@@ -57,7 +57,8 @@ class Node:
     def __post_init__(self) -> None:
         names = ("port", "stats_port", "metrics_port", "dashboard_port", "fallback_port")
         self.postgres = EmbeddedPostgres(self.home)
-        self.ray = RayNode(self.home, **{name: free_port() for name in names})
+        self.port, *ports = choose_ports(1 + len(names))
+        self.ray = RayNode(self.home, **dict(zip(names, ports, strict=True)))
 
     async def start(self) -> None:
         """Start everything that is not running."""

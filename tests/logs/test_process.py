@@ -21,10 +21,8 @@ MARK = "Zyxwvut-Marker"
 
 
 @pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def stream(outside_serve) -> Iterator[io.StringIO]:
     """What an installed log writes; put back as it was afterwards."""
-    # Where Ray Serve ran in this process, its handlers are still there.
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [])
     stream = io.StringIO()
     log = ProcessLog(b"k" * 32, stream=stream)
     log.install()
