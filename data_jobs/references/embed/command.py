@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         actor_gpus=parsed.actor_gpus,
         threads=parsed.threads,
         batch=parsed.batch,
-        prepare_cpus=parsed.prepare_cpus,
-        rows_per_block=min(64, parsed.rows_per_write),
+        prepare_cpus=_prepare_cpus(parsed),
         rows_per_write=parsed.rows_per_write,
         niceness=parsed.niceness,
     )
@@ -88,11 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=1, help="cores of one forward pass")
     parser.add_argument("--batch", type=int, default=1, help="images a forward pass; more only on a GPU")
-    parser.add_argument("--prepare-cpus", type=float, default=0.5, help="logical CPUs a preparing task takes")
+    parser.add_argument(
+        "--prepare-cpus",
+        type=float,
+        help="logical CPUs of a task that only prepares; 0: the actors do it (default: 0, with GPUs 1)",
+    )
     parser.add_argument("--rows-per-write", type=int, default=256, help="images a transaction takes in")
     parser.add_argument("--niceness", type=int, default=10, help="0 to compete with the service as an equal")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="keep vectors only")
     return parser
+
+
+def _prepare_cpus(parsed: argparse.Namespace) -> float:
+    if parsed.prepare_cpus is not None:
+        return float(parsed.prepare_cpus)
+    # A GPU embeds faster than the core beside it decodes.
+    return 1.0 if parsed.actor_gpus else 0.0
 
 
 def _say(message: str) -> None:

@@ -23,6 +23,9 @@ from serve_app.domain.errors import StageFailed
 from serve_app.records.reference_cache import FailedReference
 from serve_app.records.references import ReferenceImage
 
+#: So many images have their pixels in memory at a time, where one process does both steps.
+_PREPARED_AT_ONCE = 32
+
 #: What a row carries of its image from the catalogue to the database.
 IMAGE_COLUMNS = tuple(field.name for field in fields(ReferenceImage))
 
@@ -125,3 +128,9 @@ class EmbedImages:
             return np.asarray(self._embedder.embed(image[np.newaxis])[0])
         except StageFailed as failure:
             return failure
+
+
+def embed_files(batch: pa.Table, prepare: PrepareImages, embed: EmbedImages) -> pa.Table:
+    """Both steps, a few images at a time: the pixels of a whole batch are never in memory together."""
+    starts = range(0, batch.num_rows, _PREPARED_AT_ONCE)
+    return pa.concat_tables([embed(prepare(batch.slice(start, _PREPARED_AT_ONCE))) for start in starts])

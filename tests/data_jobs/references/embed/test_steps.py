@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from data_jobs.references.catalogue import read_catalogue
-from data_jobs.references.embed.steps import EmbedImages, PrepareImages, catalogue_table
+from data_jobs.references.embed.pipeline import Resources, split_rows
+from data_jobs.references.embed.steps import EmbedImages, PrepareImages, catalogue_table, embed_files
 from data_jobs.references.embedder import (
     ARCHIVE_LIMITS,
     ReferenceEmbedder,
@@ -119,6 +120,29 @@ def test_what_else_is_in_a_batch_changes_no_vector(make_folder, model, geometry)
     np.testing.assert_array_equal(fixed.embed(pixels)[4:], fixed.embed(pixels[4:]))
     np.testing.assert_allclose(fixed.embed(pixels), one_by_one, atol=1e-5)
     assert ReferenceEmbedder(model, spec).embed(pixels[:0]).shape == (0, 512)
+
+
+def test_both_steps_in_one_process_give_what_they_give_apart(make_folder, geometry, model, models) -> None:
+    folder = make_folder(35)  # more than have their pixels in memory at a time
+    table = catalogue_table(read_catalogue(folder))
+    prepare, spec = PrepareImages(folder, geometry, pictures=True), model.manifest.live_space
+    embed = EmbedImages(
+        models, model.manifest.model_id, spec.embedding_space, threads=1, device="cpu", batch=1
+    )
+    together = embed_files(table, prepare, embed)
+    assert together.num_rows == 35
+    assert together.equals(embed(prepare(table)))
+
+
+@pytest.mark.parametrize(
+    ("images", "actors", "blocks"),
+    [(50_000, 2, [256] * 195 + [80]), (300, 2, [38] * 7 + [34]), (3, 2, [3]), (0, 2, [])],
+)
+def test_blocks_are_of_a_transaction_and_enough_for_all_actors(
+    images: int, actors: int, blocks: list[int]
+) -> None:
+    table = pa.table({"isic_id": list(map(str, range(images)))})
+    assert [part.num_rows for part in split_rows(table, Resources(actors=actors))] == blocks
 
 
 def test_an_embedder_is_identified_by_what_decides_a_vector(model) -> None:
