@@ -26,6 +26,7 @@ from uuid import UUID, uuid4
 from cluster.postgres import EmbeddedPostgres
 from serve_app.domain.errors import DermError
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import EVERY_REFERENCE
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
@@ -168,7 +169,7 @@ async def _seal_images(records: LesionStore, keys: KeyStore, count: int) -> _Ima
             height=450,
             context=ClinicalContext(),
             top_k=5,
-            licences=(),
+            reference_filter=EVERY_REFERENCE,
             actor="benchmark",
             request_id="benchmark",
             idempotency_key=None,

@@ -1,19 +1,22 @@
 """The reference search against exact NumPy search over the same vectors, in one run.
 
-`python -m benchmarks.search --json`: latency at concurrency 1 and 5 through the store, recall@10
-counted by distance without a filter and under each, build time and sizes.
+`python -m benchmarks.search --json`: latency at concurrency 1 and 5, and recall@10 counted by distance,
+without a filter and under each; by the store alone and through the retriever's deployment. Also what
+filling, indexing and storing cost. The space is filled as the embed job fills it: 256 images a transaction.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from itertools import count
 import json
 import os
 from pathlib import Path
 import platform
+import resource
 import sys
 import tempfile
 from time import perf_counter
@@ -22,34 +25,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.search_data import Filter, SearchData, make_search_data
-from cluster.postgres import EmbeddedPostgres
+from benchmarks.search_data import SearchData, describe, make_search_data
+from benchmarks.search_retriever import running_node, running_retriever
+from benchmarks.search_truth import Truth, search_exactly
+from cluster.node_files import model_folder
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.ray_node import RayNode
 from serve_app.domain.assessment import Neighbours
+from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
+from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
 from serve_app.records.references import ReferenceStore
-from serve_app.records.sql import parse
-from serve_app.settings import REPOSITORY
+from serve_app.records.sql import parse, queries
 
 K = 10
+CONCURRENCIES = (1, 5)
 _SPACE = "benchmark"
+_ROWS_PER_WRITE = 256
 _SQL = parse((Path(__file__).parent / "search.sql").read_text())
-#: Similarities are sums of float32: as near as this is the same distance.
-_TIE = 1e-5
+
+Search = Callable[[NDArray[np.float32], ReferenceFilter], Awaitable[Neighbours]]
 
 
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--count", type=int, default=50_000, help="references")
+    parser.add_argument("--rows", type=int, default=50_000, help="references")
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=10.0, help="of load at each concurrency")
     parser.add_argument("--shared-buffers", help="as PostgreSQL writes it, in place of the server's own")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
-    models = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
-    data = make_search_data(models, count=parsed.count, queries=parsed.queries)
+    data = make_search_data(model_folder(), rows=parsed.rows, queries=parsed.queries)
     with tempfile.TemporaryDirectory(prefix="derm-search-") as folder:
         home = Path(folder)
         home.chmod(0o711)
@@ -60,7 +69,8 @@ def main() -> None:
             local.write_text(f"shared_buffers = '{parsed.shared_buffers}'\n")
         try:
             urls = postgres.ensure()
-            report = asyncio.run(_run(urls.owner, urls.app, data, parsed.seconds))
+            with running_node(home, urls) as node:
+                report = asyncio.run(_run(urls, node, data, parsed.seconds))
         finally:
             postgres.stop()
     text = json.dumps(report, indent=2)
@@ -71,37 +81,52 @@ def main() -> None:
 
 def summary(report: dict[str, Any]) -> str:
     """The figures that were asked for, for people."""
-    named = {"numpy, exact": report["numpy"]} | report["store"]
+    named = {"numpy, exact": report["numpy"]} | report["latency"]
     lines = [f"{name:24} p50 {row['p50_ms']:7} p95 {row['p95_ms']:7} ms" for name, row in named.items()]
-    lines += [
-        f"{row['filter']:32} {row['passing']:7} recall {row['recall']} p95 {row['p95_ms']} ms"
-        for row in report["filters"]
-    ]
+    for way, rows in report["filters"].items():
+        lines += [
+            f"{way:10} {row['filter']:32} {row['passing']:7} recall {row['recall']}"
+            f" p95 {row['at 1']['p95_ms']} ms, at 5 {row['at 5']['p95_ms']} ms"
+            for row in rows
+        ]
     return "\n".join(lines)
 
 
-async def _run(owner_dsn: str, app_dsn: str, data: SearchData, seconds: float) -> dict[str, Any]:
-    await migrate(owner_dsn, application_role="derm_app")
-    owner = await open_pool(owner_dsn, minimum=0, maximum=1)
+async def _run(urls: DatabaseUrls, node: RayNode, data: SearchData, seconds: float) -> dict[str, Any]:
+    started = datetime.now(UTC)
+    await migrate(urls.owner, application_role="derm_app")
+    owner = await open_pool(urls.owner, minimum=0, maximum=1)
     # As many connections as the retriever has unless told otherwise.
-    pool = await open_pool(app_dsn, minimum=4, maximum=4)
-    everything = len(data.images) + 1
+    pool = await open_pool(urls.app, minimum=4, maximum=4)
+    limits = data.filters()
+    truths = search_exactly(data, limits, K)
+    _say("searched exactly")
     try:
-        built = await _load(owner, data)
+        built = await _fill(owner, data)
         shared_buffers = await owner.fetchval(_SQL["shared_buffers"])
-        indexed, exact = ReferenceStore(pool), ReferenceStore(pool, exact_below=everything)
-        store: dict[str, Any] = {}
-        for concurrency in (1, 5):
-            store[f"at {concurrency}"] = await _drive(indexed, data, concurrency, seconds)
-        for concurrency in (1, 5):
-            store[f"exact, at {concurrency}"] = await _drive(exact, data, concurrency, seconds)
-        filters = [await _compare(indexed, data, limits) for limits in data.filters()]
+        latency, filters = {}, {}
+        exact = _by_store(ReferenceStore(pool, exact_below=len(data.images) + 1))
+        for concurrency in CONCURRENCIES:
+            latency[f"store, exact, at {concurrency}"] = await _drive(exact, data, concurrency, seconds)
+        store = _by_store(ReferenceStore(pool))
+        async with running_retriever(node) as nearest:
+
+            def retriever(query: NDArray[np.float32], asked: ReferenceFilter) -> Awaitable[Neighbours]:
+                return nearest.remote(query, _SPACE, K, asked)
+
+            for way, search in {"store": store, "retriever": retriever}.items():
+                for concurrency in CONCURRENCIES:
+                    latency[f"{way}, at {concurrency}"] = await _drive(search, data, concurrency, seconds)
+                filters[way] = [
+                    await _compare(search, data, asked, truth)
+                    for asked, truth in zip(limits, truths, strict=True)
+                ]
     finally:
         await pool.close()
         await owner.close()
     return {
         "benchmark": "search",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": started.isoformat(timespec="seconds"),
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "shared_buffers": shared_buffers,
         "references": len(data.images),
@@ -109,30 +134,39 @@ async def _run(owner_dsn: str, app_dsn: str, data: SearchData, seconds: float) -
         "k": K,
         "build": built,
         "numpy": _numpy(data),
-        "store": store,
+        "latency": latency,
         "filters": filters,
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
 
-async def _load(owner: Pool, data: SearchData) -> dict[str, Any]:
+def _by_store(store: ReferenceStore) -> Search:
+    return lambda query, asked: store.nearest(query, embedding_space=_SPACE, k=K, reference_filter=asked)
+
+
+async def _fill(owner: Pool, data: SearchData) -> dict[str, Any]:
+    cache = ReferenceCache(owner)
     started = perf_counter()
-    unindexed = ReferenceStore(owner, exact_below=len(data.images) + 1)
-    await unindexed.load(data.images, data.vectors, embedding_space=_SPACE)
-    loaded = perf_counter()
-    _say(f"loaded in {loaded - started:.1f} s")
-    # Loading one image again indexes what is there.
-    await ReferenceStore(owner).load(data.images[:1], data.vectors[:1], embedding_space=_SPACE)
+    await cache.begin(SpaceEmbedder(_SPACE, "benchmark", "none", "1"), expected=len(data.images))
+    for first in range(0, len(data.images), _ROWS_PER_WRITE):
+        rows = slice(first, first + _ROWS_PER_WRITE)
+        await cache.take_in(_SPACE, data.images[rows], data.vectors[rows])
+    filled = perf_counter()
+    _say(f"filled in {filled - started:.1f} s")
+    await cache.complete(_SPACE)
     indexed = perf_counter()
-    _say(f"indexed in {indexed - loaded:.1f} s")
-    sizes = {row["name"]: round(row["bytes"] / 2**20, 1) for row in await owner.fetch(_SQL["sizes"])}
+    _say(f"indexed in {indexed - filled:.1f} s")
     return {
-        "load_s": round(loaded - started, 1),
-        "index_s": round(indexed - loaded, 1),
-        "sizes_mib": sizes,
+        "fill_s": round(filled - started, 1),
+        "index_s": round(indexed - filled, 1),
+        "maintenance_work_mem": await owner.fetchval(queries("references")["room_for_indexes"]),
+        "sizes_mib": {
+            row["name"]: round(row["bytes"] / 2**20, 1) for row in await owner.fetch(_SQL["sizes"])
+        },
     }
 
 
-async def _drive(store: ReferenceStore, data: SearchData, concurrency: int, seconds: float) -> dict[str, Any]:
+async def _drive(search: Search, data: SearchData, concurrency: int, seconds: float) -> dict[str, Any]:
     """Keep so many searches under way for a while, after a second to warm up."""
     turn = count()
     taken: list[float] = []
@@ -140,8 +174,7 @@ async def _drive(store: ReferenceStore, data: SearchData, concurrency: int, seco
 
     async def client() -> None:
         while (begun := perf_counter()) - started < seconds + 1:
-            query = data.queries[next(turn) % len(data.queries)]
-            await store.nearest(query, embedding_space=_SPACE, k=K)
+            await search(data.queries[next(turn) % len(data.queries)], EVERY_REFERENCE)
             if begun - started >= 1:
                 taken.append(perf_counter() - begun)
 
@@ -163,45 +196,38 @@ def _numpy(data: SearchData) -> dict[str, Any]:
     return _percentiles(taken)
 
 
-async def _compare(store: ReferenceStore, data: SearchData, limits: Filter) -> dict[str, Any]:
-    passing, malignant = data.passing(limits), data.malignant()
-    cosines = _cosines(data, passing)
-    wanted = min(K, int(passing.sum()))
-    taken, shares, fewer, missed = [], [], 0, 0
-    for query, row in zip(data.queries, cosines, strict=True):
-        begun = perf_counter()
-        found = await store.nearest(
-            query, embedding_space=_SPACE, k=K, licences=limits.licences, sites=limits.sites
+async def _compare(search: Search, data: SearchData, asked: ReferenceFilter, truth: Truth) -> dict[str, Any]:
+    """Hold every query under a filter against what is true, at each concurrency."""
+    report: dict[str, Any] = {"filter": describe(asked), "passing": truth.passing, "recall": 1.0}
+    for concurrency in CONCURRENCIES:
+        found, taken = await _ask_all(search, data, asked, concurrency)
+        shares = [truth.share_found(neighbours, query) for query, neighbours in found.items()]
+        report["recall"] = min(report["recall"], round(float(np.mean(shares)), 4))
+        report["fewer_than_k"] = sum(truth.is_short(neighbours) for neighbours in found.values())
+        report["nearest_of_a_kind_missed"] = sum(
+            truth.kinds_missed(neighbours, query) for query, neighbours in found.items()
         )
-        taken.append(perf_counter() - begun)
-        farthest = np.sort(row)[-wanted]
-        shares.append(sum(case.similarity >= farthest - _TIE for case in found.similar) / wanted)
-        fewer += len(found.similar) < wanted
-        missed += _misses(found, row, malignant[passing])
-    report = {
-        "filter": str(limits),
-        "passing": int(passing.sum()),
-        "recall": round(float(np.mean(shares)), 4),
-        "fewer_than_k": fewer,
-        "nearest_of_a_kind_missed": missed,
-    }
+        report[f"at {concurrency}"] = _percentiles(taken)
     _say(str(report))
-    return report | _percentiles(taken)
+    return report
 
 
-def _misses(found: Neighbours, cosines: NDArray[np.float64], malignant: NDArray[np.bool_]) -> int:
-    missed = 0
-    for case, kind in ((found.nearest_malignant, malignant), (found.nearest_benign, ~malignant)):
-        best = cosines[kind].max(initial=-np.inf)
-        missed += (-np.inf if case is None else case.similarity) < best - _TIE
-    return int(missed)
+async def _ask_all(
+    search: Search, data: SearchData, asked: ReferenceFilter, concurrency: int
+) -> tuple[dict[int, Neighbours], list[float]]:
+    """Ask every query once: what was found for each, and the seconds that each took."""
+    turn = iter(range(len(data.queries)))
+    found: dict[int, Neighbours] = {}
+    taken: list[float] = []
 
+    async def client() -> None:
+        for query in turn:
+            begun = perf_counter()
+            found[query] = await search(data.queries[query], asked)
+            taken.append(perf_counter() - begun)
 
-def _cosines(data: SearchData, passing: NDArray[np.bool_]) -> NDArray[np.float64]:
-    vectors, queries = data.vectors[passing].astype(np.float64), data.queries.astype(np.float64)
-    lengths = np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(vectors, axis=1))
-    cosines: NDArray[np.float64] = queries @ vectors.T / lengths
-    return cosines
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return found, taken
 
 
 def _percentiles(seconds: list[float]) -> dict[str, Any]:

@@ -8,26 +8,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.references.load import read_bundle
+from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore
 from serve_app.domain.diagnosis import MALIGNANT
+from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.references import DIMENSIONS, ReferenceImage
 
 #: Perturbed copies are spread over the licences as the archive's public images roughly are.
 LICENCES = {"CC-0": 0.5, "CC-BY": 0.15, "CC-BY-NC": 0.35}
+#: Share of the copies of which nobody says how the diagnosis was confirmed.
+UNCONFIRMED = 0.3
 #: Length of what is added to a vector of length 1: a cosine of 0.96 to 0.71 with the real one.
 NOISE = (0.3, 1.0)
 
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """What a search is limited to; empty means any."""
-
-    licences: tuple[str, ...] = ()
-    sites: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return " and ".join((*self.licences, *self.sites)) or "none"
+# Copies are made so many at a time: what 400,000 of them need in between would be gigabytes.
+_CHUNK = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +33,13 @@ class SearchData:
     vectors: NDArray[np.float32]
     queries: NDArray[np.float32]
 
-    def passing(self, limits: Filter) -> NDArray[np.bool_]:
+    def passing(self, limits: ReferenceFilter) -> NDArray[np.bool_]:
         """Which images a filter lets pass (N,)."""
         return np.array(
             [
                 (not limits.licences or image.copyright_license in limits.licences)
                 and (not limits.sites or image.anatom_site_general in limits.sites)
+                and (not limits.confirmed_only or image.confirmed)
                 for image in self.images
             ]
         )
@@ -52,20 +48,28 @@ class SearchData:
         """Which images are malignant (N,)."""
         return np.array([image.diagnosis in MALIGNANT for image in self.images])
 
-    def filters(self) -> list[Filter]:
-        """None, each licence, each site, the rarest licence at each site."""
+    def filters(self) -> list[ReferenceFilter]:
+        """None, confirmed ones, each licence, each site, the rarest licence at each site."""
         sites = sorted({image.anatom_site_general for image in self.images} - {None}, key=str)
         rarest = min(LICENCES, key=lambda licence: LICENCES[licence])
         return [
-            Filter(),
-            *(Filter(licences=(licence,)) for licence in LICENCES),
-            *(Filter(sites=(str(site),)) for site in sites),
-            *(Filter((rarest,), (str(site),)) for site in sites),
+            EVERY_REFERENCE,
+            ReferenceFilter(confirmed_only=True),
+            *(ReferenceFilter(licences=(licence,)) for licence in LICENCES),
+            *(ReferenceFilter(sites=(str(site),)) for site in sites),
+            *(ReferenceFilter((rarest,), (str(site),)) for site in sites),
+            ReferenceFilter(licences=(rarest,), confirmed_only=True),
         ]
 
 
-def make_search_data(models: Path, *, count: int, queries: int, seed: int = 20261124) -> SearchData:
-    """Take the references of the one model and perturb them until there are `count`, each of its own lesion.
+def describe(limits: ReferenceFilter) -> str:
+    """Say what a search is limited to."""
+    confirmed = ("confirmed",) if limits.confirmed_only else ()
+    return " and ".join((*limits.licences, *limits.sites, *confirmed)) or "none"
+
+
+def make_search_data(models: Path, *, rows: int, queries: int, seed: int = 20261124) -> SearchData:
+    """Take the references of the one model and perturb them until there are `rows`, each of its own lesion.
 
     Half the queries are real images, of which neither they nor anything made of them is a
     reference; half are fresh perturbations of references.
@@ -76,24 +80,37 @@ def make_search_data(models: Path, *, count: int, queries: int, seed: int = 2026
     bundle = read_bundle(model, model.manifest.live_space)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(bundle.images))
-    asked, kept = order[: queries // 2], order[queries // 2 :][:count]
-    parents = rng.choice(kept, size=count - len(kept))
+    asked, kept = order[: queries // 2], order[queries // 2 :][:rows]
+    parents = rng.choice(kept, size=rows - len(kept))
+    vectors = np.empty((rows, DIMENSIONS), np.float32)
+    vectors[: len(kept)] = _rounded(bundle.embeddings[kept])
+    for start in range(0, len(parents), _CHUNK):
+        some = parents[start : start + _CHUNK]
+        place = len(kept) + start
+        vectors[place : place + len(some)] = _perturbed(bundle.embeddings[some], rng)
+    again = rng.choice(kept, size=queries - len(asked))
+    return SearchData(
+        [*(bundle.images[place] for place in kept), *_copies(bundle, parents, rng)],
+        vectors,
+        np.vstack([_rounded(bundle.embeddings[asked]), _perturbed(bundle.embeddings[again], rng)]),
+    )
+
+
+def _copies(
+    bundle: ReferenceBundle, parents: NDArray[np.int64], rng: np.random.Generator
+) -> list[ReferenceImage]:
     licences = rng.choice(list(LICENCES), size=len(parents), p=list(LICENCES.values()))
-    copies = [
+    unconfirmed = rng.random(len(parents)) < UNCONFIRMED
+    return [
         replace(
             bundle.images[parent],
             isic_id=f"COPY_{number:07d}",
             lesion_id=f"IL_COPY_{number:07d}",
             copyright_license=str(licence),
+            **({"diagnosis_confirm_type": None} if unknown else {}),
         )
-        for number, (parent, licence) in enumerate(zip(parents, licences, strict=True))
+        for number, (parent, licence, unknown) in enumerate(zip(parents, licences, unconfirmed, strict=True))
     ]
-    again = rng.choice(kept, size=queries - len(asked))
-    return SearchData(
-        [*(bundle.images[place] for place in kept), *copies],
-        np.vstack([_rounded(bundle.embeddings[kept]), _perturbed(bundle.embeddings[parents], rng)]),
-        np.vstack([_rounded(bundle.embeddings[asked]), _perturbed(bundle.embeddings[again], rng)]),
-    )
 
 
 def _perturbed(vectors: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

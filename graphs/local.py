@@ -20,6 +20,7 @@ from deployments.risk.stage import RiskStage
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import RejectedUpload, StageFailed
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.references import ReferenceStore
 
 Result = TypeVar("Result")
@@ -72,13 +73,17 @@ class LocalStages:
         return self._embedder.embed(model_id, embedding_space, bottleneck)
 
     async def nearest(
-        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+        self,
+        embedding: NDArray[np.float32],
+        embedding_space: str,
+        k: int,
+        reference_filter: ReferenceFilter,
     ) -> Neighbours:
         """Search the references."""
         if self._references is None:
             raise StageFailed("The references are not open.")
         return await self._references.nearest(
-            embedding, embedding_space=embedding_space, k=k, licences=licences
+            embedding, embedding_space=embedding_space, k=k, reference_filter=reference_filter
         )
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:

@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with closing(KeyStore(settings.files.keystore, open_key_provider(settings))) as keys:
 
         async def erase(pool: Pool) -> int:
-            eraser = Eraser(ErasureStore(pool), keys)
+            eraser = Eraser(ErasureStore(pool), keys, tells_pms=settings.pms_deliver)
             erased = await erase_expired(RetentionStore(pool), eraser, days=days, actor=getpass.getuser())
             await eraser.finish_accepted(older_than_s=0)
             return erased

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from serve_app.domain.assessment import Neighbours
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.logs.process import ProcessLog
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
@@ -29,9 +30,13 @@ class RetrieverDeployment:
         self._references = ReferenceStore(pool)
 
     async def nearest(
-        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+        self,
+        embedding: NDArray[np.float32],
+        embedding_space: str,
+        k: int,
+        reference_filter: ReferenceFilter,
     ) -> Neighbours:
-        """The K nearest confirmed cases in one space, at most one image a lesion."""
+        """The K nearest references in one space that pass the filter, at most one image a lesion."""
         return await self._references.nearest(
-            embedding, embedding_space=embedding_space, k=k, licences=licences
+            embedding, embedding_space=embedding_space, k=k, reference_filter=reference_filter
         )

@@ -69,7 +69,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
             tells_pms=pms.delivery is not None,
         ),
         replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
-        eraser=Eraser(ErasureStore(pool), keys),
+        eraser=Eraser(ErasureStore(pool), keys, tells_pms=pms.delivery is not None),
         pms=pms,
         admission=AdmissionGate(
             max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight

@@ -19,6 +19,7 @@ from serve_app.domain.assessment import Assessment, Change, Neighbours, Outcome,
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import PreviousAssessment
 from serve_app.records.serving import LiveModel
 
@@ -84,7 +85,7 @@ class Assessor:
         *,
         context: ClinicalContext,
         top_k: int,
-        licences: tuple[str, ...],
+        reference_filter: ReferenceFilter,
         previous: PreviousAssessment | None,
         recorded: Neighbours | None = None,
     ) -> Assessment:
@@ -103,7 +104,7 @@ class Assessor:
         embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
         timings.lap("embedder", since)
         since = perf_counter()
-        neighbours = await self._stages.nearest(embedding, live.embedding_space, top_k, licences)
+        neighbours = await self._stages.nearest(embedding, live.embedding_space, top_k, reference_filter)
         timings.lap("retriever", since)
         change = None if previous is None else _compare(previous, output, embedding)
         since = perf_counter()

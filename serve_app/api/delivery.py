@@ -1,4 +1,4 @@
-"""Telling the PMS of finished assessments: the outbox's messages, delivered at least once and kept once.
+"""Telling the PMS what became of assessments: the outbox's messages, delivered at least once and kept once.
 
 The PMS keeps one of what it gets twice, by the Idempotency-Key; we note and audit its
 acknowledgement once. A message is noted as delivered only for an acknowledgement that names the
@@ -13,6 +13,7 @@ import logging
 import random
 
 from serve_app.api.answers import assessment_answer
+from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import PmsRefused, PmsUnavailable
 from serve_app.pms.breaker import CircuitBreaker, State
 from serve_app.pms.client import PmsClient
@@ -94,9 +95,8 @@ class Delivery:
 
     async def _deliver(self, message: ClaimedMessage) -> bool:
         found = await self._records.assessment_record(message.assessment_id)
-        if found is None or found.image.assessment is None:
-            # Erased since: nothing of it is disclosed any more.
-            await self._outbox.give_up(message.message_id, error="erased")
+        if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
+            await self._outbox.give_up(message.message_id, error="not_finished")
             return False
         if not self._breaker.enter():
             await self._outbox.postpone(message.message_id, delay_s=self._first_wait_s, error="circuit_open")
@@ -106,7 +106,9 @@ class Delivery:
         except PmsUnavailable as fault:
             await self._wait_or_give_up(message, fault)
             return False
-        return await self._outbox.deliver(message.message_id, event=_disclosed(message, found))
+        return await self._outbox.deliver(
+            message.message_id, told=found.image.outcome, event=_disclosed(message, found)
+        )
 
     async def _post(self, message: ClaimedMessage, found: AssessmentRecord) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
@@ -120,7 +122,7 @@ class Delivery:
                 message.encounter_id,
                 "assessments",
                 body=body,
-                idempotency_key=str(message.message_id),
+                idempotency_key=_idempotency_key(message, found),
                 timeout_s=self._timeout_s,
             )
         except PmsUnavailable:
@@ -154,6 +156,12 @@ def wait_s(attempts: int, *, first_s: float = FIRST_WAIT_S) -> float:
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
+def _idempotency_key(message: ClaimedMessage, found: AssessmentRecord) -> str:
+    """The message's id, or for an erasure its receipt's: two things to tell of one assessment, kept one of each."""
+    erasure = found.image.erasure
+    return str(message.message_id if erasure is None else erasure.receipt_id)
+
+
 def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
     return AuditEvent(
         action="disclose",
@@ -163,6 +171,6 @@ def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
         lesion_id=found.lesion_id,
         image_id=found.image.image_id,
         assessment_id=message.assessment_id,
-        request_id=str(message.message_id),
-        detail={"recipient": "pms", "attempts": message.attempts},
+        request_id=_idempotency_key(message, found),
+        detail={"recipient": "pms", "outcome": found.image.outcome, "attempts": message.attempts},
     )

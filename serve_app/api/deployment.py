@@ -19,6 +19,7 @@ from deployments.risk.findings import Findings
 from serve_app.api.app import create_app
 from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import Overloaded, RejectedUpload, StageFailed
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.logs.process import ProcessLog
 from serve_app.settings import load_settings
 
@@ -45,12 +46,12 @@ class ServeStages:
         retriever: DeploymentHandle[Any],
         risk: DeploymentHandle[Any],
     ) -> None:
-        self._prepare_small = _by_message(preprocess).prepare
+        self._prepare_small = by_message(preprocess).prepare
         self._prepare_large = preprocess.options(_by_reference=True).prepare
-        self._classify = _by_message(classifier).classify
-        self._embed = _by_message(embedder).embed
-        self._nearest = _by_message(retriever).nearest
-        self._conclude = _by_message(risk).conclude
+        self._classify = by_message(classifier).classify
+        self._embed = by_message(embedder).embed
+        self._nearest = by_message(retriever).nearest
+        self._conclude = by_message(risk).conclude
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload."""
@@ -74,10 +75,16 @@ class ServeStages:
         return embedding
 
     async def nearest(
-        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+        self,
+        embedding: NDArray[np.float32],
+        embedding_space: str,
+        k: int,
+        reference_filter: ReferenceFilter,
     ) -> Neighbours:
         """Search the references."""
-        neighbours: Neighbours = await _answer(self._nearest.remote(embedding, embedding_space, k, licences))
+        neighbours: Neighbours = await _answer(
+            self._nearest.remote(embedding, embedding_space, k, reference_filter)
+        )
         return neighbours
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
@@ -86,7 +93,8 @@ class ServeStages:
         return conclusion
 
 
-def _by_message(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
+def by_message(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
+    """Send what is asked and answered in the message itself: small values need no object store."""
     return handle.options(
         _by_reference=False, request_serialization="pickle", response_serialization="pickle"
     )

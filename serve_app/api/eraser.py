@@ -17,6 +17,7 @@ import logging
 from uuid import UUID, uuid4
 
 from serve_app.domain.errors import DermError, LegalHold, NotFound
+from serve_app.domain.identifiers import new_id
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore, Verdict
 from serve_app.security.keystore import DestroyedKey, KeyStore
 from serve_app.security.receipts import ErasureReason, Receipt
@@ -30,9 +31,11 @@ ABANDONED_AFTER_S = 15.0
 class Eraser:
     """Erases images, and finishes what was accepted and not proven."""
 
-    def __init__(self, erasures: ErasureStore, keys: KeyStore) -> None:
+    def __init__(self, erasures: ErasureStore, keys: KeyStore, *, tells_pms: bool = False) -> None:
+        """`tells_pms`: an erasure for an encounter goes into the outbox, in the receipt's own transaction."""
         self._erasures = erasures
         self._keys = keys
+        self._tells_pms = tells_pms
 
     async def erase(self, request: ErasureRequest) -> tuple[Erasure, bool]:
         """Erase an image; returns the erasure, and whether it is this request's or an earlier one's.
@@ -113,4 +116,4 @@ class Eraser:
             actor=erasure.actor,
         )
         await asyncio.to_thread(self._keys.destroy, key)
-        return await self._erasures.prove(erasure)
+        return await self._erasures.prove(erasure, message_id=new_id() if self._tells_pms else None)

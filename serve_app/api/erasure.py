@@ -92,7 +92,7 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
     "/api/lesions/{lesion_id}/images/{image_id}/receipt",
     response_model=ErasureDocument,
     responses={202: {"model": ErasureDocument}},
-    openapi_extra=rule(Action.READ),
+    openapi_extra=rule(Action.READ_RECEIPT),
     summary="The receipt of an erased image",
 )
 async def read_receipt(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
@@ -100,11 +100,11 @@ async def read_receipt(request: Request, caller: Caller, lesion_id: UUID, image_
     services: Services = request.app.state.services
     request_id: str = request.scope["request_id"]
     patient_id = await require_lesion(
-        services.records, caller, Action.READ, lesion_id=lesion_id, request_id=request_id
+        services.records, caller, Action.READ_RECEIPT, lesion_id=lesion_id, request_id=request_id
     )
     erasure = await services.eraser.find(lesion_id, image_id)
     await services.records.record_event(
-        _read(caller.subject, request_id, patient_id, erasure, action=Action.READ)
+        _read(caller.subject, request_id, patient_id, erasure, action=Action.READ_RECEIPT)
     )
     return _answer(erasure)
 

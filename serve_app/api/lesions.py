@@ -27,6 +27,7 @@ from serve_app.api.upload import (
 )
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import ImageRecord, Replay
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
@@ -52,13 +53,20 @@ _PENDING_RETRY_AFTER = "5"
 async def create_lesion(
     request: Request,
     caller: Caller,
+    *,
     top_k: Annotated[int, Query(ge=1, le=50)] = 10,
-    licence: Annotated[list[Licence] | None, Query()] = None,
+    licence: Annotated[
+        list[Licence] | None, Query(description="Only references under these licences.")
+    ] = None,
+    confirmed: Annotated[
+        bool, Query(description="Only references of which the archive says how the diagnosis was confirmed.")
+    ] = False,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> JSONResponse:
     """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""
     services: Services = request.app.state.services
-    question = _Question(top_k, tuple(licence or ()), idempotency_key)
+    reference_filter = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
+    question = _Question(top_k, reference_filter, idempotency_key)
     with services.admission.enter(expected_bytes(request, max_image_bytes=services.limits.max_bytes)):
         return await _assess(request, services, caller, question)
 
@@ -68,8 +76,13 @@ class _Question:
     """What a request asks beside its form."""
 
     top_k: int
-    licences: tuple[str, ...]
+    reference_filter: ReferenceFilter
     idempotency_key: str | None
+
+    def words(self) -> tuple[str, ...]:
+        """What of it may change the answer; as before `confirmed` could be asked for when it is not."""
+        asked = self.reference_filter
+        return (str(self.top_k), *sorted(asked.licences), *(("confirmed",) if asked.confirmed_only else ()))
 
 
 async def _assess(
@@ -135,9 +148,9 @@ async def _authorise(
         image=form.image,
         context=parse_context(form.values),
         top_k=question.top_k,
-        licences=question.licences,
+        reference_filter=question.reference_filter,
         idempotency_key=question.idempotency_key,
-        request_sha256=form.fingerprint(str(question.top_k), *sorted(question.licences)),
+        request_sha256=form.fingerprint(*question.words()),
     )
 
 

@@ -11,7 +11,6 @@ from serve_app.api.triage import Triage
 from serve_app.domain.errors import IntegrityError, RejectedUpload
 from serve_app.records.lesion_rows import PendingAssessment
 from serve_app.records.lesions import LesionStore
-from serve_app.security.audit import AuditEvent
 
 logger = logging.getLogger("derm.recovery")
 
@@ -51,7 +50,7 @@ async def recover_once(
     completed = 0
     for pending in await records.claim_pending(older_than_s=orphaned_after_s, lease_s=LEASE_S, limit=4):
         try:
-            completed += await _recover(records, triage, live, pending)
+            completed += await _recover(triage, live, pending)
         except Exception as error:  # noqa: BLE001 - one that fails must not hold up the others
             logger.warning("Assessment %s stays pending: %s", pending.assessment_id, type(error).__name__)
     if completed:
@@ -59,26 +58,13 @@ async def recover_once(
     return completed
 
 
-async def _recover(
-    records: LesionStore, triage: Triage, live: LiveModelWatch, pending: PendingAssessment
-) -> bool:
+async def _recover(triage: Triage, live: LiveModelWatch, pending: PendingAssessment) -> bool:
     """Complete one, or end it as failed when it is the image itself that keeps it from an answer."""
     try:
         return await triage.resume(pending, await live.current()) is not None
     except (RejectedUpload, IntegrityError) as error:
         if pending.attempts < FAILED_AFTER_TRIES:
             raise
-        event = AuditEvent(
-            action="classify",
-            actor=pending.actor,
-            outcome="failed",
-            patient_id=pending.patient_id,
-            lesion_id=pending.lesion_id,
-            image_id=pending.image_id,
-            assessment_id=pending.assessment_id,
-            request_id=pending.request_id,
-            detail={"code": error.code, "attempts": pending.attempts},
-        )
-        if await records.fail(pending.assessment_id, error.code, event=event):
+        if await triage.give_up(pending, error):
             logger.warning("Assessment %s has failed: %s", pending.assessment_id, error.code)
         return False

@@ -141,7 +141,7 @@ class Replayer:
                 examination,
                 context=case.context,
                 top_k=case.top_k,
-                licences=case.licences,
+                reference_filter=case.reference_filter,
                 previous=previous,
                 recorded=recorded.neighbours,
             )

@@ -12,6 +12,7 @@ from deployments.preprocess.preprocess import PreparedImage
 from deployments.risk.findings import Findings
 from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import RejectedUpload
+from serve_app.domain.reference_filter import ReferenceFilter
 
 
 class Stages(Protocol):
@@ -34,9 +35,13 @@ class Stages(Protocol):
         """Bottleneck (512) to a unit vector (512) of one embedding space."""
 
     async def nearest(
-        self, embedding: NDArray[np.float32], embedding_space: str, k: int, licences: tuple[str, ...]
+        self,
+        embedding: NDArray[np.float32],
+        embedding_space: str,
+        k: int,
+        reference_filter: ReferenceFilter,
     ) -> Neighbours:
-        """A unit vector to the nearest confirmed cases of its space."""
+        """A unit vector to the nearest references of its space, among those that pass the filter."""
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Everything found to outcome, risk and urgency."""

@@ -18,8 +18,10 @@ from uuid import UUID
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.api.assessor import Assessor, Examination
 from serve_app.domain.assessment import Assessment, Outcome
+from serve_app.domain.errors import DermError
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.pms.consultation import RecordConsultation
 from serve_app.records.lesion_rows import Admission, ImageRecord, PendingAssessment, Replay
 from serve_app.records.lesions import LesionStore
@@ -46,7 +48,7 @@ class Submission:
     image: bytes
     context: ClinicalContext
     top_k: int
-    licences: tuple[str, ...]
+    reference_filter: ReferenceFilter
     idempotency_key: str | None
     request_sha256: bytes
 
@@ -127,6 +129,26 @@ class Triage:
         examination = await self._assessor.examine(image, live)
         return await self._finish(examination, pending, follow_up=True)
 
+    async def give_up(self, pending: PendingAssessment, error: DermError) -> bool:
+        """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
+        event = AuditEvent(
+            action="classify",
+            actor=pending.actor,
+            outcome="failed",
+            patient_id=pending.patient_id,
+            lesion_id=pending.lesion_id,
+            image_id=pending.image_id,
+            assessment_id=pending.assessment_id,
+            request_id=pending.request_id,
+            detail={"code": error.code, "attempts": pending.attempts},
+        )
+        return await self._records.fail(
+            pending.assessment_id, error.code, event=event, message_id=self._message_id()
+        )
+
+    def _message_id(self) -> UUID | None:
+        return new_id() if self._tells_pms else None
+
     async def _consult(self, submission: Submission) -> ClinicalContext:
         """What is known of the patient beside what was sent; WrongEncounter for one of another patient."""
         if self._consultation is None:
@@ -156,7 +178,7 @@ class Triage:
             height=prepared.height,
             context=context,
             top_k=submission.top_k,
-            licences=submission.licences,
+            reference_filter=submission.reference_filter,
             actor=submission.actor,
             request_id=submission.request_id,
             idempotency_key=submission.idempotency_key,
@@ -200,7 +222,7 @@ class Triage:
             examination,
             context=case.context,
             top_k=case.top_k,
-            licences=case.licences,
+            reference_filter=case.reference_filter,
             previous=previous,
         )
         event = AuditEvent(
@@ -219,7 +241,7 @@ class Triage:
             assessment,
             embedding_space=live.embedding_space,
             event=event,
-            message_id=new_id() if self._tells_pms else None,
+            message_id=self._message_id(),
         ):
             return assessment
         recorded = await self._records.assessment_record(case.assessment_id)

@@ -42,6 +42,7 @@ _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
     {
         "upload": _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
         "read": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
+        "read_receipt": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "download": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "list": _Pattern("E", "search", "IHE.BasicAudit.PatientQuery"),
         "replay": _Pattern("E"),
@@ -52,11 +53,18 @@ _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
 )
 _OTHER = _Pattern("E")
 
+#: Codes of HL7 v3 PurposeOfUse (terminology.hl7.org/ValueSet-v3-PurposeOfUse): treatment, emergency treatment.
+_TREATMENT, _EMERGENCY = "TREAT", "ETREAT"
+
 
 def audit_event_resource(
-    event: AuditEvent, *, event_id: int, recorded_at: datetime, purpose: str = "TREAT", server: str
+    event: AuditEvent, *, event_id: int, recorded_at: datetime, server: str
 ) -> dict[str, Any]:
-    """Make one AuditEvent resource; `purpose` is a code of v3 PurposeOfUse, `server` what recorded the event."""
+    """Make one AuditEvent resource; `server` is what recorded the event.
+
+    Its purpose is TREAT, or ETREAT for the opening of an emergency access and for all that rested on it.
+    """
+    purpose = _EMERGENCY if "emergency_access" in event.detail else _TREATMENT
     pattern = _PATTERNS.get(event.action, _OTHER)
     profiled = pattern.profile is not None and event.outcome == "success" and event.patient_id is not None
     resource: dict[str, Any] = {

@@ -116,8 +116,12 @@ class ErasureStore:
         rows = await self._pool.fetch(_SQL["restored"], data_key_ids)
         return {row["data_key_id"]: (row["lesion_id"], row["image_id"]) for row in rows}
 
-    async def prove(self, erasure: Erasure) -> Receipt:
-        """Record that the data key is gone, with the audit event; the receipt of whoever did so first."""
+    async def prove(self, erasure: Erasure, *, message_id: UUID | None = None) -> Receipt:
+        """Record that the data key is gone, with the audit event; the receipt of whoever did so first.
+
+        With a `message_id`, and for an image that names an encounter, the message to the PMS is part of the
+        same commit; it keeps the id of the assessment's message where that was delivered before.
+        """
         receipt = erasure.prove(datetime.now(UTC))
         event = AuditEvent(
             action="erased",
@@ -136,7 +140,12 @@ class ErasureStore:
             },
         )
         await self._pool.execute(
-            _SQL["prove"], receipt.receipt_id, receipt.erased_at, receipt.record_hash, *event_columns(event)
+            _SQL["prove"],
+            receipt.receipt_id,
+            receipt.erased_at,
+            receipt.record_hash,
+            *event_columns(event),
+            message_id,
         )
         found = await self.find(erasure.lesion_id, erasure.image_id)
         if found is None or found.receipt is None:

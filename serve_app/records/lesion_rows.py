@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from serve_app.domain.assessment import Assessment, Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
@@ -65,7 +67,7 @@ class Admission:
     height: int
     context: ClinicalContext
     top_k: int
-    licences: tuple[str, ...]
+    reference_filter: ReferenceFilter
     actor: str
     request_id: str
     idempotency_key: str | None
@@ -89,7 +91,7 @@ class PendingAssessment:
     height: int
     context: ClinicalContext
     top_k: int
-    licences: tuple[str, ...]
+    reference_filter: ReferenceFilter
     actor: str
     request_id: str
     attempts: int
@@ -99,7 +101,7 @@ class PendingAssessment:
         """Make one of a row of `claim_pending`."""
         values = dict(row)
         values["context"] = context_from_json(values["context"])
-        values["licences"] = tuple(values["licences"])
+        values["reference_filter"] = _reference_filter(values)
         return cls(**values)
 
 
@@ -192,7 +194,7 @@ class RecordedCase:
     sealed_bytes: int
     context: ClinicalContext
     top_k: int
-    licences: tuple[str, ...]
+    reference_filter: ReferenceFilter
     outcome: Outcome
     assessment: Assessment | None
 
@@ -203,9 +205,15 @@ class RecordedCase:
         answer = values.pop("answer")
         # Erased with the image, it is empty.
         values["context"] = context_from_json(values["context"]) if values["context"] else ClinicalContext()
-        values["licences"] = tuple(values["licences"])
+        values["reference_filter"] = _reference_filter(values)
         values["outcome"] = Outcome(values["outcome"])
         return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
+
+
+def _reference_filter(values: dict[str, Any]) -> ReferenceFilter:
+    """Take what the search was limited to out of a row's values."""
+    licences, confirmed_only = tuple(values.pop("licences")), values.pop("confirmed_only")
+    return ReferenceFilter(licences=licences, confirmed_only=confirmed_only)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,13 +77,14 @@ class LesionStore:
             admission.height,
             context_to_json(admission.context),
             admission.top_k,
-            admission.licences,
+            admission.reference_filter.licences,
             admission.actor,
             admission.request_id,
             admission.idempotency_key,
             admission.request_sha256,
             data_key_id_of(admission.sealed),
             *event_columns(admission.event),
+            admission.reference_filter.confirmed_only,
         )
         if admitted or admission.idempotency_key is None:
             return None
@@ -119,12 +120,16 @@ class LesionStore:
         )
         return completed
 
-    async def fail(self, assessment_id: UUID, failure: str, *, event: AuditEvent) -> bool:
+    async def fail(
+        self, assessment_id: UUID, failure: str, *, event: AuditEvent, message_id: UUID | None = None
+    ) -> bool:
         """End a pending assessment that can never be answered; `failure` is the code of what keeps it from that.
 
-        False, and nothing, when it is no longer pending.
+        False, and nothing, when it is no longer pending. `message_id` as for `complete`.
         """
-        failed: bool = await self._pool.fetchval(_SQL["fail"], assessment_id, failure, *event_columns(event))
+        failed: bool = await self._pool.fetchval(
+            _SQL["fail"], assessment_id, failure, *event_columns(event), message_id
+        )
         return failed
 
     async def claim_pending(

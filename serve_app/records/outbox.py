@@ -1,8 +1,9 @@
 """The transactional outbox: assessments that the PMS is still to be told of.
 
-A message is written in the transaction that completes its assessment (`complete` in
-lesions.sql), so that neither exists without the other. It holds no finding: what is sent is
-read from the record at each attempt.
+A message is written in the transaction that ends its assessment (`complete` and `fail` in
+lesions.sql) or proves the erasure of its image (`prove` in erasures.sql), so that neither exists
+without the other. It holds no finding: what is sent is read from the record at each attempt.
+An assessment has one message; delivered, it is sent again when the image is erased.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from serve_app.domain.assessment import Outcome
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
@@ -56,7 +58,7 @@ class OutboxCounts:
 class Outbox:
     """The messages as senders and operators use them; the application's role will do.
 
-    Every method is one statement, and so one transaction. RecordsUnavailable as the pool says.
+    Every method is one transaction. RecordsUnavailable as the pool says.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -67,9 +69,17 @@ class Outbox:
         rows = await self._pool.fetch(_SQL["claim"], timedelta(seconds=lease_s), limit)
         return [ClaimedMessage(**row) for row in rows]
 
-    async def deliver(self, message_id: UUID, *, event: AuditEvent) -> bool:
-        """Note the PMS's acknowledgement, with the audit event of the disclosure; False when noted before."""
-        delivered: bool = await self._pool.fetchval(_SQL["deliver"], message_id, *event_columns(event))
+    async def deliver(self, message_id: UUID, *, told: Outcome, event: AuditEvent) -> bool:
+        """Note the PMS's acknowledgement, with the audit event of the disclosure; False when noted before.
+
+        `told` is the outcome that was sent. False, too, when the image was erased meanwhile: the disclosure is on
+        record, and the erasure is still to be told.
+        """
+        arguments = (message_id, told, *event_columns(event))
+        delivered: bool = await self._pool.fetchval(_SQL["deliver"], *arguments)
+        if not delivered:
+            # A statement of its own: that one's snapshot may be older than the erasure it waited for.
+            await self._pool.execute(_SQL["note_overtaken"], *arguments)
         return delivered
 
     async def postpone(self, message_id: UUID, *, delay_s: float, error: str) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from serve_app.domain.assessment import Neighbours, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
+from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
 
@@ -41,6 +42,11 @@ class ReferenceImage:
     copyright_license: str
     attribution: str
 
+    @property
+    def confirmed(self) -> bool:
+        """Whether the archive says how the diagnosis was confirmed."""
+        return bool(self.diagnosis_confirm_type)
+
 
 class ReferenceStore:
     """The references, by embedding space. RecordsUnavailable when the database does not answer in time."""
@@ -55,20 +61,19 @@ class ReferenceStore:
         *,
         embedding_space: str,
         k: int,
-        licences: Sequence[str] = (),
-        sites: Sequence[str] = (),
+        reference_filter: ReferenceFilter = EVERY_REFERENCE,
     ) -> Neighbours:
         """Find the K references of highest cosine, one a lesion, all of them when there are fewer.
 
         `embedding`: (512,). Equals come in the order of their isic_id. Exact, except that a kind (benign,
-        malignant) of which many pass the filters is found by an index: that may pass over some, though
-        never so that fewer than K are left.
-        `licences` and `sites` (anatom_site_general) limit everything found; empty means any.
+        malignant) of which many pass the filter is found by an index: that may pass over some, though
+        never so that fewer than K are left. The filter limits everything found.
         """
         first = max(64, 4 * k)
-        asked = (embedding, embedding_space, k, licences, sites, first)
+        limits = (reference_filter.licences, reference_filter.sites, reference_filter.confirmed_only)
+        asked = (embedding, embedding_space, k, *limits, first)
         async with self._pool.connection() as connection:
-            counted = await connection.fetch(_SQL["count_kinds"], embedding_space, licences, sites)
+            counted = await connection.fetch(_SQL["count_kinds"], embedding_space, *limits)
             indexed = {
                 row["malignant"]
                 for row in counted
@@ -76,7 +81,7 @@ class ReferenceStore:
                 # Of every images / passing steps along the index one leads to what is looked for.
                 and row["passing"] ** 2 >= _STEP * first * row["images"]
             }
-            if not (indexed or licences or sites):
+            if not (indexed or reference_filter):
                 return await _search(connection, asked, _BOTH_KINDS)
             async with connection.transaction(readonly=True):
                 await connection.execute(_SQL["plan_for_parameters"])
@@ -130,7 +135,7 @@ async def copy_arrivals(
             *(image.isic_id, image.lesion_id, image.diagnosis, image.diagnosis_confirm_type),
             *(image.age_approx, image.sex, image.anatom_site_general),
             *(image.copyright_license, image.attribution),
-            *(image.diagnosis in MALIGNANT, embedding),
+            *(image.diagnosis in MALIGNANT, image.confirmed, embedding),
         )
         for image, embedding in zip(images, embeddings, strict=True)
     )

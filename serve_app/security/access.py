@@ -20,6 +20,7 @@ class Action(StrEnum):
     LIST = "list"
     REPLAY = "replay"
     ERASE = "erase"
+    READ_RECEIPT = "read_receipt"
     HOLD = "hold"
     EXPORT = "export"
     BREAK_GLASS = "break_glass"
@@ -56,7 +57,8 @@ _OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action
 #: What each role may do, and for whom. The PMS works with assessments; the original image is for the
 #: clinician who looks at it. Erasure ends a record for good: never a clinician's alone, but a
 #: supervisor's (the house's duty, so for any patient) or the PMS's, which is where a patient's
-#: request arrives and is approved, for the patients it is assigned to. Who audits treats nobody.
+#: request arrives and is approved, for the patients it is assigned to. A receipt names no patient: who may
+#: erase may see the proof of it, and so may who holds the house to it. Who audits treats nobody.
 GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
         Role.CLINICIAN: {
@@ -66,6 +68,7 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             Action.DOWNLOAD: Reach.CARE,
             Action.LIST: Reach.CARE,
             Action.REPLAY: Reach.CARE,
+            Action.READ_RECEIPT: Reach.CARE,
             Action.BREAK_GLASS: Reach.ANY,
         },
         Role.SUPERVISOR: {
@@ -76,11 +79,13 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             Action.REPLAY: Reach.CARE,
             Action.BREAK_GLASS: Reach.ANY,
             Action.ERASE: Reach.ANY,
+            Action.READ_RECEIPT: Reach.ANY,
             Action.HOLD: Reach.ANY,
             Action.REVIEW_ACCESS: Reach.ANY,
         },
         Role.AUDITOR: {
             **_OPEN,
+            Action.READ_RECEIPT: Reach.ANY,
             Action.REVIEW_ACCESS: Reach.ANY,
             Action.READ_AUDIT: Reach.ANY,
             Action.EXPORT: Reach.ANY,
@@ -93,6 +98,7 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             Action.LIST: Reach.ASSIGNED,
             Action.REPLAY: Reach.ASSIGNED,
             Action.ERASE: Reach.ASSIGNED,
+            Action.READ_RECEIPT: Reach.ASSIGNED,
         },
     }
 )

@@ -7,7 +7,8 @@ wrapped, and the version of the KEK that did.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 import json
 import os
@@ -18,7 +19,7 @@ from uuid import UUID
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from serve_app.domain.errors import Conflict, IntegrityError, NotFound
+from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
 from serve_app.security.private_files import locked_folder, read_private, write_private
 
 _NONCE_BYTES = 12
@@ -72,7 +73,8 @@ class FileKeyring:
     The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
     a random nonce; data key id (16 bytes) and key version (4) are authenticated with it. A file
     that another process rotated is read again before the next wrap.
-    IntegrityError when the file is open to other users or is no keyring.
+    KeyProviderUnavailable while the file is gone or cannot be read: put back, it serves again at once.
+    IntegrityError when it is open to other users or is no keyring.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,21 +149,30 @@ class FileKeyring:
         return tuple(sorted(self._keks))
 
     def _read_if_changed(self) -> None:
-        try:
+        with self._unreadable():
             stamp = _stamp(self._path)
-        except OSError as error:
-            raise IntegrityError(f"{self._path} is gone") from error
         if stamp != self._stamp:
             self._read()
 
     def _read(self) -> None:
-        stamp, content = _stamp(self._path), read_private(self._path)
+        with self._unreadable():
+            stamp, content = _stamp(self._path), read_private(self._path)
         try:
             self._current, self._keks = _parse(content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # The cause could quote a key.
             raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
         self._stamp = stamp
+
+    @contextmanager
+    def _unreadable(self) -> Iterator[None]:
+        """Turn the system's refusal into KeyProviderUnavailable: a share not mounted, a file moved, a failing disk."""
+        try:
+            yield
+        except OSError as error:
+            raise KeyProviderUnavailable(
+                f"{self} cannot be read ({type(error).__name__}); nothing was stored, try again."
+            ) from error
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -32,7 +32,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/lesions/{lesion_id}"): "read",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
-    ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read",
+    ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
@@ -49,17 +49,20 @@ GRANTED = {
     "download": {"clinician", "supervisor"},
     "replay": {"clinician", "supervisor", "pms_service"},
     "erase": {"supervisor", "pms_service"},
+    "read_receipt": {"clinician", "supervisor", "auditor", "pms_service"},
     "view_reference": set(ROLES) - {"porter"},
     "break_glass": {"clinician", "supervisor"},
     "review_access": {"supervisor", "auditor"},
 }
 #: Needs no patient in care: (role or all, action).
-ANY_PATIENT = {("supervisor", "erase")}
+ANY_PATIENT = {("supervisor", "erase"), ("supervisor", "read_receipt"), ("auditor", "read_receipt")}
 PATIENTLESS = {"view_reference", "break_glass", "review_access"}
 BY_EMERGENCY = {
     (role, action)
-    for role, action in product(("clinician", "supervisor"), ("upload", "list", "read", "download", "replay"))
-    if role in GRANTED[action]
+    for role, action in product(
+        ("clinician", "supervisor"), ("upload", "list", "read", "download", "replay", "read_receipt")
+    )
+    if role in GRANTED[action] and (role, action) not in ANY_PATIENT
 }
 
 #: Of care: whether it counts.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import json
 
 import pytest
@@ -106,6 +108,53 @@ async def test_the_licence_filter_holds_for_everything_shown(service) -> None:
     every = [row["copyright_license"] for row in others]
     response = await service.upload(await service.care(), params=[("licence", licence) for licence in every])
     assert len(response.json()["similar"]) == 10
+
+
+@pytest.fixture
+def unconfirmed(service) -> Callable[[list[str]], AbstractAsyncContextManager[None]]:
+    """Let these references, for a while, be ones of which nobody knows how they were confirmed."""
+
+    async def note(isic_id: str, confirm_type: str | None) -> None:
+        await service.owner.execute(
+            "UPDATE reference_images SET diagnosis_confirm_type = $2 WHERE isic_id = $1",
+            isic_id,
+            confirm_type,
+        )
+        await service.owner.execute(
+            "UPDATE reference_embeddings SET confirmed = $2 WHERE isic_id = $1", isic_id, bool(confirm_type)
+        )
+
+    @asynccontextmanager
+    async def forget(isic_ids: list[str]) -> AsyncIterator[None]:
+        known = await service.owner.fetch(
+            "SELECT isic_id, diagnosis_confirm_type FROM reference_images WHERE isic_id = ANY($1)", isic_ids
+        )
+        for isic_id in isic_ids:
+            await note(isic_id, None)
+        yield
+        for isic_id, confirm_type in known:
+            await note(isic_id, confirm_type)
+
+    return forget
+
+
+async def test_only_confirmed_references_are_shown_when_asked_for(service, unconfirmed) -> None:
+    patient = await service.care()
+    nearest = [case["isic_id"] for case in (await service.upload(patient)).json()["similar"][:3]]
+    async with unconfirmed(nearest):
+        every = (await service.upload(patient, params={"confirmed": "false"})).json()
+        assert [case["isic_id"] for case in every["similar"][:3]] == nearest
+        assert [case["diagnosis_confirm_type"] for case in every["similar"][:3]] == [None] * 3
+        response = await service.upload(patient, params={"confirmed": "true"})
+        assert response.status_code == 201, response.text
+        answer = response.json()
+        shown = [*answer["similar"], *(v for v in answer["neighbours"].values() if isinstance(v, dict))]
+        assert len(answer["similar"]) == 10
+        assert not {case["isic_id"] for case in shown} & set(nearest)
+        assert all(case["diagnosis_confirm_type"] for case in shown)
+        # A replay asks the same again: without the filter, its references would be others.
+        replayed = (await service.replay(answer)).json()
+        assert (replayed["verdict"], replayed["notes"]) == ("identical", [])
 
 
 async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:

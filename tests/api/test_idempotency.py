@@ -33,6 +33,7 @@ async def test_the_same_key_and_body_is_one_record(service) -> None:
         {"encounter_id": "e-2"},
         {"params": {"top_k": 3}},
         {"params": {"licence": "CC-0"}},
+        {"params": {"confirmed": "true"}},
         {"history": json.dumps({"family_melanoma": True})},
         {"image": 9},
     ],

@@ -253,7 +253,10 @@ async def test_a_body_that_is_no_such_form_is_rejected(rejected, content_type: s
 
 @pytest.mark.parametrize(
     "params",
-    [{"top_k": "0"}, {"top_k": "51"}, {"top_k": "ten"}, {"licence": "CC-BY-ND"}, {"licence": ""}],
+    [
+        *({"top_k": "0"}, {"top_k": "51"}, {"top_k": "ten"}, {"licence": "CC-BY-ND"}, {"licence": ""}),
+        *({"confirmed": "histo"}, {"confirmed": ""}),
+    ],
     ids=str,
 )
 async def test_a_query_that_is_not_known_is_rejected(service, params) -> None:

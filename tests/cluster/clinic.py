@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 from cluster.postgres import EmbeddedPostgres
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
@@ -71,7 +72,7 @@ class Clinic:
                 height=450,
                 context=ClinicalContext(),
                 top_k=5,
-                licences=("CC-0",),
+                reference_filter=ReferenceFilter(licences=("CC-0",)),
                 actor="dr",
                 request_id="r",
                 idempotency_key=None,

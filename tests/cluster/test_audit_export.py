@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
+from uuid import uuid4
+
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import open_pool
+from serve_app.security.attempt import Attempt, begin
+from serve_app.security.tokens import Principal
 
 
 def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, home, tmp_path) -> None:
@@ -21,6 +28,33 @@ def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, home
     assert own["subtype"][-1]["code"] == "export"
     assert f"{len(after)} events" in said.out
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
+
+
+async def _read_in_an_emergency(dsn: str, request_id: str) -> None:
+    """Record a read as a request does, once without and once on an emergency access."""
+    pool = await open_pool(dsn, minimum=0, maximum=1)
+    try:
+        for emergency in (None, uuid4()):
+            attempt = Attempt(Principal("dr", frozenset({"clinician"})), "read", request_id, patient_id="p-1")
+            attempt.emergency = emergency
+            begin(attempt)
+            await LesionStore(pool).record_event(attempt.event("success"))
+    finally:
+        await pool.close()
+
+
+def test_an_emergency_is_exported_as_emergency_treatment(derm_cds, home, urls, tmp_path) -> None:
+    derm_cds("migrate", home=home)
+    request_id = str(uuid4())
+    asyncio.run(_read_in_an_emergency(urls.app, request_id))
+    path = tmp_path / "out.ndjson"
+    said = derm_cds(
+        "audit", "export", "--from", "2020-01-01", "--to", "2099-01-01", "--out", str(path), home=home
+    )
+    assert said.code == 0, said.err
+    lines = [line for line in path.read_text().splitlines() if request_id in line]
+    purposes = [json.loads(line)["purposeOfEvent"][0]["coding"][0]["code"] for line in lines]
+    assert purposes == ["TREAT", "ETREAT"]
 
 
 def test_a_file_is_never_written_over(derm_cds, home, tmp_path) -> None:

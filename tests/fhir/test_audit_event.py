@@ -18,6 +18,7 @@ _PATIENT_TYPE = "http://terminology.hl7.org/CodeSystem/audit-entity-type"
 _PROFILES = {
     "upload": ("PatientCreate", "C", "create", "110153"),
     "read": ("PatientRead", "R", "read", "110152"),
+    "read_receipt": ("PatientRead", "R", "read", "110152"),
     "download": ("PatientRead", "R", "read", "110152"),
     "list": ("PatientQuery", "E", "search", "110153"),
 }
@@ -89,6 +90,15 @@ def test_what_did_not_succeed_claims_no_profile_and_says_why(outcome: str, code:
     made = resource("read", outcome=outcome, reason="assignment")
     assert "meta" not in made
     assert (made["outcome"], made["outcomeDesc"]) == (code, "assignment")
+
+
+@pytest.mark.parametrize("action", ["break_glass", *_PROFILES])
+def test_what_rests_on_an_emergency_says_so_as_its_purpose(action: str) -> None:
+    made = resource(action, emergency_access="0198a3c0-0000-7000-8000-000000000001")
+    (user,) = (agent for agent in made["agent"] if agent["requestor"])
+    for (purpose,) in (user["purposeOfUse"], made["purposeOfEvent"]):
+        (coding,) = purpose["coding"]
+        assert coding == {"system": "http://terminology.hl7.org/CodeSystem/v3-ActReason", "code": "ETREAT"}
 
 
 def test_without_a_patient_there_is_neither_profile_nor_purpose() -> None:

@@ -28,6 +28,7 @@ from serve_app.domain.assessment import (
 )
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.serving import LiveModel, publish
 from serve_app.security.audit import AuditEvent
@@ -81,7 +82,7 @@ def admission(event) -> Callable[..., Admission]:
                 AnatomSite.PALMS_SOLES, 60, Sex.FEMALE, History(family_melanoma=True), Checklist(oozing=True)
             ),
             "top_k": 10,
-            "licences": ("CC-0",),
+            "reference_filter": ReferenceFilter(licences=("CC-0",), confirmed_only=True),
             "actor": "dr",
             "request_id": "request",
             "idempotency_key": None,

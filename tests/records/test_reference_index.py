@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.sql import queries
 
@@ -28,7 +29,7 @@ async def loaded(owner_pool, unit_vectors):
             isic_id=f"LARGE_{number:07d}",
             lesion_id=f"IL_{number // 2}",
             diagnosis=TRAINED[rng.integers(8)],
-            diagnosis_confirm_type=None,
+            diagnosis_confirm_type=None if number % 4 == 0 else "histo",
             age_approx=None,
             sex=None,
             anatom_site_general=("torso", "head/neck", None)[rng.integers(3)],
@@ -60,8 +61,10 @@ async def _indexes(pool) -> list[str]:
     return [name for (name,) in rows]
 
 
-async def _scanned(pool, *, licences: list[str], looked_through: list[bool], query: np.ndarray) -> str:
-    arguments = (query, SPACE, 10, licences, [], 64, looked_through)
+async def _scanned(
+    pool, *, licences: list[str], looked_through: list[bool], query: np.ndarray, confirmed: bool = False
+) -> str:
+    arguments = (query, SPACE, 10, licences, [], confirmed, 64, looked_through)
     async with pool.connection() as connection, connection.transaction():
         await connection.execute(SQL["plan_for_parameters"])
         plan = await connection.fetch(f"EXPLAIN {SQL['nearest']}", *arguments)
@@ -72,32 +75,35 @@ async def _scanned(pool, *, licences: list[str], looked_through: list[bool], que
     "limits",
     [
         {},
-        {"licences": ["CC-0"]},
-        {"licences": ["CC-BY"]},
-        {"sites": ["torso"]},
-        {"licences": ["CC-BY", "CC-0"]},
+        {"licences": ("CC-0",)},
+        {"licences": ("CC-BY",)},
+        {"sites": ("torso",)},
+        {"licences": ("CC-BY", "CC-0")},
+        {"confirmed_only": True},
+        {"licences": ("CC-0",), "confirmed_only": True},
     ],
 )
 async def test_an_index_finds_what_looking_at_all_finds(loaded, indexed, exact, unit_vectors, limits) -> None:
+    asked_for = {"embedding_space": SPACE, "k": 10, "reference_filter": ReferenceFilter(**limits)}
     found_again = asked = kinds = 0
     for query in (*unit_vectors(20, seed=8), *loaded[1][::300]):
-        found = await indexed.nearest(query, embedding_space=SPACE, k=10, **limits)
-        wanted = await exact.nearest(query, embedding_space=SPACE, k=10, **limits)
+        found = await indexed.nearest(query, **asked_for)
+        wanted = await exact.nearest(query, **asked_for)
         assert len(found.similar) == len({case.lesion_id for case in found.similar}) == 10
         farthest = wanted.similar[-1].similarity - 1e-6
         found_again += sum(case.similarity >= farthest for case in found.similar)
         asked += 10
         kinds += found.nearest_benign == wanted.nearest_benign
         kinds += found.nearest_malignant == wanted.nearest_malignant
-        assert found == await indexed.nearest(query, embedding_space=SPACE, k=10, **limits)
+        assert found == await indexed.nearest(query, **asked_for)
     assert found_again / asked >= 0.99
     assert kinds / (asked / 5) >= 0.95
 
 
 async def test_the_indexes_are_used_where_they_pay(loaded, pool, unit_vectors) -> None:
     (query,) = unit_vectors(1, seed=8)
-    for licences in ([], ["CC-0"]):
-        plan = await _scanned(pool, licences=licences, looked_through=[], query=query)
+    for licences, confirmed in (([], False), (["CC-0"], False), ([], True)):
+        plan = await _scanned(pool, licences=licences, looked_through=[], query=query, confirmed=confirmed)
         assert "_malignant on reference_embeddings" in plan
         assert "_benign on reference_embeddings" in plan
         assert "Seq Scan" not in plan

@@ -12,6 +12,7 @@ import pytest
 
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.references import ReferenceImage, ReferenceStore
 
 LICENCES = ("CC-0", "CC-BY", "CC-BY-NC")
@@ -43,14 +44,15 @@ async def loaded(owner_pool, unit_vectors):
     return images, vectors
 
 
-def _expected(images, vectors, query, k, licences, sites):
+def _expected(images, vectors, query, k, limits):
     half, asked = vectors.astype(np.float16).astype(np.float64), query.astype(np.float16).astype(np.float64)
     cosine = half @ asked / np.linalg.norm(half, axis=1) / np.linalg.norm(asked)
     allowed = [
         i
         for i, image in enumerate(images)
-        if (not licences or image.copyright_license in licences)
-        and (not sites or image.anatom_site_general in sites)
+        if (not limits.licences or image.copyright_license in limits.licences)
+        and (not limits.sites or image.anatom_site_general in limits.sites)
+        and (not limits.confirmed_only or image.diagnosis_confirm_type is not None)
     ]
     ranked = sorted(allowed, key=lambda i: (-round(cosine[i], 6), images[i].isic_id))
     lesions, similar = set(), []
@@ -73,12 +75,16 @@ def _expected(images, vectors, query, k, licences, sites):
     k=st.sampled_from([1, 10, 50]) | st.integers(1, 50),
     licences=st.lists(st.sampled_from([*LICENCES, "none such"]), unique=True, max_size=2),
     sites=st.lists(st.sampled_from(["head/neck", "torso"]), unique=True, max_size=2),
+    confirmed=st.booleans(),
 )
-async def test_the_search_is_exact(loaded, references, unit_vectors, seed, near, k, licences, sites) -> None:
+async def test_the_search_is_exact(
+    loaded, references, unit_vectors, seed, near, k, licences, sites, confirmed
+) -> None:
     images, vectors = loaded
     query = unit_vectors(1, seed=seed)[0] if near is None else vectors[near]
-    found = await references.nearest(query, embedding_space="exact", k=k, licences=licences, sites=sites)
-    similar, benign, malignant, cosine = _expected(images, vectors, query, k, licences, sites)
+    limits = ReferenceFilter(tuple(licences), tuple(sites), confirmed)
+    found = await references.nearest(query, embedding_space="exact", k=k, reference_filter=limits)
+    similar, benign, malignant, cosine = _expected(images, vectors, query, k, limits)
     places = {image.isic_id: place for place, image in enumerate(images)}
 
     def same(case, place) -> bool:
@@ -157,13 +163,22 @@ async def test_loading_again_updates_and_reaches_other_spaces(
     two = [replace(image, isic_id=f"TWO_{n}", diagnosis=Diagnosis.NV) for n, image in enumerate(images[:2])]
     for space in ("old", "new"):
         await store.load(two, vectors, embedding_space=space)
-    changed = [replace(two[0], diagnosis=Diagnosis.MEL, copyright_license="CC-0"), two[1]]
+    confirmed = await references.nearest(
+        vectors[0], embedding_space="old", k=2, reference_filter=ReferenceFilter(confirmed_only=True)
+    )
+    assert [case.isic_id for case in confirmed.similar] == ["TWO_1"]
+    changed = [replace(two[0], diagnosis=Diagnosis.MEL, diagnosis_confirm_type="histo"), two[1]]
     await store.load(changed, vectors[::-1].copy(), embedding_space="new")
     assert (await references.count("old"), await references.count("new")) == (2, 2)
     new = await references.nearest(vectors[1], embedding_space="new", k=1)
     old = await references.nearest(vectors[0], embedding_space="old", k=1)
     assert new.similar[0].isic_id == old.similar[0].isic_id == "TWO_0"
     assert old.nearest_malignant == old.similar[0]
+    for space in ("old", "new"):
+        found = await references.nearest(
+            vectors[0], embedding_space=space, k=2, reference_filter=ReferenceFilter(confirmed_only=True)
+        )
+        assert sorted(case.isic_id for case in found.similar) == ["TWO_0", "TWO_1"]
 
 
 async def test_two_loaders_at_once_wait_for_each_other(owner_pool, references, unit_vectors, loaded) -> None:

@@ -16,17 +16,20 @@ OPEN = {"view_reference": "any", "view_models": "any", "describe": "any"}
 EXPECTED = {
     "clinician": {
         **OPEN,
-        **dict.fromkeys(("upload", "read", "download", "list", "replay"), "care"),
+        **dict.fromkeys(("upload", "read", "download", "list", "replay", "read_receipt"), "care"),
         "break_glass": "any",
     },
     "supervisor": {
         **OPEN,
         **dict.fromkeys(("read", "download", "list", "replay"), "care"),
-        **dict.fromkeys(("break_glass", "erase", "hold", "review_access"), "any"),
+        **dict.fromkeys(("break_glass", "erase", "read_receipt", "hold", "review_access"), "any"),
     },
-    "auditor": {**OPEN, **dict.fromkeys(("review_access", "read_audit", "export"), "any")},
+    "auditor": {**OPEN, **dict.fromkeys(("read_receipt", "review_access", "read_audit", "export"), "any")},
     "operator": OPEN,
-    "pms_service": {**OPEN, **dict.fromkeys(("upload", "read", "list", "replay", "erase"), "assigned")},
+    "pms_service": {
+        **OPEN,
+        **dict.fromkeys(("upload", "read", "list", "replay", "erase", "read_receipt"), "assigned"),
+    },
     # Names that are none of ours: nothing
     "admin": {},
     "Clinician": {},

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from serve_app.domain.errors import IntegrityError
+from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.security.keyring import FileKeyring, WrappedKey
 
 KEY = os.urandom(32)
@@ -110,6 +110,47 @@ def test_a_damaged_keyring_is_refused_kept_and_not_quoted(keys: Path, content: b
     assert raised.value.__suppress_context__
     assert "c2Vj" not in str(raised.value)
     assert (keys / "keyring.json").read_bytes() == content
+
+
+def test_a_keyring_that_is_away_is_a_provider_that_does_not_answer(keys: Path, keyring: FileKeyring) -> None:
+    path, away, key_id = keys / "keyring.json", keys / "elsewhere", uuid4()
+    wrapped = keyring.wrap(KEY, key_id)
+    path.rename(away)
+    for ask in (
+        lambda: keyring.wrap(KEY, uuid4()),
+        lambda: keyring.current_version,
+        lambda: keyring.versions,
+        lambda: keyring.unwrap(WrappedKey(wrapped.wrapped, 2), key_id),
+        keyring.rotate,
+    ):
+        with pytest.raises(KeyProviderUnavailable, match="cannot be read") as raised:
+            ask()
+        assert (raised.value.status, raised.value.retry_after_s) == (503, 5)
+    # What this process knows already opens what was sealed.
+    assert keyring.unwrap(wrapped, key_id) == KEY
+    away.rename(path)
+    assert keyring.wrap(KEY, key_id).key_version == 1
+
+
+def test_a_keyring_that_cannot_be_read_is_away_and_not_damaged(keys: Path, keyring: FileKeyring) -> None:
+    path = keys / "keyring.json"
+    path.unlink()
+    path.mkdir()  # no file to read, for root either
+    with pytest.raises(KeyProviderUnavailable, match="IsADirectoryError"):
+        FileKeyring(path)
+    with pytest.raises(KeyProviderUnavailable, match="IsADirectoryError"):
+        keyring.wrap(KEY, uuid4())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, -1])
+def test_a_keyring_cut_short_is_damaged_and_not_away(keys: Path, keyring: FileKeyring, kept: int) -> None:
+    path = keys / "keyring.json"
+    cut = path.read_bytes()[:kept]
+    path.unlink()
+    path.touch(mode=0o600)
+    path.write_bytes(cut)
+    with pytest.raises(IntegrityError, match="is not a keyring"):
+        keyring.wrap(KEY, uuid4())
 
 
 def test_wrapping_hides_the_key_and_never_repeats(keyring: FileKeyring) -> None:

@@ -58,8 +58,8 @@ image AS (
 ),
 assessment AS (
     INSERT INTO assessments
-        (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id)
-    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16 FROM admitted
+        (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id, confirmed_only)
+    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16, $29 FROM admitted
 ),
 event AS (
     INSERT INTO audit_events
@@ -97,17 +97,25 @@ queued AS (
 SELECT EXISTS (SELECT FROM completed);
 
 -- name: fail
--- End a pending assessment that can never be answered, with its audit event, once.
+-- End a pending assessment that can never be answered, once: with its audit event, and with the message for the
+-- PMS (if one is asked for).
 WITH failed AS (
     UPDATE assessments
     SET outcome = 'failed', failure = $2, completed_at = now(), lease_until = NULL
     WHERE assessment_id = $1 AND outcome = 'pending'
-    RETURNING assessment_id
+    RETURNING image_id
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
     SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM failed
+),
+queued AS (
+    INSERT INTO outbox (message_id, assessment_id, encounter_id)
+    SELECT $12, $1, i.encounter_id
+    FROM failed
+    INNER JOIN lesion_images AS i USING (image_id)
+    WHERE $12::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
 )
 SELECT EXISTS (SELECT FROM failed);
 
@@ -133,7 +141,8 @@ claimed AS (
     RETURNING a.*
 )
 SELECT
-    c.assessment_id, c.created_at, c.context, c.top_k, c.licences, c.actor, c.request_id, c.attempts,
+    c.assessment_id, c.created_at, c.context, c.top_k, c.licences, c.confirmed_only,
+    c.actor, c.request_id, c.attempts,
     i.lesion_id, i.image_id, i.patient_id, i.encounter_id, i.content_type, i.width, i.height, i.sealed
 FROM claimed AS c
 INNER JOIN lesion_images AS i USING (image_id)
@@ -213,7 +222,7 @@ WHERE a.assessment_id = $1;
 -- Find what one assessment of a lesion was asked and what it answered; of its image only the size.
 SELECT
     i.lesion_id, i.image_id, coalesce(octet_length(i.sealed), 0) AS sealed_bytes,
-    a.assessment_id, a.context, a.top_k, a.licences, a.answer, a.outcome
+    a.assessment_id, a.context, a.top_k, a.licences, a.confirmed_only, a.answer, a.outcome
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
 WHERE i.lesion_id = $1 AND a.assessment_id = $2;

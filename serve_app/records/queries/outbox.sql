@@ -32,19 +32,34 @@ ORDER BY position;
 
 -- name: deliver
 -- Note a message as delivered, with the audit event of the disclosure, once; a dead one that a late
--- answer brought there, too.
+-- answer brought there, too. Not so when the assessment is no longer what was told of it.
 WITH delivered AS (
-    UPDATE outbox
+    UPDATE outbox AS o
     SET delivered_at = now(), dead_at = NULL, lease_until = NULL, last_error = NULL
-    WHERE message_id = $1 AND delivered_at IS NULL
-    RETURNING message_id
+    FROM assessments AS a
+    WHERE o.message_id = $1
+        AND o.delivered_at IS NULL
+        AND a.assessment_id = o.assessment_id
+        AND a.outcome = $2
+    RETURNING o.message_id
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $2, $3, $4, $5, $6, $7, $8, $9, $10 FROM delivered
+    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM delivered
 )
 SELECT EXISTS (SELECT FROM delivered);
+
+-- name: note_overtaken
+-- Record the disclosure of what was erased while it was being told: its message was withdrawn, or tells of the erasure.
+INSERT INTO audit_events
+    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11
+WHERE NOT EXISTS (
+    SELECT FROM outbox AS o
+    INNER JOIN assessments AS a USING (assessment_id)
+    WHERE o.message_id = $1 AND a.outcome = $2
+);
 
 -- name: postpone
 -- Let a message wait before the next attempt, and say why.

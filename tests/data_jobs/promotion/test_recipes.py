@@ -16,6 +16,7 @@ from serve_app.api.assessor import Assessor
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.reference_filter import EVERY_REFERENCE
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
@@ -117,7 +118,11 @@ async def test_b4_answers_through_the_whole_graph(
         examination = await assessor.examine(image, live)
         assert examination.prepared.pixels.shape == (380, 380, 3)
         answer = await assessor.assess(
-            examination, context=ClinicalContext(), top_k=3, licences=(), previous=None
+            examination,
+            context=ClinicalContext(),
+            top_k=3,
+            reference_filter=EVERY_REFERENCE,
+            previous=None,
         )
     finally:
         await pool.close()

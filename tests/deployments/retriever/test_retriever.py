@@ -11,6 +11,7 @@ import pytest
 from data_jobs.references.load import ReferenceBundle, publish_bundled, read_bundle
 from model_store.registry import ModelStore
 from serve_app.domain.diagnosis import MALIGNANT
+from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
@@ -75,7 +76,9 @@ async def test_the_search_agrees_with_a_sorted_list(
                 continue
             seen.add(lesion)
             expected.append((image.isic_id, cosines[i]))
-        found = await published.nearest(query, embedding_space=space, k=10, licences=licences)
+        found = await published.nearest(
+            query, embedding_space=space, k=10, reference_filter=ReferenceFilter(licences)
+        )
         similarities = [case.similarity for case in found.similar]
         assert similarities == pytest.approx([cosine for _, cosine in expected[:10]], abs=2e-3)
         allowed = {isic_id for isic_id, cosine in expected if cosine >= expected[9][1] - 2e-3}

@@ -1,0 +1,25 @@
+"""Which references a search may find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFilter:
+    """Limits of a search, all of which hold; without any, every reference may be found.
+
+    `licences` and `sites` (anatom_site_general) are in the archive's words, empty for any.
+    `confirmed_only`: the archive must say how the diagnosis was confirmed (diagnosis_confirm_type).
+    """
+
+    licences: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    confirmed_only: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether it limits anything."""
+        return bool(self.licences or self.sites or self.confirmed_only)
+
+
+EVERY_REFERENCE = ReferenceFilter()
