@@ -122,6 +122,11 @@ class ReferenceCache:
         rows = await self._pool.fetch(_SQL["present"], embedding_space, with_picture)
         return {row["isic_id"] for row in rows}
 
+    async def count_present(self, embedding_space: str, *, with_picture: bool) -> int:
+        """Count what `present` names."""
+        count: int = await self._pool.fetchval(_SQL["count_present"], embedding_space, with_picture)
+        return count
+
     async def take_in(
         self,
         embedding_space: str,

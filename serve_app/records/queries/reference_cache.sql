@@ -56,6 +56,13 @@ FROM reference_embeddings AS e
 WHERE e.embedding_space = $1
     AND (NOT $2 OR EXISTS (SELECT FROM reference_pictures AS p WHERE p.isic_id = e.isic_id));
 
+-- name: count_present
+-- Count what `present` names.
+SELECT count(*)
+FROM reference_embeddings AS e
+WHERE e.embedding_space = $1
+    AND (NOT $2 OR EXISTS (SELECT FROM reference_pictures AS p WHERE p.isic_id = e.isic_id));
+
 -- name: forgive
 -- Forget the failures of what has arrived now.
 DELETE FROM reference_failures
