@@ -30,7 +30,6 @@ from benchmarks.search_retriever import running_node, running_retriever
 from benchmarks.search_truth import Truth, search_exactly
 from cluster.node_files import model_folder
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.ray_node import RayNode
 from serve_app.domain.assessment import Neighbours
 from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.migrate import migrate
@@ -69,8 +68,7 @@ def main() -> None:
             local.write_text(f"shared_buffers = '{parsed.shared_buffers}'\n")
         try:
             urls = postgres.ensure()
-            with running_node(home, urls) as node:
-                report = asyncio.run(_run(urls, node, data, parsed.seconds))
+            report = asyncio.run(_run(home, urls, data, parsed.seconds))
         finally:
             postgres.stop()
     text = json.dumps(report, indent=2)
@@ -92,35 +90,34 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def _run(urls: DatabaseUrls, node: RayNode, data: SearchData, seconds: float) -> dict[str, Any]:
+async def _run(home: Path, urls: DatabaseUrls, data: SearchData, seconds: float) -> dict[str, Any]:
     started = datetime.now(UTC)
     await migrate(urls.owner, application_role="derm_app")
     owner = await open_pool(urls.owner, minimum=0, maximum=1)
     # As many connections as the retriever has unless told otherwise.
     pool = await open_pool(urls.app, minimum=4, maximum=4)
     limits = data.filters()
-    truths = search_exactly(data, limits, K)
+    numpy_alone, truths = _numpy(data), search_exactly(data, limits, K)
     _say("searched exactly")
+    latency: dict[str, Any] = {}
+    filters: dict[str, Any] = {}
+
+    async def drive(way: str, search: Search) -> None:
+        for concurrency in CONCURRENCIES:
+            latency[f"{way}, at {concurrency}"] = await _drive(search, data, concurrency, seconds)
+
+    async def measure(way: str, search: Search) -> None:
+        await drive(way, search)
+        filters[way] = [await _compare(search, data, *case) for case in zip(limits, truths, strict=True)]
+
     try:
         built = await _fill(owner, data)
         shared_buffers = await owner.fetchval(_SQL["shared_buffers"])
-        latency, filters = {}, {}
-        exact = _by_store(ReferenceStore(pool, exact_below=len(data.images) + 1))
-        for concurrency in CONCURRENCIES:
-            latency[f"store, exact, at {concurrency}"] = await _drive(exact, data, concurrency, seconds)
-        store = _by_store(ReferenceStore(pool))
-        async with running_retriever(node) as nearest:
-
-            def retriever(query: NDArray[np.float32], asked: ReferenceFilter) -> Awaitable[Neighbours]:
-                return nearest.remote(query, _SPACE, K, asked)
-
-            for way, search in {"store": store, "retriever": retriever}.items():
-                for concurrency in CONCURRENCIES:
-                    latency[f"{way}, at {concurrency}"] = await _drive(search, data, concurrency, seconds)
-                filters[way] = [
-                    await _compare(search, data, asked, truth)
-                    for asked, truth in zip(limits, truths, strict=True)
-                ]
+        await drive("store, exact", _by_store(ReferenceStore(pool, exact_below=len(data.images) + 1)))
+        await measure("store", _by_store(ReferenceStore(pool)))
+        with running_node(home, urls) as node:
+            async with running_retriever(node) as nearest:
+                await measure("retriever", lambda query, asked: nearest.remote(query, _SPACE, K, asked))
     finally:
         await pool.close()
         await owner.close()
@@ -133,7 +130,7 @@ async def _run(urls: DatabaseUrls, node: RayNode, data: SearchData, seconds: flo
         "queries": len(data.queries),
         "k": K,
         "build": built,
-        "numpy": _numpy(data),
+        "numpy": numpy_alone,
         "latency": latency,
         "filters": filters,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -147,7 +144,7 @@ def _by_store(store: ReferenceStore) -> Search:
 async def _fill(owner: Pool, data: SearchData) -> dict[str, Any]:
     cache = ReferenceCache(owner)
     started = perf_counter()
-    await cache.begin(SpaceEmbedder(_SPACE, "benchmark", "none", "1"), expected=len(data.images))
+    await cache.begin(SpaceEmbedder(_SPACE, "benchmark", "0" * 64, "1"), expected=len(data.images))
     for first in range(0, len(data.images), _ROWS_PER_WRITE):
         rows = slice(first, first + _ROWS_PER_WRITE)
         await cache.take_in(_SPACE, data.images[rows], data.vectors[rows])

@@ -66,7 +66,10 @@ async def running_retriever(node: RayNode) -> AsyncIterator[DeploymentHandle[Any
         handle = serve.run(
             deployment.bind(), name=_APPLICATION, route_prefix=None, logging_config=REPLICA_LOGGING
         )
-        yield by_message(handle).nearest
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        # The router runs in this loop, as in the ingress: it ends before its node does.
+        nearest = by_message(handle).nearest
+        yield nearest
+        await nearest.shutdown_async()  # type: ignore[no-untyped-call]
+        await serve.shutdown_async()  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()

@@ -32,8 +32,10 @@ class Truth:
     benign: Floats
 
     def share_found(self, found: Neighbours, query: int) -> float:
-        """Of the K nearest the share that was found, by distance: one as near as the true Kth counts."""
+        """Of the K nearest the share that was found, by distance: one as near as the true Kth counts; all of none."""
         wanted = min(self.nearest.shape[1], self.passing)
+        if not wanted:
+            return 1.0
         farthest = self.nearest[query, wanted - 1]
         return float(sum(case.similarity >= farthest - _TIE for case in found.similar) / wanted)
 
@@ -48,7 +50,7 @@ class Truth:
             (found.nearest_malignant, self.malignant[query]),
             (found.nearest_benign, self.benign[query]),
         ):
-            missed += (-np.inf if case is None else case.similarity) < best - _TIE
+            missed += bool((-np.inf if case is None else case.similarity) < best - _TIE)
         return missed
 
 

@@ -3,6 +3,9 @@
 After every epoch `O/checkpoint.pt` holds all that is needed to go on; a killed run started
 again with the same command continues there. `O/log.jsonl` has one line an epoch. A recipe with
 `[start]` begins at the averaged weights of an earlier model's checkpoint: `--start checkpoint.pt`.
+
+`--device cuda` trains on a GPU, in bfloat16 where that is safe (autocast), with `--workers` processes that
+augment. A run that goes on there after a stop is as good as an undisturbed one; equal to the bit it is on a CPU.
 """
 
 from __future__ import annotations
@@ -19,63 +22,17 @@ import time
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data_jobs.training.augment import augment
 from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
+from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, draw_epoch, sampled_prior
+from data_jobs.training.loss import AdjustedLoss, Mixture, mix
 from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
-from data_jobs.training.recipe import LossPlan, OptimiserPlan, Recipe, StartPlan, read_recipe
+from data_jobs.training.recipe import OptimiserPlan, Recipe, StartPlan, read_recipe
 from deployments.preprocess.resize import InputGeometry
-from serve_app.domain.diagnosis import TRAINED
-
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-
-
-class AugmentedDraws(Dataset[tuple[Tensor, int]]):
-    """One epoch's draws: position -> an augmented view, seeded by (seed, epoch, position)."""
-
-    def __init__(
-        self, pixels: Pixels, labels: Labels, draws: Labels, side: int, recipe: Recipe, epoch: int
-    ) -> None:
-        self.pixels, self.labels, self.draws = pixels, labels, draws
-        self.side, self.recipe, self.epoch = side, recipe, epoch
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        rng = np.random.default_rng((self.recipe.seed, self.epoch, position))
-        index = self.draws[position]
-        view = augment(self.pixels[index], self.side, self.recipe.augment, rng)
-        return torch.from_numpy(view), int(self.labels[index])
-
-
-def draw_epoch(labels: Labels, indices: Labels, power: float, rng: np.random.Generator) -> Labels:
-    """As many draws as there are indices; a class of n images gets a share in proportion to n**power.
-
-    Within a class every image comes up equally often, give or take one: no image of a common
-    class is drawn twice before each is drawn once.
-    """
-    shares = sampled_prior(labels[indices], power)
-    draws = []
-    for label, share in enumerate(shares):
-        members = indices[labels[indices] == label]
-        count = round(share * len(indices))
-        repeats = math.ceil(count / max(1, len(members)))
-        rounds = [rng.permutation(members) for _ in range(repeats)]
-        draws.append(np.concatenate([np.empty(0, np.int64), *rounds])[:count])
-    return rng.permutation(np.concatenate(draws))
-
-
-def sampled_prior(labels: Labels, power: float) -> NDArray[np.float64]:
-    """Class shares after sampling in proportion to n**power."""
-    counts = np.bincount(labels, minlength=len(TRAINED)).astype(np.float64) ** power
-    return counts / counts.sum()
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:
@@ -105,46 +62,30 @@ def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.Ad
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """A batch of images N×3×H×W, each `share` of itself and 1 - `share` of its partner; both labels."""
+class Machine:
+    """Where a run computes, and how many processes augment for it."""
 
-    images: Tensor
-    labels: Tensor
-    partners: Tensor
-    share: float
+    device: torch.device
+    workers: int = 1
 
+    def batches(self, views: AugmentedDraws, plan: OptimiserPlan) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The views in batches of the plan's size, the remainder dropped."""
+        return DataLoader(
+            views,
+            plan.batch_size,
+            drop_last=True,
+            num_workers=self.workers,
+            prefetch_factor=4,
+            pin_memory=self.device.type == "cuda",
+        )
 
-def mix(images: Tensor, labels: Tensor, alpha: float, rng: np.random.Generator) -> Mixture:
-    """Mixup (Zhang et al., ICLR 2018): one share a batch from Beta(alpha, alpha), the larger part kept."""
-    if alpha == 0.0:
-        return Mixture(images, labels, labels, 1.0)
-    share = float(rng.beta(alpha, alpha))
-    share = max(share, 1.0 - share)
-    order = torch.from_numpy(rng.permutation(len(labels)))
-    return Mixture(torch.lerp(images[order], images, share), labels, labels[order], share)
-
-
-class AdjustedLoss(nn.Module):
-    """Cross-entropy of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10)."""
-
-    def __init__(self, prior: NDArray[np.float64], plan: LossPlan) -> None:
-        super().__init__()
-        adjustment = plan.logit_adjustment * np.log(prior)
-        self.register_buffer("adjustment", torch.from_numpy(adjustment).float())
-        self.loss = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
-
-    def forward(self, logits: Tensor, mixture: Mixture) -> Tensor:
-        """Mean loss of a batch."""
-        adjusted = logits + self.adjustment
-        loss: Tensor = self.loss(adjusted, mixture.labels)
-        if mixture.share < 1.0:
-            loss = mixture.share * loss + (1.0 - mixture.share) * self.loss(adjusted, mixture.partners)
-        return loss
+    def as_input(self, views: Tensor) -> Tensor:
+        """uint8 N×H×W×3 to float N×3×H×W in channels-last memory, on the device."""
+        moved = views.to(self.device, non_blocking=True)
+        return moved.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
 
 
-def as_input(views: Tensor) -> Tensor:
-    """uint8 N×H×W×3 to float N×3×H×W in channels-last memory."""
-    return views.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+CPU = Machine(torch.device("cpu"))
 
 
 def run_epoch(
@@ -155,27 +96,29 @@ def run_epoch(
     mixtures: Iterator[Mixture],
     factors: Iterator[float],
     clip_norm: float,
-    show: Callable[[int, float], None] = lambda _seen, _loss: None,
+    show: Callable[[int, Tensor], None] = lambda _seen, _loss: None,
 ) -> tuple[float, float]:
     """Train over `mixtures`; returns mean loss and training accuracy. `show` hears of every batch."""
     network.train()
-    losses, hits, seen = 0.0, 0, 0
+    # Kept where they are computed: to read one would make a GPU wait at every batch.
+    losses, hits, seen = torch.zeros(()), torch.zeros(()), 0
     for mixture, factor in zip(mixtures, factors, strict=False):
         labels = mixture.labels
         for group in optimiser.param_groups:
             group["lr"] = factor * group["peak"]
         optimiser.zero_grad(set_to_none=True)
-        logits, _ = network(mixture.images)
-        value = loss(logits, mixture)
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=labels.is_cuda):
+            logits, _ = network(mixture.images)
+        value = loss(logits.float(), mixture)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         optimiser.step()
         ema.update_parameters(network)
-        losses += float(value.detach()) * len(labels)
-        hits += int((logits.detach().argmax(1) == labels).sum())
+        losses = losses.to(labels.device) + value.detach() * len(labels)
+        hits = hits.to(labels.device) + (logits.detach().argmax(1) == labels).sum()
         seen += len(labels)
         show(seen, losses / seen)
-    return losses / seen, hits / seen
+    return float(losses / seen), float(hits / seen)
 
 
 class EpochProgress:
@@ -185,7 +128,7 @@ class EpochProgress:
         self._epoch, self._epochs, self._images, self._every_s = epoch, epochs, images, every_s
         self._started = self._shown = time.monotonic()
 
-    def __call__(self, seen: int, loss: float) -> None:
+    def __call__(self, seen: int, loss: Tensor) -> None:
         """Say so, unless it was said a moment ago."""
         now = time.monotonic()
         if now - self._shown < self._every_s:
@@ -195,7 +138,7 @@ class EpochProgress:
         minutes, seconds = divmod(round((self._images - seen) / rate), 60)
         sys.stderr.write(
             f"epoch {self._epoch + 1} of {self._epochs}: {seen} of {self._images} images, "
-            f"{rate:.1f} a second, loss {loss:.3f}; {minutes} min {seconds:02} s left\n"
+            f"{rate:.1f} a second, loss {float(loss):.3f}; {minutes} min {seconds:02} s left\n"
         )
         sys.stderr.flush()
 
@@ -219,18 +162,25 @@ def load_start(network: DermNetwork, plan: StartPlan | None, checkpoint: Path | 
 
 
 def train(
-    recipe: Recipe, pixels: Pixels, labels: Labels, indices: Labels, output: Path, start: Path | None = None
+    recipe: Recipe,
+    pixels: Pixels,
+    labels: Labels,
+    indices: Labels,
+    output: Path,
+    start: Path | None = None,
+    machine: Machine = CPU,
 ) -> None:
     """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     network = DermNetwork(recipe.architecture, recipe.network)
     load_start(network, recipe.start, start)
-    network.to(memory_format=torch.channels_last)
+    network.to(machine.device, memory_format=torch.channels_last)
     decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimiser = build_optimiser(network, recipe.optimiser)
     loss = AdjustedLoss(sampled_prior(labels[indices], recipe.loss.sampling_power), recipe.loss)
+    loss.to(machine.device)
     checkpoint = output / "checkpoint.pt"
     first = 0
     if checkpoint.exists():
@@ -246,9 +196,7 @@ def train(
         torch.manual_seed(recipe.seed + epoch)
         draws = draw_epoch(labels, indices, recipe.loss.sampling_power, rng)
         views = AugmentedDraws(pixels, labels, draws, sides[epoch], recipe, epoch)
-        batches = DataLoader(
-            views, recipe.optimiser.batch_size, drop_last=True, num_workers=1, prefetch_factor=4
-        )
+        batches = machine.batches(views, recipe.optimiser)
         steps = len(batches)
         factors = (
             learning_rate(step, steps * len(sides), recipe.optimiser.warmup)
@@ -259,7 +207,10 @@ def train(
             ema,
             optimiser,
             loss,
-            (mix(as_input(images), answers, recipe.loss.mixup, rng) for images, answers in batches),
+            (
+                mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
+                for images, answers in batches
+            ),
             factors,
             recipe.optimiser.clip_norm,
             EpochProgress(epoch, len(sides), len(draws)),
@@ -287,14 +238,19 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="checkpoint.pt of the model that the recipe starts from")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that augment")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    machine = Machine(torch.device(arguments.device), arguments.workers)
     recipe = read_recipe(arguments.recipe)
     folder = isic_folder()
     rows = read_rows(folder)
     geometry = InputGeometry(recipe.data.cache_side, recipe.data.interpolation)
     pixels = build_cache(rows, folder, arguments.cache_dir, geometry)
     indices = training_indices(rows, recipe.data)
-    train(recipe, pixels, labels_of(rows), indices, arguments.output, arguments.start)
+    train(recipe, pixels, labels_of(rows), indices, arguments.output, arguments.start, machine)
 
 
 if __name__ == "__main__":

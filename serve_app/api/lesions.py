@@ -155,7 +155,7 @@ async def _authorise(
 
 
 async def _replay(services: Services, replay: Replay, submission: Submission) -> JSONResponse:
-    """Answer a repeated request from the one record."""
+    """Answer a repeated request from the one record: it adds nothing to that, and is on record as a look at it."""
     if replay.request_sha256 != submission.request_sha256:
         raise IdempotencyMismatch
     found = await services.records.assessment_record(replay.assessment_id)
@@ -163,6 +163,19 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
         raise NotFound
     if found.image.erasure is not None:
         raise Erased
+    await services.records.record_event(
+        AuditEvent(
+            action=Action.READ,
+            actor=submission.actor,
+            outcome="success",
+            patient_id=found.patient_id,
+            lesion_id=found.lesion_id,
+            image_id=found.image.image_id,
+            assessment_id=replay.assessment_id,
+            request_id=submission.request_id,
+            detail={"repeated": Action.UPLOAD},
+        )
+    )
     return _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 import json
+from uuid import uuid4
 
 import pytest
+
+from serve_app.domain.errors import RecordsUnavailable
 
 
 def key(value: str) -> dict[str, str]:
@@ -23,7 +27,13 @@ async def test_the_same_key_and_body_is_one_record(service) -> None:
     assert second.headers["location"] == first.headers["location"]
     after = await service.counts()
     assert between["idempotency_keys"] - before["idempotency_keys"] == 1
-    assert after == between
+    # Nothing new but that the record was looked at again.
+    assert after == {**between, "audit_events": between["audit_events"] + 1}
+    (event,) = await service.events(second)
+    assert (event["action"], event["actor"], event["outcome"]) == ("read", "dr", "success")
+    for name in ("patient_id", "lesion_id", "image_id", "assessment_id"):
+        assert str(event[name]) == first.json()[name]
+    assert event["detail"] == {"repeated": "upload"}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,10 @@ async def test_ten_at_once_with_one_key_are_one_record(service) -> None:
     after = await service.counts()
     for table in ("lesions", "lesion_images", "assessments", "idempotency_keys", "lesion_embeddings"):
         assert after[table] - before[table] == 1, table
+    # One upload with its classification, and nine looks at it.
+    assert after["audit_events"] - before["audit_events"] == 2 + 9
+    events = [event for response in responses for event in await service.events(response)]
+    assert Counter(event["action"] for event in events) == {"upload": 1, "classify": 1, "read": 9}
     again = await service.upload(patient, headers=key("at-once"), age_approx="30")
     assert again.status_code == 201
 
@@ -95,3 +109,33 @@ async def test_a_rejected_upload_does_not_spend_its_key(service) -> None:
     rejected = await service.upload(patient, image=b"GIF89a", headers=key("spent"))
     assert rejected.status_code == 415
     assert (await service.upload(patient, headers=key("spent"))).status_code == 201
+
+
+async def test_a_repeat_that_cannot_be_recorded_is_not_answered(service, monkeypatch) -> None:
+    patient = await service.care()
+    assert (await service.upload(patient, headers=key("unrecorded"))).status_code == 201
+    before = await service.counts()
+
+    async def unavailable(_event: object) -> None:
+        raise RecordsUnavailable
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.app.state.services.records, "record_event", unavailable)
+        response = await service.upload(patient, headers=key("unrecorded"))
+    service.hold_to_problem(response, 503, "records_unavailable")
+    assert await service.counts() == before
+    assert (await service.upload(patient, headers=key("unrecorded"))).status_code == 201
+
+
+async def test_a_repeat_in_an_emergency_says_so(service) -> None:
+    patient, subject = await service.care("dr-owner"), f"dr-{uuid4().hex[:8]}"
+    opened = await service.client.post(
+        "/api/emergency-access",
+        json={"patient_id": patient, "reason": "unconscious in casualty"},
+        headers=service.token(subject),
+    )
+    for expected in ({"upload", "classify"}, {"read"}):
+        response = await service.upload(patient, subject=subject, headers=key("emergency"))
+        events = await service.events(response)
+        assert {event["action"] for event in events} == expected
+        assert all(event["detail"]["emergency_access"] == opened.json()["emergency_id"] for event in events)

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 import pytest
 
 from serve_app.api import delivery
+from serve_app.api.recovery import FAILED_AFTER_TRIES
 from serve_app.domain.errors import StageFailed
 from serve_app.settings import Settings
+from tests.api.erasing import erase
 from tests.api.test_pending import Faulty, failing, recover
 from tests.pms.server import TOKEN, PmsServer, running_pms
 
@@ -162,6 +164,34 @@ async def test_what_recovery_completes_is_told_too(start_service, local_stages, 
         assert await recover(service) == 1
         (body,) = await told(pms, f"e-{patient}")
         assert factors(body)["immunosuppression"] == "raises"
+
+
+async def test_what_failed_and_what_was_erased_is_told_too(start_service, local_stages, ties, pms) -> None:
+    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+    async with start_service(stages, **ties) as service:
+        patient = await service.care()
+        pms.register(patient, f"e-{patient}")
+        pending = await service.upload(patient, encounter_id=f"e-{patient}")
+        assert pending.status_code == 202
+        image = pending.json()["image_id"]
+        await service.owner.execute(
+            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+            " WHERE image_id = $1::text::uuid",
+            image,
+        )
+        await service.owner.execute(
+            "UPDATE assessments SET attempts = $2 WHERE image_id = $1::text::uuid", image, FAILED_AFTER_TRIES
+        )
+        assert await recover(service) == 0
+        (failed,) = await told(pms, f"e-{patient}")
+        service.hold_to("AssessmentDocument", failed)
+        assert (failed["outcome"], failed["reasons"][0]["code"]) == ("failed", "integrity")
+        receipt = (await erase(service, pending.json(), note="Mrs Marker asked")).json()
+        _, erased = await told(pms, f"e-{patient}", 2)
+        service.hold_to("AssessmentDocument", erased)
+        assert (erased["outcome"], erased["classification"], erased["risk"]) == ("erased", None, None)
+        assert erased["erasure"]["receipt_id"] == receipt["receipt_id"]
+        assert "Marker" not in str(erased)
 
 
 async def test_without_a_pms_nothing_changes(service) -> None:

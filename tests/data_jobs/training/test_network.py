@@ -71,7 +71,8 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_an_epoch_draws_rare_classes_more_often() -> None:
-    from data_jobs.training.train import draw_epoch, learning_rate
+    from data_jobs.training.draws import draw_epoch
+    from data_jobs.training.train import learning_rate
 
     labels = np.repeat(np.arange(8), [20, 500, 60, 20, 40, 20, 20, 30])
     indices = np.arange(0, len(labels), 2)
