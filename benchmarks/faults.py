@@ -1,6 +1,6 @@
 """Faults under load: nothing acknowledged is lost or doubled, and the service is whole again in time.
 
-`python -m benchmarks.faults --rounds 100` runs every kind; `--only query,disk,keys` those that need
+`python -m benchmarks.faults --rounds 100` runs every kind; `--only query,disk,keys,vault` those that need
 no Ray. Prints JSON, and ends with exit status 1 when the verdict is not kept.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.faults_disk import NoSmallDisk
 from benchmarks.faults_kinds import Outcome, run_kind
 
-KINDS = ("classifier", "ingress", "postgres", "query", "disk", "keys")
+KINDS = ("classifier", "ingress", "postgres", "query", "disk", "keys", "vault")
 #: Whole again within so many seconds of the fault, or of its end where it does not end by itself.
 WHOLE_S = 30.0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import re
 import tempfile
 from threading import Event, Thread
+from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -55,8 +56,8 @@ class LocalService:
 
 
 @asynccontextmanager
-async def local_service(home: Path, urls: DatabaseUrls) -> AsyncIterator[LocalService]:
-    """Run the application on a migrated database that has references and a live model."""
+async def local_service(home: Path, urls: DatabaseUrls, **others: Any) -> AsyncIterator[LocalService]:  # noqa: ANN401 - settings of any kind
+    """Run the application on a migrated database that has references and a live model; `others`: more settings."""
     secret = uuid4().hex * 2
     settings = Settings(
         home=home,
@@ -66,6 +67,7 @@ async def local_service(home: Path, urls: DatabaseUrls) -> AsyncIterator[LocalSe
         database_pool_max=6,
         rate_limit_per_s=_NO_RATE_LIMIT,
         rate_limit_burst=_NO_RATE_LIMIT,
+        **others,
     )
     stages = LocalStages(
         models=settings.models,

@@ -12,7 +12,15 @@ import pytest
 
 from benchmarks.faults import WHOLE_S, report_kind
 from benchmarks.faults_disk import NoSmallDisk, fill, small_disk
-from benchmarks.faults_kinds import Outcome, full_disk, lost_keys, lost_statements, own_database
+from benchmarks.faults_keys import running_vault
+from benchmarks.faults_kinds import (
+    Outcome,
+    full_disk,
+    lost_keys,
+    lost_statements,
+    lost_vault,
+    own_database,
+)
 from benchmarks.faults_service import LocalService, local_service, new_home
 from data_jobs.references.load import publish_bundled
 
@@ -60,6 +68,21 @@ async def test_the_keys_away(service, capsys) -> None:
     # Both faults were felt, neither let an image in unsealed, and each said that trying again helps.
     felt = {answer for answer in report["answers"] if answer[0] == "5"}
     assert felt == {"503 key_provider_unavailable", "503 records_unavailable"}
+
+
+async def test_vault_in_trouble(new_database, models, model_id, capsys) -> None:
+    urls = await new_database()
+    await publish_bundled(urls.owner, models, model_id)
+    home = new_home("derm-test-")
+    outcome = Outcome("vault")
+    try:
+        with running_vault(home) as (vault, settings):
+            async with local_service(home, urls, **settings) as service:
+                await lost_vault(outcome, 2, CONCURRENCY, service, vault)
+    finally:
+        shutil.rmtree(home)
+    report = hold_to_promises(outcome, capsys)
+    assert {answer for answer in report["answers"] if answer[0] == "5"} == {"503 key_provider_unavailable"}
 
 
 async def test_a_full_disk(capsys) -> None:

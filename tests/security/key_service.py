@@ -25,12 +25,13 @@ class Service(Protocol):
 class KeyService:
     """Serves a Service over HTTP; `faults` is what the next requests get instead: a status, or seconds to wait.
 
-    While `down`, connections are refused. `requests` counts those that arrived.
+    `always` is the status that all get while it is set. While `down`, connections are refused. `requests` counts those that arrived.
     """
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.faults: list[int | float] = []
+        self.always: int | None = None
         self.requests = 0
         self._connections: set[socket.socket] = set()
         self._server: ThreadingHTTPServer | None = None
@@ -49,7 +50,7 @@ class KeyService:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 outer.requests += 1
-                status, document = outer._reply(self.path, self.headers, body)
+                status, document = outer._reply(self.path, dict(self.headers.items()), body)
                 content = b"" if document is None else json.dumps(document).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", outer.service.content_type)
@@ -87,7 +88,7 @@ class KeyService:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def _reply(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        fault = self.faults.pop(0) if self.faults else None
+        fault = self.faults.pop(0) if self.faults else self.always
         if isinstance(fault, float):
             time.sleep(fault)
         elif fault is not None:
