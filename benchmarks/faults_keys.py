@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 import sqlite3
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from serve_app.settings import NodeFiles
-from tests.security.key_service import KeyService
-from tests.security.vault_server import Vault
 
 #: Puts things right again.
 Mend = Callable[[], None]

@@ -26,8 +26,8 @@ from benchmarks.faults_service import (
     supervised,
 )
 from benchmarks.faults_statements import FaultyConnections, Loss
+from benchmarks.key_service import KeyService
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from tests.security.key_service import KeyService
 
 #: How long a fault lasts that does not end by itself, seconds; a lock outlasts what SQLite waits for it (5 s).
 _LASTS_S, _LOCK_LASTS_S = 1.5, 7.0

@@ -7,9 +7,9 @@ import time
 from pydantic import SecretStr
 import pytest
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from serve_app.security.key_providers import attempts
-from tests.security.key_service import KeyService
-from tests.security.vault_server import Vault
 
 
 async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(

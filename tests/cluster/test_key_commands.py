@@ -9,15 +9,15 @@ from uuid import UUID
 
 import pytest
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.key_providers import attempts
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings, NodeFiles
-from tests.security.key_service import KeyService
 from tests.security.kms_server import Kms
-from tests.security.vault_server import Vault
 
 BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
 

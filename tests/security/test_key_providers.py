@@ -15,6 +15,8 @@ from uuid import uuid4
 
 import pytest
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.key_providers import attempts, kms, vault
@@ -22,9 +24,7 @@ from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings
-from tests.security.key_service import KeyService
 from tests.security.kms_server import Kms
-from tests.security.vault_server import Vault
 
 KEY = bytes(range(32))
 BINDING = ImageBinding(uuid4(), "patient-1", "image/jpeg")

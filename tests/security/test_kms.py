@@ -7,10 +7,10 @@ from uuid import uuid4
 
 import pytest
 
+from benchmarks.key_service import KeyService
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
 from serve_app.security.key_providers import attempts
 from serve_app.security.key_providers.kms import AwsKms
-from tests.security.key_service import KeyService
 from tests.security.kms_server import Kms
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"

@@ -9,6 +9,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.key_providers import attempts
@@ -17,8 +19,6 @@ from serve_app.security.key_providers.vault import VaultAddress, VaultTransit
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings
-from tests.security.key_service import KeyService
-from tests.security.vault_server import Vault
 
 BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tests.security.key_service import Answer
+from benchmarks.key_service import Answer
 
 _PATH = re.compile(r"/v1/(?P<mount>[^/]+)/(?P<verb>encrypt|decrypt|keys)/(?P<key>[^/]+)(/(?P<action>\w+))?")
 
@@ -24,12 +24,13 @@ class Vault:
     content_type = "application/json"
 
     def __init__(self) -> None:
-        self.token = "s.right"
+        self.token = "s.right"  # noqa: S105 - of a server of our own
         self.forbidden: set[str] = set()
         self.keys: dict[str, dict[str, Any]] = {}
         self.seen: list[dict[str, Any]] = []
 
     def make_key(self, name: str, *, kind: str = "aes256-gcm96", derived: bool = False) -> None:
+        """Add a key with one version."""
         self.keys[name] = {
             "name": name,
             "type": kind,
@@ -41,9 +42,11 @@ class Vault:
         }
 
     def fault(self, status: int) -> dict[str, Any]:
+        """Say it as Vault does."""
         return {"errors": ["Vault is sealed" if status == 503 else f"fault {status}"]}
 
     def answer(self, path: str, headers: Mapping[str, str], body: dict[str, Any]) -> Answer:
+        """Do what the path asks for, and remember the request."""
         self.seen.append({"path": path, "headers": dict(headers), "body": body})
         match = _PATH.fullmatch(path)
         verb = match and (match["action"] or match["verb"])

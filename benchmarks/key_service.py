@@ -1,4 +1,4 @@
-"""A key service on loopback for the tests, which can be down, slow or in trouble when told so."""
+"""A key service on loopback for tests and faults, which can be down, slow or in trouble when told so."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ Answer = tuple[int, dict[str, Any] | None]
 
 
 class Service(Protocol):
+    """What is served: the answers of one kind of key service."""
+
     content_type: str
 
-    def answer(self, path: str, headers: Mapping[str, str], body: dict[str, Any]) -> Answer: ...
+    def answer(self, path: str, headers: Mapping[str, str], body: dict[str, Any]) -> Answer:
+        """Answer a request: status and document."""
+        ...
 
-    def fault(self, status: int) -> dict[str, Any]: ...
+    def fault(self, status: int) -> dict[str, Any]:
+        """Make the document of an answer that tells of trouble."""
+        ...
 
 
 class KeyService:
@@ -39,6 +45,7 @@ class KeyService:
         self.up()
 
     def up(self) -> None:
+        """Listen, on the port that it had before."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -79,6 +86,7 @@ class KeyService:
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def down(self) -> None:
+        """Stop listening, and break the connections that there are."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
