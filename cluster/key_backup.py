@@ -34,6 +34,16 @@ _STORE = "keystore.sqlite"
 _VERSIONS = "SELECT key_version, count(*) FROM data_keys GROUP BY key_version ORDER BY key_version"
 
 
+def existing_keystore(home: Path) -> Path:
+    """Where the key store of this home is. NotFound when there is none: no command makes one, or a keyring."""
+    path = NodeFiles(home).keystore
+    if not path.exists():
+        raise NotFound(
+            f"There is no key store at {path}: the first start makes it. If there was one, put its backup back."
+        )
+    return path
+
+
 def back_up_keys(
     files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta, service_version: str
 ) -> dict[str, Any]:
@@ -41,8 +51,7 @@ def back_up_keys(
 
     `provider` names whoever can unwrap it. NotFound when there is no key store.
     """
-    if not files.keystore.exists():
-        raise NotFound(f"There is no key store at {files.keystore}.")
+    existing_keystore(files.home)
     require_space(folder, files.keystore.stat().st_size)
     with new_folder(folder) as partial:
         copy = partial / _STORE

@@ -18,6 +18,8 @@ import psutil
 from cluster.listening import exposed, listeners
 from cluster.postgres_state import SUPERUSER, PostgresState
 from cluster.ray_processes import belonging, name
+from serve_app.domain.errors import IntegrityError
+from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.pool import Pool
 from serve_app.security.token_secret import find_weakness
 from serve_app.settings import NodeFiles, Settings
@@ -89,6 +91,23 @@ def file_findings(home: Path) -> list[Finding]:
     return [finding for path in secret for finding in _private(path)]
 
 
+async def key_findings(files: NodeFiles, pool: Pool | None, *, provider: str) -> list[Finding]:
+    """What keeps images from opening, or would: a keyring or a key store that is gone.
+
+    `provider` is DERM_KEY_PROVIDER: only with `file:` alone the keyring is the home's.
+    """
+    found = []
+    if provider == "file:" and files.keystore.exists() and not files.keyring.exists():
+        advice = "put its backup back: without it no image opens, and none is accepted"
+        found.append(Finding("keyring", f"{files.keyring} is gone: {advice}"))
+    if pool is not None:
+        try:
+            await refuse_lost_keys(pool, files.keystore)
+        except IntegrityError as error:
+            found.append(Finding("keystore", str(error)))
+    return found
+
+
 def _private(path: Path) -> Iterator[Finding]:
     try:
         status = path.stat()
@@ -149,6 +168,7 @@ async def all_findings(home: Path, pool: Pool | None, settings: Settings | None)
             f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{state.port}/postgres?sslmode=disable"
         )
     if settings is not None:
+        found += await key_findings(NodeFiles(home), pool, provider=settings.key_provider)
         secret = settings.token_secret.get_secret_value()
         found += environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)
     return found

@@ -11,6 +11,7 @@ import sys
 from uuid import uuid4
 
 from cluster.database import database
+from cluster.key_backup import existing_keystore
 from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
@@ -18,7 +19,7 @@ from serve_app.security.audit import AuditEvent, AuditOutcome
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
-from serve_app.settings import NodeFiles, load_key_settings
+from serve_app.settings import load_key_settings
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -58,9 +59,12 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _rotate(arguments: argparse.Namespace) -> int:
     provider = _provider()
-    _keystore(arguments, provider).close()  # another provider's keys show here, before anything changes
-    with _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version):
+    with (
+        closing(_keystore(arguments, provider)) as store,  # other keys show here, before anything changes
+        _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version),
+    ):
         version = provider.rotate()
+        store.verify_keys()  # so that a keyring from before is known for what it is, from now on
     sys.stdout.write(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest\n")
     return 0
 
@@ -102,7 +106,7 @@ def _provider() -> KeyProvider:
 
 
 def _keystore(arguments: argparse.Namespace, provider: KeyProvider) -> KeyStore:
-    return KeyStore(NodeFiles(arguments.home).keystore, provider)
+    return KeyStore(existing_keystore(arguments.home), provider)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_a_vault_that_is_down_is_one_line(derm_cds, home: Path, transit: KeyServ
 
 def test_another_providers_store_is_not_rotated(derm_cds, home: Path, transit: KeyService) -> None:
     files = NodeFiles(home)
-    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+    with closing(KeyStore(files.keystore, FileKeyring.make(files.keyring))) as keys:
         keys.create()
     said = derm_cds("keys", "rotate", home=home)
     assert said.code == 1
@@ -95,6 +95,7 @@ def test_another_providers_store_is_not_rotated(derm_cds, home: Path, transit: K
 
 
 def test_kms_says_what_to_do(derm_cds, home: Path, kms: KeyService) -> None:
+    KeyStore(NodeFiles(home).keystore, open_key_provider(KeySettings(home=home))).close()
     assert derm_cds("keys", "status", home=home).out.startswith("AWS KMS key alias/derm\nversion 1 (current)")
     rotated = derm_cds("keys", "rotate", home=home)
     assert rotated.code == 1

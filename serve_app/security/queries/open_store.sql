@@ -28,3 +28,9 @@ CREATE TABLE IF NOT EXISTS wrap_counts (
     key_version INTEGER PRIMARY KEY,
     wraps       INTEGER NOT NULL CHECK (wraps <= 2147483648)
 );
+
+-- Whose store this is, settled before the first data key: see key_checks.py.
+CREATE TABLE IF NOT EXISTS key_checks (
+    key_version INTEGER PRIMARY KEY,
+    wrapped     BLOB    NOT NULL
+);
