@@ -7,7 +7,7 @@ shredding one here makes its image unreadable there, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ class KeyStore:
         with self._transaction() as connection:
             connection.execute(_QUERIES["count_wrap"], row)
             connection.execute(_QUERIES["insert_data_key"], row)
+            connection.execute(_QUERIES["insert_awaited_key"], row)
         return DataKey(data_key_id, material, spent=False)
 
     def load(self, data_key_id: UUID) -> DataKey:
@@ -187,12 +188,29 @@ class KeyStore:
             for sequence, key, receipt, reason, actor in rows
         ]
 
-    def list_made_before(self, age_s: int, *, after: int = 0, limit: int = 1000) -> list[tuple[int, UUID]]:
-        """List data keys of at least this age in seconds, each behind its sequence number, oldest first."""
+    def list_made_before(
+        self, age_s: int, *, after: int = 0, limit: int = 1000
+    ) -> list[tuple[int, UUID, bool]]:
+        """List data keys of at least this age in seconds, oldest first.
+
+        Each is behind its sequence number, and before whether its image is still awaited.
+        """
         row = {"age": f"-{age_s} seconds", "after": after, "limit": limit}
         with self._transaction() as connection:
             rows = connection.execute(_QUERIES["select_old_keys"], row).fetchall()
-        return [(sequence, UUID(bytes=key)) for sequence, key in rows]
+        return [(sequence, UUID(bytes=key), bool(awaited)) for sequence, key, awaited in rows]
+
+    def list_awaited(self, *, after: UUID | None = None, limit: int = 1000) -> list[UUID]:
+        """List data keys whose image was not seen in the database yet, by id, from behind `after` on."""
+        row = {"after": after.bytes if after else b"", "limit": limit}
+        with self._transaction() as connection:
+            return [UUID(bytes=key) for (key,) in connection.execute(_QUERIES["select_awaited_keys"], row)]
+
+    def stop_awaiting(self, data_key_ids: Iterable[UUID]) -> None:
+        """Remember that the images of these keys are in the database: from now on such a key is no failed upload's."""
+        rows = [{"data_key_id": data_key_id.bytes} for data_key_id in data_key_ids]
+        with self._transaction() as connection:
+            connection.executemany(_QUERIES["delete_awaited_key"], rows)
 
     def _empty_log(self) -> None:
         with self._transaction() as connection:
