@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 import os
 from pathlib import Path
 import stat
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import asyncpg
 import psutil
 
+from cluster.kept_copies import find_kept_copies
 from cluster.listening import exposed, listeners
 from cluster.postgres_state import SUPERUSER, PostgresState
 from cluster.ray_processes import belonging, name
@@ -108,6 +110,19 @@ async def key_findings(files: NodeFiles, pool: Pool | None, *, provider: str) ->
     return found
 
 
+def copy_findings(home: Path) -> list[Finding]:
+    """What restores kept here: it opens images that were erased since, and must be gone in time."""
+    found = []
+    for copy in find_kept_copies(home):
+        if copy.expires_at <= datetime.now(UTC):
+            advice = "it has expired, run `derm-cds backup --prune FOLDER`: it undoes erasures made since"
+            found.append(Finding("expired_copy", f"{copy.path}: {advice}"))
+        else:
+            advice = f"delete it when all is well, by {copy.expires_at:%Y-%m-%d} at the latest"
+            found.append(Finding("kept_copy", f"{copy.path}: a restore kept it; {advice}"))
+    return found
+
+
 def _private(path: Path) -> Iterator[Finding]:
     try:
         status = path.stat()
@@ -158,7 +173,7 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
 
 async def all_findings(home: Path, pool: Pool | None, settings: Settings | None) -> list[Finding]:
     """Everything that can be looked at now; `pool` None while the database does not run."""
-    found = [*file_findings(home), *process_findings(home)]
+    found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
     if pool is not None:
         found += await database_findings(pool)
     state = PostgresState.read(home / "postgres.json")
@@ -175,5 +190,10 @@ async def all_findings(home: Path, pool: Pool | None, settings: Settings | None)
 
 
 def prevents_ready(finding: Finding, *, env: str) -> bool:
-    """Whether a node with this finding is not ready; a node for development may be one."""
+    """Whether a node with this finding is not ready; a node for development may be one.
+
+    What a restore kept is there to be gone back to: it is in the way once it has expired.
+    """
+    if finding.name == "kept_copy":
+        return False
     return env == "production" or finding.name not in {"env", "token_secret"}
