@@ -10,7 +10,7 @@ from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
 from serve_app.security.keystore import is_used
 
-_SQL = queries("health")
+_SQL = queries("lost_keys")
 
 
 async def refuse_lost_keys(pool: Pool, keystore: Path) -> None:

@@ -39,11 +39,3 @@ WHERE i.erased_at IS NOT NULL AND (
 SELECT count(*) FROM erasures AS e
 WHERE e.accepted_at < now() - interval '10 minutes'
     AND NOT EXISTS (SELECT FROM erasure_receipts AS r WHERE r.receipt_id = e.receipt_id);
-
--- name: has_images
--- Whether this database has lesions' images at all: before the first start it has no tables.
-SELECT to_regclass('lesion_images') IS NOT NULL;
-
--- name: has_sealed_images
--- Whether there is an image that a data key is needed for.
-SELECT EXISTS (SELECT FROM lesion_images WHERE sealed IS NOT NULL);
