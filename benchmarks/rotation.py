@@ -114,7 +114,7 @@ async def _run(home: Path, postgres: EmbeddedPostgres, count: int) -> dict[str, 
     urls, files = postgres.ensure(), NodeFiles(home)
     await migrate(urls.owner, application_role="derm_app")
     pool = await open_pool(urls.app, minimum=1, maximum=_READERS + 1, timeout_s=30)
-    keyring = FileKeyring(files.keyring)
+    keyring = FileKeyring.make(files.keyring)
     # What `derm-cds keys` does in a process of its own: a second store on the same file.
     with (
         closing(KeyStore(files.keystore, keyring)) as operator,

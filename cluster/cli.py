@@ -25,7 +25,7 @@ COMMANDS = {
     "assign": ("access", "put a patient into a clinician's care"),
     "access": ("access", "care assignments and revocations: assign, end, list, revoke, restore"),
     "references": ("references", "the confirmed cases that similarity search finds, and their spaces"),
-    "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, retire"),
+    "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, sweep, retire"),
     "backup": ("backup", "back up the database, or apart from it the keys, while serving"),
     "restore": ("backup", "check a backup and put it in place; what was there is kept"),
     "hold": ("hold", "legal holds, which keep images from being erased: set, release, list"),

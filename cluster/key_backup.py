@@ -24,6 +24,7 @@ from cluster.backup_folder import (
     verify_file,
     write_manifest,
 )
+from cluster.kept_copies import CUT_OFF_AFTER, last_touched, overwrite
 from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import DestroyedKey, KeyStore
@@ -34,6 +35,16 @@ _STORE = "keystore.sqlite"
 _VERSIONS = "SELECT key_version, count(*) FROM data_keys GROUP BY key_version ORDER BY key_version"
 
 
+def existing_keystore(home: Path) -> Path:
+    """Where the key store of this home is. NotFound when there is none: no command makes one, or a keyring."""
+    path = NodeFiles(home).keystore
+    if not path.exists():
+        raise NotFound(
+            f"There is no key store at {path}: the first start makes it. If there was one, put its backup back."
+        )
+    return path
+
+
 def back_up_keys(
     files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta, service_version: str
 ) -> dict[str, Any]:
@@ -41,8 +52,7 @@ def back_up_keys(
 
     `provider` names whoever can unwrap it. NotFound when there is no key store.
     """
-    if not files.keystore.exists():
-        raise NotFound(f"There is no key store at {files.keystore}.")
+    existing_keystore(files.home)
     require_space(folder, files.keystore.stat().st_size)
     with new_folder(folder) as partial:
         copy = partial / _STORE
@@ -122,18 +132,23 @@ def restore_keys(
 
 
 def prune(root: Path) -> list[Path]:
-    """Delete every key store's backup at or right below `root` that has expired; returns which."""
+    """Delete every key store's backup at or right below `root` that has expired or was cut off; returns which."""
     gone = []
     for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
-        try:
-            expired = expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
-        except DermError:  # no backup, or of something else
-            continue
-        if expired:
-            _overwrite(folder / _STORE)
+        if _has_expired(folder):
+            overwrite(folder / _STORE)
             shutil.rmtree(folder)
             gone.append(folder)
     return gone
+
+
+def _has_expired(folder: Path) -> bool:
+    if folder.suffix == ".partial" and (folder / _STORE).exists():  # killed, with a manifest or without
+        return last_touched(folder) + CUT_OFF_AFTER <= datetime.now(UTC)
+    try:
+        return expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
+    except DermError:  # no backup, or of something else
+        return False
 
 
 def _destroyed(path: Path, provider: KeyProvider) -> list[DestroyedKey]:
@@ -158,13 +173,3 @@ def _set_aside(store: Path) -> Path | None:
         if path.exists():
             path.rename(kept.with_name(path.name.replace(store.name, kept.name, 1)))
     return kept if kept.exists() else None
-
-
-def _overwrite(path: Path) -> None:
-    """Overwrite with zeros what is deleted: all that can be done where the file system writes in place."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-        file.flush()
-        os.fsync(file.fileno())

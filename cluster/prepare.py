@@ -25,6 +25,7 @@ from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.records.lesions import LesionStore
+from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.serving import live_model
@@ -55,6 +56,8 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
     _say(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date")
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=_LOAD_TIMEOUT_S)
     try:
+        # Each replica looks as well; here somebody is at the terminal.
+        await refuse_lost_keys(pool, settings.files.keystore)
         live = await live_model(pool)
         chosen = choose_model(settings.models, wanted=model, live=live.model_id if live else None)
         loaded = await publish_bundled(urls.owner, settings.models, chosen)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 import os
 from pathlib import Path
 import stat
@@ -15,9 +16,12 @@ from urllib.parse import quote
 import asyncpg
 import psutil
 
+from cluster.kept_copies import find_kept_copies
 from cluster.listening import exposed, listeners
 from cluster.postgres_state import SUPERUSER, PostgresState
 from cluster.ray_processes import belonging, name
+from serve_app.domain.errors import IntegrityError
+from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.pool import Pool
 from serve_app.security.token_secret import find_weakness
 from serve_app.settings import NodeFiles, Settings
@@ -89,6 +93,36 @@ def file_findings(home: Path) -> list[Finding]:
     return [finding for path in secret for finding in _private(path)]
 
 
+async def key_findings(files: NodeFiles, pool: Pool | None, *, provider: str) -> list[Finding]:
+    """What keeps images from opening, or would: a keyring or a key store that is gone.
+
+    `provider` is DERM_KEY_PROVIDER: only with `file:` alone the keyring is the home's.
+    """
+    found = []
+    if provider == "file:" and files.keystore.exists() and not files.keyring.exists():
+        advice = "put its backup back: without it no image opens, and none is accepted"
+        found.append(Finding("keyring", f"{files.keyring} is gone: {advice}"))
+    if pool is not None:
+        try:
+            await refuse_lost_keys(pool, files.keystore)
+        except IntegrityError as error:
+            found.append(Finding("keystore", str(error)))
+    return found
+
+
+def copy_findings(home: Path) -> list[Finding]:
+    """What restores kept here: it opens images that were erased since, and must be gone in time."""
+    found = []
+    for copy in find_kept_copies(home):
+        if copy.expires_at <= datetime.now(UTC):
+            advice = "it has expired, run `derm-cds backup --prune FOLDER`: it undoes erasures made since"
+            found.append(Finding("expired_copy", f"{copy.path}: {advice}"))
+        else:
+            advice = f"delete it when all is well, by {copy.expires_at:%Y-%m-%d} at the latest"
+            found.append(Finding("kept_copy", f"{copy.path}: a restore kept it; {advice}"))
+    return found
+
+
 def _private(path: Path) -> Iterator[Finding]:
     try:
         status = path.stat()
@@ -139,7 +173,7 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
 
 async def all_findings(home: Path, pool: Pool | None, settings: Settings | None) -> list[Finding]:
     """Everything that can be looked at now; `pool` None while the database does not run."""
-    found = [*file_findings(home), *process_findings(home)]
+    found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
     if pool is not None:
         found += await database_findings(pool)
     state = PostgresState.read(home / "postgres.json")
@@ -149,11 +183,17 @@ async def all_findings(home: Path, pool: Pool | None, settings: Settings | None)
             f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{state.port}/postgres?sslmode=disable"
         )
     if settings is not None:
+        found += await key_findings(NodeFiles(home), pool, provider=settings.key_provider)
         secret = settings.token_secret.get_secret_value()
         found += environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)
     return found
 
 
 def prevents_ready(finding: Finding, *, env: str) -> bool:
-    """Whether a node with this finding is not ready; a node for development may be one."""
+    """Whether a node with this finding is not ready; a node for development may be one.
+
+    What a restore kept is there to be gone back to: it is in the way once it has expired.
+    """
+    if finding.name == "kept_copy":
+        return False
     return env == "production" or finding.name not in {"env", "token_secret"}

@@ -15,6 +15,7 @@ from cluster.backup import back_up
 from cluster.backup_folder import BackupFailed
 from cluster.database import database, own_database
 from cluster.erased_keys import read_erased
+from cluster.kept_copies import LIFETIME, prune_kept_copies
 from cluster.key_backup import back_up_keyring, back_up_keys, prune, restore_keys
 from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
@@ -23,8 +24,6 @@ from serve_app.records.pool import open_pool
 from serve_app.security.audit import AuditEvent
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
-
-_LIFETIME_DAYS = 30
 
 
 def define(name: str, parser: argparse.ArgumentParser) -> None:
@@ -39,13 +38,17 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
         "--keyring", type=_folder, metavar="FOLDER", help="the keyring's backup, apart from both"
     )
     what.add_argument(
-        "--prune", type=_folder, metavar="FOLDER", help="delete key store backups in it that have expired"
+        "--prune",
+        type=_folder,
+        metavar="FOLDER",
+        help="delete key store backups in it that have expired, and what restores kept in the home",
     )
     parser.add_argument(
         "--days",
         type=int,
-        default=_LIFETIME_DAYS,
-        help="how long a key store's backup may be kept, and erased images with it (default: %(default)s)",
+        default=LIFETIME.days,
+        help="how long a key store's backup, or what a restore kept, may be there, and erased images with it"
+        " (default: %(default)s)",
     )
     parser.set_defaults(run=_back_up)
 
@@ -54,7 +57,8 @@ def _back_up(arguments: argparse.Namespace) -> int:
     files = NodeFiles(arguments.home)
     service_version = version("pms-derm-cds")
     if arguments.prune:
-        gone = prune(arguments.prune)
+        lifetime = timedelta(days=arguments.days)
+        gone = [*prune(arguments.prune), *prune_kept_copies(arguments.home, lifetime=lifetime)]
         sys.stdout.write(
             "".join(f"{folder} had expired and is deleted\n" for folder in gone) or "nothing has expired\n"
         )
@@ -87,7 +91,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     server = _embedded(arguments.home)
     done = restore(server, arguments.folder)
     _record(arguments.home, "restore", kind="database", made_at=done.manifest["made_at"])
-    kept = f"; what was there is in {done.kept}" if done.kept else ""
+    kept = f"; what was there is in {done.kept}: delete it when all is well" if done.kept else ""
     sys.stdout.write(f"the database is as it was at {done.manifest['made_at']}{kept}\n")
     return 0
 

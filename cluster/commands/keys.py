@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 import getpass
+from pathlib import Path
 import sys
+from typing import TypeVar
 from uuid import uuid4
 
 from cluster.database import database
+from cluster.key_backup import existing_keystore
+from serve_app.api.orphaned_keys import (
+    OrphanedKeys,
+    find_orphaned_keys,
+    shred_orphaned_keys,
+    stop_awaiting_stored,
+)
 from serve_app.domain.errors import Conflict, DermError
+from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
+from serve_app.records.pool import Pool, open_pool
 from serve_app.security.audit import AuditEvent, AuditOutcome
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
-from serve_app.settings import NodeFiles, load_key_settings
+from serve_app.settings import load_key_settings
+
+_Result = TypeVar("_Result")
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -32,6 +44,11 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
         actions.add_parser(
             name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
         ).set_defaults(run=run)
+    sweep = actions.add_parser(
+        "sweep", help="count the data keys without an image, and destroy them with --yes"
+    )
+    sweep.add_argument("--yes", action="store_true", help="destroy them: their images never open again")
+    sweep.set_defaults(run=_sweep)
     retire = actions.add_parser(
         "retire", help="destroy an old key-encryption key that wraps nothing any more"
     )
@@ -58,9 +75,12 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _rotate(arguments: argparse.Namespace) -> int:
     provider = _provider()
-    _keystore(arguments, provider).close()  # another provider's keys show here, before anything changes
-    with _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version):
+    with (
+        closing(_keystore(arguments, provider)) as store,  # other keys show here, before anything changes
+        _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version),
+    ):
         version = provider.rotate()
+        store.verify_keys()  # so that a keyring from before is known for what it is, from now on
     sys.stdout.write(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest\n")
     return 0
 
@@ -97,12 +117,41 @@ def _retire(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    with closing(_keystore(arguments, _provider())) as store:
+
+        async def find(pool: Pool) -> OrphanedKeys:
+            await stop_awaiting_stored(Housekeeping(pool), store)
+            return await find_orphaned_keys(Housekeeping(pool), store)
+
+        orphaned = _ask(arguments.home, find)
+        sys.stdout.write(
+            f"{len(orphaned.failed)} data keys of uploads that failed, more than an hour ago\n"
+            f"{len(orphaned.lost)} data keys of images that this database has no more, or whose upload failed "
+            "before this version\n"
+        )
+        if not arguments.yes:
+            if orphaned.lost:
+                sys.stdout.write(
+                    "if an older database was restored, put the newer one back: with --yes its images are lost\n"
+                )
+            return 0
+        counts = {"failed": len(orphaned.failed), "lost": len(orphaned.lost)}
+        with _recorded(arguments, "key_sweep", **counts):
+            everything = [*orphaned.failed, *orphaned.lost]
+            done = _ask(
+                arguments.home, lambda pool: shred_orphaned_keys(Housekeeping(pool), store, everything)
+            )
+    sys.stdout.write(f"{done} data keys are destroyed\n")
+    return 0
+
+
 def _provider() -> KeyProvider:
     return open_key_provider(load_key_settings())
 
 
 def _keystore(arguments: argparse.Namespace, provider: KeyProvider) -> KeyStore:
-    return KeyStore(NodeFiles(arguments.home).keystore, provider)
+    return KeyStore(existing_keystore(arguments.home), provider)
 
 
 @contextmanager
@@ -123,12 +172,16 @@ def _record(
         action=action, actor=getpass.getuser(), outcome=outcome, request_id=str(uuid4()), detail=detail
     )
 
-    async def write(dsn: str) -> None:
+    _ask(arguments.home, lambda pool: LesionStore(pool).record_event(event))
+
+
+def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
+    async def run(dsn: str) -> _Result:
         pool = await open_pool(dsn, minimum=0, maximum=1)
         try:
-            await LesionStore(pool).record_event(event)
+            return await ask(pool)
         finally:
             await pool.close()
 
-    with database(arguments.home) as urls:
-        asyncio.run(write(urls.app))
+    with database(home) as urls:
+        return asyncio.run(run(urls.app))

@@ -13,6 +13,7 @@ import sys
 from typing import TypeVar
 
 from cluster.database import database
+from cluster.key_backup import existing_keystore
 from serve_app.api.eraser import Eraser
 from serve_app.api.retention import erase_expired
 from serve_app.domain.errors import Conflict
@@ -79,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.dry_run:
         return 0
-    with closing(KeyStore(settings.files.keystore, open_key_provider(settings))) as keys:
+    with closing(KeyStore(existing_keystore(settings.home), open_key_provider(settings))) as keys:
 
         async def erase(pool: Pool) -> int:
             eraser = Eraser(ErasureStore(pool), keys, tells_pms=settings.pms_deliver)

@@ -20,7 +20,7 @@ from cluster.node_files import explain
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
-from cluster.safety import Finding, all_findings, file_findings, prevents_ready
+from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
 from serve_app.domain.errors import DermError
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
@@ -78,7 +78,8 @@ def _safety(home: Path, urls: DatabaseUrls | None) -> tuple[str, list[Finding]]:
     try:
         settings = load_settings()
     except ValidationError as error:
-        return "production", [Finding("settings", explain(error)), *file_findings(home)]
+        found = [*file_findings(home), *copy_findings(home)]
+        return "production", [Finding("settings", explain(error)), *found]
 
     async def look() -> list[Finding]:
         if urls is None:

@@ -33,7 +33,8 @@ from serve_app.records.audit_chain import AuditChain
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
+from serve_app.records.lost_keys import refuse_lost_keys
+from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import RetentionStore
 from serve_app.security.checkpoints import CheckpointLog
 from serve_app.security.key_providers.choice import open_key_provider
@@ -44,7 +45,10 @@ SERVICE_VERSION = "0.1.0"
 
 
 async def open_services(settings: Settings, stages: Stages) -> Services:
-    """Open pool and key store, and put the parts together."""
+    """Open pool and key store, and put the parts together.
+
+    IntegrityError when the key store is another keyring's, or lost; KeyProviderUnavailable when the keyring is.
+    """
     pool = await open_pool(
         settings.database_url.get_secret_value(),
         minimum=settings.database_pool_min,
@@ -52,7 +56,11 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         timeout_s=settings.database_timeout_s,
     )
     records = LesionStore(pool)
-    keys = KeyStore(settings.files.keystore, open_key_provider(settings))
+    try:
+        keys = await _open_keys(settings, pool)
+    except BaseException:
+        await pool.close()
+        raise
     assessor = Assessor(stages, service_version=SERVICE_VERSION)
     pms = open_pms(settings, pool, records)
     return Services(
@@ -81,6 +89,12 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
             minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
         ),
     )
+
+
+async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
+    keystore = settings.files.keystore
+    await refuse_lost_keys(pool, keystore)
+    return KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
 
 
 def _housekeeper(settings: Settings, services: Services) -> Housekeeper:

@@ -10,7 +10,7 @@ import random
 from time import monotonic
 
 from serve_app.api.eraser import Eraser
-from serve_app.api.orphaned_keys import sweep_orphaned_keys
+from serve_app.api.orphaned_keys import stop_awaiting_stored, sweep_orphaned_keys
 from serve_app.api.retention import erase_expired
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.retention import RetentionStore
@@ -18,7 +18,7 @@ from serve_app.security.keystore import KeyStore
 
 logger = logging.getLogger("derm.housekeeping")
 
-#: How often accepted erasures are looked after, and everything else.
+#: How often accepted erasures and new images' keys are looked after, and everything else.
 ERASURES_EVERY_S = 10.0
 REST_EVERY_S = 3600.0
 
@@ -46,6 +46,7 @@ class Housekeeper:
             # Jittered, so that replicas do not work in step.
             await asyncio.sleep(ERASURES_EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             await _attempt(self.eraser.finish_accepted)
+            await _attempt(lambda: stop_awaiting_stored(self.housekeeping, self.keys))
             if monotonic() >= rest_at:
                 rest_at = monotonic() + REST_EVERY_S
                 await self.do_the_rest()

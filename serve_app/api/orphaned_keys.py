@@ -1,41 +1,102 @@
-"""Sweeping data keys whose image never came: the upload failed or the process died between key and image."""
+"""Data keys without an image: of uploads that failed, or of images that this database has no more.
+
+A key is awaited from its making until its image has been seen in the database. One that is still
+awaited long after is a failed upload's, and is swept, however many there are. One that is not, and
+has no image now, says that the database is older than the key store, or another one: it is kept,
+for its image may come back with the right database. Only an operator gives such keys up.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
 import logging
+from uuid import UUID
 
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.security.keystore import KeyStore
 
 #: Far longer than an upload lasts. Only courtesy: an upload that is slower still is refused, and loses nothing.
 ORPHANED_AFTER_S = 3600
-#: More at once do not come from failed uploads, but from a database that is older than the key store.
-AT_MOST = 100
+#: From so many lost images on the database is not trusted in what it says of failed uploads either.
+#: Fewer may be failed uploads of a version that did not tell the two apart.
+MAX_LOST = 100
+
+#: No image comes in while a batch is condemned: so a batch is short.
+_BATCH = 100
 
 logger = logging.getLogger("derm.keys")
 
 
-async def sweep_orphaned_keys(
-    housekeeping: Housekeeping, keys: KeyStore, *, age_s: int = ORPHANED_AFTER_S, at_most: int = AT_MOST
-) -> int:
-    """Shred data keys of this age that have no image; returns how many.
+@dataclass(frozen=True, slots=True)
+class OrphanedKeys:
+    """Data keys without an image: whose upload failed, and whose image was in the database once (or may have been)."""
 
-    More than `at_most` are all left alone: they are of images that an older, restored database does not have,
-    and that would be lost for good, should the newer one be put back. A key is only shredded once no image
-    can come in for it.
-    """
-    orphaned, after = [], 0
+    failed: Sequence[UUID]
+    lost: Sequence[UUID]
+
+
+async def stop_awaiting_stored(housekeeping: Housekeeping, keys: KeyStore) -> int:
+    """Have the key store remember which images are in; returns how many. Often: what is not yet seen is not protected."""
+    seen, after = 0, None
+    while page := await asyncio.to_thread(keys.list_awaited, after=after):
+        after = page[-1]
+        orphaned = set(await housekeeping.orphaned(page))
+        stored = [key for key in page if key not in orphaned]
+        if stored:
+            await asyncio.to_thread(keys.stop_awaiting, stored)
+            seen += len(stored)
+    return seen
+
+
+async def find_orphaned_keys(
+    housekeeping: Housekeeping, keys: KeyStore, *, age_s: int = ORPHANED_AFTER_S
+) -> OrphanedKeys:
+    """Find the data keys of this age that have no image."""
+    failed: list[UUID] = []
+    lost: list[UUID] = []
+    after = 0
     while page := await asyncio.to_thread(keys.list_made_before, age_s, after=after):
         after = page[-1][0]
-        orphaned += await housekeeping.orphaned([key for _, key in page])
-    if len(orphaned) > at_most:
+        awaited = {key: is_awaited for _, key, is_awaited in page}
+        for key in await housekeeping.orphaned(list(awaited)):
+            (failed if awaited[key] else lost).append(key)
+    return OrphanedKeys(failed, lost)
+
+
+async def shred_orphaned_keys(housekeeping: Housekeeping, keys: KeyStore, orphaned: Sequence[UUID]) -> int:
+    """Shred these keys but for those whose image has come meanwhile; returns how many.
+
+    A key is only shredded once no image can come in for it.
+    """
+    shredded = 0
+    for start in range(0, len(orphaned), _BATCH):
+        condemned = await housekeeping.condemn(orphaned[start : start + _BATCH])
+        if condemned:
+            await asyncio.to_thread(keys.shred, *condemned)
+            shredded += len(condemned)
+    return shredded
+
+
+async def sweep_orphaned_keys(
+    housekeeping: Housekeeping, keys: KeyStore, *, age_s: int = ORPHANED_AFTER_S, max_lost: int = MAX_LOST
+) -> int:
+    """Shred data keys of this age whose upload failed; returns how many.
+
+    Those of lost images are left alone, and with more than `max_lost` of them all others, too.
+    """
+    await stop_awaiting_stored(housekeeping, keys)
+    orphaned = await find_orphaned_keys(housekeeping, keys, age_s=age_s)
+    if orphaned.lost:
         logger.error(
-            "%d data keys have no image: was an older database restored? None is swept", len(orphaned)
+            "%d data keys have lost their image: was an older database restored? They are kept: "
+            "put the newer database back, or give them up with `derm-cds keys sweep`",
+            len(orphaned.lost),
         )
+    if len(orphaned.lost) > max_lost:
         return 0
-    condemned = await housekeeping.condemn(orphaned) if orphaned else []
-    if condemned:
-        await asyncio.to_thread(keys.shred, *condemned)
-        logger.warning("Swept %d data keys whose image never came", len(condemned))
-    return len(condemned)
+    swept = await shred_orphaned_keys(housekeeping, keys, orphaned.failed)
+    if swept:
+        logger.warning("Swept %d data keys whose image never came", swept)
+    return swept

@@ -34,11 +34,8 @@ class WrappedKey:
     key_version: int
 
 
-class KeyProvider(Protocol):
-    """Whoever holds the KEKs: a file here; Vault and AWS KMS in `key_providers` speak the same words.
-
-    `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
-    """
+class Keys(Protocol):
+    """Keys that wrap data keys, and unwrap them again."""
 
     @property
     def current_version(self) -> int:
@@ -51,6 +48,20 @@ class KeyProvider(Protocol):
 
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
         """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        ...
+
+
+class KeyProvider(Keys, Protocol):
+    """Whoever holds the KEKs: a file here; Vault and AWS KMS in `key_providers` speak the same words.
+
+    `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
+    """
+
+    def now(self) -> Keys:
+        """The keys that wrap now: the same object for as long as nothing has put others in their place.
+
+        Who has found that these are the right ones, and wraps with this very object, wraps under no others.
+        """
         ...
 
     @property
@@ -67,52 +78,79 @@ class KeyProvider(Protocol):
         ...
 
 
-class FileKeyring:
-    """KEKs in one JSON file, mode 0600 in a folder 0700, made at first start by whoever comes first.
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """A keyring's file as it was read: which one (`stamp`), and what was in it."""
 
-    The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
-    a random nonce; data key id (16 bytes) and key version (4) are authenticated with it. A file
-    that another process rotated is read again before the next wrap.
-    KeyProviderUnavailable while the file is gone or cannot be read: put back, it serves again at once.
-    IntegrityError when it is open to other users or is no keyring.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with locked_folder(path.parent):
-            if not path.exists():
-                write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}))
-            self._read()
-
-    def __str__(self) -> str:
-        return f"keyring {self._path}"
-
-    @property
-    def current_version(self) -> int:
-        """The version that wraps from now on."""
-        self._read_if_changed()
-        return self._current
+    stamp: tuple[int, int]
+    current_version: int
+    keks: Mapping[int, bytes] = field(repr=False)
 
     def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
-        """Encrypt a data key under the current KEK, bound to its id."""
-        self._read_if_changed()
-        current, kek = self._current, self._keks[self._current]
-        nonce = os.urandom(_NONCE_BYTES)
-        ciphertext = AESGCM(kek).encrypt(nonce, data_key, _binding(data_key_id, current))
+        nonce, current = os.urandom(_NONCE_BYTES), self.current_version
+        ciphertext = AESGCM(self.keks[current]).encrypt(nonce, data_key, _binding(data_key_id, current))
         return WrappedKey(nonce + ciphertext, current)
 
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
-        """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
         version = wrapped_key.key_version
-        if version not in self._keks:
-            self._read_if_changed()
         nonce, ciphertext = wrapped_key.wrapped[:_NONCE_BYTES], wrapped_key.wrapped[_NONCE_BYTES:]
         try:
-            return AESGCM(self._keks[version]).decrypt(nonce, ciphertext, _binding(data_key_id, version))
+            return AESGCM(self.keks[version]).decrypt(nonce, ciphertext, _binding(data_key_id, version))
         except KeyError:
             raise IntegrityError(f"The keyring has no key of version {version}") from None
         except (InvalidTag, ValueError) as error:
             raise IntegrityError(f"The keyring did not wrap data key {data_key_id}") from error
+
+
+class FileKeyring:
+    """KEKs in one JSON file, mode 0600 in a folder 0700.
+
+    The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
+    a random nonce; data key id (16 bytes) and key version (4) are authenticated with it. A file
+    that another process rotated is read again before the next wrap.
+    KeyProviderUnavailable while the file is gone, cannot be read, or has another key where this process
+    knows one: put back, it serves again at once. It is never made anew here, for what a new one wrapped
+    would be lost with the old one's return. IntegrityError when it is open to other users or is no keyring.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._unreadable(), locked_folder(path.parent):
+            self._ring = self._read()
+
+    @classmethod
+    def make(cls, path: Path) -> FileKeyring:
+        """Open the keyring, made if there is none: at the first start, before anything was wrapped."""
+        with locked_folder(path.parent):
+            if not path.exists():
+                write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}))
+        return cls(path)
+
+    def __str__(self) -> str:
+        return f"keyring {self._path}"
+
+    def now(self) -> Keys:
+        """The keyring as its file is now; the same object until the file is another."""
+        with self._unreadable():
+            stamp = _stamp(self._path)
+        if stamp != self._ring.stamp:
+            self._adopt(self._read())
+        return self._ring
+
+    @property
+    def current_version(self) -> int:
+        """The version that wraps from now on."""
+        return self.now().current_version
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Encrypt a data key under the current KEK, bound to its id."""
+        return self.now().wrap(data_key, data_key_id)
+
+    def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
+        """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        # What this process knows already needs no file: images open while it is away.
+        known = wrapped_key.key_version in self._ring.keks
+        return (self._ring if known else self.now()).unwrap(wrapped_key, data_key_id)
 
     def rotate(self) -> int:
         """Make a new KEK and have it wrap from now on, in every process; returns its version.
@@ -120,11 +158,11 @@ class FileKeyring:
         What older versions wrapped can still be opened.
         """
         with locked_folder(self._path.parent):
-            self._read()
-            version = max(self._keks) + 1
-            keks = {**self._keks, version: AESGCM.generate_key(_KEK_BYTES * 8)}
+            self._adopt(self._read())
+            version = max(self._ring.keks) + 1
+            keks = {**self._ring.keks, version: AESGCM.generate_key(_KEK_BYTES * 8)}
             write_private(self._path, _write(version, keks))
-            self._read()
+            self._adopt(self._read())
         return version
 
     def retire(self, version: int) -> None:
@@ -133,36 +171,39 @@ class FileKeyring:
         Conflict when it is the current one, NotFound when there is none of that version.
         """
         with locked_folder(self._path.parent):
-            self._read()
-            if version not in self._keks:
+            self._adopt(self._read())
+            current, known = self._ring.current_version, self._ring.keks
+            if version not in known:
                 raise NotFound(f"The keyring has no key of version {version}.")
-            if version == self._current:
+            if version == current:
                 raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
-            keks = {kept: kek for kept, kek in self._keks.items() if kept != version}
-            write_private(self._path, _write(self._current, keks))
-            self._read()
+            keks = {kept: kek for kept, kek in known.items() if kept != version}
+            write_private(self._path, _write(current, keks))
+            self._adopt(self._read())
 
     @property
     def versions(self) -> tuple[int, ...]:
         """All versions there are, oldest first."""
-        self._read_if_changed()
-        return tuple(sorted(self._keks))
+        self.now()
+        return tuple(sorted(self._ring.keks))
 
-    def _read_if_changed(self) -> None:
-        with self._unreadable():
-            stamp = _stamp(self._path)
-        if stamp != self._stamp:
-            self._read()
-
-    def _read(self) -> None:
+    def _read(self) -> _Ring:
         with self._unreadable():
             stamp, content = _stamp(self._path), read_private(self._path)
         try:
-            self._current, self._keks = _parse(content)
+            return _Ring(stamp, *_parse(content))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # The cause could quote a key.
             raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
-        self._stamp = stamp
+
+    def _adopt(self, ring: _Ring) -> None:
+        """Go on with what was read, unless it is no later state of what this process knows: keys never change."""
+        if any(ring.keks.get(version, kek) != kek for version, kek in self._ring.keks.items()):
+            raise KeyProviderUnavailable(
+                f"{self} has other keys than before: it is another node's, or was made anew. "
+                "Put this node's own back; nothing was stored."
+            )
+        self._ring = ring
 
     @contextmanager
     def _unreadable(self) -> Iterator[None]:

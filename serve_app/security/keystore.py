@@ -7,8 +7,8 @@ shredding one here makes its image unreadable there, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import sqlite3
@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from serve_app.domain.errors import Erased, IntegrityError, RecordsUnavailable
 from serve_app.security.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed
+from serve_app.security.key_checks import KeyChecks
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.private_files import locked_folder, touch_private
 
@@ -55,11 +56,12 @@ class KeyStore:
     Every call blocks on the disk: from a coroutine, use `asyncio.to_thread`. One connection
     a process, used in turn: a commit waits for the disk, not for its neighbours.
     RecordsUnavailable when the file cannot be reached or written, IntegrityError when it is
-    damaged, open to other users, or another keyring's.
+    damaged, open to other users, or another keyring's (`key_checks`).
     """
 
     def __init__(self, path: Path, provider: KeyProvider) -> None:
         self._provider = provider
+        self._checks = KeyChecks(provider, self._transaction)
         self._turn = Lock()
         with ExitStack() as on_failure, _sqlite_errors():
             with locked_folder(path.parent):
@@ -69,16 +71,18 @@ class KeyStore:
                 )
                 on_failure.callback(self._connection.close)
                 self._connection.executescript(_QUERIES["open_store"])
-            self._refuse_other_keyring()
+            # A lost or replaced keyring shows at start, not at the first download.
+            self._checks.verify()
             on_failure.pop_all()
 
     def create(self) -> DataKey:
         """Make a data key that seals one image; it is on disk when this returns.
 
-        RecordsUnavailable, too, when the current key-encryption key has wrapped its share.
+        RecordsUnavailable, too, when the current key-encryption key has wrapped its share;
+        KeyProviderUnavailable while the provider's keys are not this store's.
         """
         data_key_id, material = uuid4(), AESGCM.generate_key(256)
-        wrapped_key = self._provider.wrap(material, data_key_id)
+        wrapped_key = self._checks.wrap(material, data_key_id)
         row = {
             "data_key_id": data_key_id.bytes,
             "wrapped": wrapped_key.wrapped,
@@ -87,6 +91,7 @@ class KeyStore:
         with self._transaction() as connection:
             connection.execute(_QUERIES["count_wrap"], row)
             connection.execute(_QUERIES["insert_data_key"], row)
+            connection.execute(_QUERIES["insert_awaited_key"], row)
         return DataKey(data_key_id, material, spent=False)
 
     def load(self, data_key_id: UUID) -> DataKey:
@@ -114,7 +119,7 @@ class KeyStore:
         0 when all are under the current KEK. Stopped at any moment, it goes on where it was; images
         are opened meanwhile as ever. RecordsUnavailable as `create`.
         """
-        current = self._provider.current_version
+        current = self._checks.keys().current_version
         with self._transaction() as connection:
             stale = connection.execute(
                 _QUERIES["select_stale"], {"current": current, "limit": limit}
@@ -127,13 +132,17 @@ class KeyStore:
         return len(rows)
 
     def _rewrapped(self, data_key_id: UUID, old: WrappedKey) -> dict[str, object]:
-        new = self._provider.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
+        new = self._checks.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
         return {
             "data_key_id": data_key_id.bytes,
             "wrapped": new.wrapped,
             "key_version": new.key_version,
             "old_version": old.key_version,
         }
+
+    def verify_keys(self) -> None:
+        """See that the provider's keys are this store's, and remember a version made since. IntegrityError when not."""
+        self._checks.verify()
 
     def count_versions(self) -> list[KeyVersionCount]:
         """Say of every KEK version how many data keys it wraps, and how often it has wrapped."""
@@ -179,12 +188,29 @@ class KeyStore:
             for sequence, key, receipt, reason, actor in rows
         ]
 
-    def list_made_before(self, age_s: int, *, after: int = 0, limit: int = 1000) -> list[tuple[int, UUID]]:
-        """List data keys of at least this age in seconds, each behind its sequence number, oldest first."""
+    def list_made_before(
+        self, age_s: int, *, after: int = 0, limit: int = 1000
+    ) -> list[tuple[int, UUID, bool]]:
+        """List data keys of at least this age in seconds, oldest first.
+
+        Each is behind its sequence number, and before whether its image is still awaited.
+        """
         row = {"age": f"-{age_s} seconds", "after": after, "limit": limit}
         with self._transaction() as connection:
             rows = connection.execute(_QUERIES["select_old_keys"], row).fetchall()
-        return [(sequence, UUID(bytes=key)) for sequence, key in rows]
+        return [(sequence, UUID(bytes=key), bool(awaited)) for sequence, key, awaited in rows]
+
+    def list_awaited(self, *, after: UUID | None = None, limit: int = 1000) -> list[UUID]:
+        """List data keys whose image was not seen in the database yet, by id, from behind `after` on."""
+        row = {"after": after.bytes if after else b"", "limit": limit}
+        with self._transaction() as connection:
+            return [UUID(bytes=key) for (key,) in connection.execute(_QUERIES["select_awaited_keys"], row)]
+
+    def stop_awaiting(self, data_key_ids: Iterable[UUID]) -> None:
+        """Remember that the images of these keys are in the database: from now on such a key is no failed upload's."""
+        rows = [{"data_key_id": data_key_id.bytes} for data_key_id in data_key_ids]
+        with self._transaction() as connection:
+            connection.executemany(_QUERIES["delete_awaited_key"], rows)
 
     def _empty_log(self) -> None:
         with self._transaction() as connection:
@@ -197,17 +223,22 @@ class KeyStore:
         with self._turn:
             self._connection.close()
 
-    def _refuse_other_keyring(self) -> None:
-        # A lost or replaced keyring shows at start, not at the first download.
-        with self._transaction() as connection:
-            newest = connection.execute(_QUERIES["select_newest"]).fetchone()
-        if newest:
-            self._provider.unwrap(WrappedKey(*newest[1:]), UUID(bytes=newest[0]))
-
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with _sqlite_errors(), self._turn, self._connection as connection:
             yield connection
+
+
+def is_used(path: Path) -> bool:
+    """Whether the key store at `path` has a data key, or knows of one destroyed; False where there is no store.
+
+    RecordsUnavailable and IntegrityError as `KeyStore`.
+    """
+    if not path.exists():
+        return False
+    with _sqlite_errors(), closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+        connection.executescript(_QUERIES["open_store"])
+        return bool(connection.execute(_QUERIES["select_whether_used"]).fetchone()[0])
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 import time
 
 from pydantic import SecretStr
@@ -10,10 +11,12 @@ import pytest
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
 from serve_app.security.key_providers import attempts
+from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.keystore import KeyStore
 
 
 async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
-    start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
+    settings, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(attempts, "_REST_S", 0.05)
@@ -25,6 +28,10 @@ async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
         "key_provider": f"vault+http://127.0.0.1:{transit.port}/transit/derm",
         "vault_token": SecretStr(vault.token),
     }
+    # The database is every test's, and has their images: this node has been used before, too.
+    used = settings.model_copy(update=changed)
+    with closing(KeyStore(used.files.keystore, open_key_provider(used))) as keys:
+        keys.create()
     async with start_service(local_stages(), **changed) as service:
         patient = await service.care()
         answer = (await service.upload(patient)).json()

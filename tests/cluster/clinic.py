@@ -20,9 +20,9 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.security.audit import AuditEvent
 from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.keyring import FileKeyring
+from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keystore import KeyStore
-from serve_app.settings import NodeFiles
+from serve_app.settings import KeySettings, NodeFiles
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Clinic:
 
     def open_keys(self) -> KeyStore:
         files = NodeFiles(self.home)
-        return KeyStore(files.keystore, FileKeyring(files.keyring))
+        made = files.keystore.exists()
+        return KeyStore(files.keystore, open_key_provider(KeySettings(home=self.home), first_start=not made))
 
     def ask(self, question: Callable[[Pool], Awaitable[Any]]) -> Any:
         async def run() -> Any:

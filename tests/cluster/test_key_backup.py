@@ -88,7 +88,7 @@ def test_a_key_backup_of_another_keyring_or_altered_is_refused(
     derm_cds("backup", "--keys", str(tmp_path / "k"), home=clinic.home)
     before = _stores(files)
     with pytest.raises(IntegrityError, match="did not wrap"):
-        restore_keys(files, tmp_path / "k", FileKeyring(tmp_path / "other" / "keyring.json"), erased=[])
+        restore_keys(files, tmp_path / "k", FileKeyring.make(tmp_path / "other" / "keyring.json"), erased=[])
     flip_a_bit(tmp_path / "k" / "keystore.sqlite")
     with pytest.raises(IntegrityError, match="SHA-256"):
         restore_keys(files, tmp_path / "k", FileKeyring(files.keyring), erased=[])

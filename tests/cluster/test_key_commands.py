@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+import sqlite3
 from uuid import UUID
 
 import pytest
 
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
+from serve_app.domain.errors import IntegrityError
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.key_providers import attempts
 from serve_app.security.key_providers.choice import open_key_provider
@@ -86,7 +88,7 @@ def test_a_vault_that_is_down_is_one_line(derm_cds, home: Path, transit: KeyServ
 
 def test_another_providers_store_is_not_rotated(derm_cds, home: Path, transit: KeyService) -> None:
     files = NodeFiles(home)
-    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+    with closing(KeyStore(files.keystore, FileKeyring.make(files.keyring))) as keys:
         keys.create()
     said = derm_cds("keys", "rotate", home=home)
     assert said.code == 1
@@ -95,8 +97,34 @@ def test_another_providers_store_is_not_rotated(derm_cds, home: Path, transit: K
 
 
 def test_kms_says_what_to_do(derm_cds, home: Path, kms: KeyService) -> None:
+    KeyStore(NodeFiles(home).keystore, open_key_provider(KeySettings(home=home))).close()
     assert derm_cds("keys", "status", home=home).out.startswith("AWS KMS key alias/derm\nversion 1 (current)")
     rotated = derm_cds("keys", "rotate", home=home)
     assert rotated.code == 1
     assert "aws kms rotate-key-on-demand --key-id alias/derm" in rotated.err
     assert "0 data keys rewrapped" in derm_cds("keys", "rewrap", home=home).out
+
+
+def test_keys_without_an_image_are_counted_and_swept_when_told_to(derm_cds, home: Path) -> None:
+    files = NodeFiles(home)
+    with closing(KeyStore(files.keystore, FileKeyring.make(files.keyring))) as keys:
+        failed, lost, young = (keys.create().id for _ in range(3))
+        keys.stop_awaiting([lost])
+    with closing(sqlite3.connect(files.keystore)) as store, store:
+        store.execute(
+            "UPDATE data_keys SET created_at = datetime('now', '-2 hours') WHERE data_key_id <> ?",
+            (young.bytes,),
+        )
+    said = derm_cds("keys", "sweep", home=home)
+    assert said.code == 0, said.err
+    assert "1 data keys of uploads that failed" in said.out
+    assert "1 data keys of images that this database has no more" in said.out
+    assert "put the newer one back" in said.out
+    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+        assert keys.load(failed).id == failed
+        assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("2 data keys are destroyed\n")
+        assert keys.load(young).id == young
+        for key in (failed, lost):
+            with pytest.raises(IntegrityError, match="no data key"):
+                keys.load(key)
+    assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("0 data keys are destroyed\n")

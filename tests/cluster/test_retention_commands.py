@@ -52,7 +52,7 @@ async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def image(home: Path) -> UUID:
     """One sealed image of patient p-1, of 2020; its data key's id."""
     files, image_id = NodeFiles(home), uuid4()
-    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+    with closing(KeyStore(files.keystore, FileKeyring.make(files.keyring))) as keys:
         key = keys.create()
         sealed = seal(b"image", data_key=key, binding=ImageBinding(image_id, "p-1", "image/png"))
     asyncio.run(_run(_IMAGE, uuid4(), image_id, key.id, sealed, uuid4()))

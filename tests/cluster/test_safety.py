@@ -20,10 +20,25 @@ from cluster.safety import (
     database_findings,
     environment_findings,
     file_findings,
+    key_findings,
     prevents_ready,
     process_findings,
 )
 from serve_app.records.pool import open_pool
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import KeyStore
+from serve_app.settings import NodeFiles
+
+_SEALED_IMAGE = """
+WITH lesion AS (
+    INSERT INTO lesions (lesion_id, patient_id, created_at) VALUES (gen_random_uuid(), 'p-1', now())
+    RETURNING lesion_id, patient_id
+)
+INSERT INTO lesion_images
+    (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
+SELECT gen_random_uuid(), lesion_id, patient_id, now(), 'image/png', 600, 450, gen_random_uuid(), 'sealed'
+FROM lesion
+"""
 
 
 def names(found: list[Finding]) -> list[str]:
@@ -81,6 +96,26 @@ def test_a_key_that_others_may_open_is_found(tmp_path: Path, path: str) -> None:
     if os.geteuid() == 0:
         os.chown(file, 65534, 65534)
         assert "belongs to another user" in file_findings(tmp_path)[0].advice
+
+
+async def test_a_keyring_or_a_key_store_that_is_gone_is_found(new_database, tmp_path: Path) -> None:
+    files, urls = NodeFiles(tmp_path), await new_database()
+    owner = await open_pool(urls.owner, minimum=0, maximum=1)
+    try:
+        assert await key_findings(files, owner, provider="file:") == []
+        KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
+        assert await key_findings(files, owner, provider="file:") == []
+        files.keyring.unlink()
+        (gone,) = await key_findings(files, owner, provider="file:")
+        assert (gone.name, "put its backup back" in gone.advice) == ("keyring", True)
+        assert await key_findings(files, owner, provider="kms:alias/derm") == []
+        await owner.execute(_SEALED_IMAGE)
+        (lost,) = await key_findings(files, owner, provider="kms:alias/derm")
+        assert (lost.name, "derm-cds restore --keys" in lost.advice) == ("keystore", True)
+        assert prevents_ready(lost, env="development")
+        assert await key_findings(files, None, provider="kms:alias/derm") == []
+    finally:
+        await owner.close()
 
 
 def test_a_port_open_to_others_is_found(tmp_path: Path) -> None:

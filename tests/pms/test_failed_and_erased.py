@@ -28,7 +28,7 @@ NO_FINDINGS = {"quality", "classification", "risk", "neighbours", "change", "pro
 @pytest.fixture
 def keys(tmp_path: Path) -> Iterator[KeyStore]:
     folder = tmp_path / "keys"
-    with closing(KeyStore(folder / "keystore.sqlite", FileKeyring(folder / "keyring.json"))) as store:
+    with closing(KeyStore(folder / "keystore.sqlite", FileKeyring.make(folder / "keyring.json"))) as store:
         yield store
 
 

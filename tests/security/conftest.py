@@ -27,7 +27,7 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keyring(keys: Path) -> FileKeyring:
-    return FileKeyring(keys / "keyring.json")
+    return FileKeyring.make(keys / "keyring.json")
 
 
 @pytest.fixture
@@ -68,5 +68,5 @@ from serve_app.security.keystore import KeyStore
 keys = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-store = KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))
+store = KeyStore(keys / "keystore.sqlite", FileKeyring.make(keys / "keyring.json"))
 """

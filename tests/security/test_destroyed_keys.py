@@ -68,6 +68,18 @@ def test_destroyed_keys_are_listed_page_by_page(store: KeyStore) -> None:
 def test_only_keys_of_an_age_are_listed(store: KeyStore) -> None:
     ids = [store.create().id for _ in range(3)]
     assert store.list_made_before(3600) == []
-    assert [key for _, key in store.list_made_before(0)] == ids
+    assert [key for _, key, _ in store.list_made_before(0)] == ids
     (first,) = store.list_made_before(0, limit=1)
-    assert [key for _, key in store.list_made_before(0, after=first[0])] == ids[1:]
+    assert [key for _, key, _ in store.list_made_before(0, after=first[0])] == ids[1:]
+
+
+def test_a_key_is_awaited_until_its_image_was_seen(store: KeyStore) -> None:
+    ids = [store.create().id for _ in range(3)]
+    assert store.list_awaited() == sorted(ids)
+    assert store.list_awaited(after=min(ids), limit=1) == [sorted(ids)[1]]
+    store.stop_awaiting(ids[:2])
+    store.stop_awaiting(ids[:2])
+    assert store.list_awaited() == ids[2:]
+    assert [awaited for _, _, awaited in store.list_made_before(0)] == [False, False, True]
+    store.shred(ids[2])
+    assert store.list_awaited() == []

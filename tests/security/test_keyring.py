@@ -33,16 +33,23 @@ def two_versions(current: int) -> bytes:
 
 def test_the_first_start_makes_a_private_keyring_and_the_second_keeps_it(keys: Path) -> None:
     path, key_id = keys / "keyring.json", uuid4()
-    wrapped = FileKeyring(path).wrap(KEY, key_id)
+    wrapped = FileKeyring.make(path).wrap(KEY, key_id)
     assert (mode(keys), mode(path)) == (0o700, 0o600)
     assert [file.name for file in keys.iterdir()] == ["keyring.json"]
+    assert FileKeyring.make(path).unwrap(wrapped, key_id) == KEY
     assert FileKeyring(path).unwrap(wrapped, key_id) == KEY
+
+
+def test_no_other_start_makes_one(keys: Path) -> None:
+    with pytest.raises(KeyProviderUnavailable, match="FileNotFoundError"):
+        FileKeyring(keys / "keyring.json")
+    assert list(keys.iterdir()) == []
 
 
 def test_the_umask_does_not_open_the_keyring(keys: Path) -> None:
     umask = os.umask(0)
     try:
-        FileKeyring(keys / "keyring.json")
+        FileKeyring.make(keys / "keyring.json")
     finally:
         os.umask(umask)
     assert (mode(keys), mode(keys / "keyring.json")) == (0o700, 0o600)
@@ -50,7 +57,7 @@ def test_the_umask_does_not_open_the_keyring(keys: Path) -> None:
 
 def test_a_start_that_crashed_half_way_is_made_good(keys: Path) -> None:
     write_keyring(keys / "keyring.json.partial", b'{"current": 1, "ke')
-    FileKeyring(keys / "keyring.json")
+    FileKeyring.make(keys / "keyring.json")
     assert [file.name for file in keys.iterdir()] == ["keyring.json"]
 
 
@@ -142,6 +149,31 @@ def test_a_keyring_that_cannot_be_read_is_away_and_not_damaged(keys: Path, keyri
         keyring.wrap(KEY, uuid4())
 
 
+def test_a_keyring_with_another_key_of_a_known_version_is_not_taken(keys: Path, tmp_path: Path) -> None:
+    path = keys / "keyring.json"
+    write_keyring(path, two_versions(current=1))
+    keyring, key_id = FileKeyring(path), uuid4()
+    wrapped, right = keyring.wrap(KEY, key_id), path.read_bytes()
+    FileKeyring.make(tmp_path / "other" / "keyring.json")
+    (tmp_path / "other" / "keyring.json").replace(path)
+    for ask in (lambda: keyring.wrap(KEY, uuid4()), keyring.now, keyring.rotate, lambda: keyring.retire(2)):
+        with pytest.raises(KeyProviderUnavailable, match="other keys than before"):
+            ask()
+    assert keyring.unwrap(wrapped, key_id) == KEY
+    path.write_bytes(right)
+    assert keyring.unwrap(keyring.wrap(KEY, key_id), key_id) == KEY
+    assert keyring.versions == (1, 2)
+
+
+def test_the_keys_of_now_are_the_same_until_the_file_is_another(keyring: FileKeyring) -> None:
+    first = keyring.now()
+    assert keyring.now() is first
+    keyring.rotate()
+    assert keyring.now() is not first
+    assert first.current_version == 1
+    assert "keks" not in repr(first)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 40, -1])
 def test_a_keyring_cut_short_is_damaged_and_not_away(keys: Path, keyring: FileKeyring, kept: int) -> None:
     path = keys / "keyring.json"
@@ -182,7 +214,7 @@ def test_a_wrapped_key_serves_no_other_id(keyring: FileKeyring) -> None:
 def test_another_keyring_does_not_unwrap(keyring: FileKeyring, tmp_path: Path) -> None:
     key_id = uuid4()
     with pytest.raises(IntegrityError):
-        FileKeyring(tmp_path / "other" / "keyring.json").unwrap(keyring.wrap(KEY, key_id), key_id)
+        FileKeyring.make(tmp_path / "other" / "keyring.json").unwrap(keyring.wrap(KEY, key_id), key_id)
 
 
 def test_old_versions_unwrap_and_the_current_one_wraps(keys: Path) -> None:

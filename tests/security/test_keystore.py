@@ -145,7 +145,7 @@ def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys:
 def test_another_keyring_shows_at_start(store: KeyStore, keys: Path, tmp_path: Path) -> None:
     store.create()
     with pytest.raises(IntegrityError, match="did not wrap"):
-        KeyStore(keys / "keystore.sqlite", FileKeyring(tmp_path / "other" / "keyring.json"))
+        KeyStore(keys / "keystore.sqlite", FileKeyring.make(tmp_path / "other" / "keyring.json"))
 
 
 def test_a_store_open_to_others_is_refused(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:

@@ -196,7 +196,8 @@ def test_a_plain_name_server_is_verified(transit: Vault, service: KeyService) ->
 
 
 def test_the_file_keyring_is_the_default_and_may_lie_elsewhere(tmp_path: Path) -> None:
-    assert str(tmp_path / "keys" / "keyring.json") in str(open_key_provider(KeySettings(home=tmp_path)))
+    said = str(open_key_provider(KeySettings(home=tmp_path), first_start=True))
+    assert str(tmp_path / "keys" / "keyring.json") in said
     elsewhere = tmp_path / "stick" / "keyring.json"
-    open_key_provider(KeySettings(home=tmp_path, key_provider=f"file:{elsewhere}"))
+    open_key_provider(KeySettings(home=tmp_path, key_provider=f"file:{elsewhere}"), first_start=True)
     assert elsewhere.exists()

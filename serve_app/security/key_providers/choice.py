@@ -10,17 +10,19 @@ from serve_app.security.keyring import FileKeyring, KeyProvider
 from serve_app.settings import KeySettings
 
 
-def open_key_provider(settings: KeySettings) -> KeyProvider:
+def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> KeyProvider:
     """Open the provider that DERM_KEY_PROVIDER names, and see that it answers.
 
     `file:` is the node's keyring, `file:/a/path` another one; the modules of this folder say what
-    `vault://…` and `kms:…` look like. InvalidSetting when it is none of them, or the package behind
+    `vault://…` and `kms:…` look like. A keyring that is missing is made at the `first_start`, before there
+    is a key store, and never again: KeyProviderUnavailable then. InvalidSetting when it is none of them, or the package behind
     it is not installed.
     """
     url = settings.key_provider
     scheme, _, rest = url.partition(":")
     if scheme == "file":
-        return FileKeyring(Path(rest) if rest else settings.files.keyring)
+        path = Path(rest) if rest else settings.files.keyring
+        return FileKeyring.make(path) if first_start else FileKeyring(path)
     # Neither package is imported where nobody uses it: 30 MB a process.
     if scheme in {"vault", "vault+http"}:
         try:

@@ -28,3 +28,19 @@ CREATE TABLE IF NOT EXISTS wrap_counts (
     key_version INTEGER PRIMARY KEY,
     wraps       INTEGER NOT NULL CHECK (wraps <= 2147483648)
 );
+
+-- Whose store this is, settled before the first data key: see key_checks.py.
+CREATE TABLE IF NOT EXISTS key_checks (
+    key_version INTEGER PRIMARY KEY,
+    wrapped     BLOB    NOT NULL
+);
+
+-- Data keys whose image has not been seen in the database yet: most are of uploads that failed.
+CREATE TABLE IF NOT EXISTS awaited_keys (
+    data_key_id BLOB PRIMARY KEY CHECK (length(data_key_id) = 16)
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS data_keys_awaited_no_more
+AFTER DELETE ON data_keys
+BEGIN
+    DELETE FROM awaited_keys WHERE data_key_id = old.data_key_id;
+END;
