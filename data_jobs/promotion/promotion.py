@@ -11,20 +11,16 @@ from pathlib import Path
 from data_jobs.promotion.acceptance import judge
 from data_jobs.promotion.candidate import ReferenceProof, open_whole, prove_references, read_plan
 from data_jobs.promotion.comparison import compare
+from data_jobs.promotion.reference_space import fill_space, require_references, require_verified
 from data_jobs.promotion.refusal import PromotionRefused
 from data_jobs.promotion.report import report_content, to_json, to_text
 from data_jobs.promotion.shadow import CaseKind, Cases, read_cases, shadow
-from data_jobs.references.load import read_bundle
 from deployments.preprocess.resize import PREPROCESS_VERSION
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_file import read_policy
 from model_store.registry import ModelStore, StoredModel
-from serve_app.records.pool import Pool, open_pool
-from serve_app.records.references import ReferenceStore
+from serve_app.records.pool import open_pool
 from serve_app.records.serving import Approval, LiveModel, live_model, publish
-
-#: A candidate may find a tenth fewer references than the live model; fewer still is a loss for the clinician.
-LEAST_REFERENCE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +46,12 @@ async def promote(
 ) -> LiveModel:
     """Compare, judge and report; then let the candidate answer, unless this is a dry run.
 
-    Returns the model that answers afterwards. Raises PromotionRefused when a criterion fails or
-    the candidate cannot be compared, ModelContractError when a model must not be loaded,
+    Returns the model that answers afterwards. Raises PromotionRefused when a criterion fails, the
+    candidate cannot be compared or its space fails a check, ModelContractError when a model must not be loaded,
     Conflict when another model was published meanwhile: the live model then goes on answering.
     """
-    pool = await open_pool(owner_dsn, minimum=0, maximum=1)
+    # Checking a space reads all of it.
+    pool = await open_pool(owner_dsn, minimum=0, maximum=1, timeout_s=60)
     try:
         answering = await live_model(pool)
         if answering is None:
@@ -66,7 +63,7 @@ async def promote(
         live = _open_live(store, answering)
         if candidate.digest == live.digest:
             raise PromotionRefused(f"{request.candidate} answers already.")
-        await _require_references(pool, candidate, answering)
+        await require_references(pool, candidate, answering)
         path, text, accepted = _gather_evidence(models, candidate, live, request, say)
         if not accepted:
             raise PromotionRefused(
@@ -76,7 +73,8 @@ async def promote(
         if request.dry_run:
             say(f"{request.candidate} keeps every criterion; nothing was changed. The report is {path}.")
             return answering
-        say(await _load_references(pool, candidate))
+        say(await fill_space(pool, candidate))
+        await require_verified(pool, candidate)
         # All that took minutes: what was changed meanwhile would be refused by every replica.
         if ModelStore(models).open(request.candidate).digest != candidate.digest:
             raise PromotionRefused(f"{candidate.folder} was changed while it was compared.")
@@ -145,31 +143,3 @@ def _circumstances(
         "preprocess_version": PREPROCESS_VERSION,
         "references": asdict(proof),
     }
-
-
-async def _require_references(pool: Pool, candidate: StoredModel, answering: LiveModel) -> None:
-    """Raise PromotionRefused when the candidate would find far fewer similar cases than the live model does."""
-    references = ReferenceStore(pool)
-    space = candidate.manifest.live_space
-    there = await references.count(answering.embedding_space)
-    coming = max(space.count, await references.count(space.embedding_space))
-    if coming < LEAST_REFERENCE_SHARE * there:
-        raise PromotionRefused(
-            f"{answering.embedding_space} has {there} references and {space.embedding_space} would have "
-            f"{coming}: fill it first, with `derm-cds references embed`, or similar cases go missing."
-        )
-
-
-async def _load_references(pool: Pool, candidate: StoredModel) -> str:
-    """Load the candidate's references beside those of the live model, whose space is not touched.
-
-    Even when as many are there: an earlier build of the candidate may have left others. A space
-    that holds more was filled by `derm-cds references embed`, and stays as that left it.
-    """
-    references, space = ReferenceStore(pool), candidate.manifest.live_space
-    there = await references.count(space.embedding_space)
-    if there > space.count:
-        return f"{space.embedding_space} holds {there} references"
-    bundle = read_bundle(candidate, space)
-    await references.load(bundle.images, bundle.embeddings, embedding_space=space.embedding_space)
-    return f"{len(bundle.images)} references loaded into {space.embedding_space}"

@@ -2,7 +2,8 @@
 
 `fetch` writes such a folder, the embed job reads it. A hand-made folder may have `metadata.csv` (or the
 labelled archive's `train.csv`) instead: the same columns, an empty cell where something is not known.
-Those that must be there: isic_id, diagnosis, copyright_license, attribution.
+Those that must be there: isic_id, diagnosis, copyright_license, attribution. Where there is a column `public`,
+it must say so of every image that it knows anything of.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_jobs.references.licences import Licence, licence_of
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
@@ -29,6 +31,7 @@ METADATA_FILES = (METADATA, "metadata.csv", "train.csv")
 
 _ISIC_ID = re.compile(r"ISIC_[0-9]{7,10}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PUBLIC = frozenset({"true", "1"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class CatalogueEntry:
     anatom_site_general: str | None = None
     fitzpatrick_skin_type: str | None = None
     image_type: str = "dermoscopic"
+    #: One of `licences.Licence`, as the archive spells it.
     copyright_license: str
     attribution: str
     #: Where it was fetched from: "archive", "bucket" or "folder".
@@ -80,9 +84,15 @@ def read_catalogue(folder: Path) -> list[CatalogueEntry]:
     """Read the entries in file order.
 
     Raises NotFound when there is no metadata file, Conflict when a row is no reference: a mandatory
-    cell empty, a diagnosis that is none of the eight, a path that leads out of the folder, an id twice.
+    cell empty, a diagnosis that is none of the eight, a licence that is none of the archive's, an image that
+    is not public, a path that leads out of the folder, an id twice.
     """
     return read_entries(metadata_file(folder))
+
+
+def read_references(folder: Path) -> list[CatalogueEntry]:
+    """Read the entries that become references: the dermoscopic ones. Raises as read_catalogue does."""
+    return [entry for entry in read_catalogue(folder) if entry.image_type == "dermoscopic"]
 
 
 def read_entries(file: Path) -> list[CatalogueEntry]:
@@ -135,6 +145,13 @@ def _entry(row: Mapping[str, object], where: str) -> CatalogueEntry:
         raise Conflict(f"{where}: {error}.") from error
     if diagnosis not in TRAINED:
         raise Conflict(f"{where}: {diagnosis} is the diagnosis of no reference.")
+    licence = licence_of(cells["copyright_license"])
+    if licence is None:
+        raise Conflict(
+            f"{where}: {cells['copyright_license'][:80]!r} is no licence of a reference; those are {', '.join(Licence)}."
+        )
+    if (public := cells.get("public", "true")).lower() not in _PUBLIC:
+        raise Conflict(f"{where}: public is {public[:80]!r}; only a public image can be a reference.")
     usual = image_path(cells["isic_id"])
     path = cells.get("path", usual)
     if Path(path).is_absolute() or ".." in Path(path).parts:
@@ -153,7 +170,7 @@ def _entry(row: Mapping[str, object], where: str) -> CatalogueEntry:
         anatom_site_general=cells.get("anatom_site_general"),
         fitzpatrick_skin_type=cells.get("fitzpatrick_skin_type"),
         image_type=cells.get("image_type", "dermoscopic"),
-        copyright_license=cells["copyright_license"],
+        copyright_license=licence,
         attribution=cells["attribution"],
         source=cells.get("source", "folder"),
         path=path,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.references.catalogue import CatalogueEntry, read_catalogue
+from data_jobs.references.catalogue import CatalogueEntry, read_references
 from data_jobs.references.embedder import (
     ReferenceEmbedder,
     identify_embedder,
@@ -47,7 +47,8 @@ async def verify_space(
 ) -> list[Check]:
     """Check a model's space (its first unless one is named) before it may answer; needs the owner's role.
 
-    `folder`: where the images are, for the canaries: a few are embedded again and must find themselves.
+    `folder`: where the images are, for the canaries: a few of those that the embed job takes are embedded again
+    and must find themselves. Raises what `read_references` does.
     """
     spec = space_spec(model, embedding_space)
     cache = ReferenceCache(pool)
@@ -96,7 +97,8 @@ async def _recall(pool: Pool, cache: ReferenceCache, embedding_space: str) -> Ch
     rng = np.random.default_rng(SAMPLE)
     served, exact = ReferenceStore(pool), ReferenceStore(pool, exact_below=10**9)
     found = wanted = 0
-    for _, vector in await cache.sample(embedding_space, SAMPLE):
+    sample = await cache.sample(embedding_space, SAMPLE)
+    for _, vector in sample:
         query = _unit(vector + _NOISE * rng.normal(size=vector.shape).astype(np.float32))
         truth = await exact.nearest(query, embedding_space=embedding_space, k=K)
         answer = await served.nearest(query, embedding_space=embedding_space, k=K)
@@ -104,26 +106,38 @@ async def _recall(pool: Pool, cache: ReferenceCache, embedding_space: str) -> Ch
         found += sum(case.similarity >= worst - _TIE for case in answer.similar)
         wanted += len(truth.similar)
     recall = found / wanted
-    return Check("recall", recall >= MIN_RECALL, f"recall@{K} {recall:.4f} over {SAMPLE} queries")
+    return Check("recall", recall >= MIN_RECALL, f"recall@{K} {recall:.4f} over {len(sample)} queries")
 
 
 async def _canaries(pool: Pool, model: StoredModel, embedding_space: str, folder: Path) -> Check:
-    """Images of the folder, embedded anew as an upload would be, must find themselves first."""
-    entries = _spread(read_catalogue(folder), CANARIES)
+    """Images of the folder, embedded anew as an upload would be, must find themselves first.
+
+    One that cannot be read now says nothing of the space; where none can be, nothing was checked.
+    """
+    entries = _spread(read_references(folder), CANARIES)
     geometry = InputGeometry.from_manifest(model.manifest.input)
     embedder = ReferenceEmbedder(model, space_spec(model, embedding_space))
     store = ReferenceStore(pool)
-    lost = []
+    embedded, lost, unread = 0, [], set()
     for entry in entries:
-        prepared = prepare_reference(folder / entry.path, entry.isic_id, geometry, picture=False)
+        prepared = prepare_reference(
+            folder / entry.path, entry.isic_id, geometry, sha256=entry.sha256, picture=False
+        )
         if isinstance(prepared, FailedReference):
+            unread.add(prepared.cause)
             continue
+        embedded += 1
         query = embedder.embed(prepared.pixels[np.newaxis])[0]
         similar = (await store.nearest(query, embedding_space=embedding_space, k=K)).similar
         itself = [case for case in similar if case.isic_id == entry.isic_id or case.lesion_id == entry.lesion]
         if not itself or itself[0].similarity < MIN_CANARY_SIMILARITY:
             lost.append(entry.isic_id)
-    return Check("canaries", not lost, f"{', '.join(lost)} lost" if lost else f"all {len(entries)} found")
+    found = f"{embedded} of {len(entries)} embedded anew"
+    if unread:
+        found += f" (the others: {', '.join(sorted(unread))})"
+    if embedded:
+        found += f", {', '.join(lost)} lost" if lost else ", all found"
+    return Check("canaries", bool(embedded) and not lost, found)
 
 
 def _spread(entries: list[CatalogueEntry], count: int) -> list[CatalogueEntry]:

@@ -98,7 +98,7 @@ def evaluate(
             fitted_images(model, cross),
         ),
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
-        "retrieval": retrieval_figures(model, scan, predictions),
+        "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
         "softened": softened_figures(predictions, softened.predictions.nine),
     }
     return report, predictions, Predictions([rows[i] for i in calibration], *served(calibrator, other))

@@ -14,6 +14,7 @@ from data_jobs.training.recipe import NetworkPlan
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
+LITE0 = "tf_efficientnet_lite0"
 #: Tensors of tf_efficientnet_lite0 with its 1000-class head, batch counters included.
 LITE0_TENSORS = 296
 
@@ -94,3 +95,20 @@ def load_imagenet(network: DermNetwork, weights: Mapping[str, Tensor]) -> int:
             raise ValueError(f"{name}: shape {tuple(value.shape)} is not {tuple(named[name].shape)}.")
     network.trunk.load_state_dict(dict(zip(names, values, strict=False)))
     return len(values)
+
+
+def load_trunk(network: DermNetwork, architecture: str, weights: Mapping[str, Tensor]) -> None:
+    """Copy a timm classifier's weights into the trunk: all of them but those of its own head.
+
+    Raises ValueError when a tensor is missing, of another shape, or one too many.
+    """
+    trunk = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+    try:
+        network.trunk.load_state_dict(trunk)
+    except RuntimeError as error:
+        raise ValueError(f"These are not the weights of {architecture}: {first_lines(error)}") from error
+
+
+def first_lines(error: Exception) -> str:
+    """What torch says of the first tensors that do not fit; it lists all of them."""
+    return " ".join(str(error).split())[:300]

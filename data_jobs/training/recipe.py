@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+import hashlib
+import json
 import math
 from pathlib import Path
+import re
 import tomllib
 from typing import Any, Literal, TypeVar
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,17 @@ class StartPlan:
 
     model_id: str
     checkpoint_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPlan:
+    """timm's own weights for the trunk, to start from: the name of a safetensors file, and its SHA-256 (hex).
+
+    The head in it is left out: the network has another.
+    """
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +167,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     serving_sides: tuple[int, ...]
     start: StartPlan | None = None
+    weights: WeightsPlan | None = None
     acceptance: AcceptancePlan | None = None
 
     @property
@@ -159,18 +176,37 @@ class Recipe:
         return f"{self.architecture}.{self.tag}"
 
     @property
+    def training_digest(self) -> str:
+        """SHA-256 (hex) of all that shapes the weights: two recipes of one digest train the same run.
+
+        What is asked of the model afterwards (serving sides, acceptance) is no part of it.
+        """
+        plans = asdict(self)
+        del plans["serving_sides"], plans["acceptance"]
+        return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
+
+    @property
     def epoch_sides(self) -> tuple[int, ...]:
         """The input side of every epoch, in order."""
         return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
 
 
 _Plan = TypeVar(
-    "_Plan", DataPlan, StartPlan, NetworkPlan, OptimiserPlan, LossPlan, AugmentPlan, Stage, AcceptancePlan
+    "_Plan",
+    DataPlan,
+    StartPlan,
+    WeightsPlan,
+    NetworkPlan,
+    OptimiserPlan,
+    LossPlan,
+    AugmentPlan,
+    Stage,
+    AcceptancePlan,
 )
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises ValueError for a missing or unknown key, or folds that overlap."""
+    """Read a recipe. Raises ValueError for a missing or unknown key, folds that overlap, or a start that is none."""
     with path.open("rb") as file:
         raw = tomllib.load(file)
     try:
@@ -186,16 +222,29 @@ def read_recipe(path: Path) -> Recipe:
             stages=tuple(_read(Stage, stage) for stage in raw.pop("stages")),
             serving_sides=tuple(raw.pop("serving")["sides"]),
             start=_read(StartPlan, raw.pop("start")) if "start" in raw else None,
+            weights=_read(WeightsPlan, raw.pop("weights")) if "weights" in raw else None,
             acceptance=read_acceptance(raw.pop("acceptance")) if "acceptance" in raw else None,
         )
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error
     if raw:
         raise ValueError(f"{path}: unknown {', '.join(sorted(raw))}.")
+    _check_start(recipe, path)
     plan = recipe.data
     if {plan.test_fold, plan.calibration_fold} & set(plan.train_folds):
         raise ValueError(f"{path}: the training folds must not overlap the test or calibration fold.")
     return recipe
+
+
+def _check_start(recipe: Recipe, path: Path) -> None:
+    if recipe.weights is None:
+        return
+    if recipe.start is not None:
+        raise ValueError(f"{path}: a run starts from [start] or from [weights], not from both.")
+    if not recipe.weights.file.endswith(".safetensors"):
+        raise ValueError(f"{path}: weights are read from safetensors files, not from {recipe.weights.file}.")
+    if not _SHA256.fullmatch(recipe.weights.sha256):
+        raise ValueError(f"{path}: weights.sha256 must be 64 lower-case hexadecimal digits.")
 
 
 def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_jobs.training.export import OPSET, onnx_parity, write_onnx
-from data_jobs.training.network import DermNetwork
+from data_jobs.training.network import DermNetwork, first_lines, load_trunk
 from data_jobs.training.recipe import Recipe, read_recipe
 from model_store.manifest import EMBEDDING_DIM
 
@@ -46,13 +46,7 @@ def adopt_classifier(recipe: Recipe, state: Mapping[str, Tensor], positions: lis
     Raises ValueError when the tensors are not those of the recipe's architecture.
     """
     network = DermNetwork(recipe.architecture, recipe.network)
-    trunk = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-    try:
-        network.trunk.load_state_dict(trunk)
-    except RuntimeError as error:
-        raise ValueError(
-            f"These are not the weights of {recipe.architecture}: {_first_lines(error)}"
-        ) from error
+    load_trunk(network, recipe.architecture, state)
     weight, bias = state["classifier.weight"][positions], state["classifier.bias"][positions]
     basis = bottleneck_basis(weight)
     normalise = network.normalise
@@ -72,14 +66,9 @@ def load_own(recipe: Recipe, state: Mapping[str, Tensor]) -> DermNetwork:
         network.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ValueError(
-            f"These are not the weights of {recipe.architecture}: {_first_lines(error)}"
+            f"These are not the weights of {recipe.architecture}: {first_lines(error)}"
         ) from error
     return network.eval()
-
-
-def _first_lines(error: Exception) -> str:
-    """What torch says of the first tensors that do not fit; it lists all of them."""
-    return " ".join(str(error).split())[:300]
 
 
 @torch.inference_mode()

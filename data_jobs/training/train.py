@@ -1,11 +1,12 @@
 """Train a recipe: `python -m data_jobs.training.train --recipe R --cache-dir C --output O`.
 
 After every epoch `O/checkpoint.pt` holds all that is needed to go on; a killed run started
-again with the same command continues there. `O/log.jsonl` has one line an epoch. A recipe with
-`[start]` begins at the averaged weights of an earlier model's checkpoint: `--start checkpoint.pt`.
+again with the same command continues there, and one of another recipe is refused. `O/log.jsonl` has one
+line an epoch. A recipe with `[start]` begins at the averaged weights of an earlier model's checkpoint
+(`--start checkpoint.pt`), one with `[weights]` at timm's own for its trunk (`--start model.safetensors`).
 
 `--device cuda` trains on a GPU, in bfloat16 where that is safe (autocast), with `--workers` processes that
-augment. A run that goes on there after a stop is as good as an undisturbed one; equal to the bit it is on a CPU.
+augment: there one a core unless told otherwise, on a CPU one. A run that goes on there after a stop is as good as an undisturbed one; equal to the bit it is on a CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-import hashlib
 import json
 import math
+import os
 from pathlib import Path
 import sys
 import time
@@ -30,8 +31,9 @@ from torch.utils.data import DataLoader
 from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
 from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, draw_epoch, sampled_prior
 from data_jobs.training.loss import AdjustedLoss, Mixture, mix
-from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
-from data_jobs.training.recipe import OptimiserPlan, Recipe, StartPlan, read_recipe
+from data_jobs.training.network import DermNetwork
+from data_jobs.training.recipe import OptimiserPlan, Recipe, read_recipe
+from data_jobs.training.start import load_start
 from deployments.preprocess.resize import InputGeometry
 
 
@@ -63,10 +65,17 @@ def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.Ad
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where a run computes, and how many processes augment for it."""
+    """Where a run computes, and how many processes augment for it (0: its own does)."""
 
     device: torch.device
     workers: int = 1
+
+    @classmethod
+    def of(cls, device: str, workers: int | None = None) -> Machine:
+        """A machine by the name of its device. Unless told, a GPU is fed by every core, a CPU needs its cores itself."""
+        if workers is None:
+            workers = (os.cpu_count() or 1) if device == "cuda" else 1
+        return cls(torch.device(device), workers)
 
     def batches(self, views: AugmentedDraws, plan: OptimiserPlan) -> DataLoader[tuple[Tensor, Tensor]]:
         """The views in batches of the plan's size, the remainder dropped."""
@@ -75,7 +84,7 @@ class Machine:
             plan.batch_size,
             drop_last=True,
             num_workers=self.workers,
-            prefetch_factor=4,
+            prefetch_factor=4 if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -85,7 +94,7 @@ class Machine:
         return moved.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
 
 
-CPU = Machine(torch.device("cpu"))
+CPU = Machine.of("cpu")
 
 
 def run_epoch(
@@ -143,22 +152,21 @@ class EpochProgress:
         sys.stderr.flush()
 
 
-def load_start(network: DermNetwork, plan: StartPlan | None, checkpoint: Path | None) -> None:
-    """Give the network the weights that its recipe starts from: ImageNet's, or an earlier model's.
+def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What an earlier run of this recipe left to go on with; None when there is nothing yet.
 
-    Raises ValueError when the checkpoint is not the one that the recipe names.
+    Raises ValueError when another recipe wrote it: its schedule and weights would pass for this one's.
     """
-    if plan is None:
-        load_imagenet(network, wheel_weights())
-        return
-    if checkpoint is None:
-        raise ValueError(f"This recipe starts from {plan.model_id}: give its checkpoint with --start.")
-    if hashlib.sha256(checkpoint.read_bytes()).hexdigest() != plan.checkpoint_sha256:
-        raise ValueError(f"{checkpoint} is not the checkpoint of {plan.model_id} that the recipe names.")
+    if not checkpoint.exists():
+        return None
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    averaged = AveragedModel(network, use_buffers=True)
-    averaged.load_state_dict(state["ema"])
-    network.load_state_dict(averaged.module.state_dict())
+    if (digest := state.get("recipe")) != recipe.training_digest:
+        raise ValueError(
+            f"{checkpoint} was trained under {'another recipe' if digest else 'a recipe that it does not name'} "
+            f"({(digest or 'no digest')[:12]}, not {recipe.training_digest[:12]}): go on with the recipe that began "
+            "it, or give another --output."
+        )
+    return state
 
 
 def train(
@@ -170,21 +178,25 @@ def train(
     start: Path | None = None,
     machine: Machine = CPU,
 ) -> None:
-    """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`.
+
+    `pixels`: uint8 N×side×side×3; `labels`: N, in the order of TRAINED; `indices`: which of them to train on.
+    Raises ValueError when another recipe wrote the checkpoint there, or as `load_start` does.
+    """
+    checkpoint = output / "checkpoint.pt"
+    state = read_progress(checkpoint, recipe)
     torch.manual_seed(recipe.seed)
     network = DermNetwork(recipe.architecture, recipe.network)
-    load_start(network, recipe.start, start)
+    load_start(network, recipe, start)
+    output.mkdir(parents=True, exist_ok=True)
     network.to(machine.device, memory_format=torch.channels_last)
     decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimiser = build_optimiser(network, recipe.optimiser)
     loss = AdjustedLoss(sampled_prior(labels[indices], recipe.loss.sampling_power), recipe.loss)
     loss.to(machine.device)
-    checkpoint = output / "checkpoint.pt"
     first = 0
-    if checkpoint.exists():
-        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state is not None:
         network.load_state_dict(state["network"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
@@ -217,6 +229,7 @@ def train(
         )
         state = {"network": network.state_dict(), "ema": ema.state_dict()}
         state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}
+        state |= {"recipe": recipe.training_digest}
         torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").rename(checkpoint)
         line = {
@@ -237,13 +250,17 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="checkpoint.pt of the model that the recipe starts from")
+    parser.add_argument(
+        "--start", type=Path, help="what [start] or [weights] names: a checkpoint, or safetensors"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that augment")
+    parser.add_argument(
+        "--workers", type=int, help="processes that augment (default: cuda one a core, cpu 1)"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    machine = Machine(torch.device(arguments.device), arguments.workers)
+    machine = Machine.of(arguments.device, arguments.workers)
     recipe = read_recipe(arguments.recipe)
     folder = isic_folder()
     rows = read_rows(folder)

@@ -16,7 +16,7 @@ from serve_app.records.sql import queries
 #: Query of health.sql, which counts what breaks it: the invariant in words.
 INVARIANTS: Mapping[str, str] = MappingProxyType(
     {
-        "references_licensed": "every reference is public and licensed",
+        "references_licensed": "every reference is public and licensed, and found under that licence alone",
         "references_of_the_archive": "no patient image is in the reference tables",
         "live_vectors_of_unit_norm": "every live reference has a vector of norm 1",
         "live_space_holds_references": "the live space holds references",

@@ -105,7 +105,7 @@ class ReferenceCache:
         return SpaceEmbedder(*row) if row else None
 
     async def reassign(self, embedder: SpaceEmbedder, *, expected: int) -> None:
-        """Say that all of a space was replaced by this embedder's vectors, and is complete."""
+        """Say that all of a space was replaced by this embedder's vectors, and is complete; failures are forgotten."""
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(
                 _SQL["reclaim_space"],
@@ -115,6 +115,8 @@ class ReferenceCache:
                 embedder.preprocess_version,
                 expected,
             )
+            # Another embedder's failures say nothing of these.
+            await connection.execute(_SQL["drop_failures"], embedder.embedding_space)
             await connection.execute(_SQL["completed"], embedder.embedding_space)
 
     async def present(self, embedding_space: str, *, with_picture: bool) -> set[str]:

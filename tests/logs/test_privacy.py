@@ -46,7 +46,7 @@ def test_what_identifies_somebody_goes(frame: str, secret: str) -> None:
     [
         "Sealing waits: records unavailable",
         "Completed 12 pending assessments",
-        "violated: every reference is public and licensed (3 rows)",
+        "violated: every reference is public and licensed, and found under that licence alone (3 rows)",
         "Application startup complete.",
         "took 31.5s at 127.0.0.1:8000",
         "HTTP/1.1 400",

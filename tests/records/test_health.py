@@ -31,6 +31,12 @@ SELECT gen_random_uuid(), i.image_id, i.data_key_id, sha256('x'),
 FROM lesion_images AS i;
 """
 
+#: As in a database that was filled before licences were checked there.
+UNLICENSED = """
+ALTER TABLE reference_images DROP CONSTRAINT reference_images_licensed;
+UPDATE reference_images SET copyright_license = 'all rights reserved';
+"""
+
 IMAGE = ReferenceImage("ISIC_0000001", None, "NV", None, None, None, None, "CC-0", "Anonymous")
 
 
@@ -68,7 +74,11 @@ async def test_an_image_that_was_erased_rightly_violates_nothing(healthy) -> Non
 @pytest.mark.parametrize(
     ("harm", "violated"),
     [
-        ("UPDATE reference_images SET copyright_license = 'all rights reserved'", "references_licensed"),
+        (
+            UNLICENSED,
+            "references_licensed",
+        ),
+        ("UPDATE reference_embeddings SET copyright_license = 'CC-BY'", "references_licensed"),
         ("UPDATE reference_images SET attribution = ' '", "references_licensed"),
         ("UPDATE reference_embeddings SET embedding = embedding + embedding", "live_vectors_of_unit_norm"),
         ("DELETE FROM reference_embeddings", "live_space_holds_references"),

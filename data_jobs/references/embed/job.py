@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
-from data_jobs.references.catalogue import CatalogueEntry, read_catalogue
+from data_jobs.references.catalogue import CatalogueEntry, read_references
 from data_jobs.references.embed.pipeline import Resources, Target, run_pipeline
 from data_jobs.references.embed.progress import ProgressDisplay, describe
 from data_jobs.references.embed.steps import catalogue_table
@@ -43,11 +43,11 @@ class JobReport:
 def run_job(folder: Path, target: Target, resources: Resources, *, pictures: bool, say: Say) -> JobReport:
     """Fill the space from a folder of references. Needs `ray.init`, and the owner's role in the database.
 
-    Raises what `read_catalogue`, `ModelStore.open` and `ReferenceCache.begin` do.
+    Raises what `read_references`, `ModelStore.open` and `ReferenceCache.begin` do.
     """
     started = monotonic()
     folder = folder.resolve()
-    entries = [entry for entry in read_catalogue(folder) if entry.image_type == "dermoscopic"]
+    entries = read_references(folder)
     model = ModelStore(target.models).open(target.model_id)
     spec = space_spec(model, target.embedding_space)
     embedder = identify_embedder(model, spec)

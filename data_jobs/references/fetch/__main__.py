@@ -20,8 +20,8 @@ from data_jobs.references.fetch.eligibility import Eligibility
 from data_jobs.references.fetch.folder import Folder
 from data_jobs.references.fetch.http import Http
 from data_jobs.references.fetch.job import Outcome, Selection, fetch, summary
-from data_jobs.references.fetch.licences import Licence, parse_licences
 from data_jobs.references.fetch.retry import Pace
+from data_jobs.references.licences import Licence, parse_licences
 from serve_app.domain.errors import DermError, InvalidField
 
 

@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS, CatalogueEntry, image_path
 from data_jobs.references.fetch.diagnoses import diagnosis_of
-from data_jobs.references.fetch.licences import Licence, licence_of
 from data_jobs.references.fetch.sites import site_of
+from data_jobs.references.licences import Licence, licence_of
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict
 

@@ -125,11 +125,13 @@ def retrieval_section(manifest: Manifest, calibrated: Mapping[str, Any], evaluat
     names = ("precision_at_10", "balanced_precision_at_10")
     rows = [(name, *(f[n] for n in names)) for name, f in calibrated["spaces"].items()]
     found = evaluated["retrieval"]
+    low, high = found["vote_minus_softmax_interval"]
     return f"""## Similar cases
 
 Space `{manifest.live_space.embedding_space}`, {found["references"]} references of folds 1 to 4, one a lesion. Queries of
-fold 0: precision@10 {found["precision_at_10"]} (mean over diagnoses {found["balanced_precision_at_10"]}), melanoma AUC of a
-16-neighbour vote {found["vote_16_melanoma_auc"]}. References that the network was trained on lie closer to their class than new images
-do. How the space was chosen (calibration fold against training folds, other lesions only):
+fold 0: precision@10 {found["precision_at_10"]} (mean over diagnoses {found["balanced_precision_at_10"]}). Melanoma AUC on the same images: a
+16-neighbour vote {found["vote_16_melanoma_auc"]:.4f}, the softmax (without UNK) {found["softmax_melanoma_auc"]:.4f}; the vote's minus the softmax's is
+{found["vote_minus_softmax"]:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired bootstrap of lesions). References that the network was trained on
+lie closer to their class than new images do. How the space was chosen (calibration fold against training folds, other lesions only):
 
 {table(("space", *names), rows)}"""

@@ -1,7 +1,13 @@
 -- name: references_licensed
--- Count the references without a licence that lets them be shown, or without anyone to name for them.
-SELECT count(*) FROM reference_images
-WHERE copyright_license NOT IN ('CC-0', 'CC-BY', 'CC-BY-NC') OR btrim(attribution) = '';
+-- Count the references without a licence that lets them be shown, or without anyone to name for them, and those
+-- that a search limited to licences would find under another than theirs.
+SELECT count(*) FROM reference_images AS r
+WHERE r.copyright_license NOT IN ('CC-0', 'CC-BY', 'CC-BY-NC')
+    OR btrim(r.attribution) = ''
+    OR EXISTS (
+        SELECT FROM reference_embeddings AS e
+        WHERE e.isic_id = r.isic_id AND e.copyright_license <> r.copyright_license
+    );
 
 -- name: references_of_the_archive
 -- Count the references that are not the archive's: another kind of id, or a lesion of ours.

@@ -3,10 +3,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_jobs.references.catalogue import CatalogueEntry, image_path, read_catalogue, write_catalogue
+from data_jobs.references.catalogue import (
+    CatalogueEntry,
+    image_path,
+    read_catalogue,
+    read_references,
+    write_catalogue,
+)
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
 
@@ -83,6 +90,50 @@ def test_a_row_that_is_no_reference_is_refused_by_name(tmp_path, row, message):
     csv_folder(tmp_path, row, header=f"{HEADER},path")
     with pytest.raises(Conflict, match=message):
         read_catalogue(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "licence", ["all rights reserved", "CC-BY-SA", "CC-BY-ND 4.0", "CC-BY-NC-ND", "MIT", "-"]
+)
+def test_another_licence_is_refused_by_row_and_value(tmp_path, licence):
+    csv_folder(tmp_path, "ISIC_0000001,NV,CC-0,Someone", f"ISIC_0000002,NV,{licence},Someone")
+    with pytest.raises(
+        Conflict, match=f"row 2: '{licence}' is no licence of a reference; those are CC-0, CC"
+    ):
+        read_catalogue(tmp_path)
+
+
+def test_a_licence_is_spelt_as_the_archive_does(tmp_path):
+    csv_folder(tmp_path, "ISIC_0000001,NV,CC BY-NC 4.0,Someone", "ISIC_0000002,NV,cc0,Someone")
+    assert [entry.copyright_license for entry in read_catalogue(tmp_path)] == ["CC-BY-NC", "CC-0"]
+
+
+@pytest.mark.parametrize("public", ["False", "false", "0", "no"])
+def test_an_image_that_is_not_public_is_refused(tmp_path, public):
+    header = f"{HEADER},public"
+    csv_folder(tmp_path, f"ISIC_0000002,NV,CC-0,Someone,{public}", header=header)
+    with pytest.raises(Conflict, match=f"row 1: public is '{public}'; only a public image"):
+        read_catalogue(tmp_path)
+    csv_folder(
+        tmp_path,
+        *(f"ISIC_000000{n},NV,CC-0,Someone,{said}" for n, said in enumerate(("True", "true", "1", ""))),
+        header=header,
+    )
+    assert len(read_catalogue(tmp_path)) == 4
+
+
+def test_a_parquet_says_who_is_public_too(tmp_path):
+    row = {"isic_id": "ISIC_0000002", "diagnosis": "NV", "copyright_license": "CC-0", "attribution": "A"}
+    pq.write_table(pa.Table.from_pylist([row | {"public": False}]), tmp_path / "metadata.parquet")
+    with pytest.raises(Conflict, match="public is 'False'"):
+        read_catalogue(tmp_path)
+    pq.write_table(pa.Table.from_pylist([row | {"public": True}]), tmp_path / "metadata.parquet")
+    assert len(read_catalogue(tmp_path)) == 1
+
+
+def test_only_dermoscopic_images_are_references(tmp_path):
+    write_catalogue(tmp_path, [FULL, replace(BARE, image_type="clinical: overview")])
+    assert read_references(tmp_path) == [FULL]
 
 
 def test_a_digest_that_is_none_is_refused(tmp_path):

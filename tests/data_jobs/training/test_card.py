@@ -66,6 +66,9 @@ def report(folder: Path, predictions: Predictions, figures: dict[str, Any]) -> d
             "precision_at_10": 0.7,
             "balanced_precision_at_10": 0.5,
             "vote_16_melanoma_auc": 0.8,
+            "softmax_melanoma_auc": 0.9,
+            "vote_minus_softmax": -0.1,
+            "vote_minus_softmax_interval": (-0.12, -0.08),
         },
         "softened": {"top1_agreement": 0.9, "top1": 0.7},
     }
@@ -88,6 +91,9 @@ def test_evidence_is_written_and_vouched_for(
     assert all(f"]({name})" in card for name in pictures)
     assert f"{report['with_unk']['top1']:.4f}" in card
     assert "Not measured for this model" in card
+    told = " ".join(card.split())
+    assert "16-neighbour vote 0.8000, the softmax (without UNK) 0.9000; the vote's minus" in told
+    assert "is -0.1000, 95 % interval -0.1200 to -0.0800 (paired" in told
     assert "None" not in card
     assert " nan " not in card
     digests = dict(manifest.files)

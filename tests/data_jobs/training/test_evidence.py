@@ -63,6 +63,8 @@ def test_the_figures_follow_from_the_predictions(evidence: list[tuple[StoredMode
         }.items():
             assert told[name] == pytest.approx(found, abs=5e-4), name
         assert told["confusion"] == diagnosis_figures(test)["confusion"]
+        softmax = told["retrieval"]["softmax_melanoma_auc"]
+        assert softmax == pytest.approx(accuracy_figures(test.eight, test.labels)["melanoma_auc"], abs=5e-4)
         seven = challenge_figures(test)["isic2018_seven_ham10000"]
         assert told["challenge"]["isic2018_seven_ham10000"]["mean_auc"] == pytest.approx(
             seven["mean_auc"], abs=5e-4
@@ -72,10 +74,8 @@ def test_the_figures_follow_from_the_predictions(evidence: list[tuple[StoredMode
 def test_the_thresholds_follow_from_the_calibration_fold(
     evidence: list[tuple[StoredModel, Predictions]], rows: dict[str, LabelledImage]
 ) -> None:
-    for model, predictions in evidence:
-        # derm3 was evaluated when both folds were in one file.
-        apart = CALIBRATION_NAME in model.manifest.files
-        fitted = read_predictions(model.path(CALIBRATION_NAME), rows) if apart else _fold(predictions, 4)
+    for model, _ in evidence:
+        fitted = read_predictions(model.path(CALIBRATION_NAME), rows)
         points = choose_points(fitted.eight, fitted.labels, fitted.lesions)
         for name, point in model.manifest.operating_points.items():
             assert points[name].threshold == pytest.approx(point.threshold, abs=5e-6), name

@@ -94,7 +94,7 @@ def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_pat
 
     from data_jobs.training.network import DermNetwork
     from data_jobs.training.recipe import StartPlan
-    from data_jobs.training.train import load_start
+    from data_jobs.training.start import load_start
 
     torch.manual_seed(3)
     earlier = AveragedModel(DermNetwork(RECIPE.architecture, RECIPE.network), use_buffers=True)
@@ -102,10 +102,10 @@ def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_pat
     torch.save({"ema": earlier.state_dict()}, checkpoint)
     plan = StartPlan("m.one", hashlib.sha256(checkpoint.read_bytes()).hexdigest())
     network = DermNetwork(RECIPE.architecture, RECIPE.network)
-    load_start(network, plan, checkpoint)
+    load_start(network, replace(RECIPE, start=plan), checkpoint)
     for mine, theirs in zip(network.parameters(), earlier.module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     with pytest.raises(ValueError, match="--start"):
-        load_start(network, plan, None)
+        load_start(network, replace(RECIPE, start=plan), None)
     with pytest.raises(ValueError, match="not the checkpoint"):
-        load_start(network, StartPlan("m.one", "0" * 64), checkpoint)
+        load_start(network, replace(RECIPE, start=StartPlan("m.one", "0" * 64)), checkpoint)

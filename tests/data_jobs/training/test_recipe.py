@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from data_jobs.training.recipe import read_recipe
+from data_jobs.training.recipe import WeightsPlan, read_recipe
 
 RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
+DIGEST = "ab" * 32
+WEIGHTS = f'[weights]\nfile = "a.safetensors"\nsha256 = "{DIGEST}"'
 SUCCESSOR = Path("data_jobs/training/recipes/tf_efficientnet_lite0_derm2.toml")
 
 
@@ -23,6 +25,27 @@ def test_the_shipped_recipe_starts_from_the_first_model() -> None:
     assert start is not None
     assert start.model_id == read_recipe(RECIPE).model_id
     assert len(bytes.fromhex(start.checkpoint_sha256)) == 32
+
+
+def test_a_recipe_may_name_weights_for_its_trunk(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'{RECIPE.read_text(encoding="utf-8")}\n[weights]\nfile = "b4.safetensors"\nsha256 = "{DIGEST}"\n',
+        encoding="utf-8",
+    )
+    recipe = read_recipe(path)
+    assert recipe.weights == WeightsPlan("b4.safetensors", DIGEST)
+    assert recipe.training_digest != read_recipe(RECIPE).training_digest
+
+
+def test_the_digest_is_that_of_the_plan_and_not_of_its_words(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    text = RECIPE.read_text(encoding="utf-8")
+    path.write_text(f"# another comment\n{text}", encoding="utf-8")
+    digest = read_recipe(RECIPE).training_digest
+    assert read_recipe(path).training_digest == digest
+    path.write_text(text.replace("trunk_lr = 6e-4", "trunk_lr = 5e-4"), encoding="utf-8")
+    assert read_recipe(path).training_digest != digest
 
 
 def test_one_fold_may_be_calibrated_and_tested_on(tmp_path: Path) -> None:
@@ -43,6 +66,14 @@ def test_one_fold_may_be_calibrated_and_tested_on(tmp_path: Path) -> None:
         ("calibration_fold = 4", "calibration_fold = 3", "overlap"),
         ("[serving]", '[start]\nmodel_id = "m"\n[serving]', "checkpoint_sha256"),
         ("[serving]", "[extra]\nx = 1\n[serving]", "extra"),
+        ("[serving]", '[weights]\nfile = "a.safetensors"\n[serving]', "sha256"),
+        ("[serving]", f'[weights]\nfile = "a.safetensors"\nsha256 = "{"A" * 64}"\n[serving]', "lower-case"),
+        ("[serving]", f'[weights]\nfile = "a.pth"\nsha256 = "{DIGEST}"\n[serving]', "safetensors files"),
+        (
+            "[serving]",
+            f'[start]\nmodel_id = "m"\ncheckpoint_sha256 = "{DIGEST}"\n{WEIGHTS}\n[serving]',
+            "not from both",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -1,10 +1,12 @@
-"""A run that was stopped goes on as if it had not been."""
+"""A run that was stopped goes on as if it had not been, and under no other recipe."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,13 +36,17 @@ class StoppedError(Exception):
     """The process dies here."""
 
 
+def drawn(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    """24 images of noise, their labels, and that all are trained on."""
+    pixels = rng.integers(0, 256, (24, 48, 48, 3), dtype=np.uint8)
+    return pixels, np.arange(24) % len(TRAINED), np.arange(24)
+
+
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, monkeypatch) -> None:
     from data_jobs.training import train as training
 
     rng = np.random.default_rng(3)
-    pixels = rng.integers(0, 256, (24, 48, 48, 3), dtype=np.uint8)
-    labels = np.arange(24) % len(TRAINED)
-    arguments = (RECIPE, pixels, labels, np.arange(24))
+    arguments = (RECIPE, *drawn(rng))
 
     training.train(*arguments, tmp_path / "whole")
 
@@ -67,3 +73,49 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
     log = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
     assert [line["side"] for line in log] == [32, 40]
     assert all(np.isfinite(line["loss"]) and 0.0 <= line["train_accuracy"] <= 1.0 for line in log)
+
+
+def test_a_run_goes_on_under_its_own_recipe_only(tmp_path: Path) -> None:
+    from data_jobs.training.train import train
+
+    begun = replace(RECIPE, stages=RECIPE.stages[:1])
+    arguments = drawn(np.random.default_rng(3))
+    train(begun, *arguments, tmp_path)
+    checkpoint = tmp_path / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["recipe"] == begun.training_digest
+
+    other = replace(begun, optimiser=replace(begun.optimiser, trunk_lr=1e-5))
+    with pytest.raises(
+        ValueError,
+        match=f"under another recipe .{begun.training_digest[:12]}, not {other.training_digest[:12]}",
+    ):
+        train(other, *arguments, tmp_path)
+    # What is asked of the model afterwards trains no other weights.
+    train(replace(begun, serving_sides=(32,), acceptance=None), *arguments, tmp_path)
+    assert checkpoint.read_bytes() == before
+
+    del state["recipe"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match="a recipe that it does not name"):
+        train(begun, *arguments, tmp_path)
+
+
+def test_a_gpu_is_fed_by_every_core() -> None:
+    from data_jobs.training.train import Machine
+
+    assert (Machine.of("cpu").workers, Machine.of("cuda").workers) == (1, os.cpu_count())
+    assert (Machine.of("cpu", 3).workers, Machine.of("cuda", 0).workers) == (3, 0)
+
+
+def test_a_run_may_augment_in_its_own_process(tmp_path: Path) -> None:
+    from data_jobs.training.train import Machine, train
+
+    recipe, arguments = replace(RECIPE, stages=RECIPE.stages[:1]), drawn(np.random.default_rng(3))
+    for workers in (0, 1):
+        train(recipe, *arguments, tmp_path / str(workers), machine=Machine.of("cpu", workers))
+    own, other = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"] for name in ("0", "1")
+    )
+    assert all(torch.equal(own[name], tensor) for name, tensor in other.items())

@@ -5,8 +5,8 @@ import pytest
 from data_jobs.references.catalogue import CatalogueEntry
 from data_jobs.references.fetch.archive import flatten
 from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
-from data_jobs.references.fetch.licences import Licence, licence_of, parse_licences
 from data_jobs.references.fetch.sites import SITES, site_of
+from data_jobs.references.licences import Licence, licence_of, parse_licences
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import InvalidField
 
