@@ -67,10 +67,16 @@ class ReferenceStore:
 
         `embedding`: (512,). Equals come in the order of their isic_id. Exact, except that a kind (benign,
         malignant) of which many pass the filter is found by an index: that may pass over some, though
-        never so that fewer than K are left. The filter limits everything found.
+        never so that fewer than K are left. The filter limits everything found: under one of benign
+        diagnoses there is no nearest malignant.
         """
         first = max(64, 4 * k)
-        limits = (reference_filter.licences, reference_filter.sites, reference_filter.confirmed_only)
+        limits = (
+            reference_filter.licences,
+            reference_filter.sites,
+            reference_filter.confirmed_only,
+            reference_filter.diagnoses,
+        )
         asked = (embedding, embedding_space, k, *limits, first)
         async with self._pool.connection() as connection:
             counted = await connection.fetch(_SQL["count_kinds"], embedding_space, *limits)
