@@ -24,6 +24,9 @@ _SQL = queries("references")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
+# Embeddings lie together by diagnosis: the images near a query may all be of another one than those asked for, and
+# the index is walked for long to find few. So it takes a filter that leaves most of a kind to use it.
+_MOST = 2 / 3
 #: Copying, counting and indexing 400,000 references takes minutes.
 LOAD_TIMEOUT_S = 1800
 
@@ -83,7 +86,7 @@ class ReferenceStore:
             indexed = {
                 row["malignant"]
                 for row in counted
-                if row["passing"] >= self._exact_below
+                if row["passing"] >= max(self._exact_below, _MOST * row["alike"])
                 # Of every images / passing steps along the index one leads to what is looked for.
                 and row["passing"] ** 2 >= _STEP * first * row["images"]
             }

@@ -11,6 +11,7 @@ import pytest
 
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.reference_filter import ReferenceFilter
+from serve_app.records import references
 from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.sql import queries
 
@@ -132,6 +133,35 @@ async def test_the_indexes_are_used_where_they_pay(loaded, pool, unit_vectors) -
         assert "reference_hnsw" not in selective
         assert "reference_embeddings_of_sort" in selective
     assert "(diagnosis = " in selective
+
+
+@pytest.mark.parametrize(
+    ("limits", "looked_through"),
+    [
+        ({}, []),
+        ({"sites": ("torso",)}, []),
+        ({"diagnoses": THREE_MALIGNANT}, [False]),
+        ({"diagnoses": (Diagnosis.MEL, Diagnosis.BCC)}, [False, True]),
+        ({"diagnoses": (Diagnosis.MEL, Diagnosis.BCC), "licences": ("CC-0",)}, [False, True]),
+        ({"diagnoses": (*THREE_MALIGNANT, Diagnosis.NV), "sites": ("torso",)}, [False]),
+    ],
+    ids=str,
+)
+async def test_an_index_is_not_walked_for_a_few_diagnoses(
+    loaded, indexed, unit_vectors, monkeypatch, limits, looked_through
+) -> None:
+    """However cheap its steps are: what is near may all be of another diagnosis."""
+    search, ways = references._search, []
+
+    async def watched(connection, asked, kinds):
+        ways.append(sorted(kinds))
+        return await search(connection, asked, kinds)
+
+    monkeypatch.setattr(references, "_search", watched)
+    monkeypatch.setattr(references, "_STEP", 1)
+    (query,) = unit_vectors(1, seed=8)
+    await indexed.nearest(query, embedding_space=SPACE, k=10, reference_filter=ReferenceFilter(**limits))
+    assert ways[0] == looked_through
 
 
 @pytest.mark.parametrize("counts", ["right", "wrong"])

@@ -1,20 +1,22 @@
 -- name: count_kinds
--- Count the references of space $1, malignant and not, and those that licences $2, sites $3,
--- diagnoses $5 (empty: any) and $4 (only confirmed ones) let pass.
+-- Count the references of space $1, malignant and not; those that licences $2, sites $3 (empty: any) and $4 (only
+-- confirmed ones) let pass, whatever their diagnosis; and those of them that diagnoses $5 (empty: any) let pass, too.
 SELECT
     malignant,
     sum(images) AS images,
-    coalesce(
-        sum(images) FILTER (
-            WHERE (cardinality($2::text[]) = 0 OR copyright_license = ANY($2))
-                AND (cardinality($3::text[]) = 0 OR anatom_site_general = ANY($3))
-                AND (NOT $4::boolean OR confirmed)
-                AND (cardinality($5::text[]) = 0 OR diagnosis = ANY($5))
-        ),
-        0
-    ) AS passing
-FROM reference_counts
-WHERE embedding_space = $1
+    coalesce(sum(images) FILTER (WHERE alike), 0) AS alike,
+    coalesce(sum(images) FILTER (WHERE alike AND (cardinality($5::text[]) = 0 OR diagnosis = ANY($5))), 0) AS passing
+FROM (
+    SELECT
+        malignant,
+        diagnosis,
+        images,
+        (cardinality($2::text[]) = 0 OR copyright_license = ANY($2))
+        AND (cardinality($3::text[]) = 0 OR coalesce(anatom_site_general = ANY($3), false))
+        AND (NOT $4::boolean OR confirmed) AS alike
+    FROM reference_counts
+    WHERE embedding_space = $1
+) AS counted
 GROUP BY malignant;
 
 -- name: plan_for_parameters
