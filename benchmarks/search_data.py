@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore
-from serve_app.domain.diagnosis import MALIGNANT
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.references import DIMENSIONS, ReferenceImage
 
@@ -40,6 +41,7 @@ class SearchData:
                 (not limits.licences or image.copyright_license in limits.licences)
                 and (not limits.sites or image.anatom_site_general in limits.sites)
                 and (not limits.confirmed_only or image.confirmed)
+                and (not limits.diagnoses or image.diagnosis in limits.diagnoses)
                 for image in self.images
             ]
         )
@@ -49,9 +51,12 @@ class SearchData:
         return np.array([image.diagnosis in MALIGNANT for image in self.images])
 
     def filters(self) -> list[ReferenceFilter]:
-        """None, confirmed ones, each licence, each site, the rarest licence at each site."""
+        """None, confirmed ones, each licence, each site, the rarest licence at each site, some diagnoses."""
         sites = sorted({image.anatom_site_general for image in self.images} - {None}, key=str)
         rarest = min(LICENCES, key=lambda licence: LICENCES[licence])
+        counted = Counter(image.diagnosis for image in self.images)
+        rare = min(counted, key=lambda diagnosis: (counted[diagnosis], diagnosis))
+        benign = tuple(d for d in TRAINED if d not in MALIGNANT)
         return [
             EVERY_REFERENCE,
             ReferenceFilter(confirmed_only=True),
@@ -59,13 +64,19 @@ class SearchData:
             *(ReferenceFilter(sites=(str(site),)) for site in sites),
             *(ReferenceFilter((rarest,), (str(site),)) for site in sites),
             ReferenceFilter(licences=(rarest,), confirmed_only=True),
+            *(ReferenceFilter(diagnoses=(diagnosis,)) for diagnosis in (Diagnosis.NV, Diagnosis.MEL, rare)),
+            ReferenceFilter(diagnoses=benign),
+            # A share of the benign that may be far from a naevus: the hardest for the index of a kind.
+            ReferenceFilter(diagnoses=tuple(d for d in benign if d is not Diagnosis.NV)),
+            ReferenceFilter(licences=(rarest,), diagnoses=(Diagnosis.MEL,)),
         ]
 
 
 def describe(limits: ReferenceFilter) -> str:
     """Say what a search is limited to."""
     confirmed = ("confirmed",) if limits.confirmed_only else ()
-    return " and ".join((*limits.licences, *limits.sites, *confirmed)) or "none"
+    diagnoses = ("/".join(limits.diagnoses),) if limits.diagnoses else ()
+    return " and ".join((*limits.licences, *limits.sites, *diagnoses, *confirmed)) or "none"
 
 
 def make_search_data(models: Path, *, rows: int, queries: int, seed: int = 20261124) -> SearchData:

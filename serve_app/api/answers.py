@@ -87,6 +87,19 @@ def timeline_answer(timeline: LesionTimeline, *, pms_url: str | None = None) -> 
     }
 
 
+def similar_answer(
+    neighbours: Neighbours, *, lesion_id: UUID, image_id: UUID, embedding_space: str
+) -> dict[str, Any]:
+    """The references that a search with an image found, in the shapes of the image's own answer."""
+    return {
+        "lesion_id": str(lesion_id),
+        "image_id": str(image_id),
+        "embedding_space": embedding_space,
+        "similar": [_similar(case) for case in neighbours.similar],
+        "neighbours": _neighbours(neighbours),
+    }
+
+
 def summary_answer(summary: LesionSummary) -> dict[str, Any]:
     """A lesion as the worklist shows it: its newest image and what came of it."""
     latest, assessment = summary.latest, summary.latest.assessment

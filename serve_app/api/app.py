@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
-from serve_app.api import emergency_access, erasure, health, lesions, references, replay, timeline
+from serve_app.api import emergency_access, erasure, health, lesions, references, replay, similar, timeline
 from serve_app.api.admission import AdmissionGate
 from serve_app.api.assessor import Assessor
 from serve_app.api.door_settings import open_door
@@ -25,6 +25,7 @@ from serve_app.api.recovery import recover_forever
 from serve_app.api.replayer import Replayer
 from serve_app.api.request_id import RequestIdMiddleware
 from serve_app.api.sealing import seal_forever
+from serve_app.api.searcher import Searcher
 from serve_app.api.services import Services
 from serve_app.api.stages import Stages
 from serve_app.api.triage import Triage
@@ -35,6 +36,7 @@ from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
 from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.pool import Pool, open_pool
+from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import RetentionStore
 from serve_app.security.checkpoints import CheckpointLog
 from serve_app.security.key_providers.choice import open_key_provider
@@ -77,6 +79,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
             tells_pms=pms.delivery is not None,
         ),
         replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
+        searcher=Searcher(stages=stages, records=records, references=ReferenceStore(pool)),
         eraser=Eraser(ErasureStore(pool), keys, tells_pms=pms.delivery is not None),
         pms=pms,
         admission=AdmissionGate(
@@ -155,6 +158,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     app.include_router(timeline.router)
     app.include_router(erasure.router)
     app.include_router(replay.router)
+    app.include_router(similar.router)
     app.include_router(references.router)
     app.include_router(emergency_access.router)
     return app

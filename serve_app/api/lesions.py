@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
 from serve_app.api.answers import assessment_answer, lesion_url
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
+from serve_app.api.reference_query import Confirmed, Licences, TopK
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
 from serve_app.api.triage import Submission
@@ -35,8 +36,6 @@ from serve_app.security.tokens import Principal
 
 router = APIRouter(tags=["lesions"])
 
-Licence = Literal["CC-0", "CC-BY", "CC-BY-NC"]
-
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 #: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
 _PENDING_RETRY_AFTER = "5"
@@ -54,13 +53,9 @@ async def create_lesion(
     request: Request,
     caller: Caller,
     *,
-    top_k: Annotated[int, Query(ge=1, le=50)] = 10,
-    licence: Annotated[
-        list[Licence] | None, Query(description="Only references under these licences.")
-    ] = None,
-    confirmed: Annotated[
-        bool, Query(description="Only references of which the archive says how the diagnosis was confirmed.")
-    ] = False,
+    top_k: TopK = 10,
+    licence: Licences = None,
+    confirmed: Confirmed = False,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> JSONResponse:
     """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""

@@ -107,11 +107,21 @@ class SimilarDocument(Document):
 
 
 class NeighboursDocument(Document):
-    """The references together; nearest of each kind wherever the cache holds one."""
+    """The references together; nearest of each kind wherever one passes the filters."""
 
     malignant_share: float | None
     nearest_benign: SimilarDocument | None
     nearest_malignant: SimilarDocument | None
+
+
+class SimilarCasesDocument(Document):
+    """What a search with an assessed image found, in the space that the image was assessed in."""
+
+    lesion_id: str
+    image_id: str
+    embedding_space: str
+    similar: list[SimilarDocument]
+    neighbours: NeighboursDocument
 
 
 class ChangeDocument(Document):

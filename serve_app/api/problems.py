@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 import logging
 from typing import Any
@@ -43,6 +43,11 @@ def problem_response(
     return JSONResponse(body, status_code=status, media_type=CONTENT_TYPE, headers=dict(headers or {}))
 
 
+def _name(location: Sequence[str | int]) -> str:
+    """The field that a fault is in; of a repeated one, a location ends with which of its values it is."""
+    return next((part for part in reversed(location) if isinstance(part, str)), "request")
+
+
 def install_problem_handlers(app: FastAPI) -> None:
     """Answer every error of an app in the one problem shape."""
 
@@ -78,7 +83,7 @@ def install_problem_handlers(app: FastAPI) -> None:
             await record_fault(request)
         except DermError as unrecorded:
             return await on_derm_error(request, unrecorded)
-        faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(f"{_name(fault['loc'])}: {fault['msg']}" for fault in error.errors())
         return problem_response(request, status=422, code="invalid_field", detail=faults)
 
     async def on_defect(request: Request, error: Exception) -> JSONResponse:

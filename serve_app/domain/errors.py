@@ -5,7 +5,10 @@ DermError
 ├── Forbidden                      403  not this principal's patient, or no such patient
 ├── NotFound                       404
 ├── Conflict                       409
-│   └── LegalHold                  409  must not be erased now
+│   ├── LegalHold                  409  must not be erased now
+│   ├── AssessmentPending          409  ask again when it has finished
+│   ├── NoEmbedding                409  refused or failed: there is nothing to search with
+│   └── ReferencesDropped          409  the space it was assessed in is gone
 ├── Erased                         410  the image is destroyed, its receipt stays
 ├── RejectedUpload                      nothing is stored but the audit event
 │   ├── TooLarge                   413  bytes or pixels, found before decoding
@@ -85,6 +88,28 @@ class LegalHold(Conflict):
 
     status = 409
     code = "legal_hold"
+
+
+class AssessmentPending(Conflict):
+    """The assessment has not finished; ask again when it has."""
+
+    status = 409
+    code = "assessment_pending"
+    retry_after_s = 5
+
+
+class NoEmbedding(Conflict):
+    """The image was refused or could not be assessed, so it has no embedding to search with."""
+
+    status = 409
+    code = "no_embedding"
+
+
+class ReferencesDropped(Conflict):
+    """The references of the space that the image was assessed in are gone; a new image can be compared."""
+
+    status = 409
+    code = "references_dropped"
 
 
 class Erased(DermError):

@@ -117,13 +117,26 @@ class PreviousAssessment:
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> PreviousAssessment:
         """Make one of a row of `previous` or `compared`."""
-        embedding = row["embedding"]
         return cls(
             image_id=row["image_id"],
             created_at=row["created_at"],
             probabilities=probabilities_from_json(row["probabilities"]),
-            embedding=None if embedding is None else embedding.to_numpy().astype(np.float32),
+            embedding=_vector(row["embedding"]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEmbedding:
+    """How far an image got, and its embedding (512,) in the space it was assessed in; None where that left none."""
+
+    outcome: Outcome
+    embedding_space: str | None
+    embedding: NDArray[np.float32] | None = field(repr=False)
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> ImageEmbedding:
+        """Make one of a row of `image_embedding`."""
+        return cls(Outcome(row["outcome"]), row["embedding_space"], _vector(row["embedding"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +221,11 @@ class RecordedCase:
         values["reference_filter"] = _reference_filter(values)
         values["outcome"] = Outcome(values["outcome"])
         return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
+
+
+def _vector(embedding: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
+    """Take a halfvec, or none, out of a row."""
+    return None if embedding is None else embedding.to_numpy().astype(np.float32)
 
 
 def _reference_filter(values: dict[str, Any]) -> ReferenceFilter:

@@ -12,6 +12,7 @@ from serve_app.records.audit_rows import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentRecord,
+    ImageEmbedding,
     ImageRecord,
     LesionSummary,
     LesionTimeline,
@@ -203,6 +204,13 @@ class LesionStore:
         if row and row["sealed"] is None:
             raise Erased
         return SealedImageRecord(**row) if row else None
+
+    async def image_embedding(self, lesion_id: UUID, image_id: UUID) -> ImageEmbedding | None:
+        """Fetch an image's embedding; None when the lesion has no such image, Erased when it had."""
+        row = await self._pool.fetchrow(_SQL["image_embedding"], lesion_id, image_id)
+        if row and row["erased"]:
+            raise Erased
+        return ImageEmbedding.from_row(row) if row else None
 
     async def record_event(self, event: AuditEvent) -> None:
         """Commit an audit event on its own."""

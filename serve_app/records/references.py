@@ -24,6 +24,9 @@ _SQL = queries("references")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
+# Embeddings lie together by diagnosis: the images near a query may all be of another one than those asked for, and
+# the index is walked for long to find few. So it takes a filter that leaves most of a kind to use it.
+_MOST = 2 / 3
 #: Copying, counting and indexing 400,000 references takes minutes.
 LOAD_TIMEOUT_S = 1800
 
@@ -67,17 +70,23 @@ class ReferenceStore:
 
         `embedding`: (512,). Equals come in the order of their isic_id. Exact, except that a kind (benign,
         malignant) of which many pass the filter is found by an index: that may pass over some, though
-        never so that fewer than K are left. The filter limits everything found.
+        never so that fewer than K are left. The filter limits everything found: under one of benign
+        diagnoses there is no nearest malignant.
         """
         first = max(64, 4 * k)
-        limits = (reference_filter.licences, reference_filter.sites, reference_filter.confirmed_only)
+        limits = (
+            reference_filter.licences,
+            reference_filter.sites,
+            reference_filter.confirmed_only,
+            reference_filter.diagnoses,
+        )
         asked = (embedding, embedding_space, k, *limits, first)
         async with self._pool.connection() as connection:
             counted = await connection.fetch(_SQL["count_kinds"], embedding_space, *limits)
             indexed = {
                 row["malignant"]
                 for row in counted
-                if row["passing"] >= self._exact_below
+                if row["passing"] >= max(self._exact_below, _MOST * row["alike"])
                 # Of every images / passing steps along the index one leads to what is looked for.
                 and row["passing"] ** 2 >= _STEP * first * row["images"]
             }

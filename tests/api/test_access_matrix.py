@@ -31,6 +31,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/lesions"): "list",
     ("GET", "/api/lesions/{lesion_id}"): "read",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
+    ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
@@ -298,6 +299,7 @@ async def test_an_emergency_is_for_one_patient_and_one_principal(service, record
     service.hold_to_problem(response, 403, "forbidden")
 
 
+NOWHERE = "00000000-0000-7000-8000-000000000000"
 BAD_QUERIES = (
     ("GET", "/api/lesions", "list"),
     ("GET", "/api/lesions?patient_id=p&limit=0", "list"),
@@ -306,6 +308,9 @@ BAD_QUERIES = (
     ("GET", "/api/lesions?patient_id=p&cursor=x", "list"),
     ("GET", "/api/lesions/7", "read"),
     ("GET", "/api/lesions/7/images/8", "download"),
+    ("GET", f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar?diagnosis=UNK", "read"),
+    ("GET", f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar?anatom_site_general=moon", "read"),
+    ("GET", f"/api/lesions/{NOWHERE}/images/8/similar", "read"),
     ("POST", "/api/lesions?top_k=51", "upload"),
     ("POST", "/api/lesions?licence=GPL", "upload"),
     ("POST", "/api/lesions/7/assessments/8/replay", "replay"),

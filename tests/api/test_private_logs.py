@@ -173,6 +173,23 @@ async def test_no_refused_request_is_in_a_log(service, log) -> None:
     assert beside.records
 
 
+async def test_what_is_searched_for_is_in_no_log(service, log) -> None:
+    """Which diagnosis and site are thought of says something of the patient."""
+    await service.care("dr", PATIENT)
+    headers = service.token("dr")
+    answer = (await service.upload(PATIENT)).json()
+    url = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}/similar"
+    async with in_uvicorn(service) as client:
+        for diagnosis, status in (("MEL", 200), (PATIENT, 422)):
+            params = {"diagnosis": diagnosis, "anatom_site_general": "oral/genital"}
+            assert (await client.get(url, params=params, headers=headers)).status_code == status
+    beside, stream = log
+    beside.records = [record for record in beside.records if record.name != "uvicorn.access"]
+    kept = [line for line in stream.getvalue().splitlines() if '"uvicorn.access"' not in line]
+    _hold((beside, io.StringIO("\n".join(kept))), "diagnosis=", "oral/genital", "oral%2Fgenital")
+    assert beside.records
+
+
 async def test_a_19_mb_upload_writes_no_file(service, monkeypatch, tmp_path) -> None:
     """The interpreter itself tells of every file that is opened, unnamed temporary ones too."""
     import sys

@@ -53,6 +53,7 @@ def _expected(images, vectors, query, k, limits):
         if (not limits.licences or image.copyright_license in limits.licences)
         and (not limits.sites or image.anatom_site_general in limits.sites)
         and (not limits.confirmed_only or image.diagnosis_confirm_type is not None)
+        and (not limits.diagnoses or image.diagnosis in limits.diagnoses)
     ]
     ranked = sorted(allowed, key=lambda i: (-round(cosine[i], 6), images[i].isic_id))
     lesions, similar = set(), []
@@ -76,13 +77,14 @@ def _expected(images, vectors, query, k, limits):
     licences=st.lists(st.sampled_from([*LICENCES, "none such"]), unique=True, max_size=2),
     sites=st.lists(st.sampled_from(["head/neck", "torso"]), unique=True, max_size=2),
     confirmed=st.booleans(),
+    diagnoses=st.lists(st.sampled_from(Diagnosis), unique=True, max_size=3),
 )
 async def test_the_search_is_exact(
-    loaded, references, unit_vectors, seed, near, k, licences, sites, confirmed
+    loaded, references, unit_vectors, seed, near, k, licences, sites, confirmed, diagnoses
 ) -> None:
     images, vectors = loaded
     query = unit_vectors(1, seed=seed)[0] if near is None else vectors[near]
-    limits = ReferenceFilter(tuple(licences), tuple(sites), confirmed)
+    limits = ReferenceFilter(tuple(licences), tuple(sites), confirmed, tuple(diagnoses))
     found = await references.nearest(query, embedding_space="exact", k=k, reference_filter=limits)
     similar, benign, malignant, cosine = _expected(images, vectors, query, k, limits)
     places = {image.isic_id: place for place, image in enumerate(images)}
@@ -106,6 +108,18 @@ async def test_the_search_is_exact(
     if similar:
         share = np.mean([case.diagnosis in MALIGNANT for case in found.similar])
         assert found.malignant_share == pytest.approx(share)
+
+
+async def test_a_kind_that_the_diagnoses_leave_out_has_no_nearest(loaded, references) -> None:
+    _, vectors = loaded
+    for kinds, other in ((MALIGNANT, "nearest_benign"), (set(TRAINED) - MALIGNANT, "nearest_malignant")):
+        limits = ReferenceFilter(diagnoses=tuple(kinds))
+        found = await references.nearest(vectors[7], embedding_space="exact", k=10, reference_filter=limits)
+        assert len(found.similar) == 10
+        assert {case.diagnosis for case in found.similar} <= set(kinds)
+        assert found.malignant_share == (1 if kinds is MALIGNANT else 0)
+        assert getattr(found, other) is None
+        assert {found.nearest_benign, found.nearest_malignant} == {None, found.similar[0]}
 
 
 async def test_equals_come_in_the_order_of_their_ids(loaded, references) -> None:
@@ -174,6 +188,11 @@ async def test_loading_again_updates_and_reaches_other_spaces(
     old = await references.nearest(vectors[0], embedding_space="old", k=1)
     assert new.similar[0].isic_id == old.similar[0].isic_id == "TWO_0"
     assert old.nearest_malignant == old.similar[0]
+    for diagnosis, name in ((Diagnosis.MEL, "TWO_0"), (Diagnosis.NV, "TWO_1")):
+        only = ReferenceFilter(diagnoses=(diagnosis,))
+        for space in ("old", "new"):
+            found = await references.nearest(vectors[0], embedding_space=space, k=2, reference_filter=only)
+            assert [case.isic_id for case in found.similar] == [name]
     for space in ("old", "new"):
         found = await references.nearest(
             vectors[0], embedding_space=space, k=2, reference_filter=ReferenceFilter(confirmed_only=True)

@@ -233,6 +233,15 @@ SELECT patient_id, content_type, sealed
 FROM lesion_images
 WHERE lesion_id = $1 AND image_id = $2;
 
+-- name: image_embedding
+-- Fetch how far an image of a lesion got, and its embedding in the space that it was assessed in.
+SELECT a.outcome, i.erased_at IS NOT NULL AS erased, e.embedding_space, e.embedding
+FROM lesion_images AS i
+INNER JOIN assessments AS a USING (image_id)
+LEFT JOIN lesion_embeddings AS e
+    ON e.image_id = i.image_id AND e.embedding_space = a.answer #>> '{provenance,embedding_space}'
+WHERE i.lesion_id = $1 AND i.image_id = $2;
+
 -- name: record_event
 -- Add an audit event on its own.
 INSERT INTO audit_events

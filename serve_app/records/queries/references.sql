@@ -1,19 +1,22 @@
 -- name: count_kinds
--- Count the references of space $1, malignant and not, and those that licences $2, sites $3 (empty: any) and
--- $4 (only confirmed ones) let pass.
+-- Count the references of space $1, malignant and not; those that licences $2, sites $3 (empty: any) and $4 (only
+-- confirmed ones) let pass, whatever their diagnosis; and those of them that diagnoses $5 (empty: any) let pass, too.
 SELECT
     malignant,
     sum(images) AS images,
-    coalesce(
-        sum(images) FILTER (
-            WHERE (cardinality($2::text[]) = 0 OR copyright_license = ANY($2))
-                AND (cardinality($3::text[]) = 0 OR anatom_site_general = ANY($3))
-                AND (NOT $4::boolean OR confirmed)
-        ),
-        0
-    ) AS passing
-FROM reference_counts
-WHERE embedding_space = $1
+    coalesce(sum(images) FILTER (WHERE alike), 0) AS alike,
+    coalesce(sum(images) FILTER (WHERE alike AND (cardinality($5::text[]) = 0 OR diagnosis = ANY($5))), 0) AS passing
+FROM (
+    SELECT
+        malignant,
+        diagnosis,
+        images,
+        (cardinality($2::text[]) = 0 OR copyright_license = ANY($2))
+        AND (cardinality($3::text[]) = 0 OR coalesce(anatom_site_general = ANY($3), false))
+        AND (NOT $4::boolean OR confirmed) AS alike
+    FROM reference_counts
+    WHERE embedding_space = $1
+) AS counted
 GROUP BY malignant;
 
 -- name: plan_for_parameters
@@ -30,18 +33,19 @@ SELECT
 
 -- name: nearest
 -- Find the K nearest references, one image a lesion, and the nearest benign and malignant of all.
--- $1 embedding, $2 space, $3 K, $4 licences, $5 sites (empty: any), $6 only confirmed ones, $7 how many images
--- to look at first, $8 the kinds (malignant: true or false) to look through one by one; the others are found by
--- their index. K lesions nearly always show among the first $7 images; when many images of one lesion crowd them out,
--- `thorough` looks at all that were looked through.
+-- $1 embedding, $2 space, $3 K, $4 licences, $5 sites (empty: any), $6 only confirmed ones, $7 diagnoses (empty: any),
+-- $8 how many images to look at first, $9 the kinds (malignant: true or false) to look through one by one; the others
+-- are found by their index. K lesions nearly always show among the first $8 images; when many images of one lesion
+-- crowd them out, `thorough` looks at all that were looked through.
 WITH looked_through AS MATERIALIZED (
     SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
     FROM reference_embeddings
     WHERE embedding_space = $2
-        AND malignant = ANY($8::boolean[])
+        AND malignant = ANY($9::boolean[])
         AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
         AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
         AND (NOT $6::boolean OR confirmed)
+        AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
 ),
 near AS MATERIALIZED (
     (
@@ -49,7 +53,7 @@ near AS MATERIALIZED (
         FROM looked_through
         WHERE malignant
         ORDER BY distance, isic_id
-        LIMIT $7
+        LIMIT $8
     )
     UNION ALL
     (
@@ -57,7 +61,7 @@ near AS MATERIALIZED (
         FROM looked_through
         WHERE NOT malignant
         ORDER BY distance, isic_id
-        LIMIT $7
+        LIMIT $8
     )
     UNION ALL
     (
@@ -65,12 +69,13 @@ near AS MATERIALIZED (
         FROM reference_embeddings
         WHERE embedding_space = $2
             AND malignant
-            AND true <> ALL($8)
+            AND true <> ALL($9)
             AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
             AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
             AND (NOT $6::boolean OR confirmed)
+            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
         ORDER BY embedding <=> $1
-        LIMIT $7
+        LIMIT $8
     )
     UNION ALL
     (
@@ -78,19 +83,20 @@ near AS MATERIALIZED (
         FROM reference_embeddings
         WHERE embedding_space = $2
             AND NOT malignant
-            AND false <> ALL($8)
+            AND false <> ALL($9)
             AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
             AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
             AND (NOT $6::boolean OR confirmed)
+            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
         ORDER BY embedding <=> $1
-        LIMIT $7
+        LIMIT $8
     )
 ),
--- The nearest $7 of each kind hold the nearest $7 of all; further ones might hide a nearer image of their lesion.
+-- The nearest $8 of each kind hold the nearest $8 of all; further ones might hide a nearer image of their lesion.
 nearest_images AS MATERIALIZED (
     SELECT * FROM near
     ORDER BY distance, isic_id
-    LIMIT $7
+    LIMIT $8
 ),
 quick AS MATERIALIZED (
     SELECT DISTINCT ON (lesion_key) isic_id, distance
@@ -101,7 +107,7 @@ thorough AS (
     SELECT DISTINCT ON (lesion_key) isic_id, distance
     FROM looked_through
     WHERE (SELECT count(*) FROM quick) < $3
-        AND (SELECT count(*) FROM nearest_images) = $7
+        AND (SELECT count(*) FROM nearest_images) = $8
     ORDER BY lesion_key, distance, isic_id
 ),
 found AS (
@@ -195,27 +201,32 @@ UPDATE reference_embeddings AS e
 SET
     lesion_key = coalesce(a.lesion_id, a.isic_id),
     malignant = a.malignant,
+    diagnosis = a.diagnosis,
     copyright_license = a.copyright_license,
     anatom_site_general = a.anatom_site_general,
     confirmed = a.confirmed
 FROM arrivals AS a
 WHERE e.isic_id = a.isic_id
-    AND (e.lesion_key, e.malignant, e.copyright_license, e.anatom_site_general, e.confirmed)
+    AND (e.lesion_key, e.malignant, e.diagnosis, e.copyright_license, e.anatom_site_general, e.confirmed)
     IS DISTINCT FROM
-    (coalesce(a.lesion_id, a.isic_id), a.malignant, a.copyright_license, a.anatom_site_general, a.confirmed);
+    (coalesce(a.lesion_id, a.isic_id), a.malignant, a.diagnosis, a.copyright_license, a.anatom_site_general,
+     a.confirmed);
 
 -- name: take_in_embeddings
 -- Add the arrived embeddings to the space, or replace them; images that pass one filter lie side by side.
 INSERT INTO reference_embeddings
-    (embedding_space, isic_id, lesion_key, malignant, copyright_license, anatom_site_general, confirmed, embedding)
+    (embedding_space, isic_id, lesion_key, malignant, diagnosis, copyright_license, anatom_site_general, confirmed,
+     embedding)
 SELECT
-    $1, isic_id, coalesce(lesion_id, isic_id), malignant, copyright_license, anatom_site_general, confirmed, embedding
+    $1, isic_id, coalesce(lesion_id, isic_id), malignant, diagnosis, copyright_license, anatom_site_general, confirmed,
+    embedding
 FROM arrivals
-ORDER BY malignant, copyright_license, anatom_site_general, confirmed, isic_id
+ORDER BY malignant, copyright_license, anatom_site_general, confirmed, diagnosis, isic_id
 ON CONFLICT (embedding_space, isic_id) DO UPDATE
 SET
     lesion_key = excluded.lesion_key,
     malignant = excluded.malignant,
+    diagnosis = excluded.diagnosis,
     copyright_license = excluded.copyright_license,
     anatom_site_general = excluded.anatom_site_general,
     confirmed = excluded.confirmed,
@@ -227,10 +238,11 @@ DELETE FROM reference_counts;
 
 -- name: recount
 -- Count the sorts of reference anew, in every space: loading changes the copies of others too.
-INSERT INTO reference_counts (embedding_space, malignant, copyright_license, anatom_site_general, confirmed, images)
-SELECT embedding_space, malignant, copyright_license, anatom_site_general, confirmed, count(*)
+INSERT INTO reference_counts
+    (embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed, images)
+SELECT embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed, count(*)
 FROM reference_embeddings
-GROUP BY embedding_space, malignant, copyright_license, anatom_site_general, confirmed;
+GROUP BY embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed;
 
 -- name: room_for_indexes
 -- Let this transaction build its indexes in memory: a limit, of which a graph takes what it needs.
