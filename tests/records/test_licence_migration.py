@@ -32,7 +32,18 @@ async def test_what_is_there_is_named_and_nothing_more_comes_in(
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
     try:
         store = ReferenceStore(pool)
-        await store.load([reference(1, "all rights reserved")], unit_vectors(1), embedding_space="s")
+        # In SQL: the store writes what the latest schema has.
+        await pool.execute("INSERT INTO embedding_spaces (embedding_space) VALUES ('s')")
+        await pool.execute(
+            "INSERT INTO reference_images (isic_id, diagnosis, diagnosis_confirm_type, copyright_license,"
+            " attribution) VALUES ('ISIC_0000001', 'NV', 'histo', 'all rights reserved', 'Anonymous')"
+        )
+        await pool.execute(
+            "INSERT INTO reference_embeddings (embedding_space, isic_id, lesion_key, malignant,"
+            " copyright_license, confirmed, embedding)"
+            " VALUES ('s', 'ISIC_0000001', 'ISIC_0000001', false, 'all rights reserved', true, $1)",
+            unit_vectors(1)[0],
+        )
         await migrate(urls.owner, application_role="derm_app")
         (found,) = await find_violations(pool)
         assert (found.name, found.count) == ("references_licensed", 1)
