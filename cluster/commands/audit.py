@@ -6,7 +6,6 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-import getpass
 import json
 import os
 from pathlib import Path
@@ -22,6 +21,7 @@ from serve_app.records.audit_chain import AuditChain, Seal
 from serve_app.records.audit_events import events_between
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 from serve_app.security.audit import AuditEvent
 from serve_app.security.checkpoints import Checkpoint, CheckpointLog
 from serve_app.settings import NodeFiles
@@ -88,7 +88,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise Conflict("--from must be before --to.")
     detail = {"from": arguments.start.isoformat(), "to": arguments.end.isoformat()}
     event = AuditEvent(
-        action="export", actor=getpass.getuser(), outcome="success", request_id=str(new_id()), detail=detail
+        action="export", actor=os_account(), outcome="success", request_id=str(new_id()), detail=detail
     )
 
     async def write(dsn: str) -> int:

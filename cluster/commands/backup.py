@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from datetime import timedelta
-import getpass
 from importlib.metadata import version
 from pathlib import Path
 import sys
@@ -20,6 +19,7 @@ from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 from serve_app.security.audit import AuditEvent
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
@@ -113,7 +113,7 @@ def _embedded(home: Path) -> EmbeddedPostgres:
 def _record(home: Path, action: str, **detail: object) -> None:
     """Have it in the audit log: a backup before it is made, a restore in what was restored."""
     event = AuditEvent(
-        action=action, actor=getpass.getuser(), outcome="success", request_id=str(uuid4()), detail=detail
+        action=action, actor=os_account(), outcome="success", request_id=str(uuid4()), detail=detail
     )
 
     async def write(dsn: str) -> None:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-import getpass
 import sys
 from uuid import uuid4
 
@@ -14,6 +13,7 @@ from cluster.database import database
 from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 from serve_app.security.audit import AuditEvent, AuditOutcome
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider
@@ -120,7 +120,7 @@ def _record(
     arguments: argparse.Namespace, action: str, outcome: AuditOutcome, detail: dict[str, object]
 ) -> None:
     event = AuditEvent(
-        action=action, actor=getpass.getuser(), outcome=outcome, request_id=str(uuid4()), detail=detail
+        action=action, actor=os_account(), outcome=outcome, request_id=str(uuid4()), detail=detail
     )
 
     async def write(dsn: str) -> None:
