@@ -9,13 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 import sys
 from typing import TypeVar
-from uuid import uuid4
 
 from cluster.database import database
 from serve_app.domain.errors import NotFound
 from serve_app.records.access import AccessStore, RevocationKind
 from serve_app.records.pool import open_pool
-from serve_app.security.account import os_account
+from serve_app.security.account import account_event, os_account
 from serve_app.security.audit import AuditEvent
 
 _Result = TypeVar("_Result")
@@ -133,14 +132,7 @@ def _whom(arguments: argparse.Namespace) -> tuple[RevocationKind, str]:
 
 
 def _event(action: str, *, patient_id: str | None = None, **detail: str) -> AuditEvent:
-    return AuditEvent(
-        action=action,
-        actor=os_account(),
-        outcome="success",
-        patient_id=patient_id,
-        request_id=str(uuid4()),
-        detail=detail,
-    )
+    return account_event(action, detail, patient_id=patient_id)
 
 
 def _ask(home: Path, ask: Callable[[AccessStore], Awaitable[_Result]]) -> _Result:

@@ -15,14 +15,12 @@ from typing import TextIO, TypeVar
 
 from cluster.database import database
 from serve_app.domain.errors import Conflict, IntegrityError
-from serve_app.domain.identifiers import new_id
 from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_chain import AuditChain, Seal
 from serve_app.records.audit_events import events_between
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.account import os_account
-from serve_app.security.audit import AuditEvent
+from serve_app.security.account import account_event
 from serve_app.security.checkpoints import Checkpoint, CheckpointLog
 from serve_app.settings import NodeFiles
 
@@ -87,9 +85,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.start >= arguments.end:
         raise Conflict("--from must be before --to.")
     detail = {"from": arguments.start.isoformat(), "to": arguments.end.isoformat()}
-    event = AuditEvent(
-        action="export", actor=os_account(), outcome="success", request_id=str(new_id()), detail=detail
-    )
+    event = account_event("export", detail)
 
     async def write(dsn: str) -> int:
         pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)

@@ -8,7 +8,6 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 import sys
-from uuid import uuid4
 
 from cluster.backup import back_up
 from cluster.backup_folder import BackupFailed
@@ -19,8 +18,7 @@ from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.account import os_account
-from serve_app.security.audit import AuditEvent
+from serve_app.security.account import account_event
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
 
@@ -54,6 +52,7 @@ def _back_up(arguments: argparse.Namespace) -> int:
     files = NodeFiles(arguments.home)
     service_version = version("pms-derm-cds")
     if arguments.prune:
+        _record(arguments.home, "backup_prune", kind="keys")
         gone = prune(arguments.prune)
         sys.stdout.write(
             "".join(f"{folder} had expired and is deleted\n" for folder in gone) or "nothing has expired\n"
@@ -111,10 +110,8 @@ def _embedded(home: Path) -> EmbeddedPostgres:
 
 
 def _record(home: Path, action: str, **detail: object) -> None:
-    """Have it in the audit log: a backup before it is made, a restore in what was restored."""
-    event = AuditEvent(
-        action=action, actor=os_account(), outcome="success", request_id=str(uuid4()), detail=detail
-    )
+    """Have it in the audit log: a backup before it is made, a pruning before anything is deleted, a restore in what was restored."""
+    event = account_event(action, detail)
 
     async def write(dsn: str) -> None:
         pool = await open_pool(dsn, minimum=0, maximum=1)

@@ -7,14 +7,13 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 import sys
-from uuid import uuid4
 
 from cluster.database import database
 from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.account import os_account
-from serve_app.security.audit import AuditEvent, AuditOutcome
+from serve_app.security.account import account_event
+from serve_app.security.audit import AuditOutcome
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
@@ -119,9 +118,7 @@ def _recorded(arguments: argparse.Namespace, action: str, **detail: object) -> I
 def _record(
     arguments: argparse.Namespace, action: str, outcome: AuditOutcome, detail: dict[str, object]
 ) -> None:
-    event = AuditEvent(
-        action=action, actor=os_account(), outcome=outcome, request_id=str(uuid4()), detail=detail
-    )
+    event = account_event(action, detail, outcome=outcome)
 
     async def write(dsn: str) -> None:
         pool = await open_pool(dsn, minimum=0, maximum=1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import os
 import pwd
+from uuid import uuid4
+
+from serve_app.security.audit import AuditEvent, AuditOutcome
 
 
 def os_account() -> str:
@@ -17,3 +21,21 @@ def os_account() -> str:
         return f"os:{pwd.getpwuid(uid).pw_name}"
     except KeyError:
         return f"os:{uid}"
+
+
+def account_event(
+    action: str,
+    detail: Mapping[str, object] | None = None,
+    *,
+    outcome: AuditOutcome = "success",
+    patient_id: str | None = None,
+) -> AuditEvent:
+    """Say that this account did something; `detail` as in AuditEvent."""
+    return AuditEvent(
+        action=action,
+        actor=os_account(),
+        outcome=outcome,
+        patient_id=patient_id,
+        request_id=str(uuid4()),
+        detail=detail or {},
+    )

@@ -11,6 +11,7 @@ import pytest
 
 from serve_app.records.health import INVARIANTS
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 
 
 async def _fetch(query: str) -> list[Any]:
@@ -69,6 +70,10 @@ def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_c
     unknown = derm_cds("references", "drop", "no.space", home=home)
     assert unknown.code == 1
     assert "nothing in a space named" in unknown.err
+    events = asyncio.run(_fetch("SELECT action, actor, detail FROM audit_events ORDER BY event_id"))
+    assert [row["action"] for row in events] == ["references_load", "model_publish"]
+    assert {row["actor"] for row in events} == {os_account()}
+    assert events[0]["detail"]["embedding_space"] == space
 
 
 def test_status_says_that_the_invariants_hold(derm_cds, home, model_id) -> None:
