@@ -157,7 +157,7 @@ def _sign_last(home: Path, postgres: EmbeddedPostgres | None) -> None:
     """
     if postgres is not None and not postgres.is_running():
         return
-    command = [sys.executable, "-m", "cluster.cli", "audit", "checkpoint", "--home", str(home)]
+    command = [sys.executable, "-m", "cluster.cli", "audit", "--home", str(home), "checkpoint"]
     try:
         child = subprocess.run(
             command, capture_output=True, text=True, timeout=_SIGN_WITHIN_S, process_group=0, check=False
