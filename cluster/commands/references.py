@@ -53,7 +53,9 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
         made.add_argument("--space", help="default: the model's first")
         made.add_argument("--folder", type=Path, help="the images, for canaries")
         if name == "publish":
-            made.add_argument("--reason", default="a new reference space", help="for the history")
+            made.add_argument(
+                "--reason", default="a new reference space", help="for the history and the audit log"
+            )
     drop = action("drop", _drop, "delete a space that is not live")
     drop.add_argument("space")
 
