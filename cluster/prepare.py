@@ -24,11 +24,13 @@ from cluster.sample_lesion import write_sample
 from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, ModelContractError
+from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.serving import live_model
+from serve_app.security.account import account_event
 from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings, load_settings
 
@@ -90,9 +92,11 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
 
 
 async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
-    lesions = LesionStore(pool)
-    if not (await lesions.access(CLINICIAN, PATIENT)).assigned:
-        await lesions.assign(PATIENT, CLINICIAN, starts_at=_ASSIGNED_FROM)
+    if not (await LesionStore(pool).access(CLINICIAN, PATIENT)).assigned:
+        event = account_event("assign", {"subject": CLINICIAN}, patient_id=PATIENT)
+        await AccessStore(pool).assign(
+            PATIENT, CLINICIAN, starts_at=_ASSIGNED_FROM, ends_at=None, event=event
+        )
     image = settings.home / "sample-lesion.jpg"
     if not image.exists():
         write_sample(image)

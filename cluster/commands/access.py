@@ -6,16 +6,15 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-import getpass
 from pathlib import Path
 import sys
 from typing import TypeVar
-from uuid import uuid4
 
 from cluster.database import database
 from serve_app.domain.errors import NotFound
 from serve_app.records.access import AccessStore, RevocationKind
 from serve_app.records.pool import open_pool
+from serve_app.security.account import account_event, os_account
 from serve_app.security.audit import AuditEvent
 
 _Result = TypeVar("_Result")
@@ -114,7 +113,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _revoke(arguments: argparse.Namespace) -> int:
     kind, value = _whom(arguments)
     event = _event("revoke", **{kind: value})
-    done = _ask(arguments.home, lambda store: store.revoke(kind, value, by=getpass.getuser(), event=event))
+    done = _ask(arguments.home, lambda store: store.revoke(kind, value, by=os_account(), event=event))
     sys.stdout.write(f"{kind} {value} is refused{' from now on' if done else ' already'}\n")
     return 0
 
@@ -133,14 +132,7 @@ def _whom(arguments: argparse.Namespace) -> tuple[RevocationKind, str]:
 
 
 def _event(action: str, *, patient_id: str | None = None, **detail: str) -> AuditEvent:
-    return AuditEvent(
-        action=action,
-        actor=getpass.getuser(),
-        outcome="success",
-        patient_id=patient_id,
-        request_id=str(uuid4()),
-        detail=detail,
-    )
+    return account_event(action, detail, patient_id=patient_id)
 
 
 def _ask(home: Path, ask: Callable[[AccessStore], Awaitable[_Result]]) -> _Result:

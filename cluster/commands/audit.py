@@ -6,7 +6,6 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-import getpass
 import json
 import os
 from pathlib import Path
@@ -16,14 +15,20 @@ from typing import TextIO, TypeVar
 
 from cluster.database import database
 from serve_app.domain.errors import Conflict, IntegrityError
-from serve_app.domain.identifiers import new_id
 from serve_app.fhir.audit_event import audit_event_resource
-from serve_app.records.audit_chain import AuditChain, Seal
+from serve_app.records.audit_chain import AuditChain
 from serve_app.records.audit_events import events_between
+from serve_app.records.audit_witness import accept_restore, describe, examine, sign_head
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
-from serve_app.security.audit import AuditEvent
-from serve_app.security.checkpoints import Checkpoint, CheckpointLog
+from serve_app.records.pool import Pool, open_pool
+from serve_app.security.account import account_event
+from serve_app.security.checkpoints import (
+    Checkpoint,
+    CheckpointLog,
+    read_copy,
+    read_public_key,
+    write_public_key,
+)
 from serve_app.settings import NodeFiles
 
 _Result = TypeVar("_Result")
@@ -32,17 +37,36 @@ _Result = TypeVar("_Result")
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `audit`."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for name, run, purpose in (
-        ("verify", _verify, "recompute the chain, and hold it against the signed checkpoints"),
-        ("checkpoint", _checkpoint, "seal what is new, and sign the chain's state"),
-    ):
-        action = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        action.set_defaults(run=run)
-    export = actions.add_parser("export", help="write events as FHIR AuditEvent, a JSON object a line")
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    verify = action("verify", _verify, "recompute the chain, and hold it against the signed checkpoints")
+    verify.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FILE",
+        help="a copy of checkpoints that was kept elsewhere, as well",
+    )
+    verify.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="what checks them (PEM), instead of this node's own key",
+    )
+    sign = action("checkpoint", _checkpoint, "seal what is new, and sign the chain's state")
+    sign.add_argument(
+        "--restored",
+        action="store_true",
+        help="the database was restored by other means than `restore`: what it holds now goes on from here",
+    )
+    action("public-key", _public_key, "print the key that checks the checkpoints, to be kept elsewhere")
+    export = action("export", _export, "write events as FHIR AuditEvent, a JSON object a line")
     export.add_argument("--from", dest="start", type=_instant, required=True, help="RFC 3339, inclusive")
     export.add_argument("--to", dest="end", type=_instant, required=True, help="RFC 3339, exclusive")
     export.add_argument("--out", type=Path, required=True, help="the file to make; it must not exist")
-    export.set_defaults(run=_export)
 
 
 def checkpoint_log(home: Path) -> CheckpointLog:
@@ -52,13 +76,24 @@ def checkpoint_log(home: Path) -> CheckpointLog:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    known = checkpoint_log(arguments.home).read()
-    seals = [Seal(checkpoint.position, checkpoint.hash) for checkpoint in known]
-    found = _ask(arguments.home, lambda chain: chain.verify(seals))
+    log = checkpoint_log(arguments.home)
+    public = read_public_key(arguments.public_key) if arguments.public_key else log.public_key()
+    here = log.read(public)
+    known = here
+    if arguments.checkpoints:
+        both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
+        known = sorted(both, key=lambda checkpoint: checkpoint.at)
+    found = _ask(
+        arguments.home, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
+    )
+    for checkpoint in known:
+        if checkpoint.restored_after is not None:
+            sys.stdout.write(
+                f"restored, {checkpoint.at.isoformat(timespec='seconds')}: what was signed before holds up to "
+                f"seal {checkpoint.restored_after}\n"
+            )
     for finding in found.findings[:20]:
-        at = f"seal {finding.position}" if finding.position else "no seal"
-        event = f", event {finding.event_id}" if finding.event_id is not None else ""
-        sys.stderr.write(f"{finding.kind}: {at}{event}\n")
+        sys.stderr.write(f"{describe(finding)}\n")
     sys.stdout.write(
         f"{found.events} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found\n"
@@ -71,14 +106,32 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
-    async def seal(chain: AuditChain) -> Seal:
+    log = checkpoint_log(arguments.home)
+
+    async def sign(pool: Pool) -> Checkpoint | None:
+        if arguments.restored:
+            await LesionStore(pool).record_event(account_event("restore", {"kind": "by other means"}))
+            return await sign_restored(pool, log)
+        chain = AuditChain(pool)
         while await chain.seal(wait=True):
             pass
-        return await chain.head()
+        return await sign_head(chain, log)
 
-    head = _ask(arguments.home, seal)
-    kept: Checkpoint = checkpoint_log(arguments.home).add(head.position, head.hash)
-    sys.stdout.write(f"{kept.at.isoformat()} {kept.position} {kept.hash.hex()}\n")
+    kept = _ask(arguments.home, sign)
+    sys.stdout.write(f"{log.line(kept)}\n" if kept else "nothing is sealed yet\n")
+    return 0
+
+
+async def sign_restored(pool: Pool, log: CheckpointLog) -> Checkpoint:
+    """Seal what is new, and sign that the log goes on from where the restored database ends."""
+    chain = AuditChain(pool)
+    while await chain.seal(wait=True):
+        pass
+    return await accept_restore(chain, log)
+
+
+def _public_key(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(write_public_key(checkpoint_log(arguments.home).public_key()))
     return 0
 
 
@@ -87,31 +140,24 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.start >= arguments.end:
         raise Conflict("--from must be before --to.")
     detail = {"from": arguments.start.isoformat(), "to": arguments.end.isoformat()}
-    event = AuditEvent(
-        action="export", actor=getpass.getuser(), outcome="success", request_id=str(new_id()), detail=detail
-    )
+    event = account_event("export", detail)
 
-    async def write(dsn: str) -> int:
-        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-        try:
-            await LesionStore(pool).record_event(event)
-            count = 0
-            with _new_file(arguments.out) as file:
-                async for found in events_between(pool, arguments.start, arguments.end):
-                    resource = audit_event_resource(
-                        found.event,
-                        event_id=found.event_id,
-                        recorded_at=found.recorded_at,
-                        server=socket.gethostname(),
-                    )
-                    file.write(json.dumps(resource, separators=(",", ":")) + "\n")
-                    count += 1
-            return count
-        finally:
-            await pool.close()
+    async def write(pool: Pool) -> int:
+        await LesionStore(pool).record_event(event)
+        count = 0
+        with _new_file(arguments.out) as file:
+            async for found in events_between(pool, arguments.start, arguments.end):
+                resource = audit_event_resource(
+                    found.event,
+                    event_id=found.event_id,
+                    recorded_at=found.recorded_at,
+                    server=socket.gethostname(),
+                )
+                file.write(json.dumps(resource, separators=(",", ":")) + "\n")
+                count += 1
+        return count
 
-    with database(arguments.home) as urls:
-        count = asyncio.run(write(urls.app))
+    count = _ask(arguments.home, write)
     sys.stdout.write(f"{count} events in {arguments.out}: it names patients, keep it as you keep them\n")
     return 0
 
@@ -125,11 +171,11 @@ def _instant(text: str) -> datetime:
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
-def _ask(home: Path, ask: Callable[[AuditChain], Awaitable[_Result]]) -> _Result:
+def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
     async def run(dsn: str) -> _Result:
         pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
         try:
-            return await ask(AuditChain(pool))
+            return await ask(pool)
         finally:
             await pool.close()
 

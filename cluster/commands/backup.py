@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-import getpass
 from importlib.metadata import version
 from pathlib import Path
 import sys
-from uuid import uuid4
+from typing import TypeVar
 
 from cluster.backup import back_up
 from cluster.backup_folder import BackupFailed
+from cluster.commands.audit import checkpoint_log, sign_restored
 from cluster.database import database, own_database
 from cluster.erased_keys import read_erased
 from cluster.kept_copies import LIFETIME, prune_kept_copies
@@ -20,10 +21,12 @@ from cluster.key_backup import back_up_keyring, back_up_keys, prune, restore_key
 from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
-from serve_app.security.audit import AuditEvent
+from serve_app.records.pool import Pool, open_pool
+from serve_app.security.account import account_event
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
+
+_Result = TypeVar("_Result")
 
 
 def define(name: str, parser: argparse.ArgumentParser) -> None:
@@ -58,6 +61,7 @@ def _back_up(arguments: argparse.Namespace) -> int:
     service_version = version("pms-derm-cds")
     if arguments.prune:
         lifetime = timedelta(days=arguments.days)
+        _record(arguments.home, "backup_prune", kind="keys")
         gone = [*prune(arguments.prune), *prune_kept_copies(arguments.home, lifetime=lifetime)]
         sys.stdout.write(
             "".join(f"{folder} had expired and is deleted\n" for folder in gone) or "nothing has expired\n"
@@ -91,6 +95,8 @@ def _restore(arguments: argparse.Namespace) -> int:
     server = _embedded(arguments.home)
     done = restore(server, arguments.folder)
     _record(arguments.home, "restore", kind="database", made_at=done.manifest["made_at"])
+    # Or the log would seem to have been cut short: what was signed after the backup is not in it.
+    _ask(arguments.home, lambda pool: sign_restored(pool, checkpoint_log(arguments.home)))
     kept = f"; what was there is in {done.kept}: delete it when all is well" if done.kept else ""
     sys.stdout.write(f"the database is as it was at {done.manifest['made_at']}{kept}\n")
     return 0
@@ -115,20 +121,21 @@ def _embedded(home: Path) -> EmbeddedPostgres:
 
 
 def _record(home: Path, action: str, **detail: object) -> None:
-    """Have it in the audit log: a backup before it is made, a restore in what was restored."""
-    event = AuditEvent(
-        action=action, actor=getpass.getuser(), outcome="success", request_id=str(uuid4()), detail=detail
-    )
+    """Have it in the audit log: a backup before it is made, a pruning before anything is deleted, a restore in what was restored."""
+    event = account_event(action, detail)
+    _ask(home, lambda pool: LesionStore(pool).record_event(event))
 
-    async def write(dsn: str) -> None:
-        pool = await open_pool(dsn, minimum=0, maximum=1)
+
+def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
+    async def run(dsn: str) -> _Result:
+        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
         try:
-            await LesionStore(pool).record_event(event)
+            return await ask(pool)
         finally:
             await pool.close()
 
     with database(home) as urls:
-        asyncio.run(write(urls.app))
+        return asyncio.run(run(urls.app))
 
 
 def _folder(text: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
-import getpass
 from pathlib import Path
 import sys
 from typing import TypeVar
@@ -14,6 +13,7 @@ from uuid import UUID
 from cluster.database import database
 from serve_app.records.holds import Held, HoldStore
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 
 _Result = TypeVar("_Result")
 
@@ -38,15 +38,13 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 def _set(arguments: argparse.Namespace) -> int:
     held = Held(patient_id=arguments.patient, lesion_id=arguments.lesion, image_id=arguments.image)
-    hold_id = _ask(
-        arguments.home, lambda holds: holds.set(held, reason=arguments.reason, actor=getpass.getuser())
-    )
+    hold_id = _ask(arguments.home, lambda holds: holds.set(held, reason=arguments.reason, actor=os_account()))
     sys.stdout.write(f"{hold_id} is in force\n")
     return 0
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    _ask(arguments.home, lambda holds: holds.release(arguments.hold, actor=getpass.getuser()))
+    _ask(arguments.home, lambda holds: holds.release(arguments.hold, actor=os_account()))
     sys.stdout.write(f"{arguments.hold} is released\n")
     return 0
 

@@ -6,11 +6,9 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-import getpass
 from pathlib import Path
 import sys
 from typing import TypeVar
-from uuid import uuid4
 
 from cluster.database import database
 from cluster.key_backup import existing_keystore
@@ -24,7 +22,8 @@ from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.audit import AuditEvent, AuditOutcome
+from serve_app.security.account import account_event
+from serve_app.security.audit import AuditOutcome
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
@@ -168,9 +167,7 @@ def _recorded(arguments: argparse.Namespace, action: str, **detail: object) -> I
 def _record(
     arguments: argparse.Namespace, action: str, outcome: AuditOutcome, detail: dict[str, object]
 ) -> None:
-    event = AuditEvent(
-        action=action, actor=getpass.getuser(), outcome=outcome, request_id=str(uuid4()), detail=detail
-    )
+    event = account_event(action, detail, outcome=outcome)
 
     _ask(arguments.home, lambda pool: LesionStore(pool).record_event(event))
 

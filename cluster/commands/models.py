@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-import getpass
 import json
 import os
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_jobs.promotion.evaluation import evaluate_model
 from data_jobs.promotion.import_model import ImportRequest, headline, import_model
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import DermError, ModelContractError
+from serve_app.security.account import os_account
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -106,9 +106,7 @@ def _import(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
     )
     model = import_model(model_folder(), request, say)
-    say(
-        f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {getpass.getuser()}"
-    )
+    say(f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {os_account()}")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
-import getpass
 from pathlib import Path
 import sys
 from typing import TypeVar
@@ -15,6 +14,7 @@ from cluster.database import database
 from serve_app.domain.errors import NotFound
 from serve_app.records.outbox import Outbox, UndeliveredMessage
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 
 _Result = TypeVar("_Result")
 
@@ -60,7 +60,7 @@ def _line(message: UndeliveredMessage) -> str:
 
 
 def _retry(arguments: argparse.Namespace) -> int:
-    actor, request_id = f"operator:{getpass.getuser()}", str(uuid4())
+    actor, request_id = os_account(), str(uuid4())
     revived = _ask(
         arguments.home, lambda outbox: outbox.retry(arguments.message, actor=actor, request_id=request_id)
     )

@@ -71,8 +71,6 @@ def _entry(value: dict[str, object]) -> PatientEntry:
 async def _write(dsn: str, entries: list[PatientEntry]) -> None:
     pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=30)
     try:
-        table = PatientTable(pool)
-        for entry in entries:
-            await table.put(entry)
+        await PatientTable(pool).load(entries)
     finally:
         await pool.close()

@@ -50,7 +50,12 @@ def _add_approval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--approved-by", required=True, type=_said, help="who answers for it; kept in the history"
     )
-    parser.add_argument("--reason", default="annual model update", type=_said, help="kept in the history")
+    parser.add_argument(
+        "--reason",
+        default="annual model update",
+        type=_said,
+        help="kept in the history and the audit log: names no patient",
+    )
 
 
 def _said(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
-import getpass
 from importlib.util import find_spec
 import os
 from pathlib import Path
@@ -24,6 +23,7 @@ from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
+from serve_app.security.account import os_account
 from serve_app.settings import REPOSITORY
 
 _Result = TypeVar("_Result")
@@ -53,7 +53,9 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
         made.add_argument("--space", help="default: the model's first")
         made.add_argument("--folder", type=Path, help="the images, for canaries")
         if name == "publish":
-            made.add_argument("--reason", default="a new reference space", help="for the history")
+            made.add_argument(
+                "--reason", default="a new reference space", help="for the history and the audit log"
+            )
     drop = action("drop", _drop, "delete a space that is not live")
     drop.add_argument("space")
 
@@ -132,7 +134,7 @@ def _publish(arguments: argparse.Namespace) -> int:
             arguments.model,
             embedding_space=arguments.space,
             folder=arguments.folder,
-            approval=Approval(approved_by=getpass.getuser(), reason=arguments.reason),
+            approval=Approval(approved_by=os_account(), reason=arguments.reason),
             say=lambda line: print(line, flush=True),
         ),
     )

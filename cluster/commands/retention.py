@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime
-import getpass
 from pathlib import Path
 import sys
 from typing import TypeVar
@@ -20,6 +19,7 @@ from serve_app.domain.errors import Conflict
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import RetentionStore
+from serve_app.security.account import os_account
 from serve_app.security.key_providers.choice import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import load_settings
@@ -49,9 +49,7 @@ def _close(arguments: argparse.Namespace) -> int:
     closed_at = arguments.at or datetime.now(UTC)
     _ask(
         arguments.home,
-        lambda pool: RetentionStore(pool).close(
-            arguments.patient, closed_at=closed_at, actor=getpass.getuser()
-        ),
+        lambda pool: RetentionStore(pool).close(arguments.patient, closed_at=closed_at, actor=os_account()),
     )
     sys.stdout.write(f"the record of {arguments.patient} is closed as of {closed_at.isoformat()}\n")
     return 0
@@ -60,7 +58,7 @@ def _close(arguments: argparse.Namespace) -> int:
 def _reopen(arguments: argparse.Namespace) -> int:
     _ask(
         arguments.home,
-        lambda pool: RetentionStore(pool).reopen(arguments.patient, actor=getpass.getuser()),
+        lambda pool: RetentionStore(pool).reopen(arguments.patient, actor=os_account()),
     )
     sys.stdout.write(f"the record of {arguments.patient} is open\n")
     return 0
@@ -84,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         async def erase(pool: Pool) -> int:
             eraser = Eraser(ErasureStore(pool), keys, tells_pms=settings.pms_deliver)
-            erased = await erase_expired(RetentionStore(pool), eraser, days=days, actor=getpass.getuser())
+            erased = await erase_expired(RetentionStore(pool), eraser, days=days, actor=os_account())
             await eraser.finish_accepted(older_than_s=0)
             return erased
 

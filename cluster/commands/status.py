@@ -15,21 +15,26 @@ import urllib.request
 import psutil
 from pydantic import ValidationError
 
+from cluster.commands.audit import checkpoint_log
 from cluster.database import own_database
 from cluster.node_files import explain
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
 from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
-from serve_app.domain.errors import DermError
+from serve_app.domain.errors import DermError, IntegrityError
+from serve_app.records.audit_chain import AuditChain
+from serve_app.records.audit_witness import describe, examine
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
-from serve_app.records.pool import open_pool
+from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
 from serve_app.settings import load_settings
 
 READY, TROUBLE, STOPPED, UNSAFE = 0, 1, 3, 4
+
+_UNSOUND = "not what was signed"
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -59,7 +64,7 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     status["database"], urls = ("DERM_DATABASE_URL", urls) if urls else _embedded(home)
     if urls is not None:
         try:
-            status |= asyncio.run(_records(urls))
+            status |= asyncio.run(_records(home, urls))
         except DermError as error:
             status["records"] = str(error)
     env, found = _safety(home, urls)
@@ -67,7 +72,7 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     if running is None:
         return status, STOPPED
     status["readyz"] = _readyz(running.url)
-    if status["readyz"] != "ready":
+    if status["readyz"] != "ready" or str(status.get("audit", "")).startswith(_UNSOUND):
         return status, TROUBLE
     return status, UNSAFE if any(prevents_ready(finding, env=env) for finding in found) else READY
 
@@ -118,7 +123,7 @@ def _embedded(home: Path) -> tuple[dict[str, Any] | str, DatabaseUrls | None]:
     return {"embedded PostgreSQL, pid": server.pid()}, server.ensure()
 
 
-async def _records(urls: DatabaseUrls) -> dict[str, Any]:
+async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
     missing = await pending(urls.owner)
     if missing:
         return {"schema": f"pending: {', '.join(missing)}"}
@@ -127,6 +132,7 @@ async def _records(urls: DatabaseUrls) -> dict[str, Any]:
         live = await live_model(pool)
         count = await ReferenceStore(pool).count(live.embedding_space) if live else 0
         violations = await find_violations(pool)
+        audit = await _audit(home, pool)
     finally:
         await pool.close()
     return {
@@ -135,7 +141,22 @@ async def _records(urls: DatabaseUrls) -> dict[str, Any]:
         "references": str(count),
         "invariants": "; ".join(f"violated: {v.invariant} ({v.count} rows)" for v in violations)
         or f"all {len(INVARIANTS)} hold",
+        "audit": audit,
     }
+
+
+async def _audit(home: Path, pool: Pool) -> str:
+    """Hold the audit log against its last checkpoint."""
+    try:
+        checkpoints = checkpoint_log(home).read()
+    except IntegrityError as error:
+        return f"{_UNSOUND}: {error}"
+    found = (await examine(AuditChain(pool), checkpoints, whole=False)).findings
+    if found:
+        return f"{_UNSOUND}: {describe(found[0])}; `derm-cds audit verify` says more"
+    if not checkpoints:
+        return "no checkpoint yet"
+    return f"as it was signed; last checkpoint {checkpoints[-1].at.isoformat(timespec='seconds')}"
 
 
 def _readyz(url: str) -> str:

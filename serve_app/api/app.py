@@ -24,7 +24,7 @@ from serve_app.api.problems import install_problem_handlers
 from serve_app.api.recovery import recover_forever
 from serve_app.api.replayer import Replayer
 from serve_app.api.request_id import RequestIdMiddleware
-from serve_app.api.sealing import seal_forever
+from serve_app.api.sealing import Sealer
 from serve_app.api.searcher import Searcher
 from serve_app.api.services import Services
 from serve_app.api.stages import Stages
@@ -71,6 +71,10 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         keys=keys,
         live=LiveModelWatch(pool, settings.models),
         invariants=InvariantWatch(pool),
+        sealer=Sealer(
+            AuditChain(pool),
+            CheckpointLog(settings.files.audit_checkpoints, settings.files.audit_signing_key),
+        ),
         triage=Triage(
             assessor=assessor,
             records=records,
@@ -121,13 +125,12 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = await open_services(settings, stages)
         app.state.services = services
-        checkpoints = CheckpointLog(settings.files.audit_checkpoints, settings.files.audit_signing_key)
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
             asyncio.create_task(services.invariants.check_forever()),
             asyncio.create_task(services.door.summarise_forever()),
             asyncio.create_task(_housekeeper(settings, services).keep_forever()),
-            asyncio.create_task(seal_forever(AuditChain(services.pool), checkpoints)),
+            asyncio.create_task(services.sealer.seal_forever()),
             *services.pms.start(),
         )
         try:

@@ -26,7 +26,8 @@ async def readyz(request: Request) -> JSONResponse:
     """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
-    (null otherwise), the invariants of what is stored, and how many messages to the PMS wait or are dead.
+    (null otherwise), the invariants of what is stored, whether the audit log is what was signed, and how many
+    messages to the PMS wait or are dead.
     """
     services: Services = request.app.state.services
     live = await services.live.refresh()
@@ -37,6 +38,7 @@ async def readyz(request: Request) -> JSONResponse:
             "embedding_space": live.embedding_space,
             "refused_model": services.live.refused,
             "invariants": services.invariants.describe(),
+            "audit": services.sealer.describe(),
             "outbox": await services.pms.describe(),
         }
     )

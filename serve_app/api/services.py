@@ -13,6 +13,7 @@ from serve_app.api.invariants import InvariantWatch
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.pms import PmsTies
 from serve_app.api.replayer import Replayer
+from serve_app.api.sealing import Sealer
 from serve_app.api.searcher import Searcher
 from serve_app.api.triage import Triage
 from serve_app.records.access import AccessStore
@@ -30,6 +31,7 @@ class Services:
     keys: KeyStore
     live: LiveModelWatch
     invariants: InvariantWatch
+    sealer: Sealer
     triage: Triage
     replayer: Replayer
     searcher: Searcher

@@ -1,6 +1,6 @@
 """Audit events as FHIR R4 AuditEvent, after IHE's Basic Audit Log Patterns (BALP 1.1.4).
 
-https://profiles.ihe.net/ITI/BALP: a success that is a RESTful create, read or query of a patient's data names
+https://profiles.ihe.net/ITI/BALP: a success that is a RESTful create, read, query or delete of a patient's data names
 its profile. BALP profiles successes only, so a denial or failure is a plain AuditEvent, as is what is no RESTful
 operation (keys, models, exports). The client's network address is not in our log: HAProxy is in between.
 """
@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from serve_app.security.audit import AuditEvent
+from serve_app.security.purpose import PURPOSE, Purpose, recorded_purpose
 
 _BALP = "https://profiles.ihe.net/ITI/BALP"
 _TERMS = "http://terminology.hl7.org/CodeSystem"
@@ -47,14 +48,11 @@ _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
         "list": _Pattern("E", "search", "IHE.BasicAudit.PatientQuery"),
         "replay": _Pattern("E"),
         "classify": _Pattern("E"),
-        "erase": _Pattern("D", "delete"),
+        "erase": _Pattern("D", "delete", "IHE.BasicAudit.PatientDelete"),
         "export": _Pattern("R"),
     }
 )
 _OTHER = _Pattern("E")
-
-#: Codes of HL7 v3 PurposeOfUse (terminology.hl7.org/ValueSet-v3-PurposeOfUse): treatment, emergency treatment.
-_TREATMENT, _EMERGENCY = "TREAT", "ETREAT"
 
 
 def audit_event_resource(
@@ -62,9 +60,13 @@ def audit_event_resource(
 ) -> dict[str, Any]:
     """Make one AuditEvent resource; `server` is what recorded the event.
 
-    Its purpose is TREAT, or ETREAT for the opening of an emergency access and for all that rested on it.
+    Its purpose is the one that was recorded. An event from before there was one claims none, unless it rested
+    on an emergency access, which was always recorded.
     """
-    purpose = _EMERGENCY if "emergency_access" in event.detail else _TREATMENT
+    purpose = recorded_purpose(event)
+    if purpose is None and "emergency_access" in event.detail:
+        purpose = Purpose.EMERGENCY_TREATMENT
+    reason = [_concept(f"{_TERMS}/v3-ActReason", purpose)] if purpose is not None else []
     pattern = _PATTERNS.get(event.action, _OTHER)
     profiled = pattern.profile is not None and event.outcome == "success" and event.patient_id is not None
     resource: dict[str, Any] = {
@@ -82,7 +84,7 @@ def audit_event_resource(
         "action": pattern.action,
         "recorded": recorded_at.astimezone(UTC).isoformat(),
         "outcome": _OUTCOMES[event.outcome],
-        "agent": _agents(event, pattern, purpose, server),
+        "agent": _agents(event, pattern, reason, server),
         "source": {
             "site": server,
             "observer": {"display": server},
@@ -94,27 +96,27 @@ def audit_event_resource(
         resource["meta"] = {"profile": [f"{_BALP}/StructureDefinition/{pattern.profile}"]}
     if event.outcome != "success":
         resource["outcomeDesc"] = str(event.detail.get("reason") or event.detail.get("code") or event.outcome)
-    if event.patient_id is not None:
-        resource["purposeOfEvent"] = [_concept(f"{_TERMS}/v3-ActReason", purpose)]
+    if reason:
+        resource["purposeOfEvent"] = reason
     return resource
 
 
-def _agents(event: AuditEvent, pattern: _Pattern, purpose: str, server: str) -> list[dict[str, Any]]:
-    # DICOM's words: data of a read flows from the server to the client, of everything else the other way.
-    reads = pattern.interaction == "read"
-    source, destination = ("110153", "Source Role ID"), ("110152", "Destination Role ID")
-    client_role, server_role = (destination, source) if reads else (source, destination)
-    user = ("AUT", "author") if pattern.interaction == "create" else ("IRCP", "information recipient")
+def _agents(
+    event: AuditEvent, pattern: _Pattern, reason: list[dict[str, Any]], server: str
+) -> list[dict[str, Any]]:
+    client_role, server_role = _machines(pattern)
+    writes = pattern.interaction in {"create", "delete"}
+    user = ("AUT", "author") if writes else ("IRCP", "information recipient")
     subject = {"identifier": {"system": f"{_OWN}:subject", "value": event.actor}}
     return [
         {
-            "type": _concept(_DCM, *client_role),
-            "who": {"display": "client of the interface"},
+            "type": client_role,
+            "who": {"display": _client(event, server)},
             "requestor": False,
             "network": {"extension": [{"url": _ABSENT, "valueCode": "unknown"}]},
         },
         {
-            "type": _concept(_DCM, *server_role),
+            "type": server_role,
             "who": {"display": server},
             "requestor": False,
             "network": {"address": server, "type": "1"},
@@ -123,9 +125,29 @@ def _agents(event: AuditEvent, pattern: _Pattern, purpose: str, server: str) -> 
             "type": _concept(_PARTICIPATION, *user),
             "who": subject,
             "requestor": True,
-            **({"purposeOfUse": [_concept(f"{_TERMS}/v3-ActReason", purpose)]} if event.patient_id else {}),
+            **({"purposeOfUse": reason} if reason else {}),
         },
     ]
+
+
+def _machines(pattern: _Pattern) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What BALP calls the client and the server, which depends on the interaction."""
+    source, destination = ("110153", "Source Role ID"), ("110152", "Destination Role ID")
+    match pattern.interaction:
+        case "delete":  # no data flows
+            custodian = _concept(f"{_TERMS}/provenance-participant-type", "custodian", "Custodian")
+            return _concept(_DCM, "110150", "Application"), custodian
+        case "read":  # data flows from the server to the client, of everything else the other way
+            return _concept(_DCM, *destination), _concept(_DCM, *source)
+        case _:
+            return _concept(_DCM, *source), _concept(_DCM, *destination)
+
+
+def _client(event: AuditEvent, server: str) -> str:
+    """A command's account, and the service where it does what is due, have no client but the node itself."""
+    return (
+        server if event.actor == "retention" or event.actor.startswith("os:") else "client of the interface"
+    )
 
 
 def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
@@ -154,9 +176,10 @@ def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
         "role": _coding(f"{_TERMS}/object-role", "4", "Domain Resource"),
         "what": {"identifier": {"system": f"{_OWN}:{_object(event)[0]}", "value": _object(event)[1]}},
     }
-    if event.detail:
+    rest = {name: value for name, value in event.detail.items() if name != PURPOSE}
+    if rest:
         # Codes and ids, as the audit log has them: more than FHIR has a place for.
-        data["detail"] = [{"type": "detail", "valueString": json.dumps(event.detail, sort_keys=True)}]
+        data["detail"] = [{"type": "detail", "valueString": json.dumps(rest, sort_keys=True)}]
     return [*entities, data]
 
 

@@ -89,16 +89,34 @@ class AuditChain:
             await connection.executemany(_SQL["seal"], rows)
             return len(rows)
 
-    async def verify(self, known: Sequence[Seal] = ()) -> Verification:
+    async def age(self) -> timedelta:
+        """How long ago the first event was sealed, by the database's clock; zero while none is."""
+        age: timedelta | None = await self._pool.fetchval(_SQL["age"])
+        return age or timedelta()
+
+    async def hashes_at(self, positions: Sequence[int]) -> dict[int, bytes]:
+        """The hashes of the seals at these positions, as far as they are there."""
+        rows = await self._pool.fetch(_SQL["hashes_at"], list(positions))
+        return {row["position"]: row["hash"] for row in rows}
+
+    async def verify(self, known: Sequence[Seal] = (), *, since: Seal | None = None) -> Verification:
         """Recompute the chain from its beginning, and hold it against seals that are `known` from elsewhere.
 
         Finds events edited, removed, moved or exchanged, a chain cut short or written anew behind a known
-        seal, and events without a seal.
+        seal, known seals that contradict each other, and events without a seal. With `since`, one of the known,
+        only what came after it is recomputed, and events without a seal are not looked for.
         """
-        findings: list[Tampering] = []
-        expected = {seal.position: seal.hash for seal in known}
+        expected, findings = _agree(known)
         at = Seal(0, GENESIS)
-        async for position, event_id, stored, digest in self._links():
+        if since is not None and since.position:
+            # From what is stored there: that it is not what is known is one finding, and what follows may be sound.
+            stored = (await self.hashes_at([since.position])).get(since.position)
+            at = Seal(since.position, stored or since.hash)
+            if stored != since.hash:
+                kind = "the chain was written anew" if stored else "the log was cut short"
+                findings.append(Tampering(kind, since.position, None))
+        expected = {position: value for position, value in expected.items() if position > at.position}
+        async for position, event_id, stored, digest in self._links(at.position):
             if position != at.position + 1:
                 findings.append(Tampering("seals are missing", position, event_id))
             if digest is None:
@@ -110,16 +128,35 @@ class AuditChain:
             # From the stored hash on: one change is one finding.
             at = Seal(position, stored)
         findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
-        for row in await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN):
-            findings.append(Tampering("the event has no seal", 0, row["event_id"]))
+        if since is None:
+            findings += await self._unsealed()
         return Verification(at.position, at, tuple(findings))
 
-    async def _links(self) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
-        position = 0
+    async def _unsealed(self) -> list[Tampering]:
+        rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN)
+        return [Tampering("the event has no seal", 0, row["event_id"]) for row in rows]
+
+    async def _links(self, position: int) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
         while rows := await self._pool.fetch(_SQL["chain"], position, _BATCH):
             for row in rows:
                 yield row["position"], row["event_id"], row["hash"], row["digest"]
             position = rows[-1]["position"]
+
+
+def _agree(known: Sequence[Seal]) -> tuple[dict[int, bytes], list[Tampering]]:
+    """The hash that is known of each position, and the positions of which two are: one of them was forged.
+
+    Were the later one believed, it would hide what was done since the earlier one.
+    """
+    hashes: dict[int, set[bytes]] = {}
+    for seal in known:
+        hashes.setdefault(seal.position, set()).add(seal.hash)
+    contradictions = [
+        Tampering("two checkpoints contradict each other", position, None)
+        for position, values in sorted(hashes.items())
+        if len(values) > 1
+    ]
+    return {position: min(values) for position, values in hashes.items() if len(values) == 1}, contradictions
 
 
 def _seal(row: asyncpg.Record | None) -> Seal:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from serve_app.security.attempt import attempt_of
 from serve_app.security.audit import AuditEvent
+from serve_app.security.purpose import PURPOSE, purpose_of
 
 
 def event_columns(event: AuditEvent) -> tuple[object, ...]:
     """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
 
-    What rests on an emergency access says so: here, where every event passes, and nowhere else.
+    What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
+    statement writes itself.
     """
-    detail = dict(event.detail)
     attempt = attempt_of(event.request_id)
     if attempt is not None:
         attempt.recorded = True
         if attempt.emergency is not None:
-            detail["emergency_access"] = str(attempt.emergency)
+            event = replace(event, detail={**event.detail, "emergency_access": str(attempt.emergency)})
+    purpose = purpose_of(event, attempt.principal.roles if attempt is not None else None)
+    detail = dict(event.detail) if purpose is None else {**event.detail, PURPOSE: purpose}
     return (
         event.action,
         event.actor,

@@ -11,10 +11,13 @@ import asyncpg
 
 from serve_app.domain.errors import DirectoryUnavailable, RecordsUnavailable
 from serve_app.domain.patient import History, PatientRecord, Sex
+from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
+from serve_app.security.account import account_event
 
 _SQL = queries("patients")
+_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +59,29 @@ class PatientTable:
         except (TimeoutError, RecordsUnavailable) as error:
             raise DirectoryUnavailable("database") from error
 
-    async def put(self, entry: PatientEntry) -> None:
-        """Write one patient over what was known, and add the encounters; needs the owner's role."""
-        history = entry.history
+    async def load(self, entries: Sequence[PatientEntry]) -> None:
+        """Write patients over what was known, and add their encounters, all or nothing; needs the owner's role.
+
+        Each is an audit event of its patient, in the same transaction: whose record was changed, and when, is asked
+        of one patient. The event counts the encounters and says nothing of what was written.
+        """
         async with self._pool.connection() as connection, connection.transaction():
-            await connection.execute(
-                _SQL["put_patient"],
-                entry.patient_id,
-                entry.birth_date,
-                entry.sex,
-                history.personal_melanoma,
-                history.personal_skin_cancer,
-                history.family_melanoma,
-                history.immunosuppression,
-            )
-            await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
+            for entry in entries:
+                await _put(connection, entry)
+
+
+async def _put(connection: asyncpg.Connection, entry: PatientEntry) -> None:
+    history = entry.history
+    await connection.execute(
+        _SQL["put_patient"],
+        entry.patient_id,
+        entry.birth_date,
+        entry.sex,
+        history.personal_melanoma,
+        history.personal_skin_cancer,
+        history.family_melanoma,
+        history.immunosuppression,
+    )
+    await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
+    event = account_event("patient_load", {"encounters": len(entry.encounters)}, patient_id=entry.patient_id)
+    await connection.execute(_EVENTS["record_event"], *event_columns(event))

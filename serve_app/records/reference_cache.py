@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.domain.errors import Conflict, NotFound
+from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.references import (
     LOAD_TIMEOUT_S,
@@ -20,10 +21,12 @@ from serve_app.records.references import (
     take_in_arrivals,
 )
 from serve_app.records.sql import queries
+from serve_app.security.account import account_event
 
 _SQL = queries("reference_cache")
 _REFERENCES = queries("references")
 _SERVING = queries("serving")
+_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +165,18 @@ class ReferenceCache:
         return {row["cause"]: row["images"] for row in rows}
 
     async def complete(self, embedding_space: str) -> None:
-        """Count and index what is there, and note that the space is filled."""
+        """Count and index what is there, and note that the space is filled; with its audit event."""
         async with self._pool.connection() as connection:
             async with connection.transaction():
                 await connection.execute(_REFERENCES["without_time_limits"])
                 await connection.execute(_REFERENCES["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
                 await index_space(connection, embedding_space)
                 await connection.execute(_SQL["completed"], embedding_space)
+                images = await connection.fetchval(_REFERENCES["count"], embedding_space)
+                event = account_event(
+                    "references_embed", {"embedding_space": embedding_space, "references": images}
+                )
+                await connection.execute(_EVENTS["record_event"], *event_columns(event))
             await connection.execute(_REFERENCES["analyze"], timeout=LOAD_TIMEOUT_S)
 
     async def spaces(self) -> list[SpaceSummary]:
@@ -186,7 +194,7 @@ class ReferenceCache:
         return [(row["isic_id"], row["embedding"].to_numpy().astype(np.float32)) for row in rows]
 
     async def drop(self, embedding_space: str) -> int:
-        """Delete a space's vectors, indexes and failures; returns how many vectors there were.
+        """Delete a space's vectors, indexes and failures, with the audit event; returns how many vectors there were.
 
         Images that no other space holds go too, with their pictures. Conflict when the space is the live
         one, NotFound when there is no such space. Searches that have begun end as they began.
@@ -197,7 +205,12 @@ class ReferenceCache:
             if await connection.fetchval(_SQL["is_live"], embedding_space):
                 raise Conflict(f"{embedding_space} is the space that the live model answers in.")
             await connection.execute(_REFERENCES["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
-            return await _drop(connection, embedding_space)
+            dropped = await _drop(connection, embedding_space)
+            event = account_event(
+                "references_drop", {"embedding_space": embedding_space, "references": dropped}
+            )
+            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            return dropped
 
 
 async def _drop(connection: asyncpg.Connection, embedding_space: str) -> int:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from serve_app.domain.assessment import Neighbours, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
+from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
+from serve_app.security.account import account_event
 
 #: Width of every embedding.
 DIMENSIONS = 512
@@ -21,6 +23,7 @@ DIMENSIONS = 512
 EXACT_BELOW = 4_000
 
 _SQL = queries("references")
+_EVENTS = queries("lesions")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
@@ -115,7 +118,7 @@ class ReferenceStore:
         embedding_space: str,
         replace: bool = False,
     ) -> None:
-        """Add references or bring them up to date, all or nothing; needs the owner's role.
+        """Add references or bring them up to date, all or nothing, with the audit event; needs the owner's role.
 
         `replace`: nothing else stays in the space.
         `embeddings`: (len(images), 512), finite, unit norm. ValueError when they are not;
@@ -131,6 +134,11 @@ class ReferenceStore:
                     await connection.execute(_SQL["leave_only_arrivals"], embedding_space)
                 await take_in_arrivals(connection, embedding_space)
                 await index_space(connection, embedding_space, exact_below=self._exact_below)
+                event = account_event(
+                    "references_load",
+                    {"embedding_space": embedding_space, "references": len(images), "replaced": replace},
+                )
+                await connection.execute(_EVENTS["record_event"], *event_columns(event))
             await connection.execute(_SQL["analyze"], timeout=60)
 
 

@@ -1,17 +1,25 @@
-"""Which model answers: one row in the database, and nothing else; and the history of that row."""
+"""Which model answers: one row in the database, and nothing else; and the history of that row.
+
+The history is for people who look up what answered when. The audit log has each change as well, in the same
+transaction: what is in its chain cannot be altered unseen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from serve_app.domain.errors import Conflict
+from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
+from serve_app.security.account import account_event
+from serve_app.security.audit import AuditEvent
 
 _SQL = queries("serving")
+_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,11 @@ class LiveModel:
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """Who lets a model answer and why; the SHA-256 of the report, the publication that it takes back."""
+    """Who lets a model answer and why; the SHA-256 of the report, the publication that it takes back.
+
+    `approved_by` is whom the caller names; the audit event's actor is the account that ran the command. `reason` goes
+    into both the history and the audit log, and must speak of no patient.
+    """
 
     action: Literal["publish", "promote", "rollback"] = "publish"
     approved_by: str = "derm-cds"
@@ -55,8 +67,8 @@ async def publish(
 ) -> None:
     """Let this model answer from the next request on; needs the owner's role. Safe to repeat.
 
-    The row and its history change together or not at all; a model that answers already is not
-    published again. Conflict when the same model and digest are already known in another space,
+    The row, its history and the audit event are written together or not at all; a model that answers already
+    is not published again, and has no event. Conflict when the same model and digest are already known in another space,
     or when `over` is given and another model than that answers by now.
     """
     given = approval or Approval()
@@ -73,7 +85,7 @@ async def publish(
         if answering == model:
             return
         await connection.execute(_SQL["publish"], *values)
-        await connection.execute(
+        publication_id = await connection.fetchval(
             _SQL["record_publication"],
             *values,
             given.action,
@@ -82,6 +94,23 @@ async def publish(
             given.report_sha256,
             given.takes_back,
         )
+        event = _event(publication_id, answering, model, given)
+        await connection.execute(_EVENTS["record_event"], *event_columns(event))
+
+
+def _event(publication_id: int, before: LiveModel | None, after: LiveModel, given: Approval) -> AuditEvent:
+    return account_event(
+        f"model_{given.action}",
+        {
+            "publication_id": publication_id,
+            "before": asdict(before) if before else None,
+            "after": asdict(after),
+            "approved_by": given.approved_by,
+            "reason": given.reason,
+            "report_sha256": given.report_sha256,
+            "takes_back": given.takes_back,
+        },
+    )
 
 
 async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -> list[Publication]:

@@ -19,7 +19,8 @@ class AuditEvent:
     """Who (`actor`: the token's subject) did what (`action`), to which records, and how it ended.
 
     `detail` is JSON-able and holds codes and ids only: never a name, a date of birth, an
-    image, a token or a key. The time is the database's, set when the event is written.
+    image, a token or a key; of a change of the model also who approved it and why. `purpose` is added where the event
+    is written (purpose.py). The time is the database's, set when the event is written.
     """
 
     action: str

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 from fastapi import FastAPI
 import httpx
 import jsonschema
@@ -163,12 +162,14 @@ class Service:
             for table in TABLES
         }
 
-    async def events(self, response: httpx.Response) -> list[asyncpg.Record]:
-        """The audit events of a request."""
-        return await self.owner.fetch(
+    async def events(self, response: httpx.Response) -> list[dict[str, Any]]:
+        """The audit events of a request; the purpose, which every event has, apart from the rest of its detail."""
+        rows = await self.owner.fetch(
             "SELECT * FROM audit_events WHERE request_id = $1 ORDER BY event_id",
             response.headers["x-request-id"],
         )
+        events = [{**row, "detail": dict(row["detail"])} for row in rows]
+        return [{**event, "purpose": event["detail"].pop("purpose", None)} for event in events]
 
     def hold_to(self, schema: str, body: Any) -> None:
         """Hold a body against a schema of the published OpenAPI document."""

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from serve_app.records.holds import Held, HoldStore
+from serve_app.security.audit import AuditEvent
+from serve_app.security.purpose import purpose_of
+from serve_app.security.receipts import ErasureReason
 from tests.api.erasing import erase, path, row, uploaded
 
 
@@ -38,6 +41,7 @@ async def test_erasing_leaves_a_tombstone_and_a_receipt_that_can_be_checked(serv
     assert after["outcome"] == "erased"
     events = await service.events(response)
     assert [event["action"] for event in events] == ["erase", "erased"]
+    assert [event["purpose"] for event in events] == ["PATRQT", "PATRQT"]
     assert events[1]["detail"]["record_hash"] == receipt["record_hash"]
     assert "in writing" not in json.dumps([event["detail"] for event in events])
 
@@ -47,16 +51,27 @@ async def test_a_second_delete_and_a_reader_get_the_same_receipt(service, answer
     again = await erase(service, answer, reason="wrong_patient")
     assert (again.status_code, again.json()) == (200, first)
     assert [event["action"] for event in await service.events(again)] == ["erase"]
-    for reader in (
-        service.token("dr"),
-        service.token("chief", ("supervisor",)),
-        service.token("a", ("auditor",)),
+    for reader, purpose in (
+        (service.token("dr"), "TREAT"),
+        (service.token("chief", ("supervisor",)), "HOPERAT"),
+        (service.token("a", ("auditor",)), "HCOMPL"),
     ):
         read = await service.client.get(f"{path(answer)}/receipt", headers=reader)
         assert (read.status_code, read.json()) == (200, first)
         (event,) = await service.events(read)
         assert (event["action"], event["outcome"]) == ("read_receipt", "success")
         assert event["detail"] == {"receipt_id": first["receipt_id"]}
+        assert event["purpose"] == purpose
+
+
+@pytest.mark.parametrize("reason", [reason for reason in ErasureReason if reason != "retention"])
+async def test_an_erasure_is_recorded_with_the_purpose_of_its_reason(service, answer, reason: str) -> None:
+    """The first event is the database's own function's, the second ours: they agree."""
+    events = await service.events(await erase(service, answer, reason=reason))
+    purpose = purpose_of(
+        AuditEvent(action="erased", actor="a", outcome="success", request_id="r", detail={"reason": reason})
+    )
+    assert [event["purpose"] for event in events] == [purpose, purpose]
 
 
 async def test_who_may_read_a_receipt_may_not_read_the_record_for_it(service, answer) -> None:

@@ -57,6 +57,35 @@ def test_an_emergency_is_exported_as_emergency_treatment(derm_cds, home, urls, t
     assert purposes == ["TREAT", "ETREAT"]
 
 
+def test_an_event_from_before_there_was_a_purpose_verifies_and_is_exported_without(
+    derm_cds, home, urls, tmp_path
+) -> None:
+    derm_cds("migrate", home=home)
+    request_id = str(uuid4())
+
+    async def record_as_before() -> None:
+        pool = await open_pool(urls.app, minimum=0, maximum=1)
+        try:
+            await pool.execute(
+                "INSERT INTO audit_events (action, actor, outcome, patient_id, request_id, detail)"
+                " VALUES ('read', 'dr', 'success', 'p-1', $1, '{}')",
+                request_id,
+            )
+        finally:
+            await pool.close()
+
+    asyncio.run(record_as_before())
+    assert derm_cds("audit", "checkpoint", home=home).code == 0
+    assert derm_cds("audit", "verify", home=home).code == 0
+    path = tmp_path / "out.ndjson"
+    span = ("--from", "2020-01-01", "--to", "2099-01-01")
+    assert derm_cds("audit", "export", *span, "--out", str(path), home=home).code == 0
+    (old,) = (json.loads(line) for line in path.read_text().splitlines() if request_id in line)
+    assert "purposeOfEvent" not in old
+    own = json.loads(path.read_text().splitlines()[-1])
+    assert own["purposeOfEvent"][0]["coding"][0]["code"] == "HCOMPL"
+
+
 def test_a_file_is_never_written_over(derm_cds, home, tmp_path) -> None:
     derm_cds("migrate", home=home)
     path = tmp_path / "there"

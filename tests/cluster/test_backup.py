@@ -47,6 +47,10 @@ def test_the_drill(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "data"}
     assert folder.stat().st_mode & 0o777 == 0o700
 
+    # Recorded and signed after the backup: what a restore takes away.
+    assert derm_cds("backup", "--prune", str(folder.parent), home=home).code == 0
+    assert derm_cds("audit", "checkpoint", home=home).code == 0
+
     erased, *kept = clinic.images
     del clinic.images[erased]
     with closing(clinic.open_keys()) as keys:
@@ -65,7 +69,10 @@ def test_the_drill(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
     assert all(clinic.opens(at) for at in kept)
     with pytest.raises(Erased):
         clinic.open_image(erased)
-    assert derm_cds("audit", "verify", home=home).code == 0
+    verified = derm_cds("audit", "verify", home=home)
+    assert verified.code == 0, verified.err
+    assert verified.out.startswith("restored, ")  # and says that what was signed meanwhile no longer holds
+    assert derm_cds("audit", "checkpoint", home=home).code == 0  # the log goes on
     events = "SELECT action FROM audit_events WHERE action IN ('backup', 'restore') ORDER BY event_id"
     assert [row["action"] for row in clinic.ask(lambda pool: pool.fetch(events))] == ["backup", "restore"]
     assert (

@@ -74,6 +74,8 @@ def test_an_expired_key_backup_is_refused_and_pruned(clinic: Clinic, derm_cds, t
     assert pruned.out == f"{old} had expired and is deleted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["database", "young"]
     assert derm_cds("backup", "--prune", str(tmp_path), home=clinic.home).out == "nothing has expired\n"
+    query = "SELECT count(*) FROM audit_events WHERE action = 'backup_prune'"
+    assert clinic.ask(lambda pool: pool.fetchval(query)) == 2
 
 
 def _stores(files: NodeFiles) -> set[str]:

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from serve_app.records.pool import open_pool
+from serve_app.security.account import os_account
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, home)
     assert derm_cds("outbox", "status", home=home).code == 0
     events = _sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
     assert [row["detail"]["message_id"] for row in events] == [str(dead), str(waiting)]
-    assert all(row["actor"].startswith("operator:") for row in events)
+    assert {row["actor"] for row in events} == {os_account()}
 
 
 def test_patients_are_loaded_whole_or_not_at_all(derm_cds, home) -> None:
@@ -100,3 +101,23 @@ def test_patients_are_loaded_whole_or_not_at_all(derm_cds, home) -> None:
         assert derm_cds("patients", "load", str(file), home=home).out == "1 patients loaded\n"
     (row,) = _sql("SELECT patient_id FROM patient_encounters WHERE encounter_id = 'e-1'")
     assert row["patient_id"] == "p-1"
+
+
+def test_every_patient_that_is_loaded_is_an_event_without_what_was_written(derm_cds, home) -> None:
+    file = home / "patients.jsonl"
+    patients = [
+        {"patient_id": "p-1", "birth_date": "1961-04-02", "sex": "female", "encounters": ["e-1", "e-2"]},
+        {"patient_id": "p-2", "history": {"personal_melanoma": True}},
+    ]
+    file.write_text("".join(json.dumps(patient) + "\n" for patient in patients))
+    assert derm_cds("patients", "load", str(file), home=home).code == 0
+    rows = _sql("SELECT * FROM audit_events WHERE action = 'patient_load' ORDER BY event_id")
+    assert [(row["patient_id"], row["detail"]["encounters"]) for row in rows] == [("p-1", 2), ("p-2", 0)]
+    assert {row["actor"] for row in rows} == {os_account()}
+    written = json.dumps([row["detail"] for row in rows])
+    assert not any(private in written for private in ("1961", "female", "melanoma", "e-1"))
+    # What cannot be audited is not written, for any of them.
+    _sql("ALTER TABLE audit_events ADD CONSTRAINT no_p2 CHECK (patient_id <> 'p-2') NOT VALID")
+    _sql("DELETE FROM patient_records")
+    assert derm_cds("patients", "load", str(file), home=home).code == 1
+    assert _sql("SELECT * FROM patient_records") == []

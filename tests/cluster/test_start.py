@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.commands.audit import checkpoint_log
 from cluster.ports import choose_port
 from cluster.postgres import EmbeddedPostgres
 from cluster.ray_node import RayNode
@@ -224,6 +225,9 @@ def test_stop_and_start_again(service: Service, first_answer: dict) -> None:
     assert not EmbeddedPostgres(service.home).is_running()
     assert running_service(service.home) is None
     assert service.run("status").returncode == 3
+    # The audit log is signed to its very end: nothing of this run is left to be written anew unseen.
+    signed = checkpoint_log(service.home).read()[-1].position
+    assert service.run("audit", "verify").stdout.startswith(f"{signed} events, ")
 
     service.start("--dashboard")
     assert "schema: up to date" in service.said

@@ -21,6 +21,7 @@ _PROFILES = {
     "read_receipt": ("PatientRead", "R", "read", "110152"),
     "download": ("PatientRead", "R", "read", "110152"),
     "list": ("PatientQuery", "E", "search", "110153"),
+    "erase": ("PatientDelete", "D", "delete", "110150"),
 }
 _ACTIONS = sorted({*map(str, Action), "classify", "key_rotate", "an action of tomorrow"})
 
@@ -57,7 +58,7 @@ def test_every_event_is_valid_r4b(action: str, patient: str | None, outcome: str
 def test_a_success_is_of_its_profile(action: str) -> None:
     """What https://profiles.ihe.net/ITI/BALP fixes: type, subtype, action, outcome, agents and entities."""
     profile, verb, interaction, client = _PROFILES[action]
-    made = resource(action)
+    made = resource(action, purpose="TREAT")
     assert made["meta"]["profile"] == [
         f"https://profiles.ihe.net/ITI/BALP/StructureDefinition/IHE.BasicAudit.{profile}"
     ]
@@ -66,12 +67,13 @@ def test_a_success_is_of_its_profile(action: str) -> None:
     assert (made["action"], made["outcome"]) == (verb, "0")
     machines = [agent for agent in made["agent"] if not agent["requestor"]]
     assert machines[0]["type"]["coding"][0]["code"] == client
-    assert {agent["type"]["coding"][0]["code"] for agent in machines} == {"110152", "110153"}
+    server = {"110150": "custodian", "110152": "110153", "110153": "110152"}[client]
+    assert [agent["type"]["coding"][0]["code"] for agent in machines] == [client, server]
     assert all(agent["who"] and agent["network"] for agent in machines)
     (user,) = (agent for agent in made["agent"] if agent["requestor"])
     assert user["who"]["identifier"]["value"] == "dr"
     assert "network" not in user
-    assert user["type"]["coding"][0]["code"] == ("AUT" if action == "upload" else "IRCP")
+    assert user["type"]["coding"][0]["code"] == ("AUT" if action in {"upload", "erase"} else "IRCP")
     assert user["purposeOfUse"][0]["coding"][0]["code"] == "TREAT"
     found = entities(made)
     assert found["1"]["what"]["identifier"]["value"] == "PAT-1"
@@ -94,6 +96,7 @@ def test_what_did_not_succeed_claims_no_profile_and_says_why(outcome: str, code:
 
 @pytest.mark.parametrize("action", ["break_glass", *_PROFILES])
 def test_what_rests_on_an_emergency_says_so_as_its_purpose(action: str) -> None:
+    """Of those, too, that were recorded before events had a purpose."""
     made = resource(action, emergency_access="0198a3c0-0000-7000-8000-000000000001")
     (user,) = (agent for agent in made["agent"] if agent["requestor"])
     for (purpose,) in (user["purposeOfUse"], made["purposeOfEvent"]):
@@ -101,8 +104,36 @@ def test_what_rests_on_an_emergency_says_so_as_its_purpose(action: str) -> None:
         assert coding == {"system": "http://terminology.hl7.org/CodeSystem/v3-ActReason", "code": "ETREAT"}
 
 
-def test_without_a_patient_there_is_neither_profile_nor_purpose() -> None:
+def test_without_a_patient_there_is_no_profile() -> None:
     made = resource("read", patient=None)
     assert "meta" not in made
-    assert "purposeOfEvent" not in made
     assert "1" not in entities(made)
+
+
+@pytest.mark.parametrize(
+    ("action", "patient", "purpose"),
+    [
+        ("erase", "PAT-1", "PATRQT"),
+        ("disclose", "PAT-1", "HOPERAT"),
+        ("review_access", "PAT-1", "HCOMPL"),
+        ("model_promote", None, "HSYSADMIN"),
+    ],
+)
+def test_the_purpose_is_the_one_that_was_recorded(action: str, patient: str | None, purpose: str) -> None:
+    made = resource(action, patient=patient, purpose=purpose, receipt_id="r")
+    (user,) = (agent for agent in made["agent"] if agent["requestor"])
+    assert user["purposeOfUse"] == made["purposeOfEvent"]
+    assert made["purposeOfEvent"][0]["coding"][0]["code"] == purpose
+    assert "purpose" not in json.loads(entities(made)["2"]["detail"][0]["valueString"])
+
+
+def test_an_event_from_before_there_was_a_purpose_claims_none() -> None:
+    made = resource("read")
+    assert "purposeOfEvent" not in made
+    assert all("purposeOfUse" not in agent for agent in made["agent"])
+    assert made["meta"]["profile"]  # where a purpose is asked for, and not demanded
+
+
+@pytest.mark.parametrize("action", ["erased", "disclose", "hold_set", "replay", "review_access", "assign"])
+def test_what_is_of_no_pattern_names_no_profile(action: str) -> None:
+    assert "meta" not in resource(action, purpose="HOPERAT")

@@ -165,8 +165,8 @@ async def test_the_local_table_is_a_directory_too(new_database) -> None:
     owner, app = await open_pool(database.owner, minimum=0), await open_pool(database.app, minimum=0)
     history = History(family_melanoma=True)
     entry = PatientEntry("p-1", date.fromisoformat(born(50)), Sex.MALE, history, ["e-1"])
-    await PatientTable(owner).put(entry)
-    await PatientTable(owner).put(entry)
+    await PatientTable(owner).load([entry])
+    await PatientTable(owner).load([entry])
     table = PatientTable(app)
     assert await table.patient("p-1") == PatientRecord(50, Sex.MALE, history)
     assert await table.patient("p-2") is None

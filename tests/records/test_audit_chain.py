@@ -105,6 +105,36 @@ async def test_a_chain_written_anew_does_not_fit_a_known_seal(log) -> None:
     assert finding.kind == "the chain was written anew"
 
 
+async def test_two_hashes_of_one_position_are_tampering_whichever_came_last(log) -> None:
+    chain, _, _ = log
+    head = await chain.head()
+    forged = Seal(EVENTS, b"f" * 32)
+    for known in ([head, forged], [forged, head]):
+        for since in (None, known[-1]):
+            found = (await chain.verify(known, since=since)).findings
+            assert ("two checkpoints contradict each other", EVENTS) in {
+                (finding.kind, finding.position) for finding in found
+            }
+    assert (await chain.verify([head, head])).findings == ()
+
+
+async def test_what_came_after_a_known_seal_is_verified_without_what_was_before(log) -> None:
+    chain, tamperer, _ = log
+    hashes = await chain.hashes_at([5, 99])
+    assert list(hashes) == [5]
+    since = Seal(5, hashes[5])
+    whole = await chain.verify()
+    assert await chain.verify([since], since=since) == whole
+    await tamperer.execute("UPDATE audit_events SET actor = 'another' WHERE event_id IN (3, 8)")
+    (finding,) = (await chain.verify([since], since=since)).findings
+    assert (finding.kind, finding.position) == ("the event or its place has changed", 8)
+    for seal, kind in (
+        (Seal(5, b"f" * 32), "the chain was written anew"),
+        (Seal(40, b"f" * 32), "the log was cut short"),
+    ):
+        assert (await chain.verify([seal], since=seal)).findings[0].kind == kind
+
+
 async def test_many_sealers_and_late_commits_make_one_chain(log, event) -> None:
     chain, _, records = log
 

@@ -133,6 +133,23 @@ async def test_dropping_takes_the_indexes_along(cache, unit_vectors) -> None:
     assert await pool.fetchval(names) == 0
 
 
+async def test_what_is_loaded_embedded_and_dropped_is_on_record(cache, unit_vectors) -> None:
+    references, pool = cache
+    newest = await pool.fetchval("SELECT coalesce(max(event_id), 0) FROM audit_events")
+    await ReferenceStore(pool).load(
+        [reference(n) for n in range(3)], unit_vectors(3), embedding_space="told", replace=True
+    )
+    await references.complete("told")
+    await references.drop("told")
+    with pytest.raises(NotFound):
+        await references.drop("told")  # changes nothing, and is no event
+    rows = await pool.fetch(
+        "SELECT action, detail FROM audit_events WHERE event_id > $1 ORDER BY event_id", newest
+    )
+    assert [row["action"] for row in rows] == ["references_load", "references_embed", "references_drop"]
+    assert {(row["detail"]["embedding_space"], row["detail"]["references"]) for row in rows} == {("told", 3)}
+
+
 async def test_a_load_that_replaces_leaves_nothing_else(cache, unit_vectors) -> None:
     references, pool = cache
     store = ReferenceStore(pool)

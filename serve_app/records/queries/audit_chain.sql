@@ -33,9 +33,13 @@ WHERE s.position > $1
 ORDER BY s.position
 LIMIT $2;
 
--- name: seal_at
--- The hash of the seal at position $1.
-SELECT hash FROM audit_seals WHERE position = $1;
+-- name: hashes_at
+-- The hashes of the seals at the positions $1.
+SELECT position, hash FROM audit_seals WHERE position = ANY($1::bigint[]);
+
+-- name: age
+-- How long ago the first event was sealed.
+SELECT now() - sealed_at FROM audit_seals ORDER BY position LIMIT 1;
 
 -- name: unsealed_since
 -- Events without a seal that are older than $1: added behind the sealer's back, or it does not run.

@@ -104,7 +104,7 @@ WITH revived AS (
 ),
 event AS (
     INSERT INTO audit_events (action, actor, outcome, assessment_id, request_id, detail)
-    SELECT 'outbox_retry', $2, 'success', assessment_id, $3, jsonb_build_object('message_id', message_id)
+    SELECT 'outbox_retry', $2, 'success', assessment_id, $3, jsonb_build_object('message_id', message_id, 'purpose', 'HSYSADMIN')
     FROM revived
 )
 SELECT count(*) FROM revived;

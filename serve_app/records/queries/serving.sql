@@ -26,10 +26,11 @@ SET
     served_since = now();
 
 -- name: record_publication
--- Note who let the model answer, why, and what that takes back.
+-- Note who let the model answer, why, and what that takes back; the entry's number comes back.
 INSERT INTO publications (
     action, model_id, model_digest, embedding_space, approved_by, reason, report_sha256, takes_back
-) VALUES ($4, $1, $2, $3, $5, $6, $7, $8);
+) VALUES ($4, $1, $2, $3, $5, $6, $7, $8)
+RETURNING publication_id;
 
 -- name: publications
 -- List the last $1 publications, newest first; with $2 only those that stand: rollbacks and what they took back are left out.
