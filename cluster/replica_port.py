@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ray._common import tls_utils
-from ray._common.network_utils import build_address
 from ray.util import get_node_ip_address
 
 #: How a replica of Ray Serve 2.60 asks for its port for calls between deployments: any, on every interface.
@@ -26,6 +25,7 @@ def bind_to_the_node() -> None:
 def add_port(server: Any, address: str) -> int:  # noqa: ANN401 - gRPC's server, synchronous or not
     """Open a port of a gRPC server as Ray does, but on the node's address rather than everywhere; return it."""
     if address == EVERYWHERE:
-        address = build_address(get_node_ip_address(), 0)
-    port: int = _add_port(server, address)
+        node: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+        address = f"[{node}]:0" if ":" in node else f"{node}:0"
+    port: int = _add_port(server, address)  # type: ignore[no-untyped-call]
     return port
