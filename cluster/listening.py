@@ -8,10 +8,6 @@ from ipaddress import ip_address
 
 import psutil
 
-#: Ray 2.60 binds the port of calls between deployments to every interface, and has no setting for it
-#: (docs/operations.md, "To firewall"). Everything else that is not on loopback is a finding.
-_KNOWN_OPEN = ("ray::ServeRepl",)
-
 
 @dataclass(frozen=True, slots=True)
 class Listener:
@@ -40,9 +36,5 @@ def listeners(processes: Mapping[int, str]) -> list[Listener]:
 
 
 def exposed(found: list[Listener]) -> list[Listener]:
-    """Those that another machine can reach, and that docs/operations.md does not say are."""
-    return [
-        listener
-        for listener in found
-        if not listener.loopback and not listener.process.startswith(_KNOWN_OPEN)
-    ]
+    """Those that another machine can reach: none, on a node as `derm-cds serve` starts it."""
+    return [listener for listener in found if not listener.loopback]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
+from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from cluster.postgres_state import DatabaseUrls
+from cluster.postgres_state import DatabaseUrls, PostgresState
 from serve_app.security.private_files import locked_folder, write_private
 from serve_app.security.token_secret import DEVELOPMENT_PREFIX, make_development_secret
 from serve_app.settings import REPOSITORY
@@ -18,30 +20,58 @@ def model_folder() -> Path:
     return Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
 
 
-def write_service_environment(home: Path, urls: DatabaseUrls) -> None:
-    """Write `home`/service.env (0600): the application role's URL, and the token secret.
+def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:
+    """Write `home`/secrets/service.env (0600): the embedded server's URL for the role that serves, and the token secret.
 
-    The URL follows the embedded server's port; every other line is kept. Where nobody gave a secret
-    or an issuer's keys, one is made once, for development: production refuses it.
+    The URL follows that server's port; every other line stays as it is, an operator's own database's among
+    them (`urls` None: it is the operator's, and wherever they gave it). Where nobody gave a secret or an
+    issuer's keys, one is made once, for development: production refuses it.
     """
     path = home / "secrets" / "service.env"
     with locked_folder(path.parent):
         known = read_service_environment(home)
-        lines = {**known, "DERM_DATABASE_URL": urls.app}
+        lines = path.read_text().splitlines() if path.exists() else []
+        there = known.get("DERM_DATABASE_URL") or ""
+        if urls is not None and (not there or is_embedded(home, there)):
+            lines = [*_without(lines, "DERM_DATABASE_URL"), f"DERM_DATABASE_URL={urls.app}"]
         if os.environ.get("DERM_TOKEN_JWKS") or known.get("DERM_TOKEN_JWKS"):
             if known.get("DERM_TOKEN_SECRET", "").startswith(DEVELOPMENT_PREFIX):
-                del lines["DERM_TOKEN_SECRET"]
+                lines = _without(lines, "DERM_TOKEN_SECRET")
         elif not known.get("DERM_TOKEN_SECRET"):
-            lines["DERM_TOKEN_SECRET"] = make_development_secret()
-        write_private(path, "".join(f"{key}={value}\n" for key, value in lines.items()).encode())
+            lines = [
+                *_without(lines, "DERM_TOKEN_SECRET"),
+                f"DERM_TOKEN_SECRET={make_development_secret()}",
+            ]
+        write_private(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _without(lines: list[str], name: str) -> list[str]:
+    return [line for line in lines if line.partition("=")[0].split()[-1:] != [name]]
 
 
 def read_service_environment(home: Path) -> dict[str, str]:
-    """Read what `write_service_environment` wrote; empty before the first start."""
+    """Read service.env as the replicas do; empty before the first start."""
     path = home / "secrets" / "service.env"
-    if not path.exists():
-        return {}
-    return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+
+
+def is_embedded(home: Path, url: str) -> bool:
+    """Whether a connection URL is the embedded server's of this home, on whatever port that was."""
+    parts = urlsplit(url)
+    if parse_qs(parts.query).get("host") == [str(home.resolve() / "postgres" / "socket")]:
+        return True
+    state = PostgresState.read(home / "postgres.json")
+    return state is not None and unquote(parts.password or "") == state.app_password
+
+
+def setting(home: Path, name: str) -> str:
+    """One setting, as the replicas will read it: the environment's, else service.env's; empty without one."""
+    return os.environ.get(name, "") or read_service_environment(home).get(name, "")
+
+
+def is_production(home: Path) -> bool:
+    """Whether patients' data is meant to come here (DERM_ENV)."""
+    return setting(home, "DERM_ENV") == "production"
 
 
 def explain(error: ValidationError) -> str:

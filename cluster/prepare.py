@@ -19,6 +19,8 @@ import sys
 from pydantic import ValidationError
 
 from cluster.database import application_role, own_database
+from cluster.database_safety import look_at, transport_findings
+from cluster.finding import Finding
 from cluster.node_files import explain
 from cluster.sample_lesion import write_sample
 from data_jobs.references.load import publish_bundled
@@ -50,12 +52,19 @@ class FirstRequest:
 
 
 async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | None:
-    """Bring the database up to date and let a model answer; None in production, which has no demonstration."""
-    urls = own_database()
+    """Bring the database up to date and let a model answer; None in production, which has no demonstration.
+
+    In production DermError for a database that is not safe: see database_safety.
+    """
+    urls = own_database(settings.home)
     if urls is None:
         raise DermError("DERM_DATABASE_URL is not set.")
+    if settings.env == "production":
+        _refuse(transport_findings(urls))  # before a password goes that way
     applied = await migrate(urls.owner, application_role=application_role(urls))
     _say(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date")
+    if settings.env == "production":
+        _refuse(await look_at(urls))
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=_LOAD_TIMEOUT_S)
     try:
         # Each replica looks as well; here somebody is at the terminal.
@@ -69,6 +78,13 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
         return await _demonstrate(settings, pool) if demonstrates else None
     finally:
         await pool.close()
+
+
+def _refuse(found: list[Finding]) -> None:
+    """Raise DermError where anything is unsafe, with all of it in one line."""
+    if found:
+        advice = "; ".join(finding.advice for finding in found)
+        raise DermError(f"Refused in production, the database is not safe for patients' records: {advice}.")
 
 
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:

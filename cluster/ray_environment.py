@@ -46,9 +46,13 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     "ORT_DISABLE_TELEMETRY": "1",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # A spilled file goes when all objects in it do: one each, or an image stays as long as its neighbour.
+    "RAY_max_fused_object_count": "1",
     # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
     # believes it cannot be part of a cluster: then every port of it is on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # What `worker_process_setup_hook` of a runtime environment becomes; this way for every worker, Serve's too.
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.replica_port.bind_to_the_node",
 }
 
 

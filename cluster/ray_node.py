@@ -11,13 +11,17 @@ import os
 from pathlib import Path
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
 import psutil
 
+from cluster.node_files import is_production
+from cluster.object_memory import SHARED, advice, empty, has_room
 from cluster.ray_environment import ray_environment
 from cluster.ray_processes import MARK, belonging, core, end, in_session, live, name
+from serve_app.settings import REPOSITORY
 
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
@@ -34,7 +38,8 @@ class RayNode:
     """The node below `home`; it listens on loopback only.
 
     `stats_port` and `metrics_port` are HAProxy's, `fallback_port` is where Serve's own proxy stands
-    in for it, `dashboard_port` is taken with `dashboard` only.
+    in for it, `dashboard_port` is taken with `dashboard` only. `memory` is the file system that is to
+    hold its objects.
     """
 
     home: Path
@@ -45,6 +50,7 @@ class RayNode:
     stats_port: int = 8404
     metrics_port: int = 9101
     fallback_port: int = 8500
+    memory: Path = SHARED
 
     @property
     def address(self) -> str:
@@ -58,12 +64,19 @@ class RayNode:
         return _RUN / f"derm-{os.geteuid()}-{name}"
 
     @property
+    def objects(self) -> Path:
+        """Where Ray's objects go, 0700: in memory. Without room there, below `home`, where production refuses."""
+        return self.memory / self.directory.name
+
+    @property
     def environment(self) -> dict[str, str]:
         """The environment of the node, and of whoever connects to it."""
         return {
             # The schema's owner is nobody's business on the node.
             **{name: value for name, value in os.environ.items() if name != "DERM_OWNER_DATABASE_URL"},
             **ray_environment(self.home, self.directory),
+            # Workers look for our code before anything has told them where it is.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
             # Counters of every call, for the dashboard: a twentieth of the work where nobody looks.
             "RAY_enable_metrics_collection": str(int(self.dashboard)),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(self.stats_port),
@@ -74,7 +87,7 @@ class RayNode:
 
     def start(self) -> None:
         """Start GCS and raylet. Raises RayFailed with Ray's own words."""
-        self._lay_out()
+        objects = self._lay_out()
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
             *("--node-ip-address", "127.0.0.1", "--port", str(self.port)),
@@ -84,7 +97,7 @@ class RayNode:
             *("--object-store-memory", str(self.object_store_bytes)),
             # Ray opens its own folder to everyone (0777), so it lies inside ours.
             *("--temp-dir", str(self.directory / "r")),
-            *("--object-spilling-directory", str(self.home / "spill")),
+            *("--plasma-directory", str(objects), "--object-spilling-directory", str(objects)),
             *("--disable-usage-stats", "--labels", "tier=clinic"),
         ]
         log = self.directory / "start.log"
@@ -116,6 +129,9 @@ class RayNode:
         processes = list({*processes, *self.processes()})
         end(processes, signal.SIGTERM, _STOP_S)
         end([process for process in processes if process.is_running()], signal.SIGKILL, _STOP_S)
+        if _is_ours(self.objects):
+            shutil.rmtree(self.objects, ignore_errors=True)
+        empty(self.home / "spill")
 
     def _run(self, command: list[str], log: Path) -> int:
         with log.open("w") as output:
@@ -133,13 +149,34 @@ class RayNode:
             end(in_session(child.pid), signal.SIGKILL, _STOP_S)
         return code
 
-    def _lay_out(self) -> None:
+    def _lay_out(self) -> Path:
+        """Make the node's folders; return the one for objects, empty."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        status = self.directory.lstat()
-        if self.directory.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        if not _is_ours(self.directory):
             raise RayFailed(f"{self.directory} is not this user's alone; remove it.")
-        (self.home / "spill").mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(self.directory / "h", ignore_errors=True)
         sessions = sorted((self.directory / "r").glob("session_2*"))
         for session in sessions[: -_SESSIONS + 1]:
             shutil.rmtree(session, ignore_errors=True)
+        return self._lay_out_objects()
+
+    def _lay_out_objects(self) -> Path:
+        objects = self.objects
+        if not has_room(self.memory, self.object_store_bytes):
+            if is_production(self.home):
+                raise RayFailed(f"{advice(self.memory, self.object_store_bytes)}.")
+            objects = self.home / "spill"
+        objects.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(objects):
+            raise RayFailed(f"{objects} is not this user's alone; remove it.")
+        empty(objects)
+        return objects
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder in a place where everyone may write is this user's, and nobody else's."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077

@@ -5,82 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 import os
 from pathlib import Path
 import stat
 from urllib.parse import quote
 
-import asyncpg
 import psutil
 
+from cluster.database_safety import access_findings, look_at
+from cluster.finding import Finding
 from cluster.kept_copies import find_kept_copies
 from cluster.listening import exposed, listeners
-from cluster.postgres_state import SUPERUSER, PostgresState
+from cluster.object_memory import on_disk
+from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState
 from cluster.ray_processes import belonging, name
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.lost_keys import refuse_lost_keys
-from serve_app.records.pool import Pool
+from serve_app.records.pool import open_pool
 from serve_app.security.token_secret import find_weakness
 from serve_app.settings import NodeFiles, Settings
 
-#: PostgreSQL's parameters that keep a committed assessment through a crash, and bad pages from going unseen.
-_SETTINGS: Mapping[str, tuple[str, str]] = {
-    "fsync": ("on", "set fsync = on in postgres/etc/local.conf: a crash may lose or corrupt records"),
-    "full_page_writes": ("on", "set full_page_writes = on: a crash may tear pages"),
-    "data_checksums": ("on", "run pg_checksums --enable on the stopped server: bad pages go unseen"),
-    "password_encryption": ("scram-sha-256", "set password_encryption = 'scram-sha-256'"),
-}
-#: Values of synchronous_commit under which an answer is on this server's disk before the caller has it.
-_DURABLE = frozenset({"on", "local", "remote_write", "remote_apply"})
-_METHODS = frozenset({"scram-sha-256", "peer", "cert", "reject"})
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something unsafe: a stable name, and one line of what it is and what to do."""
-
-    name: str
-    advice: str
-
-
-async def database_findings(pool: Pool) -> list[Finding]:
-    """What is unsafe in the database, as far as the role may see."""
-    names = [*_SETTINGS, "synchronous_commit"]
-    rows = await pool.fetch("SELECT name, setting FROM pg_settings WHERE name = ANY($1)", names)
-    values = {row["name"]: row["setting"] for row in rows}
-    found = [
-        Finding(name, f"{name} is {values.get(name, 'unknown')}: {advice}")
-        for name, (wanted, advice) in _SETTINGS.items()
-        if values.get(name) != wanted
-    ]
-    if values.get("synchronous_commit") not in _DURABLE:
-        advice = "set it to on: a crash loses answers that were given"
-        found.append(
-            Finding("synchronous_commit", f"synchronous_commit is {values['synchronous_commit']}: {advice}")
-        )
-    return found
-
-
-async def access_findings(superuser_dsn: str) -> list[Finding]:
-    """Lines of pg_hba.conf that let somebody in without a password or the operating system's word."""
-    connection = await asyncpg.connect(superuser_dsn)
-    try:
-        rows = await connection.fetch("SELECT line_number, auth_method, error FROM pg_hba_file_rules")
-    finally:
-        await connection.close()
-    return [
-        Finding(
-            "pg_hba",
-            f"pg_hba.conf, line {row['line_number']}, says {row['auth_method'] or 'nothing valid'}: "
-            "use scram-sha-256 or peer",
-        )
-        for row in rows
-        if row["error"] is not None or row["auth_method"] not in _METHODS
-    ]
 
 
 def file_findings(home: Path) -> list[Finding]:
@@ -93,7 +40,7 @@ def file_findings(home: Path) -> list[Finding]:
     return [finding for path in secret for finding in _private(path)]
 
 
-async def key_findings(files: NodeFiles, pool: Pool | None, *, provider: str) -> list[Finding]:
+async def key_findings(files: NodeFiles, urls: DatabaseUrls | None, *, provider: str) -> list[Finding]:
     """What keeps images from opening, or would: a keyring or a key store that is gone.
 
     `provider` is DERM_KEY_PROVIDER: only with `file:` alone the keyring is the home's.
@@ -102,11 +49,14 @@ async def key_findings(files: NodeFiles, pool: Pool | None, *, provider: str) ->
     if provider == "file:" and files.keystore.exists() and not files.keyring.exists():
         advice = "put its backup back: without it no image opens, and none is accepted"
         found.append(Finding("keyring", f"{files.keyring} is gone: {advice}"))
-    if pool is not None:
+    if urls is not None:
+        pool = await open_pool(urls.app, minimum=0, maximum=1)
         try:
             await refuse_lost_keys(pool, files.keystore)
         except IntegrityError as error:
             found.append(Finding("keystore", str(error)))
+        finally:
+            await pool.close()
     return found
 
 
@@ -138,17 +88,25 @@ def _private(path: Path) -> Iterator[Finding]:
 
 
 def process_findings(home: Path) -> list[Finding]:
-    """What is unsafe about the running processes of a node: Ray without a token, ports open to others."""
+    """What is unsafe about a node's processes: Ray without a token, or with objects on a disk; ports open to others."""
     processes = belonging(home)
     found = []
     for process in processes:
         try:
-            mode = process.environ().get("RAY_AUTH_MODE")
+            mode, command = process.environ().get("RAY_AUTH_MODE"), process.cmdline()
         except psutil.Error:
             continue
         if name(process) in {"gcs_server", "raylet"} and mode != "token":
             advice = "start it with `derm-cds serve`: whoever reaches its ports can run code here"
             found.append(Finding("ray_token", f"{name(process)} runs without RAY_AUTH_MODE=token; {advice}"))
+        found += [
+            Finding(
+                "object_memory",
+                f"Ray puts images in clear into {folder}, on a disk: "
+                "have 300 MB free in /dev/shm (a container: --shm-size=1g) and start again",
+            )
+            for folder in (on_disk(command) if name(process) == "raylet" else ())
+        ]
     named = {process.pid: name(process) for process in processes}
     found += [
         Finding(
@@ -171,29 +129,24 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
     return found
 
 
-async def all_findings(home: Path, pool: Pool | None, settings: Settings | None) -> list[Finding]:
-    """Everything that can be looked at now; `pool` None while the database does not run."""
+async def all_findings(
+    home: Path, urls: DatabaseUrls | None, settings: Settings | None, *, own: bool
+) -> list[Finding]:
+    """Everything that can be looked at now; `urls` None while the database does not run.
+
+    `own`: the database is the operator's, so its pg_hba.conf is not ours to read.
+    """
     found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
-    if pool is not None:
-        found += await database_findings(pool)
+    if urls is not None:
+        found += await look_at(urls)
     state = PostgresState.read(home / "postgres.json")
-    if pool is not None and state is not None:
+    if urls is not None and state is not None and not own:
         password = quote(state.superuser_password, safe="")
         found += await access_findings(
             f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{state.port}/postgres?sslmode=disable"
         )
     if settings is not None:
-        found += await key_findings(NodeFiles(home), pool, provider=settings.key_provider)
+        found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
         secret = settings.token_secret.get_secret_value()
         found += environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)
     return found
-
-
-def prevents_ready(finding: Finding, *, env: str) -> bool:
-    """Whether a node with this finding is not ready; a node for development may be one.
-
-    What a restore kept is there to be gone back to: it is in the way once it has expired.
-    """
-    if finding.name == "kept_copy":
-        return False
-    return env == "production" or finding.name not in {"env", "token_secret"}

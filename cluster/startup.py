@@ -94,13 +94,13 @@ class Startup:
         report("Ray: the node is up")
 
     def _start_database(self) -> dict[str, str] | None:
-        urls = own_database()
+        own = urls = own_database(self.node.home)
         if self.postgres is not None:
             report("PostgreSQL: starting")
             urls = self.postgres.ensure()
             report("PostgreSQL: takes connections")
         assert urls is not None  # noqa: S101  the one or the other
-        write_service_environment(self.node.home, urls)
+        write_service_environment(self.node.home, None if own else urls)
         return self._prepare(urls)
 
     def _prepare(self, urls: DatabaseUrls) -> dict[str, str] | None:

@@ -56,7 +56,7 @@ def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None])
             report("Ray: ending what an earlier start left behind")
             stale.stop()
         node = _node(wish)
-        postgres = None if own_database() else EmbeddedPostgres(wish.home)
+        postgres = None if own_database(wish.home) else EmbeddedPostgres(wish.home)
         startup = Startup(node, postgres, wish.host, wish.port, wish.profile, wish.model, stop)
         url = _announce(tenancy, wish, node)
         try:

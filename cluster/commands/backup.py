@@ -115,7 +115,7 @@ def _restore_keys(arguments: argparse.Namespace) -> int:
 
 
 def _embedded(home: Path) -> EmbeddedPostgres:
-    if own_database() is not None:
+    if own_database(home) is not None:
         raise BackupFailed("DERM_DATABASE_URL names your own PostgreSQL: back it up with its own tools.")
     return EmbeddedPostgres(home)
 

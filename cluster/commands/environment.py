@@ -31,6 +31,7 @@ def _environment(arguments: argparse.Namespace) -> int:
     new = {name: value for name, value in node.environment.items() if os.environ.get(name) != value}
     # With the mark, `derm-cds stop` would end the shell as well.
     new.pop("DERM_NODE", None)
+    new.pop("PYTHONPATH", None)
     new["RAY_ADDRESS"] = node.address
     new["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{node.dashboard_port}"
     sys.stdout.write("".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(new.items())))

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from cluster.commands.audit import checkpoint_log
 from cluster.database import own_database
+from cluster.finding import Finding, prevents_ready
 from cluster.node_files import explain
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
-from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
+from cluster.safety import all_findings, copy_findings, file_findings
 from serve_app.domain.errors import DermError, IntegrityError
 from serve_app.records.audit_chain import AuditChain
 from serve_app.records.audit_witness import describe, examine
@@ -60,14 +61,14 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     status: dict[str, Any] = {"home": str(home)}
     status["service"] = asdict(running) if running else "not running"
     status["ray"] = _ray(home)
-    urls = own_database()
-    status["database"], urls = ("DERM_DATABASE_URL", urls) if urls else _embedded(home)
+    own = own_database(home)
+    status["database"], urls = ("DERM_DATABASE_URL", own) if own else _embedded(home)
     if urls is not None:
         try:
             status |= asyncio.run(_records(home, urls))
         except DermError as error:
             status["records"] = str(error)
-    env, found = _safety(home, urls)
+    env, found = _safety(home, urls, own=own is not None)
     status["safety"] = {finding.name: finding.advice for finding in found} or "nothing found"
     if running is None:
         return status, STOPPED
@@ -77,7 +78,7 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     return status, UNSAFE if any(prevents_ready(finding, env=env) for finding in found) else READY
 
 
-def _safety(home: Path, urls: DatabaseUrls | None) -> tuple[str, list[Finding]]:
+def _safety(home: Path, urls: DatabaseUrls | None, *, own: bool) -> tuple[str, list[Finding]]:
     if not home.exists():
         return "development", []
     try:
@@ -86,17 +87,8 @@ def _safety(home: Path, urls: DatabaseUrls | None) -> tuple[str, list[Finding]]:
         found = [*file_findings(home), *copy_findings(home)]
         return "production", [Finding("settings", explain(error)), *found]
 
-    async def look() -> list[Finding]:
-        if urls is None:
-            return await all_findings(home, None, settings)
-        pool = await open_pool(urls.app, minimum=0, maximum=1)
-        try:
-            return await all_findings(home, pool, settings)
-        finally:
-            await pool.close()
-
     try:
-        return settings.env, asyncio.run(look())
+        return settings.env, asyncio.run(all_findings(home, urls, settings, own=own))
     except (DermError, OSError) as error:
         return settings.env, [Finding("not_checked", f"the set-up could not be looked at: {error}")]
 

@@ -1,4 +1,8 @@
-"""X-Request-ID: the caller's, if it sent a sane one, else ours; on every response."""
+"""X-Request-ID: the caller's, if it sent a sane one, else ours; on every response.
+
+What is kept (logs, audit log, problem documents) is the caller's only where its form names nobody: an id of
+free text may hold a name, a date of birth or a patient's number.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.domain.identifiers import new_id
+from serve_app.domain.identifiers import is_opaque, new_id
 from serve_app.logs.request_context import begin_request, end_request
 
-# Short and printable: the id is written to logs and to the audit trail.
+# Short and printable: it is written back into a header.
 _SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Put the request id into the scope and, unless the server in front does (`answer`), onto the response.
+    """Put the id to keep into the scope and, unless the server in front does (`answer`), the id onto the response.
 
     `scope["request_id_headers"]` is for responses that are made outside of this middleware.
     """
@@ -32,8 +36,9 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         sent = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent if _SANE.fullmatch(sent) else str(new_id())
-        added = {"X-Request-ID": request_id} if self._answer else {}
+        request_id = sent if is_opaque(sent) else str(new_id())
+        answered = sent if _SANE.fullmatch(sent) else request_id
+        added = {"X-Request-ID": answered} if self._answer else {}
         scope["request_id"], scope["request_id_headers"] = request_id, added
 
         async def send_with_id(message: Message) -> None:
@@ -48,8 +53,10 @@ class RequestIdMiddleware:
 
 
 def _of_the_caller(scope: Scope) -> Iterator[str]:
-    """What no log line of this request may hold: credentials, idempotency key, and query string."""
+    """What no log line of this request may hold: credentials, the caller's own ids, and query string."""
     headers = Headers(scope=scope)
+    if not is_opaque(sent := headers.get("x-request-id", "")):
+        yield sent
     yield headers.get("authorization", "").partition(" ")[2].strip()
     yield headers.get("idempotency-key", "")
     query = scope.get("query_string", b"").decode("latin-1")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from uuid import UUID
+
+_OPAQUE = re.compile(
+    r"(?i:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"  # UUID
+    r"|(?i:[0-9a-f]{32})"  # UUID without hyphens, W3C trace id
+    r"|[0-7][0-9A-HJKMNP-TV-Z]{25}"  # ULID
+)
 
 
 def new_id() -> UUID:
@@ -14,3 +21,8 @@ def new_id() -> UUID:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return UUID(int=value)
+
+
+def is_opaque(text: str) -> bool:
+    """Whether an identifier that somebody else made up has a form that names nobody: a UUID, trace id or ULID."""
+    return _OPAQUE.fullmatch(text) is not None

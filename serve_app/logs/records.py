@@ -16,6 +16,7 @@ import re
 from typing import Any
 from uuid import UUID
 
+from serve_app.domain.identifiers import is_opaque
 from serve_app.logs.exceptions import describe, in_lines, own_text
 from serve_app.logs.privacy import Redactor
 from serve_app.logs.request_context import current_request
@@ -137,6 +138,10 @@ class CleanRecords:
             return self._redactor.digest(text)
         return text.partition("\n")[0].partition("?")[0]
 
+    def request_id(self, value: str) -> str:
+        """The id that a record of Ray Serve's carries: the caller's own, so a digest unless its form names nobody."""
+        return value if is_opaque(value) else self._redactor.digest(value)
+
     def _clean(self, text: str) -> str:
         request = current_request()
         if request is None:
@@ -160,8 +165,10 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if request_id := getattr(record, "request_id", None) or (request.request_id if request else None):
-            line["request_id"] = str(request_id)[:_LONGEST_VALUE]
+        if request is not None:
+            line["request_id"] = request.request_id
+        elif sent := getattr(record, "request_id", None):
+            line["request_id"] = self._records.request_id(str(sent))
         line.update(getattr(record, "safe_fields", {}))
         dropped = []
         for name, value in vars(record).items():

@@ -137,6 +137,51 @@ async def test_no_error_of_any_class_brings_its_request_into_a_log(
         assert any(line.get("request_id") and line["level"] == "ERROR" for line in said)
 
 
+@pytest.mark.parametrize("sent", [f"{PATIENT}.1950-01-31", f"{PATIENT}", "MRN-4711-0815"])
+async def test_a_request_id_that_could_name_somebody_is_answered_and_not_kept(
+    start_service, local_stages, log, sent: str
+) -> None:
+    """It comes back; logs, audit log and the problem document have an id of ours, which joins the three."""
+    stages = Faulty(local_stages(), "prepare", failing(RuntimeError("broken")), calls={1})
+    async with start_service(stages, raise_app_exceptions=False) as service:
+        await service.care("dr", PATIENT)
+        async with in_uvicorn(service) as client:
+            response = await client.post(
+                "/api/lesions",
+                data={"patient_id": PATIENT},
+                files={"image": (FILE, service.image)},
+                headers={**service.token("dr"), "X-Request-ID": sent},
+            )
+        ours = response.json()["request_id"]
+        events = await service.owner.fetch("SELECT request_id, detail::text FROM audit_events")
+    assert response.status_code == 500
+    assert response.headers.get_list("x-request-id") == [sent]
+    _hold(log, sent)
+    said = [json.loads(line) for line in log[1].getvalue().splitlines()]
+    assert ours in {line.get("request_id") for line in said if line["level"] == "ERROR"}
+    assert ours in {event["request_id"] for event in events}
+    assert not any(sent in event["request_id"] + event["detail"] for event in events)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "01939d2c-7c1e-7000-8000-0123456789ab",
+        "4BF92F3577B34DA6A3CE929D0E0E4736",
+        "01ARZ3NDEKTSV4RRFFQ69G5FAV",
+    ],
+    ids=["UUID", "trace id", "ULID"],
+)
+async def test_a_request_id_that_names_nobody_is_the_same_everywhere(service, log, sent: str) -> None:
+    async with in_uvicorn(service) as client:
+        response = await client.get(
+            "/api/lesions", params={"patient_id": PATIENT}, headers={"X-Request-ID": sent}
+        )
+    assert response.status_code == 401
+    assert response.headers["x-request-id"] == response.json()["request_id"] == sent
+    assert [event["request_id"] for event in await service.events(response)] == [sent]
+
+
 async def test_no_refused_request_is_in_a_log(service, log) -> None:
     """Bad tokens, strangers, unknown fields and values, broken bodies, unknown paths, HTTP that is none."""
     headers = service.token("dr")

@@ -2,23 +2,83 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 import stat
 
-from cluster.node_files import model_folder, read_service_environment, write_service_environment
-from cluster.postgres_state import DatabaseUrls
+from cluster.database import own_database
+from cluster.node_files import (
+    is_embedded,
+    model_folder,
+    read_service_environment,
+    write_service_environment,
+)
+from cluster.postgres_state import DatabaseUrls, PostgresState
 from serve_app.settings import load_settings
+
+
+def _embedded(home: Path, port: int) -> DatabaseUrls:
+    """The URLs of a server that this home set up, wherever it listens now."""
+    path = home / "postgres.json"
+    state = PostgresState.read(path) or PostgresState.fresh(port)
+    state.port = port
+    state.write(path)
+    return state.urls(None)
 
 
 def test_the_secret_is_made_once_and_the_url_follows(tmp_path) -> None:
     assert read_service_environment(tmp_path) == {}
-    write_service_environment(tmp_path, DatabaseUrls(owner="postgresql://o@/1", app="postgresql://a@/1"))
+    write_service_environment(tmp_path, _embedded(tmp_path, 1))
     first = read_service_environment(tmp_path)
-    write_service_environment(tmp_path, DatabaseUrls(owner="postgresql://o@/2", app="postgresql://a@/2"))
+    urls = _embedded(tmp_path, 2)
+    write_service_environment(tmp_path, urls)
     second = read_service_environment(tmp_path)
     assert first["DERM_TOKEN_SECRET"] == second["DERM_TOKEN_SECRET"]
     assert len(first["DERM_TOKEN_SECRET"]) >= 32
-    assert second["DERM_DATABASE_URL"] == "postgresql://a@/2"
-    assert "postgresql://o@" not in str(second)
+    assert first["DERM_DATABASE_URL"] != second["DERM_DATABASE_URL"] == urls.app
+    assert "derm_owner" not in str(second)
+    assert own_database(tmp_path) is None
+
+
+def test_the_embedded_server_is_known_by_its_socket_too(tmp_path) -> None:
+    """As after its passwords were made anew."""
+    urls = PostgresState.fresh(1).urls(tmp_path / "postgres" / "socket")
+    assert is_embedded(tmp_path, urls.app)
+    assert not is_embedded(tmp_path / "other", urls.app)
+
+
+def test_an_operators_own_database_is_never_overwritten(tmp_path) -> None:
+    file = tmp_path / "secrets" / "service.env"
+    file.parent.mkdir(mode=0o700)
+    file.touch(mode=0o600)
+    own = "# ours, since May\nexport DERM_DATABASE_URL='postgresql://app:pw@db/derm?sslmode=verify-full'\n"
+    file.write_text(own)
+    write_service_environment(tmp_path, _embedded(tmp_path, 1))
+    write_service_environment(tmp_path, None)
+    assert file.read_text().startswith(own)
+    database = own_database(tmp_path)
+    assert database.app == database.owner == "postgresql://app:pw@db/derm?sslmode=verify-full"
+
+
+def test_both_roles_may_be_in_the_file_and_the_environment_wins(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "secrets" / "service.env"
+    file.parent.mkdir(mode=0o700)
+    file.touch(mode=0o600)
+    file.write_text(
+        "DERM_DATABASE_URL=postgresql://app@/derm\nDERM_OWNER_DATABASE_URL=postgresql://owner@/derm\n"
+    )
+    assert own_database(tmp_path) == DatabaseUrls(
+        owner="postgresql://owner@/derm", app="postgresql://app@/derm"
+    )
+    monkeypatch.setenv("DERM_DATABASE_URL", "postgresql://app@/other")
+    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", "postgresql://owner@/other")
+    assert own_database(tmp_path) == DatabaseUrls(
+        owner="postgresql://owner@/other", app="postgresql://app@/other"
+    )
+
+
+def test_a_database_of_the_environment_stays_out_of_the_file(tmp_path) -> None:
+    write_service_environment(tmp_path, None)
+    assert "DERM_DATABASE_URL" not in read_service_environment(tmp_path)
 
 
 def test_nobody_else_reads_it(tmp_path) -> None:

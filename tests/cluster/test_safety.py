@@ -1,8 +1,7 @@
-"""Each thing that makes a node unsafe, made so on a real server, and found."""
+"""Each thing that makes a node unsafe, made so, and found; those of its database are in test_database_safety."""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 import os
 from pathlib import Path
@@ -10,20 +9,11 @@ import socket
 import subprocess
 import sys
 
-import asyncpg
 import pytest
 
+from cluster.finding import Finding, prevents_ready
 from cluster.listening import Listener, exposed, listeners
-from cluster.safety import (
-    Finding,
-    access_findings,
-    database_findings,
-    environment_findings,
-    file_findings,
-    key_findings,
-    prevents_ready,
-    process_findings,
-)
+from cluster.safety import environment_findings, file_findings, key_findings, process_findings
 from serve_app.records.pool import open_pool
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
@@ -45,44 +35,6 @@ def names(found: list[Finding]) -> list[str]:
     return [finding.name for finding in found]
 
 
-@pytest.mark.parametrize(
-    ("parameter", "value"), [("fsync", "off"), ("full_page_writes", "off"), ("password_encryption", "md5")]
-)
-async def test_a_parameter_that_loses_records_is_found(postgres, as_superuser, parameter, value) -> None:
-    urls = postgres.ensure()
-    pool = await open_pool(urls.app, minimum=0, maximum=1)
-    connection = await asyncpg.connect(as_superuser(urls))
-    try:
-        await connection.execute(f"ALTER SYSTEM SET {parameter} = '{value}'")
-        await connection.execute("SELECT pg_reload_conf()")
-        for _ in range(50):
-            found = await database_findings(pool)
-            if parameter in names(found):
-                break
-            await asyncio.sleep(0.1)
-        assert parameter in names(found)
-        assert any(f"is {value}: " in finding.advice for finding in found)
-        assert "data_checksums" not in names(found)
-    finally:
-        await connection.execute(f"ALTER SYSTEM RESET {parameter}")
-        await connection.execute("SELECT pg_reload_conf()")
-        await connection.close()
-        await pool.close()
-
-
-async def test_our_own_pg_hba_is_safe_and_a_trust_line_is_found(postgres, as_superuser) -> None:
-    dsn = as_superuser(postgres.ensure())
-    assert await access_findings(dsn) == []
-    hba = postgres.directory / "etc" / "pg_hba.conf"
-    before = hba.read_text()
-    try:
-        hba.write_text(f"{before}host all all 127.0.0.2/32 trust\n")
-        (found,) = await access_findings(dsn)
-        assert "says trust" in found.advice
-    finally:
-        hba.write_text(before)
-
-
 @pytest.mark.parametrize("path", ["keys/keyring.json", "keys/keystore.sqlite", "secrets/service.env"])
 def test_a_key_that_others_may_open_is_found(tmp_path: Path, path: str) -> None:
     file = tmp_path / path
@@ -102,15 +54,15 @@ async def test_a_keyring_or_a_key_store_that_is_gone_is_found(new_database, tmp_
     files, urls = NodeFiles(tmp_path), await new_database()
     owner = await open_pool(urls.owner, minimum=0, maximum=1)
     try:
-        assert await key_findings(files, owner, provider="file:") == []
+        assert await key_findings(files, urls, provider="file:") == []
         KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
-        assert await key_findings(files, owner, provider="file:") == []
+        assert await key_findings(files, urls, provider="file:") == []
         files.keyring.unlink()
-        (gone,) = await key_findings(files, owner, provider="file:")
+        (gone,) = await key_findings(files, urls, provider="file:")
         assert (gone.name, "put its backup back" in gone.advice) == ("keyring", True)
-        assert await key_findings(files, owner, provider="kms:alias/derm") == []
+        assert await key_findings(files, urls, provider="kms:alias/derm") == []
         await owner.execute(_SEALED_IMAGE)
-        (lost,) = await key_findings(files, owner, provider="kms:alias/derm")
+        (lost,) = await key_findings(files, urls, provider="kms:alias/derm")
         assert (lost.name, "derm-cds restore --keys" in lost.advice) == ("keystore", True)
         assert prevents_ready(lost, env="development")
         assert await key_findings(files, None, provider="kms:alias/derm") == []
@@ -141,7 +93,8 @@ def test_loopback_is_loopback_in_every_form() -> None:
     outside = ["0.0.0.0", "::", "10.0.0.1", "::ffff:10.0.0.1", "fe80::1%eth0"]  # noqa: S104
     assert exposed([replace(listener, address=address) for address in inside]) == []
     assert len(exposed([replace(listener, address=address) for address in outside])) == len(outside)
-    assert exposed([Listener("ray::ServeReplica:x", "::", 1)]) == []
+    for port in (30_000, 41_234):  # an ingress replica's HTTP, and calls between deployments
+        assert len(exposed([Listener("ray::ServeReplica:x", "::", port)])) == 1
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert server.getsockname()[1] in [found.port for found in listeners({os.getpid(): "us"})]
 

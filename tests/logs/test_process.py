@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from logging.handlers import MemoryHandler
+import re
 import threading
 from uuid import uuid4
 
@@ -46,6 +47,17 @@ def test_a_line_has_time_level_logger_message_and_request(stream) -> None:
         "message": "Completed 3 pending",
         "request_id": "r-1",
     }
+
+
+@pytest.mark.parametrize("sent", [f"{MARK}.1950-01-31", "pms-7", "01939d2c-7c1e-7000-8000-0123456789ab"])
+def test_a_record_of_serves_own_keeps_the_callers_id_only_where_it_names_nobody(stream, sent: str) -> None:
+    """Serve's filter puts the header's value on its records, in every replica that a request comes to."""
+    logging.getLogger("derm.test").warning("said", extra={"request_id": sent})
+    (line,) = lines(stream)
+    opaque = len(sent) == 36
+    assert (line["request_id"] == sent) is opaque
+    assert opaque or re.fullmatch("#[0-9a-f]{12}", line["request_id"])
+    assert opaque or sent not in stream.getvalue()
 
 
 def test_named_values_are_fields_and_only_the_allowed_ones_are_readable(stream) -> None:
