@@ -68,7 +68,9 @@ async def test_our_own_pg_hba_is_safe_and_a_trust_line_is_found(postgres, as_sup
         hba.write_text(before)
 
 
-@pytest.mark.parametrize("path", ["keys/keyring.json", "keys/keystore.sqlite", "secrets/service.env"])
+@pytest.mark.parametrize(
+    "path", ["keys/keyring.json", "keys/keystore.sqlite", "secrets/service.env", "secrets/owner.env"]
+)
 def test_a_key_that_others_may_open_is_found(tmp_path: Path, path: str) -> None:
     file = tmp_path / path
     file.parent.mkdir(mode=0o700)
