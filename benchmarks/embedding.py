@@ -79,7 +79,7 @@ def main() -> None:
         "pictures": parsed.pictures,
         "pool_images_per_s": {"before": round(before, 2), "after": round(after, 2)},
         "job": job,
-        **{f"{rate}_ratio": round(job[f"{rate}_images_per_s"] / pool, 3) for rate in rates},
+        **{f"{rate}_ratio": _ratio(job[f"{rate}_images_per_s"], pool) for rate in rates},
     }
     text = json.dumps(report, indent=2)
     if parsed.output:
@@ -160,19 +160,24 @@ def _run_job(scratch: Path, folder: Path, models: Path, model_id: str, *, pictur
         "embedded": report["embedded"],
         "seconds": round(seconds, 1),
         "indexing_s": round(indexing_s, 1),
-        "steady_images_per_s": round(_steady_rate(seen["stored"], report["expected"]), 2),
+        "steady_images_per_s": _steady_rate(seen["stored"], report["expected"]),
         "start_to_end_images_per_s": round(report["embedded"] / seconds, 2),
         "start_to_end_without_indexing_images_per_s": round(report["embedded"] / (seconds - indexing_s), 2),
         "peak_pss_mb": max(seen["pss"]),
     }
 
 
-def _steady_rate(stored: list[tuple[float, int]], total: int) -> float:
+def _ratio(rate: float | None, pool: float) -> float | None:
+    return None if rate is None else round(rate / pool, 3)
+
+
+def _steady_rate(stored: list[tuple[float, int]], total: int) -> float | None:
+    """Images a second between warming up and running out; None when the job was too short to be seen there twice."""
     steady = [(at, count) for at, count in stored if _STEADY[0] * total <= count <= _STEADY[1] * total]
     if len(steady) < 2:
-        raise SystemExit("Too few images for a steady state: raise --count.")
+        return None
     (first_at, first), (last_at, last) = steady[0], steady[-1]
-    return (last - first) / (last_at - first_at)
+    return round((last - first) / (last_at - first_at), 2)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from serve_app.settings import REPOSITORY
 
 #: The last kill comes before so much is stored: what is in the midst of being stored is still to come.
 _LAST_SHARE = 0.9
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S = 0.02
 _COUNT = "SELECT count(*) FROM reference_embeddings"
 _SPACE_DROP = "TRUNCATE reference_embeddings, reference_failures, space_embedders"
 
@@ -68,19 +68,21 @@ def _drill(dsn: str, folder: Path, models: Path, parsed: argparse.Namespace) -> 
     asyncio.run(migrate(dsn, application_role="derm_app"))
     model_id = next(iter(ModelStore(models)))
     # Transactions small enough for every kill to have some before it and some after it.
-    rows = max(4, min(256, parsed.count // (4 * parsed.kills)))
+    rows = max(4, min(256, parsed.count // (8 * parsed.kills)))
     command = [sys.executable, "-m", "data_jobs.references.embed", str(folder), "--model", model_id]
     command += ["--models", str(models), "--no-pictures", "--rows-per-write", str(rows)]
     began = monotonic()
     process = _start(command, dsn)
     _until_stored(process, dsn, 1)
     starting_s = monotonic() - began
+    _until_stored(process, dsn, parsed.count)
+    # From the first transaction to the last: what comes before and after has no part in how long one takes.
+    transaction_s = (monotonic() - began - starting_s) * rows / parsed.count
     process.wait()
     undisturbed_s = monotonic() - began
     expected = asyncio.run(_vectors(dsn))
     asyncio.run(_execute(dsn, _SPACE_DROP))
     rng = np.random.default_rng(parsed.seed)
-    transaction_s = (undisturbed_s - starting_s) * rows / parsed.count
     kills = []
     for share in _shares(parsed.kills, rng):
         began = monotonic()
@@ -122,8 +124,19 @@ def _shares(kills: int, rng: np.random.Generator) -> list[float | None]:
 
 def _until_stored(process: subprocess.Popen[bytes], dsn: str, count: int) -> None:
     """Wait until so many vectors are stored, or the job has ended."""
-    while process.poll() is None and asyncio.run(_count(dsn)) < count:
-        sleep(_LOOK_EVERY_S)
+
+    async def wait() -> None:
+        # One connection: a small job stores all it has in the time that a few take to open.
+        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
+        try:
+            while process.poll() is None:
+                if await pool.fetchval(_COUNT) >= count:
+                    break
+                await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            await pool.close()
+
+    asyncio.run(wait())
 
 
 def _start(command: list[str], dsn: str) -> subprocess.Popen[bytes]:
