@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.sink import ReferenceSink
@@ -51,12 +51,14 @@ def run_pipeline(
     """Embed every row of the catalogue `table`; returns when all are in the database `dsn`. Needs `ray.init`."""
     configure_data()
     prepare = PrepareImages(folder, geometry, pictures)
-    dataset: ray.data.Dataset = ray.data.from_arrow(list(split_rows(table, resources)))
+    # Not from_arrow: that looks at each block in a task of a whole CPU, which a node that serves may not have.
+    dataset: ray.data.Dataset = ray.data.from_blocks(list(split_rows(table, resources)))
     if resources.prepare_cpus:
         dataset = dataset.map_batches(
             prepare,
             batch_size=None,
             batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=resources.prepare_tasks),
             num_cpus=resources.prepare_cpus,
         )
     dataset.map_batches(
@@ -74,6 +76,7 @@ def run_pipeline(
             rows_per_write=resources.rows_per_write,
         ),
         ray_remote_args={"num_cpus": resources.write_cpus},
+        concurrency=1,
     )
 
 

@@ -11,7 +11,8 @@ from model_store.session import Device
 class Resources:
     """What the job takes of the cluster; CPUs are Ray's logical ones, shares allowed.
 
-    `prepare_cpus` 0: the actors prepare their images themselves. Otherwise tasks that take so much each do.
+    `prepare_cpus` 0: the actors prepare their images themselves. Otherwise tasks that take so much each do,
+    `prepare_tasks` at a time, or as many as find room. One task at a time writes: loaders wait for each other.
     These and the writing must find room beside the actors: on a node whose CPUs the actors took all of,
     nothing would ever be read or written.
     """
@@ -22,6 +23,7 @@ class Resources:
     threads: int = 1
     batch: int = 1
     prepare_cpus: float = 0.0
+    prepare_tasks: int | None = None
     write_cpus: float = 0.25
     rows_per_write: int = 256
 

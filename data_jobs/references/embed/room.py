@@ -70,6 +70,9 @@ def fit_in(
             f"{surge_cpus():.2f} of those. Ask for less with --actors and --actor-cpus, or start it when the "
             "service has fewer replicas."
         )
+    if taken.prepare_cpus:
+        spare = room - taken.cpus
+        taken = replace(taken, prepare_tasks=1 + math.floor(spare / taken.prepare_cpus + 1e-6))
     if (there := sum(_places(node, taken) for node in nodes)) < taken.actors:
         raise StageFailed(
             f"Only {there} of {taken.actors} actors find {taken.actor_cpus:.2f} logical CPUs and "

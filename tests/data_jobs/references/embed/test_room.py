@@ -53,7 +53,11 @@ def test_shares_that_lie_on_different_nodes_make_no_place_for_an_actor() -> None
 def test_gpus_decide_how_many_actors_there_are() -> None:
     nodes = [NodeRoom(16.0, 15.0, free_gpus=1.5), NodeRoom(16.0, 16.0, free_gpus=2.0)]
     wanted = Resources(actors=1, actor_gpus=1.0, prepare_cpus=1.0)
-    assert fit_in(wanted, nodes, **ANYTHING).actors == 3
+    taken = fit_in(wanted, nodes, **ANYTHING)
+    assert taken.actors == 3
+    assert taken.prepare_tasks is not None
+    held = taken.cpus + (taken.prepare_tasks - 1) * taken.prepare_cpus
+    assert 30.0 < held + surge_cpus() <= 31.0
     with pytest.raises(StageFailed, match=r"Only 3 of 4 actors .* 1\.00 GPUs"):
         fit_in(wanted, nodes, actors=4, actor_cpus=None)
     with pytest.raises(StageFailed, match=r"Only 0 of 1 actors"):
