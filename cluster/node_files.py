@@ -10,9 +10,11 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from cluster.postgres_state import DatabaseUrls, PostgresState
-from serve_app.security.private_files import locked_folder, write_private
+from serve_app.security.private_files import locked_folder, read_private, write_private
 from serve_app.security.token_secret import DEVELOPMENT_PREFIX, make_development_secret
 from serve_app.settings import REPOSITORY
+
+OWNER_URL = "DERM_OWNER_DATABASE_URL"
 
 
 def model_folder() -> Path:
@@ -47,6 +49,33 @@ def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:
 
 def _without(lines: list[str], name: str) -> list[str]:
     return [line for line in lines if line.partition("=")[0].split()[-1:] != [name]]
+
+
+def write_owner_environment(home: Path, urls: DatabaseUrls) -> None:
+    """Write `home`/secrets/owner.env (0600): the owner's URL, for jobs on this node's cluster.
+
+    No process of the node has it in its environment, replicas least of all: a job reads it here.
+    """
+    path = _owner_environment(home)
+    with locked_folder(path.parent):
+        write_private(path, f"{OWNER_URL}={urls.owner}\n".encode())
+
+
+def find_owner_url(home: Path) -> str | None:
+    """The database's URL for the role that owns the schema: $DERM_OWNER_DATABASE_URL, or else what the node wrote.
+
+    None when it is in neither. IntegrityError when another user may read the file.
+    """
+    if given := os.environ.get(OWNER_URL):
+        return given
+    path = _owner_environment(home)
+    if not path.exists():
+        return None
+    return read_private(path).decode().strip().removeprefix(f"{OWNER_URL}=")
+
+
+def _owner_environment(home: Path) -> Path:
+    return home / "secrets" / "owner.env"
 
 
 def read_service_environment(home: Path) -> dict[str, str]:

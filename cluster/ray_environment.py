@@ -40,7 +40,7 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 
-#: No processes that nobody asked for, and nothing sent anywhere.
+#: No processes that nobody asked for, nothing sent anywhere, and nobody served before the service.
 NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "ORT_DISABLE_TELEMETRY": "1",
@@ -48,6 +48,9 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_prestart_worker_first_driver": "0",
     # A spilled file goes when all objects in it do: one each, or an image stays as long as its neighbour.
     "RAY_max_fused_object_count": "1",
+    # Ray runs its workers, and so the replicas, at 15: behind everything else on the machine, and level with
+    # a batch job's workers. A job asks for its own.
+    "RAY_worker_niceness": "0",
     # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
     # believes it cannot be part of a cluster: then every port of it is on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -72,7 +72,7 @@ class RayNode:
     def environment(self) -> dict[str, str]:
         """The environment of the node, and of whoever connects to it."""
         return {
-            # The schema's owner is nobody's business on the node.
+            # No replica has any business with the schema's owner; a job finds it in a file.
             **{name: value for name, value in os.environ.items() if name != "DERM_OWNER_DATABASE_URL"},
             **ray_environment(self.home, self.directory),
             # Workers look for our code before anything has told them where it is.
@@ -138,7 +138,7 @@ class RayNode:
             # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
             child = subprocess.Popen(
                 command,
-                env=self.environment | {"RAY_START_HOOK": "cluster.ray_start.leave_out_the_needless"},
+                env={**self.environment, **_start_environment()},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -180,3 +180,12 @@ def _is_ours(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+def _start_environment() -> dict[str, str]:
+    # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
+    here = str(Path(sys.executable).parent)
+    return {
+        "RAY_START_HOOK": "cluster.ray_start.leave_out_the_needless",
+        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
+    }

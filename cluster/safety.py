@@ -35,7 +35,13 @@ def file_findings(home: Path) -> list[Finding]:
     files = NodeFiles(home)
     secret = [
         *(files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints),
-        *(home / "secrets" / "service.env", home / "ray" / "token", home / "postgres.json", home / "spill"),
+        *(
+            home / "secrets" / "service.env",
+            home / "secrets" / "owner.env",
+            home / "ray" / "token",
+            home / "postgres.json",
+            home / "spill",
+        ),
     ]
     return [finding for path in secret for finding in _private(path)]
 

@@ -21,7 +21,7 @@ import urllib.request
 
 from cluster.child import end_child, last_words
 from cluster.database import own_database
-from cluster.node_files import write_service_environment
+from cluster.node_files import write_owner_environment, write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.progress import report
 from cluster.ray_node import RayFailed, RayNode
@@ -101,6 +101,7 @@ class Startup:
             report("PostgreSQL: takes connections")
         assert urls is not None  # noqa: S101  the one or the other
         write_service_environment(self.node.home, None if own else urls)
+        write_owner_environment(self.node.home, urls)
         return self._prepare(urls)
 
     def _prepare(self, urls: DatabaseUrls) -> dict[str, str] | None:

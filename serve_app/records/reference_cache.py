@@ -159,10 +159,10 @@ class ReferenceCache:
                 _SQL["take_in_failure"], [(embedding_space, f.isic_id, f.cause, f.detail) for f in failures]
             )
 
-    async def failures(self, embedding_space: str) -> Mapping[str, int]:
-        """Count the images that could not be embedded, by cause."""
-        rows = await self._pool.fetch(_SQL["count_failures"], embedding_space)
-        return {row["cause"]: row["images"] for row in rows}
+    async def failures(self, embedding_space: str) -> Mapping[str, str]:
+        """Name the images that could not be embedded, each with its cause."""
+        rows = await self._pool.fetch(_SQL["failures"], embedding_space)
+        return {row["isic_id"]: row["cause"] for row in rows}
 
     async def complete(self, embedding_space: str) -> None:
         """Count and index what is there, and note that the space is filled; with its audit event."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 import stat
 
+import pytest
+
 from cluster.database import own_database
 from cluster.node_files import (
+    OWNER_URL,
+    find_owner_url,
     is_embedded,
     model_folder,
     read_service_environment,
+    write_owner_environment,
     write_service_environment,
 )
 from cluster.postgres_state import DatabaseUrls, PostgresState
+from serve_app.domain.errors import IntegrityError
 from serve_app.settings import load_settings
 
 
@@ -96,3 +102,19 @@ def test_settings_come_from_it_and_the_environment_wins(tmp_path, monkeypatch) -
     assert settings.database_url.get_secret_value() == "postgresql://a@/?host=/a%20b&port=1"
     assert settings.token_secret.get_secret_value() == "s" * 40
     assert settings.models == model_folder()
+
+
+def test_a_job_finds_the_owners_url_where_nobody_else_can_read_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv(OWNER_URL, raising=False)
+    assert find_owner_url(tmp_path) is None
+    for url in ("postgresql://o:old@/derm", "postgresql://o:a%3Db=c@/derm?host=/a%20b&port=1"):
+        write_owner_environment(tmp_path, DatabaseUrls(owner=url, app="y"))
+        assert find_owner_url(tmp_path) == url
+    path = tmp_path / "secrets" / "owner.env"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    monkeypatch.setenv(OWNER_URL, "postgresql://given@/derm")
+    assert find_owner_url(tmp_path) == "postgresql://given@/derm"
+    monkeypatch.delenv(OWNER_URL)
+    path.chmod(0o640)
+    with pytest.raises(IntegrityError, match="open to other users"):
+        find_owner_url(tmp_path)

@@ -35,7 +35,9 @@ def names(found: list[Finding]) -> list[str]:
     return [finding.name for finding in found]
 
 
-@pytest.mark.parametrize("path", ["keys/keyring.json", "keys/keystore.sqlite", "secrets/service.env"])
+@pytest.mark.parametrize(
+    "path", ["keys/keyring.json", "keys/keystore.sqlite", "secrets/service.env", "secrets/owner.env"]
+)
 def test_a_key_that_others_may_open_is_found(tmp_path: Path, path: str) -> None:
     file = tmp_path / path
     file.parent.mkdir(mode=0o700)

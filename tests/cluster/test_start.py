@@ -23,11 +23,14 @@ import pytest
 import yaml
 
 from cluster.commands.audit import checkpoint_log
+from cluster.node_files import model_folder
 from cluster.ports import choose_port
 from cluster.postgres import EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
+from model_store.registry import ModelStore
 from serve_app.settings import REPOSITORY
+from tests.cluster.drawn_references import draw_references
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -154,6 +157,11 @@ def test_the_supervisor_is_small(service: Service) -> None:
     assert psutil.Process(service.process.pid).memory_full_info().pss < 60e6
 
 
+def test_no_part_of_it_runs_behind_other_programs(service: Service) -> None:
+    own = psutil.Process(service.process.pid).nice()
+    assert {process.nice() for process in RayNode(service.home).processes()} == {own}
+
+
 def test_ports_are_those_of_the_documentation(service: Service) -> None:
     documented = _documented_ports()
     undocumented = []
@@ -258,6 +266,21 @@ def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> N
         )
         assert "DEPLOY_FAILED" not in state.stdout, state.stdout
         assert time.monotonic() < deadline, version
+
+
+def test_a_submitted_job_embeds_beside_it(service: Service, tmp_path: Path) -> None:
+    """As docs/references.md has it: the job finds the database and the models, and room for itself, on its own."""
+    folder = draw_references(tmp_path / "references", 6)
+    exports = service.run("environment").stdout
+    (model_id,) = ModelStore(model_folder())
+    job = f"python -m data_jobs.references.embed {shlex.quote(str(folder))} --model {model_id}"
+    script = f"{exports}\n{shlex.quote(sys.executable)} -m ray.scripts.scripts job submit -- {job}"
+    done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith('{"embedding_space"'))
+    report = json.loads(line)
+    assert (report["expected"], report["embedded"], report["failures"]) == (6, 6, {})
+    assert service.send("GET", "/readyz").status_code == 200
 
 
 def _policy_version(service: Service) -> str:

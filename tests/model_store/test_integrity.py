@@ -11,7 +11,7 @@ import pytest
 from model_store.integrity import digest_file, model_digest
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
-from model_store.session import InferenceSession
+from model_store.session import InferenceSession, choose_provider
 from serve_app.domain.errors import ModelContractError
 
 
@@ -167,3 +167,11 @@ def test_cuda_without_a_gpu_build_is_refused(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ModelContractError, match="gpu"):
         InferenceSession(ModelStore(models).open(model_id), threads=1, device="cuda")
+
+
+def test_a_gpu_computes_in_full_float32_by_an_algorithm_that_is_no_matter_of_timing() -> None:
+    assert choose_provider("cpu") == ("CPUExecutionProvider", {})
+    assert choose_provider("cuda") == (
+        "CUDAExecutionProvider",
+        {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"},
+    )

@@ -65,7 +65,7 @@ async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, u
     assert await references.present("filled.1", with_picture=True) == {images[0].isic_id}
     assert await references.count_present("filled.1", with_picture=False) == 10
     assert await references.count_present("filled.1", with_picture=True) == 1
-    assert await references.failures("filled.1") == {"undecodable_image": 1}
+    assert await references.failures("filled.1") == {"ISIC_0000099": "undecodable_image"}
     (summary,) = await references.spaces()
     assert (summary.images, summary.failures, summary.completed_at) == (10, 1, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 import os
 import secrets
 import sys
@@ -19,5 +20,7 @@ def set_up_ray_environment() -> None:
 
 
 if __name__ == "__main__":
+    if find_spec("pandas") is None:
+        sys.exit("Embedding needs Ray Data: pip install 'pms-derm-cds[jobs]' into this environment.")
     set_up_ray_environment()
     sys.exit(import_module("data_jobs.references.embed.command").main())

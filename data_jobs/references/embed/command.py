@@ -13,14 +13,17 @@ from typing import Any
 
 import ray
 
+from cluster.node_files import OWNER_URL, find_owner_url, model_folder
 from data_jobs.references import embed
 from data_jobs.references.embed.job import run_job
-from data_jobs.references.embed.pipeline import Resources, Target
+from data_jobs.references.embed.pipeline import Target
+from data_jobs.references.embed.resources import Resources
+from data_jobs.references.embed.room import check_nodes, fit_in, look_around
 from data_jobs.references.embedder import space_spec
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, StageFailed
+from serve_app.settings import default_home
 
-DATABASE = "DERM_OWNER_DATABASE_URL"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 _started = monotonic()
 
@@ -28,25 +31,15 @@ _started = monotonic()
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; 0 when every image is in, 1 when the job could not run, 3 when images failed."""
     parsed = _parser().parse_args(arguments)
-    dsn = os.environ.get(DATABASE, "")
-    if not dsn:
-        return _fail(f"{DATABASE} is not set; `derm-cds references embed` sets it for a node's own database.")
-    resources = Resources(
-        actors=parsed.actors,
-        actor_cpus=parsed.actor_cpus,
-        actor_gpus=parsed.actor_gpus,
-        threads=parsed.threads,
-        batch=parsed.batch,
-        prepare_cpus=_prepare_cpus(parsed),
-        rows_per_write=parsed.rows_per_write,
-        niceness=parsed.niceness,
-    )
     try:
+        dsn = find_owner_url(default_home())
+        if not dsn:
+            raise StageFailed(f"{OWNER_URL} is not set, and no node has written it below {default_home()}.")
         model = ModelStore(parsed.models).open(parsed.model)
         space = space_spec(model, parsed.space).embedding_space
-        target = Target(parsed.models.resolve(), parsed.model, space, dsn)
-        join_ray(resources)
-        report = run_job(parsed.folder, target, resources, pictures=parsed.pictures, say=_say)
+        target = Target(parsed.models.resolve(), parsed.model, space)
+        resources = _join(parsed) if os.environ.get("RAY_ADDRESS") else _start(parsed)
+        report = run_job(parsed.folder, target, dsn, resources, pictures=parsed.pictures, say=_say)
     except (DermError, OSError, ray.exceptions.RayError) as error:
         return _fail(f"{type(error).__name__}: {error}")
     finally:
@@ -55,35 +48,70 @@ def main(arguments: list[str] | None = None) -> int:
     return 3 if report.failures else 0
 
 
-def join_ray(resources: Resources) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray here with as many logical CPUs as the job needs.
+def _join(parsed: argparse.Namespace) -> Resources:
+    """Join the cluster that RAY_ADDRESS names, and say what of it the job takes."""
+    # The driver is busy for as long as the job is.
+    os.setpriority(os.PRIO_PROCESS, 0, max(parsed.niceness, os.getpriority(os.PRIO_PROCESS, 0)))
+    _init_ray(parsed)
+    resources = fit_in(_wanted(parsed), look_around(), actors=parsed.actors, actor_cpus=parsed.actor_cpus)
+    check_nodes(parsed.folder, parsed.models)
+    _say(
+        f"{resources.actors} actors of {resources.actor_cpus:.2f} logical CPUs each, {resources.cpus:.2f} in all"
+    )
+    return resources
 
-    Raises StageFailed when there is no cluster to join, or a node does not start in Ray's own time.
-    """
-    here: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        # Without a dashboard nobody reads what Ray's agent finds out about every process every five seconds.
-        os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
-        here = {
-            "_node_ip_address": "127.0.0.1",
-            "num_cpus": max(os.cpu_count() or 1, 2, int(resources.cpus) + 1),
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
+
+def _start(parsed: argparse.Namespace) -> Resources:
+    """Start Ray here, with as many logical CPUs as the job takes."""
+    resources = _wanted(parsed)
+    # Without a dashboard nobody reads what Ray's agent finds out about every process every five seconds.
+    os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+    _init_ray(
+        parsed,
+        _node_ip_address="127.0.0.1",
+        num_cpus=max(os.cpu_count() or 1, 2, int(resources.cpus) + 1),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+    )
+    return resources
+
+
+def _init_ray(parsed: argparse.Namespace, **here: Any) -> None:  # noqa: ANN401 - Ray's own options
+    # From its start on: what a worker imports takes seconds of a core.
+    behind = {"env_vars": {"RAY_worker_niceness": str(parsed.niceness)}}
     try:
-        ray.init(log_to_driver=True, **here)
+        ray.init(log_to_driver=True, runtime_env=behind, **here)
     except Exception as error:  # Ray's have no common base
         raise StageFailed(f"Ray did not start: {error}") from error
+
+
+def _wanted(parsed: argparse.Namespace) -> Resources:
+    """What was asked for; where nothing was, what a machine of the job's own has."""
+    return Resources(
+        actors=parsed.actors or os.cpu_count() or 1,
+        actor_cpus=1.0 if parsed.actor_cpus is None else parsed.actor_cpus,
+        actor_gpus=parsed.actor_gpus,
+        threads=parsed.threads,
+        batch=parsed.batch,
+        prepare_cpus=_prepare_cpus(parsed),
+        rows_per_write=parsed.rows_per_write,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_jobs.references.embed", description=embed.__doc__)
     parser.add_argument("folder", type=Path, help="with metadata.parquet and images/")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--models", type=Path, default=Path("model_store/models"))
+    parser.add_argument(
+        "--models", type=Path, default=model_folder(), help="$DERM_MODELS; default: %(default)s"
+    )
     parser.add_argument("--space", help="one of the model's embedding spaces (default: its first)")
-    parser.add_argument("--actors", type=int, default=os.cpu_count() or 1, help="default: one a core")
-    parser.add_argument("--actor-cpus", type=float, default=1.0, help="logical CPUs an actor takes")
+    parser.add_argument("--actors", type=int, help="default: one a core, or one for each share of a free GPU")
+    parser.add_argument(
+        "--actor-cpus",
+        type=float,
+        help="logical CPUs an actor takes (default: 1; on a running cluster, a share of what it has to spare)",
+    )
     parser.add_argument(
         "--actor-gpus", type=float, default=0.0, help="GPUs, or a share of one, an actor takes"
     )

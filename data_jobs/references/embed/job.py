@@ -7,15 +7,17 @@ embeds what is not there yet, and nothing twice.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
-from data_jobs.references.catalogue import CatalogueEntry, read_references
-from data_jobs.references.embed.pipeline import Resources, Target, run_pipeline
+from data_jobs.references.catalogue import read_references
+from data_jobs.references.embed.pipeline import Target, run_pipeline
 from data_jobs.references.embed.progress import ProgressDisplay, describe
+from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.steps import catalogue_table
 from data_jobs.references.embedder import identify_embedder, space_spec
 from deployments.preprocess.resize import InputGeometry
@@ -29,7 +31,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """What a run did: images found there, embedded now, failed by cause; seconds with and without indexing."""
+    """What a run did with its folder: images found there, embedded now, failed by cause.
+
+    Seconds are without and with indexing. Failures of another folder's images in that space are not this run's.
+    """
 
     embedding_space: str
     expected: int
@@ -40,8 +45,10 @@ class JobReport:
     total_s: float
 
 
-def run_job(folder: Path, target: Target, resources: Resources, *, pictures: bool, say: Say) -> JobReport:
-    """Fill the space from a folder of references. Needs `ray.init`, and the owner's role in the database.
+def run_job(
+    folder: Path, target: Target, dsn: str, resources: Resources, *, pictures: bool, say: Say
+) -> JobReport:
+    """Fill the space from a folder of references. Needs `ray.init`; `dsn` is for the role that owns the schema.
 
     Raises what `read_references`, `ModelStore.open` and `ReferenceCache.begin` do.
     """
@@ -56,53 +63,66 @@ def run_job(folder: Path, target: Target, resources: Resources, *, pictures: boo
         await cache.begin(embedder, expected=len(entries))
         return await cache.present(target.embedding_space, with_picture=pictures)
 
-    present = _in_database(target.dsn, begin)
+    present = _in_database(dsn, begin)
+    names = {entry.isic_id for entry in entries}
     missing = [entry for entry in entries if entry.isic_id not in present]
     found = len(entries) - len(missing)
     say(f"{len(missing):,} images to embed into {target.embedding_space}; {found:,} are there")
-    others = len(present) - found
+    others = len(present - names)
     display = ProgressDisplay(
-        lambda: _glance(target, others, pictures=pictures), len(entries), before=found, say=say
+        lambda: _glance(dsn, target.embedding_space, names, others, pictures=pictures),
+        len(entries),
+        before=found,
+        say=say,
     )
     if missing:
         geometry = InputGeometry.from_manifest(model.manifest.input)
         with display:
-            run_pipeline(catalogue_table(missing), folder, geometry, target, resources, pictures=pictures)
+            run_pipeline(
+                catalogue_table(missing), folder, geometry, target, dsn, resources, pictures=pictures
+            )
     embedded_after = monotonic() - started
     say("indexing")
-    _in_database(target.dsn, lambda cache: cache.complete(target.embedding_space))
-    done, failures = _look(target, entries)
+    _in_database(dsn, lambda cache: cache.complete(target.embedding_space))
+    embedded, failures = _in_database(dsn, lambda cache: count_done(cache, target.embedding_space, names))
     total_s = monotonic() - started
+    done = embedded + sum(failures.values())
     say(describe(done, len(entries), embedded_after, failures, before=found))
-    embedded = done - found - sum(failures.values())
-    return JobReport(target.embedding_space, len(entries), found, embedded, failures, embedded_after, total_s)
+    return JobReport(
+        target.embedding_space, len(entries), found, embedded - found, failures, embedded_after, total_s
+    )
 
 
-def _glance(target: Target, others: int, *, pictures: bool) -> tuple[int, Mapping[str, int]]:
+async def count_done(
+    cache: ReferenceCache, embedding_space: str, names: set[str]
+) -> tuple[int, Mapping[str, int]]:
+    """How many of the named images are in the space and have not failed, and the failures of the others by cause."""
+    present = await cache.present(embedding_space, with_picture=False)
+    failed = await cache.failures(embedding_space)
+    return len((present & names) - failed.keys()), _count_causes(failed, names)
+
+
+def _glance(
+    dsn: str, embedding_space: str, names: set[str], others: int, *, pictures: bool
+) -> tuple[int, Mapping[str, int]]:
     """How far the job is, by counting: to name 50,000 images takes what embedding ten of them does.
 
     `others`: images of the space that are not of this folder.
     """
 
-    async def ask(cache: ReferenceCache) -> tuple[int, Mapping[str, int]]:
-        count = await cache.count_present(target.embedding_space, with_picture=pictures)
-        return count - others, await cache.failures(target.embedding_space)
-
-    embedded, failures = _in_database(target.dsn, ask)
-    return embedded + sum(failures.values()), failures
-
-
-def _look(target: Target, entries: list[CatalogueEntry]) -> tuple[int, Mapping[str, int]]:
-    """How many of the entries are in the space or failed, and the failures by cause."""
-
-    async def ask(cache: ReferenceCache) -> tuple[int, Mapping[str, int]]:
-        present = await cache.present(target.embedding_space, with_picture=False)
-        return sum(entry.isic_id in present for entry in entries), await cache.failures(
-            target.embedding_space
+    async def ask(cache: ReferenceCache) -> tuple[int, Mapping[str, str]]:
+        return (
+            await cache.count_present(embedding_space, with_picture=pictures),
+            await cache.failures(embedding_space),
         )
 
-    done, failures = _in_database(target.dsn, ask)
-    return done + sum(failures.values()), failures
+    present, failed = _in_database(dsn, ask)
+    failures = _count_causes(failed, names)
+    return present - others + sum(failures.values()), failures
+
+
+def _count_causes(failed: Mapping[str, str], names: set[str]) -> Mapping[str, int]:
+    return dict(sorted(Counter(cause for name, cause in failed.items() if name in names).items()))
 
 
 def _in_database(dsn: str, ask: Callable[[ReferenceCache], Awaitable[_Result]]) -> _Result:

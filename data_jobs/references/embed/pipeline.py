@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.sink import ReferenceSink
 from data_jobs.references.embed.steps import EmbedImages, PrepareImages, embed_files
 from deployments.preprocess.resize import InputGeometry
-from model_store.session import Device
 
 #: Every actor gets so many blocks at least, of so many rows at least: all are at work, and end at much the same time.
 _BLOCKS_AN_ACTOR = 4
@@ -27,43 +26,16 @@ _LEAST_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Resources:
-    """What the job takes of the cluster; CPUs are Ray's logical ones, shares allowed.
-
-    `prepare_cpus` 0: the actors prepare their images themselves. Otherwise tasks that take so much each do.
-    These and the writing must find room beside the actors: on a node whose CPUs the actors took all of,
-    nothing would ever be read or written.
-    """
-
-    actors: int
-    actor_cpus: float = 1.0
-    actor_gpus: float = 0.0
-    threads: int = 1
-    batch: int = 1
-    prepare_cpus: float = 0.0
-    write_cpus: float = 0.25
-    rows_per_write: int = 256
-    niceness: int = 10
-
-    @property
-    def device(self) -> Device:
-        """Where the network runs."""
-        return "cuda" if self.actor_gpus else "cpu"
-
-    @property
-    def cpus(self) -> float:
-        """What must be there for the job to move at all."""
-        return self.actors * self.actor_cpus + self.prepare_cpus + self.write_cpus
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
-    """Which model embeds, into which space of which database. The models lie at that path on every node."""
+    """Which model embeds, into which space. The models lie at that path on every node.
+
+    Where the database is stands elsewhere: every actor gets this, and Ray Data writes the fields of a
+    dataclass into its records of a run.
+    """
 
     models: Path
     model_id: str
     embedding_space: str
-    dsn: str
 
 
 def run_pipeline(
@@ -71,19 +43,22 @@ def run_pipeline(
     folder: Path,
     geometry: InputGeometry,
     target: Target,
+    dsn: str,
     resources: Resources,
     *,
     pictures: bool,
 ) -> None:
-    """Embed every row of the catalogue `table`; returns when all are in the database. Needs `ray.init`."""
+    """Embed every row of the catalogue `table`; returns when all are in the database `dsn`. Needs `ray.init`."""
     configure_data()
     prepare = PrepareImages(folder, geometry, pictures)
-    dataset: ray.data.Dataset = ray.data.from_arrow(list(split_rows(table, resources)))
+    # Not from_arrow: that looks at each block in a task of a whole CPU, which a node that serves may not have.
+    dataset: ray.data.Dataset = ray.data.from_blocks(list(split_rows(table, resources)))
     if resources.prepare_cpus:
         dataset = dataset.map_batches(
-            _Preparing(prepare, resources.niceness).prepare,
+            prepare,
             batch_size=None,
             batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=resources.prepare_tasks),
             num_cpus=resources.prepare_cpus,
         )
     dataset.map_batches(
@@ -95,8 +70,13 @@ def run_pipeline(
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
     ).write_datasink(
-        ReferenceSink(target.dsn, target.embedding_space, rows_per_write=resources.rows_per_write),
+        ReferenceSink(
+            dsn,
+            target.embedding_space,
+            rows_per_write=resources.rows_per_write,
+        ),
         ray_remote_args={"num_cpus": resources.write_cpus},
+        concurrency=1,
     )
 
 
@@ -116,23 +96,10 @@ def configure_data() -> None:
     context.target_max_block_size = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class _Preparing:
-    """PrepareImages in a task."""
-
-    images: PrepareImages
-    niceness: int
-
-    def prepare(self, batch: pa.Table) -> pa.Table:
-        _step_back(self.niceness)
-        return self.images(batch)
-
-
 class _Embedding:
     """EmbedImages in an actor, and PrepareImages unless that was done before."""
 
     def __init__(self, target: Target, resources: Resources, prepare: PrepareImages | None) -> None:
-        _step_back(resources.niceness)
         self._prepare = prepare
         self._embed = EmbedImages(
             target.models,
@@ -145,12 +112,3 @@ class _Embedding:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self._embed(batch) if self._prepare is None else embed_files(batch, self._prepare, self._embed)
-
-
-def _step_back(niceness: int) -> None:
-    """Let everything else on this machine go first: batch work must not slow an answer down.
-
-    Workers belong to one job, so none keeps this for another.
-    """
-    if os.getpriority(os.PRIO_PROCESS, 0) < niceness:
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from pydantic import SecretStr
 from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
@@ -32,12 +33,20 @@ class _Arrivals:
 
 
 class ReferenceSink(Datasink[None]):
-    """Writes each bundle of blocks in one transaction. Ray may write one twice; twice is as good as once."""
+    """Writes each bundle of blocks in one transaction. Ray may write one twice; twice is as good as once.
+
+    The only part of the pipeline that knows where the database is, and shows it in no text of itself.
+    """
 
     def __init__(self, dsn: str, embedding_space: str, *, rows_per_write: int) -> None:
-        self._dsn = dsn
+        self._dsn = SecretStr(dsn)
         self._embedding_space = embedding_space
         self._rows_per_write = rows_per_write
+
+    @property
+    def supports_distributed_writes(self) -> bool:
+        """No: where the driver runs the database is known to be reachable; elsewhere a local socket is not."""
+        return False
 
     @property
     def min_rows_per_write(self) -> int:
@@ -64,7 +73,7 @@ class ReferenceSink(Datasink[None]):
                 return
 
     async def _try(self, arrivals: _Arrivals) -> None:
-        pool = await open_pool(self._dsn, minimum=0, maximum=1, timeout_s=60)
+        pool = await open_pool(self._dsn.get_secret_value(), minimum=0, maximum=1, timeout_s=60)
         try:
             await ReferenceCache(pool).take_in(
                 self._embedding_space,

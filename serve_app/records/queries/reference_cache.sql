@@ -81,9 +81,9 @@ ON CONFLICT (isic_id) DO UPDATE
 SET width = excluded.width, height = excluded.height, sha256 = excluded.sha256, jpeg = excluded.jpeg
 WHERE reference_pictures.sha256 <> excluded.sha256;
 
--- name: count_failures
--- Count the failures of space $1 by cause.
-SELECT cause, count(*) AS images FROM reference_failures WHERE embedding_space = $1 GROUP BY cause ORDER BY cause;
+-- name: failures
+-- Name the images that could not be taken into space $1, with the cause.
+SELECT isic_id, cause FROM reference_failures WHERE embedding_space = $1;
 
 -- name: completed
 -- Note that all there is to fill space $1 with has been tried, and is indexed.

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -38,15 +40,25 @@ def folder(make_folder) -> Path:
 
 @pytest.fixture(scope="module")
 async def undisturbed(folder, new_database, models, model_id):
-    """A space filled by one run: the database, and what the run said."""
+    """A space filled by one run: the database, what the run said, and where Ray wrote about it."""
     urls = await new_database()
-    done = run_job(folder, urls.owner, models, model_id)
-    assert done.returncode == 3, done.stderr[-4000:]
-    return urls, json.loads(done.stdout.splitlines()[-1]), done.stderr
+    # Short: a socket's path may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="derm-r-") as written:
+        done = run_job(
+            folder,
+            urls.owner,
+            models,
+            model_id,
+            RAY_TMPDIR=written,
+            # Ray's fullest record of a run, the arguments of every operator included.
+            RAY_enable_export_api_write="1",
+        )
+        assert done.returncode == 3, done.stderr[-4000:]
+        yield urls, json.loads(done.stdout.splitlines()[-1]), done.stderr, Path(written)
 
 
 async def test_every_image_is_in_the_space_or_has_a_cause(undisturbed, model_id, models) -> None:
-    urls, report, said = undisturbed
+    urls, report, said, _ = undisturbed
     space = ModelStore(models).open(model_id).manifest.live_space.embedding_space
     assert report["embedded"] == IMAGES - len(BAD)
     assert report["failures"] == {"unreadable": 1, "unsupported_image": 1}
@@ -61,6 +73,15 @@ async def test_every_image_is_in_the_space_or_has_a_cause(undisturbed, model_id,
         assert await pool.fetchval("SELECT count(*) FROM reference_pictures") == IMAGES - len(BAD)
     finally:
         await pool.close()
+
+
+def test_the_owners_password_is_in_nothing_that_ray_writes(undisturbed) -> None:
+    urls, report, said, written = undisturbed
+    (password,) = re.findall(r"//derm_owner:(.*?)@", urls.owner)
+    files = [path for path in written.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any("ReferenceSink" in path.read_text(errors="replace") for path in files)
+    assert not [path for path in files if password.encode() in path.read_bytes()]
+    assert password not in f"{report}{said}"
 
 
 async def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bits(
@@ -78,7 +99,8 @@ async def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bits(
             process.wait()
     before = await stored(urls.owner)
     assert 0 < len(before) <= IMAGES - len(BAD)
-    done = run_job(folder, urls.owner, models, model_id)
+    # Prepared in a step of its own, as for a GPU: that makes no difference to a vector either.
+    done = run_job(folder, urls.owner, models, model_id, "--prepare-cpus", "0.5")
     assert done.returncode == 3, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["found"] >= len(before)
@@ -88,7 +110,7 @@ async def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bits(
 async def test_a_space_is_verified_before_its_model_answers_in_it(
     undisturbed, folder, models, model_id
 ) -> None:
-    urls, _, _ = undisturbed
+    urls, *_ = undisturbed
     model = ModelStore(models).open(model_id)
     pool = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
     try:
@@ -103,7 +125,7 @@ async def test_a_space_is_verified_before_its_model_answers_in_it(
 
 
 async def test_what_cannot_run_says_why(folder, undisturbed, models, model_id, tmp_path) -> None:
-    urls, _, _ = undisturbed
+    urls, *_ = undisturbed
     unknown = run_job(folder, urls.owner, models, "no_model.none")
     assert unknown.returncode == 1
     assert "no_model.none" in unknown.stderr
@@ -149,10 +171,12 @@ def environment(dsn: str) -> dict[str, str]:
     return kept | {"DERM_OWNER_DATABASE_URL": dsn, "PYTHONWARNINGS": ""}
 
 
-def run_job(folder: Path, dsn: str, models: Path, model_id: str) -> subprocess.CompletedProcess[str]:
+def run_job(
+    folder: Path, dsn: str, models: Path, model_id: str, *options: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(folder, models, model_id),
-        env=environment(dsn),
+        [*command(folder, models, model_id), *options],
+        env=environment(dsn) | variables,
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

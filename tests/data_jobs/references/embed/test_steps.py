@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from data_jobs.references.catalogue import read_catalogue
-from data_jobs.references.embed.pipeline import Resources, split_rows
+from data_jobs.references.embed.pipeline import split_rows
+from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.steps import EmbedImages, PrepareImages, catalogue_table, embed_files
 from data_jobs.references.embedder import (
     ARCHIVE_LIMITS,
