@@ -56,6 +56,15 @@ def test_the_key_store_that_a_restore_set_aside_expires(files: NodeFiles, tmp_pa
     assert {path.name for path in files.keystore.parent.iterdir()} == {"keyring.json", "keystore.sqlite"}
 
 
+@pytest.fixture
+async def audit_log(new_database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database of its own: pruning is on record there before anything is deleted."""
+    urls = await new_database()
+    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
+    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
+
+
+@pytest.mark.usefixtures("audit_log")
 def test_what_has_expired_is_a_finding_until_it_is_pruned(files: NodeFiles, derm_cds, tmp_path: Path) -> None:
     keys, postgres = files.keystore.parent, files.home / "postgres"
     old = f"before-{ago(days=31):%Y%m%dT%H%M%S}"

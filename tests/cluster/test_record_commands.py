@@ -12,6 +12,9 @@ import pytest
 from serve_app.records.health import INVARIANTS
 from serve_app.records.pool import open_pool
 from serve_app.security.account import os_account
+from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import KeyStore
+from serve_app.settings import NodeFiles
 
 
 async def _fetch(query: str) -> list[Any]:
@@ -28,6 +31,9 @@ async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     urls = await new_database()
     monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
     monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
+    # What the first start makes, and no command does.
+    files = NodeFiles(tmp_path)
+    KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
     return tmp_path
 
 
