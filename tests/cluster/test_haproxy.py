@@ -70,6 +70,7 @@ def test_nobody_is_told_the_routes(tmp_path, template) -> None:
 
 def test_every_answer_of_its_own_is_a_problem_document(tmp_path, template) -> None:
     assert len(re.findall(r"^ *errorfile 50[234] ", template, re.MULTILINE)) == 3
+    assert len(re.findall(r"^frontend http_frontend *$", template, re.MULTILINE)) == 1
     front, back = choose_ports(2)
     config = tmp_path / "cfg"
     config.write_text(f"""
@@ -81,7 +82,7 @@ defaults
     errorfile 502 /500.http
     errorfile 503 /500.http
     errorfile 504 /500.http
-frontend front
+frontend http_frontend
     bind 127.0.0.1:{front}
     default_backend back
 backend back
@@ -98,12 +99,17 @@ backend back
                 dying.start()
                 died = httpx.get(f"http://127.0.0.1:{front}/")
                 dying.join()
+                failing = Thread(target=_fail_in_plain_text, args=(replica,))
+                failing.start()
+                failed = httpx.get(f"http://127.0.0.1:{front}/")
+                failing.join()
                 silent = httpx.get(f"http://127.0.0.1:{front}/")
         finally:
             proxy.terminate()
     for answer, status, code in (
         (nobody, 503, "unavailable"),
         (died, 502, "interrupted"),
+        (failed, 502, "interrupted"),
         (silent, 504, "interrupted"),
     ):
         body = answer.json()
@@ -118,6 +124,17 @@ def _die_with_a_request(replica: socket.socket) -> None:
     connection, _ = replica.accept()
     with connection:
         connection.recv(1000)
+
+
+def _fail_in_plain_text(replica: socket.socket) -> None:
+    """As uvicorn answers for an application that raised: Serve's proxy, when it loses the replica."""
+    connection, _ = replica.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(
+            b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            b"Connection: close\r\n\r\nInternal Server Error"
+        )
 
 
 def _wait_for_port(port: int) -> None:
