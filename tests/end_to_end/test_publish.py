@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from data_jobs.promotion.rollback import roll_back
 from data_jobs.references.embedder import identify_embedder
 from data_jobs.references.load import read_bundle
 from data_jobs.references.publish import publish_space
@@ -49,10 +50,13 @@ async def test_publishing_and_rolling_back_under_load(
     workers = [asyncio.create_task(work(turn)) for turn in range(AT_ONCE)]
     try:
         await _until(answers, lambda answer: answer["provenance"]["model_id"] == model_id)
-        for target in (twin_id, model_id):
-            await publish_space(pms.owner, node.models, target)
-            await _until(answers, lambda answer, t=target: answer["provenance"]["model_id"] == t)
-            await asyncio.sleep(3)
+        await publish_space(pms.owner, node.models, twin_id)
+        await _until(answers, lambda answer: answer["provenance"]["model_id"] == twin_id)
+        await asyncio.sleep(3)
+        back = await roll_back(node.urls.owner, node.models, approved_by="operator", reason="drill")
+        assert back.model_id == model_id
+        await _until(answers, lambda answer: answer["provenance"]["model_id"] == model_id)
+        await asyncio.sleep(3)
     finally:
         over.set()
         await asyncio.gather(*workers)
