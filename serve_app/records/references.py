@@ -30,6 +30,9 @@ _STEP = 23
 # Embeddings lie together by diagnosis: the images near a query may all be of another one than those asked for, and
 # the index is walked for long to find few. So it takes a filter that leaves most of a kind to use it.
 _MOST = 2 / 3
+# How wide an index is walked (hnsw.ef_search): as chosen for 50,000 references, and wider in proportion beyond, to
+# the most that pgvector takes.
+_BREADTH, _BREADTH_PER_IMAGE, _MOST_BREADTH = 150, 1 / 256, 1_000
 #: Copying, counting and indexing 400,000 references takes minutes.
 LOAD_TIMEOUT_S = 1800
 
@@ -52,6 +55,11 @@ class ReferenceImage:
     def confirmed(self) -> bool:
         """Whether the archive says how the diagnosis was confirmed."""
         return bool(self.diagnosis_confirm_type)
+
+
+def search_breadth(images: int) -> int:
+    """How many candidates a search of an index of so many images keeps: pgvector's hnsw.ef_search."""
+    return min(_MOST_BREADTH, max(_BREADTH, round(images * _BREADTH_PER_IMAGE)))
 
 
 class ReferenceStore:
@@ -96,7 +104,8 @@ class ReferenceStore:
             if not (indexed or reference_filter):
                 return await _search(connection, asked, _BOTH_KINDS)
             async with connection.transaction(readonly=True):
-                await connection.execute(_SQL["plan_for_parameters"])
+                images = max((row["images"] for row in counted), default=0)
+                await connection.execute(_SQL["plan_for_parameters"], search_breadth(images))
                 found = await _search(
                     connection, asked, [kind for kind in _BOTH_KINDS if kind not in indexed]
                 )

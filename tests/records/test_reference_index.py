@@ -12,7 +12,7 @@ import pytest
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records import references
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceImage, ReferenceStore, search_breadth
 from serve_app.records.sql import queries
 
 SPACE = "large"
@@ -64,6 +64,16 @@ async def _indexes(pool) -> list[str]:
     return [name for (name,) in rows]
 
 
+def test_a_larger_index_is_walked_wider() -> None:
+    assert [search_breadth(images) for images in (0, 4_000, 38_400, 100_000, 400_000)] == [
+        150,
+        150,
+        150,
+        391,
+        1_000,
+    ]
+
+
 async def _scanned(
     pool,
     *,
@@ -75,7 +85,7 @@ async def _scanned(
 ) -> str:
     arguments = (query, SPACE, 10, licences, [], confirmed, diagnoses, 64, looked_through)
     async with pool.connection() as connection, connection.transaction():
-        await connection.execute(SQL["plan_for_parameters"])
+        await connection.execute(SQL["plan_for_parameters"], 150)
         plan = await connection.fetch(f"EXPLAIN {SQL['nearest']}", *arguments)
     return "\n".join(line for (line,) in plan if "Scan" in line or "Index Cond" in line)
 

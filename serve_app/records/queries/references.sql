@@ -20,7 +20,8 @@ FROM (
 GROUP BY malignant;
 
 -- name: plan_for_parameters
--- Set this transaction up for filters and the indexes of a space: docs/references.md says why these values.
+-- Set this transaction up for filters and the indexes of a space, each walked $1 wide: docs/references.md says why
+-- these values.
 -- Both need a plan made for the very parameters: an index of a space has its name in its condition.
 -- Relaxed order finds more than strict; `nearest` sorts what was found. Without enable_sort the planner
 -- does not weigh sorting a whole kind against its index, which has been weighed already.
@@ -28,7 +29,7 @@ SELECT
     set_config('plan_cache_mode', 'force_custom_plan', true),
     set_config('enable_sort', 'off', true),
     set_config('hnsw.iterative_scan', 'relaxed_order', true),
-    set_config('hnsw.ef_search', '150', true),
+    set_config('hnsw.ef_search', $1::integer::text, true),
     set_config('hnsw.max_scan_tuples', '20000', true);
 
 -- name: nearest
