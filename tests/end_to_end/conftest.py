@@ -19,8 +19,6 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
-import numpy as np
-from PIL import Image
 import psutil
 import pytest
 
@@ -36,6 +34,7 @@ from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.security.tokens import mint_token
 from serve_app.settings import REPOSITORY
+from tests.end_to_end.originals import draw_original
 from tests.end_to_end.twin_model import make_twin
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
@@ -258,13 +257,4 @@ def lesion_image() -> Callable[..., bytes]:
 def large_original() -> Callable[[int], bytes]:
     """Draw a square original that does not compress: `(side) -> PNG` of three bytes a pixel."""
 
-    def draw(side: int) -> bytes:
-        random = np.random.default_rng(side)
-        y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
-        dark = np.exp(-4 * (x**2 + y**2))[..., None] * [110.0, 100.0, 95.0]
-        pixels = np.array([220.0, 175.0, 155.0]) - dark + random.normal(0, 12, (side, side, 3))
-        buffer = io.BytesIO()
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG", compress_level=0)
-        return buffer.getvalue()
-
-    return draw
+    return lambda side: draw_original(side, seed=side)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-import io
 from pathlib import Path
 import secrets
 import subprocess
@@ -16,14 +15,13 @@ import time
 from uuid import uuid4
 
 import asyncpg
-import numpy as np
-from PIL import Image
 import pytest
 
 from cluster.object_memory import is_memory
 from cluster.postgres_state import PostgresState
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
+from tests.end_to_end.originals import draw_original
 from tests.end_to_end.plaintext import Needles, files, parts
 
 pytestmark = pytest.mark.ray
@@ -36,13 +34,7 @@ _GONE_S = 60.0
 
 def _noise(side: int) -> bytes:
     """An original of three bytes a pixel that nobody else has: a lesion under noise, as PNG."""
-    random = np.random.default_rng(secrets.randbits(64))
-    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
-    dark = np.exp(-4 * (x**2 + y**2))[..., None] * [110.0, 100.0, 95.0]
-    pixels = np.array([220.0, 175.0, 155.0]) - dark + random.normal(0, 12, (side, side, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
+    return draw_original(side, secrets.randbits(64))
 
 
 @dataclass
