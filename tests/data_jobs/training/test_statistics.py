@@ -130,3 +130,18 @@ def test_features_off_the_classes_are_unknown_even_when_near() -> None:
     nine = with_unknown(np.full((500, 8), 0.125), u)
     assert nine.shape == (500, 9)
     assert np.allclose(nine.sum(1), 1.0)
+
+
+def test_a_rare_class_beside_the_outliers_is_known() -> None:
+    """By images, the direction would be that from the common class to all else, the rare class among it."""
+    rng = np.random.default_rng(12)
+    labels = np.where(np.arange(3000) % 100 == 0, 1, 0)
+    known, outliers = rng.normal(size=(3000, 32)), rng.normal(size=(300, 32))
+    known[labels == 1, 0] += 8.0
+    outliers[:, 0] += 8.0
+    outliers[:, 1] += 3.0
+    statistics = fit_statistics(known[:2000], labels[:2000], outliers[:150])
+    near, far = distance_score(known[2000:], statistics), distance_score(outliers, statistics)
+    slope, intercept = fit_logistic(near, far[:150])
+    assert np.mean(unknown_probability(far[150:], slope, intercept) > 0.5) > 0.75
+    assert np.mean(unknown_probability(near[labels[2000:] == 1], slope, intercept) > 0.5) < 0.2

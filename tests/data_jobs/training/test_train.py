@@ -42,13 +42,17 @@ def drawn(rng: np.random.Generator) -> tuple[Any, Any, Any]:
     return pixels, np.arange(24) % len(TRAINED), np.arange(24)
 
 
-def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch, *, bfloat16: bool
+) -> None:
     from data_jobs.training import train as training
 
     rng = np.random.default_rng(3)
     arguments = (RECIPE, *drawn(rng))
+    machine = training.Machine.of("cpu", bfloat16=bfloat16)
 
-    training.train(*arguments, tmp_path / "whole")
+    training.train(*arguments, tmp_path / "whole", machine=machine)
 
     real, begun = training.run_epoch, []
 
@@ -61,8 +65,8 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(training, "run_epoch", stopping)
         with pytest.raises(StoppedError):
-            training.train(*arguments, tmp_path / "stopped")
-    training.train(*arguments, tmp_path / "stopped")
+            training.train(*arguments, tmp_path / "stopped", machine=machine)
+    training.train(*arguments, tmp_path / "stopped", machine=machine)
 
     whole, stopped = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped")
@@ -106,6 +110,7 @@ def test_a_gpu_is_fed_by_every_core() -> None:
     from data_jobs.training.train import Machine
 
     assert (Machine.of("cpu").workers, Machine.of("cuda").workers) == (1, os.cpu_count())
+    assert (Machine.of("cpu").bfloat16, Machine.of("cuda").bfloat16) == (False, True)
     assert (Machine.of("cpu", 3).workers, Machine.of("cuda", 0).workers) == (3, 0)
 
 
