@@ -30,7 +30,7 @@ from data_jobs.training.probabilities import Floats, softmax
 from data_jobs.training.ranking import area_under_curve
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Scan, scan_images, scan_pixels
-from data_jobs.training.unknown import outlier_direction
+from data_jobs.training.unknown import distance_score, fit_statistics, outlier_direction
 from data_jobs.training.unknown_scores import (
     log_sum_exp,
     mahalanobis,
@@ -88,11 +88,20 @@ def compare_methods(model: StoredModel, recipe: Recipe, threads: int, stride: in
         | {"all": round(_auroc(near[method], far[method][~fitting]), 4)}
         for method in near
     }
+    unseen = {}
+    for kind in tested:
+        statistics = fit_statistics(train.bottleneck, labels, other.bottleneck[fitting & (kinds != kind)])
+        far_off = distance_score(other.bottleneck[~fitting & (kinds == kind)], statistics)
+        unseen[kind] = round(_auroc(distance_score(known.bottleneck, statistics), far_off), 4)
+    counts = {kind: int((~fitting & (kinds == kind)).sum()) for kind in tested}
+    # Every kind has a score of its own: of all, the mean by images, which one score's AUROC would be, too.
+    everything = sum(unseen[kind] * count for kind, count in counts.items()) / sum(counts.values())
+    auroc["as shipped, but that kind left out of the fit"] = unseen | {"all": round(everything, 4)}
     return {
         "model_id": model.manifest.model_id,
         "training_images": len(trained),
         "known_images": len(known.logits),
-        "outliers": {kind: int((~fitting & (kinds == kind)).sum()) for kind in tested},
+        "outliers": counts,
         "auroc": auroc,
     }
 
