@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from data_jobs.training.probabilities import Floats, Labels
 
+#: A class of fewer calibration images than this is rare: 19 images of 16 lesions cannot place a 5 % quantile.
+RARE_IMAGES = 150
+
 
 def conformal_threshold(scores: NDArray[np.floating], coverage: float) -> float:
     """The threshold t for which a new p(y) >= t with probability at least `coverage`.
@@ -23,9 +26,21 @@ def conformal_threshold(scores: NDArray[np.floating], coverage: float) -> float:
 
 
 def conformal_thresholds(probabilities: Floats, labels: Labels, coverage: float) -> Floats:
-    """One threshold a class from N×C calibrated probabilities."""
-    classes = range(probabilities.shape[1])
-    return np.array([conformal_threshold(probabilities[labels == c, c], coverage) for c in classes])
+    """One threshold a class from N×C calibrated probabilities.
+
+    A rare class is held to no higher threshold than the rare classes are together (Ding et al., NeurIPS
+    2023, cluster such classes): its own quantile hangs on one image, and may only be too high at a patient's cost.
+    """
+    own_class = probabilities[np.arange(len(labels)), labels]
+    counts = np.bincount(labels, minlength=probabilities.shape[1])
+    thresholds = np.array(
+        [conformal_threshold(own_class[labels == c], coverage) for c in range(probabilities.shape[1])]
+    )
+    rare = counts < RARE_IMAGES
+    if rare[labels].any():
+        pooled = conformal_threshold(own_class[rare[labels]], coverage)
+        thresholds[rare] = np.minimum(thresholds[rare], pooled)
+    return thresholds
 
 
 def prediction_sets(probabilities: Floats, thresholds: Floats) -> NDArray[np.bool_]:

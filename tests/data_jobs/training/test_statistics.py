@@ -60,6 +60,19 @@ def test_conformal_sets_cover_new_images() -> None:
     assert np.all(np.abs(coverage - 0.95) < 0.025)
 
 
+def test_a_rare_class_is_held_to_no_higher_threshold_than_the_rare_together() -> None:
+    rng = np.random.default_rng(15)
+    labels = np.repeat([0, 1, 2], [1000, 40, 40])
+    told = np.full((1080, 3), 0.1)
+    told[np.arange(1080), labels] = np.concatenate(
+        [rng.uniform(0.5, 0.9, 1000), rng.uniform(0.3, 0.9, 40), rng.uniform(0.05, 0.9, 40)]
+    )
+    alone = [conformal_threshold(told[labels == c, c], 0.95) for c in range(3)]
+    together = conformal_threshold(np.concatenate([told[labels == c, c] for c in (1, 2)]), 0.95)
+    assert alone[2] < together < alone[1]
+    assert conformal_thresholds(told, labels, 0.95).tolist() == [alone[0], together, alone[2]]
+
+
 def test_temperature_and_prior_are_recovered() -> None:
     rng = np.random.default_rng(5)
     prior = np.array([0.7, 0.2, 0.1])
