@@ -61,12 +61,12 @@ def test_a_record_of_serves_own_keeps_the_callers_id_only_where_it_names_nobody(
 
 
 def test_named_values_are_fields_and_only_the_allowed_ones_are_readable(stream) -> None:
-    values = {"model_id": "tf_efficientnet_lite0.derm3", "patient_id": MARK, "count": 2}
+    values = {"model_id": "tf_efficientnet_lite0.derm7", "patient_id": MARK, "count": 2}
     logging.getLogger("derm.test").error("%(model_id)s for %(patient_id)s, %(count)d times", values)
     (line,) = lines(stream)
-    assert line["message"].startswith("tf_efficientnet_lite0.derm3 for #")
+    assert line["message"].startswith("tf_efficientnet_lite0.derm7 for #")
     assert line["message"].endswith(", 2 times")
-    assert (line["model_id"], line["count"]) == ("tf_efficientnet_lite0.derm3", 2)
+    assert (line["model_id"], line["count"]) == ("tf_efficientnet_lite0.derm7", 2)
     assert "patient_id" not in line
     assert MARK not in stream.getvalue()
 
