@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, help="processes that augment (default: cuda one a core, cpu 1)"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="on a CPU with AMX: nearly twice as fast")
+    parser.add_argument("--bfloat16", action="store_true", help="on a CPU with AMX, where it is faster")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
