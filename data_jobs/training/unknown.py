@@ -54,7 +54,7 @@ def outlier_direction(
     """
     known, other = np.asarray(features, np.float64), np.asarray(outliers, np.float64)
     counts = np.bincount(labels)
-    weights = 1.0 / counts[labels] / np.count_nonzero(counts)
+    weights = 1.0 / counts[labels] / len(counts)
     known_mean, other_mean = weights @ known, other.mean(0)
     residuals = (known - known_mean) * np.sqrt(weights * len(known))[:, None]
     within = (
