@@ -19,9 +19,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_jobs.training.loss import AdjustedLoss, Mixture
+from data_jobs.training.machine import CPU, Machine
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import Recipe, read_recipe
-from data_jobs.training.train import CPU, Machine, build_optimiser, run_epoch
+from data_jobs.training.train import build_optimiser, run_epoch
 from serve_app.domain.diagnosis import TRAINED
 
 BFLOAT16 = Machine.of("cpu", bfloat16=True)

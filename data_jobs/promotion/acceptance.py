@@ -11,7 +11,8 @@ import tomllib
 from typing import Any
 
 from data_jobs.promotion.comparison import Comparison
-from data_jobs.training.recipe import AcceptancePlan, read_acceptance
+from data_jobs.training.plans import AcceptancePlan
+from data_jobs.training.recipe import read_acceptance
 from serve_app.domain.errors import DermError
 
 #: Beside the manifest, with its digest in it: promotion needs no recipe.

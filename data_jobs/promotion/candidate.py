@@ -12,7 +12,7 @@ from data_jobs.promotion.refusal import PromotionRefused
 from data_jobs.references.bundle import embed_rows
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from data_jobs.training.dataset import isic_folder, read_rows
-from data_jobs.training.recipe import AcceptancePlan
+from data_jobs.training.plans import AcceptancePlan
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
 from model_store.registry import ModelStore, StoredModel

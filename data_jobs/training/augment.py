@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from data_jobs.training.recipe import AugmentPlan
+from data_jobs.training.plans import AugmentPlan
 
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

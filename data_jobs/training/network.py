@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from data_jobs.training.recipe import NetworkPlan
+from data_jobs.training.plans import NetworkPlan
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 

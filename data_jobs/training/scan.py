@@ -29,12 +29,13 @@ class Scan:
         return Scan(self.logits[picked], self.bottleneck[picked])
 
 
-def open_onnx(path: Path, threads: int = 2) -> Callable[[Pixels], Outputs]:
-    """A forward pass of an exported graph that has no manifest yet."""
+def open_onnx(model: Path | bytes, threads: int = 2) -> Callable[[Pixels], Outputs]:
+    """A forward pass of an exported graph, by its file or content, that has no manifest or needs none."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = model if isinstance(model, bytes) else str(model)
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def run(pixels: Pixels) -> Outputs:
         logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels})

@@ -13,7 +13,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data_jobs.training.network import WHEELS, DermNetwork, load_imagenet, load_trunk, wheel_weights
-from data_jobs.training.recipe import Recipe, StartPlan, WeightsPlan
+from data_jobs.training.plans import StartPlan, WeightsPlan
+from data_jobs.training.recipe import Recipe
 
 
 def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None:

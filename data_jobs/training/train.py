@@ -14,27 +14,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 import json
 import math
-import os
 from pathlib import Path
 import sys
 import time
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
+from data_jobs.training.distillation import Teachers
 from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, draw_epoch, sampled_prior
 from data_jobs.training.loss import AdjustedLoss, Mixture, mix
+from data_jobs.training.machine import CPU, Machine
 from data_jobs.training.network import DermNetwork
-from data_jobs.training.precision import speed_up_depthwise
-from data_jobs.training.recipe import OptimiserPlan, Recipe, read_recipe
+from data_jobs.training.plans import DistillationPlan, OptimiserPlan
+from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.start import load_start
 from deployments.preprocess.resize import InputGeometry
 
@@ -63,54 +63,6 @@ def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.Ad
             for (trunk, decayed), parameters in groups.items()
         ]
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where a run computes, how many processes augment for it (0: its own does), and whether in bfloat16."""
-
-    device: torch.device
-    workers: int = 1
-    bfloat16: bool = False
-
-    @classmethod
-    def of(cls, device: str, workers: int | None = None, *, bfloat16: bool = False) -> Machine:
-        """A machine by the name of its device. Unless told, a GPU is fed by every core, a CPU needs its cores itself.
-
-        A GPU computes in bfloat16 in any case.
-        """
-        if workers is None:
-            workers = (os.cpu_count() or 1) if device == "cuda" else 1
-        return cls(torch.device(device), workers, bfloat16 or device == "cuda")
-
-    def batches(self, views: AugmentedDraws, plan: OptimiserPlan) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The views in batches of the plan's size, the remainder dropped."""
-        return DataLoader(
-            views,
-            plan.batch_size,
-            drop_last=True,
-            num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def as_input(self, views: Tensor) -> Tensor:
-        """uint8 N×H×W×3 to float N×3×H×W in channels-last memory, on the device."""
-        moved = views.to(self.device, non_blocking=True)
-        return moved.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-
-    def prepare(self, network: DermNetwork) -> None:
-        """Move the network here, in the layout and with the operators that are fastest here."""
-        if self.bfloat16 and self.device.type == "cpu":
-            speed_up_depthwise(network)
-        network.to(self.device, memory_format=torch.channels_last)
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 where that is safe, if this machine computes in it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-
-CPU = Machine.of("cpu")
 
 
 def run_epoch(
@@ -186,6 +138,15 @@ def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
     return state
 
 
+def _teachers(plan: DistillationPlan, models: Path | None, prior: NDArray[np.float64]) -> Teachers:
+    if models is None:
+        names = " and ".join(teacher.model_id for teacher in plan.teachers)
+        raise ValueError(
+            f"This recipe is taught by {names}: give the folder of their model folders with --teachers."
+        )
+    return Teachers(plan, models, prior)
+
+
 def train(
     recipe: Recipe,
     pixels: Pixels,
@@ -194,11 +155,13 @@ def train(
     output: Path,
     start: Path | None = None,
     machine: Machine = CPU,
+    models: Path | None = None,
 ) -> None:
     """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`.
 
-    `pixels`: uint8 N×side×side×3; `labels`: N, in the order of TRAINED; `indices`: which of them to train on.
-    Raises ValueError when another recipe wrote the checkpoint there, or as `load_start` does.
+    `pixels`: uint8 N×side×side×3; `labels`: N, in the order of TRAINED; `indices`: which of them to train on;
+    `models`: where the model folders of its teachers are.
+    Raises ValueError when another recipe wrote the checkpoint there, or as `load_start` and `Teachers` do.
     """
     checkpoint = output / "checkpoint.pt"
     state = read_progress(checkpoint, recipe)
@@ -210,7 +173,10 @@ def train(
     decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimiser = build_optimiser(network, recipe.optimiser)
-    loss = AdjustedLoss(sampled_prior(labels[indices], recipe.loss.sampling_power), recipe.loss)
+    plan = recipe.distillation
+    teachers = _teachers(plan, models, sampled_prior(labels[indices], 1.0)) if plan else None
+    prior = sampled_prior(labels[indices], recipe.loss.sampling_power)
+    loss = AdjustedLoss(prior, recipe.loss, plan.loss_share if plan else 0.0)
     loss.to(machine.device)
     first = 0
     if state is not None:
@@ -224,22 +190,24 @@ def train(
         rng = np.random.default_rng((recipe.seed, epoch))
         torch.manual_seed(recipe.seed + epoch)
         draws = draw_epoch(labels, indices, recipe.loss.sampling_power, rng)
-        views = AugmentedDraws(pixels, labels, draws, sides[epoch], recipe, epoch)
+        side = plan.side if plan else sides[epoch]
+        views = AugmentedDraws(pixels, labels, draws, side, recipe, epoch)
         batches = machine.batches(views, recipe.optimiser)
         steps = len(batches)
         factors = (
             learning_rate(step, steps * len(sides), recipe.optimiser.warmup)
             for step in range(epoch * steps, (epoch + 1) * steps)
         )
+        mixtures = (
+            mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
+            for images, answers in batches
+        )
         mean_loss, accuracy = run_epoch(
             network,
             ema,
             optimiser,
             loss,
-            (
-                mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
-                for images, answers in batches
-            ),
+            teachers.teach(mixtures, sides[epoch]) if teachers else mixtures,
             factors,
             recipe.optimiser.clip_norm,
             machine,
@@ -271,6 +239,9 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="what [start] or [weights] names: a checkpoint, or safetensors"
     )
+    parser.add_argument(
+        "--teachers", type=Path, help="the folder of the model folders that [distillation] names"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--workers", type=int, help="processes that augment (default: cuda one a core, cpu 1)"
@@ -286,7 +257,8 @@ def main() -> None:
     geometry = InputGeometry(recipe.data.cache_side, recipe.data.interpolation)
     pixels = build_cache(rows, folder, arguments.cache_dir, geometry)
     indices = training_indices(rows, recipe.data)
-    train(recipe, pixels, labels_of(rows), indices, arguments.output, arguments.start, machine)
+    labels = labels_of(rows)
+    train(recipe, pixels, labels, indices, arguments.output, arguments.start, machine, arguments.teachers)
 
 
 if __name__ == "__main__":

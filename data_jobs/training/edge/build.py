@@ -26,7 +26,8 @@ from data_jobs.training.edge.latency import latency_ratio
 from data_jobs.training.edge.plain_graph import plain_graph
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.outliers import make_outliers
-from data_jobs.training.recipe import DataPlan, read_recipe
+from data_jobs.training.plans import DataPlan
+from data_jobs.training.recipe import read_recipe
 from data_jobs.training.scan import Pixels, Scan, open_onnx
 from deployments.preprocess.resize import InputGeometry
 from model_store.edge_copies import EDGE_NAME, server_contract

@@ -95,7 +95,7 @@ def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_pat
     from torch.optim.swa_utils import AveragedModel
 
     from data_jobs.training.network import DermNetwork
-    from data_jobs.training.recipe import StartPlan
+    from data_jobs.training.plans import StartPlan
     from data_jobs.training.start import load_start
 
     torch.manual_seed(3)

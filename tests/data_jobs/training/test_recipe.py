@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_jobs.training.recipe import WeightsPlan, read_recipe
+from data_jobs.training.plans import WeightsPlan
+from data_jobs.training.recipe import read_recipe
 
 RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
 DIGEST = "ab" * 32
@@ -81,3 +82,33 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str, message: 
     path.write_text(RECIPE.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_recipe(path)
+
+
+STUDENT = Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm8.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("share = 0.7", "share = 0.8", "make up 1"),
+        ("loss_share = 0.8", "loss_share = 0.0", "over 0 and at most 1"),
+        ("loss_share = 0.8", "loss_share = 1.5", "over 0 and at most 1"),
+        ("side = 160\nepochs", "side = 192\nepochs", "cannot see more than its teachers"),
+        ('model_sha256 = "', 'model_sha256 = "X', "lower-case"),
+        ("prior_shift = 0.4 ", "prior = 0.4 ", "unknown prior"),
+        ("[[distillation.teachers]]", "[[distillation.pupils]]", "teachers"),
+    ],
+)
+def test_wrong_teachers_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = STUDENT.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)
+
+
+def test_a_recipe_without_teachers_keeps_the_digest_that_its_checkpoint_names() -> None:
+    """What derm6's checkpoint was written under, before recipes could name teachers."""
+    recipe = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm6.toml"))
+    assert recipe.training_digest == "0dc43ead662dbdd5938ac2184fd2fa5fef5953100e018b3e7b19e461e1e2326e"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_jobs.training.recipe import Recipe, Stage, WeightsPlan, read_recipe
+from data_jobs.training.plans import Stage, WeightsPlan
+from data_jobs.training.recipe import Recipe, read_recipe
 from serve_app.domain.diagnosis import TRAINED
 from tests.random_model import RECIPES, random_checkpoint
 

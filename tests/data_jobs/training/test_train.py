@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_jobs.training.recipe import Stage, read_recipe
+from data_jobs.training.plans import Stage
+from data_jobs.training.recipe import read_recipe
 from serve_app.domain.diagnosis import TRAINED
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -47,10 +48,11 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch, *, bfloat16: bool
 ) -> None:
     from data_jobs.training import train as training
+    from data_jobs.training.machine import Machine
 
     rng = np.random.default_rng(3)
     arguments = (RECIPE, *drawn(rng))
-    machine = training.Machine.of("cpu", bfloat16=bfloat16)
+    machine = Machine.of("cpu", bfloat16=bfloat16)
 
     training.train(*arguments, tmp_path / "whole", machine=machine)
 
@@ -107,7 +109,7 @@ def test_a_run_goes_on_under_its_own_recipe_only(tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_fed_by_every_core() -> None:
-    from data_jobs.training.train import Machine
+    from data_jobs.training.machine import Machine
 
     assert (Machine.of("cpu").workers, Machine.of("cuda").workers) == (1, os.cpu_count())
     assert (Machine.of("cpu").bfloat16, Machine.of("cuda").bfloat16) == (False, True)
@@ -115,7 +117,8 @@ def test_a_gpu_is_fed_by_every_core() -> None:
 
 
 def test_a_run_may_augment_in_its_own_process(tmp_path: Path) -> None:
-    from data_jobs.training.train import Machine, train
+    from data_jobs.training.machine import Machine
+    from data_jobs.training.train import train
 
     recipe, arguments = replace(RECIPE, stages=RECIPE.stages[:1]), drawn(np.random.default_rng(3))
     for workers in (0, 1):
