@@ -67,6 +67,9 @@ _MEASURES: dict[str, Callable[[Comparison, AcceptancePlan], float]] = {
     "max_melanoma_sensitivity_loss": _loss("melanoma_sensitivity"),
     "max_melanoma_specificity_loss": _loss("melanoma_specificity"),
     "max_malignant_downgrade_share": lambda c, _: c.malignant_downgrades / max(1, c.malignant_images),
+    "max_malignant_downgrade_excess": lambda c, _: (
+        (c.malignant_downgrades - c.malignant_upgrades) / max(1, c.malignant_images)
+    ),
     "max_subgroup_top1_loss": _worst_subgroup,
 }
 

@@ -56,6 +56,11 @@ class ChangedCase:
         """Whether the referral became less urgent."""
         return _URGENCIES.index(self.candidate.urgency) < _URGENCIES.index(self.live.urgency)
 
+    @property
+    def upgraded(self) -> bool:
+        """Whether the referral became more urgent."""
+        return _URGENCIES.index(self.candidate.urgency) > _URGENCIES.index(self.live.urgency)
+
 
 @dataclass(frozen=True, slots=True)
 class Subgroup:
@@ -78,7 +83,8 @@ class Comparison:
     """Everything that is told of a candidate beside the live model.
 
     paired: first answer right, melanoma lesions flagged, other lesions not flagged.
-    malignant_downgrades: malignant images whose referral becomes less urgent, of `malignant_images`.
+    malignant_downgrades, malignant_upgrades: malignant images whose referral becomes less, or more urgent, of
+    `malignant_images`.
     """
 
     live: Figures
@@ -88,6 +94,7 @@ class Comparison:
     changed: tuple[ChangedCase, ...]
     malignant_images: int
     malignant_downgrades: int
+    malignant_upgrades: int
 
 
 def compare(
@@ -110,6 +117,7 @@ def compare(
     live_figures, live_flags = measure(live.nine, labels, rows, melanoma_point(live_model))
     figures, flags = measure(candidate.nine, labels, rows, melanoma_point(candidate_model))
     changed = tuple(_changed(live, candidate, rows))
+    malignant = [case for case in changed if Diagnosis(case.truth) in MALIGNANT]
     return Comparison(
         live=live_figures,
         candidate=figures,
@@ -117,7 +125,8 @@ def compare(
         subgroups=_subgroups(live, candidate, labels, rows),
         changed=changed,
         malignant_images=sum(row.diagnosis in MALIGNANT for row in rows),
-        malignant_downgrades=sum(case.downgraded and Diagnosis(case.truth) in MALIGNANT for case in changed),
+        malignant_downgrades=sum(case.downgraded for case in malignant),
+        malignant_upgrades=sum(case.upgraded for case in malignant),
     )
 
 

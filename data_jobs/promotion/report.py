@@ -29,6 +29,7 @@ def report_content(
         "mcnemar": {name: asdict(pairs) for name, pairs in comparison.paired.items()},
         "malignant_images": comparison.malignant_images,
         "malignant_downgrades": comparison.malignant_downgrades,
+        "malignant_upgrades": comparison.malignant_upgrades,
         "subgroups": {name: asdict(group) for name, group in comparison.subgroups.items()},
         "changed": [
             {**asdict(case), "changes": case.changes, "downgraded": case.downgraded}
@@ -79,7 +80,8 @@ def _changes(comparison: Comparison) -> list[str]:
     downgrades = f"{comparison.malignant_downgrades} of {comparison.malignant_images}"
     return [
         f"Changed cases: {len(comparison.changed)} of {comparison.live.images} ({told})",
-        f"Malignant images with a less urgent referral: {downgrades}",
+        f"Malignant images with a less urgent referral: {downgrades}; with a more urgent one: "
+        f"{comparison.malignant_upgrades}",
         *(f"  {_change(case)}" for case in sorted(comparison.changed, key=_gravity)),
     ]
 

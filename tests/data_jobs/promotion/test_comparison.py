@@ -73,6 +73,7 @@ def comparison(**changed: object) -> Comparison:
         changed=(case,),
         malignant_images=40,
         malignant_downgrades=1,
+        malignant_upgrades=0,
     )
     return replace(whole, **changed)
 
@@ -101,6 +102,15 @@ def test_each_criterion_is_judged(criterion: str, limit: float, candidate: dict,
     assert (verdict.criterion, verdict.limit, verdict.kept) == (criterion, limit, kept)
 
 
+@pytest.mark.parametrize(("upgrades", "kept"), [(0, False), (1, True), (2, True)])
+def test_what_becomes_more_urgent_is_taken_off_the_excess_and_not_off_the_share(
+    upgrades: int, *, kept: bool
+) -> None:
+    compared = comparison(malignant_upgrades=upgrades)
+    assert judge(AcceptancePlan(max_malignant_downgrade_excess=0.01), compared)[0].kept is kept
+    assert not judge(AcceptancePlan(max_malignant_downgrade_share=0.01), compared)[0].kept
+
+
 def test_a_subgroup_criterion_without_a_large_group_is_not_kept() -> None:
     plan = AcceptancePlan(max_subgroup_top1_loss=1.0, subgroup_images=1000)
     (verdict,) = judge(plan, comparison())
@@ -115,15 +125,18 @@ def test_the_report_holds_everything_and_is_json() -> None:
     assert content["changed"][0]["changes"] == ["top1", "prediction_set", "urgency"]
     assert content["changed"][0]["downgraded"] is True
     assert content["subgroups"]["sex: female"]["candidate_melanoma_auc"] is None
-    text = to_text(comparison(), verdicts)
+    assert (content["malignant_downgrades"], content["malignant_upgrades"]) == (1, 0)
+    text = to_text(comparison(malignant_upgrades=3), verdicts)
+    assert "less urgent referral: 1 of 40; with a more urgent one: 3" in text
     assert "ISIC_1 MEL   MEL  {MEL NV} urgent  ->  NV   {NV} routine  LESS URGENT" in text
     assert "FAILED" in text
 
 
 def test_a_refused_image_counts_as_less_urgent_than_any() -> None:
     seen, refused = CaseView("NV", (), "decided", "routine"), CaseView("NV", (), "refused", "")
-    assert ChangedCase("ISIC_1", "NV", seen, refused).downgraded
-    assert not ChangedCase("ISIC_1", "NV", refused, seen).downgraded
+    worse, better = ChangedCase("ISIC_1", "NV", seen, refused), ChangedCase("ISIC_1", "NV", refused, seen)
+    assert (worse.downgraded, worse.upgraded) == (True, False)
+    assert (better.downgraded, better.upgraded) == (False, True)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b4", "mobilenetv3_large_100"])
