@@ -78,10 +78,10 @@ def _changes(comparison: Comparison) -> list[str]:
     counts = Counter(kind for case in comparison.changed for kind in case.changes)
     told = ", ".join(f"{kind} {counts[kind]}" for kind in ("top1", "prediction_set", "urgency"))
     downgrades = f"{comparison.malignant_downgrades} of {comparison.malignant_images}"
+    upgrades = f"with a more urgent one: {comparison.malignant_upgrades}"
     return [
         f"Changed cases: {len(comparison.changed)} of {comparison.live.images} ({told})",
-        f"Malignant images with a less urgent referral: {downgrades}; with a more urgent one: "
-        f"{comparison.malignant_upgrades}",
+        f"Malignant images with a less urgent referral: {downgrades}; {upgrades}",
         *(f"  {_change(case)}" for case in sorted(comparison.changed, key=_gravity)),
     ]
 
