@@ -1,8 +1,8 @@
 """One image, one core: what the network alone takes, beside a Fourier transform in the same run.
 
-`python -m benchmarks.single_image --json [MODEL.onnx ...]`: medians in milliseconds, in turns, of every model (those of
-the model folder when none is named) and their ratio to NumPy's real Fourier transform of 1024x1024 numbers, which
-runs on one core as well. Decoding, calibration and everything around the network are left out.
+`python -m benchmarks.single_image --json [--models FOLDER]`: medians in milliseconds, in turns, of every model in the
+folder and their ratio to NumPy's real Fourier transform of 1024x1024 numbers, which runs on one core as well.
+Decoding, calibration and everything around the network are left out.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ import argparse
 from collections.abc import Callable
 import json
 from pathlib import Path
-import platform
 import statistics
 from time import perf_counter
 
 import numpy as np
-import onnxruntime as ort
 
 from cluster.node_files import model_folder
+from data_jobs.training.scan import open_onnx
+from model_store.registry import ModelStore, StoredModel
 
+BASELINE = "Fourier transform"
 _WARM_UP = 5
 
 
-def network(path: Path) -> Callable[[], object]:
+def forward(model: StoredModel) -> Callable[[], object]:
     """One pass over one drawn image, on one core."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (port,) = session.get_inputs()
-    image = np.random.default_rng(1).integers(0, 256, (1, *port.shape[1:]), dtype=np.uint8)
-    return lambda: session.run(None, {port.name: image})
+    run = open_onnx(model.path(model.manifest.onnx), threads=1)
+    channels, height, width = model.manifest.input.input_size
+    image = np.random.default_rng(1).integers(0, 256, (1, height, width, channels), dtype=np.uint8)
+    return lambda: run(image)
 
 
 def transform() -> Callable[[], object]:
@@ -39,10 +38,9 @@ def transform() -> Callable[[], object]:
     return lambda: np.fft.rfft2(numbers)
 
 
-def measure(models: list[Path], rounds: int) -> dict[str, dict[str, float]]:
+def measure(store: ModelStore, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of everything, and its median ratio to the transform of the same round."""
-    baseline = "Fourier transform"
-    runs = {baseline: transform()} | {f"{path.parent.name}/{path.name}": network(path) for path in models}
+    runs = {BASELINE: transform()} | {model_id: forward(store.open(model_id)) for model_id in store}
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(_WARM_UP + rounds):
         for name, run in runs.items():
@@ -53,7 +51,7 @@ def measure(models: list[Path], rounds: int) -> dict[str, dict[str, float]]:
     return {
         name: {
             "ms": round(statistics.median(times), 2),
-            "ratio": round(statistics.median(np.divide(times, taken[baseline])), 2),
+            "ratio": round(statistics.median(np.divide(times, taken[BASELINE])), 2),
         }
         for name, times in taken.items()
     }
@@ -62,18 +60,13 @@ def measure(models: list[Path], rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "models", type=Path, nargs="*", help="ONNX files (default: those of the model folder)"
-    )
+    parser.add_argument("--models", type=Path, default=model_folder(), help="the folder of model folders")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parsed = parser.parse_args()
-    models = parsed.models or sorted(model_folder().glob("*/model.onnx"))
-    measured = measure(models, parsed.rounds)
+    measured = measure(ModelStore(parsed.models), parsed.rounds)
     if parsed.json:
-        print(
-            json.dumps({"machine": platform.machine(), "rounds": parsed.rounds, "runs": measured}, indent=1)
-        )
+        print(json.dumps({"rounds": parsed.rounds, "runs": measured}, indent=1))
         return
     for name, figures in measured.items():
         print(f"{figures['ms']:8.2f} ms  {figures['ratio']:6.2f} x  {name}")

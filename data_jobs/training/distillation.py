@@ -25,14 +25,13 @@ from data_jobs.training.scan import open_onnx
 class Teachers:
     """The models of a `[distillation]` table, computed by ONNX Runtime on the CPU."""
 
-    def __init__(
-        self, plan: DistillationPlan, models: Path, prior: NDArray[np.float64], threads: int = 2
-    ) -> None:
+    def __init__(self, plan: DistillationPlan, models: Path, prior: NDArray[np.float64]) -> None:
         """`models`: a folder of model folders; `prior`: class shares of the images trained on.
 
         Raises ValueError when a teacher is not there, or is another file than the recipe names.
         """
         self.side = plan.side
+        threads = torch.get_num_threads()
         self._teachers = [
             (teacher, open_onnx(_content(teacher, models), threads)) for teacher in plan.teachers
         ]
