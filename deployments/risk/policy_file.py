@@ -14,7 +14,7 @@ from deployments.risk.policy import RiskPolicy
 from deployments.risk.strict_table import PolicyError, merge_tables, read_table
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-CURRENT_VERSION = "2026-11.3"
+CURRENT_VERSION = "2026-11.4"
 
 
 def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> RiskPolicy:

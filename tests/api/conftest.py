@@ -34,7 +34,7 @@ from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings
 
 SECRET = "a secret of the tests, long enough for HS256"
-POLICY = "2026-11.3"
+POLICY = "2026-11.4"
 #: Everything an upload can leave behind.
 TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),

@@ -104,7 +104,7 @@ async def _read_all(
             references=ReferenceStore(pool),
             limits=UploadLimits(),
             threads=1,
-            policy_version="2026-11.3",
+            policy_version="2026-11.4",
         )
         app = create_app(settings, stages)
         token = mint_token(

@@ -260,7 +260,7 @@ def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> N
     done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 300
-    while not (version := _policy_version(service)).startswith("2026-11.3+"):
+    while not (version := _policy_version(service)).startswith("2026-11.4+"):
         state = subprocess.run(
             [_BASH, "-c", f"{exports}\n{serve} status"], check=False, capture_output=True, text=True
         )

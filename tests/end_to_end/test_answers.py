@@ -54,7 +54,7 @@ async def test_an_answer_made_again_is_identical(pms, lesion_image) -> None:
 
 async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, model_id: str) -> None:
     """The same image through every hop has the same probabilities as in one process."""
-    stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.3")
+    stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.4")
     compared = 0
     for seed in range(1, 5):
         image = lesion_image(seed, (900, 700))

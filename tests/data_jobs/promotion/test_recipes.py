@@ -111,7 +111,7 @@ async def test_b4_answers_through_the_whole_graph(
             references=ReferenceStore(pool),
             limits=UploadLimits(),
             threads=1,
-            policy_version="2026-11.3",
+            policy_version="2026-11.4",
         )
         assessor = Assessor(stages, service_version="test")
         image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
