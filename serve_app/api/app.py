@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api import emergency_access, erasure, health, lesions, references, replay, similar, timeline
-from serve_app.api.admission import AdmissionGate
+from serve_app.api.admission import AdmissionGate, BodyPace
 from serve_app.api.assessor import Assessor
 from serve_app.api.door_settings import open_door
 from serve_app.api.emergency_limits import EmergencyLimits
@@ -87,7 +87,9 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         eraser=Eraser(ErasureStore(pool), keys, tells_pms=pms.delivery is not None),
         pms=pms,
         admission=AdmissionGate(
-            max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
+            max_requests=settings.max_uploads_in_flight,
+            max_bytes=settings.max_upload_bytes_in_flight,
+            pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
         ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
         door=open_door(settings, pool, records),

@@ -12,6 +12,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from serve_app.api.admission import Place
+from serve_app.api.services import Services
 from serve_app.domain.errors import InvalidField, TooLarge
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -20,10 +22,14 @@ MAX_BYTES = 16 * 1024
 
 
 async def read_form(request: Request, form: type[Form]) -> Form:
-    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form."""
+    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
+
+    BodyTimeout as Place.read says.
+    """
     body = bytearray()
+    services: Services = request.app.state.services
     try:
-        async for chunk in request.stream():
+        async for chunk in Place(MAX_BYTES, services.admission.pace).read(request):
             body += chunk
             if len(body) > MAX_BYTES:
                 raise TooLarge(f"The body may have {MAX_BYTES} bytes.")

@@ -10,6 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
+from serve_app.api.admission import Place
 from serve_app.api.answers import assessment_answer, lesion_url
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
@@ -62,8 +63,9 @@ async def create_lesion(
     services: Services = request.app.state.services
     reference_filter = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
     question = _Question(top_k, reference_filter, idempotency_key)
-    with services.admission.enter(expected_bytes(request, max_image_bytes=services.limits.max_bytes)):
-        return await _assess(request, services, caller, question)
+    expected = expected_bytes(request, max_image_bytes=services.limits.max_bytes)
+    with services.admission.enter(expected) as place:
+        return await _assess(request, place, services, caller, question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,14 @@ class _Question:
 
 
 async def _assess(
-    request: Request, services: Services, caller: Principal, question: _Question
+    request: Request, place: Place, services: Services, caller: Principal, question: _Question
 ) -> JSONResponse:
     request_id: str = request.scope["request_id"]
     form = None
     try:
         if question.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(question.idempotency_key):
             raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
-        form = await read_upload(request, max_image_bytes=services.limits.max_bytes)
+        form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
         submission = await _authorise(services, caller, form, request_id, question)
         if question.idempotency_key is not None:
             replay = await services.records.find_replay(caller.subject, question.idempotency_key)

@@ -20,6 +20,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from serve_app.api.admission import Place
 from serve_app.domain.errors import InvalidField, TooLarge
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
 from serve_app.logs.request_context import conceal
@@ -63,11 +64,11 @@ class UploadForm:
         return digest.digest()
 
 
-async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
+async def read_upload(request: Request, place: Place, *, max_image_bytes: int) -> UploadForm:
     """Read a multipart body of one image and its fields.
 
-    Raises TooLarge as soon as the body outgrows the limit, InvalidField for a body that is
-    not such a form.
+    Raises TooLarge as soon as the body outgrows the limit, BodyTimeout as Place.read says,
+    InvalidField for a body that is not such a form.
     """
     content_type = request.headers.get("content-type", "")
     if not content_type.lower().startswith("multipart/form-data"):
@@ -78,7 +79,7 @@ async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
         raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
     parser = _Parser(
         request.headers,
-        _bounded(request.stream(), limit),
+        _bounded(place.read(request), limit),
         max_files=1,
         max_fields=len(_FIELDS),
         max_part_size=_MAX_FIELD_BYTES,

@@ -11,6 +11,7 @@ DermError
 │   └── ReferencesDropped          409  the space it was assessed in is gone
 ├── Erased                         410  the image is destroyed, its receipt stays
 ├── RejectedUpload                      nothing is stored but the audit event
+│   ├── BodyTimeout                408  the body came too slowly
 │   ├── TooLarge                   413  bytes or pixels, found before decoding
 │   ├── UnsupportedImage           415  not JPEG or PNG by content
 │   ├── UndecodableImage           422  broken or truncated
@@ -124,6 +125,13 @@ class RejectedUpload(DermError):
 
     status = 422
     code = "rejected_upload"
+
+
+class BodyTimeout(RejectedUpload):
+    """The body came too slowly; nothing was stored, send it again."""
+
+    status = 408
+    code = "body_timeout"
 
 
 class TooLarge(RejectedUpload):

@@ -122,7 +122,7 @@ async def test_a_pending_assessment_of_an_erased_image_is_cancelled(service) -> 
     services, answer = service.app.state.services, await pending(service)
     assert (await erase(service, answer)).status_code == 200
     assert (await row(service, answer))["outcome"] == "cancelled"
-    assert await recover_once(services.records, services.triage, services.live, orphaned_after_s=0) == 0
+    assert await recover_once(services.records, services.triage, services.live) == 0
     after = await row(service, answer)
     assert (after["outcome"], after["vectors"]) == ("cancelled", 0)
 
@@ -144,7 +144,7 @@ async def test_an_image_that_can_never_be_assessed_ends_as_failed_once(
         for tried in range(FAILED_AFTER_TRIES + 2):
             found = await row(service, answer)
             assert found["outcome"] == ("pending" if tried < FAILED_AFTER_TRIES else "failed")
-            await recover_once(services.records, services.triage, services.live, orphaned_after_s=0)
+            await recover_once(services.records, services.triage, services.live)
             await service.owner.execute(
                 "UPDATE assessments SET lease_until = NULL WHERE image_id = $1::text::uuid", image
             )

@@ -52,9 +52,9 @@ async def test_an_upload_that_comes_after_the_sweep_is_refused_and_loses_nothing
     """The race: the key is made, the upload stalls for longer than an hour, the key is swept, the image comes."""
     admit, swept = LesionStore.admit, []
 
-    async def stall(self: LesionStore, admission: Any) -> Any:
+    async def stall(self: LesionStore, admission: Any, **named: Any) -> Any:
         swept.append(await sweep(service, housekeeping))
-        return await admit(self, admission)
+        return await admit(self, admission, **named)
 
     patient = await service.care()
     before = await service.counts()

