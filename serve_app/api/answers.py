@@ -125,9 +125,7 @@ def _findings(assessment: Assessment) -> dict[str, Any]:
         "quality": asdict(assessment.quality),
         "classification": _classification(assessment.classification),
         "risk": asdict(assessment.risk) if assessment.risk else None,
-        "similar": [_similar(case) for case in assessment.neighbours.similar]
-        if assessment.neighbours
-        else [],
+        "similar": [_similar(case) for case in assessment.similar],
         "neighbours": _neighbours(assessment.neighbours),
         "change": asdict(assessment.change) if assessment.change else None,
         "provenance": asdict(assessment.provenance),

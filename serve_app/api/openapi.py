@@ -107,7 +107,8 @@ class SimilarDocument(Document):
 
 
 class NeighboursDocument(Document):
-    """The references together; nearest of each kind wherever one passes the filters."""
+    """The references together. In an assessment: of the 16 nearest of all references, whatever the caller asked to
+    be shown, and the nearest of each kind. In a search: of those found, and the nearest of each kind that passes."""
 
     malignant_share: float | None
     nearest_benign: SimilarDocument | None

@@ -68,14 +68,18 @@ async def assessed(service) -> dict[str, Any]:
 
 
 async def test_without_a_filter_it_is_what_the_assessment_found(service, assessed) -> None:
+    shown = (await found(service, assessed))["similar"]
+    assert shown == assessed["similar"]
     before = await service.counts()
-    response = await ask(service, assessed)
+    # As many as an assessment weighs.
+    response = await ask(service, assessed, {"top_k": 16})
     body = response.json()
+    assert body["similar"][:10] == shown
     assert body == {
         "lesion_id": assessed["lesion_id"],
         "image_id": assessed["image_id"],
         "embedding_space": assessed["provenance"]["embedding_space"],
-        "similar": assessed["similar"],
+        "similar": body["similar"],
         "neighbours": assessed["neighbours"],
     }
     (event,) = await service.events(response)
