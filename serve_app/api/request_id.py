@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.domain.identifiers import is_opaque, new_id
 from serve_app.logs.request_context import begin_request, end_request
 
-# Short and printable: it is written back into a header.
-_SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Short and plain: it is written back into a header.
+_SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestIdMiddleware:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from serve_app.domain.errors import InvalidField, TooLarge
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs.request_context import conceal
 
 #: Room for the other fields and the multipart framing, bytes.
@@ -79,7 +80,8 @@ async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
     parser = _Parser(
         request.headers,
         _bounded(request.stream(), limit),
-        max_files=1,
+        # As many as there are fields: what is wrong with a second one is said by name.
+        max_files=len(_FIELDS),
         max_fields=len(_FIELDS),
         max_part_size=_MAX_FIELD_BYTES,
     )
@@ -132,8 +134,8 @@ async def _to_upload(form: FormData) -> UploadForm:
     names = [name for name, _ in form.multi_items()]
     if unknown := set(names) - _FIELDS:
         raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")
-    if len(names) != len(set(names)):
-        raise InvalidField("A field was sent twice.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidField(f"{twice}: sent twice.")
     image = form.get("image")
     if not isinstance(image, UploadFile):
         raise InvalidField("image: a file is required.")
@@ -187,8 +189,10 @@ def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers 
     if not text:
         return None
     try:
-        answers = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        answers = read_json(text)
+    except KeySentTwice as twice:
+        raise InvalidField(f"{name}: {twice}: sent twice.") from twice
+    except ValueError as error:
         raise InvalidField(f"{name}: not valid JSON.") from error
     known = {field.name for field in fields(kind)}
     if not isinstance(answers, dict) or (unknown := set(answers) - known):

@@ -76,7 +76,7 @@ async def test_ten_confirmed_cases_come_with_their_licence(service) -> None:
         assert case["diagnosis"] in set(Diagnosis) - {Diagnosis.UNK}
         assert case["copyright_license"]
         assert case["attribution"]
-        assert case["isic_id"] in case["image_url"]
+        assert case["isic_id"] in case["archive_url"]
         assert -1 <= case["similarity"] <= 1
     similarities = [case["similarity"] for case in similar]
     assert similarities == sorted(similarities, reverse=True)
