@@ -148,6 +148,17 @@ async def test_a_single_query_parameter_sent_twice_is_rejected(service, url: str
     assert body["detail"] in {f"{name}: sent twice" for name in ("patient_id", "limit", "confirmed")}
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"X-A": "a" * 17_000}, {f"X-{number}": "a" for number in range(101)}],
+    ids=["large", "many"],
+)
+async def test_headers_too_large_or_too_many_are_a_problem_too(service, headers: dict[str, str]) -> None:
+    for path in ("/healthz", "/api/lesions?patient_id=p"):
+        response = await service.client.get(path, headers={**headers, **service.token("dr")})
+        service.hold_to_problem(response, 431, "headers_too_large")
+
+
 async def test_the_callers_request_id_is_kept(service) -> None:
     for sent in ("pms-7.a_b", "x" * 64):
         for path in ("/healthz", "/nothing"):
