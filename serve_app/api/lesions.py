@@ -24,7 +24,6 @@ from serve_app.api.upload import (
     expected_bytes,
     parse_context,
     parse_lesion_id,
-    parse_opaque_id,
     read_upload,
 )
 from serve_app.domain.assessment import Outcome
@@ -36,6 +35,7 @@ from serve_app.domain.errors import (
     RecordsUnavailable,
     RejectedUpload,
 )
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import ImageRecord, Replay
 from serve_app.security.access import Action

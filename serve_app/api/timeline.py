@@ -18,8 +18,8 @@ from serve_app.api.openapi import PROBLEM_RESPONSES, TimelineDocument, WorklistD
 from serve_app.api.permission import require, require_lesion
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
-from serve_app.api.upload import parse_opaque_id
 from serve_app.domain.errors import Erased, InvalidField, NotFound
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.envelope import ImageBinding

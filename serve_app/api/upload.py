@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 import hashlib
 import json
-import re
 from typing import TypeVar
 from uuid import UUID
 
@@ -21,6 +20,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from serve_app.domain.errors import InvalidField, TooLarge
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
 from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs.request_context import conceal
@@ -43,8 +43,6 @@ _FIELDS = frozenset(
         "checklist",
     }
 )
-# Opaque ids: no spaces, so neither a name nor a date in words.
-_OPAQUE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
 Answers = TypeVar("Answers", History, Checklist)
 
@@ -147,13 +145,6 @@ async def _to_upload(form: FormData) -> UploadForm:
             values[name] = value
     patient_id = parse_opaque_id("patient_id", values.get("patient_id", ""))
     return UploadForm(await image.read(), patient_id, values)
-
-
-def parse_opaque_id(name: str, value: str) -> str:
-    """Check an identifier of the PMS; raise InvalidField unless it is opaque."""
-    if not _OPAQUE_ID.fullmatch(value):
-        raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
-    return value
 
 
 def parse_lesion_id(value: str) -> UUID:
