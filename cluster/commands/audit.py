@@ -64,8 +64,10 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     )
     action("public-key", _public_key, "print the key that checks the checkpoints, to be kept elsewhere")
     export = action("export", _export, "write events as FHIR AuditEvent, a JSON object a line")
-    export.add_argument("--from", dest="start", type=_instant, required=True, help="RFC 3339, inclusive")
-    export.add_argument("--to", dest="end", type=_instant, required=True, help="RFC 3339, exclusive")
+    export.add_argument(
+        "--from", dest="start", type=_instant, required=True, help="RFC 3339, UTC without a zone; inclusive"
+    )
+    export.add_argument("--to", dest="end", type=_instant, required=True, help="the same; exclusive")
     export.add_argument("--out", type=Path, required=True, help="the file to make; it must not exist")
 
 

@@ -8,6 +8,7 @@ import contextlib
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api import emergency_access, erasure, health, lesions, references, replay, similar, timeline
@@ -44,6 +45,22 @@ from serve_app.security.keystore import KeyStore
 from serve_app.settings import Settings
 
 SERVICE_VERSION = "0.1.0"
+
+
+class _App(FastAPI):
+    """Answers HEAD as GET without the body: the same checks, headers and audit events."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await super().__call__(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        # A copy: the server looks at its own to know whether a body may follow.
+        await super().__call__({**scope, "method": "GET"}, receive, send_without_body)
 
 
 async def open_services(settings: Settings, stages: Stages) -> Services:
@@ -146,7 +163,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
             await services.pool.close()
             services.keys.close()
 
-    app = FastAPI(
+    app = _App(
         title="pms-derm-cds",
         version=SERVICE_VERSION,
         summary="Dermatology decision support for clinicians; never a diagnosis.",

@@ -8,11 +8,12 @@ assessment: a gateway's friendly page is none.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 import logging
 import random
 
-from serve_app.api.answers import assessment_answer
+from serve_app.api.answers import assessment_answer, references_of
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
 from serve_app.pms.breaker import CircuitBreaker, State
@@ -112,20 +113,27 @@ class Delivery:
         if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
             await self._outbox.give_up(message.message_id, error="not_finished")
             return False
+        pictured = await self._records.pictured(references_of(found.image))
         if not self._breaker.enter():
             await self._outbox.postpone(
                 message.message_id, delay_s=self._first_wait_s, error="circuit_open", counts=False
             )
             return False
-        await self._post(message, found)
+        await self._post(message, found, pictured)
         return await self._outbox.deliver(
             message.message_id, told=found.image.outcome, event=_disclosed(message, found)
         )
 
-    async def _post(self, message: ClaimedMessage, found: AssessmentRecord) -> None:
+    async def _post(
+        self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
+    ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
         body = assessment_answer(
-            found.image, lesion_id=found.lesion_id, patient_id=found.patient_id, pms_url=self._pms_url
+            found.image,
+            lesion_id=found.lesion_id,
+            patient_id=found.patient_id,
+            pictured=pictured,
+            pms_url=self._pms_url,
         )
         try:
             answer = await self._client.post(

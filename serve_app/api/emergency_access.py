@@ -19,9 +19,8 @@ from serve_app.api.json_body import body_of, read_form
 from serve_app.api.openapi import PROBLEM_RESPONSES
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
-from serve_app.api.upload import parse_opaque_id
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
-from serve_app.domain.identifiers import new_id
+from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.records.access import EmergencyAccess
 from serve_app.security.access import Action, Circumstances, may
 from serve_app.security.attempt import Attempt

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from serve_app.api.admission import Place
 from serve_app.api.services import Services
 from serve_app.domain.errors import InvalidField, TooLarge
+from serve_app.domain.strict_json import KeySentTwice, read_json
 
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -36,7 +37,13 @@ async def read_form(request: Request, form: type[Form]) -> Form:
     except ClientDisconnect as error:
         raise InvalidField("The body broke off.") from error
     try:
-        return form.model_validate_json(bytes(body))
+        value = read_json(bytes(body))
+    except KeySentTwice as twice:
+        raise InvalidField(f"{twice}: sent twice.") from twice
+    except ValueError:
+        raise InvalidField("The body is not valid JSON.") from None
+    try:
+        return form.model_validate(value)
     except ValidationError as error:
         # Locations and rules only: the offending value may be patient data.
         faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -202,6 +203,13 @@ class LesionStore:
         return (
             AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row)) if row else None
         )
+
+    async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:
+        """Say which of these references have a picture to show."""
+        if not isic_ids:
+            return frozenset()
+        rows = await self._pool.fetch(_SQL["pictured"], list(isic_ids))
+        return frozenset(row["isic_id"] for row in rows)
 
     async def recorded_case(self, lesion_id: UUID, assessment_id: UUID) -> RecordedCase | None:
         """Find what an assessment was asked and answered; None when the lesion has no such assessment."""

@@ -255,6 +255,10 @@ SELECT patient_id, content_type, sealed
 FROM lesion_images
 WHERE lesion_id = $1 AND image_id = $2;
 
+-- name: pictured
+-- Which of the reference images $1 have a picture in the cache.
+SELECT isic_id FROM reference_pictures WHERE isic_id = ANY($1::text[]);
+
 -- name: image_embedding
 -- Fetch how far an image of a lesion got, and its embedding in the space that it was assessed in.
 SELECT a.outcome, i.erased_at IS NOT NULL AS erased, e.embedding_space, e.embedding
