@@ -34,7 +34,7 @@ from serve_app.records.audit_chain import AuditChain
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
-from serve_app.records.lost_keys import refuse_lost_keys
+from serve_app.records.lost_keys import claim_key_store, refuse_lost_keys
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import RetentionStore
@@ -49,7 +49,7 @@ SERVICE_VERSION = "0.1.0"
 async def open_services(settings: Settings, stages: Stages) -> Services:
     """Open pool and key store, and put the parts together.
 
-    IntegrityError when the key store is another keyring's, or lost; KeyProviderUnavailable when the keyring is.
+    IntegrityError when the key store is another keyring's or another database's, or lost; KeyProviderUnavailable when the keyring is.
     """
     pool = await open_pool(
         settings.database_url.get_secret_value(),
@@ -101,7 +101,13 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
 async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
     keystore = settings.files.keystore
     await refuse_lost_keys(pool, keystore)
-    return KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    try:
+        await claim_key_store(pool, keys, keystore)
+    except BaseException:
+        keys.close()
+        raise
+    return keys
 
 
 def _housekeeper(settings: Settings, services: Services) -> Housekeeper:

@@ -159,7 +159,7 @@ async def _fetch(source: str) -> bytes:
         # Who may sign is for the configured address to say, behind no redirect; and no proxy: the issuer is on premises.
         async with (
             httpx.AsyncClient(
-                verify=ssl.create_default_context(), trust_env=False, follow_redirects=False, timeout=None
+                verify=ssl.create_default_context(), trust_env=False, follow_redirects=False
             ) as client,
             client.stream("GET", source) as answer,
         ):

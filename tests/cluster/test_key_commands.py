@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
-from serve_app.domain.errors import IntegrityError
+from serve_app.domain.errors import DataKeyMissing
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.key_providers import attempts
 from serve_app.security.key_providers.choice import open_key_provider
@@ -125,6 +125,6 @@ def test_keys_without_an_image_are_counted_and_swept_when_told_to(derm_cds, home
         assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("2 data keys are destroyed\n")
         assert keys.load(young).id == young
         for key in (failed, lost):
-            with pytest.raises(IntegrityError, match="no data key"):
+            with pytest.raises(DataKeyMissing):
                 keys.load(key)
     assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("0 data keys are destroyed\n")
