@@ -14,7 +14,7 @@ from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
 from data_jobs.references.load import publish_bundled
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.key_providers import attempts
+from serve_app.security.key_providers import retries
 
 
 @asynccontextmanager
@@ -27,8 +27,8 @@ async def own_pool(dsn: str) -> AsyncIterator[Pool]:
 async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
     new_database, models, model_id, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(attempts, "_REST_S", 0.05)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
     vault = Vault()
     vault.make_key("derm")
     transit = KeyService(vault)
