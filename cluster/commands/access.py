@@ -14,8 +14,7 @@ from cluster.database import database
 from serve_app.domain.errors import NotFound
 from serve_app.records.access import AccessStore, RevocationKind
 from serve_app.records.pool import open_pool
-from serve_app.security.account import account_event, os_account
-from serve_app.security.audit import AuditEvent
+from serve_app.security.audit import AuditEvent, account_event, os_account
 
 _Result = TypeVar("_Result")
 

@@ -22,7 +22,7 @@ from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 from serve_app.security.key_providers import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
 
