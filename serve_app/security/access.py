@@ -50,17 +50,16 @@ class Reach(Enum):
     CARE = "in care, or in an emergency"
     #: Patients in this principal's care by an assignment; an emergency never needs it.
     ASSIGNED = "in care"
-    #: Any patient, or nobody's data.
+    #: Any patient, or data that is not of a patient.
     ANY = "any"
 
 
 _OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action.DESCRIBE: Reach.ANY}
 
-#: What each role may do, and for whom. The PMS works with assessments; the original image is for the
-#: clinician who looks at it. Erasure ends a record for good: never a clinician's alone, but a
-#: supervisor's (the house's duty, so for any patient) or the PMS's, which is where a patient's
-#: request arrives and is approved, for the patients it is assigned to. A receipt names no patient: who may
-#: erase may see the proof of it, and so may who holds the house to it. Who audits treats nobody.
+#: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the
+#: original image. Erasure is final, so no clinician may order it: a supervisor may, for any patient, and the PMS,
+#: where a patient's request arrives and is approved, for the patients it is assigned to. A receipt names no
+#: patient: those who may erase, and auditors, may read any. An auditor has no patients.
 GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
         Role.CLINICIAN: {
@@ -134,7 +133,7 @@ class Decision:
     emergency: UUID | None = None
 
     def __bool__(self) -> bool:
-        """Read `if may(...)` as it sounds."""
+        """True when it is allowed, so that `if may(...)` works."""
         return self.allowed
 
 

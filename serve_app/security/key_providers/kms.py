@@ -83,7 +83,7 @@ class AwsKms:
         return f"AWS KMS key {self._key_id}"
 
     def now(self) -> Self:
-        """KMS itself: nobody here can put other keys in its place."""
+        """This object: KMS keeps its keys, so that no file here could be exchanged for another."""
         return self
 
     @property

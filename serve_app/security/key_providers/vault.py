@@ -105,7 +105,7 @@ class VaultTransit:
         return f"Vault transit key {self._address.mount}/{self._address.key} at {self._address.url}"
 
     def now(self) -> Self:
-        """Vault itself: nobody here can put other keys in its place."""
+        """This object: Vault keeps its keys, so that no file here could be exchanged for another."""
         return self
 
     @property
