@@ -21,7 +21,7 @@ from serve_app.records.audit_events import events_between
 from serve_app.records.audit_witness import accept_restore, describe, examine, sign_head
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 from serve_app.security.checkpoints import (
     Checkpoint,
     CheckpointLog,

@@ -20,8 +20,8 @@ from serve_app.domain.errors import Conflict
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import RetentionStore
-from serve_app.security.account import os_account
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.audit import os_account
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import load_settings
 

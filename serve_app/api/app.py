@@ -35,12 +35,12 @@ from serve_app.records.audit_chain import AuditChain
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
-from serve_app.records.lost_keys import refuse_lost_keys
+from serve_app.records.lost_keys import claim_key_store, refuse_lost_keys
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import RetentionStore
 from serve_app.security.checkpoints import CheckpointLog
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import Settings
 
@@ -66,7 +66,7 @@ class _App(FastAPI):
 async def open_services(settings: Settings, stages: Stages) -> Services:
     """Open pool and key store, and put the parts together.
 
-    IntegrityError when the key store is another keyring's, or lost; KeyProviderUnavailable when the keyring is.
+    IntegrityError when the key store is another keyring's or another database's, or lost; KeyProviderUnavailable when the keyring is.
     """
     pool = await open_pool(
         settings.database_url.get_secret_value(),
@@ -120,7 +120,13 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
 async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
     keystore = settings.files.keystore
     await refuse_lost_keys(pool, keystore)
-    return KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    try:
+        await claim_key_store(pool, keys, keystore)
+    except BaseException:
+        keys.close()
+        raise
+    return keys
 
 
 def _housekeeper(settings: Settings, services: Services) -> Housekeeper:

@@ -23,6 +23,7 @@ DermError
 ├── Overloaded                     503  refused at admission, try again
 ├── RecordsUnavailable             503  the database or key store cannot be reached
 │   └── KeyProviderUnavailable     503  whoever holds the key-encryption keys does not answer, or refuses
+├── DataKeyMissing                 503  this node's key store does not hold the key of an image
 ├── IssuerKeysUnavailable          503  the token issuer's keys cannot be had
 ├── DirectoryUnavailable           503  the directory of patients did not answer; never a caller's to see
 ├── PmsUnavailable                 503  the PMS gave no usable answer; never a caller's to see
@@ -216,6 +217,14 @@ class KeyProviderUnavailable(RecordsUnavailable):
 
     code = "key_provider_unavailable"
     retry_after_s = 5
+
+
+class DataKeyMissing(DermError):
+    """This node's key store does not hold the data key of this image. The node that holds it, or its backup, must be put back."""
+
+    status = 503
+    code = "data_key_missing"
+    retry_after_s = 60
 
 
 class IssuerKeysUnavailable(DermError):

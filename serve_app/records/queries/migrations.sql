@@ -46,7 +46,7 @@ GRANT SELECT ON revocations TO {role};
 GRANT SELECT, INSERT ON emergency_accesses TO {role};
 GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note) ON emergency_accesses TO {role};
 GRANT SELECT ON erasures, legal_holds, closed_records TO {role};
-GRANT SELECT, INSERT ON erasure_receipts, condemned_data_keys TO {role};
+GRANT SELECT, INSERT ON erasure_receipts, condemned_data_keys, key_stores TO {role};
 GRANT DELETE ON idempotency_keys TO {role};
 GRANT EXECUTE ON FUNCTION erase_image TO {role};
 GRANT SELECT ON patient_records, patient_encounters TO {role};
