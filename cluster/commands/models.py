@@ -10,12 +10,12 @@ from pathlib import Path
 import sys
 
 from cluster.commands.promotion import define_promotion
-from cluster.node_files import model_folder
 from data_jobs.promotion.evaluation import evaluate_model
 from data_jobs.promotion.import_model import ImportRequest, headline, import_model
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.security.account import os_account
+from serve_app.settings import model_folder
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import sys
 
 from cluster.database import database
-from cluster.node_files import model_folder
 from data_jobs.promotion.promotion import PromotionRequest, promote
 from data_jobs.promotion.rollback import roll_back
 from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, Publication, live_model, publications
+from serve_app.settings import model_folder
 
 Run = Callable[[argparse.Namespace], int]
 

@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cluster.sample_lesion import draw_lesion
+from data_jobs.sample_lesion import draw_lesion
 
 _ORIENTATION = 0x0112
 
