@@ -12,8 +12,7 @@ from data_jobs.promotion.answers import CaseAnswers
 from data_jobs.promotion.figures import Figures, Flags, measure, subgroups
 from data_jobs.promotion.paired import PairedCounts, compare_pairs
 from data_jobs.training.dataset import LabelledImage, labels_of
-from data_jobs.training.probabilities import Labels
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.probabilities import Labels, area_under_curve
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.assessment import Urgency

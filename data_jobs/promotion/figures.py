@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 
 from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats, Labels, calibration_error
-from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
+from data_jobs.training.probabilities import (
+    Floats,
+    Labels,
+    area_under_curve,
+    balanced_accuracy,
+    calibration_error,
+    top_k_accuracy,
+)
 from model_store.manifest import OperatingPoint
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 

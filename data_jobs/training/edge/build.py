@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from data_jobs.training.edge.candidates import KINDS, Candidate, Kind, Source
+from data_jobs.training.edge.candidates import KINDS, Candidate, Kind, Source, latency_ratio
 from data_jobs.training.edge.certificate import Judge, compare_fold, compare_outliers, gate_problems
 from data_jobs.training.edge.fold_images import Archive, FoldImages, Run, scan_once
 from data_jobs.training.edge.golden import golden_document
-from data_jobs.training.edge.latency import latency_ratio
-from data_jobs.training.edge.plain_graph import plain_graph
+from data_jobs.training.edge.onnx_copies import plain_graph
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.outliers import make_outliers
 from data_jobs.training.plans import DataPlan

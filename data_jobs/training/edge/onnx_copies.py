@@ -1,6 +1,10 @@
-"""ONNX copies of a plain graph: float16 weights, and INT8 by static quantisation.
+"""ONNX copies of a served model: float16 weights, and INT8 by static quantisation, from its plain graph.
 
-Both keep the served contract: uint8 `pixels` in, float32 `logits` and `bottleneck` out, any batch.
+Both keep the served contract: uint8 `pixels` in, float32 `logits` and `bottleneck` out, any batch. The plain graph is
+the served one without its shape arithmetic. PyTorch exports TensorFlow's "same" padding as some forty nodes a strided
+convolution that compute the pads from the input's shape. The served input has one side, so they are constants: they
+move into the convolution's own `pads`. The bottleneck's batch normalisation moves into the matrix before it, so that
+what is quantised is the matrix that is multiplied with. Answers stay the same to rounding.
 """
 
 from __future__ import annotations
@@ -11,12 +15,188 @@ import tempfile
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 import onnx
 from onnx import TensorProto, numpy_helper
+import onnxruntime as ort
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorsData, save_tensors_data
 
-from data_jobs.training.edge.activation_ranges import ActivationRanges, RangeMethod
+from data_jobs.training.scan import Pixels
+from serve_app.domain.errors import ModelContractError
+
+
+def plain_graph(path: Path, side: int) -> onnx.ModelProto:
+    """Read a served graph and fold its paddings for one input side; the batch stays open.
+
+    Raises ModelContractError for a padding that no convolution can take over.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    pads = [node for node in graph.node if node.op_type == "Pad"]
+    amounts = _evaluate(model, [node.input[1] for node in pads], side)
+    for node, amount in zip(pads, amounts, strict=True):
+        _fold_into_convolution(graph, node, amount)
+        graph.node.remove(node)
+    _inline_constants(graph)
+    _fold_normalisation(graph)
+    _drop_unused(graph)
+    _fix_side(graph, side)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _evaluate(model: onnx.ModelProto, names: list[str], side: int) -> list[NDArray[np.int64]]:
+    """What these tensors hold for one grey image of `side`."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    known = {output.name for output in probe.graph.output}
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    pixels = np.full((1, side, side, 3), 127, np.uint8)
+    found: list[NDArray[np.int64]] = session.run(names, {session.get_inputs()[0].name: pixels})
+    return found
+
+
+def _fold_into_convolution(graph: onnx.GraphProto, pad: onnx.NodeProto, amount: NDArray[np.int64]) -> None:
+    before, after = amount[:4].tolist(), amount[4:].tolist()
+    users = [node for node in graph.node if pad.output[0] in node.input]
+    if before[:2] != [0, 0] or after[:2] != [0, 0] or any(node.op_type != "Conv" for node in users):
+        raise ModelContractError(f"{pad.name} pads more than the height and width of a convolution.")
+    for node in users:
+        own = next((a for a in node.attribute if a.name == "pads"), None)
+        if own is not None:
+            if any(own.ints):
+                raise ModelContractError(f"{node.name} is padded twice.")
+            node.attribute.remove(own)
+        node.attribute.append(onnx.helper.make_attribute("pads", before[2:] + after[2:]))
+        node.input[0] = pad.input[0]
+
+
+def _inline_constants(graph: onnx.GraphProto) -> None:
+    """Constant nodes become initializers, which every converter reads."""
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        tensor = next(a.t for a in node.attribute if a.name == "value")
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
+
+
+def _fold_normalisation(graph: onnx.GraphProto) -> None:
+    """MatMul and the BatchNormalization of its output become one Gemm: x @ (W * s) + (b - mean * s)."""
+    weights = initializers(graph)
+    made_by = {node.output[0]: node for node in graph.node}
+    for normalise in [node for node in graph.node if node.op_type == "BatchNormalization"]:
+        multiply = made_by[normalise.input[0]]
+        if multiply.op_type != "MatMul":
+            raise ModelContractError(f"{normalise.name} normalises {multiply.name}, which is no MatMul.")
+        scale, bias, mean, variance = (weights[name].astype(np.float64) for name in normalise.input[1:5])
+        epsilon = next((a.f for a in normalise.attribute if a.name == "epsilon"), 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        matrix = (weights[multiply.input[1]].astype(np.float64) * factor).astype(np.float32)
+        offset = (bias - mean * factor).astype(np.float32)
+        names = [f"{multiply.name}.weight", f"{multiply.name}.bias"]
+        graph.initializer.append(numpy_helper.from_array(matrix, names[0]))
+        graph.initializer.append(numpy_helper.from_array(offset, names[1]))
+        position = list(graph.node).index(multiply)
+        gemm = onnx.helper.make_node(
+            "Gemm", [multiply.input[0], *names], [normalise.output[0]], multiply.name
+        )
+        graph.node.remove(multiply)
+        graph.node.remove(normalise)
+        graph.node.insert(position, gemm)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove every node and initializer that no output depends on."""
+    needed = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if needed & set(node.output):
+            needed.update(node.input)
+        else:
+            graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in needed]:
+        graph.initializer.remove(tensor)
+    del graph.value_info[:]
+
+
+def _fix_side(graph: onnx.GraphProto, side: int) -> None:
+    dims = graph.input[0].type.tensor_type.shape.dim
+    if [dim.dim_value for dim in dims][1:] != [side, side, 3]:
+        raise ModelContractError(f"{graph.input[0].name} is not N×{side}×{side}×3.")
+
+
+def initializers(graph: onnx.GraphProto) -> dict[str, NDArray[np.generic]]:
+    """The weights and constants of a graph, by name."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+RangeMethod = Literal["extremes", "mean of extremes", "99.99 %", "99.9 %"]
+#: Shares of a tensor's values that are left out below and above, in the order of the columns.
+CUTS = (0.0, 0.0001, 0.001)
+LARGE = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationRanges:
+    """Per tensor and image, lower and upper quantile at each of CUTS: T×N×3×2, float32."""
+
+    names: tuple[str, ...]
+    values: NDArray[np.float32]
+
+    def choose(self, method: RangeMethod) -> dict[str, tuple[float, float]]:
+        """One range a tensor, zero always inside.
+
+        "extremes": the least and greatest of all images. "mean of extremes": their mean over
+        the images, which one odd image cannot stretch. "99.99 %" and "99.9 %": the widest of
+        the images' ranges that hold this share of the values.
+        """
+        column = {"99.99 %": 1, "99.9 %": 2}.get(method, 0)
+        low, high = self.values[:, :, column, 0], self.values[:, :, column, 1]
+        if method == "mean of extremes":
+            low, high = low.mean(1), high.mean(1)
+        else:
+            low, high = low.min(1), high.max(1)
+        return {
+            name: (min(0.0, float(lowest)), max(0.0, float(highest)))
+            for name, lowest, highest in zip(self.names, low, high, strict=True)
+        }
+
+
+def measure_ranges(model: onnx.ModelProto, pixels: Pixels, path: Path) -> ActivationRanges:
+    """Run `pixels` (uint8 N×side×side×3) through a plain graph; kept in the .npz at `path`."""
+    if not path.exists():
+        names = [name for node in model.graph.node for name in node.output]
+        probe = onnx.ModelProto()
+        probe.CopyFrom(model)
+        known = {output.name for output in model.graph.output}
+        probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        # Fused nodes would not give the tensors between them.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        source = session.get_inputs()[0].name
+        values = np.stack([_quantiles(session.run(names, {source: image[None]})) for image in pixels], axis=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, names=np.array(names), values=values)
+        partial.rename(path)
+    with np.load(path, allow_pickle=False) as found:
+        return ActivationRanges(tuple(found["names"].tolist()), found["values"])
+
+
+def _quantiles(tensors: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """T×3×2: what is left when each of CUTS is taken off both ends; of large tensors, every eighth value is sorted."""
+    found = np.empty((len(tensors), len(CUTS), 2), np.float32)
+    for row, tensor in zip(found, tensors, strict=True):
+        flat = tensor.ravel()
+        ordered = np.sort(flat[::8] if flat.size > LARGE else flat)
+        last = ordered.size - 1
+        row[:] = [(ordered[round(cut * last)], ordered[last - round(cut * last)]) for cut in CUTS]
+        row[0] = flat.min(), flat.max()
+    return found
+
 
 #: Smaller tensors (biases, bounds of a clip) stay float32: together they are a hundredth of the file.
 LEAST_HALVED = 1024

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn", reason="needs the train extra")
 
 from data_jobs.training.edge.build import ship
 from data_jobs.training.edge.fold_images import scan_once
-from data_jobs.training.edge.golden_images import draw_uploads
+from data_jobs.training.edge.golden import draw_uploads
 
 pytestmark = pytest.mark.torch
 

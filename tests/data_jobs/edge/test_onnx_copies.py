@@ -10,10 +10,15 @@ import pytest
 
 onnx = pytest.importorskip("onnx", reason="needs the train extra")
 
-from data_jobs.training.edge.activation_ranges import ActivationRanges, measure_ranges  # noqa: E402
-from data_jobs.training.edge.golden_images import draw_uploads  # noqa: E402
-from data_jobs.training.edge.onnx_copies import Int8Settings, write_float16, write_int8  # noqa: E402
-from data_jobs.training.edge.plain_graph import plain_graph  # noqa: E402
+from data_jobs.training.edge.golden import draw_uploads  # noqa: E402
+from data_jobs.training.edge.onnx_copies import (  # noqa: E402  # noqa: E402
+    ActivationRanges,
+    Int8Settings,
+    measure_ranges,
+    plain_graph,  # noqa: E402
+    write_float16,
+    write_int8,
+)
 from data_jobs.training.scan import open_onnx  # noqa: E402
 from deployments.preprocess.decode import UploadLimits  # noqa: E402
 from deployments.preprocess.preprocess import prepare_image  # noqa: E402
@@ -56,7 +61,7 @@ def test_the_plain_graph_answers_as_the_served_one(plain, pixels, served, tmp_pa
 
 def test_the_torch_twin_answers_as_the_graph(plain, pixels, served) -> None:
     torch = pytest.importorskip("torch", reason="needs the train extra")
-    from data_jobs.training.edge.graph_module import GraphModule
+    from data_jobs.training.edge.litert import GraphModule
 
     with torch.inference_mode():
         found = GraphModule(plain.graph).eval()(torch.from_numpy(pixels))
@@ -66,7 +71,7 @@ def test_the_torch_twin_answers_as_the_graph(plain, pixels, served) -> None:
 
 def test_an_operator_without_a_twin_is_refused(plain, pixels) -> None:
     torch = pytest.importorskip("torch", reason="needs the train extra")
-    from data_jobs.training.edge.graph_module import GraphModule
+    from data_jobs.training.edge.litert import GraphModule
 
     odd = onnx.ModelProto()
     odd.CopyFrom(plain)

@@ -32,6 +32,7 @@ def rows(isic_dir: Path) -> dict[str, LabelledImage]:
 def evidence(models: Path, rows: dict[str, LabelledImage]) -> list[tuple[StoredModel, Predictions]]:
     store = ModelStore(models)
     found = [model for model in map(store.open, store) if PREDICTIONS_NAME in model.manifest.files]
+    assert found, "no model ships its predictions: there is nothing to hold the figures against"
     return [(model, read_predictions(model.path(PREDICTIONS_NAME), rows)) for model in found]
 
 

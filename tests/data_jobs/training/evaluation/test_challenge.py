@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_jobs.training.evaluation.challenge import SEVEN, challenge_figures, merge_to_seven, scored
+from data_jobs.training.evaluation.challenge import (
+    PACKAGE,
+    SEVEN,
+    challenge_figures,
+    merge_to_seven,
+    official_scores,
+    scored,
+)
 from data_jobs.training.evaluation.figures import accuracy_figures
-from data_jobs.training.evaluation.official import PACKAGE, official_scores
 from data_jobs.training.evaluation.predictions import Predictions
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 

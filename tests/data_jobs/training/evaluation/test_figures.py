@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from data_jobs.training.evaluation.figures import (
+    SMALLEST,
     accuracy_figures,
     confusion_matrix,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,
     lesion_predictions,
+    subgroup_figures,
 )
 from data_jobs.training.evaluation.predictions import (
     UNKNOWN,
@@ -20,8 +22,7 @@ from data_jobs.training.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from data_jobs.training.evaluation.subgroups import SMALLEST, subgroup_figures
-from data_jobs.training.ranking import area_under_curve, class_precision
+from data_jobs.training.probabilities import class_precision
 from serve_app.domain.diagnosis import TRAINED
 
 
@@ -97,31 +98,3 @@ def test_predictions_survive_their_file(predictions: Predictions, tmp_path: Path
     rows[first.isic_id] = replace(first, diagnosis=other)
     with pytest.raises(ValueError, match=first.isic_id):
         read_predictions(path, rows)
-
-
-@pytest.mark.torch
-def test_figures_against_scikit_learn(predictions: Predictions) -> None:
-    metrics = pytest.importorskip("sklearn.metrics", reason="needs the train extra")
-    labels, nine, eight = predictions.labels, predictions.nine, predictions.eight
-    answers = nine.argmax(1)
-    figures, classes = accuracy_figures(nine, labels), diagnosis_figures(predictions)
-    told = range(len(TRAINED))
-    recall = metrics.recall_score(labels, answers, labels=told, average=None)
-    precision = metrics.precision_score(labels, answers, labels=told, average=None)
-    assert figures["top1"] == pytest.approx(metrics.accuracy_score(labels, answers), abs=1e-4)
-    assert figures["top3"] == pytest.approx(
-        metrics.top_k_accuracy_score(labels, nine, k=3, labels=range(UNKNOWN + 1)), abs=1e-4
-    )
-    assert figures["balanced_accuracy"] == pytest.approx(recall.mean(), abs=1e-4)
-    assert figures["log_loss"] == pytest.approx(
-        metrics.log_loss(labels, nine, labels=range(UNKNOWN + 1)), abs=1e-4
-    )
-    assert list(classes["recall"].values()) == pytest.approx(recall, abs=1e-4)
-    assert list(classes["precision"].values()) == pytest.approx(precision, abs=1e-4)
-    for index, diagnosis in enumerate(TRAINED):
-        auc = metrics.roc_auc_score(labels == index, eight[:, index])
-        assert classes["auc"][diagnosis] == pytest.approx(auc, abs=1e-4)
-    tied = np.round(eight[:, 0], 1)
-    assert area_under_curve(tied, labels == 0) == pytest.approx(
-        metrics.roc_auc_score(labels == 0, tied), abs=1e-12
-    )
