@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_jobs.training.edge.fold_images import FoldImages
 from data_jobs.training.embedding_spaces import ShippedReferences, nearest, precision_at
-from data_jobs.training.evaluation.predictions import MELANOMA, served
+from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
 from data_jobs.training.probabilities import Floats, area_under_curve, calibration_error
 from data_jobs.training.scan import Scan
@@ -100,7 +100,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, _ = served(judge.calibrator, server)
     nine, _ = served(judge.calibrator, copy)
-    eight_server, eight = _without_unknown(nine_server), _without_unknown(nine)
+    eight_server, eight = known_eight(nine_server), known_eight(nine)
     thresholds = judge.calibrator.thresholds
     melanoma = images.labels == MELANOMA
     return {
@@ -191,11 +191,6 @@ def _quality(nine: Floats, images: FoldImages, melanoma: np.ndarray[Any, Any]) -
         "ece": _rounded(calibration_error(nine, images.labels)),
         "melanoma_auc": _rounded(area_under_curve(nine[:, MELANOMA], melanoma)),
     }
-
-
-def _without_unknown(nine: Floats) -> Floats:
-    result: Floats = nine[:, :8] / nine[:, :8].sum(1, keepdims=True)
-    return result
 
 
 def _rounded(value: float, digits: int = 4) -> float:

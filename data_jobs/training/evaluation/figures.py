@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,23 +110,28 @@ def subgroup_figures(predictions: Predictions) -> dict[str, dict[str, float]]:
         "short side": ["under 224" if min(row.width, row.height) < 224 else "224 or more" for row in rows],
         "confirmed by": [row.diagnosis_confirm_type or "unknown" for row in rows],
         "sex": [row.sex or "unknown" for row in rows],
-        "age": [_age_band(row.age_approx) for row in rows],
+        "age": [age_band(row.age_approx) for row in rows],
         "site": [row.anatom_site_general or "unknown" for row in rows],
-    }
-    groups: dict[str, NDArray[np.bool_]] = {
-        f"{name}: {value}": np.array([v == value for v in found])
-        for name, found in values.items()
-        for value in sorted(set(found))
     }
     nine, labels = predictions.nine, predictions.labels
     return {
         name: accuracy_figures(nine[picked], labels[picked])
-        for name, picked in groups.items()
+        for name, picked in split(values).items()
         if picked.sum() >= SMALLEST
     }
 
 
-def _age_band(age: int | None) -> str:
+def split(values: Mapping[str, Sequence[str]]) -> dict[str, NDArray[np.bool_]]:
+    """Which of N images belong to which group, `kind: value`, from the values of every kind."""
+    return {
+        f"{kind}: {value}": np.array([v == value for v in found])
+        for kind, found in values.items()
+        for value in sorted(set(found))
+    }
+
+
+def age_band(age: int | None) -> str:
+    """Under 40, 40 to 59, 60 or more years, or unknown."""
     if age is None:
         return "unknown"
     return "under 40" if age < 40 else "40 to 59" if age < 60 else "60 or more"

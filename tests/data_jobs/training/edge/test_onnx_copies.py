@@ -15,7 +15,7 @@ from data_jobs.training.edge.onnx_copies import (  # noqa: E402  # noqa: E402
     ActivationRanges,
     Int8Settings,
     measure_ranges,
-    plain_graph,  # noqa: E402
+    plain_graph,
     write_float16,
     write_int8,
 )
