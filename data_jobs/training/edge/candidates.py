@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import statistics
 import time
@@ -15,18 +16,23 @@ import time
 import onnx
 
 from data_jobs.training.edge.fold_images import Run
-from data_jobs.training.edge.onnx_copies import Int8Settings, measure_ranges, write_float16, write_int8
+from data_jobs.training.edge.onnx_copies import Ranges, measure_ranges, write_float16, write_int8
 from data_jobs.training.scan import Pixels, open_onnx
 from model_store.edge_copies import Runtime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """What every candidate is made from: the plain graph and the calibration images; `work` keeps files."""
 
     graph: onnx.ModelProto
     images: Pixels
     work: Path
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """How far every tensor reaches on the calibration images."""
+        return measure_ranges(self.graph, self.images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +63,8 @@ class Kind:
         return open_litert(path, threads)
 
 
-def _float16(source: Source, path: Path) -> None:
-    write_float16(source.graph, path)
-
-
-def _int8(settings: Int8Settings) -> Candidate:
-    def make(source: Source, path: Path) -> None:
-        ranges = measure_ranges(source.graph, source.images, source.work / "ranges.npz")
-        write_int8(source.graph, ranges, settings, path)
-
-    return Candidate(settings.name, make)
+def _int8(setting: str, float_nodes: tuple[str, ...]) -> Candidate:
+    return Candidate(setting, lambda source, path: write_int8(source.graph, source.ranges, float_nodes, path))
 
 
 def _litert_float16(source: Source, path: Path) -> None:
@@ -91,7 +89,7 @@ KINDS = (
         "model.float16.onnx",
         "onnxruntime",
         "float16",
-        (Candidate("float16 weights", _float16),),
+        (Candidate("float16 weights", lambda source, path: write_float16(source.graph, path)),),
     ),
     Kind(
         "int8",
@@ -99,8 +97,8 @@ KINDS = (
         "onnxruntime",
         "int8",
         (
-            _int8(Int8Settings("7-bit weights, early blocks and head float", "99.99 %", 7, _EARLY + _HEAD)),
-            _int8(Int8Settings("7-bit weights, head float", "99.99 %", 7, _HEAD)),
+            _int8("7-bit weights, early blocks and head float", _EARLY + _HEAD),
+            _int8("7-bit weights, head float", _HEAD),
         ),
     ),
     Kind("litert", "model.tflite", "litert", "float16", (Candidate("float16 weights", _litert_float16),)),

@@ -9,10 +9,9 @@ what is quantised is the matrix that is multiplied with. Answers stay the same t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 import tempfile
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,91 +130,39 @@ def initializers(graph: onnx.GraphProto) -> dict[str, NDArray[np.generic]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
-RangeMethod = Literal["extremes", "mean of extremes", "99.99 %", "99.9 %"]
-#: Shares of a tensor's values that are left out below and above, in the order of the columns.
-CUTS = (0.0, 0.0001, 0.001)
+Ranges = dict[str, tuple[float, float]]
+#: Share of a tensor's values that its range leaves out below and above: one odd value must not stretch it.
+CUT = 0.0001
 LARGE = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationRanges:
-    """Per tensor and image, lower and upper quantile at each of CUTS: T×N×3×2, float32."""
+def measure_ranges(model: onnx.ModelProto, pixels: Pixels) -> Ranges:
+    """How far every tensor of a plain graph reaches on `pixels` (uint8 N×side×side×3), zero always inside.
 
-    names: tuple[str, ...]
-    values: NDArray[np.float32]
-
-    def choose(self, method: RangeMethod) -> dict[str, tuple[float, float]]:
-        """One range a tensor, zero always inside.
-
-        "extremes": the least and greatest of all images. "mean of extremes": their mean over
-        the images, which one odd image cannot stretch. "99.99 %" and "99.9 %": the widest of
-        the images' ranges that hold this share of the values.
-        """
-        column = {"99.99 %": 1, "99.9 %": 2}.get(method, 0)
-        low, high = self.values[:, :, column, 0], self.values[:, :, column, 1]
-        if method == "mean of extremes":
-            low, high = low.mean(1), high.mean(1)
-        else:
-            low, high = low.min(1), high.max(1)
-        return {
-            name: (min(0.0, float(lowest)), max(0.0, float(highest)))
-            for name, lowest, highest in zip(self.names, low, high, strict=True)
-        }
-
-
-def measure_ranges(model: onnx.ModelProto, pixels: Pixels, path: Path) -> ActivationRanges:
-    """Run `pixels` (uint8 N×side×side×3) through a plain graph; kept in the .npz at `path`."""
-    if not path.exists():
-        names = [name for node in model.graph.node for name in node.output]
-        probe = onnx.ModelProto()
-        probe.CopyFrom(model)
-        known = {output.name for output in model.graph.output}
-        probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        # Fused nodes would not give the tensors between them.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        source = session.get_inputs()[0].name
-        values = np.stack([_quantiles(session.run(names, {source: image[None]})) for image in pixels], axis=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, names=np.array(names), values=values)
-        partial.rename(path)
-    with np.load(path, allow_pickle=False) as found:
-        return ActivationRanges(tuple(found["names"].tolist()), found["values"])
-
-
-def _quantiles(tensors: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """T×3×2: what is left when each of CUTS is taken off both ends; of large tensors, every eighth value is sorted."""
-    found = np.empty((len(tensors), len(CUTS), 2), np.float32)
-    for row, tensor in zip(found, tensors, strict=True):
-        flat = tensor.ravel()
-        ordered = np.sort(flat[::8] if flat.size > LARGE else flat)
-        last = ordered.size - 1
-        row[:] = [(ordered[round(cut * last)], ordered[last - round(cut * last)]) for cut in CUTS]
-        row[0] = flat.min(), flat.max()
-    return found
+    The widest of the images' ranges that hold 99.99 % of the values; of large tensors every eighth value is looked at.
+    """
+    names = [name for node in model.graph.node for name in node.output]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    known = {output.name for output in model.graph.output}
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    # Fused nodes would not give the tensors between them.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = session.get_inputs()[0].name
+    low, high = np.zeros(len(names)), np.zeros(len(names))
+    for image in pixels:
+        for index, tensor in enumerate(session.run(names, {source: image[None]})):
+            ordered = np.sort(tensor.ravel()[:: 8 if tensor.size > LARGE else 1])
+            cut = round(CUT * (ordered.size - 1))
+            low[index], high[index] = min(low[index], ordered[cut]), max(high[index], ordered[-1 - cut])
+    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
 
 #: Smaller tensors (biases, bounds of a clip) stay float32: together they are a hundredth of the file.
 LEAST_HALVED = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Settings:
-    """One way to quantise: which range an activation gets, and which nodes stay float32.
-
-    Weights are int8, symmetric, one scale an output channel; activations int8 with a zero point.
-    `float_nodes` are parts of node names. With 7 bits a weight lies in -64 to 63: x86 processors
-    without VNNI add two products of 8 bits in 16 and saturate (ONNX Runtime's documentation of
-    `quantize_static`, `reduce_range`); with 7 they cannot, and every processor answers alike.
-    """
-
-    name: str
-    ranges: RangeMethod
-    weight_bits: Literal[7, 8]
-    float_nodes: tuple[str, ...] = ()
 
 
 def write_float16(model: onnx.ModelProto, path: Path) -> None:
@@ -242,15 +189,19 @@ def write_float16(model: onnx.ModelProto, path: Path) -> None:
     onnx.save(copy, path)
 
 
-def write_int8(model: onnx.ModelProto, ranges: ActivationRanges, settings: Int8Settings, path: Path) -> None:
-    """Quantise statically into the QDQ format, which ONNX Runtime, TensorRT and NNAPI all read."""
+def write_int8(model: onnx.ModelProto, ranges: Ranges, float_nodes: Sequence[str], path: Path) -> None:
+    """Quantise statically into the QDQ format, which ONNX Runtime, TensorRT and NNAPI all read.
+
+    Weights are int8, symmetric, one scale an output channel; activations int8 with a zero point. `float_nodes` are
+    parts of the names of nodes that stay float32. A weight has 7 bits, -64 to 63: x86 processors without VNNI add two
+    products of 8 bits in 16 and saturate (ONNX Runtime's documentation of `quantize_static`, `reduce_range`); with 7
+    they cannot, and every processor answers alike.
+    """
     nodes = [node.name for node in model.graph.node]
-    unmatched = [part for part in settings.float_nodes if not any(part in name for name in nodes)]
+    unmatched = [part for part in float_nodes if not any(part in name for name in nodes)]
     if unmatched:
         raise ValueError(f"No node is named {', '.join(unmatched)}.")
-    chosen = {
-        name: tuple(np.float32(v) for v in pair) for name, pair in ranges.choose(settings.ranges).items()
-    }
+    chosen = {name: tuple(np.float32(v) for v in pair) for name, pair in ranges.items()}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "ranges.json"
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, chosen), cache)
@@ -260,9 +211,9 @@ def write_int8(model: onnx.ModelProto, ranges: ActivationRanges, settings: Int8S
             None,
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=settings.weight_bits == 7,
+            reduce_range=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QInt8,
-            nodes_to_exclude=[n for n in nodes if any(part in n for part in settings.float_nodes)],
+            nodes_to_exclude=[n for n in nodes if any(part in n for part in float_nodes)],
             calibration_cache_path=cache,
         )
