@@ -17,7 +17,6 @@ from model_store.manifest import read_manifest
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 CARD_NAME = "MODEL_CARD.md"
-NO_PACKAGE = "no official score: not installed, or a class without images"
 
 
 def write_card(folder: Path) -> None:
@@ -25,7 +24,6 @@ def write_card(folder: Path) -> None:
     exported, calibrated, evaluated = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("export", "calibration", "evaluation")
     )
-    official = [scored["official"] for scored in evaluated["challenge"].values() if scored["official"]]
     # Markdown, which nobody's browser runs.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -41,7 +39,6 @@ def write_card(folder: Path) -> None:
         exported=exported,
         calibrated=calibrated,
         evaluated={"cross_fitted": False, **evaluated},
-        package=official[0]["package"] if official else NO_PACKAGE,
         trained=TRAINED,
         diagnoses=tuple(Diagnosis),
     )

@@ -23,9 +23,9 @@ from data_jobs.training.conformal import set_figures
 from data_jobs.training.cross_fitting import PARTS, CrossFit, Judged, judge, read_cross_fit
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
 from data_jobs.training.embedding_spaces import retrieval_figures
-from data_jobs.training.evaluation.challenge import challenge_figures
 from data_jobs.training.evaluation.figures import (
     accuracy_figures,
+    challenge_figures,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,

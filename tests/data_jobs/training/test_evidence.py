@@ -10,8 +10,12 @@ import pytest
 
 from data_jobs.training.conformal import conformal_thresholds
 from data_jobs.training.dataset import LabelledImage, read_rows
-from data_jobs.training.evaluation.challenge import challenge_figures
-from data_jobs.training.evaluation.figures import accuracy_figures, diagnosis_figures, lesion_figures
+from data_jobs.training.evaluation.figures import (
+    accuracy_figures,
+    challenge_figures,
+    diagnosis_figures,
+    lesion_figures,
+)
 from data_jobs.training.evaluation.predictions import (
     CALIBRATION_NAME,
     PREDICTIONS_NAME,

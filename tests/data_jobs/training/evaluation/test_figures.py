@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from data_jobs.training.evaluation.figures import (
+    SEVEN,
     SMALLEST,
     accuracy_figures,
+    challenge_figures,
     confusion_matrix,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,
     lesion_predictions,
+    merge_to_seven,
+    scored,
     subgroup_figures,
 )
 from data_jobs.training.evaluation.predictions import (
@@ -23,7 +27,7 @@ from data_jobs.training.evaluation.predictions import (
     write_predictions,
 )
 from data_jobs.training.probabilities import class_precision
-from serve_app.domain.diagnosis import TRAINED
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 
 def test_unk_first_is_wrong(predictions: Predictions) -> None:
@@ -98,3 +102,27 @@ def test_predictions_survive_their_file(predictions: Predictions, tmp_path: Path
     rows[first.isic_id] = replace(first, diagnosis=other)
     with pytest.raises(ValueError, match=first.isic_id):
         read_predictions(path, rows)
+
+
+def test_keratosis_and_carcinoma_in_situ_are_one_class() -> None:
+    seven = merge_to_seven(np.eye(8))
+    assert seven.shape == (8, 7)
+    for diagnosis in TRAINED:
+        merged = "AKIEC" if diagnosis in {Diagnosis.AK, Diagnosis.SCC} else diagnosis.value
+        assert SEVEN[int(seven[TRAINED.index(diagnosis)].argmax())] == merged
+
+
+def test_a_refusal_is_wrong_and_ranks_last(predictions: Predictions) -> None:
+    found = challenge_figures(predictions)["isic2019_eight"]
+    expected = accuracy_figures(predictions.nine, predictions.labels)
+    assert found["refused"] > 0
+    assert found["top1"] == expected["top1"]
+    assert found["balanced_accuracy"] == expected["balanced_accuracy"]
+    nobody = scored(np.eye(3), np.arange(3), np.ones(3, dtype=bool), ("a", "b", "c"))
+    assert (nobody["top1"], nobody["balanced_accuracy"], nobody["auc"]["a"]) == (0.0, 0.0, 0.5)
+
+
+def test_seven_classes_are_of_ham10000_alone(predictions: Predictions) -> None:
+    found = challenge_figures(predictions)["isic2018_seven_ham10000"]
+    assert found["images"] == int(predictions.of_ham10000.sum())
+    assert set(found["auc"]) == set(SEVEN)
