@@ -1,8 +1,13 @@
-"""A plain ONNX graph as a torch module, for converters that start from torch."""
+"""The LiteRT (TFLite) copy for Android, from the same plain graph as the ONNX copies, and its forward pass.
+
+litert-torch converts a torch module, so the graph is read back into one. The result takes one
+image, uint8 1×side×side×3 `pixels`, and gives `logits` 1×8 and `bottleneck` 1×512.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_jobs.training.edge.plain_graph import initializers
+from data_jobs.training.edge.onnx_copies import initializers
+from data_jobs.training.scan import Outputs, Pixels
 from serve_app.domain.errors import ModelContractError
 
 
@@ -72,3 +78,47 @@ _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Flatten": lambda _, x: x.flatten(1),
     "Gemm": _multiply,
 }
+
+
+def convert(graph: onnx.ModelProto, side: int, path: Path) -> None:
+    """Write the float32 LiteRT file."""
+    import litert_torch  # noqa: PLC0415 - with transformers and JAX it takes half a minute to import
+
+    pixels = torch.zeros((1, side, side, 3), dtype=torch.uint8)
+    module = GraphModule(graph.graph).eval()
+    litert_torch.convert(module, sample_kwargs={"pixels": pixels}).export(str(path))
+
+
+def halve_weights(float32: Path, path: Path) -> None:
+    """Write a copy of the float32 file whose weights are half floats, widened as LiteRT loads them."""
+    from ai_edge_quantizer import qtyping  # noqa: PLC0415 - only in the environment that converts
+    from ai_edge_quantizer.quantizer import AlgorithmName, Quantizer  # noqa: PLC0415
+
+    weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+    halved = qtyping.OpQuantizationConfig(
+        weight_tensor_config=weights,
+        compute_precision=qtyping.ComputePrecision.FLOAT,
+        explicit_dequantize=True,
+    )
+    quantizer = Quantizer(str(float32))
+    quantizer.update_quantization_recipe(
+        ".*", qtyping.TFLOperationName.ALL_SUPPORTED, halved, AlgorithmName.FLOAT_CASTING
+    )
+    path.write_bytes(bytes(quantizer.quantize().quantized_model))
+
+
+def open_litert(path: Path, threads: int) -> Callable[[Pixels], Outputs]:
+    """Pixels uint8 N×side×side×3 to logits N×8 and bottleneck N×512, by XNNPACK's kernels."""
+    from ai_edge_litert.interpreter import Interpreter  # noqa: PLC0415 - with the `edge` extra
+
+    interpreter = Interpreter(model_content=path.read_bytes(), num_threads=threads)
+    run_one = interpreter.get_signature_runner()
+
+    def run(pixels: Pixels) -> Outputs:
+        answers = [run_one(pixels=image[None]) for image in pixels]
+        return (
+            np.concatenate([answer["logits"] for answer in answers]),
+            np.concatenate([answer["bottleneck"] for answer in answers]),
+        )
+
+    return run

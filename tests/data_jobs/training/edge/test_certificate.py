@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from data_jobs.training.dataset import LabelledImage
-from data_jobs.training.edge.certificate import gate_problems, point_figures, unknown_figures
+from data_jobs.training.edge.certificate import cosines, gate_problems, point_figures, unknown_figures
 from data_jobs.training.edge.fold_images import FoldImages
-from data_jobs.training.edge.search_parity import cosines
 from model_store.manifest import OperatingPoint
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 

@@ -4,12 +4,9 @@ from datetime import UTC, datetime
 import threading
 import time
 
-from hypothesis import given
-from hypothesis import strategies as st
 import pytest
 
-from data_jobs.references.fetch.errors import Refused, Stopped, Transient
-from data_jobs.references.fetch.retry import Backoff, Pace, retry_after_s
+from data_jobs.references.fetch.http import Pace, Refused, Stopped, Transient, retry_after_s
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 
@@ -28,12 +25,6 @@ NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 )
 def test_retry_after_is_a_number_or_a_date(header, seconds):
     assert retry_after_s(header, NOW) == seconds
-
-
-@given(st.integers(1, 200))
-def test_waits_double_up_to_a_limit_and_are_drawn_from_all_of_it(failed):
-    backoff = Backoff(first_s=1, longest_s=60)
-    assert 0 <= backoff.wait_s(failed) <= min(60, 2 ** (failed - 1))
 
 
 def test_what_fails_twice_is_there_the_third_time(pace):
@@ -79,13 +70,13 @@ def test_a_server_that_asks_to_be_left_alone_is_left_alone_by_all_threads(pace):
 
 
 def test_no_server_can_ask_for_more_than_the_longest_wait():
-    pace = Pace(Backoff(first_s=0.01, longest_asked_s=0.1))
+    pace = Pace(first_s=0.01, longest_asked_s=0.1)
     with pytest.raises(Transient):
         pace.insist(_failing(wait_s=1e9), attempts=2)
 
 
 def test_a_wait_ends_when_told_to_stop():
-    pace = Pace(Backoff(longest_asked_s=60))
+    pace = Pace(longest_asked_s=60)
     threading.Timer(0.1, pace.stop).start()
     with pytest.raises(Stopped):
         pace.insist(_failing(wait_s=60), attempts=2)

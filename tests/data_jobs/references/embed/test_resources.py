@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_jobs.references.embed.resources import Resources
-from data_jobs.references.embed.room import NodeRoom, find_lacking, fit_in
-from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options, surge_cpus
+from data_jobs.references.embed.resources import SURGE_CPUS, NodeRoom, Resources, find_lacking, fit_in
+from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
 from serve_app.domain.errors import StageFailed
 
 SERVED = sum(deployment_options(name, "cpu")["ray_actor_options"]["num_cpus"] for name in DEPLOYMENT_OPTIONS)
@@ -16,7 +15,7 @@ ANYTHING = {"actors": None, "actor_cpus": None}
 
 
 def test_an_update_needs_what_the_replicas_hold() -> None:
-    assert surge_cpus() == pytest.approx(SERVED)
+    assert pytest.approx(SERVED) == SURGE_CPUS
 
 
 @pytest.mark.parametrize("cores", [2, 3, 4, 16, 64])
@@ -26,13 +25,13 @@ def test_the_defaults_leave_room_for_an_update_on_a_node_of_any_size(cores: int)
     assert taken.actors == cores
     assert 0.01 <= taken.actor_cpus <= 1.0
     assert 0.01 <= taken.write_cpus <= 0.25
-    assert taken.cpus + surge_cpus() <= node.free_cpus + 1e-6
+    assert taken.cpus + SURGE_CPUS <= node.free_cpus + 1e-6
 
 
 def test_several_nodes_are_counted_together() -> None:
     taken = fit_in(Resources(actors=1), [SMALL, NodeRoom(8.0, 8.0)], **ANYTHING)
     assert taken.actors == 10
-    assert taken.cpus + surge_cpus() <= SMALL.free_cpus + 8.0 + 1e-6
+    assert taken.cpus + SURGE_CPUS <= SMALL.free_cpus + 8.0 + 1e-6
 
 
 def test_what_does_not_fit_is_refused_with_what_is_free() -> None:
@@ -57,7 +56,7 @@ def test_gpus_decide_how_many_actors_there_are() -> None:
     assert taken.actors == 3
     assert taken.prepare_tasks is not None
     held = taken.cpus + (taken.prepare_tasks - 1) * taken.prepare_cpus
-    assert 30.0 < held + surge_cpus() <= 31.0
+    assert 30.0 < held + SURGE_CPUS <= 31.0
     with pytest.raises(StageFailed, match=r"Only 3 of 4 actors .* 1\.00 GPUs"):
         fit_in(wanted, nodes, actors=4, actor_cpus=None)
     with pytest.raises(StageFailed, match=r"Only 0 of 1 actors"):

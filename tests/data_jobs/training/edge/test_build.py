@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnx", reason="needs the train extra")
@@ -11,8 +10,7 @@ pytest.importorskip("skimage", reason="needs the train extra")
 pytest.importorskip("sklearn", reason="needs the train extra")
 
 from data_jobs.training.edge.build import ship
-from data_jobs.training.edge.fold_images import scan_once
-from data_jobs.training.edge.golden_images import draw_uploads
+from data_jobs.training.edge.golden import draw_uploads
 
 pytestmark = pytest.mark.torch
 
@@ -33,19 +31,6 @@ def test_a_copy_that_no_longer_passes_leaves_the_folder(tmp_path: Path) -> None:
 def test_a_figure_that_is_no_number_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         ship(tmp_path, {}, {"edge.json": {"ece": float("nan")}})
-
-
-def test_images_are_scanned_once_a_file(tmp_path: Path) -> None:
-    calls = []
-
-    def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        calls.append(len(pixels))
-        return np.ones((len(pixels), 8), np.float32), np.ones((len(pixels), 512), np.float32)
-
-    pixels = np.zeros((5, 4, 4, 3), np.uint8)
-    for digest in ("a" * 64, "a" * 64, "b" * 64):
-        assert scan_once(run, digest, "fold4", pixels, tmp_path, batch=3).logits.shape == (5, 8)
-    assert calls == [3, 2, 3, 2]
 
 
 def test_the_same_code_draws_the_same_uploads() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_jobs.promotion.label_map import map_own_labels, read_label_map
-from data_jobs.promotion.refusal import ImportRefused
+from data_jobs.promotion.candidate import ImportRefused
+from data_jobs.promotion.export_source import map_own_labels, read_label_map
 from serve_app.domain.diagnosis import TRAINED
 
 MILK10K = ["AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC"]

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data_jobs.promotion.candidate import PromotionRefused, fill_space, require_references, require_verified
 from data_jobs.promotion.promotion import PromotionRequest, promote
-from data_jobs.promotion.reference_space import fill_space, require_references, require_verified
-from data_jobs.promotion.refusal import PromotionRefused
 from data_jobs.references.embedder import identify_embedder
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore, StoredModel
