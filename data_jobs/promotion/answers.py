@@ -25,7 +25,7 @@ from deployments.risk.policy_file import POLICIES
 from deployments.risk.risk import conclude
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
-from serve_app.domain.assessment import Classification, Conclusion, Neighbours, SimilarCase
+from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, RejectedUpload
 from serve_app.domain.patient import AnatomSite, ClinicalContext, Sex
@@ -64,8 +64,6 @@ class ReferenceSearch:
         return SimilarCase(**asdict(self._images[index]), similarity=similarity)
 
 
-#: As many similar cases as the API looks for when it is not told otherwise.
-TOP_K = 10
 BATCH = 16
 _SITES = {site.value: site for site in AnatomSite}
 _SEXES = {sex.value: sex for sex in Sex}
@@ -126,7 +124,7 @@ def answer_cases(
             classified = calibrator.classify(logits, bottleneck)
             vectors = space.embed(bottleneck)
             for row, image, classification, vector in zip(part, images, classified, vectors, strict=True):
-                neighbours = search.nearest(vector, k=TOP_K, lesion=row.lesion)
+                neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
                 conclusion = _conclude(row, image, classification, neighbours, points, policy)
                 answers.append((classification, conclusion))
     return _as_arrays(answers)
@@ -228,7 +226,7 @@ def shadow(
     What the answers depend on names the file: the model's digest, the cases, preprocess and policy.
     """
     policy_digest = sha256((POLICIES / f"{policy.version}.toml").read_bytes()).hexdigest()
-    parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(TOP_K))
+    parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(WEIGHED))
     path = cache / f"{model.manifest.model_id}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     name = model.manifest.model_id
     if path.exists():

@@ -15,6 +15,9 @@ from deployments.risk.strict_table import PolicyError, merge_tables, read_table
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 CURRENT_VERSION = "2026-11.4"
+#: Limits that some policies are older than, with values that ask nothing.
+_LATER_LIMITS = {"min_colour": 0.0, "max_two_levels": 1.0, "max_damaged": 1.0}
+_OLDER_VERSIONS = frozenset({"2026-11.2", "2026-11.3"})
 
 
 def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> RiskPolicy:
@@ -30,6 +33,8 @@ def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> R
         raise PolicyError(f"There is no risk policy {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{path} is not TOML: {error}.") from error
+    if version in _OLDER_VERSIONS:
+        raw = merge_tables({"quality": {"hard": _LATER_LIMITS, "soft": _LATER_LIMITS}}, raw)
     policy = read_table(RiskPolicy, raw)
     if policy.version != version:
         raise PolicyError(f"{path} calls itself {policy.version!r}.")

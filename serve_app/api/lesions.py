@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 import re
 from typing import Annotated
@@ -10,7 +11,8 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
-from serve_app.api.answers import assessment_answer, lesion_url
+from serve_app.api.admission import Place
+from serve_app.api.answers import assessment_answer, lesion_url, references_of
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
@@ -23,11 +25,18 @@ from serve_app.api.upload import (
     expected_bytes,
     parse_context,
     parse_lesion_id,
-    parse_opaque_id,
     read_upload,
 )
 from serve_app.domain.assessment import Outcome
-from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
+from serve_app.domain.errors import (
+    Erased,
+    IdempotencyMismatch,
+    InvalidField,
+    NotFound,
+    RecordsUnavailable,
+    RejectedUpload,
+)
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import ImageRecord, Replay
 from serve_app.security.access import Action
@@ -62,8 +71,9 @@ async def create_lesion(
     services: Services = request.app.state.services
     reference_filter = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
     question = _Question(top_k, reference_filter, idempotency_key)
-    with services.admission.enter(expected_bytes(request, max_image_bytes=services.limits.max_bytes)):
-        return await _assess(request, services, caller, question)
+    expected = expected_bytes(request, max_image_bytes=services.limits.max_bytes)
+    with services.admission.enter(expected) as place:
+        return await _assess(request, place, services, caller, question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +91,14 @@ class _Question:
 
 
 async def _assess(
-    request: Request, services: Services, caller: Principal, question: _Question
+    request: Request, place: Place, services: Services, caller: Principal, question: _Question
 ) -> JSONResponse:
     request_id: str = request.scope["request_id"]
     form = None
     try:
         if question.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(question.idempotency_key):
             raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
-        form = await read_upload(request, max_image_bytes=services.limits.max_bytes)
+        form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
         submission = await _authorise(services, caller, form, request_id, question)
         if question.idempotency_key is not None:
             replay = await services.records.find_replay(caller.subject, question.idempotency_key)
@@ -109,7 +119,9 @@ async def _assess(
             )
         )
         raise
-    return _respond(services, stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
+    return await _respond(
+        services, stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id
+    )
 
 
 async def _authorise(
@@ -171,11 +183,23 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
             detail={"repeated": Action.UPLOAD},
         )
     )
-    return _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
+    return await _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
 
 
-def _respond(services: Services, record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> JSONResponse:
-    answer = assessment_answer(record, lesion_id=lesion_id, patient_id=patient_id, pms_url=services.pms.url)
+async def _respond(
+    services: Services, record: ImageRecord, *, lesion_id: UUID, patient_id: str
+) -> JSONResponse:
+    pictured: frozenset[str] = frozenset()
+    # The image is on record: an error now would have it sent a second time, for want of a few links.
+    with contextlib.suppress(RecordsUnavailable):
+        pictured = await services.records.pictured(references_of(record))
+    answer = assessment_answer(
+        record,
+        lesion_id=lesion_id,
+        patient_id=patient_id,
+        pictured=pictured,
+        pms_url=services.pms.url,
+    )
     headers = {"Location": lesion_url(lesion_id), "Cache-Control": "no-store"}
     if record.outcome is Outcome.PENDING:
         return JSONResponse(answer, 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})

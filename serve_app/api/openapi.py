@@ -41,7 +41,10 @@ class ReasonDocument(Document):
 
 
 class QualityDocument(Document):
-    """Measured at the model's input size; width and height are the original's, in pixels."""
+    """Measured at the model's input size; width and height are the original's, in pixels.
+
+    `colour` is 0 for grey, `two_levels` 1 for one bit, `damaged` 0 for a whole file; null in older answers.
+    """
 
     sharpness: float
     exposure: float
@@ -51,6 +54,9 @@ class QualityDocument(Document):
     width: int
     height: int
     acceptable: bool
+    colour: float | None
+    two_levels: float | None
+    damaged: float | None
 
 
 class RankedDiagnosisDocument(Document):
@@ -90,7 +96,10 @@ class RiskDocument(Document):
 
 
 class SimilarDocument(Document):
-    """A confirmed reference case; similarity is the cosine. `image_url` is here, `archive_url` the archive's page."""
+    """A confirmed reference case; similarity is the cosine. `archive_url` is the archive's own page.
+
+    `image_url` is where this service has its picture; null where it has none.
+    """
 
     isic_id: str
     lesion_id: str | None
@@ -102,12 +111,15 @@ class SimilarDocument(Document):
     anatom_site_general: str | None
     copyright_license: str
     attribution: str
-    image_url: str
+    image_url: str | None
     archive_url: str
 
 
 class NeighboursDocument(Document):
-    """The references together; nearest of each kind wherever one passes the filters."""
+    """What the references say together, and the nearest of each kind.
+
+    In an assessment: of the 16 nearest of all references, whatever was asked to be shown. In a search: of those found.
+    """
 
     malignant_share: float | None
     nearest_benign: SimilarDocument | None
@@ -241,7 +253,7 @@ class WorklistDocument(Document):
 
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "content": {"application/problem+json": {}}}
-    for status in (401, 403, 404, 409, 410, 413, 415, 422, 429, 503)
+    for status in (401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 503)
 }
 
 UPLOAD_BODY: dict[str, Any] = {

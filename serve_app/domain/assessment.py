@@ -54,7 +54,10 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Image quality at the model's input size; width and height of the upright original in pixels."""
+    """Image quality at the model's input size; width and height of the upright original in pixels.
+
+    The last three are None in answers from before they were measured.
+    """
 
     sharpness: float
     exposure: float
@@ -64,6 +67,9 @@ class Quality:
     width: int
     height: int
     acceptable: bool
+    colour: float | None = None
+    two_levels: float | None = None
+    damaged: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,16 @@ class SimilarCase:
     attribution: str
 
 
+#: How many of the nearest references the risk and the doubts weigh, of all that there are: fixed, because the
+#: policies' limits on their malignant share hold for a share of so many, and no caller may move it.
+WEIGHED = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """What the nearest references say together.
 
-    malignant_share is over the K returned; nearest_benign and nearest_malignant are searched
+    malignant_share is over those in `similar`; nearest_benign and nearest_malignant are searched
     for on their own, so each is there whenever the cache holds one.
     """
 
@@ -169,7 +180,11 @@ class Conclusion:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """One finished answer to one image. A refused image has no classification, risk or neighbours."""
+    """One finished answer to one image. A refused image has no classification, risk or neighbours.
+
+    `neighbours` are the WEIGHED nearest of all references: what the risk was drawn from. `similar` are those that
+    the caller asked to be shown; no conclusion rests on them.
+    """
 
     outcome: Outcome
     reasons: tuple[Reason, ...]
@@ -177,6 +192,7 @@ class Assessment:
     classification: Classification | None
     risk: Risk | None
     neighbours: Neighbours | None
+    similar: tuple[SimilarCase, ...]
     change: Change | None
     provenance: Provenance
     embedding: NDArray[np.float32] | None

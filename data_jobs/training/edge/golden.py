@@ -57,6 +57,7 @@ STEPS = (
         "sides at {twice} or more (libjpeg's DCT scaling)."
     ),
     "Lay transparency on white.",
+    "Bring the colours of an embedded ICC profile to sRGB (perceptual); without one, or with a broken one, they are sRGB.",
     "Turn and mirror by the EXIF orientation, so that the image is upright. No tag, or a broken one, is 1.",
     "Squash the whole image to {side}×{side}, whatever its shape: no crop, no border.",
     (

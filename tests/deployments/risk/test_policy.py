@@ -88,7 +88,7 @@ def test_an_override_changes_one_number_and_the_version(policy):
     changed = with_overrides(policy, {"review": {"min_margin": 0.15}})
     assert changed.review.min_margin == 0.15
     assert changed.review.max_set_size == policy.review.max_set_size
-    assert re.fullmatch(r"2026-11\.3\+[0-9a-f]{8}", changed.version)
+    assert re.fullmatch(r"2026-11\.4\+[0-9a-f]{8}", changed.version)
     assert policy.version == "2026-11.4"
 
 
