@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.references.load import ReferenceBundle, read_bundle
@@ -60,26 +61,12 @@ class ReferenceSearch:
         )
 
     def _case(self, index: int, similarity: float) -> SimilarCase:
-        image = self._images[index]
-        return SimilarCase(
-            isic_id=image.isic_id,
-            lesion_id=image.lesion_id,
-            diagnosis=image.diagnosis,
-            diagnosis_confirm_type=image.diagnosis_confirm_type,
-            similarity=similarity,
-            age_approx=image.age_approx,
-            sex=image.sex,
-            anatom_site_general=image.anatom_site_general,
-            copyright_license=image.copyright_license,
-            attribution=image.attribution,
-        )
+        return SimilarCase(**asdict(self._images[index]), similarity=similarity)
 
 
 BATCH = 16
 _SITES = {site.value: site for site in AnatomSite}
 _SEXES = {sex.value: sex for sex in Sex}
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +99,7 @@ class CaseAnswers:
 
 
 def answer_cases(
-    model: StoredModel,
-    rows: Sequence[LabelledImage],
-    archive: Path,
-    policy: RiskPolicy,
-    *,
-    threads: int,
-    progress: Progress | None = None,
+    model: StoredModel, rows: Sequence[LabelledImage], archive: Path, policy: RiskPolicy, *, threads: int
 ) -> CaseAnswers:
     """Answer every row as the service would, with the model's own references and operating points.
 
@@ -134,7 +115,9 @@ def answer_cases(
     points = {name: point.threshold for name, point in model.manifest.operating_points.items()}
     answers: list[tuple[Classification, Conclusion]] = []
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(rows), BATCH):
+        for start in tqdm(
+            range(0, len(rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
+        ):
             part = rows[start : start + BATCH]
             images = list(pool.map(lambda row: _prepare(row, archive, geometry), part))
             logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
@@ -144,8 +127,6 @@ def answer_cases(
                 neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
                 conclusion = _conclude(row, image, classification, neighbours, points, policy)
                 answers.append((classification, conclusion))
-            if progress is not None:
-                progress(len(answers))
     return _as_arrays(answers)
 
 
@@ -252,12 +233,6 @@ def shadow(
         say(f"{name}: {len(cases.rows)} answers from {path}")
         return CaseAnswers.read(path)
     cache.mkdir(parents=True, exist_ok=True)
-    total = len(cases.rows)
-
-    def progress(done: int) -> None:
-        if done % 320 == 0 or done == total:
-            say(f"{name}: {done} of {total} cases")
-
-    answers = answer_cases(model, cases.rows, cases.archive, policy, threads=threads, progress=progress)
+    answers = answer_cases(model, cases.rows, cases.archive, policy, threads=threads)
     answers.write(path)
     return answers

@@ -76,22 +76,12 @@ def spread_over_sites(rows: list[LabelledImage], count: int) -> list[LabelledIma
 def write_references(path: Path, rows: list[LabelledImage], embeddings: NDArray[np.float32]) -> None:
     """Write rows and their N×512 embeddings as Parquet (zstd), embeddings as half floats."""
     halves = pa.array(embeddings.astype(np.float16).ravel(), pa.float16())
-    table = pa.Table.from_arrays(
-        [
-            pa.array([row.isic_id for row in rows], pa.string()),
-            pa.array([row.lesion_id for row in rows], pa.string()),
-            pa.array([row.patient_id for row in rows], pa.string()),
-            pa.array([row.diagnosis.value for row in rows], pa.string()),
-            pa.array([row.diagnosis_confirm_type for row in rows], pa.string()),
-            pa.array([row.age_approx for row in rows], pa.int16()),
-            pa.array([row.sex for row in rows], pa.string()),
-            pa.array([row.anatom_site_general for row in rows], pa.string()),
-            pa.array(["dermoscopic"] * len(rows), pa.string()),
-            pa.array([row.copyright_license for row in rows], pa.string()),
-            pa.array([row.attribution for row in rows], pa.string()),
-            pa.FixedSizeListArray.from_arrays(halves, EMBEDDING_DIM),
-        ],
-        schema=SCHEMA,
+    names = [name for name in SCHEMA.names if name not in {"image_type", "embedding"}]
+    described = [
+        {**{name: getattr(row, name) for name in names}, "image_type": "dermoscopic"} for row in rows
+    ]
+    table = pa.Table.from_pylist(described, schema=SCHEMA.remove(len(SCHEMA) - 1)).append_column(
+        SCHEMA.field("embedding"), pa.FixedSizeListArray.from_arrays(halves, EMBEDDING_DIM)
     )
     pq.write_table(table, path, compression="zstd", compression_level=12)
 

@@ -67,12 +67,7 @@ class PreparedReference:
 
 
 def prepare_reference(
-    path: Path,
-    isic_id: str,
-    geometry: InputGeometry,
-    *,
-    sha256: str | None = None,
-    picture: bool = True,
+    path: Path, isic_id: str, geometry: InputGeometry, *, sha256: str | None = None, picture: bool = True
 ) -> PreparedReference | FailedReference:
     """Read and prepare one image; what is wrong with it is an answer, never an exception.
 

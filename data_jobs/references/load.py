@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +36,8 @@ def read_bundle(model: StoredModel, space: EmbeddingSpaceSpec) -> ReferenceBundl
     if table.num_rows != space.count:
         raise ModelContractError(f"{space.references} has {table.num_rows} rows, not {space.count}.")
     flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    rows = table.drop_columns(["embedding"]).to_pylist()
-    images = [
-        ReferenceImage(
-            isic_id=row["isic_id"],
-            lesion_id=row["lesion_id"],
-            diagnosis=Diagnosis(row["diagnosis"]),
-            diagnosis_confirm_type=row["diagnosis_confirm_type"],
-            age_approx=row["age_approx"],
-            sex=row["sex"],
-            anatom_site_general=row["anatom_site_general"],
-            copyright_license=row["copyright_license"],
-            attribution=row["attribution"],
-        )
-        for row in rows
-    ]
+    rows = table.select([field.name for field in fields(ReferenceImage)]).to_pylist()
+    images = [ReferenceImage(**{**row, "diagnosis": Diagnosis(row["diagnosis"])}) for row in rows]
     return ReferenceBundle(images, flat.astype(np.float32).reshape(-1, EMBEDDING_DIM))
 
 

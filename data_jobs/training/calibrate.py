@@ -41,13 +41,7 @@ from data_jobs.training.embedding_spaces import (
 from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
 from data_jobs.training.operating_points import choose_points
 from data_jobs.training.outliers import Outlier, make_outliers, outlier_figures, skin_like
-from data_jobs.training.probabilities import (
-    Floats,
-    Labels,
-    calibration_error,
-    fit_temperature,
-    softmax,
-)
+from data_jobs.training.probabilities import Floats, Labels, calibration_error, fit_temperature, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Pixels, Scan, open_onnx, scan_images, scan_pixels, soften
 from data_jobs.training.unknown import (

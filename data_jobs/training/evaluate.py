@@ -85,12 +85,7 @@ def evaluate(
         "cross_fitted": cross is not None,
         **figures_of(predictions, recipe.seed),
         "operating_points": point_figures(judged, manifest),
-        "sets": set_figures(
-            predictions,
-            judged.thresholds,
-            calibrator.coverage,
-            fitted_images(model, cross),
-        ),
+        "sets": set_figures(predictions, judged.thresholds, calibrator.coverage, fitted_images(model, cross)),
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
         "softened": softened_figures(predictions, softened.predictions.nine),
@@ -138,10 +133,7 @@ def point_figures(judged: Judged, manifest: Manifest) -> dict[str, Any]:
 def softened_figures(predictions: Predictions, softened: Floats) -> dict[str, float]:
     """What a light blur changes."""
     same = softened.argmax(1) == predictions.nine.argmax(1)
-    return {
-        "top1_agreement": round(float(same.mean()), 4),
-        **accuracy_figures(softened, predictions.labels),
-    }
+    return {"top1_agreement": round(float(same.mean()), 4), **accuracy_figures(softened, predictions.labels)}
 
 
 def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any

@@ -163,11 +163,7 @@ def run_pipeline(
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
     ).write_datasink(
-        ReferenceSink(
-            dsn,
-            target.embedding_space,
-            rows_per_write=resources.rows_per_write,
-        ),
+        ReferenceSink(dsn, target.embedding_space, rows_per_write=resources.rows_per_write),
         ray_remote_args={"num_cpus": resources.write_cpus},
         concurrency=1,
     )

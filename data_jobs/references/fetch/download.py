@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 import hashlib
 from pathlib import Path
-import queue
 import re
 import shutil
-import threading
 
 from tqdm import tqdm
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS, IMAGES, CatalogueEntry, image_path
-from data_jobs.references.fetch.http import FetchError, ImageFailure, Pace, Refused, Stopped, Transient
+from data_jobs.references.fetch.http import FetchError, ImageFailure, Pace, Refused, Transient
 from data_jobs.references.fetch.sources import Source
 from deployments.preprocess.decode import decode_image, sniff_content_type
 from serve_app.domain.errors import ImageTooSmall, RejectedUpload, TooLarge
@@ -112,8 +110,6 @@ def check_space(folder: Path, entries: Iterable[CatalogueEntry]) -> int:
 #: So many failures in a row, each after all its attempts, and the source counts as not answering.
 GIVE_UP_AFTER = 20
 JOURNAL = "fetched.csv"
-_LEAVE_S = 5.0
-_TELL_S = 5.0
 _NOTE = re.compile(r"(ISIC_[0-9]{7,10}),([0-9]{1,12}),([0-9a-f]{64})")
 
 
@@ -144,12 +140,7 @@ class Download:
         self._source = source
         self._output = output
         self._pace = pace
-        self._received = 0
-        self._lock = threading.Lock()
         self._in_a_row = 0
-        self._working = 0
-        self._idle = threading.Event()
-        self._fatal: Exception | None = None
 
     def run(self, entries: Sequence[CatalogueEntry], threads: int, *, there: int = 0) -> None:
         """Fetch the entries' images with so many threads; returns when each is stored or failed.
@@ -158,83 +149,43 @@ class Download:
         Raises FetchError when the source does not answer any more, OSError when nothing can be written. Stopped by
         an exception (KeyboardInterrupt), it leaves what is whole, and nothing under a wrong name.
         """
-        waiting: queue.SimpleQueue[CatalogueEntry] = queue.SimpleQueue()
-        for entry in entries:
-            waiting.put(entry)
-        self._working = threads
+        pool = ThreadPoolExecutor(threads)
+        fetching = {pool.submit(self._fetch, entry): entry.isic_id for entry in entries}
         try:
-            for _ in range(threads):
-                # Daemons: one that waits for a dead connection does not keep the process from leaving.
-                threading.Thread(target=self._work, args=(waiting,), daemon=True).start()
-            # Not join(): interrupted there, Python 3.11 takes a running thread for one that has ended.
-            total = there + len(entries)
-            with tqdm(total=total, initial=there, unit=" images", mininterval=_TELL_S) as bar:
-                while not self._idle.wait(_TELL_S):
-                    self._tell(bar, there)
-                self._tell(bar, there)
+            with tqdm(total=there + len(entries), initial=there, unit=" images", mininterval=5.0) as bar:
+                for done in as_completed(fetching):
+                    self._take(fetching[done], done)
+                    bar.n = there + len(self.stored)
+                    bar.set_postfix(Counter(error.cause for error in self.failed.values()), refresh=False)
+                    bar.update(0)
         except BaseException:
             self._pace.stop()
-            self._idle.wait(_LEAVE_S)
             raise
-        if self._fatal is not None:
-            raise self._fatal
-
-    def _work(self, waiting: queue.SimpleQueue[CatalogueEntry]) -> None:
-        try:
-            while True:
-                self._fetch(waiting.get_nowait())
-        except (queue.Empty, Stopped):
-            pass
-        # Whatever it is, the others must not go on as if nothing had happened, nor run() say so.
-        except Exception as error:  # noqa: BLE001
-            self._abort(error)
         finally:
-            with self._lock:
-                self._working -= 1
-                if not self._working:
-                    self._idle.set()
+            pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, entry: CatalogueEntry) -> None:
+    def _fetch(self, entry: CatalogueEntry) -> StoredImage:
         file = self._output / entry.path
-        try:
-            image = self._pace.insist(
-                lambda: store_image(self._source, entry.isic_id, file, self._pace), self._source.attempts
-            )
-        except ImageFailure as error:
-            self._fail(entry.isic_id, error)
-            return
-        with self._lock:
-            self._in_a_row = 0
-            self._note(image)
-            self.stored.append(image)
-            self._received += image.bytes
+        return self._pace.insist(
+            lambda: store_image(self._source, entry.isic_id, file, self._pace), self._source.attempts
+        )
 
-    def _fail(self, isic_id: str, error: ImageFailure) -> None:
-        with self._lock:
+    def _take(self, isic_id: str, done: Future[StoredImage]) -> None:
+        try:
+            image = done.result()
+        except ImageFailure as error:
             self.failed[isic_id] = error
             self._in_a_row = self._in_a_row + 1 if isinstance(error, Transient) else 0
-            in_a_row = self._in_a_row
-        if in_a_row >= GIVE_UP_AFTER and self._source.attempts > 1:
-            raise FetchError(
-                f"The {self._source.name} does not answer: {in_a_row} images in a row failed, the last one with: "
-                f"{error} Run this again later; what has been fetched stays."
-            )
-
-    def _tell(self, bar: tqdm, there: int) -> None:
-        with self._lock:
-            bar.n = there + len(self.stored)
-            causes = Counter(error.cause for error in self.failed.values())
-            bar.set_postfix({"MB": f"{self._received / 1e6:,.0f}", **causes}, refresh=False)
-        bar.refresh()
-
-    def _note(self, image: StoredImage) -> None:
+            if self._in_a_row >= GIVE_UP_AFTER and self._source.attempts > 1:
+                raise FetchError(
+                    f"The {self._source.name} does not answer: {self._in_a_row} images in a row failed, the last one "
+                    f"with: {error} Run this again later; what has been fetched stays."
+                ) from error
+            return
+        self._in_a_row = 0
         with (self._output / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(f"{image.isic_id},{image.bytes},{image.sha256}\n")
-
-    def _abort(self, error: Exception) -> None:
-        with self._lock:
-            self._fatal = self._fatal or error
-        self._pace.stop()
+        self.stored.append(image)
 
 
 def _noted(journal: Path) -> Iterator[StoredImage]:

@@ -144,11 +144,7 @@ def fetch(
 
 
 def _plan(
-    source: Source,
-    output: Path,
-    selection: Selection,
-    eligibility: Eligibility,
-    parameters: dict[str, Any],
+    source: Source, output: Path, selection: Selection, eligibility: Eligibility, parameters: dict[str, Any]
 ) -> Plan:
     listing = list_candidates(source, eligibility, output, parameters=parameters)
     chosen = choose(

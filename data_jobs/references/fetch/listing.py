@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_jobs.references.catalogue import CatalogueEntry
 from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
 from data_jobs.references.fetch.http import Refused
-from data_jobs.references.fetch.sources import Page, Source
+from data_jobs.references.fetch.sources import Source
 from serve_app.domain.diagnosis import Diagnosis
 
 JOURNAL = "listing.jsonl"
@@ -37,13 +37,15 @@ class Listing:
         """Images looked at."""
         return len(self.candidates) + self.left_out.total()
 
+    def add(self, entries: list[CatalogueEntry], left_out: Counter[LeftOut], cursor: str | None) -> None:
+        """Take in what a page has; `cursor`: where the next one begins."""
+        self.candidates += entries
+        self.left_out += left_out
+        self.cursor = cursor
+
 
 def list_candidates(
-    source: Source,
-    eligibility: Eligibility,
-    output: Path,
-    *,
-    parameters: dict[str, Any],
+    source: Source, eligibility: Eligibility, output: Path, *, parameters: dict[str, Any]
 ) -> Listing:
     """Go through a source's pages, or through those after the last one that the journal has."""
     journal = output / JOURNAL
@@ -60,11 +62,7 @@ def list_candidates(
 
 
 def _extend(
-    listing: Listing,
-    source: Source,
-    eligibility: Eligibility,
-    journal: Path,
-    parameters: dict[str, Any],
+    listing: Listing, source: Source, eligibility: Eligibility, journal: Path, parameters: dict[str, Any]
 ) -> None:
     with (
         journal.open("a" if listing.cursor else "w", encoding="utf-8") as file,
@@ -73,39 +71,15 @@ def _extend(
         if listing.cursor is None:
             file.write(json.dumps({"parameters": parameters}) + "\n")
         for page in source.pages(listing.cursor):
-            entries, left_out = _judge(page, source, eligibility)
-            line = {
-                "entries": [asdict(entry) for entry in entries],
-                "left_out": left_out,
-                "cursor": page.cursor,
-            }
+            judged = [eligibility.judge(record, source=source.name) for record in page.records]
+            entries = [entry for entry in judged if isinstance(entry, CatalogueEntry)]
+            left_out = Counter(cause for cause in judged if isinstance(cause, LeftOut))
+            line = {"entries": [asdict(e) for e in entries], "left_out": left_out, "cursor": page.cursor}
             file.write(json.dumps(line) + "\n")
             file.flush()
-            _add(listing, entries, left_out, page.cursor)
+            listing.add(entries, left_out, page.cursor)
             bar.total = page.total or bar.total
             bar.update(len(page.records))
-
-
-def _judge(
-    page: Page, source: Source, eligibility: Eligibility
-) -> tuple[list[CatalogueEntry], Counter[LeftOut]]:
-    entries: list[CatalogueEntry] = []
-    left_out: Counter[LeftOut] = Counter()
-    for record in page.records:
-        judged = eligibility.judge(record, source=source.name)
-        if isinstance(judged, LeftOut):
-            left_out[judged] += 1
-        else:
-            entries.append(judged)
-    return entries, left_out
-
-
-def _add(
-    listing: Listing, entries: list[CatalogueEntry], left_out: Counter[LeftOut], cursor: str | None
-) -> None:
-    listing.candidates += entries
-    listing.left_out += left_out
-    listing.cursor = cursor
 
 
 def _read(journal: Path, parameters: dict[str, Any]) -> Listing:
@@ -127,7 +101,7 @@ def _read(journal: Path, parameters: dict[str, Any]) -> Listing:
                 for entry in page["entries"]
             ]
             left_out = Counter({LeftOut(cause): count for cause, count in page["left_out"].items()})
-            _add(listing, entries, left_out, page["cursor"])
+            listing.add(entries, left_out, page["cursor"])
     except (ValueError, KeyError, TypeError):
         return Listing()
     return listing if listing.cursor else Listing()

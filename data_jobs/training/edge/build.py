@@ -45,12 +45,7 @@ class Proof:
     """The server's answers on the images that copies are proven on, and the comparison with them."""
 
     def __init__(
-        self,
-        model: StoredModel,
-        plan: DataPlan,
-        archive: Archive,
-        threads: int,
-        sample: int | None,
+        self, model: StoredModel, plan: DataPlan, archive: Archive, threads: int, sample: int | None
     ) -> None:
         self.calibration_fold = plan.calibration_fold
         self.other_folds = sorted({plan.test_fold} - {plan.calibration_fold})

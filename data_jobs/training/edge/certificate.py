@@ -28,10 +28,7 @@ NEIGHBOURS = 10
 
 
 def compare_search(
-    shipped: ShippedReferences,
-    images: FoldImages,
-    server: NDArray[np.float32],
-    copy: NDArray[np.float32],
+    shipped: ShippedReferences, images: FoldImages, server: NDArray[np.float32], copy: NDArray[np.float32]
 ) -> dict[str, float | dict[str, float]]:
     """Neighbours found with the copy's bottlenecks (N×512) against those found with the server's."""
     queries = [shipped.space.embed(bottlenecks) for bottlenecks in (server, copy)]

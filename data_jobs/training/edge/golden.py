@@ -141,10 +141,7 @@ def _input(upload: GoldenUpload, prepared: Pixels) -> dict[str, Any]:
 
 
 def _expected(
-    manifest: Manifest,
-    answer: Classification,
-    logits: NDArray[np.float32],
-    bottleneck: NDArray[np.float32],
+    manifest: Manifest, answer: Classification, logits: NDArray[np.float32], bottleneck: NDArray[np.float32]
 ) -> dict[str, Any]:
     known = 1.0 - answer.probabilities[Diagnosis.UNK]
     flagged = {

@@ -55,10 +55,7 @@ def draw_confusion(path: Path, confusion: Mapping[str, Sequence[int]], fold: int
 
 def draw_reliability(path: Path, report: Mapping[str, Any]) -> None:
     """Probability told against share found, for the first answer and for melanoma; images below."""
-    kinds = (
-        ("first_answer", "first answer", _BLUE, "o"),
-        ("melanoma", "melanoma", _ORANGE, "s"),
-    )
+    kinds = (("first_answer", "first answer", _BLUE, "o"), ("melanoma", "melanoma", _ORANGE, "s"))
     figure = Figure(figsize=(5.6, 6.0), dpi=_DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot((0, 1), (0, 1), color=_GREY, linestyle="--", linewidth=1, label="perfectly calibrated")

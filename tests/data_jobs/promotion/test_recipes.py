@@ -118,11 +118,7 @@ async def test_b4_answers_through_the_whole_graph(
         examination = await assessor.examine(image, live)
         assert examination.prepared.pixels.shape == (380, 380, 3)
         answer = await assessor.assess(
-            examination,
-            context=ClinicalContext(),
-            top_k=3,
-            reference_filter=EVERY_REFERENCE,
-            previous=None,
+            examination, context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE, previous=None
         )
     finally:
         await pool.close()

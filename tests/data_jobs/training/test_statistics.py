@@ -17,12 +17,7 @@ from data_jobs.training.probabilities import (
     fit_temperature,
     softmax,
 )
-from data_jobs.training.unknown import (
-    distance_score,
-    fit_logistic,
-    fit_statistics,
-    unknown_probability,
-)
+from data_jobs.training.unknown import distance_score, fit_logistic, fit_statistics, unknown_probability
 
 
 @pytest.mark.parametrize(("misses", "needed"), [(0, 59), (1, 93), (2, 124), (3, 153), (5, 208), (10, 336)])

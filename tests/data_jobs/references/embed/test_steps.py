@@ -61,14 +61,7 @@ def test_bad_files_become_rows_with_a_cause_and_their_neighbours_are_embedded(
 ) -> None:
     folder = make_folder(6, bad=(1, 4))
     rows = _embed(_prepare(folder, geometry), model, models).to_pylist()
-    assert [row["cause"] for row in rows] == [
-        None,
-        "unreadable",
-        None,
-        None,
-        "unsupported_image",
-        None,
-    ]
+    assert [row["cause"] for row in rows] == [None, "unreadable", None, None, "unsupported_image", None]
     assert all((row["embedding"] is None) == (row["cause"] is not None) for row in rows)
     assert all(row["detail"] for row in rows if row["cause"])
     assert [row["age_approx"] for row in rows] == [None, 50, None, 50, None, 50]

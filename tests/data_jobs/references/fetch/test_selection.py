@@ -47,9 +47,7 @@ def crowd(count: int) -> list[CatalogueEntry]:
 
 
 @given(
-    st.lists(st.integers(0, 10_000), min_size=8, max_size=8),
-    st.integers(0, 60_000),
-    st.integers(0, 2_000),
+    st.lists(st.integers(0, 10_000), min_size=8, max_size=8), st.integers(0, 60_000), st.integers(0, 2_000)
 )
 def test_seats_are_as_many_as_asked_for_and_leave_no_diagnosis_below_its_minimum(there, count, minimum):
     available = dict(zip(TRAINED, there, strict=True))

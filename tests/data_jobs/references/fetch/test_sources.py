@@ -86,8 +86,7 @@ def test_an_image_comes_from_the_url_that_the_archive_names_now(filled, archive)
 
 
 @pytest.mark.parametrize(
-    ("change", "cause"),
-    [({"public": False}, "not public"), ({"public": None}, "not public")],
+    ("change", "cause"), [({"public": False}, "not public"), ({"public": None}, "not public")]
 )
 def test_an_image_withdrawn_since_the_listing_is_refused(filled, archive, change, cause):
     filled.images["ISIC_0000003"] |= change
