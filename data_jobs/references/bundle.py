@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_jobs.references.embedder import embed_rows
-from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
+from data_jobs.training.dataset import LabelledImage, excluded_lesions, isic_folder, read_rows
 from data_jobs.training.manifest_file import seal
 from model_store.manifest import EMBEDDING_DIM
 from model_store.registry import ModelStore
@@ -49,11 +49,11 @@ def choose_references(rows: list[LabelledImage], target: int = TARGET) -> list[L
 
     Naevi are spread over the body sites. Equal for equal rows.
     """
-    rng = np.random.default_rng(SEED)
+    rng, excluded = np.random.default_rng(SEED), excluded_lesions()
     lesions: dict[str, LabelledImage] = {}
     for position in rng.permutation(len(rows)):
         row = rows[position]
-        if row.fold in FOLDS and row.diagnosis_confirm_type is not None:
+        if row.fold in FOLDS and row.diagnosis_confirm_type is not None and row.lesion not in excluded:
             lesions.setdefault(row.lesion, row)
     by_diagnosis = {d: [row for row in lesions.values() if row.diagnosis is d] for d in TRAINED}
     chosen: list[LabelledImage] = []

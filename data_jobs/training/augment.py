@@ -6,16 +6,18 @@ passes through a simulated capture of random resolution, softness and JPEG quali
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from data_jobs.training.clutter import as_jpeg, clutter, spoil
+from data_jobs.training.dataset import BCN84_SIDE
 from data_jobs.training.plans import AugmentPlan
 
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+BCN84_QUALITY = 75
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Hue turns about the grey axis: YIQ's chroma plane, as linear maps on RGB.
 _TO_YIQ = np.array(
@@ -25,31 +27,51 @@ _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
 def augment(
-    pixels: NDArray[np.uint8], side: int, plan: AugmentPlan, rng: np.random.Generator
+    pixels: NDArray[np.uint8],
+    side: int,
+    plan: AugmentPlan,
+    rng: np.random.Generator,
+    *,
+    soft: bool = False,
+    cluttered: bool = False,
 ) -> NDArray[np.uint8]:
-    """One random view of an image, uint8 H×H×3 to side×side×3; equal draws for equal `rng` states."""
+    """One random view of an image, uint8 H×H×3 to side×side×3; equal draws for equal `rng` states.
+
+    `soft`: as if it had been archived at the other hospital's size; `cluttered`: with what must not count, in whole
+    view half of the time.
+    """
     area = rng.uniform(*plan.crop_area)
+    image = Image.fromarray(pixels)
+    if cluttered:
+        image = clutter(image, rng)
+        area = 1.0 if rng.random() < 0.5 else area
+    if soft:
+        image = soften(image)
     stretch = np.exp(rng.uniform(-1.0, 1.0) * np.log1p(plan.aspect_jitter) / 2.0)
     crop_x, crop_y = (min(1.0, float(np.sqrt(area) * f)) for f in (stretch, 1.0 / stretch))
-    capture = _simulate_capture(pixels, side / float(np.sqrt(area)), plan, rng)
+    capture = _simulate_capture(image, side / float(np.sqrt(area)), plan, rng)
     view = _view(capture, side, (crop_x, crop_y), plan.small_rotation, rng)
-    return _colour(np.asarray(view), plan, rng)
+    coloured = _colour(np.asarray(view), plan, rng)
+    return spoil(coloured, rng) if cluttered else coloured
+
+
+def soften(image: Image.Image) -> Image.Image:
+    """Reduce an image as those of bcn84 were: to 84 by 84 pixels, as JPEG of quality 75 (by its quantization tables)."""
+    small = image.resize((BCN84_SIDE, BCN84_SIDE), Image.Resampling.BICUBIC)
+    return as_jpeg(small, BCN84_QUALITY)
 
 
 def _simulate_capture(
-    pixels: NDArray[np.uint8], full_side: float, plan: AugmentPlan, rng: np.random.Generator
+    image: Image.Image, full_side: float, plan: AugmentPlan, rng: np.random.Generator
 ) -> Image.Image:
     """Resample to a random resolution, then soften and compress some of the time."""
     side = max(32, round(full_side * float(np.exp(rng.uniform(*np.log(plan.capture_scale))))))
-    image = Image.fromarray(pixels).resize((side, side), _FILTERS[int(rng.integers(2))])
+    image = image.resize((side, side), _FILTERS[int(rng.integers(2))])
     if rng.random() < plan.blur_share:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*plan.blur_sigma)))
     if rng.random() < plan.jpeg_share:
-        buffer = io.BytesIO()
         low, high = plan.jpeg_quality
-        image.save(buffer, "JPEG", quality=int(rng.integers(low, high + 1)))
-        image = Image.open(buffer)
-        image.load()
+        image = as_jpeg(image, int(rng.integers(low, high + 1)))
     return image
 
 

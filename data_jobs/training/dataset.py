@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 import csv
 from dataclasses import dataclass
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -18,10 +21,17 @@ from deployments.preprocess.preprocess import prepare_image
 from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
+#: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.
+ARCHIVE, BCN84 = "archive", "bcn84"
+SOURCES = (ARCHIVE, BCN84)
+BCN84_SIDE = 84
+#: What `data_jobs.training.duplicates` found.
+EXCLUDED = Path(__file__).with_name("duplicates.json")
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One row of train.csv; empty cells are None. `aspect` is "true" or "squashed"."""
+    """One row of train.csv or bcn84.csv; empty cells are None. `aspect` is "true" or "squashed"."""
 
     isic_id: str
     diagnosis: Diagnosis
@@ -37,6 +47,7 @@ class LabelledImage:
     width: int
     height: int
     aspect: str
+    source: str = ARCHIVE
 
     @property
     def lesion(self) -> str:
@@ -48,6 +59,11 @@ class LabelledImage:
         """Index in TRAINED."""
         return TRAINED.index(self.diagnosis)
 
+    @property
+    def path(self) -> str:
+        """The file, relative to the archive's folder."""
+        return f"{'' if self.source == ARCHIVE else f'{self.source}/'}images/{self.isic_id}.jpg"
+
 
 def isic_folder() -> Path:
     """The archive's folder: `DERM_ISIC_DIR`, or ../shared/isic."""
@@ -58,6 +74,23 @@ def read_rows(folder: Path) -> list[LabelledImage]:
     """All rows of train.csv, in file order."""
     with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
         return [_row(raw) for raw in csv.DictReader(file)]
+
+
+def read_bcn84(folder: Path) -> list[LabelledImage]:
+    """All rows of bcn84/bcn84.csv under the archive's folder, in file order."""
+    with (folder / BCN84 / "bcn84.csv").open(newline="", encoding="utf-8") as file:
+        return [_row(_BCN84_CELLS | raw) for raw in csv.DictReader(file)]
+
+
+#: What every row of bcn84.csv has in common: its originals were square, and who confirmed them is not known.
+_BCN84_CELLS = {
+    "patient_id": "",
+    "diagnosis_confirm_type": "",
+    "width": str(BCN84_SIDE),
+    "height": str(BCN84_SIDE),
+    "aspect": "true",
+    "source": BCN84,
+}
 
 
 def _row(raw: dict[str, str]) -> LabelledImage:
@@ -76,6 +109,7 @@ def _row(raw: dict[str, str]) -> LabelledImage:
         width=int(raw["width"]),
         height=int(raw["height"]),
         aspect=raw["aspect"],
+        source=raw.get("source", ARCHIVE),
     )
 
 
@@ -90,9 +124,39 @@ def labels_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
     return np.array([row.label for row in rows], dtype=np.int64)
 
 
+def sources_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
+    """Index in SOURCES of every row."""
+    return np.array([SOURCES.index(row.source) for row in rows], dtype=np.int64)
+
+
+def reserve(rows: list[LabelledImage], plan: DataPlan) -> frozenset[str]:
+    """Lesions of the training folds that no member of an ensemble trains on: its mean is fitted and checked on them.
+
+    `reserve_share` of every diagnosis and source, those whose names have the lowest hash under `reserve_seed`.
+    """
+    groups: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        if row.fold in plan.train_folds:
+            groups[row.source, row.diagnosis].add(row.lesion)
+    kept: set[str] = set()
+    for lesions in groups.values():
+        ordered = sorted(lesions, key=lambda x: hashlib.sha256(f"{plan.reserve_seed} {x}".encode()).digest())
+        kept.update(ordered[: round((plan.reserve_share or 0.0) * len(ordered))])
+    return frozenset(kept)
+
+
+def excluded_lesions() -> frozenset[str]:
+    """Lesions that another fold has under another name: no member trains on them, and none is a reference."""
+    return frozenset(json.loads(EXCLUDED.read_text(encoding="utf-8")))
+
+
 def training_indices(rows: list[LabelledImage], plan: DataPlan) -> NDArray[np.int64]:
     """Rows to train on. Raises ValueError when a lesion of them is in the test or calibration fold."""
-    indices = fold_indices(rows, plan.train_folds)
+    apart = reserve(rows, plan)
+    if plan.reserve_share is not None:
+        apart |= excluded_lesions()
+    found = fold_indices(rows, [fold for fold in plan.train_folds if fold != plan.left_out])
+    indices = np.array([i for i in found if rows[i].lesion not in apart], dtype=np.int64)
     held_out = {row.lesion for row in rows if row.fold in {plan.test_fold, plan.calibration_fold}}
     if leaked := held_out & {rows[i].lesion for i in indices}:
         raise ValueError(f"Lesions on both sides of the split: {', '.join(sorted(leaked)[:5])}.")
@@ -137,5 +201,5 @@ def load_pixels(
 
 def read_pixels(row: LabelledImage, folder: Path, geometry: InputGeometry) -> NDArray[np.uint8]:
     """One image as the service would prepare it, uint8 side×side×3."""
-    data = (folder / "images" / f"{row.isic_id}.jpg").read_bytes()
+    data = (folder / row.path).read_bytes()
     return prepare_image(data, geometry, ARCHIVE_LIMITS).pixels

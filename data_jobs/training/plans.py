@@ -11,7 +11,9 @@ class DataPlan:
     """Which folds do what; no lesion of the test or calibration fold is trained on.
 
     `test_fold` is read by `evaluate` alone, unless it is the calibration fold as well: then
-    every figure on it is cross-fitted (`data_jobs.training.cross_fitting`).
+    every figure on it is cross-fitted (`data_jobs.training.cross_fitting`). `with_bcn84` adds the other
+    hospital's images, in the same folds. Of the training folds a member of an ensemble does without
+    `left_out`, and every member without the reserve (`dataset.reserve`).
     """
 
     test_fold: int
@@ -19,6 +21,10 @@ class DataPlan:
     train_folds: tuple[int, ...]
     cache_side: int
     interpolation: Literal["bilinear", "bicubic"]
+    with_bcn84: bool | None = None
+    left_out: int | None = None
+    reserve_share: float | None = None
+    reserve_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +140,20 @@ class AugmentPlan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`epochs` passes at `side` pixels."""
+    """`epochs` passes at `side` pixels, each of `draws` images (None: as many as there are).
+
+    `bcn84` is the share of the other hospital's images in every class, `soft` the share of the full-size images
+    that are reduced to its size first, `clutter` the share of all that get clutter (`data_jobs.training.clutter`).
+    `repeats` is how often an image may be drawn in an epoch; a class of which too few are left is drawn less.
+    """
 
     side: int
     epochs: int
+    draws: int | None = None
+    bcn84: float | None = None
+    soft: float | None = None
+    clutter: float | None = None
+    repeats: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

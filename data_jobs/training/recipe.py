@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 import hashlib
 import json
 import math
@@ -26,6 +26,10 @@ from data_jobs.training.plans import (
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: Younger than the first recipes: where they are None the digest leaves them out, so that it stays what it was.
+_ADDED = frozenset({"distillation", "with_bcn84", "left_out", "reserve_share", "reserve_seed"}) | frozenset(
+    {"draws", "bcn84", "soft", "clutter", "repeats"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,36 @@ class Recipe:
 
         What is asked of the model afterwards (serving sides, acceptance) is no part of it.
         """
-        plans = asdict(self)
+        plans = _without_added(asdict(self))
         del plans["serving_sides"], plans["acceptance"]
-        if self.distillation is None:  # so the digests of recipes older than it stay what they are
-            del plans["distillation"]
         return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def epoch_stages(self) -> tuple[Stage, ...]:
+        """The stage of every epoch, in order."""
+        return tuple(stage for stage in self.stages for _ in range(stage.epochs))
 
     @property
     def epoch_sides(self) -> tuple[int, ...]:
         """The input side of every epoch, in order."""
-        return tuple(stage.side for stage in self.stages for _ in range(stage.epochs))
+        return tuple(stage.side for stage in self.epoch_stages)
+
+    def member(self, fold: int) -> Recipe:
+        """The same recipe for the member of an ensemble that leaves out `fold`; its own seed and tag.
+
+        Raises ValueError when that is no training fold.
+        """
+        if fold not in self.data.train_folds:
+            raise ValueError(f"Fold {fold} is none of the training folds {self.data.train_folds}.")
+        data = replace(self.data, left_out=fold)
+        return replace(self, tag=f"{self.tag}m{fold}", seed=self.seed + fold, data=data)
+
+
+def _without_added(value: Any) -> Any:  # noqa: ANN401 - what asdict gives
+    if isinstance(value, dict):
+        kept = {name: part for name, part in value.items() if part is not None or name not in _ADDED}
+        return {name: _without_added(part) for name, part in kept.items()}
+    return [_without_added(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 _Plan = TypeVar(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 import json
 import math
 from pathlib import Path
@@ -23,13 +24,30 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data_jobs.training.dataset import build_cache, isic_folder, labels_of, read_rows, training_indices
+from data_jobs.training.dataset import (
+    BCN84_SIDE,
+    build_cache,
+    isic_folder,
+    labels_of,
+    read_bcn84,
+    read_rows,
+    sources_of,
+    training_indices,
+)
 from data_jobs.training.distillation import Teachers
-from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, draw_epoch, sampled_prior
+from data_jobs.training.draws import (
+    AugmentedDraws,
+    Labels,
+    Pixels,
+    class_counts,
+    draw_epoch,
+    sampled_prior,
+)
 from data_jobs.training.loss import AdjustedLoss, Mixture, mix
 from data_jobs.training.machine import CPU, Machine
 from data_jobs.training.network import DermNetwork
@@ -138,6 +156,18 @@ def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
     return state
 
 
+def write_weights(ema: AveragedModel, path: Path) -> None:
+    """The averaged weights in float16 (counters as they are), whole or not at all: half a checkpoint's tenth."""
+    state = {
+        name: value.half().contiguous() if value.is_floating_point() else value
+        for name, value in ema.module.state_dict().items()
+    }
+    if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
+        raise ValueError(f"A weight is beyond what float16 can hold: {path} is not written.")
+    save_file(state, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
 def _teachers(plan: DistillationPlan, models: Path | None, prior: NDArray[np.float64]) -> Teachers:
     if models is None:
         names = " and ".join(teacher.model_id for teacher in plan.teachers)
@@ -156,10 +186,12 @@ def train(
     start: Path | None = None,
     machine: Machine = CPU,
     models: Path | None = None,
+    sources: Labels | None = None,
 ) -> None:
-    """Run or continue the recipe; writes checkpoint.pt and log.jsonl under `output`.
+    """Run or continue the recipe; writes checkpoint.pt, log.jsonl and the averaged weights under `output`.
 
-    `pixels`: uint8 N×side×side×3; `labels`: N, in the order of TRAINED; `indices`: which of them to train on;
+    `pixels`: N images uint8 side×side×3; `labels`: N, in the order of TRAINED; `indices`: which of them to train on;
+    `sources`: N, in the order of SOURCES, all of the first unless given;
     `models`: where the model folders of its teachers are.
     Raises ValueError when another recipe wrote the checkpoint there, or as `load_start` and `Teachers` do.
     """
@@ -175,28 +207,35 @@ def train(
     optimiser = build_optimiser(network, recipe.optimiser)
     plan = recipe.distillation
     teachers = _teachers(plan, models, sampled_prior(labels[indices], 1.0)) if plan else None
-    prior = sampled_prior(labels[indices], recipe.loss.sampling_power)
-    loss = AdjustedLoss(prior, recipe.loss, plan.loss_share if plan else 0.0)
-    loss.to(machine.device)
+    sources = np.zeros_like(labels) if sources is None else sources
+    power, stages = recipe.loss.sampling_power, recipe.epoch_stages
+    counts = [
+        class_counts(labels[indices], sources[indices], power, stage, stage.draws or len(indices))
+        for stage in stages
+    ]
+    size = recipe.optimiser.batch_size
+    steps = [int(count.sum()) // size for count in counts]
     first = 0
     if state is not None:
         network.load_state_dict(state["network"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         first = state["epochs_done"]
-    sides = recipe.epoch_sides
-    for epoch in range(first, len(sides)):
+    for epoch in range(first, len(stages)):
         started = time.monotonic()
+        stage = stages[epoch]
         rng = np.random.default_rng((recipe.seed, epoch))
         torch.manual_seed(recipe.seed + epoch)
-        draws = draw_epoch(labels, indices, recipe.loss.sampling_power, rng)
-        side = plan.side if plan else sides[epoch]
+        draws = draw_epoch(labels, sources, indices, counts[epoch], rng)
+        loss = AdjustedLoss(counts[epoch].sum(1) / len(draws), recipe.loss, plan.loss_share if plan else 0.0)
+        loss.to(machine.device)
+        side = plan.side if plan else stage.side
         views = AugmentedDraws(pixels, labels, draws, side, recipe, epoch)
         batches = machine.batches(views, recipe.optimiser)
-        steps = len(batches)
+        done = sum(steps[:epoch])
         factors = (
-            learning_rate(step, steps * len(sides), recipe.optimiser.warmup)
-            for step in range(epoch * steps, (epoch + 1) * steps)
+            learning_rate(step, sum(steps), recipe.optimiser.warmup)
+            for step in range(done, done + steps[epoch])
         )
         mixtures = (
             mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
@@ -207,20 +246,21 @@ def train(
             ema,
             optimiser,
             loss,
-            teachers.teach(mixtures, sides[epoch]) if teachers else mixtures,
+            teachers.teach(mixtures, stage.side) if teachers else mixtures,
             factors,
             recipe.optimiser.clip_norm,
             machine,
-            EpochProgress(epoch, len(sides), len(draws)),
+            EpochProgress(epoch, len(stages), len(draws)),
         )
         state = {"network": network.state_dict(), "ema": ema.state_dict()}
         state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}
         state |= {"recipe": recipe.training_digest}
         torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").rename(checkpoint)
+        write_weights(ema, output / f"stage-{recipe.stages.index(stage) + 1}.safetensors")
         line = {
             "epoch": epoch,
-            "side": sides[epoch],
+            "side": stage.side,
             "loss": round(mean_loss, 4),
             "train_accuracy": round(accuracy, 4),
             "seconds": round(time.monotonic() - started, 1),
@@ -234,6 +274,9 @@ def main() -> None:
     """Command line: see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument(
+        "--member", type=int, help="the fold that this member of an ensemble leaves out (default: none)"
+    )
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
@@ -252,13 +295,28 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU here")
     machine = Machine.of(arguments.device, arguments.workers, bfloat16=arguments.bfloat16)
     recipe = read_recipe(arguments.recipe)
+    if arguments.member is not None:
+        recipe = recipe.member(arguments.member)
     folder = isic_folder()
     rows = read_rows(folder)
     geometry = InputGeometry(recipe.data.cache_side, recipe.data.interpolation)
-    pixels = build_cache(rows, folder, arguments.cache_dir, geometry)
-    indices = training_indices(rows, recipe.data)
-    labels = labels_of(rows)
-    train(recipe, pixels, labels, indices, arguments.output, arguments.start, machine, arguments.teachers)
+    pixels = list(build_cache(rows, folder, arguments.cache_dir, geometry))
+    if recipe.data.with_bcn84:
+        other = read_bcn84(folder)
+        geometry = replace(geometry, side=BCN84_SIDE)
+        pixels.extend(build_cache(other, folder, arguments.cache_dir, geometry))
+        rows += other
+    train(
+        recipe,
+        pixels,
+        labels_of(rows),
+        training_indices(rows, recipe.data),
+        arguments.output,
+        arguments.start,
+        machine,
+        arguments.teachers,
+        sources_of(rows),
+    )
 
 
 if __name__ == "__main__":

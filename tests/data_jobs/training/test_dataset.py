@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from data_jobs.references.bundle import choose_references
-from data_jobs.training.dataset import fold_indices, labels_of, read_pixels, read_rows, training_indices
+from data_jobs.training.dataset import (
+    BCN84,
+    excluded_lesions,
+    fold_indices,
+    labels_of,
+    read_bcn84,
+    read_pixels,
+    read_rows,
+    reserve,
+    sources_of,
+    training_indices,
+)
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED
@@ -40,6 +51,32 @@ def test_a_lesion_moved_across_the_split_is_found(isic_dir: Path) -> None:
         training_indices(leaked, PLAN)
 
 
+def test_members_share_a_reserve_that_none_trains_on(isic_dir: Path) -> None:
+    """A tenth of the lesions of every diagnosis and source; every other lesion is left out by one member alone."""
+    rows = read_rows(isic_dir) + read_bcn84(isic_dir)
+    recipe = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm10.toml"))
+    apart = reserve(rows, recipe.data)
+    assert apart == reserve(list(reversed(rows)), recipe.data)
+    kept = [row for row in rows if row.fold in recipe.data.train_folds]
+    for key in {(row.source, row.diagnosis) for row in kept}:
+        lesions = {row.lesion for row in kept if (row.source, row.diagnosis) == key}
+        assert len(lesions & apart) / len(lesions) == pytest.approx(0.1, abs=0.02)
+    trained = [set(training_indices(rows, recipe.member(fold).data)) for fold in recipe.data.train_folds]
+    used = set.union(*trained)
+    assert all(sum(i in member for member in trained) == 3 for i in used)
+    assert not {rows[i].lesion for i in used} & (apart | excluded_lesions())
+    assert not {rows[i].lesion for i in used} & {row.lesion for row in rows if row.fold == 0}
+    assert set(sources_of([rows[i] for i in used])) == {0, 1}
+
+
+def test_the_other_hospital_is_read_at_its_own_size(isic_dir: Path) -> None:
+    rows = read_bcn84(isic_dir)
+    assert len(rows) == 11_964
+    assert {(row.source, row.aspect) for row in rows} == {(BCN84, "true")}
+    assert not {row.isic_id for row in rows} & {row.isic_id for row in read_rows(isic_dir)}
+    assert read_pixels(rows[0], isic_dir, InputGeometry(84)).shape == (84, 84, 3)
+
+
 def test_pixels_come_at_the_asked_size(isic_dir: Path) -> None:
     row = read_rows(isic_dir)[0]
     pixels = read_pixels(row, isic_dir, InputGeometry(160))
@@ -51,5 +88,5 @@ def test_references_are_confirmed_and_not_of_the_test_fold(isic_dir: Path) -> No
     rows = choose_references(read_rows(isic_dir))
     assert len(rows) == 4000
     assert all(row.fold != PLAN.test_fold and row.diagnosis_confirm_type for row in rows)
-    assert len({row.lesion for row in rows}) == len(rows)
+    assert len({row.lesion for row in rows} - excluded_lesions()) == len(rows)
     assert {row.diagnosis for row in rows} == set(TRAINED)

@@ -73,12 +73,16 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_an_epoch_draws_rare_classes_more_often() -> None:
-    from data_jobs.training.draws import draw_epoch
+    from data_jobs.training.draws import class_counts, draw_epoch
+    from data_jobs.training.plans import Stage
     from data_jobs.training.train import learning_rate
 
     labels = np.repeat(np.arange(8), [20, 500, 60, 20, 40, 20, 20, 30])
     indices = np.arange(0, len(labels), 2)
-    draws = draw_epoch(labels, indices, 0.75, np.random.default_rng(0))
+    sources = np.zeros_like(labels)
+    counts = class_counts(labels[indices], sources[indices], 0.75, Stage(64, 1), len(indices))
+    draws = draw_epoch(labels, sources, indices, counts, np.random.default_rng(0))
+    assert abs(len(draws) - len(indices)) <= 4
     assert set(draws) <= set(indices)
     share = np.bincount(labels[draws], minlength=8) / len(draws)
     natural = np.bincount(labels[indices], minlength=8) / len(indices)
@@ -87,6 +91,26 @@ def test_an_epoch_draws_rare_classes_more_often() -> None:
     assert learning_rate(0, 100, 0.1) == pytest.approx(0.1)
     assert learning_rate(10, 100, 0.1) == pytest.approx(1.0)
     assert learning_rate(100, 100, 0.1) == pytest.approx(0.0)
+
+
+def test_neither_hospital_nor_softness_tells_the_class() -> None:
+    """Every class has the other hospital's share, also one that there are too few images of to be drawn in full."""
+    from data_jobs.training.draws import class_counts, draw_epoch
+    from data_jobs.training.plans import Stage
+
+    labels = np.repeat(np.arange(8), 2 * np.array([200, 900, 60, 10, 40, 20, 20, 30]))
+    sources = np.random.default_rng(1).permutation(np.arange(len(labels)) % 4 == 0).astype(np.int64)
+    sources[labels == 7] = 0
+    stage = Stage(64, 1, bcn84=0.4, repeats=2)
+    counts = class_counts(labels, sources, 0.3, stage, 1500)
+    shares = counts[:7, 1] / counts[:7].sum(1)
+    assert shares == pytest.approx(0.4, abs=0.02)
+    assert tuple(counts[7] > 0) == (True, False), "a class without such images is drawn from the others"
+    draws = draw_epoch(labels, sources, np.arange(len(labels)), counts, np.random.default_rng(2))
+    assert np.bincount(draws).max() == 2
+    found = np.zeros_like(counts)
+    np.add.at(found, (labels[draws], sources[draws]), 1)
+    assert np.array_equal(found, counts)
 
 
 def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ RECIPE = Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")
 DIGEST = "ab" * 32
 WEIGHTS = f'[weights]\nfile = "a.safetensors"\nsha256 = "{DIGEST}"'
 SUCCESSOR = Path("data_jobs/training/recipes/tf_efficientnet_lite0_derm2.toml")
+ENSEMBLE = Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm10.toml")
 STUDENT = Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm8.toml")
 
 
@@ -48,6 +49,16 @@ def test_the_digest_is_that_of_the_plan_and_not_of_its_words(tmp_path: Path) -> 
     assert read_recipe(path).training_digest == digest
     path.write_text(text.replace("trunk_lr = 6e-4", "trunk_lr = 5e-4"), encoding="utf-8")
     assert read_recipe(path).training_digest != digest
+
+
+def test_a_member_of_an_ensemble_leaves_out_a_fold_of_its_own() -> None:
+    recipe = read_recipe(ENSEMBLE)
+    members = [recipe.member(fold) for fold in recipe.data.train_folds]
+    assert [m.data.left_out for m in members] == [1, 2, 3, 4]
+    assert len({m.training_digest for m in members} | {recipe.training_digest}) == 5
+    assert len({m.model_id for m in members} | {m.seed for m in members}) == 8
+    with pytest.raises(ValueError, match="none of the training folds"):
+        recipe.member(recipe.data.test_fold)
 
 
 def test_one_fold_may_be_calibrated_and_tested_on(tmp_path: Path) -> None:

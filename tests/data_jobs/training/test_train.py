@@ -47,11 +47,14 @@ def drawn(rng: np.random.Generator) -> tuple[Any, Any, Any]:
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch, *, bfloat16: bool
 ) -> None:
+    from safetensors.torch import load_file
+
     from data_jobs.training import train as training
     from data_jobs.training.machine import Machine
 
     rng = np.random.default_rng(3)
-    arguments = (RECIPE, *drawn(rng))
+    second = replace(RECIPE.stages[1], draws=16, bcn84=0.5, soft=0.5, clutter=0.5)
+    arguments = (replace(RECIPE, stages=(RECIPE.stages[0], second)), *drawn(rng))
     machine = Machine.of("cpu", bfloat16=bfloat16)
 
     training.train(*arguments, tmp_path / "whole", machine=machine)
@@ -76,6 +79,14 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     assert stopped["epochs_done"] == whole["epochs_done"] == 2
     for part in ("network", "ema"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in stopped[part].items())
+    for stage in (1, 2):
+        weights = load_file(tmp_path / "stopped" / f"stage-{stage}.safetensors")
+        assert weights["reduce.weight"].dtype == torch.float16
+    averaged = {k.removeprefix("module."): v for k, v in whole["ema"].items() if k.startswith("module.")}
+    assert weights.keys() == averaged.keys()
+    assert all(
+        torch.allclose(weights[k].float(), v.float(), rtol=1e-3, atol=1e-6) for k, v in averaged.items()
+    )
     log = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
     assert [line["side"] for line in log] == [32, 40]
     assert all(np.isfinite(line["loss"]) and 0.0 <= line["train_accuracy"] <= 1.0 for line in log)
