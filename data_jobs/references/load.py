@@ -17,7 +17,7 @@ from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
 from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceImage, ReferenceStore
-from serve_app.records.serving import LiveModel, live_model, publish
+from serve_app.records.serving import LiveModel, live_model, publish_when_ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
         if foreign or known is None:
             await cache.reassign(embedder, expected=space.count)
         if live != target:
-            await publish(pool, target)
+            await publish_when_ready(pool, target)
         return loaded
     finally:
         await pool.close()

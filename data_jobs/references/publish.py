@@ -10,7 +10,7 @@ from data_jobs.references.verify import verify_space
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool
-from serve_app.records.serving import Approval, LiveModel, live_model, publish
+from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
 
 
 async def publish_space(
@@ -36,5 +36,5 @@ async def publish_space(
     if failed := [check.name for check in checks if not check.passed]:
         raise Conflict(f"{spec.embedding_space} must not answer: {', '.join(failed)}.")
     target = LiveModel(model_id, model.digest, spec.embedding_space)
-    await publish(pool, target, approval, over=before)
+    await publish_when_ready(pool, target, approval, over=before)
     return target
