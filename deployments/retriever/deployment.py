@@ -12,9 +12,9 @@ from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.assessment import Neighbours
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.logs.process import ProcessLog
-from serve_app.records.serving import LiveModel
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 

@@ -67,17 +67,28 @@ class ServeStages:
 
     async def warm(self, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
         """Have every replica of every stage load these models: a broadcast, where a call reaches one replica."""
-        held = await asyncio.gather(*(self._warm(stage, models) for stage in self._handles))
-        return [replica for replicas in held for replica in replicas]
+        answers = await asyncio.gather(
+            *(self._warm(stage, models) for stage in self._handles), return_exceptions=True
+        )
+        held: list[Mapping[str, str]] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            held += answer
+        return held
 
     async def _warm(self, stage: str, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
         response = self._handles[stage].broadcast("warm", tuple(models))
         try:
-            return await response.results_async(timeout_s=WARM_WITHIN_S)
+            answers = await response.results_async(timeout_s=WARM_WITHIN_S, return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
-            cause = getattr(error, "cause", None)
-            said = str(cause) if isinstance(cause, DermError) else type(error).__name__
-            raise StageFailed(f"Not every replica of {stage} has the models ready: {said}") from error
+            answers = [error]
+        for error in answers:
+            if isinstance(error, BaseException):
+                cause = getattr(error, "cause", error)  # by message it comes as it was raised, else wrapped
+                said = str(cause) if isinstance(cause, DermError) else type(error).__name__
+                raise StageFailed(f"Not every replica of {stage} has the models ready: {said}") from error
+        return answers
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload."""

@@ -88,9 +88,7 @@ class LiveModelWatch:
         try:
             while True:
                 with contextlib.suppress(DermError):
-                    await report_replica(
-                        self._pool, self._replica_id, ready=self._ready, fault=self._fault
-                    )
+                    await report_replica(self._pool, self._replica_id, ready=self._ready, fault=self._fault)
                 await asyncio.sleep(REPORT_EVERY_S)
         finally:
             with contextlib.suppress(DermError):
@@ -139,7 +137,9 @@ class LiveModelWatch:
         for digests in await self._warm(models):
             for model in models:
                 if digests.get(model.model_id, model.model_digest) != model.model_digest:
-                    raise StageFailed(f"A stage holds another {model.model_id} than the one that was published.")
+                    raise StageFailed(
+                        f"A stage holds another {model.model_id} than the one that was published."
+                    )
         self._held, self._told_at = models, monotonic()
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from data_jobs.training.manifest_file import dump_toml
 from model_store.manifest import MANIFEST_NAME
-
 from model_store.registry import ModelStore
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.domain.errors import Conflict, ModelContractError, StageFailed
@@ -83,7 +82,9 @@ async def running(watch: LiveModelWatch):
 
 async def until(condition) -> None:
     async with asyncio.timeout(60):
-        while not condition():
+        while True:
+            if condition():
+                return
             await asyncio.sleep(0.05)
 
 
@@ -123,7 +124,9 @@ async def test_a_space_that_the_model_does_not_have_is_refused(pool, store, stag
         await LiveModelWatch(pool, store, stages.warm).current()
 
 
-async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(pool, store, stages, model_id, models) -> None:
+async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(
+    pool, store, stages, model_id, models
+) -> None:
     good = published(store, model_id)
     broken = store / model_id / "model.onnx"
     whole = broken.read_bytes()

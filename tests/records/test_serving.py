@@ -105,6 +105,14 @@ async def service(new_database):
     await app.close()
 
 
+async def _candidate(pool):
+    async with asyncio.timeout(30):
+        while True:
+            if (candidate := await announced(pool)) is not None:
+                return candidate
+            await asyncio.sleep(0.05)
+
+
 async def test_without_a_running_service_the_row_flips_at_once(service) -> None:
     owner, app = service
     # Gone without a word: it is not waited for.
@@ -121,8 +129,7 @@ async def test_the_row_flips_when_every_replica_is_ready(service) -> None:
     for replica in replicas:
         await report_replica(app, replica, ready=None, fault=None)
     flipping = asyncio.create_task(publish_when_ready(owner, NEXT, over=NOW))
-    while (candidate := await announced(app)) is None:
-        await asyncio.sleep(0.05)
+    candidate = await _candidate(app)
     assert candidate.model == NEXT
     await report_replica(app, replicas[0], ready=candidate.announcement, fault=None)
     await asyncio.sleep(1.0)
@@ -154,8 +161,7 @@ async def test_of_two_models_that_are_made_ready_the_later_goes_on(service) -> N
     replica, later = uuid4(), LiveModel("lite0.c", "digest-c", "space-c")
     await report_replica(app, replica, ready=None, fault=None)
     first = asyncio.create_task(publish_when_ready(owner, NEXT, over=NOW))
-    while await announced(app) is None:
-        await asyncio.sleep(0.05)
+    await _candidate(app)
     second = asyncio.create_task(publish_when_ready(owner, later, over=NOW))
     with pytest.raises(Conflict, match="another model"):
         await first
