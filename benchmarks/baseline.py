@@ -37,7 +37,7 @@ def make_app() -> FastAPI:
             services = app.state.services
             stages.search(ReferenceStore(services.pool))
             live = await services.live.current()
-            stages.load(live.model_id, live.embedding_space)
+            await stages.warm([live])
             yield
 
     app.router.lifespan_context = lifespan

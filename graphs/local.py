@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,7 @@ from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import LiveModel
 
 Result = TypeVar("Result")
 
@@ -52,15 +53,16 @@ class LocalStages:
         """Search these references: they come with a database pool, which may open later than this."""
         self._references = references
 
-    def load(self, model_id: str, embedding_space: str) -> None:
-        """Make a model ready before its first request."""
-        self._classifier.load(model_id)
-        self._embedder.load(model_id, embedding_space)
+    async def warm(self, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
+        """Make models ready before their first request."""
+        return [
+            await asyncio.to_thread(warm, models) for warm in (self._classifier.warm, self._embedder.warm)
+        ]
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload."""
-        spec = self._store.open(model_id).manifest.input
-        return await self._run(prepare_or_reject, data, spec, self._limits)
+        model = await self._store.opened(model_id)
+        return await self._run(prepare_or_reject, data, model.manifest.input, self._limits)
 
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
         """Classify prepared pixels."""
@@ -88,7 +90,7 @@ class LocalStages:
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Conclude from everything found."""
-        return self._risk.conclude(model_id, findings)
+        return await self._risk.conclude(model_id, findings)
 
     async def _run(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)

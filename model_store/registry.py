@@ -2,17 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 import re
 import threading
+from typing import Generic, TypeVar
 
 from model_store.integrity import model_digest, verify_files
 from model_store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from serve_app.domain.errors import ModelContractError
+from serve_app.records.serving import LiveModel
 
 _MODEL_ID = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
+
+#: How many models a stage has in memory at most: the live one, a candidate, and one that a replay asks for.
+MODELS_IN_MEMORY = 3
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Loaded(Generic[Key, Value]):
+    """What is built from models, by key: built once, and let go of in the order of its last use.
+
+    Safe to use from several threads. Nothing is built under the lock: while one key is built, only those that
+    ask for the same one wait. A build that failed is forgotten, so that the next to ask tries again.
+    """
+
+    def __init__(self, build: Callable[[Key], Value], *, limit: int | None = None) -> None:
+        """`limit`: how many values stay; None: all."""
+        self._build, self._limit = build, limit
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Key, Future[Value]] = OrderedDict()
+        self._held: frozenset[Key] = frozenset()
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether a value is there at once."""
+        with self._lock:
+            value = self._values.get(key)
+            return value is not None and value.done()
+
+    def get(self, key: Key) -> Value:
+        """The value of a key; raises what building it raises."""
+        with self._lock:
+            value = self._values.get(key)
+            if known := value is not None:
+                self._values.move_to_end(key)
+            else:
+                value = self._values[key] = Future()
+        if known:
+            return value.result()
+        try:
+            value.set_result(self._build(key))
+        except BaseException as error:
+            with self._lock:
+                del self._values[key]
+            value.set_exception(error)
+            raise
+        with self._lock:
+            self._let_go()
+        return value.result()
+
+    def hold(self, keys: Iterable[Key]) -> None:
+        """Never let go of these, before others are named."""
+        with self._lock:
+            self._held = frozenset(keys)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        surplus = 0 if self._limit is None else len(self._values) - self._limit
+        idle = [key for key, value in self._values.items() if value.done() and key not in self._held]
+        for key in idle[: max(surplus, 0)]:
+            del self._values[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +100,7 @@ class ModelStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._verified: dict[str, StoredModel] = {}
-        self._lock = threading.Lock()
+        self._verified: Loaded[str, StoredModel] = Loaded(self._verify)
 
     def __iter__(self) -> Iterator[str]:
         """The ids of all models there are, in order."""
@@ -45,12 +109,20 @@ class ModelStore:
     def open(self, model_id: str) -> StoredModel:
         """Verify a model and return it.
 
-        Raises ModelContractError when it is missing, altered, or not for this service.
+        Raises ModelContractError when it is missing, altered, or not for this service. The first time reads
+        all of it: an event loop asks `opened`.
         """
-        with self._lock:
-            if model_id not in self._verified:
-                self._verified[model_id] = self._verify(model_id)
-            return self._verified[model_id]
+        return self._verified.get(model_id)
+
+    async def opened(self, model_id: str) -> StoredModel:
+        """Open a model from an event loop: in a thread, unless it has been verified."""
+        if model_id in self._verified:
+            return self._verified.get(model_id)
+        return await asyncio.to_thread(self.open, model_id)
+
+    def warm(self, models: Iterable[LiveModel]) -> dict[str, str]:
+        """Verify these models; returns their digests by id."""
+        return {model.model_id: self.open(model.model_id).digest for model in models}
 
     def _verify(self, model_id: str) -> StoredModel:
         if not _MODEL_ID.fullmatch(model_id):

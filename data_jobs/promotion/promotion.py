@@ -26,7 +26,7 @@ from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_file import read_policy
 from model_store.registry import ModelStore, StoredModel
 from serve_app.records.pool import open_pool
-from serve_app.records.serving import Approval, LiveModel, live_model, publish
+from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ async def promote(
 
     Returns the model that answers afterwards. Raises PromotionRefused when a criterion fails, the
     candidate cannot be compared or its space fails a check, ModelContractError when a model must not be loaded,
-    Conflict when another model was published meanwhile: the live model then goes on answering.
+    Conflict when another model was published meanwhile, or the candidate is not ready in every replica of a running
+    service in time: the live model then goes on answering.
     """
     # Checking a space reads all of it.
     pool = await open_pool(owner_dsn, minimum=0, maximum=1, timeout_s=60)
@@ -86,7 +87,7 @@ async def promote(
             raise PromotionRefused(f"{candidate.folder} was changed while it was compared.")
         approval = Approval("promote", request.approved_by, request.reason, sha256(text.encode()).hexdigest())
         target = LiveModel(request.candidate, candidate.digest, candidate.manifest.live_space.embedding_space)
-        await publish(pool, target, approval, over=answering)
+        await publish_when_ready(pool, target, approval, over=answering)
         say(f"{request.candidate} answers from the next request on. The report is {path}.")
         return target
     finally:

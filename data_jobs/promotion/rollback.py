@@ -9,7 +9,7 @@ from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
-from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish
+from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish_when_ready
 
 
 async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: str) -> LiveModel:
@@ -17,7 +17,7 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
 
     Repeated, it goes back further, publication by publication. Raises PromotionRefused when
     there is none before, or its folder or references are not what they were; Conflict when another model
-    is published meanwhile. The live model then goes on answering.
+    is published meanwhile, or this one is not ready in every replica of a running service in time. The live model then goes on answering.
     """
     pool = await open_pool(owner_dsn, minimum=0, maximum=1)
     try:
@@ -30,7 +30,7 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
         model = _open_unchanged(models, earlier.model)
         await _find_references(pool, model, earlier.model)
         approval = Approval("rollback", approved_by, reason, takes_back=current.publication_id)
-        await publish(pool, earlier.model, approval, over=answering)
+        await publish_when_ready(pool, earlier.model, approval, over=answering)
         return earlier.model
     finally:
         await pool.close()

@@ -19,7 +19,7 @@ from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceImage, ReferenceStore
-from serve_app.records.serving import Approval, LiveModel, live_model, publish
+from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
         if foreign or known is None:
             await cache.reassign(embedder, expected=space.count)
         if live != target:
-            await publish(pool, target)
+            await publish_when_ready(pool, target)
         return loaded
     finally:
         await pool.close()
@@ -102,5 +102,5 @@ async def publish_space(
     if failed := [check.name for check in checks if not check.passed]:
         raise Conflict(f"{spec.embedding_space} must not answer: {', '.join(failed)}.")
     target = LiveModel(model_id, model.digest, spec.embedding_space)
-    await publish(pool, target, approval, over=before)
+    await publish_when_ready(pool, target, approval, over=before)
     return target

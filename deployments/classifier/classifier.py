@@ -1,18 +1,18 @@
-"""The classifier: every model it has been asked for, loaded once and kept."""
+"""The classifier: the models it was asked for last, each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-import threading
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deployments.classifier.calibration import Calibrator
-from model_store.registry import ModelStore, StoredModel
+from model_store.registry import MODELS_IN_MEMORY, Loaded, ModelStore, StoredModel
 from model_store.session import Device, InferenceSession
 from serve_app.domain.assessment import Classification
+from serve_app.records.serving import LiveModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +39,31 @@ class Classifier:
         self._store = store
         self._threads = threads
         self._device: Device = device
-        self._loaded: dict[str, _LoadedModel] = {}
-        self._lock = threading.Lock()
+        self._loaded: Loaded[str, _LoadedModel] = Loaded(self._build, limit=MODELS_IN_MEMORY)
+
+    def __contains__(self, model_id: str) -> bool:
+        """Whether a model is loaded, so that `classify` begins at once."""
+        return model_id in self._loaded
 
     def load(self, model_id: str) -> None:
         """Verify a model and make its session, unless that is done already.
 
         Raises ModelContractError when it must not be loaded.
         """
-        self._model(model_id)
+        self._loaded.get(model_id)
+
+    def warm(self, models: Iterable[LiveModel]) -> dict[str, str]:
+        """Load these models and keep them until others are named; returns their digests by id.
+
+        Raises ModelContractError when one must not be loaded.
+        """
+        wanted = [model.model_id for model in models]
+        self._loaded.hold(wanted)
+        return {model_id: self._loaded.get(model_id).stored.digest for model_id in wanted}
 
     def classify(self, model_id: str, batch: Sequence[NDArray[np.uint8]]) -> list[ClassifierOutput]:
         """Classify N images, each uint8 H×W×3 at the model's input size, in one forward pass."""
-        model = self._model(model_id)
+        model = self._loaded.get(model_id)
         logits, bottleneck = model.session.run(np.stack(batch))
         return [
             ClassifierOutput(model_id, model.stored.digest, classification, features)
@@ -60,13 +72,7 @@ class Classifier:
             )
         ]
 
-    def _model(self, model_id: str) -> _LoadedModel:
-        with self._lock:
-            if model_id not in self._loaded:
-                stored = self._store.open(model_id)
-                self._loaded[model_id] = _LoadedModel(
-                    stored,
-                    InferenceSession(stored, threads=self._threads, device=self._device),
-                    Calibrator.from_model(stored),
-                )
-            return self._loaded[model_id]
+    def _build(self, model_id: str) -> _LoadedModel:
+        stored = self._store.open(model_id)
+        session = InferenceSession(stored, threads=self._threads, device=self._device)
+        return _LoadedModel(stored, session, Calibrator.from_model(stored))

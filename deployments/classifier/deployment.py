@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 import os
 from typing import Any
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from ray import serve
 
 from deployments.classifier.classifier import Classifier, ClassifierOutput
-from deployments.live_model import live_model_at_start
+from deployments.live_model import warm_at_start
 from model_store.registry import ModelStore
 from model_store.session import Device
 from serve_app.logs.process import ProcessLog
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 _MOST_PASSES = 4
@@ -37,8 +39,7 @@ class ClassifierDeployment:
         self._passes = ThreadPoolExecutor(passes, thread_name_prefix="pass")
         self._batched = device == "cuda"
         self._classifier = Classifier(ModelStore(settings.models), threads=threads, device=device)
-        live = await live_model_at_start(settings)
-        self._classifier.load(live.model_id)
+        await warm_at_start(settings, self._classifier.warm)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Set the batching of a GPU: `max_batch_size` images, `batch_wait_timeout_s` seconds."""
@@ -46,8 +47,14 @@ class ClassifierDeployment:
         batching.set_max_batch_size(int(user_config["max_batch_size"]))
         batching.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
 
+    async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
+        """Have these models ready, and no others for longer than they are used; their digests by id."""
+        return await asyncio.to_thread(self._classifier.warm, models)
+
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
         """Classify one prepared image, uint8 H×W×3."""
+        if model_id not in self._classifier:  # a replay of an old model: no pass waits for it
+            await asyncio.to_thread(self._classifier.load, model_id)
         if self._batched:
             output: ClassifierOutput = await self._run_batch((model_id, pixels))
             return output

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
 from deployments.embedder.embedder import Embedder
-from deployments.live_model import live_model_at_start
+from deployments.live_model import warm_at_start
 from model_store.registry import ModelStore
 from serve_app.logs.process import ProcessLog
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 
@@ -21,11 +25,16 @@ class EmbedderDeployment:
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
         self._embedder = Embedder(ModelStore(settings.models))
-        live = await live_model_at_start(settings)
-        self._embedder.load(live.model_id, live.embedding_space)
+        await warm_at_start(settings, self._embedder.warm)
+
+    async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
+        """Have these models ready, and no others for longer than they are used; their digests by id."""
+        return await asyncio.to_thread(self._embedder.warm, models)
 
     async def embed(
         self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Embed one bottleneck (512) in one of the model's spaces."""
+        if (model_id, embedding_space) not in self._embedder:  # a replay of an old model
+            await asyncio.to_thread(self._embedder.load, model_id, embedding_space)
         return self._embedder.embed(model_id, embedding_space, bottleneck)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-import threading
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
-from model_store.registry import ModelStore, StoredModel
+from model_store.registry import MODELS_IN_MEMORY, Loaded, ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError, StageFailed
+from serve_app.records.serving import LiveModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +45,41 @@ class EmbeddingSpace:
 
 
 class Embedder:
-    """Every embedding space it has been asked for, by model and name."""
+    """The embedding spaces it was asked for last, by model and name."""
 
     def __init__(self, store: ModelStore) -> None:
         self._store = store
-        self._spaces: dict[tuple[str, str], EmbeddingSpace] = {}
-        self._lock = threading.Lock()
+        self._spaces: Loaded[tuple[str, str], EmbeddingSpace] = Loaded(self._build, limit=MODELS_IN_MEMORY)
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether a model's space is loaded, so that `embed` computes at once."""
+        return key in self._spaces
 
     def load(self, model_id: str, embedding_space: str) -> EmbeddingSpace:
         """Verify a model and read one of its spaces, unless that is done already.
 
         Raises ModelContractError when the model has no such space.
         """
-        key = (model_id, embedding_space)
-        with self._lock:
-            if key not in self._spaces:
-                model = self._store.open(model_id)
-                specs = {spec.embedding_space: spec for spec in model.manifest.spaces}
-                if embedding_space not in specs:
-                    raise ModelContractError(f"{model_id} has no embedding space {embedding_space!r}.")
-                self._spaces[key] = EmbeddingSpace.from_model(model, specs[embedding_space])
-            return self._spaces[key]
+        return self._spaces.get((model_id, embedding_space))
+
+    def warm(self, models: Iterable[LiveModel]) -> dict[str, str]:
+        """Read these models' spaces and keep them until others are named; returns the models' digests by id.
+
+        Raises ModelContractError as `load` does.
+        """
+        wanted = [(model.model_id, model.embedding_space) for model in models]
+        self._spaces.hold(wanted)
+        for key in wanted:
+            self._spaces.get(key)
+        return {model_id: self._store.open(model_id).digest for model_id, _ in wanted}
+
+    def _build(self, key: tuple[str, str]) -> EmbeddingSpace:
+        model_id, embedding_space = key
+        model = self._store.open(model_id)
+        specs = {spec.embedding_space: spec for spec in model.manifest.spaces}
+        if embedding_space not in specs:
+            raise ModelContractError(f"{model_id} has no embedding space {embedding_space!r}.")
+        return EmbeddingSpace.from_model(model, specs[embedding_space])
 
     def embed(
         self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]

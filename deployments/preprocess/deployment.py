@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 import os
 
 from ray import serve
 
-from deployments.live_model import live_model_at_start
+from deployments.live_model import warm_at_start
 from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
 from model_store.registry import ModelStore
 from serve_app.domain.errors import RejectedUpload
 from serve_app.logs.process import ProcessLog
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 
@@ -27,11 +29,14 @@ class PreprocessDeployment:
         self._limits = UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoder")
         self._store = ModelStore(settings.models)
-        live = await live_model_at_start(settings)
-        self._store.open(live.model_id)
+        await warm_at_start(settings, self._store.warm)
+
+    async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
+        """Have these models ready, and no others for longer than they are used; their digests by id."""
+        return await asyncio.to_thread(self._store.warm, models)
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload for a model."""
-        spec = self._store.open(model_id).manifest.input
+        spec = (await self._store.opened(model_id)).manifest.input
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, prepare_or_reject, data, spec, self._limits)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.assessment import Neighbours
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.logs.process import ProcessLog
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 
@@ -28,6 +32,13 @@ class RetrieverDeployment:
             timeout_s=settings.database_timeout_s,
         )
         self._references = ReferenceStore(pool)
+
+    async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
+        """Search once in the models' spaces, so that no caller waits for pages from disk; holds no models itself."""
+        anything = np.eye(1, EMBEDDING_DIM, dtype=np.float32)[0]
+        for model in models:
+            await self._references.nearest(anything, embedding_space=model.embedding_space, k=1)
+        return {}
 
     async def nearest(
         self,

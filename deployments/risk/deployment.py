@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
 
+from deployments.live_model import warm_at_start
 from deployments.risk.findings import Findings
 from deployments.risk.stage import RiskStage
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Conclusion
 from serve_app.logs.process import ProcessLog
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 
@@ -18,10 +22,15 @@ from serve_app.settings import load_settings
 class RiskDeployment:
     """Rules over what was found; they take microseconds, so they run on the loop."""
 
-    def __init__(self, *, policy_version: str) -> None:
+    async def __init__(self, *, policy_version: str) -> None:  # type: ignore[misc]
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
         self._stage = RiskStage(ModelStore(settings.models), policy_version)
+        await warm_at_start(settings, self._stage.warm)
+
+    async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
+        """Have these models ready, and no others for longer than they are used; their digests by id."""
+        return await asyncio.to_thread(self._stage.warm, models)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Override policy thresholds without a restart; an unknown key fails the update."""
@@ -29,4 +38,4 @@ class RiskDeployment:
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Conclude one assessment."""
-        return self._stage.conclude(model_id, findings)
+        return await self._stage.conclude(model_id, findings)

@@ -86,7 +86,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         pool=pool,
         records=records,
         keys=keys,
-        live=LiveModelWatch(pool, settings.models),
+        live=LiveModelWatch(pool, settings.models, stages.warm),
         invariants=InvariantWatch(pool),
         sealer=Sealer(
             AuditChain(pool),
@@ -156,6 +156,8 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
             asyncio.create_task(services.door.summarise_forever()),
             asyncio.create_task(_housekeeper(settings, services).keep_forever()),
             asyncio.create_task(services.sealer.seal_forever()),
+            asyncio.create_task(services.live.watch_forever()),
+            asyncio.create_task(services.live.report_forever()),
             *services.pms.start(),
         )
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -18,9 +19,10 @@ from deployments.preprocess.preprocess import PreparedImage
 from deployments.risk.findings import Findings
 from serve_app.api.app import create_app
 from serve_app.domain.assessment import Conclusion, Neighbours
-from serve_app.domain.errors import Overloaded, RejectedUpload, StageFailed
+from serve_app.domain.errors import DermError, Overloaded, RejectedUpload, StageFailed
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.logs.process import ProcessLog
+from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 
 Answer = TypeVar("Answer")
@@ -28,6 +30,9 @@ Answer = TypeVar("Answer")
 #: Above this size an argument is cheaper by reference than over gRPC, whose messages also
 #: have a cap of 4 MiB. Measured crossover: between 1 and 5 MB (docs/performance.md).
 BY_REFERENCE_FROM_BYTES = 1_500_000
+
+#: How long every replica of a stage may take to load a model, seconds.
+WARM_WITHIN_S = 60.0
 
 
 class ServeStages:
@@ -46,12 +51,44 @@ class ServeStages:
         retriever: DeploymentHandle[Any],
         risk: DeploymentHandle[Any],
     ) -> None:
+        self._handles = {
+            "preprocess": by_message(preprocess),
+            "classifier": by_message(classifier),
+            "embedder": by_message(embedder),
+            "retriever": by_message(retriever),
+            "risk": by_message(risk),
+        }
         self._prepare_small = by_message(preprocess).prepare
         self._prepare_large = preprocess.options(_by_reference=True).prepare
         self._classify = by_message(classifier).classify
         self._embed = by_message(embedder).embed
         self._nearest = by_message(retriever).nearest
         self._conclude = by_message(risk).conclude
+
+    async def warm(self, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
+        """Have every replica of every stage load these models: a broadcast, where a call reaches one replica."""
+        answers = await asyncio.gather(
+            *(self._warm(stage, models) for stage in self._handles), return_exceptions=True
+        )
+        held: list[Mapping[str, str]] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            held += answer
+        return held
+
+    async def _warm(self, stage: str, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
+        response = self._handles[stage].broadcast("warm", tuple(models))
+        try:
+            answers = await response.results_async(timeout_s=WARM_WITHIN_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:
+            answers = [error]
+        for error in answers:
+            if isinstance(error, BaseException):
+                cause = getattr(error, "cause", error)  # by message it comes as it was raised, else wrapped
+                said = str(cause) if isinstance(cause, DermError) else type(error).__name__
+                raise StageFailed(f"Not every replica of {stage} has the models ready: {said}") from error
+        return answers
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload."""

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from serve_app.api.authentication import Caller
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
+from serve_app.records.serving import live_model
 from serve_app.security.access import Action
 
 router = APIRouter()
@@ -31,7 +32,8 @@ async def readyz(request: Request) -> JSONResponse:
     assessments are pending or have failed, and how many messages to the PMS wait or are dead.
     """
     services: Services = request.app.state.services
-    live = await services.live.refresh()
+    await live_model(services.pool)
+    live = await services.live.current()
     return JSONResponse(
         {
             "status": "ready",

@@ -1,66 +1,127 @@
-"""The live model as the interface sees it: the one row, read again every few seconds."""
+"""The live model as the interface sees it: the one row, read every few seconds, and made ready before it is used."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
 import logging
 from pathlib import Path
 from time import monotonic
+from uuid import UUID, uuid4
 
 from model_store.registry import ModelStore
-from serve_app.domain.errors import ModelContractError
+from serve_app.domain.errors import DermError, ModelContractError, StageFailed
 from serve_app.records.pool import Pool
-from serve_app.records.serving import LiveModel, live_model
+from serve_app.records.serving import (
+    REPORT_EVERY_S,
+    LiveModel,
+    announced,
+    forget_replica,
+    live_model,
+    report_replica,
+)
 
-#: How long after a promotion a replica may still start requests on the model before.
-MAX_AGE_S = 2.0
 #: How long a model's folder may take to be read through.
 VERIFY_S = 60.0
+#: How often the row is read.
+PERIOD_S = 2.0
+#: How often every replica of every stage is told what to hold although nothing changed: one that came up
+#: meanwhile has read the row itself, but perhaps a moment too early.
+TELL_AGAIN_AFTER_S = 60.0
+
+Warm = Callable[[Sequence[LiveModel]], Awaitable[Sequence[Mapping[str, str]]]]
 
 _log = logging.getLogger("derm.live_model")
 
 
 class LiveModelWatch:
-    """Remembers the live model for at most MAX_AGE_S.
+    """Knows the live model, and has the stages make the next one ready; every ingress replica has one.
 
-    A request reads it once and carries it through every stage, so that no answer mixes two
-    models' spaces. A model that is not whole in this node's store does not take over: the one
-    before goes on answering, and `refused` says why.
+    A request asks once and carries the answer through every stage, so that no answer mixes two models' spaces.
+    A model takes over here when it is whole in this node's store and every replica of every stage has it in
+    memory; until then the one before goes on answering, and `refused` says what is wrong, if anything is.
     """
 
-    def __init__(self, pool: Pool, models: Path) -> None:
-        self._pool = pool
-        self._models = models
+    def __init__(self, pool: Pool, models: Path, warm: Warm) -> None:
+        self._pool, self._models, self._warm = pool, models, warm
         self._live: LiveModel | None = None
-        self._read_at = 0.0
+        self._one_at_a_time = asyncio.Lock()
+        #: What the stages were told last, and when.
+        self._held: tuple[LiveModel, ...] = ()
+        self._told_at = 0.0
+        self._replica_id = uuid4()
+        self._ready: UUID | None = None
+        self._fault: str | None = None
         self.refused: str | None = None
 
     async def current(self) -> LiveModel:
-        """The live model. Raises RecordsUnavailable, or ModelContractError when none is published."""
-        if self._live is None or monotonic() - self._read_at > MAX_AGE_S:
-            return await self.refresh()
-        return self._live
+        """The live model; waits for nothing once there is one.
+
+        Raises RecordsUnavailable, or ModelContractError when none is published.
+        """
+        return self._live or await self.refresh()
 
     async def refresh(self) -> LiveModel:
-        """Read the row now."""
-        published = await live_model(self._pool)
-        if published is None:
-            raise ModelContractError("No model is published: run `derm-cds references load`.")
-        if published == self._live:
-            self.refused = None
-        elif await self._may_answer(published):
-            self._live = published
-        self._read_at = monotonic()
-        if self._live is None:
-            raise ModelContractError(self.refused or "")
-        return self._live
+        """Read the row now; a model that is new there takes over before this returns, or is refused."""
+        async with self._one_at_a_time:
+            published = await live_model(self._pool)
+            if published is None:
+                raise ModelContractError("No model is published: run `derm-cds references load`.")
+            if published == self._live:
+                self.refused = None
+            elif await self._may_answer(published):
+                self._live = published
+            if self._live is None:
+                raise ModelContractError(self.refused or "")
+            return self._live
+
+    async def watch_forever(self) -> None:
+        """Follow the row, and what is announced for it, until cancelled."""
+        while True:
+            try:
+                await self._look_after(await self.refresh())
+            except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
+                _log.warning("The live model waits: %s", type(error).__name__)
+            await asyncio.sleep(PERIOD_S)
+
+    async def report_forever(self) -> None:
+        """Say that this replica is up and what it found ready, until cancelled; apart from the watch, which may wait."""
+        try:
+            while True:
+                with contextlib.suppress(DermError):
+                    await report_replica(self._pool, self._replica_id, ready=self._ready, fault=self._fault)
+                await asyncio.sleep(REPORT_EVERY_S)
+        finally:
+            with contextlib.suppress(DermError):
+                await forget_replica(self._pool, self._replica_id)
+
+    async def _look_after(self, live: LiveModel) -> None:
+        """Have the stages hold the live model, and the candidate, if one is announced."""
+        candidate = await announced(self._pool)
+        held = (live,) if candidate is None or candidate.model == live else (live, candidate.model)
+        due = monotonic() - self._told_at > TELL_AGAIN_AFTER_S
+        try:
+            # With a candidate in every round: a replica may come up while somebody waits.
+            if held != self._held or len(held) > 1 or due:
+                if candidate is not None and self._ready != candidate.announcement:
+                    await asyncio.to_thread(_verify, self._models, candidate.model)
+                await self._hold(held)
+            self._ready, self._fault = candidate.announcement if candidate else None, None
+        except DermError as error:
+            if self._fault is None:
+                _log.error("A stage is not ready: %(cause)s", {"cause": str(error)})
+            self._ready, self._fault = None, str(error)
 
     async def _may_answer(self, published: LiveModel) -> bool:
-        """Whether the model that the row names is here, whole, and the one that was published."""
+        """Whether the model that the row names is here, whole, the one that was published, and ready everywhere."""
         try:
             async with asyncio.timeout(VERIFY_S):
                 await asyncio.to_thread(_verify, self._models, published)
-        except (ModelContractError, TimeoutError) as error:
+            # The first model of this replica is not waited for: the stages read the row when they start.
+            if self._live is not None:
+                await self._hold((published, self._live))
+        except (DermError, TimeoutError) as error:
             if self.refused is None:
                 _log.error(
                     "%(model_id)s does not take over: %(cause)s",
@@ -70,6 +131,19 @@ class LiveModelWatch:
             return False
         self.refused = None
         return True
+
+    async def _hold(self, models: tuple[LiveModel, ...]) -> None:
+        """Return when every replica of every stage has these models in memory; it may let go of all others.
+
+        Raises StageFailed when one has not, or has another folder by that name.
+        """
+        for digests in await self._warm(models):
+            for model in models:
+                if digests.get(model.model_id, model.model_digest) != model.model_digest:
+                    raise StageFailed(
+                        f"A stage holds another {model.model_id} than the one that was published."
+                    )
+        self._held, self._told_at = models, monotonic()
 
 
 def _verify(models: Path, published: LiveModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from deployments.risk.findings import Findings
 from serve_app.domain.assessment import Conclusion, Neighbours
 from serve_app.domain.errors import RejectedUpload
 from serve_app.domain.reference_filter import ReferenceFilter
+from serve_app.records.serving import LiveModel
 
 
 class Stages(Protocol):
@@ -22,6 +24,13 @@ class Stages(Protocol):
     the same plain function in this process. Every method raises Overloaded when its stage
     refused the work, and StageFailed when it did not answer.
     """
+
+    async def warm(self, models: Sequence[LiveModel]) -> Sequence[Mapping[str, str]]:
+        """Have every replica of every stage load these models, and keep them until others are named.
+
+        Returns what each replica has in memory, digests by model id; a stage that holds no models gives none.
+        Raises StageFailed when one cannot, or takes too long.
+        """
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Uploaded bytes to pixels at the model's input size."""

@@ -2,14 +2,20 @@
 
 The history is for people who look up what answered when. The audit log has each change as well, in the same
 transaction: what is in its chain cannot be altered unseen.
+
+Before a running service changes models, the next one is announced, and each ingress replica reports when every
+replica of every stage has it ready.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from time import monotonic
 from typing import Any, Literal
+from uuid import UUID
 
 from serve_app.domain.errors import Conflict
 from serve_app.records.audit_rows import event_columns
@@ -20,6 +26,13 @@ from serve_app.security.audit import AuditEvent, account_event
 _SQL = queries("serving")
 _EVENTS = queries("lesions")
 
+#: How often an ingress replica reports, and after how long without a report it is taken to be gone, seconds.
+REPORT_EVERY_S = 2.0
+_GONE_AFTER_S = 10.0
+#: How long a model may take to be ready in every replica.
+_READY_WITHIN_S = 120.0
+_ASK_EVERY_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
@@ -28,6 +41,14 @@ class LiveModel:
     model_id: str
     model_digest: str
     embedding_space: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that every replica is to make ready, and the number of that announcement."""
+
+    announcement: UUID
+    model: LiveModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,67 @@ async def live_model(pool: Pool) -> LiveModel | None:
     """Say which model answers; None when none has been published yet."""
     row = await pool.fetchrow(_SQL["live_model"])
     return LiveModel(*row) if row else None
+
+
+async def announced(pool: Pool) -> Candidate | None:
+    """Say which model is to be made ready, if any."""
+    row = await pool.fetchrow(_SQL["announced"])
+    if row is None:
+        return None
+    announcement, *model = row
+    return Candidate(announcement, LiveModel(*model))
+
+
+async def report_replica(pool: Pool, replica_id: UUID, *, ready: UUID | None, fault: str | None) -> None:
+    """Say that an ingress replica is up: which announcement's model it found ready everywhere, or why not."""
+    await pool.execute(_SQL["report_replica"], replica_id, ready, fault)
+
+
+async def forget_replica(pool: Pool, replica_id: UUID) -> None:
+    """Say that an ingress replica stops: nobody waits for it."""
+    await pool.execute(_SQL["forget_replica"], replica_id)
+
+
+async def publish_when_ready(
+    pool: Pool,
+    model: LiveModel,
+    approval: Approval | None = None,
+    *,
+    over: LiveModel | None = None,
+    within_s: float = _READY_WITHIN_S,
+) -> None:
+    """Have a model made ready in every replica, then publish it; at once where no service runs.
+
+    Raises Conflict as `publish` does, when not every replica has it ready in time, and when another model is
+    announced meanwhile; nothing was changed then.
+    """
+    announcement = await pool.fetchval(
+        _SQL["announce"], model.model_id, model.model_digest, model.embedding_space
+    )
+    try:
+        await _until_ready(pool, model, announcement, within_s)
+        await publish(pool, model, approval, over=over)
+    finally:
+        await pool.execute(_SQL["withdraw"], announcement)
+
+
+async def _until_ready(pool: Pool, model: LiveModel, announcement: UUID, within_s: float) -> None:
+    deadline = monotonic() + within_s
+    while True:
+        state = await pool.fetchrow(_SQL["readiness"], announcement, _GONE_AFTER_S)
+        assert state is not None  # noqa: S101 - counting always gives a row
+        if not state["holds"]:
+            raise Conflict(
+                f"{model.model_id} was being made ready when another model was announced; nothing was changed."
+            )
+        if state["ready"] == state["running"]:
+            return
+        if monotonic() >= deadline:
+            raise Conflict(
+                f"{model.model_id} is ready in {state['ready']} of {state['running']} replicas of the ingress after "
+                f"{within_s:.0f} s; nothing was changed. {state['fault'] or 'The others are still loading it.'}"
+            )
+        await asyncio.sleep(_ASK_EVERY_S)
 
 
 async def publish(

@@ -12,8 +12,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
 from graphs.triage import TriageArgs, build
-from serve_app.api.deployment import _answer
-from serve_app.domain.errors import Overloaded, StageFailed
+from serve_app.api.deployment import ServeStages, _answer
+from serve_app.domain.errors import ModelContractError, Overloaded, StageFailed
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
 
@@ -80,3 +80,45 @@ async def test_what_serve_sheds_is_overload() -> None:
 async def test_what_ray_raises_is_a_failed_stage(error: BaseException) -> None:
     with pytest.raises(StageFailed):
         await _answer(_raise(error))
+
+
+class _Broadcast:
+    """What a handle gives when every replica is asked: an answer of each, or what it raised."""
+
+    def __init__(self, answers: list[object]) -> None:
+        self._answers = answers
+
+    def options(self, **_: object) -> _Broadcast:
+        return self
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+    def broadcast(self, method: str, models: object) -> _Broadcast:
+        assert (method, models) == ("warm", ("model",))
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        assert return_exceptions
+        if timeout_s <= 0:
+            raise TimeoutError
+        return self._answers
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ModelContractError("a.b does not exist."), r"classifier .*: a\.b does not exist\."),
+        (RayTaskError("warm", "Traceback", ModelContractError("a.b is altered.")), r": a\.b is altered\."),
+        (RayActorError(), "RayActorError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_every_replica_of_every_stage_is_asked_and_one_that_fails_is_named(
+    failure: BaseException, said: str
+) -> None:
+    whole = {name: _Broadcast([{"a.b": "digest"}] * 2) for name in STAGES}
+    assert len(await ServeStages(**whole).warm(["model"])) == 2 * len(STAGES)
+    broken = {**whole, "classifier": _Broadcast([{"a.b": "digest"}, failure])}
+    with pytest.raises(StageFailed, match=said):
+        await ServeStages(**broken).warm(["model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,23 @@ def test_verification_runs_once_and_is_shared_by_threads(models: Path, model_id:
     with ThreadPoolExecutor(8) as threads:
         opened = list(threads.map(lambda _: store.open(model_id), range(16)))
     assert all(model is opened[0] for model in opened)
+
+
+def test_a_model_is_had_while_another_is_verified(models: Path, model_id: str, tmp_path: Path) -> None:
+    (tmp_path / model_id).symlink_to(models / model_id)
+    slow = tmp_path / "slow.one" / MANIFEST_NAME
+    slow.parent.mkdir()
+    os.mkfifo(slow)  # whoever reads it waits for whoever writes it
+    store = ModelStore(tmp_path)
+    with ThreadPoolExecutor(2) as threads:
+        verifying = threads.submit(store.open, "slow.one")
+        try:
+            with slow.open("w") as manifest:  # opens as soon as the store reads
+                assert threads.submit(store.open, model_id).result(timeout=30)
+                assert not verifying.done()
+                manifest.write("no manifest")
+        finally:
+            assert isinstance(verifying.exception(), ModelContractError)
 
 
 def test_onnx_that_is_none_is_refused_although_its_digest_is_true(altered, model_id: str) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from serve_app.domain.errors import DermError
+from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.pool import open_pool
-from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish
+from serve_app.records.serving import (
+    Approval,
+    LiveModel,
+    announced,
+    forget_replica,
+    live_model,
+    publications,
+    publish,
+    publish_when_ready,
+    report_replica,
+)
 from serve_app.security.audit import os_account
 
 
@@ -78,3 +89,84 @@ async def test_a_change_that_cannot_be_audited_does_not_happen(owner) -> None:
 async def test_only_the_owner_publishes(pool) -> None:
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await publish(pool, LiveModel("mine", "digest", "space"))
+
+
+NOW, NEXT = LiveModel("lite0.a", "digest-a", "space-a"), LiveModel("lite0.b", "digest-b", "space-b")
+
+
+@pytest.fixture
+async def service(new_database):
+    """The pools of a database in which `NOW` answers: the owner's, and the service's own."""
+    urls = await new_database()
+    owner, app = [await open_pool(url, minimum=0, maximum=2) for url in (urls.owner, urls.app)]
+    await publish(owner, NOW)
+    yield owner, app
+    await owner.close()
+    await app.close()
+
+
+async def _candidate(pool):
+    async with asyncio.timeout(30):
+        while True:
+            if (candidate := await announced(pool)) is not None:
+                return candidate
+            await asyncio.sleep(0.05)
+
+
+async def test_without_a_running_service_the_row_flips_at_once(service) -> None:
+    owner, app = service
+    # Gone without a word: it is not waited for.
+    await report_replica(app, uuid4(), ready=None, fault=None)
+    await owner.execute("UPDATE serving_replicas SET seen_at = now() - interval '1 minute'")
+    await publish_when_ready(owner, NEXT, over=NOW)
+    assert await live_model(app) == NEXT
+    assert await announced(app) is None
+
+
+async def test_the_row_flips_when_every_replica_is_ready(service) -> None:
+    owner, app = service
+    replicas = [uuid4(), uuid4()]
+    for replica in replicas:
+        await report_replica(app, replica, ready=None, fault=None)
+    flipping = asyncio.create_task(publish_when_ready(owner, NEXT, over=NOW))
+    candidate = await _candidate(app)
+    assert candidate.model == NEXT
+    await report_replica(app, replicas[0], ready=candidate.announcement, fault=None)
+    await asyncio.sleep(1.0)
+    assert not flipping.done()
+    assert await live_model(app) == NOW
+    await report_replica(app, replicas[1], ready=candidate.announcement, fault=None)
+    await flipping
+    assert await live_model(app) == NEXT
+    assert await announced(app) is None
+
+
+async def test_a_replica_that_is_never_ready_keeps_the_row_as_it_is(service) -> None:
+    owner, app = service
+    replica = uuid4()
+    # Ready for what was announced earlier, which is another thing.
+    await report_replica(app, replica, ready=uuid4(), fault="lite0.b does not exist.")
+    with pytest.raises(Conflict, match=r"lite0\.b is ready in 0 of 1 replicas .* lite0\.b does not exist\."):
+        await publish_when_ready(owner, NEXT, over=NOW, within_s=0.5)
+    assert await live_model(app) == NOW
+    assert await announced(app) is None
+    assert [entry.model for entry in await publications(owner)] == [NOW]
+    await forget_replica(app, replica)
+    await publish_when_ready(owner, NEXT, over=NOW, within_s=0.5)
+    assert await live_model(app) == NEXT
+
+
+async def test_of_two_models_that_are_made_ready_the_later_goes_on(service) -> None:
+    owner, app = service
+    replica, later = uuid4(), LiveModel("lite0.c", "digest-c", "space-c")
+    await report_replica(app, replica, ready=None, fault=None)
+    first = asyncio.create_task(publish_when_ready(owner, NEXT, over=NOW))
+    await _candidate(app)
+    second = asyncio.create_task(publish_when_ready(owner, later, over=NOW))
+    with pytest.raises(Conflict, match="another model"):
+        await first
+    candidate = await announced(app)
+    assert candidate is not None
+    await report_replica(app, replica, ready=candidate.announcement, fault=None)
+    await second
+    assert await live_model(app) == later

@@ -36,7 +36,8 @@ SELECT quote_ident(rolname) AS role, rolname = current_user AS migrates FROM pg_
 -- Give the application role what serving needs and no more; {role} is filled in, quoted.
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
 GRANT USAGE ON SCHEMA public TO {role};
-GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications TO {role};
+GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications, serving_candidate TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON serving_replicas TO {role};
 GRANT SELECT ON reference_images, reference_embeddings, reference_counts, reference_pictures TO {role};
 GRANT SELECT ON care_assignments, space_embedders, reference_failures TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};

@@ -53,3 +53,50 @@ WHERE NOT $2
     )
 ORDER BY publication_id DESC
 LIMIT $1;
+
+-- name: announce
+-- Have every replica make a model ready; an earlier announcement no longer holds. Rows of replicas long gone are let go of.
+WITH gone AS (
+    DELETE FROM serving_replicas WHERE seen_at < now() - interval '1 day'
+)
+INSERT INTO serving_candidate (announcement, model_id, model_digest, embedding_space)
+VALUES (gen_random_uuid(), $1, $2, $3)
+ON CONFLICT (only_row) DO UPDATE
+SET
+    announcement = excluded.announcement,
+    model_id = excluded.model_id,
+    model_digest = excluded.model_digest,
+    embedding_space = excluded.embedding_space,
+    announced_at = excluded.announced_at
+RETURNING announcement;
+
+-- name: announced
+-- Say which model is to be made ready. Whoever announced it waits for minutes, so what is older was left by one that was killed.
+SELECT announcement, model_id, model_digest, embedding_space
+FROM serving_candidate
+WHERE announced_at > now() - interval '10 minutes';
+
+-- name: withdraw
+-- The announcement is done with.
+DELETE FROM serving_candidate WHERE announcement = $1;
+
+-- name: report_replica
+-- An ingress replica is up, and this is what it has ready.
+INSERT INTO serving_replicas (replica_id, seen_at, ready, fault) VALUES ($1, now(), $2, $3)
+ON CONFLICT (replica_id) DO UPDATE
+SET seen_at = excluded.seen_at, ready = excluded.ready, fault = excluded.fault;
+
+-- name: forget_replica
+-- An ingress replica stops.
+DELETE FROM serving_replicas WHERE replica_id = $1;
+
+-- name: readiness
+-- Count the ingress replicas that are up ($2: seconds since they were last seen) and those that have announcement $1 ready,
+-- with what one of the others says, and whether the announcement still holds.
+SELECT
+    count(*) AS running,
+    count(*) FILTER (WHERE ready = $1) AS ready,
+    max(fault) FILTER (WHERE ready IS DISTINCT FROM $1) AS fault,
+    EXISTS (SELECT FROM serving_candidate WHERE announcement = $1) AS holds
+FROM serving_replicas
+WHERE seen_at > now() - make_interval(secs => $2);

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import os
 from pathlib import Path
 import shutil
+from threading import Event
 import tomllib
 
 import numpy as np
@@ -14,8 +15,9 @@ import tomli_w
 
 from deployments.classifier.classifier import Classifier
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
+from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
+from serve_app.records.serving import LiveModel
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,80 @@ def test_threads_load_one_model_once(models: Path, model_id: str, pixels) -> Non
     fresh = Classifier(ModelStore(models), threads=1)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: fresh.load(model_id), range(8)))
-    assert len(fresh._loaded) == 1
+    assert model_id in fresh
+
+
+class _HeldStore(ModelStore):
+    """A store whose new model takes until the test says so to verify."""
+
+    def __init__(self, root: Path, held: str) -> None:
+        super().__init__(root)
+        self.held, self.reached, self.go = held, Event(), Event()
+
+    def open(self, model_id: str) -> StoredModel:
+        if model_id == self.held:
+            self.reached.set()
+            self.go.wait(60)
+        return super().open(model_id)
+
+
+def test_the_live_model_answers_while_another_is_built(models, model_id, pixels, tmp_path) -> None:
+    (other,) = _copies(models / model_id, tmp_path, ["next"])
+    store = _HeldStore(tmp_path, other)
+    classifier = Classifier(store, threads=1)
+    classifier.load(model_id)
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            building = [threads.submit(classifier.load, other) for _ in range(2)]
+            assert store.reached.wait(30)
+            (answer,) = threads.submit(classifier.classify, model_id, pixels[:1]).result(timeout=30)
+            assert answer.model_id == model_id
+            assert not any(future.done() for future in building)
+        finally:
+            store.go.set()
+        for future in building:
+            future.result()
+
+
+def test_replays_of_old_models_do_not_fill_the_memory(models, model_id, pixels, tmp_path) -> None:
+    """At most three stay; the live one and the candidate are never the ones that go."""
+    candidate, *old = _copies(models / model_id, tmp_path, ["candidate", "old1", "old2", "old3"])
+    classifier = Classifier(ModelStore(tmp_path), threads=1)
+    held = [_answering(tmp_path, name) for name in (model_id, candidate)]
+    digests = classifier.warm(held)
+    assert digests == {model.model_id: model.model_digest for model in held}
+    for name in old:
+        (answer,) = classifier.classify(name, pixels[:1])
+        assert answer.model_id == name
+        assert [name for name in (model_id, candidate, *old) if name in classifier] == [
+            *(model_id, candidate),
+            name,
+        ]
+    # Told of others, it may let go of what was the candidate.
+    classifier.warm(held[:1])
+    for name in old[:2]:
+        classifier.load(name)
+    assert model_id in classifier
+    assert candidate not in classifier
+
+
+def _answering(store: Path, model_id: str) -> LiveModel:
+    model = ModelStore(store).open(model_id)
+    return LiveModel(model_id, model.digest, model.manifest.live_space.embedding_space)
+
+
+def _copies(source: Path, root: Path, tags: list[str]) -> list[str]:
+    """Copy a model under other tags, and under its own, into a store; returns the new ids."""
+    shutil.copytree(source, root / source.name, copy_function=_link)
+    content = tomllib.loads((source / MANIFEST_NAME).read_text())
+    names = []
+    for tag in tags:
+        names.append(f"{content['architecture']}.{tag}")
+        changed = {**content, "model_id": names[-1], "tag": tag}
+        shutil.copytree(source, root / names[-1], copy_function=_link)
+        (root / names[-1] / MANIFEST_NAME).unlink()
+        (root / names[-1] / MANIFEST_NAME).write_text(dump_toml(changed))
+    return names
 
 
 def test_the_output_names_its_model(classifier: Classifier, models: Path, model_id: str, pixels) -> None:
