@@ -15,6 +15,10 @@ from deployments.risk.strict_table import PolicyError, merge_tables, read_table
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 CURRENT_VERSION = "2026-11.4"
+#: What the policies from before 2026-11.4 did not ask for, at the value that asks nothing: they have answered, and are
+#: never edited.
+_EARLIER = frozenset({"2026-11.2", "2026-11.3"})
+_NOT_ASKED = {"review": {"same_lesion": 0.0, "same_lesion_if_lower": 0.0}}
 
 
 def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> RiskPolicy:
@@ -30,7 +34,7 @@ def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> R
         raise PolicyError(f"There is no risk policy {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{path} is not TOML: {error}.") from error
-    policy = read_table(RiskPolicy, raw)
+    policy = read_table(RiskPolicy, merge_tables(_NOT_ASKED, raw) if version in _EARLIER else raw)
     if policy.version != version:
         raise PolicyError(f"{path} calls itself {policy.version!r}.")
     return policy

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 import re
 from typing import Annotated
-from uuid import UUID
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
-from serve_app.api.answers import assessment_answer, lesion_url
+from serve_app.api.answers import assessment_answer, demand_answer, lesion_url
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
@@ -29,7 +28,7 @@ from serve_app.api.upload import (
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
 from serve_app.domain.reference_filter import ReferenceFilter
-from serve_app.records.lesion_rows import ImageRecord, Replay
+from serve_app.records.lesion_rows import AssessmentRecord, Replay
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.tokens import Principal
@@ -109,7 +108,7 @@ async def _assess(
             )
         )
         raise
-    return _respond(services, stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id)
+    return _respond(services, stored)
 
 
 async def _authorise(
@@ -171,12 +170,15 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
             detail={"repeated": Action.UPLOAD},
         )
     )
-    return _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
+    return _respond(services, found)
 
 
-def _respond(services: Services, record: ImageRecord, *, lesion_id: UUID, patient_id: str) -> JSONResponse:
-    answer = assessment_answer(record, lesion_id=lesion_id, patient_id=patient_id, pms_url=services.pms.url)
-    headers = {"Location": lesion_url(lesion_id), "Cache-Control": "no-store"}
-    if record.outcome is Outcome.PENDING:
+def _respond(services: Services, found: AssessmentRecord) -> JSONResponse:
+    answer = assessment_answer(
+        found.image, lesion_id=found.lesion_id, patient_id=found.patient_id, pms_url=services.pms.url
+    )
+    headers = {"Location": lesion_url(found.lesion_id), "Cache-Control": "no-store"}
+    if found.image.outcome is Outcome.PENDING:
         return JSONResponse(answer, 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
+    answer["open_demand"] = demand_answer(found.open_demand)
     return JSONResponse(answer, 201, headers)

@@ -19,6 +19,7 @@ class Action(StrEnum):
     DOWNLOAD = "download"
     LIST = "list"
     REPLAY = "replay"
+    CONFIRM = "confirm"
     ERASE = "erase"
     READ_RECEIPT = "read_receipt"
     HOLD = "hold"
@@ -68,6 +69,7 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             Action.DOWNLOAD: Reach.CARE,
             Action.LIST: Reach.CARE,
             Action.REPLAY: Reach.CARE,
+            Action.CONFIRM: Reach.CARE,
             Action.READ_RECEIPT: Reach.CARE,
             Action.BREAK_GLASS: Reach.ANY,
         },

@@ -21,6 +21,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
+    ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -35,6 +36,7 @@ GRANTED = {
     "read": {"clinician", "supervisor", "pms_service"},
     "download": {"clinician", "supervisor"},
     "replay": {"clinician", "supervisor", "pms_service"},
+    "confirm": {"clinician"},
     "erase": {"supervisor", "pms_service"},
     "read_receipt": {"clinician", "supervisor", "auditor", "pms_service"},
     "view_reference": set(ROLES) - {"porter"},
@@ -47,7 +49,8 @@ PATIENTLESS = {"view_reference", "break_glass", "review_access"}
 BY_EMERGENCY = {
     (role, action)
     for role, action in product(
-        ("clinician", "supervisor"), ("upload", "list", "read", "download", "replay", "read_receipt")
+        ("clinician", "supervisor"),
+        ("upload", "list", "read", "download", "replay", "confirm", "read_receipt"),
     )
     if role in GRANTED[action] and (role, action) not in ANY_PATIENT
 }
@@ -97,6 +100,7 @@ async def ask(
         )
     bodies: dict[tuple[str, str], Any] = {
         ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): {"reason": "patient_request"},
+        ("POST", "/api/lesions/{lesion_id}/confirm"): {"image_id": record.image},
         ("POST", "/api/emergency-access"): {
             "patient_id": record.patient,
             "reason": "unconscious in casualty",
