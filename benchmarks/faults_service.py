@@ -87,7 +87,9 @@ async def local_service(home: Path, urls: DatabaseUrls, **others: Any) -> AsyncI
             stages.search(ReferenceStore(services.pool))
 
             async def recover() -> None:
-                await recover_once(services.records, services.triage, services.live, orphaned_after_s=0)
+                # At once, whoever worked on it: a benchmark does not wait for leases to end.
+                await owner.execute("UPDATE assessments SET lease_until = NULL WHERE outcome = 'pending'")
+                await recover_once(services.records, services.triage, services.live)
 
             patient = await _assign(owner)
             target = Target(client, partial(_headers, secret), patient, owner, recover)

@@ -36,7 +36,8 @@ from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
 from serve_app.records.references import ReferenceStore
-from serve_app.records.sql import parse, queries
+from serve_app.records.sql import queries
+from serve_app.sql import parse
 
 K = 10
 CONCURRENCIES = (1, 5)

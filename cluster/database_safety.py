@@ -13,7 +13,7 @@ import asyncpg
 from cluster.finding import Finding
 from cluster.postgres_state import DatabaseUrls
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.sql import parse
+from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
 

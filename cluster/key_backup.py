@@ -7,7 +7,7 @@ gone, is refused after that, and `prune` deletes it. A keyring's opens what any 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ from cluster.backup_folder import (
     write_manifest,
 )
 from cluster.kept_copies import CUT_OFF_AFTER, last_touched, overwrite
-from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
+from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import DestroyedKey, KeyStore
 from serve_app.security.private_files import locked_folder, read_private, write_private
@@ -119,7 +119,10 @@ def restore_keys(
             write_private(partial, (folder / _STORE).read_bytes())
         with closing(KeyStore(partial, provider)) as store:
             for key in gone:
-                store.destroy(key)
+                with suppress(
+                    DataKeyMissing
+                ):  # accepted, not proven, and not in this backup: nothing to destroy
+                    store.destroy(key)
     except BaseException:
         for path in files.keystore.parent.glob(f"{partial.name}*"):
             path.unlink()

@@ -32,7 +32,7 @@ from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.serving import live_model
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings, load_settings
 

@@ -11,11 +11,14 @@ import sys
 from typing import TypeVar
 
 from cluster.database import database
-from serve_app.domain.errors import NotFound
+from serve_app.domain.errors import InvalidField, NotFound
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.records.access import AccessStore, RevocationKind
 from serve_app.records.pool import open_pool
-from serve_app.security.account import account_event, os_account
-from serve_app.security.audit import AuditEvent
+from serve_app.security.audit import AuditEvent, account_event, os_account
+
+#: How times are given, for help and refusals.
+TIME = "RFC 3339 time with a zone (2026-12-01T08:00:00Z, 2026-12-01T09:00:00+01:00)"
 
 _Result = TypeVar("_Result")
 
@@ -51,16 +54,16 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _define_assign(parser: argparse.ArgumentParser) -> None:
-    _define_pair(parser, required=True)
-    parser.add_argument(
-        "--from", dest="since", type=_instant, help="RFC 3339 time the care begins (default: now)"
-    )
-    parser.add_argument("--until", type=_instant, help="RFC 3339 time the care ends (default: open)")
+    _define_pair(parser, required=True, patient=patient_id)
+    parser.add_argument("--from", dest="since", type=instant, help=f"{TIME} the care begins (default: now)")
+    parser.add_argument("--until", type=instant, help=f"{TIME} the care ends (default: open)")
     parser.set_defaults(run=_assign)
 
 
-def _define_pair(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--patient", required=required, help="the PMS's id of the patient")
+def _define_pair(
+    parser: argparse.ArgumentParser, *, required: bool, patient: Callable[[str], str] = str
+) -> None:
+    parser.add_argument("--patient", type=patient, required=required, help="the PMS's id of the patient")
     parser.add_argument("--clinician", required=required, help="`sub` of the principal's tokens")
 
 
@@ -101,13 +104,17 @@ def _list(arguments: argparse.Namespace) -> int:
         ),
     )
     for care in assignments:
-        until = care.ends_at.isoformat(timespec="seconds") if care.ends_at else "further notice"
-        since = care.starts_at.isoformat(timespec="seconds")
+        until = _utc(care.ends_at) if care.ends_at else "further notice"
+        since = _utc(care.starts_at)
         sys.stdout.write(f"{care.patient_id}: {care.clinician}, from {since} until {until}\n")
     for lock in _ask(arguments.home, lambda store: store.revocations()):
-        at = lock.revoked_at.isoformat(timespec="seconds")
+        at = _utc(lock.revoked_at)
         sys.stdout.write(f"revoked {lock.kind} {lock.value}: by {lock.revoked_by} at {at}\n")
     return 0
+
+
+def _utc(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def _revoke(arguments: argparse.Namespace) -> int:
@@ -147,6 +154,20 @@ def _ask(home: Path, ask: Callable[[AccessStore], Awaitable[_Result]]) -> _Resul
         return asyncio.run(run(urls.owner))
 
 
-def _instant(text: str) -> datetime:
-    instant = datetime.fromisoformat(text)
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+def patient_id(text: str) -> str:
+    """Read an argument that is a patient's id: only one that the interface takes, too."""
+    try:
+        return parse_opaque_id("patient", text)
+    except InvalidField as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def instant(text: str) -> datetime:
+    """Read an argument that is a time, in UTC: one without a zone could be either."""
+    try:
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is not None:
+            return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no {TIME}")

@@ -21,7 +21,7 @@ from serve_app.records.audit_events import events_between
 from serve_app.records.audit_witness import accept_restore, describe, examine, sign_head
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 from serve_app.security.checkpoints import (
     Checkpoint,
     CheckpointLog,
@@ -64,8 +64,10 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     )
     action("public-key", _public_key, "print the key that checks the checkpoints, to be kept elsewhere")
     export = action("export", _export, "write events as FHIR AuditEvent, a JSON object a line")
-    export.add_argument("--from", dest="start", type=_instant, required=True, help="RFC 3339, inclusive")
-    export.add_argument("--to", dest="end", type=_instant, required=True, help="RFC 3339, exclusive")
+    export.add_argument(
+        "--from", dest="start", type=_instant, required=True, help="RFC 3339, UTC without a zone; inclusive"
+    )
+    export.add_argument("--to", dest="end", type=_instant, required=True, help="the same; exclusive")
     export.add_argument("--out", type=Path, required=True, help="the file to make; it must not exist")
 
 

@@ -15,15 +15,15 @@ from cluster.backup import back_up
 from cluster.backup_folder import BackupFailed
 from cluster.commands.audit import checkpoint_log, sign_restored
 from cluster.database import database, own_database
-from cluster.erased_keys import read_erased
+from cluster.erased_keys import read_erased, release_key_store
 from cluster.kept_copies import LIFETIME, prune_kept_copies
 from cluster.key_backup import back_up_keyring, back_up_keys, prune, restore_keys
 from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.account import account_event
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.audit import account_event
+from serve_app.security.key_providers import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
 
 _Result = TypeVar("_Result")
@@ -103,12 +103,12 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 def _restore_keys(arguments: argparse.Namespace) -> int:
-    with out_of_service(arguments.home):
-        with database(arguments.home) as urls:
-            _record(arguments.home, "restore", kind="keys")
-            erased = asyncio.run(read_erased(urls.owner))
+    with out_of_service(arguments.home), database(arguments.home) as urls:
+        _record(arguments.home, "restore", kind="keys")
+        erased = asyncio.run(read_erased(urls.owner))
         provider = open_key_provider(load_key_settings())
         kept = restore_keys(NodeFiles(arguments.home), arguments.keys, provider, erased=erased)
+        asyncio.run(release_key_store(urls.owner))
     said = f"; what was there is in {kept}: delete it when images open" if kept else ""
     sys.stdout.write(f"the key store is restored, without the keys of erased images{said}\n")
     return 0

@@ -10,10 +10,11 @@ import sys
 from typing import TypeVar
 from uuid import UUID
 
+from cluster.commands.access import patient_id
 from cluster.database import database
 from serve_app.records.holds import Held, HoldStore
 from serve_app.records.pool import open_pool
-from serve_app.security.account import os_account
+from serve_app.security.audit import os_account
 
 _Result = TypeVar("_Result")
 
@@ -23,7 +24,7 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     begin = actions.add_parser("set", help="let nobody erase a patient's, a lesion's or one image")
     what = begin.add_mutually_exclusive_group(required=True)
-    what.add_argument("--patient", help="the PMS's id: all images, those to come too")
+    what.add_argument("--patient", type=patient_id, help="the PMS's id: all images, those to come too")
     what.add_argument("--lesion", type=UUID, help="all images of it, those to come too")
     what.add_argument("--image", type=UUID)
     begin.add_argument("--reason", required=True, help="a case number, no names; up to 200 characters")

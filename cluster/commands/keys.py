@@ -22,9 +22,8 @@ from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.account import account_event
-from serve_app.security.audit import AuditOutcome
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.audit import AuditOutcome, account_event
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keyring import KeyProvider
 from serve_app.security.keystore import MAX_WRAPS, KeyStore
 from serve_app.settings import load_key_settings

@@ -15,7 +15,7 @@ from data_jobs.promotion.evaluation import evaluate_model
 from data_jobs.promotion.import_model import ImportRequest, headline, import_model
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import DermError, ModelContractError
-from serve_app.security.account import os_account
+from serve_app.security.audit import os_account
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,13 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import date
-import json
 from pathlib import Path
 import sys
 
 from cluster.database import database
 from serve_app.domain.errors import InvalidField
 from serve_app.domain.patient import History, Sex
+from serve_app.domain.strict_json import read_json
 from serve_app.records.patients import PatientEntry, PatientTable
 from serve_app.records.pool import open_pool
 
@@ -43,7 +43,7 @@ def read_entries(file: Path) -> Iterator[PatientEntry]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield _entry(json.loads(line))
+                    yield _entry(read_json(line))
                 except (ValueError, TypeError, KeyError, AttributeError):
                     raise InvalidField(f"{file}, line {number}: not a patient; see docs/pms.md.") from None
 

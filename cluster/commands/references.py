@@ -23,7 +23,7 @@ from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
-from serve_app.security.account import os_account
+from serve_app.security.audit import os_account
 from serve_app.settings import REPOSITORY
 
 _Result = TypeVar("_Result")

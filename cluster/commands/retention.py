@@ -11,6 +11,7 @@ from pathlib import Path
 import sys
 from typing import TypeVar
 
+from cluster.commands.access import TIME, instant, patient_id
 from cluster.database import database
 from cluster.key_backup import existing_keystore
 from serve_app.api.eraser import Eraser
@@ -19,8 +20,8 @@ from serve_app.domain.errors import Conflict
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import RetentionStore
-from serve_app.security.account import os_account
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.audit import os_account
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import load_settings
 
@@ -31,8 +32,8 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `retention`."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     close = actions.add_parser("close", help="close a patient's record: its images' retention begins")
-    close.add_argument("patient", help="the PMS's id of the patient")
-    close.add_argument("--at", type=_instant, help="RFC 3339 time it was closed (default: now)")
+    close.add_argument("patient", type=patient_id, help="the PMS's id of the patient")
+    close.add_argument("--at", type=instant, help=f"{TIME} it was closed (default: now)")
     close.set_defaults(run=_close)
     reopen = actions.add_parser("reopen", help="open a closed record again")
     reopen.add_argument("patient")
@@ -100,8 +101,3 @@ def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
 
     with database(home) as urls:
         return asyncio.run(run(urls.owner))
-
-
-def _instant(text: str) -> datetime:
-    instant = datetime.fromisoformat(text)
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)

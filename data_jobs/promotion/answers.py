@@ -22,13 +22,11 @@ from deployments.risk.policy import RiskPolicy
 from deployments.risk.risk import conclude
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
-from serve_app.domain.assessment import Classification, Conclusion, Neighbours
+from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, RejectedUpload
 from serve_app.domain.patient import AnatomSite, ClinicalContext, Sex
 
-#: As many similar cases as the API looks for when it is not told otherwise.
-TOP_K = 10
 BATCH = 16
 _SITES = {site.value: site for site in AnatomSite}
 _SEXES = {sex.value: sex for sex in Sex}
@@ -95,7 +93,7 @@ def answer_cases(
             classified = calibrator.classify(logits, bottleneck)
             vectors = space.embed(bottleneck)
             for row, image, classification, vector in zip(part, images, classified, vectors, strict=True):
-                neighbours = search.nearest(vector, k=TOP_K, lesion=row.lesion)
+                neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
                 conclusion = _conclude(row, image, classification, neighbours, points, policy)
                 answers.append((classification, conclusion))
             if progress is not None:

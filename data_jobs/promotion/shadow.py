@@ -8,13 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from data_jobs.promotion.answers import TOP_K, CaseAnswers, answer_cases
+from data_jobs.promotion.answers import CaseAnswers, answer_cases
 from data_jobs.references.load import read_bundle
 from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from deployments.preprocess.resize import PREPROCESS_VERSION
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_file import POLICIES
 from model_store.registry import StoredModel
+from serve_app.domain.assessment import WEIGHED
 from serve_app.domain.errors import DermError
 
 CaseKind = Literal["held-out", "references"]
@@ -69,7 +70,7 @@ def shadow(
     What the answers depend on names the file: the model's digest, the cases, preprocess and policy.
     """
     policy_digest = sha256((POLICIES / f"{policy.version}.toml").read_bytes()).hexdigest()
-    parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(TOP_K))
+    parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(WEIGHED))
     path = cache / f"{model.manifest.model_id}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     name = model.manifest.model_id
     if path.exists():

@@ -6,6 +6,7 @@ values, and the tests hold them against the schema that the OpenAPI document pub
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -41,10 +42,16 @@ def lesion_url(lesion_id: UUID) -> str:
 
 
 def assessment_answer(
-    record: ImageRecord, *, lesion_id: UUID, patient_id: str, pms_url: str | None = None
+    record: ImageRecord,
+    *,
+    lesion_id: UUID,
+    patient_id: str,
+    pictured: Collection[str],
+    pms_url: str | None = None,
 ) -> dict[str, Any]:
     """One image's answer; without one, the outcome says why, and every finding is null.
 
+    `pictured`: which of `references_of` the record have a picture here.
     `pms_url`: the PMS's address, where one is configured, for the link to the encounter.
     """
     answer: dict[str, Any] = {
@@ -55,7 +62,7 @@ def assessment_answer(
         "encounter_id": record.encounter_id,
         "created_at": format_time(record.created_at),
     }
-    answer |= unanswered(record) if record.assessment is None else _findings(record.assessment)
+    answer |= unanswered(record) if record.assessment is None else _findings(record.assessment, pictured)
     if (erasure := record.erasure) is not None:
         answer["erasure"] = {
             "receipt_id": str(erasure.receipt_id),
@@ -92,7 +99,20 @@ def encounter_url(pms_url: str, encounter_id: str) -> str:
     return f"{pms_url}/api/encounters/{quote(encounter_id, safe='')}"
 
 
-def timeline_answer(timeline: LesionTimeline, *, pms_url: str | None = None) -> dict[str, Any]:
+def references_of(*found: ImageRecord | Neighbours) -> set[str]:
+    """The isic_ids of every reference that answers made of these name."""
+    parts = [part.assessment if isinstance(part, ImageRecord) else part for part in found]
+    neighbours = [part.neighbours if isinstance(part, Assessment) else part for part in parts]
+    cases = [case for part in parts if part is not None for case in part.similar]
+    cases += [
+        case for part in neighbours if part for case in (part.nearest_benign, part.nearest_malignant) if case
+    ]
+    return {case.isic_id for case in cases}
+
+
+def timeline_answer(
+    timeline: LesionTimeline, *, pictured: Collection[str], pms_url: str | None = None
+) -> dict[str, Any]:
     """A lesion with every image and assessment, newest first."""
     return {
         "lesion_id": str(timeline.lesion_id),
@@ -101,7 +121,11 @@ def timeline_answer(timeline: LesionTimeline, *, pms_url: str | None = None) -> 
         "open_demand": demand_answer(timeline.open_demand),
         "assessments": [
             assessment_answer(
-                record, lesion_id=timeline.lesion_id, patient_id=timeline.patient_id, pms_url=pms_url
+                record,
+                lesion_id=timeline.lesion_id,
+                patient_id=timeline.patient_id,
+                pictured=pictured,
+                pms_url=pms_url,
             )
             for record in timeline.images
         ],
@@ -109,15 +133,20 @@ def timeline_answer(timeline: LesionTimeline, *, pms_url: str | None = None) -> 
 
 
 def similar_answer(
-    neighbours: Neighbours, *, lesion_id: UUID, image_id: UUID, embedding_space: str
+    neighbours: Neighbours,
+    *,
+    lesion_id: UUID,
+    image_id: UUID,
+    embedding_space: str,
+    pictured: Collection[str],
 ) -> dict[str, Any]:
     """The references that a search with an image found, in the shapes of the image's own answer."""
     return {
         "lesion_id": str(lesion_id),
         "image_id": str(image_id),
         "embedding_space": embedding_space,
-        "similar": [_similar(case) for case in neighbours.similar],
-        "neighbours": _neighbours(neighbours),
+        "similar": [_similar(case, pictured) for case in neighbours.similar],
+        "neighbours": _neighbours(neighbours, pictured),
     }
 
 
@@ -140,17 +169,15 @@ def summary_answer(summary: LesionSummary) -> dict[str, Any]:
     }
 
 
-def _findings(assessment: Assessment) -> dict[str, Any]:
+def _findings(assessment: Assessment, pictured: Collection[str]) -> dict[str, Any]:
     return {
         "outcome": assessment.outcome,
         "reasons": [asdict(reason) for reason in assessment.reasons],
         "quality": asdict(assessment.quality),
         "classification": _classification(assessment.classification),
         "risk": asdict(assessment.risk) if assessment.risk else None,
-        "similar": [_similar(case) for case in assessment.neighbours.similar]
-        if assessment.neighbours
-        else [],
-        "neighbours": _neighbours(assessment.neighbours),
+        "similar": [_similar(case, pictured) for case in assessment.similar],
+        "neighbours": _neighbours(assessment.neighbours, pictured),
         "change": asdict(assessment.change) if assessment.change else None,
         "provenance": asdict(assessment.provenance),
         "timings_ms": dict(assessment.timings_ms),
@@ -173,17 +200,17 @@ def _classification(classification: Classification | None) -> dict[str, Any] | N
     }
 
 
-def _neighbours(neighbours: Neighbours | None) -> dict[str, Any] | None:
+def _neighbours(neighbours: Neighbours | None, pictured: Collection[str]) -> dict[str, Any] | None:
     if neighbours is None:
         return None
     benign, malignant = neighbours.nearest_benign, neighbours.nearest_malignant
     return {
         "malignant_share": neighbours.malignant_share,
-        "nearest_benign": _similar(benign) if benign else None,
-        "nearest_malignant": _similar(malignant) if malignant else None,
+        "nearest_benign": _similar(benign, pictured) if benign else None,
+        "nearest_malignant": _similar(malignant, pictured) if malignant else None,
     }
 
 
-def _similar(case: SimilarCase) -> dict[str, Any]:
-    urls = {"image_url": reference_url(case.isic_id), "archive_url": archive_url(case.isic_id)}
-    return asdict(case) | urls
+def _similar(case: SimilarCase, pictured: Collection[str]) -> dict[str, Any]:
+    image_url = reference_url(case.isic_id) if case.isic_id in pictured else None
+    return asdict(case) | {"image_url": image_url, "archive_url": archive_url(case.isic_id)}

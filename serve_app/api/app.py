@@ -8,10 +8,11 @@ import contextlib
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app.api import emergency_access, erasure, health, lesions, references, replay, similar, timeline
-from serve_app.api.admission import AdmissionGate
+from serve_app.api.admission import AdmissionGate, BodyPace
 from serve_app.api.assessor import Assessor
 from serve_app.api.door_settings import open_door
 from serve_app.api.emergency_limits import EmergencyLimits
@@ -34,22 +35,38 @@ from serve_app.records.audit_chain import AuditChain
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.housekeeping import Housekeeping
 from serve_app.records.lesions import LesionStore
-from serve_app.records.lost_keys import refuse_lost_keys
+from serve_app.records.lost_keys import claim_key_store, refuse_lost_keys
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import RetentionStore
 from serve_app.security.checkpoints import CheckpointLog
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import Settings
 
 SERVICE_VERSION = "0.1.0"
 
 
+class _App(FastAPI):
+    """Answers HEAD as GET without the body: the same checks, headers and audit events."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await super().__call__(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        # A copy: the server looks at its own to know whether a body may follow.
+        await super().__call__({**scope, "method": "GET"}, receive, send_without_body)
+
+
 async def open_services(settings: Settings, stages: Stages) -> Services:
     """Open pool and key store, and put the parts together.
 
-    IntegrityError when the key store is another keyring's, or lost; KeyProviderUnavailable when the keyring is.
+    IntegrityError when the key store is another keyring's or another database's, or lost; KeyProviderUnavailable when the keyring is.
     """
     pool = await open_pool(
         settings.database_url.get_secret_value(),
@@ -87,7 +104,9 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
         eraser=Eraser(ErasureStore(pool), keys, tells_pms=pms.delivery is not None),
         pms=pms,
         admission=AdmissionGate(
-            max_requests=settings.max_uploads_in_flight, max_bytes=settings.max_upload_bytes_in_flight
+            max_requests=settings.max_uploads_in_flight,
+            max_bytes=settings.max_upload_bytes_in_flight,
+            pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
         ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
         door=open_door(settings, pool, records),
@@ -101,7 +120,13 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
 async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
     keystore = settings.files.keystore
     await refuse_lost_keys(pool, keystore)
-    return KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    try:
+        await claim_key_store(pool, keys, keystore)
+    except BaseException:
+        keys.close()
+        raise
+    return keys
 
 
 def _housekeeper(settings: Settings, services: Services) -> Housekeeper:
@@ -144,7 +169,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
             await services.pool.close()
             services.keys.close()
 
-    app = FastAPI(
+    app = _App(
         title="pms-derm-cds",
         version=SERVICE_VERSION,
         summary="Dermatology decision support for clinicians; never a diagnosis.",

@@ -15,11 +15,19 @@ from deployments.preprocess.preprocess import PreparedImage
 from deployments.risk.findings import Findings
 from serve_app.api.answers import format_time
 from serve_app.api.stages import Stages
-from serve_app.domain.assessment import Assessment, Change, Neighbours, Outcome, Provenance
+from serve_app.domain.assessment import (
+    WEIGHED,
+    Assessment,
+    Change,
+    Neighbours,
+    Outcome,
+    Provenance,
+    SimilarCase,
+)
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.domain.patient import ClinicalContext
-from serve_app.domain.reference_filter import ReferenceFilter
+from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.lesion_rows import PreviousAssessment
 from serve_app.records.serving import LiveModel
 
@@ -91,6 +99,7 @@ class Assessor:
     ) -> Assessment:
         """Wait for the classifier, and conclude from everything.
 
+        `top_k` and `reference_filter` say which similar cases to show; no conclusion depends on them.
         With `recorded` neighbours the conclusion is drawn from them, not from those found now:
         a replay must not depend on which references came or went since.
         Raises StageFailed when a stage does not answer, or the classifier ran another model
@@ -104,7 +113,7 @@ class Assessor:
         embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
         timings.lap("embedder", since)
         since = perf_counter()
-        neighbours = await self._stages.nearest(embedding, live.embedding_space, top_k, reference_filter)
+        neighbours, similar = await self._search(embedding, live.embedding_space, top_k, reference_filter)
         timings.lap("retriever", since)
         change = None if previous is None else _compare(previous, output, embedding)
         since = perf_counter()
@@ -131,6 +140,7 @@ class Assessor:
             classification=output.classification if answered else None,
             risk=conclusion.risk if answered else None,
             neighbours=neighbours if answered else None,
+            similar=similar if answered else (),
             change=change if answered else None,
             provenance=Provenance(
                 model_id=output.model_id,
@@ -143,6 +153,20 @@ class Assessor:
             embedding=embedding if answered else None,
             timings_ms=timings,
         )
+
+    async def _search(
+        self, embedding: NDArray[np.float32], space: str, top_k: int, reference_filter: ReferenceFilter
+    ) -> tuple[Neighbours, tuple[SimilarCase, ...]]:
+        """Find the neighbours to weigh, and the similar cases to show."""
+        weigh = self._stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
+        if top_k <= WEIGHED and not reference_filter:
+            weighed = await weigh
+            return weighed, weighed.similar[:top_k]
+        # Two searches: one for more than WEIGHED may walk an index further, and find others among the nearest.
+        weighed, shown = await asyncio.gather(
+            weigh, self._stages.nearest(embedding, space, top_k, reference_filter)
+        )
+        return weighed, shown.similar
 
 
 def _compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from serve_app.domain.assessment import Assessment, Neighbours
+from serve_app.domain.assessment import Assessment, Neighbours, SimilarCase
 
 #: What the service promises of a probability: the same image, model and versions again.
 TOLERANCE = 1e-6
@@ -56,13 +56,20 @@ def compare(recorded: Assessment, recomputed: Assessment) -> tuple[Verdict, tupl
     return Verdict.WITHIN_TOLERANCE if tolerable else Verdict.DIFFERS, differences
 
 
-def same_references(recorded: Neighbours | None, found: Neighbours | None) -> bool:
-    """Whether the same references were found, in the same order and as similar, if both answers show any."""
-    if recorded is None or found is None:
+def same_references(recorded: Assessment, found: Assessment) -> bool:
+    """Whether the same references were found, in the same order and as similar, if both answers show any.
+
+    A record from before what is weighed was apart from what is shown holds the latter alone: only that is compared.
+    """
+    if recorded.neighbours is None or found.neighbours is None:
         return True
-    then, now = _cases(recorded), _cases(found)
+    then, now = list(recorded.similar), list(found.similar)
+    if recorded.similar != recorded.neighbours.similar:
+        then += _weighed(recorded.neighbours)
+        now += _weighed(found.neighbours)
     return len(then) == len(now) and all(
-        a == b and abs(x - y) <= TOLERANCE for (a, x), (b, y) in zip(then, now, strict=True)
+        a.isic_id == b.isic_id and abs(a.similarity - b.similarity) <= TOLERANCE
+        for a, b in zip(then, now, strict=True)
     )
 
 
@@ -87,7 +94,6 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
     return fields
 
 
-def _cases(neighbours: Neighbours) -> list[tuple[str, float]]:
+def _weighed(neighbours: Neighbours) -> list[SimilarCase]:
     nearest = (neighbours.nearest_benign, neighbours.nearest_malignant)
-    shown = [*neighbours.similar, *(case for case in nearest if case is not None)]
-    return [(case.isic_id, case.similarity) for case in shown]
+    return [*neighbours.similar, *(case for case in nearest if case is not None)]

@@ -8,13 +8,14 @@ assessment: a gateway's friendly page is none.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 import logging
 import random
 
-from serve_app.api.answers import assessment_answer
+from serve_app.api.answers import assessment_answer, references_of
 from serve_app.domain.assessment import Outcome
-from serve_app.domain.errors import PmsRefused, PmsUnavailable
+from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
 from serve_app.pms.breaker import CircuitBreaker, State
 from serve_app.pms.client import PmsClient
 from serve_app.records.lesion_rows import AssessmentRecord
@@ -33,6 +34,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 #: How long a message that the PMS refuses is tried again: a wrong route or a late registration is
 #: mended in that time, and whatever else the encounter has to tell waits no longer behind it.
 REFUSED_FOR = timedelta(hours=1)
+#: Attempts that fail although other messages get through before a message is dead: it is not the PMS that is away.
+#: With the waits between them more than half an hour; while nothing gets through, none counts.
+DEAD_AFTER_SETBACKS = 12
 #: Answers of 4xx that say nothing about the message: our token, our pace, or an attempt still running.
 _NOT_THE_MESSAGE = frozenset({401, 403, 407, 408, 409, 425, 429})
 _BATCH = 16
@@ -94,26 +98,42 @@ class Delivery:
                 logger.warning("Delivery waits: %s", type(error).__name__)
 
     async def _deliver(self, message: ClaimedMessage) -> bool:
+        try:
+            return await self._attempt(message)
+        except PmsUnavailable as fault:
+            await self._wait_or_give_up(message, fault)
+        except RecordsUnavailable:
+            raise
+        except Exception as defect:  # noqa: BLE001 - our own; the other messages go on, and this one ends, too
+            await self._wait_or_give_up(message, PmsUnavailable(f"defect_{type(defect).__name__}"))
+        return False
+
+    async def _attempt(self, message: ClaimedMessage) -> bool:
         found = await self._records.assessment_record(message.assessment_id)
         if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
             await self._outbox.give_up(message.message_id, error="not_finished")
             return False
+        pictured = await self._records.pictured(references_of(found.image))
         if not self._breaker.enter():
-            await self._outbox.postpone(message.message_id, delay_s=self._first_wait_s, error="circuit_open")
+            await self._outbox.postpone(
+                message.message_id, delay_s=self._first_wait_s, error="circuit_open", counts=False
+            )
             return False
-        try:
-            await self._post(message, found)
-        except PmsUnavailable as fault:
-            await self._wait_or_give_up(message, fault)
-            return False
+        await self._post(message, found, pictured)
         return await self._outbox.deliver(
             message.message_id, told=found.image.outcome, event=_disclosed(message, found)
         )
 
-    async def _post(self, message: ClaimedMessage, found: AssessmentRecord) -> None:
+    async def _post(
+        self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
+    ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
         body = assessment_answer(
-            found.image, lesion_id=found.lesion_id, patient_id=found.patient_id, pms_url=self._pms_url
+            found.image,
+            lesion_id=found.lesion_id,
+            patient_id=found.patient_id,
+            pictured=pictured,
+            pms_url=self._pms_url,
         )
         try:
             answer = await self._client.post(
@@ -141,12 +161,14 @@ class Delivery:
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
         limit = min(REFUSED_FOR, self._dead_after) if isinstance(fault, PmsRefused) else self._dead_after
-        if datetime.now(UTC) - message.waiting_since >= limit:
+        counts = str(fault) not in {f"http_{status}" for status in _NOT_THE_MESSAGE}
+        late = datetime.now(UTC) - message.waiting_since >= limit
+        if late or (counts and message.setbacks >= DEAD_AFTER_SETBACKS):
             await self._outbox.give_up(message.message_id, error=str(fault))
             logger.error("Message %s is dead: %s", message.message_id, fault)
             return
         delay = wait_s(message.attempts, first_s=self._first_wait_s)
-        await self._outbox.postpone(message.message_id, delay_s=delay, error=str(fault))
+        await self._outbox.postpone(message.message_id, delay_s=delay, error=str(fault), counts=counts)
         logger.warning("Message %s waits %.0f s: %s", message.message_id, delay, fault)
 
 

@@ -18,8 +18,7 @@ from serve_app.domain.errors import DermError, Forbidden, RateLimited, Unauthent
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
-from serve_app.security.access import may
-from serve_app.security.attempt import Attempt, begin
+from serve_app.security.access import RequestedAction, begin, may
 from serve_app.security.audit import AuditEvent
 from serve_app.security.tokens import Principal, Verifier
 
@@ -71,7 +70,7 @@ class Door:
         except Unauthenticated:
             await self._turn_away(request)
         action = rule_of(request)
-        attempt = Attempt(principal, action or _UNDECLARED, request.scope["request_id"])
+        attempt = RequestedAction(principal, action or _UNDECLARED, request.scope["request_id"])
         begin(attempt)
         request.state.attempt = attempt
         if wait := self._principals.take(principal.subject):
@@ -89,7 +88,7 @@ class Door:
             raise Forbidden
         return principal
 
-    async def record_fault(self, attempt: Attempt, code: str) -> None:
+    async def record_fault(self, attempt: RequestedAction, code: str) -> None:
         """Record a request that was no question at all, within bounds."""
         if self._faulty.spend(attempt.principal.subject):
             await self._records.record_event(attempt.event("failed", code=code))

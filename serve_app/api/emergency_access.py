@@ -19,12 +19,10 @@ from serve_app.api.json_body import body_of, read_form
 from serve_app.api.openapi import PROBLEM_RESPONSES
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
-from serve_app.api.upload import parse_opaque_id
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
-from serve_app.domain.identifiers import new_id
+from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.records.access import EmergencyAccess
-from serve_app.security.access import Action, Circumstances, may
-from serve_app.security.attempt import Attempt
+from serve_app.security.access import Action, Circumstances, RequestedAction, may
 
 router = APIRouter(tags=["emergency access"], responses=PROBLEM_RESPONSES)
 
@@ -90,7 +88,7 @@ class EmergencyQueueDocument(BaseModel):
 async def break_glass(request: Request, caller: Caller) -> JSONResponse:
     """Give the caller the rights of a care assignment from now on, for a time; it will be reviewed."""
     services: Services = request.app.state.services
-    attempt: Attempt = request.state.attempt
+    attempt: RequestedAction = request.state.attempt
     form = await read_form(request, EmergencyForm)
     patient_id = parse_opaque_id("patient_id", form.patient_id)
     minutes = services.emergency_limits.choose(form.minutes)
@@ -122,7 +120,7 @@ async def list_emergencies(
 ) -> JSONResponse:
     """List what waits for a review, with what was done under each."""
     services: Services = request.app.state.services
-    attempt: Attempt = request.state.attempt
+    attempt: RequestedAction = request.state.attempt
     page = await services.access.emergencies(reviewed=reviewed, after=after, limit=limit + 1)
     await services.records.record_event(attempt.event("success", listed=min(len(page), limit)))
     more = len(page) > limit
@@ -145,7 +143,7 @@ async def list_emergencies(
 async def review_emergency(request: Request, caller: Caller, emergency_id: UUID) -> JSONResponse:
     """Judge an emergency access once, and never one's own."""
     services: Services = request.app.state.services
-    attempt: Attempt = request.state.attempt
+    attempt: RequestedAction = request.state.attempt
     form = await read_form(request, ReviewForm)
     found = await services.access.emergency(emergency_id)
     if found is None:

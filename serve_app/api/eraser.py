@@ -16,7 +16,7 @@ import asyncio
 import logging
 from uuid import UUID, uuid4
 
-from serve_app.domain.errors import DermError, LegalHold, NotFound
+from serve_app.domain.errors import DataKeyMissing, DermError, LegalHold, NotFound
 from serve_app.domain.identifiers import new_id
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore, Verdict
 from serve_app.security.keystore import DestroyedKey, KeyStore
@@ -41,7 +41,8 @@ class Eraser:
         """Erase an image; returns the erasure, and whether it is this request's or an earlier one's.
 
         The erasure has no receipt when the key store could not be reached: it is accepted, and is finished
-        as soon as that answers. Raises LegalHold, NotFound and RecordsUnavailable with nothing changed.
+        as soon as that answers. DataKeyMissing when this node's key store does not hold the key: accepted as
+        well, and finished where the key is. Raises LegalHold, NotFound and RecordsUnavailable with nothing changed.
         """
         verdict = await self._erasures.accept(request)
         if verdict is Verdict.HELD:
@@ -52,6 +53,11 @@ class Eraser:
         if erasure.receipt is None:
             try:
                 await self._finish(erasure)
+            except DataKeyMissing:
+                raise DataKeyMissing(
+                    "The erasure is accepted, and this node's key store does not hold the image's data key: "
+                    "the receipt follows once the key store that holds it has destroyed it."
+                ) from None
             except DermError as error:
                 logger.warning("Erasure %s waits: %s", erasure.receipt_id, type(error).__name__)
             else:
@@ -59,13 +65,24 @@ class Eraser:
         return erasure, verdict is Verdict.ACCEPTED
 
     async def finish_accepted(self, *, older_than_s: float = ABANDONED_AFTER_S, limit: int = 100) -> int:
-        """Finish what a crash or an unreachable key store left; returns how many receipts were added."""
-        finished = 0
-        for lesion_id, image_id in await self._erasures.unproven(older_than_s=older_than_s, limit=limit):
-            erasure = await self._erasures.find(lesion_id, image_id)
-            if erasure is not None and erasure.receipt is None:
-                await self._finish(erasure)
-                finished += 1
+        """Finish what a crash or an unreachable key store left; returns how many receipts were added.
+
+        What this node's key store does not hold the key of holds up no other; it stays to be done.
+        """
+        finished, missing, after = 0, 0, UUID(int=0)
+        while page := await self._erasures.unproven(older_than_s=older_than_s, limit=limit, after=after):
+            after = page[-1][0]
+            for _, lesion_id, image_id in page:
+                erasure = await self._erasures.find(lesion_id, image_id)
+                if erasure is not None and erasure.receipt is None:
+                    try:
+                        await self._finish(erasure)
+                    except DataKeyMissing:
+                        missing += 1
+                    else:
+                        finished += 1
+        if missing:
+            logger.error("%d erasures are accepted, and this node does not hold the data keys", missing)
         return finished
 
     async def erase_restored(self) -> int:

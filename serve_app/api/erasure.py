@@ -15,7 +15,7 @@ from serve_app.api.openapi import PROBLEM_RESPONSES, ErasureDocument
 from serve_app.api.permission import require_lesion
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
-from serve_app.domain.errors import LegalHold, NotFound
+from serve_app.domain.errors import DataKeyMissing, LegalHold, NotFound
 from serve_app.records.erasures import Erasure, ErasureRequest
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
@@ -48,7 +48,8 @@ class ErasureForm(BaseModel):
 async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
     """Destroy key, ciphertext, vectors and findings; 200 with the receipt, the same one for every repetition.
 
-    202: it is accepted and can no longer be undone, and the receipt follows.
+    202: it is accepted and can no longer be undone, and the receipt follows; so does 503 `data_key_missing`, where
+    this node does not hold the image's data key.
     """
     services: Services = request.app.state.services
     request_id: str = request.scope["request_id"]
@@ -67,7 +68,7 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
                 request_id=request_id,
             )
         )
-    except (LegalHold, NotFound) as refusal:
+    except (LegalHold, NotFound, DataKeyMissing) as refusal:
         await services.records.record_event(
             AuditEvent(
                 action=Action.ERASE,

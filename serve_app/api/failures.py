@@ -9,7 +9,7 @@ from fastapi import Request
 
 from serve_app.api.services import Services
 from serve_app.domain.errors import Conflict, DermError, Overloaded, RecordsUnavailable
-from serve_app.security.attempt import Attempt
+from serve_app.security.access import RequestedAction
 
 #: Refused before anything was looked at, or there is no log to write to; the caller tries again.
 _UNRECORDED = (Overloaded, RecordsUnavailable)
@@ -53,8 +53,8 @@ async def record_fault(request: Request) -> None:
         await services.door.record_fault(attempt, "invalid_field")
 
 
-def _attempt(request: Request) -> Attempt | None:
-    attempt: Attempt | None = getattr(request.state, "attempt", None)
+def _attempt(request: Request) -> RequestedAction | None:
+    attempt: RequestedAction | None = getattr(request.state, "attempt", None)
     if attempt is not None:
         for name in ("lesion_id", "image_id", "assessment_id"):
             if getattr(attempt, name) is None:

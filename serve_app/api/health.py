@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -26,8 +27,8 @@ async def readyz(request: Request) -> JSONResponse:
     """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
-    (null otherwise), the invariants of what is stored, whether the audit log is what was signed, and how many
-    messages to the PMS wait or are dead.
+    (null otherwise), the invariants of what is stored, whether the audit log is what was signed, how many
+    assessments are pending or have failed, and how many messages to the PMS wait or are dead.
     """
     services: Services = request.app.state.services
     live = await services.live.refresh()
@@ -39,6 +40,7 @@ async def readyz(request: Request) -> JSONResponse:
             "refused_model": services.live.refused,
             "invariants": services.invariants.describe(),
             "audit": services.sealer.describe(),
+            "assessments": asdict(await services.records.counts()),
             "outbox": await services.pms.describe(),
         }
     )

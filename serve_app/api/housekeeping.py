@@ -21,6 +21,8 @@ logger = logging.getLogger("derm.housekeeping")
 #: How often accepted erasures and new images' keys are looked after, and everything else.
 ERASURES_EVERY_S = 10.0
 REST_EVERY_S = 3600.0
+#: How long one part may take: each can be broken off anywhere, and goes on from there in its next round.
+ATTEMPT_S = 600.0
 
 _DAY_S = 86_400
 
@@ -78,6 +80,7 @@ class Housekeeper:
 
 async def _attempt(work: Callable[[], Awaitable[int]]) -> None:
     try:
-        await work()
+        async with asyncio.timeout(ATTEMPT_S):
+            await work()
     except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
         logger.warning("Housekeeping waits: %s", type(error).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 import re
 from typing import Annotated
@@ -9,7 +10,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
-from serve_app.api.answers import assessment_answer, demand_answer, lesion_url
+from serve_app.api.admission import Place
+from serve_app.api.answers import assessment_answer, demand_answer, lesion_url, references_of
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
@@ -22,11 +24,18 @@ from serve_app.api.upload import (
     expected_bytes,
     parse_context,
     parse_lesion_id,
-    parse_opaque_id,
     read_upload,
 )
 from serve_app.domain.assessment import Outcome
-from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RejectedUpload
+from serve_app.domain.errors import (
+    Erased,
+    IdempotencyMismatch,
+    InvalidField,
+    NotFound,
+    RecordsUnavailable,
+    RejectedUpload,
+)
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.lesion_rows import AssessmentRecord, Replay
 from serve_app.security.access import Action
@@ -61,8 +70,9 @@ async def create_lesion(
     services: Services = request.app.state.services
     reference_filter = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
     question = _Question(top_k, reference_filter, idempotency_key)
-    with services.admission.enter(expected_bytes(request, max_image_bytes=services.limits.max_bytes)):
-        return await _assess(request, services, caller, question)
+    expected = expected_bytes(request, max_image_bytes=services.limits.max_bytes)
+    with services.admission.enter(expected) as place:
+        return await _assess(request, place, services, caller, question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +90,14 @@ class _Question:
 
 
 async def _assess(
-    request: Request, services: Services, caller: Principal, question: _Question
+    request: Request, place: Place, services: Services, caller: Principal, question: _Question
 ) -> JSONResponse:
     request_id: str = request.scope["request_id"]
     form = None
     try:
         if question.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(question.idempotency_key):
             raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
-        form = await read_upload(request, max_image_bytes=services.limits.max_bytes)
+        form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
         submission = await _authorise(services, caller, form, request_id, question)
         if question.idempotency_key is not None:
             replay = await services.records.find_replay(caller.subject, question.idempotency_key)
@@ -108,7 +118,7 @@ async def _assess(
             )
         )
         raise
-    return _respond(services, stored)
+    return await _respond(services, stored)
 
 
 async def _authorise(
@@ -170,12 +180,20 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
             detail={"repeated": Action.UPLOAD},
         )
     )
-    return _respond(services, found)
+    return await _respond(services, found)
 
 
-def _respond(services: Services, found: AssessmentRecord) -> JSONResponse:
+async def _respond(services: Services, found: AssessmentRecord) -> JSONResponse:
+    pictured: frozenset[str] = frozenset()
+    # The image is on record: an error now would have it sent a second time, for want of a few links.
+    with contextlib.suppress(RecordsUnavailable):
+        pictured = await services.records.pictured(references_of(found.image))
     answer = assessment_answer(
-        found.image, lesion_id=found.lesion_id, patient_id=found.patient_id, pms_url=services.pms.url
+        found.image,
+        lesion_id=found.lesion_id,
+        patient_id=found.patient_id,
+        pictured=pictured,
+        pms_url=services.pms.url,
     )
     headers = {"Location": lesion_url(found.lesion_id), "Cache-Control": "no-store"}
     if found.image.outcome is Outcome.PENDING:

@@ -14,6 +14,8 @@ from serve_app.records.serving import LiveModel, live_model
 
 #: How long after a promotion a replica may still start requests on the model before.
 MAX_AGE_S = 2.0
+#: How long a model's folder may take to be read through.
+VERIFY_S = 60.0
 
 _log = logging.getLogger("derm.live_model")
 
@@ -56,14 +58,15 @@ class LiveModelWatch:
     async def _may_answer(self, published: LiveModel) -> bool:
         """Whether the model that the row names is here, whole, and the one that was published."""
         try:
-            await asyncio.to_thread(_verify, self._models, published)
-        except ModelContractError as error:
+            async with asyncio.timeout(VERIFY_S):
+                await asyncio.to_thread(_verify, self._models, published)
+        except (ModelContractError, TimeoutError) as error:
             if self.refused is None:
                 _log.error(
                     "%(model_id)s does not take over: %(cause)s",
                     {"model_id": published.model_id, "cause": str(error)},
                 )
-            self.refused = str(error)
+            self.refused = str(error) or f"{published.model_id} could not be read in time."
             return False
         self.refused = None
         return True

@@ -90,7 +90,10 @@ class RiskDocument(Document):
 
 
 class SimilarDocument(Document):
-    """A confirmed reference case; similarity is the cosine. `image_url` is here, `archive_url` the archive's page."""
+    """A confirmed reference case; similarity is the cosine. `archive_url` is the archive's own page.
+
+    `image_url` is where this service has its picture; null where it has none.
+    """
 
     isic_id: str
     lesion_id: str | None
@@ -102,12 +105,15 @@ class SimilarDocument(Document):
     anatom_site_general: str | None
     copyright_license: str
     attribution: str
-    image_url: str
+    image_url: str | None
     archive_url: str
 
 
 class NeighboursDocument(Document):
-    """The references together; nearest of each kind wherever one passes the filters."""
+    """What the references say together, and the nearest of each kind.
+
+    In an assessment: of the 16 nearest of all references, whatever was asked to be shown. In a search: of those found.
+    """
 
     malignant_share: float | None
     nearest_benign: SimilarDocument | None
@@ -278,7 +284,7 @@ class WorklistDocument(Document):
 
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "content": {"application/problem+json": {}}}
-    for status in (401, 403, 404, 409, 410, 413, 415, 422, 429, 503)
+    for status in (401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 503)
 }
 
 UPLOAD_BODY: dict[str, Any] = {

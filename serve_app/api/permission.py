@@ -7,8 +7,7 @@ from uuid import UUID
 from serve_app.domain.errors import Forbidden, NotFound
 from serve_app.records.lesion_rows import PatientAccess
 from serve_app.records.lesions import LesionStore
-from serve_app.security.access import Action, Circumstances, may
-from serve_app.security.attempt import attempt_of
+from serve_app.security.access import Action, Circumstances, may, requested_action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.tokens import Principal
 
@@ -29,7 +28,7 @@ async def require(
     on an emergency access is marked so from here on, in every event of the request.
     """
     decision = may(principal, action, Circumstances(assigned=access.assigned, emergency=access.emergency))
-    attempt = attempt_of(request_id)
+    attempt = requested_action(request_id)
     if attempt is not None:
         attempt.patient_id, attempt.lesion_id = patient_id, lesion_id
         attempt.emergency = decision.emergency

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from serve_app.api.failures import record_defect, record_failure, record_fault
 from serve_app.domain.errors import DermError
@@ -43,6 +44,17 @@ def problem_response(
     return JSONResponse(body, status_code=status, media_type=CONTENT_TYPE, headers=dict(headers or {}))
 
 
+def _allowed(request: Request) -> list[str]:
+    """The methods that the path of a request has a route for; HEAD where it has GET (app.py)."""
+
+    def has(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    found = {method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if has(method)}
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
+
+
 def _name(location: Sequence[str | int]) -> str:
     """The field that a fault is in; of a repeated one, a location ends with which of its values it is."""
     return next((part for part in reversed(location) if isinstance(part, str)), "request")
@@ -68,12 +80,16 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - narrows for the type checker
         code = _FRAMEWORK_CODES.get(error.status_code, "bad_request")
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # The router names only the methods of the path's first route.
+            headers["Allow"] = ", ".join(_allowed(request))
         return problem_response(
             request,
             status=error.status_code,
             code=code,
             detail=str(error.detail),
-            headers=error.headers,
+            headers=headers,
         )
 
     async def on_validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -118,7 +118,7 @@ class Replayer:
             recorded.provenance,
             again.provenance,
             differences=differences,
-            references_changed=not same_references(recorded.neighbours, again.neighbours),
+            references_changed=not same_references(recorded, again),
         )
 
     async def _again(self, case: RecordedCase, recorded: Assessment) -> Assessment:

@@ -11,13 +11,21 @@ import re
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.problems import problem_response
 from serve_app.domain.identifiers import is_opaque, new_id
 from serve_app.logs.request_context import begin_request, end_request
 
-# Short and printable: it is written back into a header.
-_SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Short and plain: it is written back into a header.
+_SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+#: What the headers of a request may be; HAProxy lets more through (cluster/haproxy.sed), so that the answer is ours.
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 1024
 
 
 class RequestIdMiddleware:
@@ -47,9 +55,25 @@ class RequestIdMiddleware:
             await send(message)
 
         begin_request(request_id, _of_the_caller(scope))
-        await self._app(scope, receive, send_with_id)
+        headers = scope["headers"]
+        if (
+            len(headers) > MAX_HEADERS
+            or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES
+        ):
+            await _too_large(Request(scope))(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
         # Not after a defect: that is logged outside of here, by what surrounds every middleware.
         end_request()
+
+
+def _too_large(request: Request) -> Response:
+    return problem_response(
+        request,
+        status=431,
+        code="headers_too_large",
+        detail=f"A request may have {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together.",
+    )
 
 
 def _of_the_caller(scope: Scope) -> Iterator[str]:

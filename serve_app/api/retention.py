@@ -5,7 +5,7 @@ from __future__ import annotations
 from uuid import uuid4
 
 from serve_app.api.eraser import Eraser
-from serve_app.domain.errors import LegalHold
+from serve_app.domain.errors import DataKeyMissing, LegalHold
 from serve_app.records.erasures import ErasureRequest
 from serve_app.records.retention import RetentionStore
 from serve_app.security.receipts import ErasureReason
@@ -31,7 +31,10 @@ async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int,
             )
             try:
                 await eraser.erase(request)
-            except LegalHold:  # set since the list was made
+            except (
+                LegalHold,
+                DataKeyMissing,
+            ):  # a hold set since the list was made; a key to be destroyed elsewhere
                 continue
             erased += 1
         if erased == before:

@@ -16,6 +16,8 @@ from serve_app.security.checkpoints import Checkpoint, CheckpointLog
 EVERY_S = 2.0
 CHECKPOINT_EVERY_S = 600.0
 _BATCH = 1_000
+#: How long one round may take; what is not sealed by then is the next one's.
+_ATTEMPT_S = 120.0
 #: How long a shutdown waits for the last checkpoint.
 _LAST_WITHIN_S = 3.0
 
@@ -75,9 +77,10 @@ class Sealer:
     async def _attempt(self, *, sign: bool) -> bool:
         """Do one round; says whether it signed, or found out that it must not."""
         try:
-            await self.seal()
-            if sign:
-                await self.sign()
+            async with asyncio.timeout(_ATTEMPT_S):
+                await self.seal()
+                if sign:
+                    await self.sign()
         except IntegrityError:
             return sign
         except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come

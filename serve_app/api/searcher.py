@@ -1,7 +1,6 @@
 """The use case: the confirmed cases nearest to an image that has been assessed, without assessing it anew.
 
-Nothing is concluded from them and nothing is stored, so they may be limited in any way; an
-upload's may not, because the risk is drawn from those.
+Nothing is concluded from them and nothing is stored: they may be limited in any way.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from uuid import UUID
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serve_app.api.answers import similar_answer
+from serve_app.api.answers import references_of, similar_answer
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, SimilarCasesDocument
 from serve_app.api.permission import require_lesion
@@ -80,10 +80,15 @@ async def find_similar(
     except (NotFound, Erased, Conflict, StageFailed) as failure:
         await services.records.record_event(event("failed", code=failure.code))
         raise
+    pictured = await services.records.pictured(references_of(found.neighbours))
     await services.records.record_event(event("success"))
     return JSONResponse(
         similar_answer(
-            found.neighbours, lesion_id=lesion_id, image_id=image_id, embedding_space=found.embedding_space
+            found.neighbours,
+            lesion_id=lesion_id,
+            image_id=image_id,
+            embedding_space=found.embedding_space,
+            pictured=pictured,
         ),
         headers={"Cache-Control": "no-store"},
     )

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from serve_app.api.answers import identity_answer, summary_answer, timeline_answer
+from serve_app.api.answers import identity_answer, references_of, summary_answer, timeline_answer
 from serve_app.api.authentication import Caller
 from serve_app.api.json_body import body_of, read_form
 from serve_app.api.openapi import (
@@ -25,8 +25,8 @@ from serve_app.api.openapi import (
 from serve_app.api.permission import require, require_lesion
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
-from serve_app.api.upload import parse_opaque_id
 from serve_app.domain.errors import Erased, InvalidField, NotFound
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.envelope import ImageBinding
@@ -92,10 +92,12 @@ async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSON
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
+    pictured = await services.records.pictured(references_of(*timeline.images))
     await services.records.record_event(
         _viewed(Action.READ, caller, request.scope["request_id"], patient_id, lesion_id)
     )
-    return JSONResponse(timeline_answer(timeline, pms_url=services.pms.url), headers=_NO_STORE)
+    answer = timeline_answer(timeline, pictured=pictured, pms_url=services.pms.url)
+    return JSONResponse(answer, headers=_NO_STORE)
 
 
 @router.get(

@@ -18,7 +18,7 @@ from uuid import UUID
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.api.assessor import Assessor, Examination
 from serve_app.domain.assessment import Assessment, Outcome
-from serve_app.domain.errors import DermError, RecordsUnavailable
+from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
 from serve_app.domain.reference_filter import ReferenceFilter
@@ -39,8 +39,12 @@ from serve_app.security.keystore import KeyStore
 
 logger = logging.getLogger("derm.triage")
 
+#: How long everything before T1 may take, seconds: the image prepared, the directory asked, the image sealed.
+PREPARE_S = 15.0
 #: How long the stages may take after T1, seconds. A later answer finds nobody waiting.
 DEADLINE_S = 15.0
+#: How long an image is its request's own from T1 on: the deadline, and the way of T1's answer back (the pool's timeout).
+LEASE_S = DEADLINE_S + 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +91,25 @@ class Triage:
         """
         # Asked while the image is prepared: the PMS costs the answer only what it takes longer.
         consulting = asyncio.create_task(self._consult(submission))
+        examination = None
         try:
-            examination = await self._assessor.examine(submission.image, live)
-        except BaseException:
+            async with asyncio.timeout(PREPARE_S):
+                examination = await self._assessor.examine(submission.image, live)
+                context = await consulting
+                since = perf_counter()
+                admission = await self._admission(submission, context, examination.prepared)
+            # Outside of that timeout: the pool has its own, and only it knows what became of the statement.
+            replay = await self._records.admit(admission, lease_s=LEASE_S)
+            examination.timings.lap("store", since)
+        except BaseException as error:
             consulting.cancel()
             await asyncio.gather(consulting, return_exceptions=True)
-            raise
-        try:
-            context = await consulting
-            since = perf_counter()
-            admission = await self._admission(submission, context, examination.prepared)
-            replay = await self._records.admit(admission)
-            examination.timings.lap("store", since)
-        except BaseException:
-            consulting.cancel()
-            await examination.discard()
+            if examination is not None:
+                await examination.discard()
+            if isinstance(error, TimeoutError):
+                raise StageFailed(
+                    "Preparing the image took too long; nothing was stored, try again."
+                ) from error
             raise
         if replay is not None:
             await examination.discard()
@@ -140,12 +148,18 @@ class Triage:
         return OpenDemand(*assessment.demand, *ids, admission.created_at)
 
     async def resume(self, pending: PendingAssessment, live: LiveModel) -> Assessment | None:
-        """Complete an assessment that was left pending; None when it still cannot be."""
+        """Complete an assessment that was left pending; raises whatever keeps it from that.
+
+        None when it was completed elsewhere and erased since. No deadline: the caller knows for how long it is his.
+        """
         image = await asyncio.to_thread(self._open, pending)
         examination = await self._assessor.examine(image, live)
-        return await self._finish(examination, pending, follow_up=True)
+        try:
+            return await self._complete(examination, pending, follow_up=True)
+        finally:
+            await examination.discard()
 
-    async def give_up(self, pending: PendingAssessment, error: DermError) -> bool:
+    async def give_up(self, pending: PendingAssessment, code: str) -> bool:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
         event = AuditEvent(
             action="classify",
@@ -156,10 +170,10 @@ class Triage:
             image_id=pending.image_id,
             assessment_id=pending.assessment_id,
             request_id=pending.request_id,
-            detail={"code": error.code, "attempts": pending.attempts},
+            detail={"code": code, "attempts": pending.attempts},
         )
         return await self._records.fail(
-            pending.assessment_id, error.code, event=event, message_id=self._message_id()
+            pending.assessment_id, code, event=event, message_id=self._message_id()
         )
 
     def _message_id(self) -> UUID | None:
@@ -212,7 +226,7 @@ class Triage:
         )
 
     async def _finish(
-        self, examination: Examination, case: Admission | PendingAssessment, *, follow_up: bool
+        self, examination: Examination, case: Admission, *, follow_up: bool
     ) -> Assessment | None:
         """Everything after T1: any failure leaves the record pending, and says so in the log."""
         try:

@@ -43,6 +43,8 @@ _FAILURES = {
     "image_too_small": "The stored image is smaller than this service takes today.",
     "unsupported_image": "The stored image is not of a kind that this service takes today.",
     "undecodable_image": "The stored image cannot be decoded.",
+    "stage_failed": "A stage of the assessment does not answer for this image, while it does for others.",
+    "internal": "The service fails on this image, while it answers others.",
     "integrity": "The stored image does not authenticate: it was altered, or its key is lost.",
 }
 _FAILED = "The stored image cannot be assessed."

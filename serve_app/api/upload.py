@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 import hashlib
 import json
-import re
 from typing import TypeVar
 from uuid import UUID
 
@@ -20,8 +19,11 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from serve_app.api.admission import Place
 from serve_app.domain.errors import InvalidField, TooLarge
+from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs.request_context import conceal
 
 #: Room for the other fields and the multipart framing, bytes.
@@ -42,8 +44,6 @@ _FIELDS = frozenset(
         "checklist",
     }
 )
-# Opaque ids: no spaces, so neither a name nor a date in words.
-_OPAQUE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
 Answers = TypeVar("Answers", History, Checklist)
 
@@ -63,11 +63,11 @@ class UploadForm:
         return digest.digest()
 
 
-async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
+async def read_upload(request: Request, place: Place, *, max_image_bytes: int) -> UploadForm:
     """Read a multipart body of one image and its fields.
 
-    Raises TooLarge as soon as the body outgrows the limit, InvalidField for a body that is
-    not such a form.
+    Raises TooLarge as soon as the body outgrows the limit, BodyTimeout as Place.read says,
+    InvalidField for a body that is not such a form.
     """
     content_type = request.headers.get("content-type", "")
     if not content_type.lower().startswith("multipart/form-data"):
@@ -78,8 +78,9 @@ async def read_upload(request: Request, *, max_image_bytes: int) -> UploadForm:
         raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
     parser = _Parser(
         request.headers,
-        _bounded(request.stream(), limit),
-        max_files=1,
+        _bounded(place.read(request), limit),
+        # As many as there are fields: what is wrong with a second one is said by name.
+        max_files=len(_FIELDS),
         max_fields=len(_FIELDS),
         max_part_size=_MAX_FIELD_BYTES,
     )
@@ -132,8 +133,8 @@ async def _to_upload(form: FormData) -> UploadForm:
     names = [name for name, _ in form.multi_items()]
     if unknown := set(names) - _FIELDS:
         raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")
-    if len(names) != len(set(names)):
-        raise InvalidField("A field was sent twice.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidField(f"{twice}: sent twice.")
     image = form.get("image")
     if not isinstance(image, UploadFile):
         raise InvalidField("image: a file is required.")
@@ -145,13 +146,6 @@ async def _to_upload(form: FormData) -> UploadForm:
             values[name] = value
     patient_id = parse_opaque_id("patient_id", values.get("patient_id", ""))
     return UploadForm(await image.read(), patient_id, values)
-
-
-def parse_opaque_id(name: str, value: str) -> str:
-    """Check an identifier of the PMS; raise InvalidField unless it is opaque."""
-    if not _OPAQUE_ID.fullmatch(value):
-        raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
-    return value
 
 
 def parse_lesion_id(value: str) -> UUID:
@@ -187,8 +181,10 @@ def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers 
     if not text:
         return None
     try:
-        answers = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        answers = read_json(text)
+    except KeySentTwice as twice:
+        raise InvalidField(f"{name}: {twice}: sent twice.") from twice
+    except ValueError as error:
         raise InvalidField(f"{name}: not valid JSON.") from error
     known = {field.name for field in fields(kind)}
     if not isinstance(answers, dict) or (unknown := set(answers) - known):

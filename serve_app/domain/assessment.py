@@ -106,11 +106,16 @@ class SimilarCase:
     attribution: str
 
 
+#: How many of the nearest references the risk and the doubts weigh, of all that there are: fixed, because the
+#: policies' limits on their malignant share hold for a share of so many, and no caller may move it.
+WEIGHED = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """What the nearest references say together.
 
-    malignant_share is over the K returned; nearest_benign and nearest_malignant are searched
+    malignant_share is over those in `similar`; nearest_benign and nearest_malignant are searched
     for on their own, so each is there whenever the cache holds one.
     """
 
@@ -175,7 +180,11 @@ class Conclusion:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """One finished answer to one image. A refused image has no classification, risk or neighbours."""
+    """One finished answer to one image. A refused image has no classification, risk or neighbours.
+
+    `neighbours` are the WEIGHED nearest of all references: what the risk was drawn from. `similar` are those that
+    the caller asked to be shown; no conclusion rests on them.
+    """
 
     outcome: Outcome
     reasons: tuple[Reason, ...]
@@ -183,6 +192,7 @@ class Assessment:
     classification: Classification | None
     risk: Risk | None
     neighbours: Neighbours | None
+    similar: tuple[SimilarCase, ...]
     change: Change | None
     provenance: Provenance
     embedding: NDArray[np.float32] | None

@@ -11,6 +11,7 @@ DermError
 │   └── ReferencesDropped          409  the space it was assessed in is gone
 ├── Erased                         410  the image is destroyed, its receipt stays
 ├── RejectedUpload                      nothing is stored but the audit event
+│   ├── BodyTimeout                408  the body came too slowly
 │   ├── TooLarge                   413  bytes or pixels, found before decoding
 │   ├── UnsupportedImage           415  not JPEG or PNG by content
 │   ├── UndecodableImage           422  broken or truncated
@@ -22,6 +23,7 @@ DermError
 ├── Overloaded                     503  refused at admission, try again
 ├── RecordsUnavailable             503  the database or key store cannot be reached
 │   └── KeyProviderUnavailable     503  whoever holds the key-encryption keys does not answer, or refuses
+├── DataKeyMissing                 503  this node's key store does not hold the key of an image
 ├── IssuerKeysUnavailable          503  the token issuer's keys cannot be had
 ├── DirectoryUnavailable           503  the directory of patients did not answer; never a caller's to see
 ├── PmsUnavailable                 503  the PMS gave no usable answer; never a caller's to see
@@ -126,6 +128,13 @@ class RejectedUpload(DermError):
     code = "rejected_upload"
 
 
+class BodyTimeout(RejectedUpload):
+    """The body came too slowly; nothing was stored, send it again."""
+
+    status = 408
+    code = "body_timeout"
+
+
 class TooLarge(RejectedUpload):
     """The image is larger than this service accepts."""
 
@@ -208,6 +217,14 @@ class KeyProviderUnavailable(RecordsUnavailable):
 
     code = "key_provider_unavailable"
     retry_after_s = 5
+
+
+class DataKeyMissing(DermError):
+    """This node's key store does not hold the data key of this image. The node that holds it, or its backup, must be put back."""
+
+    status = 503
+    code = "data_key_missing"
+    retry_after_s = 60
 
 
 class IssuerKeysUnavailable(DermError):

@@ -7,6 +7,11 @@ import secrets
 import time
 from uuid import UUID
 
+from serve_app.domain.errors import InvalidField
+
+# Ids of the PMS: no spaces, so neither a name nor a date in words.
+_PMS_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+
 _OPAQUE = re.compile(
     r"(?i:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"  # UUID
     r"|(?i:[0-9a-f]{32})"  # UUID without hyphens, W3C trace id
@@ -21,6 +26,13 @@ def new_id() -> UUID:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return UUID(int=value)
+
+
+def parse_opaque_id(name: str, value: str) -> str:
+    """Check an identifier of the PMS; raise InvalidField unless it is opaque."""
+    if not _PMS_ID.fullmatch(value):
+        raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
+    return value
 
 
 def is_opaque(text: str) -> bool:

@@ -13,8 +13,8 @@ class ReferenceFilter:
 
     `licences` and `sites` (anatom_site_general) are in the archive's words, empty for any.
     `confirmed_only`: the archive must say how the diagnosis was confirmed (diagnosis_confirm_type).
-    `diagnoses`: empty for any. An assessment's search is never limited so: the risk is drawn from its
-    neighbours, and a malignant one that is hidden could lower it.
+    `diagnoses`: empty for any. A filter limits what is shown, never what an assessment weighs: the risk is drawn
+    from the nearest of all references, and a malignant one that is hidden could lower it.
     """
 
     licences: tuple[str, ...] = ()

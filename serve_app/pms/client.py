@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from serve_app.domain.errors import IntegrityError, PmsUnavailable
+from serve_app.domain.strict_json import read_json
 from serve_app.security.private_files import read_private
 
 #: More than any record of a patient; a longer answer is not one.
@@ -103,14 +104,14 @@ class PmsClient:
 
 
 async def _read(response: httpx.Response) -> dict[str, Any] | None:
-    """Read a bounded body; None unless it is a JSON object."""
+    """Read a bounded body; None unless it is a JSON object without a key twice."""
     received = bytearray()
     async for chunk in response.aiter_bytes():
         received += chunk
         if len(received) > MAX_ANSWER_BYTES:
             raise PmsUnavailable("answer_too_large")
     try:
-        body = json.loads(received)
-    except (ValueError, RecursionError):
+        body = read_json(bytes(received))
+    except ValueError:
         return None
     return body if isinstance(body, dict) else None

@@ -66,6 +66,7 @@ def assessment_to_json(assessment: Assessment) -> dict[str, Any]:
             "nearest_benign": _flat(neighbours.nearest_benign),
             "nearest_malignant": _flat(neighbours.nearest_malignant),
         },
+        "similar": [_flat(case) for case in assessment.similar],
         "change": _flat(assessment.change),
         "provenance": _flat(assessment.provenance),
         "timings_ms": dict(assessment.timings_ms),
@@ -76,13 +77,17 @@ def assessment_from_json(answer: Mapping[str, Any]) -> Assessment:
     """Read an assessment back; its embedding is None. ValueError for a version this code does not know."""
     if answer["version"] != VERSION:
         raise ValueError(f"Assessments of version {answer['version']} are not known here")
+    neighbours = answer["neighbours"] and _neighbours(answer["neighbours"])
+    # Records from before the two were apart weighed what they showed, and have no such key.
+    similar = answer.get("similar", answer["neighbours"]["similar"] if neighbours else ())
     return Assessment(
         outcome=Outcome(answer["outcome"]),
         reasons=tuple(Reason(**reason) for reason in answer["reasons"]),
         quality=_read(Quality, answer["quality"]),
         classification=answer["classification"] and _classification(answer["classification"]),
         risk=answer["risk"] and _risk(answer["risk"]),
-        neighbours=answer["neighbours"] and _neighbours(answer["neighbours"]),
+        neighbours=neighbours,
+        similar=tuple(_case(case) for case in similar),
         change=answer["change"] and _read(Change, answer["change"]),
         provenance=Provenance(**answer["provenance"]),
         embedding=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.security.attempt import attempt_of
+from serve_app.security.access import requested_action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.purpose import PURPOSE, purpose_of
 
@@ -15,7 +15,7 @@ def event_columns(event: AuditEvent) -> tuple[object, ...]:
     What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
     statement writes itself.
     """
-    attempt = attempt_of(event.request_id)
+    attempt = requested_action(event.request_id)
     if attempt is not None:
         attempt.recorded = True
         if attempt.emergency is not None:

@@ -23,6 +23,7 @@ from serve_app.security.audit import AuditEvent
 from serve_app.security.receipts import ErasureReason, Receipt
 
 _SQL = queries("erasures")
+_FIRST = UUID(int=0)
 
 
 class Verdict(StrEnum):
@@ -106,10 +107,12 @@ class ErasureStore:
         row = await self._pool.fetchrow(_SQL["find"], lesion_id, image_id)
         return _erasure(row) if row else None
 
-    async def unproven(self, *, older_than_s: float, limit: int) -> list[tuple[UUID, UUID]]:
-        """List (lesion, image) of what was accepted this long ago and has no receipt, oldest first."""
-        rows = await self._pool.fetch(_SQL["unproven"], timedelta(seconds=older_than_s), limit)
-        return [(row["lesion_id"], row["image_id"]) for row in rows]
+    async def unproven(
+        self, *, older_than_s: float, limit: int, after: UUID = _FIRST
+    ) -> list[tuple[UUID, UUID, UUID]]:
+        """List (receipt, lesion, image) of what was accepted this long ago and has no receipt yet, by receipt."""
+        rows = await self._pool.fetch(_SQL["unproven"], timedelta(seconds=older_than_s), after, limit)
+        return [(row["receipt_id"], row["lesion_id"], row["image_id"]) for row in rows]
 
     async def restored(self, data_key_ids: Sequence[UUID]) -> dict[UUID, tuple[UUID, UUID]]:
         """Of these destroyed data keys, those whose (lesion, image) is there: only a restored backup has such."""

@@ -106,6 +106,15 @@ class PendingAssessment:
 
 
 @dataclass(frozen=True, slots=True)
+class AssessmentCounts:
+    """How many assessments are pending and how many have failed; the age of the oldest pending one in seconds."""
+
+    pending: int
+    failed: int
+    oldest_pending_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class PreviousAssessment:
     """An earlier image of the lesion: its probabilities and risk level, its embedding in the space asked for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from serve_app.records.assessment_json import assessment_to_json, context_to_jso
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
+    AssessmentCounts,
     AssessmentRecord,
     Confirmation,
     ImageEmbedding,
@@ -58,9 +60,10 @@ class LesionStore:
         row = await self._pool.fetchrow(_SQL["find_replay"], actor, key)
         return Replay(**row) if row else None
 
-    async def admit(self, admission: Admission) -> Replay | None:
+    async def admit(self, admission: Admission, *, lease_s: float = 0.0) -> Replay | None:
         """T1: commit the sealed image, its pending assessment and the audit event; None when done.
 
+        For `lease_s` it is the admitting request's own to assess: `claim_pending` passes it by.
         When another request came first with the same idempotency key, nothing is written and its
         Replay returned. Conflict when the lesion is not there or not this patient's, or an id or
         data key is taken; IntegrityError when `sealed` is no sealed image.
@@ -88,6 +91,7 @@ class LesionStore:
             data_key_id_of(admission.sealed),
             *event_columns(admission.event),
             admission.reference_filter.confirmed_only,
+            timedelta(seconds=lease_s),
         )
         if admitted or admission.idempotency_key is None:
             return None
@@ -138,16 +142,23 @@ class LesionStore:
         )
         return failed
 
-    async def claim_pending(
-        self, *, older_than_s: float, lease_s: float, limit: int
-    ) -> list[PendingAssessment]:
+    async def claim_pending(self, *, lease_s: float, limit: int) -> list[PendingAssessment]:
         """Lease pending assessments, oldest first, that nobody else holds; unfinished, they come up again.
 
         Each try doubles the lease, up to five minutes: one that always fails does not wear the stages out.
         """
-        older_than, lease = timedelta(seconds=older_than_s), timedelta(seconds=lease_s)
-        rows = await self._pool.fetch(_SQL["claim_pending"], older_than, lease, limit)
+        rows = await self._pool.fetch(_SQL["claim_pending"], timedelta(seconds=lease_s), limit)
         return [PendingAssessment.from_row(row) for row in rows]
+
+    async def set_back(self, assessment_id: UUID) -> int:
+        """Note a try that failed; returns how many have counted: those since whose last one others were answered."""
+        setbacks: int | None = await self._pool.fetchval(_SQL["set_back"], assessment_id)
+        return setbacks or 0
+
+    async def counts(self) -> AssessmentCounts:
+        """Count the assessments without an answer."""
+        row = await self._pool.fetchrow(_SQL["counts"])
+        return AssessmentCounts(**row) if row else AssessmentCounts(0, 0, None)
 
     async def previous(
         self, lesion_id: UUID, *, before: datetime, embedding_space: str
@@ -223,6 +234,13 @@ class LesionStore:
             return None
         demand = OpenDemand.from_json(row["open_demand"])
         return AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row), demand)
+
+    async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:
+        """Say which of these references have a picture to show."""
+        if not isic_ids:
+            return frozenset()
+        rows = await self._pool.fetch(_SQL["pictured"], list(isic_ids))
+        return frozenset(row["isic_id"] for row in rows)
 
     async def recorded_case(self, lesion_id: UUID, assessment_id: UUID) -> RecordedCase | None:
         """Find what an assessment was asked and answered; None when the lesion has no such assessment."""

@@ -23,13 +23,17 @@ _SQL = queries("outbox")
 
 @dataclass(frozen=True, slots=True)
 class ClaimedMessage:
-    """A message that is this sender's to deliver until its lease ends; `attempts` counts this one."""
+    """A message that is this sender's to deliver until its lease ends; `attempts` counts this one.
+
+    `setbacks`: attempts that failed although another message was delivered since the attempt before.
+    """
 
     message_id: UUID
     assessment_id: UUID
     encounter_id: str
     waiting_since: datetime
     attempts: int
+    setbacks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,12 @@ class Outbox:
             await self._pool.execute(_SQL["note_overtaken"], *arguments)
         return delivered
 
-    async def postpone(self, message_id: UUID, *, delay_s: float, error: str) -> None:
-        """Let a message wait before its next attempt; `error` is a code, without patients' data."""
-        await self._pool.execute(_SQL["postpone"], message_id, timedelta(seconds=delay_s), error)
+    async def postpone(self, message_id: UUID, *, delay_s: float, error: str, counts: bool) -> None:
+        """Let a message wait before its next attempt; `error` is a code, without patients' data.
+
+        `counts`: whether this attempt may count against the message, as a setback.
+        """
+        await self._pool.execute(_SQL["postpone"], message_id, timedelta(seconds=delay_s), error, counts)
 
     async def give_up(self, message_id: UUID, *, error: str) -> None:
         """Send a message no more until an operator says so."""

@@ -14,7 +14,7 @@ from serve_app.domain.patient import History, PatientRecord, Sex
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 
 _SQL = queries("patients")
 _EVENTS = queries("lesions")

@@ -21,7 +21,7 @@ from serve_app.records.references import (
     take_in_arrivals,
 )
 from serve_app.records.sql import queries
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 
 _SQL = queries("reference_cache")
 _REFERENCES = queries("references")

@@ -15,7 +15,7 @@ from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
-from serve_app.security.account import account_event
+from serve_app.security.audit import account_event
 
 #: Width of every embedding.
 DIMENSIONS = 512

@@ -15,8 +15,7 @@ from serve_app.domain.errors import Conflict
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.pool import Pool
 from serve_app.records.sql import queries
-from serve_app.security.account import account_event
-from serve_app.security.audit import AuditEvent
+from serve_app.security.audit import AuditEvent, account_event
 
 _SQL = queries("serving")
 _EVENTS = queries("lesions")

@@ -1,1 +1,1 @@
-"""Who may do what, and how an image is kept: envelope, keys, tokens, access, audit events."""
+"""Tokens, access decisions, audit events; encryption of images, and where their keys are kept."""

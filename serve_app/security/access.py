@@ -1,13 +1,15 @@
-"""Who may do what: one decision for every route, and what is not granted here is denied."""
+"""Who may do what, and what the request under way asks for: one decision for every route; what is not granted is denied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from types import MappingProxyType
 from uuid import UUID
 
+from serve_app.security.audit import AuditEvent, AuditOutcome
 from serve_app.security.tokens import Principal
 
 
@@ -49,17 +51,16 @@ class Reach(Enum):
     CARE = "in care, or in an emergency"
     #: Patients in this principal's care by an assignment; an emergency never needs it.
     ASSIGNED = "in care"
-    #: Any patient, or nobody's data.
+    #: Any patient, or data that is not of a patient.
     ANY = "any"
 
 
 _OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action.DESCRIBE: Reach.ANY}
 
-#: What each role may do, and for whom. The PMS works with assessments; the original image is for the
-#: clinician who looks at it. Erasure ends a record for good: never a clinician's alone, but a
-#: supervisor's (the house's duty, so for any patient) or the PMS's, which is where a patient's
-#: request arrives and is approved, for the patients it is assigned to. A receipt names no patient: who may
-#: erase may see the proof of it, and so may who holds the house to it. Who audits treats nobody.
+#: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the
+#: original image. Erasure is final, so no clinician may order it: a supervisor may, for any patient, and the PMS,
+#: where a patient's request arrives and is approved, for the patients it is assigned to. A receipt names no
+#: patient: those who may erase, and auditors, may read any. An auditor has no patients.
 GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
         Role.CLINICIAN: {
@@ -134,7 +135,7 @@ class Decision:
     emergency: UUID | None = None
 
     def __bool__(self) -> bool:
-        """Read `if may(...)` as it sounds."""
+        """True when it is allowed, so that `if may(...)` works."""
         return self.allowed
 
 
@@ -159,3 +160,50 @@ def may(principal: Principal, action: Action, circumstances: Circumstances = NOT
         if reach is Reach.CARE and circumstances.emergency is not None:
             return Decision(allowed=True, reason=role.value, emergency=circumstances.emergency)
     return Decision(allowed=False, reason="assignment")
+
+
+@dataclass(slots=True)
+class RequestedAction:
+    """What the request under way asks for, and who asks; the ids are filled in as they become known.
+
+    Kept while it is under way, so that every event written for it names the emergency access that it rests on
+    (`emergency`), and so that a failure is recorded once, whichever route it is in (`recorded`: an event was written).
+    """
+
+    principal: Principal
+    action: str
+    request_id: str
+    patient_id: str | None = None
+    lesion_id: UUID | None = None
+    image_id: UUID | None = None
+    assessment_id: UUID | None = None
+    emergency: UUID | None = None
+    recorded: bool = False
+
+    def event(self, outcome: AuditOutcome, /, **detail: object) -> AuditEvent:
+        """Say how it ended; `detail` holds codes and ids only."""
+        return AuditEvent(
+            action=self.action,
+            actor=self.principal.subject,
+            outcome=outcome,
+            patient_id=self.patient_id,
+            lesion_id=self.lesion_id,
+            image_id=self.image_id,
+            assessment_id=self.assessment_id,
+            request_id=self.request_id,
+            detail=detail,
+        )
+
+
+_current: ContextVar[RequestedAction | None] = ContextVar("requested_action", default=None)
+
+
+def begin(requested: RequestedAction | None) -> None:
+    """Keep what this request asks for; None where nobody is known yet."""
+    _current.set(requested)
+
+
+def requested_action(request_id: str) -> RequestedAction | None:
+    """What the request of this id asks for, while it is under way here; None for events of anything else."""
+    requested = _current.get()
+    return requested if requested is not None and requested.request_id == request_id else None

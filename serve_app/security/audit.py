@@ -1,4 +1,4 @@
-"""What the audit log says of one action.
+"""What the audit log says of one action, and who the actor is where a command runs without a token.
 
 An event is only a value here; the record store writes it in the transaction of what it
 records, so that neither can exist without the other.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+import os
+import pwd
 from typing import Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 AuditOutcome = Literal["success", "denied", "failed"]
 
@@ -32,3 +34,34 @@ class AuditEvent:
     image_id: UUID | None = None
     assessment_id: UUID | None = None
     detail: Mapping[str, object] = field(default_factory=dict)
+
+
+def os_account() -> str:
+    """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
+
+    By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are whatever the caller says they are.
+    The prefix tells it from the subject of a token.
+    """
+    uid = os.getuid()
+    try:
+        return f"os:{pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"os:{uid}"
+
+
+def account_event(
+    action: str,
+    detail: Mapping[str, object] | None = None,
+    *,
+    outcome: AuditOutcome = "success",
+    patient_id: str | None = None,
+) -> AuditEvent:
+    """Say that this account did something; `detail` as in AuditEvent."""
+    return AuditEvent(
+        action=action,
+        actor=os_account(),
+        outcome=outcome,
+        patient_id=patient_id,
+        request_id=str(uuid4()),
+        detail=detail or {},
+    )

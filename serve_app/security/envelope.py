@@ -46,7 +46,7 @@ class ImageBinding:
 
 
 class DataKey:
-    """The key of one image: seals once, opens as often as needed, never shows itself.
+    """The key of one image: seals once, opens as often as needed; its bytes cannot be read from it.
 
     A key read back from the key store is `spent`: it opens, and never seals again. Neither
     cipher nor lock can be pickled, so that it never leaves its process.

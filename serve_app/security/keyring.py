@@ -52,7 +52,7 @@ class Keys(Protocol):
 
 
 class KeyProvider(Keys, Protocol):
-    """Whoever holds the KEKs: a file here; Vault and AWS KMS in `key_providers` speak the same words.
+    """Holds the KEKs: a file here, Vault and AWS KMS in `key_providers`.
 
     `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
     """
@@ -60,7 +60,7 @@ class KeyProvider(Keys, Protocol):
     def now(self) -> Keys:
         """The keys that wrap now: the same object for as long as nothing has put others in their place.
 
-        Who has found that these are the right ones, and wraps with this very object, wraps under no others.
+        A caller that has checked these keys, and wraps with this very object, can be sure that it wraps under no others.
         """
         ...
 

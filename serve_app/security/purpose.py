@@ -1,7 +1,7 @@
 """What an action was for: HL7 v3 PurposeOfUse, kept with each audit event, in the detail that the chain hashes.
 
-https://terminology.hl7.org/ValueSet-v3-PurposeOfUse.html. Nobody states a purpose in a request; it follows from what is
-done and from the role that does it, and these are fixed here, once.
+https://terminology.hl7.org/ValueSet-v3-PurposeOfUse.html. A request states no purpose; it follows from the action and
+from the role of the principal, by the tables here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Purpose(StrEnum):
     LEGAL = "HLEGAL"
 
 
-#: Of actions that have one purpose, whoever does them. The PMS is told so that the house's own record is complete.
+#: Actions that have one purpose in every role. The PMS is told so that the hospital's own record is complete.
 _BY_ACTION: Mapping[str, Purpose] = MappingProxyType(
     {
         Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT,
@@ -58,7 +58,7 @@ _BY_REASON: Mapping[str, Purpose] = MappingProxyType(
 )
 _ERASURES = frozenset({Action.ERASE, "erased"})
 
-#: Of what a principal does otherwise, by the first of these roles that it has.
+#: All other actions of a principal: by the first of these roles that it has.
 _BY_ROLE: Mapping[str, Purpose] = MappingProxyType(
     {
         Role.CLINICIAN: Purpose.TREATMENT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
+from serve_app.api import recovery
 from serve_app.api.app import create_app
 from serve_app.api.stages import Stages
 from serve_app.domain.identifiers import is_opaque
@@ -56,6 +57,14 @@ async def service_owner(service_urls: DatabaseUrls) -> AsyncIterator[Pool]:
     pool = await open_pool(service_urls.owner, minimum=0, maximum=2, timeout_s=20)
     yield pool
     await pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def recovery_when_asked() -> Iterator[None]:
+    """What a test leaves pending is finished when it says so, and not by another application in the background."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "_PERIOD_S", 86_400.0)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,6 +42,16 @@ async def queue(service, *, reviewed: bool = False) -> list[dict]:
             return found
 
 
+async def test_a_key_sent_twice_is_rejected_by_name(service) -> None:
+    response = await service.client.post(
+        "/api/emergency-access",
+        content='{"patient_id": "p-1", "reason": "unconscious in casualty", "patient_id": "p-2"}',
+        headers=service.token("dr"),
+    )
+    body = service.hold_to_problem(response, 422, "invalid_field")
+    assert body["detail"] == "patient_id: sent twice."
+
+
 async def test_from_the_emergency_to_its_review(service) -> None:
     patient = await service.care("dr-owner")
     lesion = (await service.upload(patient, subject="dr-owner")).json()["lesion_id"]

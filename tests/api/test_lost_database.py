@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from serve_app.api.recovery import recover_once
+from tests.api.test_pending import recover
 
 
 class Severed:
@@ -48,8 +48,7 @@ async def test_connections_cut_on_the_way_lose_nothing(
         if response.status_code == 503:
             assert int(response.headers["retry-after"]) > 0
     async with start_service(local_stages()) as service:
-        services = service.app.state.services
-        await recover_once(services.records, services.triage, services.live, orphaned_after_s=0)
+        await recover(service)
         response = await service.upload(patient, headers=headers)
         assert response.status_code == 201
         page = await service.client.get(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 import time
 
 from pydantic import SecretStr
@@ -10,29 +12,36 @@ import pytest
 
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
-from serve_app.security.key_providers import attempts
-from serve_app.security.key_providers.choice import open_key_provider
-from serve_app.security.keystore import KeyStore
+from data_jobs.references.load import publish_bundled
+from serve_app.records.pool import Pool, open_pool
+from serve_app.security.key_providers import retries
+
+
+@asynccontextmanager
+async def own_pool(dsn: str) -> AsyncIterator[Pool]:
+    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=20)
+    yield pool
+    await pool.close()
 
 
 async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
-    settings, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
+    new_database, models, model_id, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(attempts, "_REST_S", 0.05)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
     vault = Vault()
     vault.make_key("derm")
     transit = KeyService(vault)
+    urls = await new_database()  # one of this node's own, as its keys are
+    await publish_bundled(urls.owner, models, model_id)
     changed = {
         "home": tmp_path,
+        "database_url": SecretStr(urls.app),
         "key_provider": f"vault+http://127.0.0.1:{transit.port}/transit/derm",
         "vault_token": SecretStr(vault.token),
     }
-    # The database is every test's, and has their images: this node has been used before, too.
-    used = settings.model_copy(update=changed)
-    with closing(KeyStore(used.files.keystore, open_key_provider(used))) as keys:
-        keys.create()
-    async with start_service(local_stages(), **changed) as service:
+    async with start_service(local_stages(), **changed) as started, own_pool(urls.owner) as owner:
+        service = replace(started, owner=owner)
         patient = await service.care()
         answer = (await service.upload(patient)).json()
         images = await service.owner.fetchval("SELECT count(*) FROM lesion_images")

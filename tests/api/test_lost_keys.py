@@ -16,6 +16,7 @@ import pytest
 
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.security.keyring import FileKeyring
+from serve_app.security.keystore import KeyStore
 from serve_app.settings import REPOSITORY, NodeFiles
 
 
@@ -120,6 +121,44 @@ async def test_an_empty_key_store_beside_a_full_database_is_refused_at_start(
             pass
     assert not lost.keyring.exists()
     assert lost.keystore.exists() == there
+
+
+async def test_a_second_node_with_keys_of_its_own_is_refused(
+    new_database, start_service, local_stages, tmp_path: Path
+) -> None:
+    """A key store belongs to a database from the first start on: no image need be there yet."""
+    urls, first, second = await new_database(), NodeFiles(tmp_path / "1"), NodeFiles(tmp_path / "2")
+    url = SecretStr(urls.app)
+    async with start_service(local_stages(), home=first.home, database_url=url):
+        made = first.keystore.exists()
+    for used in (False, True):
+        if used:  # the key store of another database
+            with closing(KeyStore(second.keystore, FileKeyring.make(second.keyring))) as keys:
+                keys.create()
+        with pytest.raises(IntegrityError, match="belongs to another key store"):
+            async with start_service(local_stages(), home=second.home, database_url=url):
+                pass
+        assert second.keystore.exists() == used
+    async with start_service(local_stages(), home=first.home, database_url=url):
+        assert made
+
+
+async def test_a_key_store_that_knows_none_of_the_images_is_refused(
+    service, start_service, local_stages, tmp_path
+):
+    """Of a database from before key stores were known to it, too."""
+    assert (await service.upload(await service.care())).status_code == 201
+    foreign = NodeFiles(tmp_path)
+    with closing(KeyStore(foreign.keystore, FileKeyring.make(foreign.keyring))) as keys:
+        keys.create()
+    claim = await service.owner.fetchrow("DELETE FROM key_stores RETURNING *")
+    try:
+        with pytest.raises(IntegrityError, match="none of them opens"):
+            async with start_service(local_stages(), home=tmp_path):
+                pass
+        assert await service.owner.fetchval("SELECT count(*) FROM key_stores") == 0
+    finally:
+        await service.owner.execute("INSERT INTO key_stores VALUES ($1, $2, $3)", *claim)
 
 
 async def test_a_first_start_makes_both_and_a_second_one_no_keyring(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
 import pytest
 
 from serve_app.api import triage
-from serve_app.api.recovery import recover_once
+from serve_app.api.recovery import FAILED_AFTER_SETBACKS, recover_once
 from serve_app.domain.errors import Overloaded, StageFailed
 
 
@@ -41,9 +42,21 @@ def failing(error: Exception) -> Callable[[], Any]:
     return fail
 
 
+async def end_leases(service) -> None:
+    await service.owner.execute("UPDATE assessments SET lease_until = NULL WHERE outcome = 'pending'")
+
+
 async def recover(service) -> int:
+    """Recover what is pending as if every lease on it had ended."""
+    await end_leases(service)
     services = service.app.state.services
-    return await recover_once(services.records, services.triage, services.live, orphaned_after_s=0)
+    return await recover_once(services.records, services.triage, services.live)
+
+
+async def row_of(service, response) -> dict[str, Any]:
+    """The assessment of an upload as it is on record."""
+    query = "SELECT * FROM assessments WHERE assessment_id = $1::text::uuid"
+    return dict(await service.owner.fetchrow(query, response.json()["assessment_id"]))
 
 
 @pytest.mark.parametrize("stage", ["classify", "embed", "nearest", "conclude"])
@@ -117,7 +130,11 @@ async def test_two_recoveries_at_once_finish_it_once(start_service, local_stages
     ):
         response = await service.upload(await service.care())
         assert response.status_code == 202
-        completed = await asyncio.gather(recover(service), recover(other))
+        await end_leases(service)
+        both = (each.app.state.services for each in (service, other))
+        completed = await asyncio.gather(
+            *(recover_once(each.records, each.triage, each.live) for each in both)
+        )
         assert sorted(completed) == [0, 1]
         assert len(await service.events(response)) == 2
 
@@ -268,3 +285,112 @@ async def test_a_body_that_breaks_off_leaves_nothing(service) -> None:
     after = await service.counts()
     assert {**after, "audit_events": 0} == {**before, "audit_events": 0}
     assert patient
+
+
+async def test_a_live_request_is_not_overtaken_whatever_the_clocks_say(
+    start_service, local_stages, monkeypatch
+) -> None:
+    """The application's clock may be behind the database's: what counts is the lease that T1 itself took."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        reached.set()
+        await go_on.wait()
+
+    class HourBehind(datetime):
+        @classmethod
+        def now(cls, zone: tzinfo | None = None) -> datetime:
+            return datetime.now(zone) - timedelta(hours=1)
+
+    monkeypatch.setattr(triage, "datetime", HourBehind)
+    stages = Faulty(local_stages(), "embed", hold, calls={1})
+    async with start_service(stages) as service:
+        upload = asyncio.create_task(service.upload(await service.care()))
+        await asyncio.wait_for(reached.wait(), 60)
+        services = service.app.state.services
+        assert await recover_once(services.records, services.triage, services.live) == 0
+        go_on.set()
+        response = await upload
+        assert response.status_code == 201
+        assert (await row_of(service, response))["attempts"] == 0
+        assert stages.seen == 1
+
+
+async def test_only_what_is_worked_on_is_leased(start_service, local_stages) -> None:
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        reached.set()
+        await go_on.wait()
+
+    failed = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1, 2, 3})
+    async with (
+        start_service(Faulty(failed, "prepare", hold, calls={4})) as service,
+        start_service(local_stages()) as other,
+    ):
+        uploads = [await service.upload(await service.care()) for _ in range(3)]
+        assert [response.status_code for response in uploads] == [202] * 3
+        held = asyncio.create_task(recover(service))
+        await asyncio.wait_for(reached.wait(), 60)
+        services = other.app.state.services
+        assert await recover_once(services.records, services.triage, services.live) == 2
+        go_on.set()
+        assert await held == 1
+
+
+async def test_an_image_that_a_stage_always_fails_on_ends_as_failed_while_others_are_answered(
+    start_service, local_stages
+) -> None:
+    async with (
+        start_service(
+            Faulty(local_stages(), "conclude", failing(ValueError()), calls=set(range(100)))
+        ) as broken,
+        start_service(local_stages()) as sound,
+    ):
+        response = await broken.upload(await broken.care())
+        assert response.status_code == 202
+        before = (await sound.client.get("/readyz")).json()["assessments"]
+        assert before["pending"] >= 1
+        assert before["oldest_pending_s"] >= 0
+        for _ in range(FAILED_AFTER_SETBACKS + 1):
+            assert (await row_of(broken, response))["outcome"] == "pending"
+            assert await recover(broken) == 0
+            # Somebody else's image is answered meanwhile: it is not the service that fails, but it on this one.
+            assert (await sound.upload(await sound.care())).status_code == 201
+        after = (await sound.client.get("/readyz")).json()["assessments"]
+        assert (after["pending"], after["failed"]) == (before["pending"] - 1, before["failed"] + 1)
+        seen = await sound.client.get(response.headers["location"], headers=sound.token("dr"))
+        (shown,) = seen.json()["assessments"]
+        assert (shown["outcome"], shown["reasons"][0]["code"]) == ("failed", "internal")
+        events = await sound.events(response)
+        assert [(event["action"], event["outcome"]) for event in events] == [
+            *[("upload", "success"), ("classify", "failed")]
+        ]
+
+
+@pytest.mark.parametrize("error", [StageFailed(), ValueError(), Overloaded()], ids=repr)
+async def test_an_outage_ends_no_image(start_service, local_stages, error: Exception) -> None:
+    """However often it is tried: nothing else is answered meanwhile, or the service says that it is full."""
+    stages = Faulty(local_stages(), "conclude", failing(error), calls=set(range(100)))
+    async with start_service(stages) as broken, start_service(local_stages()) as sound:
+        response = await broken.upload(await broken.care())
+        for _ in range(FAILED_AFTER_SETBACKS + 3):
+            assert await recover(broken) == 0
+            if isinstance(error, Overloaded):
+                assert (await sound.upload(await sound.care())).status_code == 201
+        assert (await row_of(broken, response))["outcome"] == "pending"
+        assert await recover(sound) == 1
+
+
+async def test_after_a_week_it_is_told_that_no_answer_will_come(start_service, local_stages) -> None:
+    stages = Faulty(local_stages(), "conclude", failing(StageFailed()), calls=set(range(100)))
+    async with start_service(stages) as service:
+        response = await service.upload(await service.care())
+        assert await recover(service) == 0
+        assert (await row_of(service, response))["outcome"] == "pending"
+        await service.owner.execute(
+            "UPDATE assessments SET created_at = created_at - interval '8 days' WHERE outcome = 'pending'"
+        )
+        assert await recover(service) == 0
+        found = await row_of(service, response)
+        assert (found["outcome"], found["failure"]) == ("failed", "stage_failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -65,9 +66,34 @@ async def test_nobody_without_a_token_sees_one(service, shown) -> None:
 
 
 async def test_what_an_answer_links_to_is_there(service) -> None:
-    answer = (await service.upload(await service.care())).json()
-    case = answer["similar"][0]
-    assert case["image_url"] == f"/api/references/{case['isic_id']}/image"
-    response = await service.client.get(case["image_url"], headers=service.token("dr"))
-    assert response.status_code == 404
-    assert case["archive_url"] in response.json()["detail"]
+    """No link where no picture is, then one for each that is: in the answer, its timeline and a search."""
+    uploaded = (await service.upload(await service.care())).json()
+    lesion = f"/api/lesions/{uploaded['lesion_id']}"
+    search = f"{lesion}/images/{uploaded['image_id']}/similar"
+    assert {case["image_url"] for case in _cases(uploaded)} == {None}
+    pictured = uploaded["similar"][0]["isic_id"]
+    await service.owner.execute(
+        "INSERT INTO reference_pictures (isic_id, width, height, sha256, jpeg) VALUES ($1, 4, 3, $2, $3)",
+        pictured,
+        sha256(JPEG).hexdigest(),
+        JPEG,
+    )
+    try:
+        timeline = (await service.client.get(lesion, headers=service.token("dr"))).json()
+        found = (await service.client.get(search, headers=service.token("dr"))).json()
+        linked = {
+            case["image_url"] for answer in (found, *timeline["assessments"]) for case in _cases(answer)
+        }
+        assert linked == {None, f"/api/references/{pictured}/image"}
+        linked.remove(None)
+        response = await service.client.get(linked.pop(), headers=service.token("dr"))
+        assert (response.status_code, response.content) == (200, JPEG)
+    finally:
+        await service.owner.execute("DELETE FROM reference_pictures")
+    for case in _cases(uploaded):
+        assert case["archive_url"] == f"https://api.isic-archive.com/images/{case['isic_id']}/"
+
+
+def _cases(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    nearest = (answer["neighbours"][kind] for kind in ("nearest_benign", "nearest_malignant"))
+    return [*answer["similar"], *(case for case in nearest if case)]

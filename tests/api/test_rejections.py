@@ -199,9 +199,24 @@ async def test_a_file_sent_for_text_is_rejected(rejected) -> None:
     await rejected(422, "invalid_field", files=files, data={}, known_patient=False)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "key"),
+    [
+        ("history", '{"personal_melanoma": true, "personal_melanoma": false}', "personal_melanoma"),
+        ("checklist", '{"oozing": true, "oozing": true}', "oozing"),
+        ("checklist", '{"oozing": {"since": 1, "until": 2, "since": 3}}', "since"),
+        ("history", '[{"a": 1, "\\u0061": 2}]', "a"),
+    ],
+)
+async def test_a_key_sent_twice_is_rejected_by_name(rejected, field: str, value: str, key: str) -> None:
+    body = await rejected(422, "invalid_field", **{field: value})
+    assert body["detail"] == f"{field}: {key}: sent twice."
+
+
 async def test_two_images_are_rejected(service, rejected) -> None:
     files = [("image", ("a.png", service.image)), ("image", ("b.png", service.image))]
-    await rejected(422, "invalid_field", files=files, known_patient=False)
+    body = await rejected(422, "invalid_field", files=files, known_patient=False)
+    assert body["detail"] == "image: sent twice."
 
 
 async def test_a_field_sent_twice_is_rejected(service, rejected) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from PIL import Image
 import pytest
@@ -68,6 +68,43 @@ async def test_a_fresh_answer_is_identical(service, drawn_lesion, history, seed:
         "provenance": {"recorded": answer["provenance"], "current": answer["provenance"]},
     }
     assert await replay(service, answer) == body
+
+
+async def test_the_references_weighed_are_on_record_and_compared(service) -> None:
+    licence = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
+    params = {"top_k": 3, "licence": licence}
+    answer = (await service.upload(await service.care(), params=params)).json()
+    kept = await service.owner.fetchval(
+        "SELECT answer -> 'neighbours' -> 'similar' FROM assessments WHERE assessment_id = $1",
+        UUID(answer["assessment_id"]),
+    )
+    assert len(kept) == 16
+    assert len(answer["similar"]) == 3
+    await rewrite(service, answer, "{neighbours,similar,15,isic_id}", "ISIC_0000000")
+    body = await replay(service, answer)
+    assert (body["verdict"], [note["code"] for note in body["notes"]]) == (
+        "identical",
+        ["references_changed"],
+    )
+
+
+async def test_a_record_of_only_what_was_shown_reads_and_replays_as_before(service) -> None:
+    licence = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
+    params = {"top_k": 3, "licence": licence}
+    answer = (await service.upload(await service.care(), params=params)).json()
+    # As answers were recorded when the risk was drawn from what was shown.
+    await service.owner.execute(
+        "UPDATE assessments SET answer = jsonb_set(answer, '{neighbours,similar}', answer -> 'similar') - 'similar'"
+        " WHERE assessment_id = $1",
+        UUID(answer["assessment_id"]),
+    )
+    timeline = await service.client.get(f"/api/lesions/{answer['lesion_id']}", headers=service.token("dr"))
+    (read,) = timeline.json()["assessments"]
+    assert [read[part] for part in ("similar", "neighbours", "risk")] == [
+        answer[part] for part in ("similar", "neighbours", "risk")
+    ]
+    body = await replay(service, answer)
+    assert (body["verdict"], body["notes"]) == ("identical", [])
 
 
 async def test_a_refused_answer_is_identical(service) -> None:

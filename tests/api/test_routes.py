@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from uuid import uuid4
 
 from fastapi.routing import APIRoute
 import pytest
 
+from tests.api.access_matrix import ROUTES
+
 ANONYMOUS = {"/healthz", "/readyz"}
+NOWHERE = "00000000-0000-7000-8000-000000000000"
 
 
 def routes(app) -> list[APIRoute]:
@@ -27,7 +29,7 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
     asked = set()
     for route in routes(service.app):
         for method in route.methods:
-            path = re.sub(r"\{\w+_id\}", lambda _: str(uuid4()), route.path)
+            path = re.sub(r"\{\w+_id\}", NOWHERE, route.path)
             response = await service.client.request(method, path)
             if route.path in ANONYMOUS:
                 assert response.status_code == 200, path
@@ -75,19 +77,98 @@ async def test_what_is_not_there_is_a_problem_too(service, path: str) -> None:
     service.hold_to_problem(response, 404, "not_found")
 
 
-async def test_a_method_that_is_not_allowed_is_a_problem_too(service) -> None:
-    response = await service.client.put("/api/lesions", headers=service.token("dr"))
-    service.hold_to_problem(response, 405, "method_not_allowed")
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/api/lesions", "GET, HEAD, POST"),
+        ("HEAD", f"/api/lesions/{NOWHERE}/assessments/{NOWHERE}/replay", "POST"),
+        ("PATCH", f"/api/lesions/{NOWHERE}/images/{NOWHERE}", "DELETE, GET, HEAD"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("OPTIONS", "/api/openapi.json", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_a_problem_that_names_those_that_are(
+    service, method: str, path: str, allowed: str
+) -> None:
+    response = await service.client.request(method, path, headers=service.token("dr"))
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    if method == "HEAD":
+        assert response.content == b""
+    else:
+        service.hold_to_problem(response, 405, "method_not_allowed")
+
+
+async def test_head_answers_as_get_without_a_body(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    lesion, headers = f"/api/lesions/{answer['lesion_id']}", service.token("dr")
+    for path in (
+        *("/healthz", "/readyz", "/api/openapi.json", "/nothing"),
+        *(lesion, f"{lesion}/images/{answer['image_id']}", f"{lesion}/images/{answer['image_id']}/similar"),
+        *(f"/api/lesions?patient_id={answer['patient_id']}", "/api/lesions", "/api/emergency-access"),
+    ):
+        get, head = [
+            await service.client.request(method, path, headers=headers) for method in ("GET", "HEAD")
+        ]
+        assert head.status_code == get.status_code
+        assert head.content == b""
+        own = ("x-request-id", "content-length") if path == "/readyz" else ("x-request-id",)
+        assert [pair for pair in head.headers.multi_items() if pair[0] not in own] == [
+            pair for pair in get.headers.multi_items() if pair[0] not in own
+        ]
+        told, told_again = [
+            [(event["action"], event["actor"], event["outcome"], event["detail"]) for event in events]
+            for events in (await service.events(get), await service.events(head))
+        ]
+        assert told == told_again
+
+
+@pytest.mark.parametrize("query", ["unheard_of=1", "Top_K=3", "unheard_of", "=1", "a%20b=1"])
+async def test_an_unknown_query_parameter_is_rejected_on_every_route(service, query: str) -> None:
+    for method, path in [*ROUTES, ("GET", "/api/openapi.json")]:
+        url = f"{re.sub(r'{[a-z]+_id}', NOWHERE, path)}?{query}"
+        response = await service.client.request(
+            method, url, headers=service.token("dr", ("clinician", "supervisor"))
+        )
+        body = service.hold_to_problem(response, 422, "invalid_field")
+        assert body["detail"].startswith("query: no such parameter"), (method, path)
+        (event,) = await service.events(response)
+        assert (event["outcome"], event["detail"]) == ("failed", {"code": "invalid_field"})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/api/lesions?patient_id=p&patient_id=q",
+        "/api/lesions?patient_id=p&limit=1&limit=1",
+        f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar?licence=CC-0&licence=CC-BY&confirmed=true&confirmed=false",
+    ],
+)
+async def test_a_single_query_parameter_sent_twice_is_rejected(service, url: str) -> None:
+    response = await service.client.get(url, headers=service.token("dr"))
+    body = service.hold_to_problem(response, 422, "invalid_field")
+    assert body["detail"] in {f"{name}: sent twice" for name in ("patient_id", "limit", "confirmed")}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"X-A": "a" * 17_000}, {f"X-{number}": "a" for number in range(101)}],
+    ids=["large", "many"],
+)
+async def test_headers_too_large_or_too_many_are_a_problem_too(service, headers: dict[str, str]) -> None:
+    for path in ("/healthz", "/api/lesions?patient_id=p"):
+        response = await service.client.get(path, headers={**headers, **service.token("dr")})
+        service.hold_to_problem(response, 431, "headers_too_large")
 
 
 async def test_the_callers_request_id_is_kept(service) -> None:
-    for path in ("/healthz", "/nothing"):
-        response = await service.client.get(path, headers={"X-Request-ID": "pms-7.a:b_c"})
-        assert response.headers.get_list("x-request-id") == ["pms-7.a:b_c"]
+    for sent in ("pms-7.a_b", "x" * 64):
+        for path in ("/healthz", "/nothing"):
+            response = await service.client.get(path, headers={"X-Request-ID": sent})
+            assert response.headers.get_list("x-request-id") == [sent]
 
 
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\tb", "{}", "é".encode()])
-async def test_a_request_id_that_could_forge_a_log_line_is_replaced(service, sent) -> None:
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "a:b", "a\tb", "{}", "é".encode()])
+async def test_a_request_id_that_is_not_short_and_plain_is_replaced(service, sent) -> None:
     response = await service.client.get("/healthz", headers={"X-Request-ID": sent})
     (given,) = response.headers.get_list("x-request-id")
     assert given != sent

@@ -20,7 +20,7 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.security.audit import AuditEvent
 from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings, NodeFiles
 

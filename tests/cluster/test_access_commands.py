@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
@@ -55,9 +57,37 @@ def test_care_begins_and_ends_and_is_audited(derm_cds, home, urls) -> None:
         )
 
 
+@pytest.mark.parametrize("patient", ["Jane Doe", "p\n", "-p", "p" * 65, ""])
+def test_only_a_patient_id_that_the_interface_takes_is_assigned(derm_cds, home, capsys, patient: str) -> None:
+    for action in (("assign",), ("access", "assign")):
+        with pytest.raises(SystemExit, match="2"):
+            derm_cds(*action, f"--patient={patient}", "--clinician", "dr-access", home=home)
+        assert "argument --patient: patient: an opaque id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--from", "--until"])
+@pytest.mark.parametrize("moment", ["2099-01-01", "2099-01-01T08:00", "tomorrow"])
+def test_a_time_without_a_zone_is_refused(derm_cds, home, capsys, option: str, moment: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        derm_cds("assign", *PAIR, option, moment, home=home)
+    assert "time with a zone" in capsys.readouterr().err
+
+
+def test_times_are_told_in_utc(derm_cds, home) -> None:
+    derm_cds("migrate", home=home)
+    pair = ("--patient", "p-zone", "--clinician", "dr-zone")
+    times = ("--from", "2099-01-01T01:00+02:00", "--until", "2099-02-01T00:00Z")
+    said = derm_cds("assign", *pair, *times, home=home)
+    assert said.out == (
+        "p-zone is in the care of dr-zone from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00\n"
+    )
+    listed = derm_cds("access", "list", "--patient", "p-zone", home=home)
+    assert "from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00" in listed.out
+
+
 def test_care_to_come_is_withdrawn(derm_cds, home, urls) -> None:
     derm_cds("migrate", home=home)
-    assert derm_cds("access", "assign", *PAIR, "--from", "2099-01-01", home=home).code == 0
+    assert derm_cds("access", "assign", *PAIR, "--from", "2099-01-01T00:00Z", home=home).code == 0
     assert not assigned(urls)
     assert derm_cds("access", "end", *PAIR, home=home).code == 0
     again = derm_cds("access", "end", *PAIR, home=home)

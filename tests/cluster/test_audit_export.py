@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.attempt import Attempt, begin
+from serve_app.security.access import RequestedAction, begin
 from serve_app.security.tokens import Principal
 
 
@@ -35,7 +35,9 @@ async def _read_in_an_emergency(dsn: str, request_id: str) -> None:
     pool = await open_pool(dsn, minimum=0, maximum=1)
     try:
         for emergency in (None, uuid4()):
-            attempt = Attempt(Principal("dr", frozenset({"clinician"})), "read", request_id, patient_id="p-1")
+            attempt = RequestedAction(
+                Principal("dr", frozenset({"clinician"})), "read", request_id, patient_id="p-1"
+            )
             attempt.emergency = emergency
             begin(attempt)
             await LesionStore(pool).record_event(attempt.event("success"))

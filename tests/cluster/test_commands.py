@@ -52,7 +52,7 @@ def test_care_may_end(derm_cds, home, urls) -> None:
 
 def test_care_cannot_end_before_it_begins(derm_cds, home) -> None:
     derm_cds("migrate", home=home)
-    options = ("--patient", "p-past", "--clinician", "dr-cli", "--until", "2001-01-01")
+    options = ("--patient", "p-past", "--clinician", "dr-cli", "--until", "2001-01-01T00:00Z")
     said = derm_cds("assign", *options, home=home)
     assert said.code == 1
     assert said.err.startswith("derm-cds: ")

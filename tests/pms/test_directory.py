@@ -6,6 +6,7 @@ from datetime import UTC, date, datetime
 import logging
 import time
 
+import httpx
 import pytest
 
 from serve_app.domain.errors import DirectoryUnavailable, WrongEncounter
@@ -13,6 +14,7 @@ from serve_app.domain.patient import ClinicalContext, History, Lookup, PatientRe
 from serve_app.pms.breaker import CircuitBreaker
 from serve_app.pms.cache import BriefCache
 from serve_app.pms.client import PmsClient
+from serve_app.pms.client import _read as read_answer
 from serve_app.pms.consultation import RecordConsultation
 from serve_app.pms.http_directory import PmsDirectory
 from serve_app.pms.patient_json import read_patient
@@ -181,3 +183,10 @@ async def test_the_local_table_is_a_directory_too(new_database) -> None:
     with pytest.raises(DirectoryUnavailable):
         await table.patient("p-1")
     await owner.close()
+
+
+async def test_an_answer_with_a_key_twice_is_none() -> None:
+    """A history of which the last word counts could lose a risk factor."""
+    content = b'{"patient_id": "p", "history": {"personal_melanoma": true, "personal_melanoma": false}}'
+    assert await read_answer(httpx.Response(200, content=content)) is None
+    assert await read_answer(httpx.Response(200, content=b'{"a": [{"b": 1}, {"b": 1}]}')) is not None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -15,7 +15,9 @@ from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.domain.identifiers import new_id
 from serve_app.records.erasures import ErasureRequest, ErasureStore
+from serve_app.records.lesion_rows import Admission
 from serve_app.records.outbox import Outbox
+from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
 from serve_app.security.receipts import ErasureReason
@@ -30,6 +32,20 @@ def keys(tmp_path: Path) -> Iterator[KeyStore]:
     folder = tmp_path / "keys"
     with closing(KeyStore(folder / "keystore.sqlite", FileKeyring.make(folder / "keyring.json"))) as store:
         yield store
+
+
+@pytest.fixture
+def admission(admission, keys) -> Callable[..., Admission]:
+    """As elsewhere, and its data key is in this key store: only that proves an erasure."""
+
+    def make(**overrides: object) -> Admission:
+        image_id = uuid4()
+        sealed = seal(
+            b"image", data_key=keys.create(), binding=ImageBinding(image_id, "patient", "image/png")
+        )
+        return admission(image_id=image_id, sealed=sealed, **overrides)
+
+    return make
 
 
 @pytest.fixture

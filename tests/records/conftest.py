@@ -120,6 +120,7 @@ def assessment(unit_vectors) -> Callable[..., Assessment]:
             "classification": Classification(probabilities, (Diagnosis.MEL, Diagnosis.NV), 0.95, 3.0),
             "risk": Risk(RiskLevel.HIGH, Urgency.URGENT, 1.0, (Factor("mel", "raises", "Why"),), "policy-1"),
             "neighbours": Neighbours((case, other), 0.5, other, case),
+            "similar": (other,),
             "change": Change("2026-01-01T00:00:00Z", str(uuid4()), None, 0.1),
             "provenance": Provenance("lite0.a", "digest", SPACE, "1", "policy-1", "0.1.0"),
             "embedding": unit_vectors(1)[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -49,39 +50,64 @@ async def test_a_refusal_has_no_embedding(lesions, assessment, event, pending, s
 
 
 async def test_claimers_never_share_an_assessment(lesions, admission, space) -> None:
-    await lesions.claim_pending(older_than_s=0, lease_s=3600, limit=1000)
+    await lesions.claim_pending(lease_s=3600, limit=1000)
     new = [admission() for _ in range(30)]
     for each in new:
         await lesions.admit(each)
-    claims = [lesions.claim_pending(older_than_s=0, lease_s=60, limit=7) for _ in range(10)]
+    claims = [lesions.claim_pending(lease_s=60, limit=7) for _ in range(10)]
     claimed = [each for batch in await asyncio.gather(*claims) for each in batch]
-    left = await lesions.claim_pending(older_than_s=0, lease_s=60, limit=100)
+    left = await lesions.claim_pending(lease_s=60, limit=100)
     found = [each.assessment_id for each in (*claimed, *left)]
     assert sorted(found) == sorted(each.assessment_id for each in new)
 
 
 async def test_a_claim_holds_all_that_is_needed_and_comes_back_after_its_lease(lesions, pending) -> None:
-    await asyncio.sleep(0.05)
-    (claim,) = await lesions.claim_pending(older_than_s=0.04, lease_s=0.2, limit=10)
+    (claim,) = await lesions.claim_pending(lease_s=0.2, limit=10)
     names = {*claim.__dataclass_fields__} - {"attempts"}
     assert {name: getattr(claim, name) for name in names} == {name: getattr(pending, name) for name in names}
     assert claim.attempts == 1
-    assert await lesions.claim_pending(older_than_s=0, lease_s=1, limit=10) == []
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     await asyncio.sleep(0.25)
-    (again,) = await lesions.claim_pending(older_than_s=0, lease_s=3600, limit=10)
+    (again,) = await lesions.claim_pending(lease_s=3600, limit=10)
     assert (again.assessment_id, again.attempts) == (pending.assessment_id, 2)
 
 
-async def test_young_and_completed_assessments_are_left_alone(
-    lesions, assessment, event, pending, space
+async def test_what_a_request_works_on_is_left_alone_by_the_databases_clock(lesions, admission) -> None:
+    new = admission(created_at=datetime.now(UTC) - timedelta(hours=1))
+    await lesions.admit(new, lease_s=0.2)
+    assert await lesions.claim_pending(lease_s=3600, limit=10) == []
+    await asyncio.sleep(0.25)
+    (claim,) = await lesions.claim_pending(lease_s=3600, limit=10)
+    assert claim.assessment_id == new.assessment_id
+
+
+async def test_a_failed_try_counts_only_when_another_image_was_answered_meanwhile(
+    lesions, admission, assessment, event, pending, space
 ) -> None:
-    assert await lesions.claim_pending(older_than_s=60, lease_s=1, limit=10) == []
+    async def answer_another() -> None:
+        await lesions.admit(new := admission())
+        await lesions.complete(new.assessment_id, assessment(), embedding_space=space, event=event("assess"))
+
+    before = await lesions.counts()
+    counted = []
+    for others in (True, False, True, True, False):
+        if others:
+            await answer_another()
+        counted.append(await lesions.set_back(pending.assessment_id))
+    assert counted == [0, 0, 1, 2, 2]
+    await lesions.fail(pending.assessment_id, "internal", event=event("assess"))
+    assert await lesions.set_back(pending.assessment_id) == 0
+    after = await lesions.counts()
+    assert (after.pending, after.failed) == (before.pending - 1, before.failed + 1)
+
+
+async def test_completed_assessments_are_left_alone(lesions, assessment, event, pending, space) -> None:
     await lesions.complete(pending.assessment_id, assessment(), embedding_space=space, event=event("assess"))
-    assert await lesions.claim_pending(older_than_s=0, lease_s=1, limit=10) == []
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
 
 
 async def test_a_late_claimer_cannot_overwrite(lesions, assessment, event, pending, space) -> None:
-    (claim,) = await lesions.claim_pending(older_than_s=0, lease_s=0.01, limit=10)
+    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     done = {"embedding_space": space, "event": event("assess")}
     assert await lesions.complete(pending.assessment_id, assessment(), **done)
     late = assessment(outcome=Outcome.DECIDED)

@@ -40,6 +40,8 @@ async def test_the_audit_log_is_append_only_for_all(connections, statement: str)
         "INSERT INTO legal_holds SELECT FROM lesions",
         "DELETE FROM closed_records",
         "DELETE FROM condemned_data_keys",
+        "DELETE FROM key_stores",
+        "UPDATE key_stores SET store_id = gen_random_uuid()",
         "INSERT INTO care_assignments VALUES ('p', 'me', now(), NULL)",
         "UPDATE serving SET model_id = 'mine'",
         "UPDATE idempotency_keys SET key = 'x'",

@@ -88,7 +88,7 @@ async def test_what_is_on_record_from_before_demands_too(new_database, tmp_path:
         if path.name < "0016":
             shutil.copy(path, early)
     urls = await new_database(migrated=False)
-    await migrate(urls.owner, application_role="derm_app", directory=early)
+    await migrate(urls.owner, application_role=None, directory=early)
     connection = await asyncpg.connect(urls.owner)
     lesion, refused = uuid4(), uuid4()
     reasons = [{"code": "checklist_demands_referral"}]

@@ -11,7 +11,7 @@ import pytest
 from serve_app.domain.errors import DermError
 from serve_app.records.pool import open_pool
 from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish
-from serve_app.security.account import os_account
+from serve_app.security.audit import os_account
 
 
 async def test_the_row_flips_whole(pool, owner_pool) -> None:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from serve_app.security.account import os_account
+from serve_app.security.audit import os_account
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FORGED = {"LOGNAME": "somebody", "USER": "somebody", "LNAME": "somebody", "SUDO_UID": "4242"}
@@ -26,7 +26,7 @@ def test_the_environment_does_not_say_who_acts(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who has no name")
 def test_an_account_without_a_name_is_its_number() -> None:
     code = (
-        "import os; from serve_app.security.account import os_account;"
+        "import os; from serve_app.security.audit import os_account;"
         "os.setresuid(54321, 54321, 54321); print(os_account())"
     )
     said = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 import random
 import sqlite3
@@ -9,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from serve_app.domain.errors import Erased
+from serve_app.domain.errors import DataKeyMissing, Erased
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.keystore import DestroyedKey, KeyStore
 
@@ -40,6 +41,22 @@ def test_a_destroyed_key_says_so_and_stays_destroyed(store: KeyStore) -> None:
     with pytest.raises(Erased):
         store.open_image(sealed, BINDING)
     assert [found for _, found in store.list_destroyed()] == [gone]
+
+
+def test_only_a_key_that_was_here_is_destroyed(store: KeyStore) -> None:
+    """Another node's, or one that a restore has lost: nothing is remembered that nobody has seen gone."""
+    elsewhere, swept = destroyed(uuid4()), destroyed(store.create().id)
+    store.shred(swept.data_key_id)
+    for key in (elsewhere, swept):
+        with pytest.raises(DataKeyMissing):
+            store.destroy(key)
+        with pytest.raises(DataKeyMissing):
+            store.load(key.data_key_id)
+    assert store.list_destroyed() == []
+    store.destroy(replace(elsewhere, proven=True))  # a receipt says so
+    with pytest.raises(Erased):
+        store.load(elsewhere.data_key_id)
+    store.destroy(elsewhere)  # and so it is known
 
 
 def test_of_many_destroyed_keys_no_file_holds_any(store: KeyStore, keys: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
 from pathlib import Path
+import socket
 import threading
 import time
 from typing import Any
@@ -18,11 +21,19 @@ from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 import pytest
 
 from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
-from serve_app.security.issuer_keys import PUBLIC_ALGORITHMS, Freshness, IssuerKeys, PublicKeyVerifier
-from serve_app.security.key_set import MAX_BYTES, KeySetRefused, read_key_set
+from serve_app.security.issuer_keys import (
+    MAX_BYTES,
+    PUBLIC_ALGORITHMS,
+    Freshness,
+    IssuerKeys,
+    KeySetRefused,
+    PublicKeyVerifier,
+    read_key_set,
+)
 
 ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
-KINDS = tuple(set(PUBLIC_ALGORITHMS.values()))
+#: What the issuer may take here, seconds.
+ANSWER_S = 2.0
 
 
 def make_key(algorithm: str, kid: str | None) -> Key:
@@ -57,6 +68,7 @@ class Issuer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     asked: int = 0
+    trickle_s: float = 0.0
 
 
 @pytest.fixture
@@ -69,7 +81,14 @@ def issuer() -> Iterator[Issuer]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(found.body)))
             self.end_headers()
-            self.wfile.write(found.body)
+            for byte in found.body if found.trickle_s else ():
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:
+                    return
+                time.sleep(found.trickle_s)
+            if not found.trickle_s:
+                self.wfile.write(found.body)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -94,8 +113,77 @@ class Clock:
 def verifier(
     source: str, *, algorithms: tuple[str, ...] = tuple(PUBLIC_ALGORITHMS), clock: Clock | None = None
 ) -> PublicKeyVerifier:
-    keys = IssuerKeys(source, freshness=Freshness(), clock=clock or Clock())
+    keys = IssuerKeys(source, freshness=Freshness(answer_s=ANSWER_S), clock=clock or Clock())
     return PublicKeyVerifier(keys, ISSUER, AUDIENCE, algorithms)
+
+
+async def settled(found: PublicKeyVerifier) -> None:
+    """Wait until the request for keys that is under way in the background has ended."""
+    if found._keys._refresh is not None:
+        await asyncio.wait({found._keys._refresh})
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A server that lets everybody connect and never says a word."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=64)) as listening:
+        yield listening
+
+
+def url_of(listening: socket.socket) -> str:
+    return f"http://127.0.0.1:{listening.getsockname()[1]}/jwks.json"
+
+
+@pytest.mark.parametrize("age", [700, 3600, 80_000])
+async def test_nobody_waits_for_an_issuer_that_never_answers(
+    issuer: Issuer, silent: socket.socket, age: float
+) -> None:
+    key, stranger, clock = make_key("ES256", "a"), make_key("ES256", "b"), Clock()
+    issuer.body = published(key)
+    found = verifier(issuer.url, clock=clock)
+    token = sign(key, "ES256")
+    assert await found.identify(token)
+    found._keys._source = url_of(silent)
+    clock.now += age
+    since = time.monotonic()
+    await found.identify(token)  # may wait a moment where the keys are old
+    assert time.monotonic() - since < 0.8 * ANSWER_S
+    # One with an unknown key waits for the issuer; nobody waits with it
+    unknown = asyncio.create_task(found.identify(sign(stranger, "ES256")))
+    since = time.monotonic()
+    for _ in range(20):
+        assert await found.identify(token)
+    assert time.monotonic() - since < 0.5 * ANSWER_S
+    with pytest.raises(Unauthenticated):
+        await unknown
+    assert time.monotonic() - since < 3 * ANSWER_S
+    # and not again before the interval is over
+    since = time.monotonic()
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(stranger, "ES256"))
+    assert time.monotonic() - since < 0.5 * ANSWER_S
+
+
+async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(
+    silent: socket.socket,
+) -> None:
+    found = verifier(url_of(silent))
+    token = sign(make_key("ES256", "a"), "ES256")
+    since = time.monotonic()
+    answers = await asyncio.gather(*(found.identify(token) for _ in range(20)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {IssuerKeysUnavailable}
+    assert time.monotonic() - since < 3 * ANSWER_S
+    silent.setblocking(False)  # noqa: FBT003 - the standard library's own
+    with closing(silent.accept()[0]), pytest.raises(BlockingIOError):
+        silent.accept()  # 20 callers, one connection
+
+
+async def test_an_issuer_that_trickles_is_not_listened_to_for_ever(issuer: Issuer) -> None:
+    issuer.trickle_s, issuer.body = ANSWER_S / 4, b" " * 40
+    since = time.monotonic()
+    with pytest.raises(IssuerKeysUnavailable):
+        await verifier(issuer.url).identify(sign(make_key("ES256", "a"), "ES256"))
+    assert time.monotonic() - since < 2 * ANSWER_S
 
 
 @pytest.mark.parametrize("algorithm", PUBLIC_ALGORITHMS)
@@ -126,13 +214,20 @@ async def test_a_rotated_key_is_found_at_once_and_a_withdrawn_one_refused_in_tim
     assert issuer.asked == 2
     with pytest.raises(Unauthenticated):
         await found.identify(sign(old, "ES256"))
-    # By age, when nobody brings an unknown key
+    # By age, when nobody brings an unknown key: asked for in the background
     third = make_key("ES256", "third")
     issuer.body = published(third)
     assert await found.identify(sign(new, "ES256"))
     clock.now += 601
+    assert await found.identify(sign(new, "ES256"))
+    await settled(found)
     with pytest.raises(Unauthenticated):
         await found.identify(sign(new, "ES256"))
+    # Where nobody asked for long, the first to ask is not served from what is twice as old
+    issuer.body = published(old)
+    clock.now += 1201
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(third, "ES256"))
 
 
 async def test_unknown_keys_cost_the_issuer_one_request_an_interval(issuer: Issuer) -> None:
@@ -169,6 +264,7 @@ async def test_an_issuer_in_trouble_is_outlived_but_not_for_ever(issuer: Issuer,
         found._keys._source = "http://127.0.0.1:9/jwks.json"
     clock.now += 3600
     assert await found.identify(token)
+    await settled(found)
     clock.now += 86_400
     with pytest.raises(IssuerKeysUnavailable):
         await found.identify(token)
@@ -226,7 +322,7 @@ def test_a_set_is_read_strictly() -> None:
         {"kty": "RSA", "n": "AA"},
         {**public, "kid": 7},
     ]
-    (found,) = read_key_set(json.dumps({"keys": [*others, public]}).encode(), kinds=KINDS)
+    (found,) = read_key_set(json.dumps({"keys": [*others, public]}).encode())
     assert found.get("kid") == "a"
     refused: list[Any] = [
         *(b"", b"null", b"[]", b"7", b'{"keys": 7}', b'{"keys": [7]}', b'{"keys": []}', b"[" * 90_000),
@@ -237,4 +333,4 @@ def test_a_set_is_read_strictly() -> None:
     ]
     for content in refused:
         with pytest.raises(KeySetRefused):
-            read_key_set(content if isinstance(content, bytes) else json.dumps(content).encode(), kinds=KINDS)
+            read_key_set(content if isinstance(content, bytes) else json.dumps(content).encode())

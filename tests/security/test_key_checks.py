@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 import sqlite3
+from uuid import uuid4
 
 import pytest
 
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import KeyStore, is_used
+from serve_app.security.keystore import DestroyedKey, KeyStore, look_into
 
 
 @pytest.fixture
@@ -105,10 +106,11 @@ def test_a_store_from_before_there_were_checks_is_known_by_its_newest_key(
         assert connection.execute("SELECT key_version FROM key_checks").fetchall() == [(1,)]
 
 
-def test_a_store_is_used_once_it_had_a_key(store: KeyStore, keys: Path) -> None:
+def test_a_store_is_known_by_its_id_and_its_keys_without_opening_it(store: KeyStore, keys: Path) -> None:
     path = keys / "keystore.sqlite"
-    assert not is_used(keys / "elsewhere.sqlite")
+    assert look_into(keys / "elsewhere.sqlite", [uuid4()]) is None
     assert not (keys / "elsewhere.sqlite").exists()
-    assert not is_used(path)
-    store.create()
-    assert is_used(path)
+    kept, gone = store.create().id, store.create().id
+    store.destroy(DestroyedKey(data_key_id=gone, receipt_id=uuid4(), reason="retention", actor="ops"))
+    assert look_into(path, []) == look_into(path, [uuid4()]) == (store.store_id, False)
+    assert look_into(path, [uuid4(), kept]) == look_into(path, [gone]) == (store.store_id, True)

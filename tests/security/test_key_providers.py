@@ -19,8 +19,7 @@ from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.key_providers import attempts, kms, vault
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import kms, open_key_provider, retries, vault
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings
@@ -43,8 +42,8 @@ class Remote:
 @pytest.fixture(params=["vault", "vault-derived", "kms"])
 def remote(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
     """Each provider with time-outs that suit a test."""
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(attempts, "_REST_S", 0.05)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
     for module in (vault, kms):
         monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setenv("NO_PROXY", "*")

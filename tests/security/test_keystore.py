@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from serve_app.domain.errors import IntegrityError, RecordsUnavailable
+from serve_app.domain.errors import DataKeyMissing, IntegrityError, RecordsUnavailable
 from serve_app.security import keystore
 from serve_app.security.envelope import ImageBinding, open_sealed, seal
 from serve_app.security.keyring import FileKeyring, WrappedKey
@@ -68,7 +68,7 @@ def test_a_key_read_back_never_seals(store: KeyStore) -> None:
 
 
 def test_an_unknown_key_is_not_found(store: KeyStore) -> None:
-    with pytest.raises(IntegrityError, match="no data key"):
+    with pytest.raises(DataKeyMissing):
         store.load(uuid4())
 
 
@@ -81,7 +81,7 @@ def test_a_shredded_key_is_gone_from_every_file(store: KeyStore, keys: Path, key
     store.shred(key.id)
     assert row[0] not in bytes_on_disk(keys)
     assert key.id.bytes not in bytes_on_disk(keys)
-    with pytest.raises(IntegrityError):
+    with pytest.raises(DataKeyMissing):
         store.load(key.id)
     store.shred(key.id)
     assert open_sealed(sealed, data_key=store.load(kept.id), binding=BINDING) == b"image"

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.key_service import KeyService
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
-from serve_app.security.key_providers import attempts
+from serve_app.security.key_providers import retries
 from serve_app.security.key_providers.kms import AwsKms
 from tests.security.kms_server import Kms
 
@@ -26,7 +26,7 @@ def aws() -> Kms:
 
 @pytest.fixture(autouse=True)
 def service(aws: Kms, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyService]:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
     running = KeyService(aws)
     for name, value in {
         "AWS_ENDPOINT_URL_KMS": f"http://127.0.0.1:{running.port}",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.security.access import GRANTS, Action, Reach, Role
-from serve_app.security.account import account_event, os_account
-from serve_app.security.audit import AuditEvent
+from serve_app.security.audit import AuditEvent, account_event, os_account
 from serve_app.security.purpose import PURPOSE, Purpose, purpose_of, recorded_purpose
 from serve_app.security.receipts import ErasureReason
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from serve_app.domain.errors import Conflict, IntegrityError, NotFound, RecordsUnavailable
+from serve_app.domain.errors import Conflict, DataKeyMissing, NotFound, RecordsUnavailable
 from serve_app.security.envelope import ImageBinding, seal
 from serve_app.security.keyring import FileKeyring
 from serve_app.security.keystore import KeyStore
@@ -97,7 +97,7 @@ def test_a_key_shredded_while_others_are_rewrapped_stays_gone(store, keyring, mo
 
     monkeypatch.setattr(store._checks, "wrap", shred_then_wrap)
     store.rewrap()
-    with pytest.raises(IntegrityError, match="There is no data key"):
+    with pytest.raises(DataKeyMissing):
         store.open_image(sealed, BINDING)
 
 

@@ -13,8 +13,7 @@ from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
 from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.key_providers import attempts
-from serve_app.security.key_providers.choice import open_key_provider
+from serve_app.security.key_providers import open_key_provider, retries
 from serve_app.security.key_providers.vault import VaultAddress, VaultTransit
 from serve_app.security.keyring import KeyProvider, WrappedKey
 from serve_app.security.keystore import KeyStore
@@ -32,7 +31,7 @@ def transit() -> Vault:
 
 @pytest.fixture
 def service(transit: Vault, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyService]:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
     running = KeyService(transit)
     yield running
     running.down()

@@ -13,14 +13,14 @@ LEFT JOIN erasure_receipts AS r USING (receipt_id)
 WHERE i.lesion_id = $1 AND e.image_id = $2;
 
 -- name: unproven
--- List accepted erasures that have no receipt after this long, oldest first.
-SELECT i.lesion_id, e.image_id
+-- List accepted erasures that have no receipt after this long, by receipt, from behind one on.
+SELECT e.receipt_id, i.lesion_id, e.image_id
 FROM erasures AS e
 INNER JOIN lesion_images AS i USING (image_id)
-WHERE e.accepted_at < now() - $1::interval
+WHERE e.accepted_at < now() - $1::interval AND e.receipt_id > $2
     AND NOT EXISTS (SELECT FROM erasure_receipts AS r WHERE r.receipt_id = e.receipt_id)
-ORDER BY e.accepted_at
-LIMIT $2;
+ORDER BY e.receipt_id
+LIMIT $3;
 
 -- name: prove
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its

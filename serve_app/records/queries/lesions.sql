@@ -31,7 +31,8 @@ WHERE actor = $1 AND key = $2;
 
 -- name: admit
 -- T1: the sealed image, its pending assessment and the audit event, all or nothing; a key that
--- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit.
+-- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit. The lease of
+-- whoever admits it runs by this server's clock, and from the writing on: not from before such a wait.
 WITH claimed AS (
     INSERT INTO idempotency_keys
         (actor, key, request_sha256, lesion_id, image_id, assessment_id, created_at)
@@ -58,8 +59,9 @@ image AS (
 ),
 assessment AS (
     INSERT INTO assessments
-        (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id, confirmed_only)
-    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16, $29 FROM admitted
+        (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id, confirmed_only,
+         lease_until)
+    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16, $29, clock_timestamp() + $30::interval FROM admitted
 ),
 event AS (
     INSERT INTO audit_events
@@ -121,21 +123,20 @@ queued AS (
 SELECT EXISTS (SELECT FROM failed);
 
 -- name: claim_pending
--- Lease pending assessments that nobody works on, oldest first; claimers pass each other by.
+-- Lease pending assessments that nobody has a lease on, oldest first; claimers pass each other by.
 -- Each try that does not finish one doubles its lease, up to five minutes.
 WITH claimable AS (
     SELECT assessment_id
     FROM assessments
     WHERE outcome = 'pending'
-        AND created_at < now() - $1::interval
         AND (lease_until IS NULL OR lease_until < now())
     ORDER BY created_at
-    LIMIT $3
+    LIMIT $2
     FOR UPDATE SKIP LOCKED
 ),
 claimed AS (
     UPDATE assessments AS a
-    SET lease_until = now() + greatest($2::interval, least($2::interval * 2 ^ least(a.attempts, 16), interval '5 minutes')),
+    SET lease_until = now() + greatest($1::interval, least($1::interval * 2 ^ least(a.attempts, 16), interval '5 minutes')),
         attempts = least(a.attempts, 32766) + 1
     FROM claimable AS c
     WHERE a.assessment_id = c.assessment_id
@@ -148,6 +149,27 @@ SELECT
 FROM claimed AS c
 INNER JOIN lesion_images AS i USING (image_id)
 ORDER BY c.created_at;
+
+-- name: set_back
+-- Note that a try failed; it counts when another image was answered since the try before. Says how many have counted.
+UPDATE assessments AS a
+SET set_back_at = now(),
+    setbacks = a.setbacks + (EXISTS (
+        SELECT FROM assessments AS o WHERE o.answer IS NOT NULL AND o.completed_at > a.set_back_at
+    ))::integer
+WHERE a.assessment_id = $1 AND a.outcome = 'pending'
+RETURNING a.setbacks;
+
+-- name: counts
+-- Count what is pending and what has failed, and say how long the oldest has been pending.
+SELECT
+    (SELECT count(*) FROM assessments WHERE outcome = 'pending') AS pending,
+    (SELECT count(*) FROM assessments WHERE outcome = 'failed') AS failed,
+    (
+        SELECT extract(epoch FROM now() - min(created_at))::float8
+        FROM assessments
+        WHERE outcome = 'pending'
+    ) AS oldest_pending_s;
 
 -- name: previous
 -- Find the lesion's newest assessment before a time that holds a classification, of an image that counts as the
@@ -271,6 +293,10 @@ WHERE i.lesion_id = $1 AND a.assessment_id = $2;
 SELECT patient_id, content_type, sealed
 FROM lesion_images
 WHERE lesion_id = $1 AND image_id = $2;
+
+-- name: pictured
+-- Which of the reference images $1 have a picture in the cache.
+SELECT isic_id FROM reference_pictures WHERE isic_id = ANY($1::text[]);
 
 -- name: image_embedding
 -- Fetch how far an image of a lesion got, and its embedding in the space that it was assessed in.

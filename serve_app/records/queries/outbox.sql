@@ -24,9 +24,9 @@ claimed AS (
     SET lease_until = now() + $1::interval, attempts = o.attempts + 1
     FROM due AS d
     WHERE o.message_id = d.message_id
-    RETURNING o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts
+    RETURNING o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts, o.setbacks
 )
-SELECT message_id, assessment_id, encounter_id, waiting_since, attempts
+SELECT message_id, assessment_id, encounter_id, waiting_since, attempts, setbacks
 FROM claimed
 ORDER BY position;
 
@@ -62,10 +62,15 @@ WHERE NOT EXISTS (
 );
 
 -- name: postpone
--- Let a message wait before the next attempt, and say why.
-UPDATE outbox
-SET due_at = now() + $2::interval, lease_until = NULL, last_error = $3
-WHERE message_id = $1 AND delivered_at IS NULL AND dead_at IS NULL;
+-- Let a message wait before the next attempt, and say why. Where it may ($4), the attempt counts against the
+-- message when another one was delivered since the attempt before.
+UPDATE outbox AS o
+SET due_at = now() + $2::interval, lease_until = NULL, last_error = $3,
+    set_back_at = CASE WHEN $4::boolean THEN now() ELSE o.set_back_at END,
+    setbacks = o.setbacks + ($4::boolean AND EXISTS (
+        SELECT FROM outbox AS other WHERE other.delivered_at > o.set_back_at
+    ))::integer
+WHERE o.message_id = $1 AND o.delivered_at IS NULL AND o.dead_at IS NULL;
 
 -- name: give_up
 -- Note a message as dead, and why.
@@ -97,7 +102,7 @@ LIMIT $2;
 -- an audit event each. It has its whole time again.
 WITH revived AS (
     UPDATE outbox
-    SET dead_at = NULL, due_at = now(), waiting_since = now()
+    SET dead_at = NULL, due_at = now(), waiting_since = now(), setbacks = 0, set_back_at = NULL
     WHERE delivered_at IS NULL
         AND CASE WHEN $1::uuid IS NULL THEN dead_at IS NOT NULL ELSE message_id = $1 END
     RETURNING message_id, assessment_id

@@ -21,10 +21,10 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NotConnected
 
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
-from serve_app.security.key_providers.attempts import (
+from serve_app.security.key_providers.retries import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
-    Attempts,
+    RetryPolicy,
     Unanswered,
 )
 from serve_app.security.keyring import WrappedKey
@@ -63,7 +63,7 @@ class AwsKms:
 
     def __init__(self, key_id: str) -> None:
         self._key_id = key_id
-        self._attempts = Attempts("AWS KMS")
+        self._retries = RetryPolicy("AWS KMS")
         parts = key_id.split(":")
         region = parts[3] if key_id.startswith("arn:") and len(parts) > 5 else os.environ.get("AWS_REGION")
         try:
@@ -72,7 +72,7 @@ class AwsKms:
                 config=Config(
                     connect_timeout=CONNECT_TIMEOUT_S,
                     read_timeout=READ_TIMEOUT_S,
-                    retries={"total_max_attempts": 1},  # `Attempts` does that
+                    retries={"total_max_attempts": 1},  # `RetryPolicy` does that
                 ),
             )
         except BotoCoreError as error:
@@ -83,7 +83,7 @@ class AwsKms:
         return f"AWS KMS key {self._key_id}"
 
     def now(self) -> Self:
-        """KMS itself: nobody here can put other keys in its place."""
+        """This object: KMS keeps its keys, so that no file here could be exchanged for another."""
         return self
 
     @property
@@ -138,7 +138,7 @@ class AwsKms:
             raise KeyProviderUnavailable(f"{self} is {key.get('KeyState', 'disabled')}: enable it.")
 
     def _ask(self, operation: Callable[..., dict[str, Any]], **arguments: object) -> dict[str, Any]:
-        return self._attempts.ask(lambda: _answer(lambda: operation(KeyId=self._key_id, **arguments)))
+        return self._retries.ask(lambda: _answer(lambda: operation(KeyId=self._key_id, **arguments)))
 
 
 def _answer(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from hvac import exceptions
 import requests
 
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
-from serve_app.security.key_providers.attempts import (
+from serve_app.security.key_providers.retries import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
-    Attempts,
+    RetryPolicy,
     Unanswered,
 )
 from serve_app.security.keyring import WrappedKey
@@ -98,14 +98,14 @@ class VaultTransit:
         # Neither a proxy nor a .netrc of the environment belongs between us and the keys.
         self._session.trust_env = False
         self._session.verify = os.environ.get("VAULT_CACERT", "") or True
-        self._attempts = Attempts("Vault")
+        self._retries = RetryPolicy("Vault")
         self._derives = self._check_key()
 
     def __str__(self) -> str:
         return f"Vault transit key {self._address.mount}/{self._address.key} at {self._address.url}"
 
     def now(self) -> Self:
-        """Vault itself: nobody here can put other keys in its place."""
+        """This object: Vault keeps its keys, so that no file here could be exchanged for another."""
         return self
 
     @property
@@ -202,7 +202,7 @@ class VaultTransit:
             )
             return _answer(operation, lambda: question(client.secrets.transit, key))
 
-        return self._attempts.ask(attempt)
+        return self._retries.ask(attempt)
 
 
 def _answer(operation: str, request: Callable[[], Any]) -> dict[str, Any]:

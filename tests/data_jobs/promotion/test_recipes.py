@@ -132,7 +132,7 @@ async def test_b4_answers_through_the_whole_graph(
     assert set(answer.classification.probabilities) == set(Diagnosis)
     assert sum(answer.classification.probabilities.values()) == pytest.approx(1.0)
     assert answer.neighbours is not None
-    assert len(answer.neighbours.similar) == 3
+    assert len(answer.similar) == 3
     assert answer.risk is not None
     size = (folder / "model.onnx").stat().st_size
     with capsys.disabled():

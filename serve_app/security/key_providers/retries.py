@@ -8,18 +8,25 @@ time-out, each in a thread of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 import logging
-import random
 import time
 from typing import TypeVar
 
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random,
+)
+
 from serve_app.domain.errors import KeyProviderUnavailable
 
-#: What one attempt may take, in seconds: to connect, and to answer.
+#: What one request may take, in seconds: to connect, and to answer.
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 1.0, 2.0
 
-_ATTEMPTS = 3
+_REQUESTS = 3
 _FIRST_WAIT_S = 0.1
 _DEADLINE_S = 4.0
 _REST_S = 1.0
@@ -33,10 +40,10 @@ class Unanswered(Exception):
     """The service was not reached, not in time, or is in trouble of its own: asking again may help."""
 
 
-class Attempts:
+class RetryPolicy:
     """Asks one service up to three times, waiting longer each time; for many threads at once.
 
-    No attempt begins later than 4 s after the first. After a failure everybody is turned away
+    No request begins later than 4 s after the first. After a failure everybody is turned away
     for 1 s without asking.
     """
 
@@ -48,20 +55,20 @@ class Attempts:
         """Return the answer. KeyProviderUnavailable when `question` keeps raising Unanswered."""
         if time.monotonic() < self._rests_until:
             raise self._unavailable("has just failed")
-        deadline = time.monotonic() + _DEADLINE_S
-        for attempt in count():
-            try:
-                return question()
-            except Unanswered as error:
-                # Up to half as much again, so that threads that failed together do not return together.
-                wait = _FIRST_WAIT_S * 4**attempt * random.uniform(1.0, 1.5)  # noqa: S311
-                if attempt + 1 == _ATTEMPTS or time.monotonic() + wait > deadline:
-                    self._rests_until = time.monotonic() + _REST_S
-                    _log.warning("%s: %s, %d attempts", self._service, error, attempt + 1)
-                    # Without its cause: a library's error holds the request, and that a data key.
-                    raise self._unavailable(str(error)) from None
-                time.sleep(wait)
-        raise AssertionError  # count() has no end
+        retrying = Retrying(
+            retry=retry_if_exception_type(Unanswered),
+            stop=stop_after_attempt(_REQUESTS) | stop_before_delay(_DEADLINE_S),
+            # At random a little longer, so that threads that failed together do not return together.
+            wait=wait_exponential(multiplier=_FIRST_WAIT_S, exp_base=4) + wait_random(0, _FIRST_WAIT_S),
+            reraise=True,
+        )
+        try:
+            return retrying(question)
+        except Unanswered as error:
+            self._rests_until = time.monotonic() + _REST_S
+            _log.warning("%s: %s, %d requests", self._service, error, retrying.statistics["attempt_number"])
+            # Without its cause: a library's error holds the request, and that a data key.
+            raise self._unavailable(str(error)) from None
 
     def _unavailable(self, why: str) -> KeyProviderUnavailable:
         return KeyProviderUnavailable(
