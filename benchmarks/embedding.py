@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.load import default_archive, images_in
 from benchmarks.processes import measure_pss
 from cluster.postgres import EmbeddedPostgres
 from data_jobs.references.catalogue import CatalogueEntry, read_catalogue, write_catalogue
@@ -57,11 +58,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--baseline-count", type=int, default=3_000, help="images of the plain pool")
     parser.add_argument("--model", help="default: the first of the store")
-    default = os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic")
-    parser.add_argument("--isic", type=Path, default=Path(default))
+    parser.add_argument("--isic", type=Path, default=default_archive())
     parser.add_argument("--pictures", action="store_true", help="have the job make pictures, too")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
+    images_in(parsed.isic / "images")
     models = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
     model_id = parsed.model or next(iter(ModelStore(models)))
     with tempfile.TemporaryDirectory(prefix="derm-embedding-") as scratch:

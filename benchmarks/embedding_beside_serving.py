@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 from benchmarks.embedding import repeat_archive
-from benchmarks.load import LoadResult, Upload, drive, make_upload
+from benchmarks.load import LoadResult, Upload, default_archive, drive, images_in, make_upload
 from benchmarks.records import prepare_records
 from benchmarks.systems import CORES
 from cluster.ports import choose_port
@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="of load before the job, and after it")
     parser.add_argument("--option", action="append", default=[], help="for the job: --option=--actors=1")
-    default = os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic")
-    parser.add_argument("--isic", type=Path, default=Path(default))
+    parser.add_argument("--isic", type=Path, default=default_archive())
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
+    images_in(parsed.isic / "images")
+    images_in(parsed.isic / "uploads")
     with tempfile.TemporaryDirectory(prefix="derm-beside-") as scratch:
         Path(scratch).chmod(0o711)
         folder = repeat_archive(parsed.isic.resolve(), Path(scratch) / "references", parsed.count)
@@ -144,7 +145,7 @@ def _add(whole: LoadResult, part: LoadResult) -> None:
 def _uploads(folder: Path) -> list[Upload]:
     return [
         make_upload(path.read_bytes(), {"patient_id": _PATIENT, "age_approx": "60"})
-        for path in sorted(folder.glob("*.jpg"))
+        for path in images_in(folder)
     ]
 
 

@@ -24,6 +24,7 @@ from time import monotonic, sleep
 import numpy as np
 
 from benchmarks.embedding import repeat_archive
+from benchmarks.load import default_archive, images_in
 from cluster.postgres import EmbeddedPostgres
 from model_store.registry import ModelStore
 from serve_app.records.migrate import migrate
@@ -44,9 +45,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5_000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=10)
-    default = os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic")
-    parser.add_argument("--isic", type=Path, default=Path(default))
+    parser.add_argument("--isic", type=Path, default=default_archive())
     parsed = parser.parse_args()
+    images_in(parsed.isic / "images")
     models = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
     with tempfile.TemporaryDirectory(prefix="derm-kills-") as scratch:
         folder = repeat_archive(parsed.isic.resolve(), Path(scratch) / "references", parsed.count)

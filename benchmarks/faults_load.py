@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import httpx
 
-from cluster.sample_lesion import draw_lesion
+from data_jobs.sample_lesion import draw_lesion
 from serve_app.records.pool import Pool
 
 #: A service is whole again when this many uploads in a row, begun after the fault, were answered 201.

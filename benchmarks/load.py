@@ -6,11 +6,30 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
+import os
+from pathlib import Path
 import statistics
+import sys
 from time import perf_counter
 from typing import Any
 
 import aiohttp
+
+from serve_app.settings import REPOSITORY
+
+
+def default_archive() -> Path:
+    """Where the ISIC images are, unless an option says otherwise."""
+    return Path(os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic"))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The JPEG files of a folder, in order; without any, one line on standard error and exit status 2."""
+    images = sorted(folder.glob("*.jpg"))
+    if not images:
+        sys.stderr.write(f"There are no images (*.jpg) in {folder}: see --help, or set DERM_ISIC_DIR.\n")
+        raise SystemExit(2)
+    return images
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import asyncio
 from collections import Counter
 import csv
 import json
-import os
 from pathlib import Path
 import sys
 import tempfile
@@ -20,12 +19,11 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.load import make_upload
+from benchmarks.load import default_archive, images_in, make_upload
 from benchmarks.records import prepare_records
 from benchmarks.systems import running_graph
 from cluster.postgres import EmbeddedPostgres
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
-from serve_app.settings import REPOSITORY
 
 _PATIENT = "outcomes-patient"
 _CONTEXT = ("age_approx", "sex", "anatom_site_general")
@@ -38,10 +36,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--port", type=int, default=8290)
     parser.add_argument("--limit", type=int, help="only this many images")
-    default = os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic")
-    parser.add_argument("--isic", type=Path, default=Path(default))
+    parser.add_argument("--isic", type=Path, default=default_archive())
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
+    images_in(parsed.isic / "images")
     with (parsed.isic / "train.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["fold"] == TEST_FOLD][: parsed.limit]
     with tempfile.TemporaryDirectory(prefix="derm-outcomes-") as folder:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from benchmarks.search_data import SearchData, describe, make_search_data
 from benchmarks.search_retriever import running_node, running_retriever
 from benchmarks.search_truth import Truth, search_exactly
-from cluster.node_files import model_folder
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from serve_app.domain.assessment import Neighbours
 from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
@@ -37,6 +36,7 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
 from serve_app.records.references import ReferenceStore
 from serve_app.records.sql import queries
+from serve_app.settings import model_folder
 from serve_app.sql import parse
 
 K = 10

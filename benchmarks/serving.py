@@ -11,18 +11,16 @@ import asyncio
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 import json
-import os
 from pathlib import Path
 import platform
 import sys
 import tempfile
 from typing import Any
 
-from benchmarks.load import LoadResult, Upload, drive, make_upload
+from benchmarks.load import LoadResult, Upload, default_archive, drive, images_in, make_upload
 from benchmarks.records import prepare_records
 from benchmarks.systems import CORES, System, running_baseline, running_graph
 from cluster.postgres import EmbeddedPostgres
-from serve_app.settings import REPOSITORY
 
 _CLINICIAN = "dr-benchmark"
 PATIENT = "benchmark-patient"
@@ -37,9 +35,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="graph and baseline take turns")
     parser.add_argument("--port", type=int, default=8190)
     parser.add_argument("--dashboard", action="store_true", help="with Ray's dashboard")
-    parser.add_argument("--images", type=Path, default=_default_images())
+    parser.add_argument("--images", type=Path, default=default_archive() / "uploads")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
+    images_in(parsed.images)
     with tempfile.TemporaryDirectory(prefix="derm-bench-") as folder:
         home = Path(folder)
         home.chmod(0o711)
@@ -54,7 +53,7 @@ def run(home: Path, parsed: argparse.Namespace) -> dict[str, Any]:
     """Start each system in turn, drive it, and compare."""
     postgres = EmbeddedPostgres(home)
     token = prepare_records(home, postgres, clinician=_CLINICIAN, patient=PATIENT)
-    uploads = _uploads(parsed.images)
+    uploads = _uploads(images_in(parsed.images))
     measured: dict[str, list[dict[str, Any]]] = {"graph": [], "baseline": []}
     try:
         for number in range(parsed.rounds):
@@ -140,15 +139,9 @@ def _ratios(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return ratios
 
 
-def _uploads(folder: Path | None) -> list[Upload]:
-    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))] if folder else []
+def _uploads(images: list[Path]) -> list[Upload]:
     fields = {"patient_id": PATIENT, "age_approx": "60", "sex": "male", "anatom_site_general": "torso"}
-    return [make_upload(image, fields) for image in images]
-
-
-def _default_images() -> Path | None:
-    archive = Path(os.environ.get("DERM_ISIC_DIR", REPOSITORY.parent / "shared" / "isic"))
-    return archive / "uploads" if (archive / "uploads").is_dir() else None
+    return [make_upload(image.read_bytes(), fields) for image in images]
 
 
 def _say(message: str) -> None:

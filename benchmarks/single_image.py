@@ -16,9 +16,9 @@ from time import perf_counter
 
 import numpy as np
 
-from cluster.node_files import model_folder
 from data_jobs.training.scan import open_onnx
 from model_store.registry import ModelStore, StoredModel
+from serve_app.settings import model_folder
 
 BASELINE = "Fourier transform"
 _WARM_UP = 5

@@ -10,16 +10,9 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from cluster.postgres_state import DatabaseUrls, PostgresState
-from serve_app.security.private_files import locked_folder, read_private, write_private
+from serve_app.security.private_files import locked_folder, write_private
 from serve_app.security.token_secret import DEVELOPMENT_PREFIX, make_development_secret
-from serve_app.settings import REPOSITORY
-
-OWNER_URL = "DERM_OWNER_DATABASE_URL"
-
-
-def model_folder() -> Path:
-    """Where the models are, for whoever needs no other setting ($DERM_MODELS)."""
-    return Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
+from serve_app.settings import OWNER_URL
 
 
 def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:
@@ -56,26 +49,9 @@ def write_owner_environment(home: Path, urls: DatabaseUrls) -> None:
 
     No process of the node has it in its environment, replicas least of all: a job reads it here.
     """
-    path = _owner_environment(home)
+    path = home / "secrets" / "owner.env"
     with locked_folder(path.parent):
         write_private(path, f"{OWNER_URL}={urls.owner}\n".encode())
-
-
-def find_owner_url(home: Path) -> str | None:
-    """The database's URL for the role that owns the schema: $DERM_OWNER_DATABASE_URL, or else what the node wrote.
-
-    None when it is in neither. IntegrityError when another user may read the file.
-    """
-    if given := os.environ.get(OWNER_URL):
-        return given
-    path = _owner_environment(home)
-    if not path.exists():
-        return None
-    return read_private(path).decode().strip().removeprefix(f"{OWNER_URL}=")
-
-
-def _owner_environment(home: Path) -> Path:
-    return home / "secrets" / "owner.env"
 
 
 def read_service_environment(home: Path) -> dict[str, str]:

@@ -22,8 +22,8 @@ from cluster.database import application_role, own_database
 from cluster.database_safety import look_at, transport_findings
 from cluster.finding import Finding
 from cluster.node_files import explain
-from cluster.sample_lesion import write_sample
 from data_jobs.references.load import publish_bundled
+from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.records.access import AccessStore

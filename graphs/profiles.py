@@ -39,11 +39,6 @@ _NUM_CPUS = {
 }
 
 
-def surge_cpus() -> float:
-    """Logical CPUs that must be free for an update: one more replica of every deployment."""
-    return sum(_NUM_CPUS.values())
-
-
 def deployment_options(name: str, profile: Profile) -> dict[str, Any]:
     """Everything `.options()` takes for one deployment of a profile."""
     load = DEPLOYMENT_OPTIONS[name]

@@ -21,7 +21,6 @@ find_python() {
 # Everything that lint and the whole suite need; the archive's scorer only where it can be compiled.
 full_environment() {
     local extras=cpu,jobs,train,edge,test
-    if command -v cc >/dev/null; then extras=$extras,challenge; fi
     environment .venv-test "$extras" torch==2.14.1 torchvision==0.29.1
 }
 

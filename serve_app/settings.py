@@ -16,14 +16,32 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from serve_app.security.private_files import read_private
 from serve_app.security.token_secret import find_weakness
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+OWNER_URL = "DERM_OWNER_DATABASE_URL"
 
 
 def default_home() -> Path:
     """Where this node keeps its state: $DERM_HOME, else .derm beside the code."""
     return Path(os.environ.get("DERM_HOME", REPOSITORY / ".derm"))
+
+
+def model_folder() -> Path:
+    """Where the models are, for whoever needs no other setting ($DERM_MODELS)."""
+    return Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
+
+
+def find_owner_url(home: Path) -> str | None:
+    """The database's URL for the role that owns the schema: $DERM_OWNER_DATABASE_URL, or else what the node wrote.
+
+    None when it is in neither. IntegrityError when another user may read the file.
+    """
+    if given := os.environ.get(OWNER_URL):
+        return given
+    path = home / "secrets" / "owner.env"
+    return read_private(path).decode().strip().removeprefix(f"{OWNER_URL}=") if path.exists() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,12 @@ def corpora_dir() -> Path:
     return _data_set("DERM_CORPORA_DIR", "corpora")
 
 
+@pytest.fixture(scope="session")
+def failing_dir() -> Path:
+    """Files that an earlier version answered wrongly."""
+    return _data_set("DERM_FAILING_DIR", "failing")
+
+
 def _data_set(variable: str, name: str) -> Path:
     directory = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
     if not directory.is_dir():

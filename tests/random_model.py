@@ -8,7 +8,8 @@ import tomllib
 
 import numpy as np
 
-from data_jobs.references.bundle import embed_rows, write_references
+from data_jobs.references.bundle import write_references
+from data_jobs.references.embedder import embed_rows
 from data_jobs.training.dataset import read_rows
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe

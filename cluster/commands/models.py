@@ -9,13 +9,11 @@ import os
 from pathlib import Path
 import sys
 
-from cluster.commands.promotion import define_promotion
-from cluster.node_files import model_folder
-from data_jobs.promotion.evaluation import evaluate_model
-from data_jobs.promotion.import_model import ImportRequest, headline, import_model
+from cluster.commands.promotion import define_promotion, load_job
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.security.audit import os_account
+from serve_app.settings import model_folder
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -95,7 +93,8 @@ def _open_each(wanted: Iterable[str], tell: Callable[[StoredModel], str]) -> int
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    request = ImportRequest(
+    job = load_job("data_jobs.promotion.import_model")
+    request = job.ImportRequest(
         source=arguments.source,
         recipe=arguments.recipe,
         sha256=arguments.sha256,
@@ -105,18 +104,19 @@ def _import(arguments: argparse.Namespace) -> int:
         side=arguments.side,
         threads=arguments.threads,
     )
-    model = import_model(model_folder(), request, say)
+    model = job.import_model(model_folder(), request, say)
     say(f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {os_account()}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    evaluated = evaluate_model(
+    job = load_job("data_jobs.promotion.import_model")
+    evaluated = job.evaluate_model(
         model_folder(), arguments.model, recipe=arguments.recipe, threads=arguments.threads
     )
     if arguments.report is not None:
         arguments.report.write_text(json.dumps(evaluated, indent=1) + "\n", encoding="utf-8")
-    say(f"{arguments.model}: {headline(evaluated)}")
+    say(f"{arguments.model}: {job.headline(evaluated)}")
     return 0
 
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 import sys
+from types import ModuleType
 
 from cluster.database import database
-from cluster.node_files import model_folder
-from data_jobs.promotion.promotion import PromotionRequest, promote
 from data_jobs.promotion.rollback import roll_back
+from serve_app.domain.errors import DermError
 from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, Publication, live_model, publications
+from serve_app.settings import model_folder
 
 Run = Callable[[argparse.Namespace], int]
+
+
+def load_job(module: str) -> ModuleType:
+    """Import a job only when it is asked for: a node that serves lacks what most of them need.
+
+    Raises DermError when this environment does.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise DermError(
+            f"{module} needs the `jobs` extra ({error}): pip install 'pms-derm-cds[jobs,cpu]' into this environment."
+        ) from error
 
 
 def define_promotion(
@@ -65,7 +80,8 @@ def _said(text: str) -> str:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    request = PromotionRequest(
+    job = load_job("data_jobs.promotion.promotion")
+    request = job.PromotionRequest(
         candidate=arguments.model,
         approved_by=arguments.approved_by,
         reason=arguments.reason,
@@ -77,7 +93,7 @@ def _promote(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
     )
     with database(arguments.home) as urls:
-        asyncio.run(promote(urls.owner, model_folder(), request, _say))
+        asyncio.run(job.promote(urls.owner, model_folder(), request, _say))
     return 0
 
 

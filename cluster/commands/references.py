@@ -13,10 +13,8 @@ import sys
 from typing import TypeVar
 
 from cluster.database import database
-from cluster.node_files import model_folder
 from cluster.prepare import choose_model
-from data_jobs.references.load import publish_bundled
-from data_jobs.references.publish import publish_space
+from data_jobs.references.load import publish_bundled, publish_space
 from data_jobs.references.verify import verify_space
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, DermError
@@ -24,7 +22,7 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
 from serve_app.security.audit import os_account
-from serve_app.settings import REPOSITORY
+from serve_app.settings import REPOSITORY, model_folder
 
 _Result = TypeVar("_Result")
 

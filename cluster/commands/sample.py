@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 import sys
 
-from cluster.sample_lesion import write_sample
+from data_jobs.sample_lesion import write_sample
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:

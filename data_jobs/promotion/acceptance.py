@@ -10,9 +10,11 @@ from pathlib import Path
 import tomllib
 from typing import Any
 
+from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.comparison import Comparison
 from data_jobs.training.plans import AcceptancePlan
 from data_jobs.training.recipe import read_acceptance
+from model_store.registry import StoredModel
 from serve_app.domain.errors import DermError
 
 #: Beside the manifest, with its digest in it: promotion needs no recipe.
@@ -98,3 +100,25 @@ def parse_acceptance(text: str, source: Path) -> AcceptancePlan:
         raise DermError(f"{source} has no [acceptance] table.") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DermError(f"{source}: {error}") from error
+
+
+def read_plan(candidate: StoredModel, given: Path | None) -> AcceptancePlan:
+    """Read the criteria that travel with the candidate; those `given` only for one that has none.
+
+    Raises PromotionRefused when there are none, with which anything would pass, or when its own
+    would be passed over.
+    """
+    model_id = candidate.manifest.model_id
+    own = ACCEPTANCE_NAME in candidate.manifest.files
+    if own and given is not None:
+        raise PromotionRefused(
+            f"{model_id} has its own acceptance criteria, agreed on before it was measured; {given} cannot replace "
+            "them."
+        )
+    if not own and given is None:
+        raise PromotionRefused(
+            f"{model_id} comes without acceptance criteria: give a recipe that has an [acceptance] table, with "
+            "--acceptance."
+        )
+    path = given or candidate.path(ACCEPTANCE_NAME)
+    return parse_acceptance(path.read_text(encoding="utf-8"), path)

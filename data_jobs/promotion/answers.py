@@ -1,31 +1,79 @@
-"""What a model answers to confirmed cases, by the served code from the file's bytes to the urgency."""
+"""What a model answers to confirmed cases, by the served code from the file's bytes to the urgency; answers are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.promotion.reference_search import ReferenceSearch
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
-from data_jobs.references.load import read_bundle
-from data_jobs.training.dataset import LabelledImage
+from data_jobs.references.load import ReferenceBundle, read_bundle
+from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.preprocess import PreparedImage, prepare_image
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from deployments.risk.policy import RiskPolicy
+from deployments.risk.policy_file import POLICIES
 from deployments.risk.risk import conclude
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
-from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours
-from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours, SimilarCase
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, RejectedUpload
 from serve_app.domain.patient import AnatomSite, ClinicalContext, Sex
+
+
+class ReferenceSearch:
+    """Exact cosine search over a bundle; `ReferenceStore.nearest` is its twin in the database."""
+
+    def __init__(self, bundle: ReferenceBundle) -> None:
+        self._images = bundle.images
+        self._embeddings = bundle.embeddings
+        lesions = [image.lesion_id or image.isic_id for image in bundle.images]
+        # Numbers for lesions: comparing 4,000 strings for every case takes longer than the model.
+        self._numbers = {lesion: i for i, lesion in enumerate(dict.fromkeys(lesions))}
+        self._lesion = np.array([self._numbers[lesion] for lesion in lesions], dtype=np.int64)
+        self._malignant = np.array([image.diagnosis in MALIGNANT for image in bundle.images])
+
+    def nearest(self, embedding: NDArray[np.float32], *, k: int, lesion: str) -> Neighbours:
+        """Find the K references most similar to a unit vector (512), one a lesion, none of `lesion`."""
+        similarity = self._embeddings @ embedding
+        order = np.argsort(-similarity, kind="stable")
+        order = order[self._lesion[order] != self._numbers.get(lesion, -1)]
+        _, firsts = np.unique(self._lesion[order], return_index=True)
+        distinct = order[np.sort(firsts)]
+        cases = [self._case(int(i), float(similarity[i])) for i in distinct[:k]]
+        malignant = distinct[self._malignant[distinct]][:1]
+        benign = distinct[~self._malignant[distinct]][:1]
+        return Neighbours(
+            similar=tuple(cases),
+            malignant_share=sum(c.diagnosis in MALIGNANT for c in cases) / len(cases) if cases else None,
+            nearest_benign=next((self._case(int(i), float(similarity[i])) for i in benign), None),
+            nearest_malignant=next((self._case(int(i), float(similarity[i])) for i in malignant), None),
+        )
+
+    def _case(self, index: int, similarity: float) -> SimilarCase:
+        image = self._images[index]
+        return SimilarCase(
+            isic_id=image.isic_id,
+            lesion_id=image.lesion_id,
+            diagnosis=image.diagnosis,
+            diagnosis_confirm_type=image.diagnosis_confirm_type,
+            similarity=similarity,
+            age_approx=image.age_approx,
+            sex=image.sex,
+            anatom_site_general=image.anatom_site_general,
+            copyright_license=image.copyright_license,
+            attribution=image.attribution,
+        )
+
 
 BATCH = 16
 _SITES = {site.value: site for site in AnatomSite}
@@ -143,3 +191,73 @@ def _as_arrays(answers: Sequence[tuple[Classification, Conclusion]]) -> CaseAnsw
         level=np.array([risk.level.value if risk else "" for risk in risks]),
         urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
     )
+
+
+CaseKind = Literal["held-out", "references"]
+#: The fold that no recipe trains, calibrates or chooses on.
+HELD_OUT_FOLD = 0
+# Changed whenever answers to the same cases may change for another reason than those in the key.
+_ANSWERS_VERSION = "1"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """Confirmed cases to compare on, the archive they lie in, and a digest over all their metadata."""
+
+    kind: CaseKind
+    rows: tuple[LabelledImage, ...]
+    archive: Path
+    digest: str
+
+
+def read_cases(kind: CaseKind, live: StoredModel) -> Cases:
+    """Choose the cases: the held-out fold, or the references that the live model ships.
+
+    Raises DermError when the archive is not there or lacks them.
+    """
+    archive = isic_folder()
+    try:
+        rows = read_rows(archive)
+    except FileNotFoundError:
+        raise DermError(
+            f"{archive} has no train.csv: set DERM_ISIC_DIR to the archive of labelled images."
+        ) from None
+    if kind == "held-out":
+        chosen = tuple(row for row in rows if row.fold == HELD_OUT_FOLD)
+    else:
+        shipped = {image.isic_id for image in read_bundle(live, live.manifest.live_space).images}
+        chosen = tuple(row for row in rows if row.isic_id in shipped)
+    if not chosen:
+        raise DermError(f"{archive} holds none of the {kind} cases.")
+    digest = sha256()
+    for row in chosen:
+        digest.update(repr(row).encode())
+    return Cases(kind, chosen, archive, digest.hexdigest())
+
+
+def shadow(
+    model: StoredModel, cases: Cases, policy: RiskPolicy, *, cache: Path, threads: int, say: Say
+) -> CaseAnswers:
+    """Answer the cases with a model; answers that were given before are read from `cache`.
+
+    What the answers depend on names the file: the model's digest, the cases, preprocess and policy.
+    """
+    policy_digest = sha256((POLICIES / f"{policy.version}.toml").read_bytes()).hexdigest()
+    parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(WEIGHED))
+    path = cache / f"{model.manifest.model_id}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
+    name = model.manifest.model_id
+    if path.exists():
+        say(f"{name}: {len(cases.rows)} answers from {path}")
+        return CaseAnswers.read(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    total = len(cases.rows)
+
+    def progress(done: int) -> None:
+        if done % 320 == 0 or done == total:
+            say(f"{name}: {done} of {total} cases")
+
+    answers = answer_cases(model, cases.rows, cases.archive, policy, threads=threads, progress=progress)
+    answers.write(path)
+    return answers

@@ -1,22 +1,37 @@
-"""A candidate before it may be compared: intact, loadable, with references of its own."""
+"""A candidate, and the space it will answer in: intact, loadable, with references enough, all of them its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data_jobs.promotion.acceptance import ACCEPTANCE_NAME, parse_acceptance
-from data_jobs.promotion.refusal import PromotionRefused
-from data_jobs.references.bundle import embed_rows
+from data_jobs.references.embedder import embed_rows, identify_embedder
 from data_jobs.references.load import ReferenceBundle, read_bundle
+from data_jobs.references.verify import verify_space
 from data_jobs.training.dataset import isic_folder, read_rows
-from data_jobs.training.plans import AcceptancePlan
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
+from serve_app.domain.errors import DermError
+from serve_app.records.pool import Pool
+from serve_app.records.reference_cache import ReferenceCache
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import LiveModel
+
+
+class PromotionRefused(DermError):
+    """The model that answers stays as it is."""
+
+    code = "promotion_refused"
+
+
+class ImportRefused(DermError):
+    """The model was not imported; nothing was left in the store."""
+
+    code = "import_refused"
+
 
 #: References embedded anew to prove that the bundle is this model's.
 SAMPLED = 32
@@ -47,28 +62,6 @@ def open_whole(store: ModelStore, model_id: str) -> StoredModel:
     Calibrator.from_model(model).classify(logits, bottleneck)
     EmbeddingSpace.from_model(model, model.manifest.live_space)
     return model
-
-
-def read_plan(candidate: StoredModel, given: Path | None) -> AcceptancePlan:
-    """Read the criteria that travel with the candidate; those `given` only for one that has none.
-
-    Raises PromotionRefused when there are none, with which anything would pass, or when its own
-    would be passed over.
-    """
-    model_id = candidate.manifest.model_id
-    own = ACCEPTANCE_NAME in candidate.manifest.files
-    if own and given is not None:
-        raise PromotionRefused(
-            f"{model_id} has its own acceptance criteria, agreed on before it was measured; {given} cannot replace "
-            "them."
-        )
-    if not own and given is None:
-        raise PromotionRefused(
-            f"{model_id} comes without acceptance criteria: give a recipe that has an [acceptance] table, with "
-            "--acceptance."
-        )
-    path = given or candidate.path(ACCEPTANCE_NAME)
-    return parse_acceptance(path.read_text(encoding="utf-8"), path)
 
 
 def prove_references(candidate: StoredModel, live: StoredModel, *, threads: int) -> ReferenceProof:
@@ -114,3 +107,67 @@ def _embed_again(candidate: StoredModel, bundle: ReferenceBundle, threads: int) 
         threads=threads,
     )
     return len(picked), float((fresh * bundle.embeddings[picked]).sum(1).min())
+
+
+#: A candidate may find a tenth fewer references than the live model; fewer still is a loss for the clinician.
+LEAST_REFERENCE_SHARE = 0.9
+
+
+async def require_references(pool: Pool, candidate: StoredModel, answering: LiveModel) -> None:
+    """Raise PromotionRefused when the candidate would find far fewer similar cases than the live model does."""
+    references = ReferenceStore(pool)
+    space = candidate.manifest.live_space
+    there = await references.count(answering.embedding_space)
+    coming = space.count
+    if await _is_own(pool, candidate):
+        coming = max(coming, await references.count(space.embedding_space))
+    if coming < LEAST_REFERENCE_SHARE * there:
+        raise PromotionRefused(
+            f"{answering.embedding_space} has {there} references and {space.embedding_space} would have "
+            f"{coming}: fill it first, with `derm-cds references embed`, or similar cases go missing."
+        )
+
+
+async def fill_space(pool: Pool, candidate: StoredModel) -> str:
+    """Put the candidate's references beside those of the live model, whose space is not touched; says what is there.
+
+    What another embedder, or nobody knows which, left in the space is replaced. A space that `derm-cds
+    references embed` filled further than the bundle reaches, or is still filling, stays as that left it.
+    """
+    references, cache, space = ReferenceStore(pool), ReferenceCache(pool), candidate.manifest.live_space
+    own = await _is_own(pool, candidate)
+    there = await references.count(space.embedding_space)
+    if own and (there > space.count or not await _is_complete(cache, space.embedding_space)):
+        return f"{space.embedding_space} holds {there} references"
+    bundle = read_bundle(candidate, space)
+    # Vectors first: a stop in between leaves a space that is still known as another's, and is filled again.
+    await references.load(
+        bundle.images, bundle.embeddings, embedding_space=space.embedding_space, replace=not own
+    )
+    if not own:
+        await cache.reassign(identify_embedder(candidate, space), expected=space.count)
+    return f"{len(bundle.images)} references loaded into {space.embedding_space}"
+
+
+async def require_verified(pool: Pool, candidate: StoredModel) -> None:
+    """Raise PromotionRefused, naming every failed check, unless the space passes what `references publish` asks."""
+    space = candidate.manifest.live_space.embedding_space
+    failed = [check for check in await verify_space(pool, candidate) if not check.passed]
+    if failed:
+        found = "; ".join(f"{check.name}: {check.found}" for check in failed)
+        raise PromotionRefused(f"{space} must not answer. {found}.")
+
+
+async def _is_own(pool: Pool, candidate: StoredModel) -> bool:
+    """Whether the space is on record as filled by this very network, transform and preprocessing."""
+    space = candidate.manifest.live_space
+    known = await ReferenceCache(pool).embedder(space.embedding_space)
+    return known is not None and known.digest == identify_embedder(candidate, space).digest
+
+
+async def _is_complete(cache: ReferenceCache, embedding_space: str) -> bool:
+    return any(
+        summary.completed_at is not None
+        for summary in await cache.spaces()
+        if summary.embedding_space == embedding_space
+    )

@@ -1,4 +1,4 @@
-"""Candidate beside live on the same confirmed cases: what changes, for whom, and whether by chance."""
+"""Candidate beside live on the same confirmed cases: how accurate each is, what changes, for whom, and whether by chance."""
 
 from __future__ import annotations
 
@@ -7,23 +7,123 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from data_jobs.promotion.answers import CaseAnswers
-from data_jobs.promotion.figures import Figures, Flags, measure, subgroups
-from data_jobs.promotion.paired import PairedCounts, compare_pairs
 from data_jobs.training.dataset import LabelledImage, labels_of
-from data_jobs.training.probabilities import Labels
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.evaluation.figures import age_band, split
+from data_jobs.training.evaluation.predictions import MELANOMA, known_eight
+from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.probabilities import (
+    Floats,
+    Labels,
+    area_under_curve,
+    balanced_accuracy,
+    calibration_error,
+    top_k_accuracy,
+)
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.assessment import Urgency
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, ModelContractError
 
+
+@dataclass(frozen=True, slots=True)
+class PairedCounts:
+    """Cases that only the live model, or only the candidate, gets right; p of McNemar's exact test."""
+
+    cases: int
+    lost: int
+    gained: int
+    p_value: float
+
+
+def compare_pairs(live: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> PairedCounts:
+    """Count the discordant of N pairs of right (true) and wrong answers.
+
+    The p-value is McNemar's exact, two-sided: twice the tail of Binomial(lost + gained, 1/2), at
+    most 1 (McNemar, Psychometrika 1947; exact form in Fagerland et al., BMC Med Res Methodol 2013).
+    """
+    lost, gained = int((live & ~candidate).sum()), int((~live & candidate).sum())
+    discordant = lost + gained
+    p_value = float(binomtest(lost, discordant).pvalue) if discordant else 1.0
+    return PairedCounts(len(live), lost, gained, p_value)
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Which lesions an operating point flags, in the same order for every model: L booleans each."""
+
+    flagged: NDArray[np.bool_]
+    positive: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Accuracy with UNK as a wrong answer; sensitivity and specificity of the point `melanoma`, by lesion."""
+
+    images: int
+    top1: float
+    top3: float
+    balanced_accuracy: float
+    melanoma_auc: float
+    ece: float
+    melanoma_lesions: int
+    melanoma_misses: int
+    melanoma_sensitivity: float
+    melanoma_sensitivity_bound: float
+    melanoma_specificity: float
+
+
+def flag_lesions(
+    nine: Floats, labels: Labels, rows: Sequence[LabelledImage], point: OperatingPoint
+) -> tuple[Floats, Flags]:
+    """One score a lesion, and whether the point flags it."""
+    positive = np.isin(labels, [TRAINED.index(d) for d in point.diagnoses])
+    scores, positives = by_lesion(
+        point_score(known_eight(nine), point.diagnoses), positive, [row.lesion for row in rows]
+    )
+    return scores, Flags(scores >= point.threshold, positives)
+
+
+def measure(
+    nine: Floats, labels: Labels, rows: Sequence[LabelledImage], point: OperatingPoint
+) -> tuple[Figures, Flags]:
+    """Figures of N×9 probabilities; the rows must have melanomas and others."""
+    scores, flags = flag_lesions(nine, labels, rows, point)
+    found = measure_threshold(scores, flags.positive, point.threshold)
+    figures = Figures(
+        images=len(labels),
+        top1=top_k_accuracy(nine, labels, 1),
+        top3=top_k_accuracy(nine, labels, 3),
+        balanced_accuracy=balanced_accuracy(nine, labels, len(TRAINED)),
+        melanoma_auc=area_under_curve(nine[:, MELANOMA], labels == MELANOMA),
+        ece=calibration_error(nine, labels),
+        melanoma_lesions=found.positives,
+        melanoma_misses=found.misses,
+        melanoma_sensitivity=found.sensitivity,
+        melanoma_sensitivity_bound=found.lower_bound,
+        melanoma_specificity=found.specificity,
+    )
+    return figures, flags
+
+
+def subgroups(rows: Sequence[LabelledImage]) -> dict[str, NDArray[np.bool_]]:
+    """Which rows belong to which sex, age band, body site and source."""
+    return split(
+        {
+            "sex": [row.sex or "unknown" for row in rows],
+            "age": [age_band(row.age_approx) for row in rows],
+            "site": [row.anatom_site_general or "unknown" for row in rows],
+            "source": ["HAM10000" if row.lesion.startswith("HAM_") else "other" for row in rows],
+        }
+    )
+
+
 #: Refused, with no referral of its own, counts as less than routine.
 _URGENCIES = ("", *(urgency.value for urgency in Urgency))
 _ALL = tuple(Diagnosis)
-_MELANOMA = TRAINED.index(Diagnosis.MEL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +211,7 @@ def compare(
     model has no operating point for melanoma.
     """
     labels = labels_of(list(rows))
-    melanoma = labels == _MELANOMA
+    melanoma = labels == MELANOMA
     if melanoma.all() or not melanoma.any():
         raise DermError("The cases must hold melanomas and other lesions; nothing can be compared on these.")
     live_figures, live_flags = measure(live.nine, labels, rows, melanoma_point(live_model))
@@ -157,10 +257,10 @@ def _subgroups(
     live: CaseAnswers, candidate: CaseAnswers, labels: Labels, rows: Sequence[LabelledImage]
 ) -> dict[str, Subgroup]:
     right = [answers.nine.argmax(1) == labels for answers in (live, candidate)]
-    melanoma = labels == _MELANOMA
+    melanoma = labels == MELANOMA
 
     def auc(answers: CaseAnswers, picked: NDArray[np.bool_]) -> float:
-        return area_under_curve(answers.nine[picked, _MELANOMA], melanoma[picked])
+        return area_under_curve(answers.nine[picked, MELANOMA], melanoma[picked])
 
     return {
         name: Subgroup(

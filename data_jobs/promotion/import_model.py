@@ -1,4 +1,4 @@
-"""Import: from a file to a verified model folder in the store, or nothing at all."""
+"""Import: from a file to a verified model folder in the store, or nothing at all; and the evaluation of a stored one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,34 @@ from datetime import UTC, datetime
 from hashlib import sha256
 import json
 from pathlib import Path
+import shutil
 import tempfile
 import tomllib
 from typing import Any
 
-from data_jobs.promotion.candidate import open_whole
-from data_jobs.promotion.export_source import ExportedSource, export_source
-from data_jobs.promotion.refusal import ImportRefused
+from data_jobs.promotion.candidate import ImportRefused, open_whole
+from data_jobs.promotion.export_source import ExportedSource, export_source, run_step
 from data_jobs.promotion.source import SourceFile, take_source
-from data_jobs.promotion.training_step import run_step
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe, read_recipe
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore, StoredModel
+
+
+def evaluate_model(models: Path, model_id: str, *, recipe: Path, threads: int) -> dict[str, Any]:
+    """Measure a model on its recipe's test fold and return all figures.
+
+    Raises ModelContractError when it must not be loaded, ImportRefused when the job fails.
+    """
+    model = ModelStore(models).open(model_id)
+    with tempfile.TemporaryDirectory(prefix="derm-evaluate-") as scratch:
+        shutil.copytree(model.folder, Path(scratch) / model_id)
+        run_step(
+            "data_jobs.training.evaluate",
+            *("--model", model_id, "--models", scratch, "--recipe", recipe, "--threads", threads),
+        )
+        evaluated: dict[str, Any] = json.loads((Path(scratch) / model_id / "evaluation.json").read_text())
+    return evaluated
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,19 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from data_jobs.promotion.acceptance import judge
-from data_jobs.promotion.candidate import ReferenceProof, open_whole, prove_references, read_plan
+from data_jobs.promotion.acceptance import judge, read_plan
+from data_jobs.promotion.answers import CaseKind, Cases, read_cases, shadow
+from data_jobs.promotion.candidate import (
+    PromotionRefused,
+    ReferenceProof,
+    fill_space,
+    open_whole,
+    prove_references,
+    require_references,
+    require_verified,
+)
 from data_jobs.promotion.comparison import compare
-from data_jobs.promotion.reference_space import fill_space, require_references, require_verified
-from data_jobs.promotion.refusal import PromotionRefused
 from data_jobs.promotion.report import report_content, to_json, to_text
-from data_jobs.promotion.shadow import CaseKind, Cases, read_cases, shadow
 from deployments.preprocess.resize import PREPROCESS_VERSION
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_file import read_policy

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from data_jobs.promotion.acceptance import Verdict
-from data_jobs.promotion.comparison import CaseView, ChangedCase, Comparison
-from data_jobs.promotion.figures import Figures
+from data_jobs.promotion.comparison import Comparison
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 
 _DIGITS = 4
@@ -58,95 +60,33 @@ def _rounded(value: Any) -> Any:  # noqa: ANN401 - JSON is any
 
 def to_text(comparison: Comparison, verdicts: Sequence[Verdict]) -> str:
     """What changes, the figures, the groups and the verdict, for a terminal of 100 columns."""
-    return "\n".join(
-        [
-            *_changes(comparison),
-            "",
-            *_figures(comparison.live, comparison.candidate),
-            "",
-            *_pairs(comparison),
-            "",
-            *_groups(comparison),
-            "",
-            *_verdicts(verdicts),
-            "",
-        ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 - for a terminal
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template("report.txt.j2").render(
+        comparison=comparison,
+        kinds=Counter(kind for case in comparison.changed for kind in case.changes),
+        # Malignant cases that would be seen later come first, then others that would; false sorts before true.
+        changed=sorted(
+            comparison.changed,
+            key=lambda case: (
+                not (case.downgraded and Diagnosis(case.truth) in MALIGNANT),
+                not case.downgraded,
+            ),
+        ),
+        live=asdict(comparison.live),
+        candidate=asdict(comparison.candidate),
+        verdicts=verdicts,
     )
 
 
-def _changes(comparison: Comparison) -> list[str]:
-    counts = Counter(kind for case in comparison.changed for kind in case.changes)
-    told = ", ".join(f"{kind} {counts[kind]}" for kind in ("top1", "prediction_set", "urgency"))
-    downgrades = f"{comparison.malignant_downgrades} of {comparison.malignant_images}"
-    upgrades = f"with a more urgent one: {comparison.malignant_upgrades}"
-    return [
-        f"Changed cases: {len(comparison.changed)} of {comparison.live.images} ({told})",
-        f"Malignant images with a less urgent referral: {downgrades}; {upgrades}",
-        *(f"  {_change(case)}" for case in sorted(comparison.changed, key=_gravity)),
-    ]
-
-
-def _gravity(case: ChangedCase) -> tuple[bool, bool]:
-    """Malignant cases that would be seen later come first, then others that would; false sorts before true."""
-    malignant = Diagnosis(case.truth) in MALIGNANT
-    return not (case.downgraded and malignant), not case.downgraded
-
-
-def _change(case: ChangedCase) -> str:
-    mark = "  LESS URGENT" if case.downgraded else ""
-    return f"{case.isic_id} {case.truth:<4}  {_seen(case.live)}  ->  {_seen(case.candidate)}{mark}"
-
-
-def _seen(view: CaseView) -> str:
-    return f"{view.top1:<4} {{{' '.join(view.prediction_set)}}} {view.urgency or view.outcome}"
-
-
-def _figures(live: Figures, candidate: Figures) -> list[str]:
-    rows = [("figure", "live", "candidate", "change")]
-    before, after = asdict(live), asdict(candidate)
-    for name, value in before.items():
-        change = f"{after[name] - value:+.{0 if isinstance(value, int) else _DIGITS}f}"
-        rows.append((name, _number(value), _number(after[name]), change))
-    return _columns(rows)
-
-
-def _pairs(comparison: Comparison) -> list[str]:
-    rows = [("McNemar, exact", "pairs", "lost", "gained", "p")]
-    for name, pairs in comparison.paired.items():
-        rows.append((name, str(pairs.cases), str(pairs.lost), str(pairs.gained), f"{pairs.p_value:.3g}"))
-    return _columns(rows)
-
-
-def _groups(comparison: Comparison) -> list[str]:
-    rows: list[tuple[str, ...]] = [
-        ("subgroup", "images", "top-1 live", "candidate", "melanoma AUC live", "candidate")
-    ]
-    for name, group in comparison.subgroups.items():
-        figures = (
-            group.live_top1,
-            group.candidate_top1,
-            group.live_melanoma_auc,
-            group.candidate_melanoma_auc,
-        )
-        rows.append((name, str(group.images), *(_number(figure) for figure in figures)))
-    return _columns(rows)
-
-
-def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [("criterion", "limit", "measured", "")]
-    for verdict in verdicts:
-        kept = "kept" if verdict.kept else "FAILED"
-        rows.append((verdict.criterion, _number(verdict.limit), _number(verdict.measured), kept))
-    return _columns(rows)
-
-
-def _number(value: int | float) -> str:  # noqa: PYI041 - counts are written otherwise
+def _number(value: float, sign: str = "") -> str:
     if isinstance(value, int):
-        return str(value)
-    return "-" if math.isnan(value) else f"{value:.{_DIGITS}f}"
-
-
-def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
-    table = list(rows)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return f"{value:{sign}}"
+    return "-" if math.isnan(value) else f"{value:{sign}.{_DIGITS}f}"

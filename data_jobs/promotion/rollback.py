@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_jobs.promotion.candidate import open_whole
-from data_jobs.promotion.refusal import PromotionRefused
+from data_jobs.promotion.candidate import PromotionRefused, open_whole
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import Pool, open_pool

@@ -1,21 +1,71 @@
-"""The file that a model comes in: taken whole, with its digest, before anything of it is parsed."""
+"""The file that a model comes in: taken whole, with its digest, before anything of it is parsed, and what it then is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 import hashlib
-from http.client import HTTPException, HTTPMessage
+import json
 import os
 from pathlib import Path
 import re
-from typing import IO
-from urllib.error import URLError
+import struct
+from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from data_jobs.promotion.refusal import ImportRefused
+import httpx
+
+from data_jobs.promotion.candidate import ImportRefused
+
+FileKind = Literal["onnx", "safetensors", "checkpoint"]
+
+#: As in the reference implementation of safetensors.
+_MAX_HEADER = 100_000_000
+
+
+def sniff_kind(path: Path) -> FileKind:
+    """Tell safetensors, a torch archive and ONNX apart; ImportRefused for a pickle or anything else.
+
+    A torch archive holds a pickle: it is read, with `weights_only`, only when it is our own.
+    """
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:4] == b"PK\x03\x04":
+        return "checkpoint"
+    if head[:1] == b"\x80":
+        raise ImportRefused(
+            f"{path.name} is a pickle: it would run whatever its author wrote. Have it as safetensors."
+        )
+    if head[8:9] == b"{":
+        read_safetensors_header(path)
+        return "safetensors"
+    # ONNX is a ModelProto, which begins with ir_version: field 1, a varint.
+    if head[:1] == b"\x08":
+        return "onnx"
+    raise ImportRefused(f"{path.name} is neither ONNX nor safetensors.")
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """Read the names, types and shapes of the tensors, and `__metadata__`; ImportRefused when it is broken."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_MAX_HEADER, size - 8):
+            raise ImportRefused(
+                f"{path.name} is no whole safetensors file: its header is longer than the file."
+            )
+        try:
+            header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ImportRefused(f"{path.name} has a broken safetensors header.") from error
+    if 8 + length + max(ends, default=0) != size:
+        raise ImportRefused(f"{path.name} is cut short, or longer than its header says.")
+    found: dict[str, Any] = header
+    return found
+
 
 #: The largest network of timm's EfficientNet family is a quarter of this.
 MAX_BYTES = 1 << 30
@@ -50,8 +100,8 @@ def take_source(source: str, sha256: str | None, folder: Path, *, max_bytes: int
     url = _hub_url(source) if source.startswith(_HUB) else source
     path = folder / "source.partial"
     try:
-        with _download(url) if remote else Path(source).open("rb") as stream:
-            digest = _copy(stream, path, source, max_bytes)
+        with _download(url) if remote else _read(Path(source)) as blocks:
+            digest = _copy(blocks, path, source, max_bytes)
         _require_digest(source, digest, sha256)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -64,19 +114,25 @@ def _require_digest(source: str, found: str, stated: str | None) -> None:
         raise ImportRefused(f"{source} has SHA-256 {found}, not {stated.lower()}: it is not that file.")
 
 
-def _copy(stream: IO[bytes], path: Path, source: str, max_bytes: int) -> str:
+def _copy(blocks: Iterator[bytes], path: Path, source: str, max_bytes: int) -> str:
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as target:
         try:
-            while block := stream.read(_BLOCK):
+            for block in blocks:
                 size += len(block)
                 if size > max_bytes:
                     raise ImportRefused(f"{source} is larger than {max_bytes} bytes.")
                 digest.update(block)
                 target.write(block)
-        except (HTTPException, TimeoutError, ConnectionError) as error:
+        except httpx.HTTPError as error:
             raise ImportRefused(f"{source} broke off after {size} bytes: {error}.") from error
     return digest.hexdigest()
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[Iterator[bytes]]:
+    with path.open("rb") as file:
+        yield iter(lambda: file.read(_BLOCK), b"")
 
 
 def _hub_url(source: str) -> str:
@@ -88,29 +144,24 @@ def _hub_url(source: str) -> str:
     return f"{hub}/{match['name']}/resolve/{match['revision'] or 'main'}/model.safetensors"
 
 
-class _CheckedRedirects(HTTPRedirectHandler):
-    """A server may send us on, but only over the same kind of connection."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Request | None:
-        """As the base class's, after a look at the new address."""
-        _require_safe(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 @contextmanager
-def _download(url: str) -> Iterator[IO[bytes]]:
-    _require_safe(url)
-    request = Request(url, headers={"User-Agent": "derm-cds"})  # noqa: S310 - `_require_safe` looked at it
-    try:
-        with build_opener(_CheckedRedirects).open(request, timeout=_TIMEOUT_S) as response:
-            yield response
-    except (URLError, TimeoutError) as error:
-        raise ImportRefused(
-            f"{url} cannot be had: {getattr(error, 'reason', error)}. On a machine without a network, bring the "
-            "file over and give its path."
-        ) from error
+def _download(url: str) -> Iterator[Iterator[bytes]]:
+    with httpx.Client(
+        follow_redirects=True,
+        timeout=_TIMEOUT_S,
+        headers={"User-Agent": "derm-cds", "Accept-Encoding": "identity"},
+        # Asked of every redirection, too.
+        event_hooks={"request": [lambda request: _require_safe(str(request.url))]},
+    ) as client:
+        try:
+            response = client.send(client.build_request("GET", url), stream=True)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise ImportRefused(
+                f"{url} cannot be had: {error}. On a machine without a network, bring the file over and give its path."
+            ) from error
+        with contextlib.closing(response):
+            yield response.iter_raw(_BLOCK)
 
 
 def _require_safe(url: str) -> None:

@@ -15,19 +15,16 @@ from numpy.typing import NDArray
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_jobs.references.embedder import ReferenceEmbedder
-from data_jobs.training.dataset import LabelledImage, isic_folder, load_pixels, read_rows
+from data_jobs.references.embedder import embed_rows
+from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from data_jobs.training.manifest_file import seal
-from deployments.preprocess.resize import InputGeometry
-from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
-from model_store.registry import ModelStore, StoredModel
+from model_store.manifest import EMBEDDING_DIM
+from model_store.registry import ModelStore
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 TARGET = 4000
 FOLDS = frozenset({1, 2, 3, 4})
 SEED = 4000
-#: Pixels in memory together.
-_AT_A_TIME = 64
 
 SCHEMA = pa.schema(
     [
@@ -74,19 +71,6 @@ def spread_over_sites(rows: list[LabelledImage], count: int) -> list[LabelledIma
         sites.setdefault(row.anatom_site_general or "", []).append(row)
     turns = [(turn, site, row) for site, group in sites.items() for turn, row in enumerate(group)]
     return [row for _, _, row in sorted(turns, key=lambda entry: entry[:2])][:count]
-
-
-def embed_rows(
-    rows: list[LabelledImage], archive: Path, model: StoredModel, spec: EmbeddingSpaceSpec, *, threads: int
-) -> NDArray[np.float32]:
-    """N×512 unit vectors of the rows, as the embed job and the service make them."""
-    embedder = ReferenceEmbedder(model, spec, threads=threads)
-    geometry = InputGeometry.from_manifest(model.manifest.input)
-    parts = []
-    for start in range(0, len(rows), _AT_A_TIME):
-        indices = range(start, min(start + _AT_A_TIME, len(rows)))
-        parts.append(embedder.embed(load_pixels(rows, indices, archive, geometry)))
-    return np.concatenate(parts)
 
 
 def write_references(path: Path, rows: list[LabelledImage], embeddings: NDArray[np.float32]) -> None:

@@ -11,16 +11,50 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 import csv
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 import re
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_jobs.references.licences import Licence, licence_of
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
-from serve_app.domain.errors import Conflict, NotFound
+from serve_app.domain.errors import Conflict, InvalidField, NotFound
+
+
+class Licence(StrEnum):
+    """The archive's `copyright_license`. CC-BY and CC-BY-NC demand the attribution; NC forbids commercial use."""
+
+    CC_0 = "CC-0"
+    CC_BY = "CC-BY"
+    CC_BY_NC = "CC-BY-NC"
+
+
+_SPELLINGS = {"CC0": Licence.CC_0, "CCBY": Licence.CC_BY, "CCBYNC": Licence.CC_BY_NC}
+# "CC BY-NC 4.0", "cc-by", "CC0 1.0 Universal": what is left is letters and the zero of CC-0.
+_VERSION = re.compile(r"\b[1-4]\.0\b.*$")
+
+
+def licence_of(text: str | None) -> Licence | None:
+    """The licence that a spelling means; None for any other. CC-BY-SA or -ND are others, not CC-BY."""
+    bare = re.sub(r"[^A-Z0-9]", "", _VERSION.sub("", (text or "").upper()))
+    return _SPELLINGS.get(bare)
+
+
+def parse_licences(text: str) -> frozenset[Licence]:
+    """Read a list such as `cc-0,cc-by`. Raises InvalidField for a licence that the archive does not use."""
+    licences = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        licence = licence_of(part)
+        if licence is None:
+            raise InvalidField(f"{part!r} is none of {', '.join(Licence)}.")
+        licences.add(licence)
+    if not licences:
+        raise InvalidField(f"Name at least one of {', '.join(Licence)}.")
+    return frozenset(licences)
+
 
 METADATA = "metadata.parquet"
 IMAGES = "images"
@@ -97,18 +131,21 @@ def read_references(folder: Path) -> list[CatalogueEntry]:
 
 def read_entries(file: Path) -> list[CatalogueEntry]:
     """Read the entries of one metadata file, as read_catalogue does."""
-    if file.suffix == ".parquet":
-        rows: list[Mapping[str, object]] = pq.read_table(file).to_pylist()
-    else:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened))
-    entries = [_entry(row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+    entries = [_entry(row, f"{file}, row {number}") for number, row in enumerate(metadata_rows(file), 1)]
     seen: set[str] = set()
     for entry in entries:
         if entry.isic_id in seen:
             raise Conflict(f"{file} has {entry.isic_id} twice; each image may be there once.")
         seen.add(entry.isic_id)
     return entries
+
+
+def metadata_rows(file: Path) -> list[Mapping[str, object]]:
+    """Read the rows of one metadata file, Parquet or CSV, as they are."""
+    if file.suffix == ".parquet":
+        return list(pq.read_table(file).to_pylist())
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        return list(csv.DictReader(opened))
 
 
 def metadata_file(folder: Path) -> Path:
@@ -159,24 +196,9 @@ def _entry(row: Mapping[str, object], where: str) -> CatalogueEntry:
     sha256 = cells.get("sha256")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise Conflict(f"{where}: {sha256[:80]!r} is no SHA-256 in lower-case hexadecimal.")
-    return CatalogueEntry(
-        isic_id=cells["isic_id"],
-        lesion_id=cells.get("lesion_id"),
-        patient_id=cells.get("patient_id"),
-        diagnosis=diagnosis,
-        diagnosis_confirm_type=cells.get("diagnosis_confirm_type"),
-        age_approx=age,
-        sex=cells.get("sex"),
-        anatom_site_general=cells.get("anatom_site_general"),
-        fitzpatrick_skin_type=cells.get("fitzpatrick_skin_type"),
-        image_type=cells.get("image_type", "dermoscopic"),
-        copyright_license=licence,
-        attribution=cells["attribution"],
-        source=cells.get("source", "folder"),
-        path=path,
-        bytes=size,
-        sha256=sha256,
-    )
+    known: dict[str, Any] = {name: cell for name, cell in cells.items() if name in SCHEMA.names}
+    known |= {"diagnosis": diagnosis, "copyright_license": licence, "path": path}
+    return CatalogueEntry(**known | {"age_approx": age, "bytes": size})
 
 
 def _whole_number(cell: str | None) -> int | None:

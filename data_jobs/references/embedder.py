@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
+from data_jobs.training.dataset import LabelledImage, load_pixels
 from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.decode import DecodedImage, decode_image
 from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry, resize_to_input
@@ -24,6 +25,8 @@ from serve_app.records.reference_cache import FailedReference, ReferencePicture,
 #: Longer side of a picture, pixels: as large as a neighbour is shown beside the patient's image.
 PICTURE_SIDE = 384
 _PICTURE_QUALITY = 85
+#: Pixels in memory together.
+_AT_A_TIME = 64
 
 
 def space_spec(model: StoredModel, embedding_space: str | None) -> EmbeddingSpaceSpec:
@@ -130,3 +133,16 @@ class ReferenceEmbedder:
             bottleneck = self._session.run(filled)[1][: len(part)]
             vectors += [self._space.embed(row[np.newaxis]) for row in bottleneck]
         return np.concatenate(vectors) if vectors else np.empty((0, EMBEDDING_DIM), np.float32)
+
+
+def embed_rows(
+    rows: list[LabelledImage], archive: Path, model: StoredModel, spec: EmbeddingSpaceSpec, *, threads: int
+) -> NDArray[np.float32]:
+    """N×512 unit vectors of the rows, as the embed job and the service make them."""
+    embedder = ReferenceEmbedder(model, spec, threads=threads)
+    geometry = InputGeometry.from_manifest(model.manifest.input)
+    parts = []
+    for start in range(0, len(rows), _AT_A_TIME):
+        indices = range(start, min(start + _AT_A_TIME, len(rows)))
+        parts.append(embedder.embed(load_pixels(rows, indices, archive, geometry)))
+    return np.concatenate(parts)

@@ -1,7 +1,8 @@
-"""Loading a model's shipped references into the database, and letting the model answer."""
+"""Which space answers: a model's shipped references loaded, or a filled and verified space, and the row that says so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 import pyarrow.parquet as pq
 
-from data_jobs.references.embedder import identify_embedder
+from data_jobs.references.embedder import identify_embedder, space_spec
+from data_jobs.references.verify import verify_space
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.errors import ModelContractError
-from serve_app.records.pool import open_pool
+from serve_app.domain.errors import Conflict, ModelContractError
+from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceImage, ReferenceStore
-from serve_app.records.serving import LiveModel, live_model, publish
+from serve_app.records.serving import Approval, LiveModel, live_model, publish
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +90,30 @@ async def publish_bundled(owner_dsn: str, models: Path, model_id: str) -> int:
         return loaded
     finally:
         await pool.close()
+
+
+async def publish_space(
+    pool: Pool,
+    models: Path,
+    model_id: str,
+    *,
+    embedding_space: str | None = None,
+    folder: Path | None = None,
+    approval: Approval | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> LiveModel:
+    """Verify a model's space and let the model answer in it, from the next request on.
+
+    Raises Conflict when a check fails, and nothing has changed then. Safe to repeat.
+    """
+    before = await live_model(pool)
+    model = ModelStore(models).open(model_id)
+    spec = space_spec(model, embedding_space)
+    checks = await verify_space(pool, model, spec.embedding_space, folder=folder)
+    for check in checks:
+        say(f"{'ok' if check.passed else 'NO':>3}  {check.name}: {check.found}")
+    if failed := [check.name for check in checks if not check.passed]:
+        raise Conflict(f"{spec.embedding_space} must not answer: {', '.join(failed)}.")
+    target = LiveModel(model_id, model.digest, spec.embedding_space)
+    await publish(pool, target, approval, over=before)
+    return target

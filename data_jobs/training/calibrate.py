@@ -15,11 +15,8 @@ from dataclasses import asdict, dataclass
 import json
 from pathlib import Path
 import shutil
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
 from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.references.bundle import write_references
@@ -30,7 +27,7 @@ from data_jobs.training.dataset import (
     fold_indices,
     isic_folder,
     labels_of,
-    read_pixels,
+    load_pixels,
     read_rows,
     training_indices,
 )
@@ -41,14 +38,18 @@ from data_jobs.training.embedding_spaces import (
     nearest,
     precision_at,
 )
-from data_jobs.training.manifest_content import COVERAGE, manifest_content
-from data_jobs.training.manifest_file import write_manifest
+from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
 from data_jobs.training.operating_points import choose_points
-from data_jobs.training.outliers import Outlier, make_outliers, skin_like
-from data_jobs.training.probabilities import Floats, Labels, calibration_error, fit_temperature, softmax
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.outliers import Outlier, make_outliers, outlier_figures, skin_like
+from data_jobs.training.probabilities import (
+    Floats,
+    Labels,
+    calibration_error,
+    fit_temperature,
+    softmax,
+)
 from data_jobs.training.recipe import Recipe, read_recipe
-from data_jobs.training.scan import Scan, open_onnx, scan_images, scan_pixels
+from data_jobs.training.scan import Pixels, Scan, open_onnx, scan_images, scan_pixels, soften
 from data_jobs.training.unknown import (
     ClassStatistics,
     distance_score,
@@ -56,9 +57,11 @@ from data_jobs.training.unknown import (
     fit_statistics,
     unknown_probability,
 )
+from deployments.preprocess.quality import measure_quality
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import TRAINED
 
+QUALITY_QUANTILES = (0.0, 0.001, 0.005, 0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999, 1.0)
 SCORE_QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999)
 
 
@@ -83,32 +86,6 @@ def choose_space(
         }
     best = max(figures, key=lambda name: sum(figures[name].values()))
     return spaces[best], figures
-
-
-def outlier_figures(
-    known: Floats, outliers: list[Outlier], scores: Floats, slope: float, intercept: float
-) -> dict[str, Any]:
-    """AUROC against the calibration fold, and p(UNK), of every kind of outlier in the test part."""
-    figures = {}
-    kinds = {outlier.kind for outlier in outliers if outlier.part == "test"}
-    for kind in [*sorted(kinds), "all"]:
-        picked = np.array([o.part == "test" and kind in {o.kind, "all"} for o in outliers])
-        both = np.concatenate([known, scores[picked]])
-        positive = np.arange(len(both)) >= len(known)
-        p = unknown_probability(scores[picked], slope, intercept)
-        figures[kind] = {
-            "images": int(picked.sum()),
-            "auroc": round(area_under_curve(both, positive), 4),
-            "median_score": round(float(np.median(scores[picked])), 4),
-            "median_p_unk": round(float(np.median(p)), 4),
-            "share_p_unk_over_half": round(float((p > 0.5).mean()), 4),
-        }
-    return figures
-
-
-def soften(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A light Gaussian blur, 0.7 pixels at the input size."""
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +119,20 @@ def quantiles(values: Floats) -> dict[str, float]:
     return {str(q): round(float(np.quantile(values, q)), 4) for q in SCORE_QUANTILES}
 
 
+def quality_quantiles(pixels: Pixels) -> dict[str, dict[str, float]]:
+    """Quantiles of every measure of quality over N prepared images: what a policy's limits are set from.
+
+    "sharpness when blurred": of images of no use any more, blurred by a Gaussian of 1/64 of the side.
+    """
+    measured = [asdict(measure_quality(image)) for image in pixels]
+    blurred = [measure_quality(image).sharpness for image in soften(pixels[::4], pixels.shape[1] / 64)]
+    values = {name: [m[name] for m in measured] for name in measured[0]}
+    return {
+        name: {str(q): round(float(np.quantile(found, q)), 5) for q in QUALITY_QUANTILES}
+        for name, found in {**values, "sharpness when blurred": blurred}.items()
+    }
+
+
 def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     """Fit everything, write the model folder, and return it."""
     exported = json.loads((export / "export.json").read_text())
@@ -151,22 +142,19 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     train_indices = training_indices(rows, recipe.data)
     held_indices = fold_indices(rows, [recipe.data.calibration_fold])
     train_rows, held_rows = [rows[i] for i in train_indices], [rows[i] for i in held_indices]
+    pixels = load_pixels(rows, held_indices, archive, geometry)
     run = open_onnx(export / "model.onnx")
     train = scan_images(run, rows, train_indices, archive, geometry)
-    held = scan_images(run, rows, held_indices, archive, geometry)
-    softened = scan_images(run, rows, held_indices[::4], archive, geometry, change=soften)
+    held = scan_pixels(run, pixels)
+    softened = scan_pixels(run, soften(pixels[::4]))
     labels = labels_of(held_rows)
 
     temperature = round(fit_temperature(held.logits, labels), 4)
     p = softmax(held.logits, temperature)
     points = choose_points(p, labels, [row.lesion for row in held_rows])
     thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6
-    outliers = make_outliers(geometry, recipe.seed)
-    lesions = np.stack([read_pixels(row, archive, geometry) for row in held_rows[:: len(held_rows) // 100]])
-    outliers += skin_like(lesions, recipe.seed)
-    is_skin = np.array(
-        [o.kind in {"inverted lesion", "lesion blurred away", "plain skin colour"} for o in outliers]
-    )
+    drawn = make_outliers(geometry, recipe.seed)
+    outliers = drawn + skin_like(pixels[:: len(pixels) // 100], recipe.seed)
     outlier_scan = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers]))
     unknown = fit_unknown(train, labels_of(train_rows), held, outliers, outlier_scan)
     known, scores = unknown.known, unknown.scores
@@ -178,8 +166,6 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
         "intercept": round(intercept, 6),
         "training_images": len(train_indices),
     }
-    plain = [o for o, skin in zip(outliers, is_skin, strict=True) if not skin]
-    skinned = [o for o, skin in zip(outliers, is_skin, strict=True) if skin]
     report = fitted | {
         "calibration_images": len(held_indices),
         "ece": round(calibration_error(p, labels), 4),
@@ -188,9 +174,10 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
         "operating_points": {name: asdict(point) for name, point in points.items()},
         "known_scores": quantiles(known),
         "known_p_unk": quantiles(unknown_probability(known, slope, intercept)),
-        "outlier_scores": quantiles(scores[~is_skin]),
-        "outliers": outlier_figures(known, plain, scores[~is_skin], slope, intercept),
-        "skin_like": outlier_figures(known, skinned, scores[is_skin], slope, intercept),
+        "outlier_scores": quantiles(scores[: len(drawn)]),
+        "outliers": outlier_figures(known, drawn, scores[: len(drawn)], slope, intercept),
+        "skin_like": outlier_figures(known, outliers[len(drawn) :], scores[len(drawn) :], slope, intercept),
+        "quality": quality_quantiles(pixels),
         "spaces": space_figures,
         "softened_images": len(softened.logits),
         "softened_top1_agreement": round(

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.probabilities import Floats, Labels
+from data_jobs.references.load import read_bundle
+from data_jobs.training.evaluation.intervals import RESAMPLES, interval, resampled_weights, weighted_auc
+from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve
+from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
+from deployments.embedder.embedder import EmbeddingSpace
+from model_store.registry import StoredModel
+from serve_app.domain.diagnosis import TRAINED
 
 WIDTH_SHRINKAGE = 0.1
 
@@ -97,3 +105,60 @@ def balanced_precision_at(neighbours: NDArray[np.int64], labels: Labels, referen
     """The same, as the mean over diagnoses: a common one cannot carry it."""
     share = (reference_labels[neighbours] == labels[:, None]).mean(1)
     return float(np.mean([share[labels == c].mean() for c in np.unique(labels)]))
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedReferences:
+    """The references that a model ships: R×512 unit vectors in its live space, their diagnoses and lesions."""
+
+    space: EmbeddingSpace
+    vectors: NDArray[np.float32]
+    labels: Labels
+    lesions: list[str]
+
+    @classmethod
+    def from_model(cls, model: StoredModel) -> Self:
+        """Read those of a verified model."""
+        live = model.manifest.live_space
+        bundle = read_bundle(model, live)
+        labels = np.array([TRAINED.index(image.diagnosis) for image in bundle.images])
+        lesions = [image.lesion_id or image.isic_id for image in bundle.images]
+        return cls(EmbeddingSpace.from_model(model, live), bundle.embeddings, labels, lesions)
+
+
+VOTERS = 16
+
+
+def retrieval_figures(model: StoredModel, scan: Scan, predictions: Predictions, seed: int) -> dict[str, Any]:
+    """Precision@10, and a 16-neighbour vote for melanoma beside the softmax; `scan` holds the predictions' bottlenecks."""
+    shipped, labels = ShippedReferences.from_model(model), predictions.labels
+    queries = shipped.space.embed(scan.bottleneck)
+    found = nearest(queries, predictions.lesions, shipped.vectors, shipped.lesions, VOTERS)
+    vote = (shipped.labels[found] == MELANOMA).mean(1)
+    return {
+        "references": len(shipped.lesions),
+        "precision_at_10": round(precision_at(found[:, :10], labels, shipped.labels), 4),
+        "balanced_precision_at_10": round(balanced_precision_at(found[:, :10], labels, shipped.labels), 4),
+        **vote_figures(vote, predictions, seed),
+    }
+
+
+def vote_figures(
+    vote: Floats, predictions: Predictions, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Melanoma AUC of the neighbours' vote (N shares) and of the softmax, and the former minus the latter.
+
+    The softmax is calibrated and without UNK, of which neighbours say nothing. Both are scored on the
+    same images, and again in the same resamples of lesions, so that the interval is that of the
+    difference: what makes a draw hard makes it hard for both.
+    """
+    melanoma, softmax = predictions.labels == MELANOMA, predictions.eight[:, MELANOMA]
+    weights = resampled_weights(predictions.lesions, resamples, seed)
+    resampled = weighted_auc(vote, melanoma, weights) - weighted_auc(softmax, melanoma, weights)
+    by_vote, by_softmax = area_under_curve(vote, melanoma), area_under_curve(softmax, melanoma)
+    return {
+        "vote_16_melanoma_auc": round(by_vote, 4),
+        "softmax_melanoma_auc": round(by_softmax, 4),
+        "vote_minus_softmax": round(by_vote - by_softmax, 4),
+        "vote_minus_softmax_interval": interval(resampled),
+    }

@@ -18,20 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from data_jobs.training.calibrate import soften
 from data_jobs.training.card import write_card
-from data_jobs.training.cross_fitting import PARTS, CrossFit, read_cross_fit
+from data_jobs.training.conformal import set_figures
+from data_jobs.training.cross_fitting import PARTS, CrossFit, Judged, judge, read_cross_fit
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
-from data_jobs.training.evaluation.challenge import challenge_figures
-from data_jobs.training.evaluation.curves import melanoma_curve, reliability
+from data_jobs.training.embedding_spaces import retrieval_figures
 from data_jobs.training.evaluation.figures import (
     accuracy_figures,
+    challenge_figures,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,
+    melanoma_curve,
+    reliability,
+    subgroup_figures,
 )
 from data_jobs.training.evaluation.intervals import bootstrap_intervals
-from data_jobs.training.evaluation.judged import Judged, judge
 from data_jobs.training.evaluation.plots import draw_all
 from data_jobs.training.evaluation.predictions import (
     CALIBRATION_NAME,
@@ -40,15 +42,12 @@ from data_jobs.training.evaluation.predictions import (
     served,
     write_predictions,
 )
-from data_jobs.training.evaluation.retrieval import retrieval_figures
-from data_jobs.training.evaluation.sets import set_figures
-from data_jobs.training.evaluation.subgroups import subgroup_figures
-from data_jobs.training.evaluation.unknowns import SPOILT, unknown_figures
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.outliers import SPOILT, unknown_figures
 from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe, read_recipe
-from data_jobs.training.scan import scan_images
+from data_jobs.training.scan import scan_images, scan_pixels, soften
 from deployments.classifier.calibration import Calibrator
 from deployments.preprocess.resize import InputGeometry
 from model_store.manifest import Manifest
@@ -72,19 +71,14 @@ def evaluate(
     geometry = InputGeometry.from_manifest(model.manifest.input)
     session = InferenceSession(model, threads=threads)
     calibrator = Calibrator.from_model(model)
-    scan = scan_images(session.run, rows, test, archive, geometry)
+    pixels = load_pixels(rows, test, archive, geometry)
+    scan = scan_pixels(session.run, pixels)
     test_rows, manifest, cross = [rows[i] for i in test], model.manifest, read_cross_fit(model.folder)
     judged = judge(test_rows, scan, calibrator, manifest, cross)
     predictions = judged.predictions
     other = scan if cross else scan_images(session.run, rows, calibration, archive, geometry)
-    softened = judge(
-        test_rows,
-        scan_images(session.run, rows, test, archive, geometry, change=soften),
-        calibrator,
-        manifest,
-        cross,
-    )
-    lesions = load_pixels(rows, test[:: max(1, len(test) // SPOILT)], archive, geometry)
+    softened = judge(test_rows, scan_pixels(session.run, soften(pixels)), calibrator, manifest, cross)
+    lesions = pixels[:: max(1, len(pixels) // SPOILT)]
     report = {
         "model_id": model.manifest.model_id,
         "fold": recipe.data.test_fold,

@@ -29,13 +29,15 @@ from data_jobs.training.dataset import (
 )
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.probabilities import (
+    area_under_curve,
+    balanced_accuracy,
     calibration_error,
     fit_prior_shift,
     log_loss,
     prior_shifts,
     softmax,
+    top_k_accuracy,
 )
-from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
 from deployments.preprocess.resize import InputGeometry

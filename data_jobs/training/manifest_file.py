@@ -1,15 +1,99 @@
-"""Writing of `manifest.toml`: the inverse of `model_store.manifest.read_manifest`."""
+"""`manifest.toml` of a calibrated model: what it says, and the writing of it, which seals a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-import json
+from datetime import UTC, datetime
 from pathlib import Path
 import tomllib
 from typing import Any
 
+import tomli_w
+
+from data_jobs.training.embedding_spaces import LinearSpace
+from data_jobs.training.operating_points import POINTS, ChosenThreshold
+from data_jobs.training.probabilities import Floats
+from data_jobs.training.recipe import Recipe
 from model_store.integrity import digest_file, verify_files
-from model_store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from model_store.manifest import EMBEDDING_DIM, MANIFEST_NAME, Manifest, read_manifest
+from serve_app.domain.diagnosis import TRAINED
+
+COVERAGE = 0.95
+
+
+def manifest_content(
+    recipe: Recipe,
+    side: int,
+    fitted: Mapping[str, Any],
+    points: Mapping[str, ChosenThreshold],
+    thresholds: Floats,
+    space: LinearSpace,
+) -> dict[str, Any]:
+    """The manifest as plain tables, without digests."""
+    fold = f"fold {recipe.data.calibration_fold} of the archive's lesion-grouped folds"
+    space_name = f"{recipe.model_id}.{space.name}1"
+    return {
+        "model_id": recipe.model_id,
+        "architecture": recipe.architecture,
+        "tag": recipe.tag,
+        "modality": "dermoscopic",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "licence": "CC-BY-NC-4.0",
+        "training_data": (
+            "ISIC archive: HAM10000, ISIC challenges 2017, 2018, 2020, UDA-1; "
+            f"folds {', '.join(map(str, recipe.data.train_folds))}, {fitted['training_images']} images"
+        ),
+        "onnx": "model.onnx",
+        "input": {
+            "name": "pixels",
+            "input_size": [3, side, side],
+            "mean": list(recipe.network.channel_mean),
+            "std": list(recipe.network.channel_std),
+            "interpolation": recipe.data.interpolation,
+            "crop_pct": 1.0,
+            "aspect": "squash",
+        },
+        "output": {
+            "logits": "logits",
+            "bottleneck": "bottleneck",
+            "embedding_dim": EMBEDDING_DIM,
+            "label_space": [d.value for d in TRAINED],
+            "label_map": {d.value: d.value for d in TRAINED},
+        },
+        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold},
+        "conformal": {
+            "coverage": COVERAGE,
+            "fitted_on": fold,
+            "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        },
+        "ood": {
+            "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
+            "statistics": "ood.npz",
+            "slope": fitted["slope"],
+            "intercept": fitted["intercept"],
+            "fitted_on": f"{fold}, against photographs, text, noise and plain colours",
+        },
+        "spaces": [
+            {
+                "embedding_space": space_name,
+                "transform": f"{space_name}.npz",
+                "references": "references.parquet",
+                "count": 0,
+            }
+        ],
+        "operating_points": {
+            name: {
+                "diagnoses": [d.value for d in POINTS[name]],
+                "threshold": point.threshold,
+                "sensitivity": round(point.sensitivity, 4),
+                "specificity": round(point.specificity, 4),
+                "positives": point.positives,
+                "misses": point.misses,
+                "fitted_on": f"{fold}, by lesion",
+            }
+            for name, point in points.items()
+        },
+    }
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
@@ -24,7 +108,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         if path.is_file() and path.name != MANIFEST_NAME
     }
     partial = folder / f".{MANIFEST_NAME}.partial"
-    partial.write_text(dump_toml({**content, "files": files}), encoding="utf-8")
+    partial.write_text(tomli_w.dumps({**content, "files": files}), encoding="utf-8")
     partial.rename(folder / MANIFEST_NAME)
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -39,37 +123,3 @@ def seal(folder: Path, *, references: int | None = None) -> Manifest:
     if references is not None:
         content["spaces"][0]["count"] = references
     return write_manifest(folder, content)
-
-
-def dump_toml(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """TOML of nested tables of strings, numbers, booleans, flat lists and lists of tables."""
-    plain = [f"{_key(k)} = {_value(v)}\n" for k, v in content.items() if not _is_table(v)]
-    tables = []
-    for key, value in content.items():
-        inner = (*path, key)
-        name = ".".join(_key(part) for part in inner)
-        if isinstance(value, Mapping):
-            tables.append(f"\n[{name}]\n" + dump_toml(value, inner))
-        elif _is_table(value):
-            tables.extend(f"\n[[{name}]]\n" + dump_toml(row, inner) for row in value)
-    return "".join(plain + tables)
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, Mapping) or (
-        isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], Mapping)
-    )
-
-
-def _key(name: str) -> str:
-    return name if name.replace("_", "").replace("-", "").isalnum() else json.dumps(name)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False)

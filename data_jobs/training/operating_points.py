@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import beta
 
 from data_jobs.training.probabilities import Floats, Labels
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
@@ -34,40 +34,12 @@ class ChosenThreshold:
     specificity: float
 
 
-def binomial_tail(successes: int, trials: int, p: float) -> float:
-    """P(X >= successes) for X ~ Binomial(trials, p)."""
-    if p <= 0.0:
-        return float(successes <= 0)
-    if p >= 1.0:
-        return 1.0
-    log_p, log_q = math.log(p), math.log1p(-p)
-    return math.fsum(
-        math.exp(
-            math.lgamma(trials + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(trials - k + 1)
-            + k * log_p
-            + (trials - k) * log_q
-        )
-        for k in range(successes, trials + 1)
-    )
-
-
 def lower_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
     """One-sided Clopper-Pearson lower bound of a proportion (Clopper and Pearson, Biometrika 1934).
 
     The p for which `successes` or more of `trials` has probability 1 - confidence.
     """
-    if successes == 0:
-        return 0.0
-    low, high = 0.0, successes / trials
-    while high - low > 1e-10:
-        middle = (low + high) / 2.0
-        if binomial_tail(successes, trials, middle) < 1.0 - confidence:
-            low = middle
-        else:
-            high = middle
-    return low
+    return float(beta.ppf(1.0 - confidence, successes, trials - successes + 1)) if successes else 0.0
 
 
 def misses_allowed(positives: int, sensitivity: float = 0.95, confidence: float = 0.95) -> int:

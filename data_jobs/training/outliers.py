@@ -1,16 +1,16 @@
-"""Images that are no dermoscopy: what p(UNK) is fitted against and tested on.
+"""Images that are no dermoscopy, what p(UNK) is fitted against and tested on, and the figures of that.
 
-Photographs shipped with scikit-image and scikit-learn, text, noise, gradients, plain colours,
-painted lesions and inverted ones. Each source image has two disjoint halves of views: `fit` for the logistic map and `test` for the
+Photographs shipped with scikit-image and scikit-learn, text, noise, gradients, plain colours, painted lesions and
+inverted ones. Each source image has two disjoint halves of views: `fit` for the logistic map and `test` for the
 figures told of it, split by source so that no photograph is in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,11 @@ from skimage import data as skimage_data
 from sklearn.datasets import load_sample_images
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
+from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, served
+from data_jobs.training.probabilities import Floats, area_under_curve
+from data_jobs.training.scan import Outputs, Pixels, scan_pixels
+from data_jobs.training.unknown import unknown_probability
+from deployments.classifier.calibration import Calibrator
 from deployments.preprocess.preprocess import prepare_image
 from deployments.preprocess.resize import InputGeometry
 
@@ -165,3 +170,57 @@ _DRAWINGS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
     "shapes": _shapes,
     "painted lesion": _painted_lesion,
 }
+
+
+#: How many lesions of the fold are inverted, blurred away and painted over.
+SPOILT = 100
+
+
+def outlier_figures(
+    known: Floats, outliers: list[Outlier], scores: Floats, slope: float, intercept: float
+) -> dict[str, Any]:
+    """AUROC against the calibration fold, and p(UNK), of every kind of outlier in the test part."""
+    figures = {}
+    kinds = {outlier.kind for outlier in outliers if outlier.part == "test"}
+    for kind in [*sorted(kinds), "all"]:
+        picked = np.array([o.part == "test" and kind in {o.kind, "all"} for o in outliers])
+        both = np.concatenate([known, scores[picked]])
+        positive = np.arange(len(both)) >= len(known)
+        p = unknown_probability(scores[picked], slope, intercept)
+        figures[kind] = {
+            "images": int(picked.sum()),
+            "auroc": round(area_under_curve(both, positive), 4),
+            "median_score": round(float(np.median(scores[picked])), 4),
+            "median_p_unk": round(float(np.median(p)), 4),
+            "share_p_unk_over_half": round(float((p > 0.5).mean()), 4),
+        }
+    return figures
+
+
+def unknown_figures(
+    run: Callable[[Pixels], Outputs],
+    calibrator: Calibrator,
+    predictions: Predictions,
+    lesions: NDArray[np.uint8],
+    geometry: InputGeometry,
+    seed: int,
+) -> dict[str, Any]:
+    """AUROC against the fold's images and p(UNK) of every kind.
+
+    `lesions` are prepared images of this fold, uint8 N×side×side×3. Photographs and drawings are
+    of the part never fitted on; `skin_like` are made of `lesions`, none of which was fitted on.
+    """
+
+    def figures(outliers: list[Outlier]) -> dict[str, Any]:
+        _, scores = served(calibrator, scan_pixels(run, np.stack([o.pixels for o in outliers])))
+        return outlier_figures(predictions.scores, outliers, scores, calibrator.slope, calibrator.intercept)
+
+    drawn = [outlier for outlier in make_outliers(geometry, seed) if outlier.part == "test"]
+    spoilt = [replace(outlier, part="test") for outlier in skin_like(lesions, seed)]
+    nine = predictions.nine
+    return {
+        "unk_share": round(float((nine.argmax(1) == UNKNOWN).mean()), 4),
+        "median_p_unk": round(float(np.median(nine[:, UNKNOWN])), 6),
+        "outliers": figures(drawn),
+        "skin_like": figures(spoilt),
+    }

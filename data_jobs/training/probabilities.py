@@ -1,12 +1,15 @@
-"""From logits to calibrated probabilities: temperature and prior shift, fitted by likelihood.
-
-numpy only, like every statistic of this package: what is fitted here is checked without torch.
-"""
+"""From logits to calibrated probabilities (temperature and prior shift, fitted by likelihood), and how good they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import math
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
+from scipy.optimize import minimize_scalar
+from sklearn import metrics
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -14,10 +17,7 @@ Labels = NDArray[np.int64]
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
     """Row-wise softmax of N×C logits / T."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
-    result: Floats = exponentials / exponentials.sum(1, keepdims=True)
-    return result
+    return np.asarray(special.softmax(np.asarray(logits, np.float64) / temperature, axis=1))
 
 
 def log_loss(probabilities: Floats, labels: Labels) -> float:
@@ -27,14 +27,13 @@ def log_loss(probabilities: Floats, labels: Labels) -> float:
 
 
 def fit_temperature(logits: NDArray[np.floating], labels: Labels) -> float:
-    """T of least log-loss (Guo et al., ICML 2017), by golden-section search in log T over 0.1 to 10."""
-    low, high = np.log(0.1), np.log(10.0)
-    ratio = (np.sqrt(5.0) - 1.0) / 2.0
-    while high - low > 1e-5:
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        losses = [log_loss(softmax(logits, float(np.exp(t))), labels) for t in (left, right)]
-        low, high = (low, right) if losses[0] < losses[1] else (left, high)
-    return float(np.exp((low + high) / 2.0))
+    """T of least log-loss, 0.1 to 10 (Guo et al., ICML 2017)."""
+
+    def loss(log_temperature: float) -> float:
+        return log_loss(softmax(logits, math.exp(log_temperature)), labels)
+
+    found = minimize_scalar(loss, bounds=(math.log(0.1), math.log(10.0)), options={"xatol": 1e-5})
+    return math.exp(float(found.x))
 
 
 #: What the flattest prior may cost of the share of right first answers.
@@ -77,3 +76,37 @@ def calibration_error(probabilities: Floats, labels: Labels, bins: int = 15) -> 
         if (inside := index == b).any():
             total += inside.mean() * abs(float(hit[inside].mean()) - float(confidence[inside].mean()))
     return float(total)
+
+
+def area_under_curve(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """AUROC, ties counted half; NaN without both kinds."""
+    both = positive.any() and not positive.all()
+    return float(metrics.roc_auc_score(positive, scores)) if both else math.nan
+
+
+def top_k_accuracy(probabilities: Floats, labels: Labels, k: int) -> float:
+    """Share of images whose label is among the k most probable."""
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(1).mean())
+
+
+def class_recall(probabilities: Floats, labels: Labels, classes: int) -> Floats:
+    """Recall of each class by the top answer; NaN for a class without images."""
+    return _by_class(metrics.recall_score, probabilities, labels, classes)
+
+
+def class_precision(probabilities: Floats, labels: Labels, classes: int) -> Floats:
+    """Share of each class's top answers that are right; NaN for a class that is never the top answer."""
+    return _by_class(metrics.precision_score, probabilities, labels, classes)
+
+
+def balanced_accuracy(probabilities: Floats, labels: Labels, classes: int) -> float:
+    """Mean recall over the classes present."""
+    return float(np.nanmean(class_recall(probabilities, labels, classes)))
+
+
+def _by_class(score: Callable[..., Floats], probabilities: Floats, labels: Labels, classes: int) -> Floats:
+    answers = probabilities.argmax(1)
+    return np.asarray(
+        score(labels, answers, labels=range(classes), average=None, zero_division=np.nan), np.float64
+    )

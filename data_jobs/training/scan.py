@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 import onnxruntime as ort
+from PIL import Image, ImageFilter
 
 from data_jobs.training.dataset import LabelledImage, load_pixels
 from deployments.preprocess.resize import InputGeometry
@@ -44,6 +45,12 @@ def open_onnx(model: Path | bytes, threads: int = 2) -> Callable[[Pixels], Outpu
     return run
 
 
+def soften(pixels: Pixels, radius: float = 0.7) -> Pixels:
+    """N images under a Gaussian blur, by default a light one of 0.7 pixels at the input size."""
+    blur = ImageFilter.GaussianBlur(radius)
+    return np.stack([np.asarray(Image.fromarray(image).filter(blur)) for image in pixels])
+
+
 def scan_pixels(run: Callable[[Pixels], Outputs], pixels: Pixels, batch: int = 32) -> Scan:
     """Scan uint8 N×side×side×3."""
     parts = [run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
@@ -56,16 +63,12 @@ def scan_images(
     indices: Iterable[int],
     folder: Path,
     geometry: InputGeometry,
-    *,
-    change: Callable[[Pixels], Pixels] | None = None,
     batch: int = 32,
 ) -> Scan:
-    """Scan the rows at `indices`; `change` alters each prepared image first (robustness checks)."""
+    """Scan the rows at `indices`, a batch in memory at a time."""
     picked = list(indices)
-    parts = []
-    for start in range(0, len(picked), batch):
-        pixels = load_pixels(rows, picked[start : start + batch], folder, geometry)
-        if change is not None:
-            pixels = np.stack([change(image) for image in pixels])
-        parts.append(run(pixels))
+    parts = [
+        run(load_pixels(rows, picked[start : start + batch], folder, geometry))
+        for start in range(0, len(picked), batch)
+    ]
     return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))

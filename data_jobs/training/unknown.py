@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
+from sklearn import covariance
+from sklearn.linear_model import LogisticRegression
 
 from data_jobs.training.probabilities import Floats, Labels
 
@@ -31,10 +34,7 @@ class ClassStatistics:
 def shrunk_covariance(residuals: NDArray[np.floating], shrinkage: float) -> Floats:
     """(1 - a) * S + a * mean(diag S) * I, of N×D residuals (Ledoit and Wolf 2004's target)."""
     residuals = np.asarray(residuals, np.float64)
-    covariance = residuals.T @ residuals / len(residuals)
-    identity = np.eye(covariance.shape[0]) * np.trace(covariance) / covariance.shape[0]
-    result: Floats = (1.0 - shrinkage) * covariance + shrinkage * identity
-    return result
+    return np.asarray(covariance.shrunk_covariance(residuals.T @ residuals / len(residuals), shrinkage))
 
 
 def class_means(features: NDArray[np.floating], labels: Labels) -> Floats:
@@ -62,8 +62,7 @@ def outlier_direction(
         + shrunk_covariance(other - other_mean, DIRECTION_SHRINKAGE)
     ) / 2.0
     direction = np.linalg.solve(within, other_mean - known_mean)
-    result: Floats = direction / (known @ direction).std()
-    return result
+    return np.asarray(direction / (known @ direction).std())
 
 
 def fit_statistics(
@@ -96,44 +95,26 @@ def distance_score(features: NDArray[np.floating], statistics: ClassStatistics) 
     for mean in statistics.means.astype(np.float64):
         residuals = np.asarray(features, np.float64) - mean
         distances.append(np.einsum("nd,nd->n", residuals @ precision, residuals))
-    result: Floats = np.min(distances, axis=0) / features.shape[1]
-    return result
+    return np.asarray(np.min(distances, axis=0) / features.shape[1])
 
 
 def fit_logistic(known: Floats, unknown: Floats, prior: float = PRIOR_UNKNOWN) -> tuple[float, float]:
     """(slope, intercept) of p(UNK) = sigmoid(slope * score + intercept).
 
-    Weighted maximum likelihood by Newton's method: the outliers weigh `prior` together, the
-    known images the rest, so that p(UNK) is a probability for a stream with that prior and not
-    for a set of outliers we happened to draw. A small ridge keeps the slope finite when the two
-    do not overlap.
+    Weighted maximum likelihood: the outliers weigh `prior` together, the known images the rest, so that p(UNK) is a
+    probability for a stream with that prior and not for a set of outliers we happened to draw. A small ridge keeps the
+    slope finite when the two do not overlap.
     """
     scores = np.concatenate([known, unknown])
     target = np.concatenate([np.zeros(len(known)), np.ones(len(unknown))])
     weights = np.where(target > 0, prior / len(unknown), (1.0 - prior) / len(known)) * len(scores)
     centre, scale = float(known.mean()), float(known.std())
-    design = np.stack([(scores - centre) / scale, np.ones_like(scores)], axis=1)
-    beta = np.array([1.0, -10.0])
-    ridge = np.diag([0.1, 1e-6])
-    for _ in range(200):
-        p = 1.0 / (1.0 + np.exp(-np.clip(design @ beta, -50.0, 50.0)))
-        gradient = design.T @ (weights * (p - target)) + ridge @ beta
-        hessian = (design * (weights * p * (1.0 - p))[:, None]).T @ design + ridge
-        step = np.linalg.solve(hessian, gradient)
-        beta = beta - np.clip(step, -2.0, 2.0)
-        if float(np.abs(step).max()) < 1e-9:
-            break
-    slope = float(beta[0]) / scale
-    return slope, float(beta[1]) - slope * centre
+    fitted = LogisticRegression(C=10.0, solver="newton-cholesky", tol=1e-10, max_iter=200)
+    fitted.fit(((scores - centre) / scale)[:, None], target, weights)
+    slope = float(fitted.coef_[0, 0]) / scale
+    return slope, float(fitted.intercept_[0]) - slope * centre
 
 
 def unknown_probability(score: Floats, slope: float, intercept: float) -> Floats:
     """p(UNK) of a score."""
-    result: Floats = 1.0 / (1.0 + np.exp(-np.clip(slope * score + intercept, -50.0, 50.0)))
-    return result
-
-
-def with_unknown(probabilities: Floats, unknown: Floats) -> Floats:
-    """N×9: (1 - u) times the eight, then u; the nine sum to 1."""
-    eight = (1.0 - unknown)[:, None] * probabilities
-    return np.concatenate([eight, unknown[:, None]], axis=1)
+    return np.asarray(expit(np.clip(slope * score + intercept, -50.0, 50.0)))

@@ -41,10 +41,13 @@ _METADATA_ERRORS = (
 def read_orientation(image: Image.Image) -> int:
     """Read the EXIF orientation, 1 to 8; 1 where there is none or it cannot be read.
 
-    Broken metadata is no reason to turn a good photograph away.
+    EXIF alone, as browsers follow it: Pillow's `getexif` would take XMP's orientation where EXIF has none, and
+    the clinician saw that image unturned. Broken metadata is no reason to turn a good photograph away.
     """
+    tags = Image.Exif()
     try:
-        value = image.getexif().get(_TAG, 1)
+        tags.load(image.info.get("exif", b""))
+        value = tags.get(_TAG, 1)
     except _METADATA_ERRORS:
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1

@@ -35,7 +35,8 @@ def prepare_image(data: bytes, geometry: InputGeometry, limits: UploadLimits) ->
     content_type = sniff_content_type(data)
     decoded = decode_image(data, limits, target_side=geometry.side)
     pixels = resize_to_input(decoded.image, geometry, decoded.extent)
-    return PreparedImage(pixels, decoded.width, decoded.height, content_type, measure_quality(pixels))
+    quality = measure_quality(pixels, two_levels=decoded.two_levels, damaged=decoded.missing)
+    return PreparedImage(pixels, decoded.width, decoded.height, content_type, quality)
 
 
 def prepare_or_reject(data: bytes, spec: InputSpec, limits: UploadLimits) -> PreparedImage | RejectedUpload:

@@ -14,7 +14,8 @@ from model_store.manifest import InputSpec
 from serve_app.domain.errors import ModelContractError
 
 # Changed whenever the pixels that come out for the same bytes may change.
-PREPROCESS_VERSION = "1"
+# 2: ICC profiles are applied, and an orientation in XMP is not.
+PREPROCESS_VERSION = "2"
 
 Interpolation = Literal["bilinear", "bicubic"]
 

@@ -45,6 +45,9 @@ def _problems(policy: RiskPolicy) -> list[str]:
             and soft.min_contrast >= hard.min_contrast
             and soft.max_dark <= hard.max_dark
             and soft.max_bright <= hard.max_bright
+            and soft.min_colour >= hard.min_colour >= 0
+            and soft.max_two_levels <= hard.max_two_levels
+            and soft.max_damaged <= hard.max_damaged
         ),
         "review.max_unknown must not exceed refusal.max_unknown": (
             policy.review.max_unknown <= policy.refusal.max_unknown

@@ -15,10 +15,13 @@ from deployments.risk.strict_table import PolicyError, merge_tables, read_table
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 CURRENT_VERSION = "2026-11.4"
-#: What the policies from before 2026-11.4 did not ask for, at the value that asks nothing: they have answered, and are
-#: never edited.
-_EARLIER = frozenset({"2026-11.2", "2026-11.3"})
-_NOT_ASKED = {"review": {"same_lesion": 0.0, "same_lesion_if_lower": 0.0}}
+#: What some policies are older than, with values that ask nothing; they have answered, and are never edited.
+_LATER_LIMITS = {"min_colour": 0.0, "max_two_levels": 1.0, "max_damaged": 1.0}
+_LATER = {
+    "quality": {"hard": _LATER_LIMITS, "soft": _LATER_LIMITS},
+    "review": {"same_lesion": 0.0, "same_lesion_if_lower": 0.0},
+}
+_OLDER_VERSIONS = frozenset({"2026-11.2", "2026-11.3"})
 
 
 def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> RiskPolicy:
@@ -34,7 +37,7 @@ def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> R
         raise PolicyError(f"There is no risk policy {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{path} is not TOML: {error}.") from error
-    policy = read_table(RiskPolicy, merge_tables(_NOT_ASKED, raw) if version in _EARLIER else raw)
+    policy = read_table(RiskPolicy, merge_tables(_LATER, raw) if version in _OLDER_VERSIONS else raw)
     if policy.version != version:
         raise PolicyError(f"{path} calls itself {policy.version!r}.")
     return policy

@@ -27,6 +27,9 @@ class QualityLimits:
     min_contrast: Share
     max_dark: Share
     max_bright: Share
+    min_colour: float
+    max_two_levels: Share
+    max_damaged: Share
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class _Fault:
     what: str
     action: str
     limit: str
+    concern: str = ""  # the code of a soft limit, where it is not `limited_` and the code of the hard one
 
 
 _FAULTS = (
@@ -81,6 +82,32 @@ _FAULTS = (
         action="Avoid glare: use polarised light or immersion fluid, and take the image again.",
         limit="max_bright",
     ),
+    _Fault(
+        code="no_colour",
+        measure="colour",
+        is_most=False,
+        what="The image has no colours of its own: colour {value:.1f}, at least {limit:.1f} is needed",
+        action="Take the image in colour, and send it as the camera stored it.",
+        limit="min_colour",
+        concern="no_colour",
+    ),
+    _Fault(
+        code="two_levels",
+        measure="two_levels",
+        is_most=True,
+        what="The image has only two levels of brightness: {value:.0%} of it, at most {limit:.0%} is usable",
+        action="Send the image in colour, as the camera stored it, and not a scan or a fax of it.",
+        limit="max_two_levels",
+    ),
+    _Fault(
+        code="damaged_image",
+        measure="damaged",
+        is_most=True,
+        what="The file is damaged: {value:.1%} of the image or more is missing or wrong, at most {limit:.1%} is usable",
+        action="Send the file again from where it was first stored, or take the image again.",
+        limit="max_damaged",
+        concern="damaged_image",
+    ),
 )
 
 
@@ -89,8 +116,8 @@ def judge_quality(measures: QualityMeasures, policy: QualityPolicy) -> QualityVe
     refused = [fault for fault in _FAULTS if _is_beyond(fault, measures, policy.hard)]
     doubtful = [f for f in _FAULTS if f not in refused and _is_beyond(f, measures, policy.soft)]
     return QualityVerdict(
-        refusals=tuple(_reason(fault, measures, policy.hard, "") for fault in refused),
-        concerns=tuple(_reason(fault, measures, policy.soft, "limited_") for fault in doubtful),
+        refusals=tuple(_reason(fault, measures, policy.hard, is_concern=False) for fault in refused),
+        concerns=tuple(_reason(fault, measures, policy.soft, is_concern=True) for fault in doubtful),
     )
 
 
@@ -100,10 +127,10 @@ def _is_beyond(fault: _Fault, measures: QualityMeasures, limits: QualityLimits) 
     return not (value <= limit if fault.is_most else value >= limit)
 
 
-def _reason(fault: _Fault, measures: QualityMeasures, limits: QualityLimits, prefix: str) -> Reason:
+def _reason(fault: _Fault, measures: QualityMeasures, limits: QualityLimits, *, is_concern: bool) -> Reason:
     message = fault.what.format(value=getattr(measures, fault.measure), limit=getattr(limits, fault.limit))
     return Reason(
-        code=prefix + fault.code,
-        message=message + (" for a reliable answer." if prefix else "; no assessment was made."),
-        action=fault.action if not prefix else "Read the answer with care. " + fault.action,
+        code=(fault.concern or f"limited_{fault.code}") if is_concern else fault.code,
+        message=message + (" for a reliable answer." if is_concern else "; no assessment was made."),
+        action="Read the answer with care. " + fault.action if is_concern else fault.action,
     )

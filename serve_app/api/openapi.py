@@ -41,7 +41,10 @@ class ReasonDocument(Document):
 
 
 class QualityDocument(Document):
-    """Measured at the model's input size; width and height are the original's, in pixels."""
+    """Measured at the model's input size; width and height are the original's, in pixels.
+
+    `colour` is 0 for grey, `two_levels` 1 for one bit, `damaged` 0 for a whole file; null in older answers.
+    """
 
     sharpness: float
     exposure: float
@@ -51,6 +54,9 @@ class QualityDocument(Document):
     width: int
     height: int
     acceptable: bool
+    colour: float | None
+    two_levels: float | None
+    damaged: float | None
 
 
 class RankedDiagnosisDocument(Document):

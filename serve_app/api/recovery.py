@@ -8,7 +8,8 @@ something about the image, and which only that the service is in trouble, decide
   try before. Others answered is what tells a defect that this input meets from an outage: during an outage of
   minutes or days nothing is answered, so nothing counts, and nothing that was accepted ends. The leases between
   tries spread them over more than half an hour, so that a rolling update ends nothing either;
-- never for what says that it is temporary: a full service, a database or key provider that does not answer;
+- never for what says that it is temporary: a full service, a database that does not answer, a key that another
+  node's store may hold;
 - whatever it was, after FAILED_AFTER: by then the clinician has long judged without it.
 """
 
@@ -22,6 +23,7 @@ import random
 from serve_app.api.live_model import LiveModelWatch
 from serve_app.api.triage import Triage
 from serve_app.domain.errors import (
+    DataKeyMissing,
     DermError,
     IntegrityError,
     Overloaded,
@@ -99,7 +101,7 @@ async def _ends(records: LesionStore, pending: PendingAssessment, error: Excepti
         return True
     if datetime.now(UTC) - pending.created_at >= FAILED_AFTER:
         return True
-    if isinstance(error, Overloaded | RecordsUnavailable):
+    if isinstance(error, Overloaded | RecordsUnavailable | DataKeyMissing):
         return False
     return await records.set_back(pending.assessment_id) >= FAILED_AFTER_SETBACKS
 

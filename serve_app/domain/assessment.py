@@ -60,7 +60,10 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Image quality at the model's input size; width and height of the upright original in pixels."""
+    """Image quality at the model's input size; width and height of the upright original in pixels.
+
+    The last three are None in answers from before they were measured.
+    """
 
     sharpness: float
     exposure: float
@@ -70,6 +73,9 @@ class Quality:
     width: int
     height: int
     acceptable: bool
+    colour: float | None = None
+    two_levels: float | None = None
+    damaged: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

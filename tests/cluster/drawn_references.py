@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.sample_lesion import draw_lesion
 from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
+from data_jobs.sample_lesion import draw_lesion
 from serve_app.domain.diagnosis import Diagnosis
 
 

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 import shutil
+import subprocess
+import sys
 import tomllib
 
 import pyarrow.parquet as pq
@@ -140,6 +142,26 @@ def test_without_the_train_extra_import_says_what_to_install(derm_cds, tmp_path,
     said = derm_cds("models", "import", str(source), *recipe, home=tmp_path)
     assert said.code == 1
     assert "pip install 'pms-derm-cds[train,cpu]'" in said.err
+
+
+def test_a_node_that_serves_lists_and_rolls_back_without_the_jobs_packages() -> None:
+    program = """
+import sys
+for name in ("jinja2", "pandas", "remotezip", "scipy", "sklearn", "tenacity", "tomli_w", "tqdm"):
+    sys.modules[name] = None
+import cluster.commands.models, cluster.commands.references, cluster.prepare, data_jobs.promotion.rollback
+from cluster.commands.promotion import load_job
+from serve_app.domain.errors import DermError
+try:
+    load_job("data_jobs.promotion.promotion")
+except DermError as error:
+    print(error)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "pip install 'pms-derm-cds[jobs,cpu]'" in ran.stdout
 
 
 @pytest.mark.parametrize(

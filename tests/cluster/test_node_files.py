@@ -9,17 +9,14 @@ import pytest
 
 from cluster.database import own_database
 from cluster.node_files import (
-    OWNER_URL,
-    find_owner_url,
     is_embedded,
-    model_folder,
     read_service_environment,
     write_owner_environment,
     write_service_environment,
 )
 from cluster.postgres_state import DatabaseUrls, PostgresState
 from serve_app.domain.errors import IntegrityError
-from serve_app.settings import load_settings
+from serve_app.settings import OWNER_URL, find_owner_url, load_settings, model_folder
 
 
 def _embedded(home: Path, port: int) -> DatabaseUrls:

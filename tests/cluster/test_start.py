@@ -23,13 +23,12 @@ import pytest
 import yaml
 
 from cluster.commands.audit import checkpoint_log
-from cluster.node_files import model_folder
 from cluster.ports import choose_port
 from cluster.postgres import EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
 from model_store.registry import ModelStore
-from serve_app.settings import REPOSITORY
+from serve_app.settings import REPOSITORY, model_folder
 from tests.cluster.drawn_references import draw_references
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

@@ -27,8 +27,8 @@ from cluster.ports import choose_ports
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.postgres_supervisor import supervise
 from cluster.ray_node import RayNode
-from cluster.sample_lesion import draw_lesion
 from data_jobs.references.load import publish_bundled
+from data_jobs.sample_lesion import draw_lesion
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool

@@ -9,8 +9,7 @@ import pytest
 
 from data_jobs.promotion.rollback import roll_back
 from data_jobs.references.embedder import identify_embedder
-from data_jobs.references.load import read_bundle
-from data_jobs.references.publish import publish_space
+from data_jobs.references.load import publish_space, read_bundle
 from model_store.registry import ModelStore
 from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceStore

@@ -10,8 +10,8 @@ import tomllib
 from typing import Any
 
 import pytest
+import tomli_w
 
-from data_jobs.training.manifest_file import dump_toml
 from model_store.manifest import MANIFEST_NAME
 
 Change = Callable[[dict[str, Any]], object]
@@ -30,7 +30,7 @@ def altered(models: Path, model_id: str, tmp_path: Path) -> Callable[..., Path]:
         content = tomllib.loads(text.decode())
         if change is not None:
             change(content)
-        manifest.write_text(dump_toml(content))
+        manifest.write_text(tomli_w.dumps(content))
         return folder.parent
 
     return copy

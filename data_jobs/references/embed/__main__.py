@@ -8,12 +8,19 @@ import os
 import secrets
 import sys
 
-from cluster.ray_environment import NODE_ENVIRONMENT
+#: As on the nodes of the service: no processes that nobody asked for, nothing sent anywhere, every port on loopback.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 
 
 def set_up_ray_environment() -> None:
     """Before `import ray`: nothing leaves the premises, and a Ray of this job's own has a token of its own."""
-    for name, value in NODE_ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)

@@ -13,16 +13,14 @@ from typing import Any
 
 import ray
 
-from cluster.node_files import OWNER_URL, find_owner_url, model_folder
 from data_jobs.references import embed
 from data_jobs.references.embed.job import run_job
 from data_jobs.references.embed.pipeline import Target
-from data_jobs.references.embed.resources import Resources
-from data_jobs.references.embed.room import check_nodes, fit_in, look_around
+from data_jobs.references.embed.resources import Resources, check_nodes, fit_in, look_around
 from data_jobs.references.embedder import space_spec
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, StageFailed
-from serve_app.settings import default_home
+from serve_app.settings import OWNER_URL, default_home, find_owner_url, model_folder
 
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 _started = monotonic()

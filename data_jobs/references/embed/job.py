@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+import threading
 from time import monotonic
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from data_jobs.references.catalogue import read_references
 from data_jobs.references.embed.pipeline import Target, run_pipeline
-from data_jobs.references.embed.progress import ProgressDisplay, describe
 from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.steps import catalogue_table
 from data_jobs.references.embedder import identify_embedder, space_spec
@@ -27,6 +30,7 @@ from serve_app.records.reference_cache import ReferenceCache
 
 _Result = TypeVar("_Result")
 Say = Callable[[str], None]
+_LOOK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +72,14 @@ def run_job(
     missing = [entry for entry in entries if entry.isic_id not in present]
     found = len(entries) - len(missing)
     say(f"{len(missing):,} images to embed into {target.embedding_space}; {found:,} are there")
-    others = len(present - names)
-    display = ProgressDisplay(
-        lambda: _glance(dsn, target.embedding_space, names, others, pictures=pictures),
-        len(entries),
-        before=found,
-        say=say,
-    )
     if missing:
         geometry = InputGeometry.from_manifest(model.manifest.input)
-        with display:
+        others = len(present - names)
+        with _progress(
+            lambda: _glance(dsn, target.embedding_space, names, others, pictures=pictures),
+            len(entries),
+            before=found,
+        ):
             run_pipeline(
                 catalogue_table(missing), folder, geometry, target, dsn, resources, pictures=pictures
             )
@@ -87,10 +89,43 @@ def run_job(
     embedded, failures = _in_database(dsn, lambda cache: count_done(cache, target.embedding_space, names))
     total_s = monotonic() - started
     done = embedded + sum(failures.values())
-    say(describe(done, len(entries), embedded_after, failures, before=found))
+    failed = ", ".join(f"{count} {cause}" for cause, count in failures.items())
+    share = 100.0 * done / len(entries) if entries else 100.0
+    say(
+        f"{done:,} of {len(entries):,} images ({share:.1f} %); {'failed: ' + failed if failed else 'none failed'}"
+    )
     return JobReport(
         target.embedding_space, len(entries), found, embedded - found, failures, embedded_after, total_s
     )
+
+
+@contextmanager
+def _progress(
+    look: Callable[[], tuple[int, Mapping[str, int]]], total: int, *, before: int
+) -> Iterator[None]:
+    """Show every few seconds what `look` finds: how many images are done, and the failures by cause.
+
+    When it fails the bar stays as it is for that once: it must never end the job that it shows.
+    """
+    over = threading.Event()
+
+    def show() -> None:
+        while not over.wait(_LOOK_S):
+            try:
+                bar.n, failures = look()
+            except Exception as error:  # noqa: BLE001 - see above
+                bar.set_postfix_str(f"progress unknown: {error}")
+            else:
+                bar.set_postfix(failures)
+
+    with tqdm(total=total, initial=before, unit=" images") as bar:
+        thread = threading.Thread(target=show, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 async def count_done(

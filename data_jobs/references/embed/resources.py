@@ -1,10 +1,24 @@
-"""How wide the job runs, and on what."""
+"""How wide the job runs, and the room there is for it on a cluster that serves: what is free, less what an update needs.
+
+Logical CPUs are shares by which Ray packs processes, not what they may use: niceness keeps the job behind
+the service. But a share that is taken is one that no new replica can have, so the job takes small ones.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+import math
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from model_store.session import Device
+from serve_app.domain.errors import StageFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +50,113 @@ class Resources:
     def cpus(self) -> float:
         """What must be there for the job to move at all."""
         return self.actors * self.actor_cpus + self.prepare_cpus + self.write_cpus
+
+
+#: Ray counts in 1/10,000; rounded down to this, shares of a room never add up to more than it.
+_STEP = 0.01
+#: Logical CPUs that an update of the service needs: one more replica of every deployment (`graphs.profiles`).
+SURGE_CPUS = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRoom:
+    """A node of the cluster: cores and GPUs that are there, and those that nobody holds."""
+
+    cpus: float
+    free_cpus: float
+    free_gpus: float = 0.0
+
+
+def look_around() -> list[NodeRoom]:
+    """Say what each node of the joined cluster has. Needs `ray.init`."""
+    free: Mapping[str, Mapping[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [
+        NodeRoom(
+            node["Resources"].get("CPU", 0.0),
+            free.get(node["NodeID"], {}).get("CPU", 0.0),
+            free.get(node["NodeID"], {}).get("GPU", 0.0),
+        )
+        for node in _live_nodes()
+    ]
+
+
+def fit_in(
+    wanted: Resources, nodes: Sequence[NodeRoom], *, actors: int | None, actor_cpus: float | None
+) -> Resources:
+    """What the job takes beside the service: as asked for, or one actor a core with equal shares of the room.
+
+    With `actor_gpus`, one actor for each share of a free GPU. Raises StageFailed when that does not fit.
+    """
+    free = sum(node.free_cpus for node in nodes)
+    room = free - SURGE_CPUS
+    taken = replace(wanted, write_cpus=max(_STEP, min(wanted.write_cpus, _down(room / 4))))
+    if actors is None and wanted.actor_gpus:
+        actors = max(1, sum(math.floor(node.free_gpus / wanted.actor_gpus + 1e-6) for node in nodes))
+    taken = replace(taken, actors=max(1, int(sum(node.cpus for node in nodes)) if actors is None else actors))
+    if actor_cpus is None:
+        share = _down((room - taken.write_cpus - taken.prepare_cpus) / taken.actors)
+        actor_cpus = max(_STEP, min(1.0, share))
+    taken = replace(taken, actor_cpus=actor_cpus)
+    if taken.cpus > room + 1e-6:
+        raise StageFailed(
+            f"The job needs {taken.cpus:.2f} logical CPUs. {free:.2f} are free, and an update of the service needs "
+            f"{SURGE_CPUS:.2f} of those. Ask for less with --actors and --actor-cpus, or start it when the "
+            "service has fewer replicas."
+        )
+    if taken.prepare_cpus:
+        spare = room - taken.cpus
+        taken = replace(taken, prepare_tasks=1 + math.floor(spare / taken.prepare_cpus + 1e-6))
+    if (there := sum(_places(node, taken) for node in nodes)) < taken.actors:
+        raise StageFailed(
+            f"Only {there} of {taken.actors} actors find {taken.actor_cpus:.2f} logical CPUs and "
+            f"{taken.actor_gpus:.2f} GPUs free on one node."
+        )
+    return taken
+
+
+def _places(node: NodeRoom, taken: Resources) -> int:
+    """How many actors one node has room for."""
+    by_cpu = math.floor(node.free_cpus / taken.actor_cpus + 1e-6) if taken.actor_cpus else taken.actors
+    return min(by_cpu, math.floor(node.free_gpus / taken.actor_gpus + 1e-6)) if taken.actor_gpus else by_cpu
+
+
+def _down(share: float) -> float:
+    return math.floor(share / _STEP + 1e-6) * _STEP
+
+
+def check_nodes(folder: Path, models: Path) -> None:
+    """Raise StageFailed unless every node that may run a part of the job has Ray Data, images and models."""
+    nodes = [node for node in _live_nodes() if node["Resources"].get("CPU")]
+    asked = {node["NodeManagerAddress"]: _ask(node["NodeID"], folder, models) for node in nodes}
+    lacking = [
+        f"{address}: {', '.join(lacks)}"
+        for address, lacks in zip(asked, ray.get(list(asked.values())), strict=True)
+        if lacks
+    ]
+    if lacking:
+        raise StageFailed(
+            f"Not every node can do a part of the job. There is lacking at {'; '.join(lacking)}."
+        )
+
+
+def _live_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _ask(node_id: str, folder: Path, models: Path) -> Any:  # noqa: ANN401 - a reference to what find_lacking gives
+    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return (
+        ray.remote(find_lacking)
+        .options(num_cpus=0, scheduling_strategy=where)
+        .remote(folder.resolve(), models.resolve())
+    )
+
+
+def find_lacking(folder: Path, models: Path) -> list[str]:
+    """What the job needs and this process does not find."""
+    found = {
+        "Ray Data (pip install 'pms-derm-cds[jobs]' into the node's environment)": find_spec("pandas"),
+        f"the folder {folder}": folder.is_dir(),
+        f"the models {models}": models.is_dir(),
+    }
+    return [name for name, there in found.items() if not there]

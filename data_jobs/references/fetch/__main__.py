@@ -13,15 +13,11 @@ from pathlib import Path
 import signal
 import sys
 
-from data_jobs.references.fetch import archive, bucket
-from data_jobs.references.fetch.archive import Archive
-from data_jobs.references.fetch.bucket import Bucket
+from data_jobs.references.catalogue import Licence, parse_licences
 from data_jobs.references.fetch.eligibility import Eligibility
-from data_jobs.references.fetch.folder import Folder
-from data_jobs.references.fetch.http import Http
+from data_jobs.references.fetch.http import Http, Pace
 from data_jobs.references.fetch.job import Outcome, Selection, fetch, summary
-from data_jobs.references.fetch.retry import Pace
-from data_jobs.references.licences import Licence, parse_licences
+from data_jobs.references.fetch.sources import ARCHIVE_BASE, BUCKET_BASE, QUERY, Archive, Bucket, Folder
 from serve_app.domain.errors import DermError, InvalidField
 
 
@@ -53,7 +49,7 @@ def _fetch(options: argparse.Namespace) -> Outcome:
         if options.folder.resolve() == options.output.resolve():
             raise InvalidField(f"{options.output} can not be both --folder and --output.")
         return fetch(Folder(options.folder), options.output, selection, eligibility, pace, **ask)
-    base = options.url or (archive.BASE if options.source == "archive" else bucket.BASE)
+    base = options.url or (ARCHIVE_BASE if options.source == "archive" else BUCKET_BASE)
     with Http(base, pace, connections=options.threads + 1) as http:
         source = (
             Archive(http, base=base, query=options.query, collections=options.collections)
@@ -91,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=_positive, default=8, help="images fetched at once (default: %(default)s)")
     add("--folder", type=Path, help="folder: where the images are")
-    add("--query", default=archive.QUERY, help="archive: search (default: %(default)s)")
+    add("--query", default=QUERY, help="archive: search (default: %(default)s)")
     add("--collections", default="", help="archive: ids of the collections to search, comma-separated")
     add("--url", help="archive, bucket: another base URL, such as a mirror's; it ends in /")
     return parser

@@ -1,17 +1,99 @@
-"""Whether an image of the archive can be a reference, and its catalogue entry if it can."""
+"""Whether an image of the archive can be a reference, and its catalogue entry if it can.
+
+The archive's hierarchical diagnosis (`diagnosis_1` to `diagnosis_5`) becomes one of the eight classes of ISIC 2019.
+ISIC 2019 (challenge.isic-archive.com/landing/2019) and HAM10000 (Tschandl et al. 2018, 10.1038/sdata.2018.161)
+say what is in a class: BKL is seborrhoeic keratosis, solar lentigo and lichen-planus-like keratosis; VASC is
+angioma, angiokeratoma, pyogenic granuloma and haemorrhage; SCC has the in-situ form (Bowen). What neither
+puts into a class has none here: a reference that is wrong is worse than one that is missing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
-from data_jobs.references.catalogue import ARCHIVE_LIMITS, CatalogueEntry, image_path
-from data_jobs.references.fetch.diagnoses import diagnosis_of
-from data_jobs.references.fetch.sites import site_of
-from data_jobs.references.licences import Licence, licence_of
+from data_jobs.references.catalogue import ARCHIVE_LIMITS, CatalogueEntry, Licence, image_path, licence_of
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict
+from serve_app.domain.patient import AnatomSite
+
+T = TypeVar("T")
+
+_MELANOMA = "Malignant:Malignant melanocytic proliferations (Melanoma)"
+_FOLLICULAR = "Malignant:Malignant adnexal epithelial proliferations - Follicular"
+_EPIDERMAL = "Malignant:Malignant epidermal proliferations"
+_BENIGN_EPIDERMAL = "Benign:Benign epidermal proliferations"
+_VASCULAR = "Benign:Benign soft tissue proliferations - Vascular"
+
+#: A node of the hierarchy and everything below it, unless a longer entry says otherwise; None is no class.
+CLASSES: dict[str, Diagnosis | None] = {
+    _MELANOMA: Diagnosis.MEL,
+    # The image shows a metastasis in the skin, not the primary tumour.
+    f"{_MELANOMA}:Melanoma metastasis": None,
+    "Benign:Benign melanocytic proliferations:Nevus": Diagnosis.NV,
+    f"{_FOLLICULAR}:Basal cell carcinoma": Diagnosis.BCC,
+    # The archive files AK under Indeterminate; it is the only thing there that has a class.
+    "Indeterminate:Indeterminate epidermal proliferations:Solar or actinic keratosis": Diagnosis.AK,
+    # HAM10000's own name for its whole benign-keratosis class.
+    f"{_BENIGN_EPIDERMAL}:Pigmented benign keratosis": Diagnosis.BKL,
+    f"{_BENIGN_EPIDERMAL}:Seborrheic keratosis": Diagnosis.BKL,
+    f"{_BENIGN_EPIDERMAL}:Solar lentigo": Diagnosis.BKL,
+    f"{_BENIGN_EPIDERMAL}:Lichen planus like keratosis": Diagnosis.BKL,
+    "Benign:Benign soft tissue proliferations - Fibro-histiocytic:Dermatofibroma": Diagnosis.DF,
+    # Vascular without a third level is how the archive files HAM10000's "vascular lesion".
+    _VASCULAR: Diagnosis.VASC,
+    # Reactive, inflammatory, of the vessel's wall, or nothing that dermoscopy would show as vascular.
+    f"{_VASCULAR}:Acroangiodermatitis of Mali": None,
+    f"{_VASCULAR}:Angiolymphoid hyperplasia with eosinophilia": None,
+    f"{_VASCULAR}:Glomangiomyoma": None,
+    f"{_VASCULAR}:Glomus tumor": None,
+    f"{_VASCULAR}:Nevus anemicus": None,
+    "Benign:Hemorrhagic lesions": Diagnosis.VASC,
+    f"{_EPIDERMAL}:Squamous cell carcinoma in situ": Diagnosis.SCC,
+    f"{_EPIDERMAL}:Squamous cell carcinoma, Invasive": Diagnosis.SCC,
+    f"{_EPIDERMAL}:Squamous cell carcinoma, NOS": Diagnosis.SCC,
+}
+
+
+#: A node of the hierarchy and everything below it, unless a longer entry says otherwise.
+SITES: dict[str, AnatomSite] = {
+    "Head and neck": AnatomSite.HEAD_NECK,
+    "Head and neck:Head:Face:Mouth": AnatomSite.ORAL_GENITAL,
+    "Trunk": AnatomSite.TORSO,
+    "Trunk:Anterior trunk": AnatomSite.ANTERIOR_TORSO,
+    "Trunk:Lateral trunk": AnatomSite.LATERAL_TORSO,
+    "Trunk:Posterior trunk": AnatomSite.POSTERIOR_TORSO,
+    "Upper extremity": AnatomSite.UPPER_EXTREMITY,
+    "Upper extremity:Hand:Palm of hand": AnatomSite.PALMS_SOLES,
+    "Lower extremity": AnatomSite.LOWER_EXTREMITY,
+    "Lower extremity:Foot:Sole of foot": AnatomSite.PALMS_SOLES,
+    "Anogenital region": AnatomSite.ORAL_GENITAL,
+}
+
+
+def diagnosis_of(levels: Sequence[str | None]) -> Diagnosis | None:
+    """The class of `diagnosis_1`, `diagnosis_2`, …; None where it has none, however it is spelt."""
+    return _deepest(CLASSES, levels)
+
+
+def site_of(general: str | None, levels: Sequence[str | None]) -> AnatomSite | None:
+    """`anatom_site_general` as the archive states it, else from `anatom_site_1`, …; None where it is not known."""
+    return AnatomSite(general) if general in set(AnatomSite) else _deepest(SITES, levels)
+
+
+def _deepest(nodes: Mapping[str, T | None], levels: Sequence[str | None]) -> T | None:
+    # Levels after the first that is missing do not count: nobody knows what they belong to.
+    path: list[str] = []
+    found: T | None = None
+    for level in levels:
+        if not level:
+            break
+        path.append(level.strip())
+        found = nodes.get(":".join(path), found)
+    return found
+
 
 #: The archive's words for how a diagnosis was confirmed, in those of HAM10000, which the shipped references use.
 #: "single contributor clinical assessment" is one person's opinion: not among them.

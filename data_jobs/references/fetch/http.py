@@ -1,16 +1,127 @@
-"""HTTP as the sources need it: answers, ranges and streams, every fault either Transient or Refused."""
+"""HTTP as the sources need it: answers, ranges and streams, tried again where that may help.
+
+FetchError              the fetch cannot go on
+├── ImageFailure        an image was not fetched, and why
+│   ├── Transient       not now; another attempt may do
+│   └── Refused         another attempt would not change it
+└── Stopped             asked to stop
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+import threading
+import time
+from typing import Self, TypeVar
 
 import httpx
+import tenacity
 
-from data_jobs.references.fetch.errors import Refused, Transient
-from data_jobs.references.fetch.retry import Pace, retry_after_s
-from data_jobs.references.fetch.source import Body
+from serve_app.domain.errors import DermError
+
+
+class FetchError(DermError):
+    """The fetch cannot go on."""
+
+    code = "fetch_failed"
+
+
+class ImageFailure(FetchError):
+    """An image was not fetched. `cause`: a few words by which failures are counted."""
+
+    def __init__(self, message: str = "", cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause or message
+
+
+class Transient(ImageFailure):
+    """Not now; another attempt may do. `wait_s`: what the server asked for (Retry-After), seconds."""
+
+    def __init__(self, message: str = "", cause: str = "", wait_s: float | None = None) -> None:
+        super().__init__(message, cause)
+        self.wait_s = wait_s
+
+
+class Refused(ImageFailure):
+    """This image can not be had."""
+
+
+class Stopped(FetchError):
+    """Asked to stop."""
+
+
+T = TypeVar("T")
+
+
+class Pace:
+    """When requests may be made: shared by all threads of a fetch, and where it is told to stop.
+
+    A wait is a random part of a doubling limit ("full jitter": Brooker, AWS Architecture Blog, 2015), so that those
+    who failed together do not come back together. What a server asks for (Retry-After), all threads heed, up to
+    `longest_asked_s` seconds.
+    """
+
+    def __init__(
+        self, *, first_s: float = 1.0, longest_s: float = 60.0, longest_asked_s: float = 300.0
+    ) -> None:
+        self._backoff = tenacity.wait_random_exponential(multiplier=first_s, max=longest_s)
+        self._longest_asked_s = longest_asked_s
+        self._stop = threading.Event()
+        self._not_before = 0.0
+
+    def stop(self) -> None:
+        """Make every thread raise Stopped at its next step."""
+        self._stop.set()
+
+    def step(self) -> None:
+        """Raise Stopped if told to stop."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def insist(self, attempt: Callable[[], T], attempts: int) -> T:
+        """The result of `attempt`, made up to `attempts` times while it raises Transient; then that is raised."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            stop=tenacity.stop_after_attempt(attempts),
+            wait=self._backoff,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        result: T = retrying(self._once, attempt)
+        return result
+
+    def _once(self, attempt: Callable[[], T]) -> T:
+        self._sleep(self._not_before - time.monotonic())
+        try:
+            return attempt()
+        except Transient as error:
+            if error.wait_s is not None:
+                asked = min(error.wait_s, self._longest_asked_s)
+                self._not_before = max(self._not_before, time.monotonic() + asked)
+            raise
+
+    def _sleep(self, seconds: float) -> None:
+        self._stop.wait(max(0.0, seconds))
+        self.step()
+
+
+def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
+    """Seconds that a Retry-After header asks for: a number or an HTTP date (RFC 9110, 10.2.3); None if neither."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        then = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    then = then if then.tzinfo else then.replace(tzinfo=UTC)
+    return max(0.0, (then - (now or datetime.now(UTC))).total_seconds())
+
 
 #: Requests for answers that a listing needs are made more often than those for one image of many.
 ATTEMPTS = 8
@@ -18,6 +129,14 @@ _CHUNK = 1 << 16
 _TIMEOUT = httpx.Timeout(connect=15, read=60, write=30, pool=None)
 _AGAIN = frozenset({408, 425, 429})
 _GONE = frozenset({404, 410})
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An image as it arrives; `length` in bytes, None where the source does not state it."""
+
+    chunks: Iterator[bytes]
+    length: int | None
 
 
 class Http:

@@ -1,27 +1,86 @@
-"""The fetch from end to end: list, choose, check the disk, fetch, describe."""
+"""The fetch from end to end: list, choose, check the disk, fetch, describe.
+
+What a folder is to hold is chosen once, so that running again fetches what is missing and nothing else:
+`selection.parquet` has the chosen entries, `selection.json` what they were chosen by and from. The latter is
+written last: while it is not there, nothing has been chosen.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 import csv
 from dataclasses import dataclass, field, replace
+import fcntl
 import hashlib
+import json
 from pathlib import Path
-import time
 from typing import Any
 
-from data_jobs.references.catalogue import IMAGES, CatalogueEntry, write_catalogue
-from data_jobs.references.fetch.disk import check_space
-from data_jobs.references.fetch.download import Download, stored_images
+from data_jobs.references.catalogue import (
+    IMAGES,
+    CatalogueEntry,
+    read_entries,
+    write_catalogue,
+    write_entries,
+)
+from data_jobs.references.fetch.download import Download, check_space, stored_images
 from data_jobs.references.fetch.eligibility import Eligibility
-from data_jobs.references.fetch.errors import FetchError
+from data_jobs.references.fetch.http import FetchError, Pace
 from data_jobs.references.fetch.listing import JOURNAL, list_candidates
-from data_jobs.references.fetch.plan import Plan, only_one, read_plan, write_plan
-from data_jobs.references.fetch.progress import MB, Progress
-from data_jobs.references.fetch.retry import Pace
 from data_jobs.references.fetch.selection import choose
-from data_jobs.references.fetch.source import Source
+from data_jobs.references.fetch.sources import Source
+from serve_app.domain.errors import Conflict
+
+ENTRIES = "selection.parquet"
+PARAMETERS = "selection.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The chosen entries; `candidates` they were chosen from, `left_out` images were none, by cause."""
+
+    entries: list[CatalogueEntry]
+    candidates: int
+    left_out: Mapping[str, int]
+
+
+def read_plan(output: Path, parameters: Mapping[str, Any]) -> Plan | None:
+    """Read the folder's plan, None when it has none. Raises Conflict when it was made with other parameters."""
+    file = output / PARAMETERS
+    if not file.is_file():
+        return None
+    written = json.loads(file.read_text(encoding="utf-8"))
+    before = written["parameters"]
+    if before != parameters:
+        changed = sorted(name for name in {*before, *parameters} if before.get(name) != parameters.get(name))
+        told = "; ".join(f"{name} was {before.get(name)}, is {parameters.get(name)}" for name in changed)
+        raise Conflict(f"{output} was begun with other options ({told}). Name another --output.")
+    return Plan(read_entries(output / ENTRIES), written["candidates"], written["left_out"])
+
+
+def write_plan(output: Path, parameters: Mapping[str, Any], plan: Plan) -> None:
+    """Write the folder's plan."""
+    write_entries(output / ENTRIES, plan.entries)
+    text = json.dumps(
+        {"parameters": parameters, "candidates": plan.candidates, "left_out": plan.left_out}, indent=2
+    )
+    partial = output / f"{PARAMETERS}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(output / PARAMETERS)
+
+
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Keep other fetches out of the folder. Raises Conflict when one is at work there."""
+    with (output / "fetch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"Another fetch is at work in {output}.") from error
+        yield
+
 
 FAILURES = "failures.csv"
 
@@ -64,14 +123,14 @@ def fetch(
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
     with only_one(output):
         parameters = _parameters(source, selection, eligibility)
-        plan = read_plan(output, parameters) or _plan(source, output, selection, eligibility, parameters, say)
+        plan = read_plan(output, parameters) or _plan(source, output, selection, eligibility, parameters)
         stored = stored_images(output, threads)
         missing = [entry for entry in plan.entries if entry.isic_id not in stored]
         needed = check_space(output, missing)
         wanted, here = len(plan.entries), len(plan.entries) - len(missing)
-        say(f"{wanted:,} images: {here:,} are here, {len(missing):,} to fetch, {needed / MB:,.0f} MB")
-        download = Download(source, output, pace, Progress(wanted, here))
-        download.run(missing, threads)
+        say(f"{wanted:,} images: {here:,} are here, {len(missing):,} to fetch, {needed / 1e6:,.0f} MB")
+        download = Download(source, output, pace)
+        download.run(missing, threads, there=here)
         stored |= {image.isic_id: image for image in download.stored}
         entries = [
             replace(entry, bytes=stored[entry.isic_id].bytes, sha256=stored[entry.isic_id].sha256)
@@ -90,17 +149,8 @@ def _plan(
     selection: Selection,
     eligibility: Eligibility,
     parameters: dict[str, Any],
-    say: Callable[[str], None],
 ) -> Plan:
-    told = time.monotonic()
-
-    def progress(seen: int, total: int | None) -> None:
-        nonlocal told
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            say(f"listing: {seen:,}" + (f" of {total:,}" if total else "") + " images")
-
-    listing = list_candidates(source, eligibility, output, progress, parameters=parameters)
+    listing = list_candidates(source, eligibility, output, parameters=parameters)
     chosen = choose(
         listing.candidates,
         selection.count,

@@ -7,17 +7,18 @@ out for which cause, and where the next page begins. A torn last line counts as 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data_jobs.references.catalogue import CatalogueEntry
 from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
-from data_jobs.references.fetch.errors import Refused
-from data_jobs.references.fetch.source import Page, Source
+from data_jobs.references.fetch.http import Refused
+from data_jobs.references.fetch.sources import Page, Source
 from serve_app.domain.diagnosis import Diagnosis
 
 JOURNAL = "listing.jsonl"
@@ -41,24 +42,20 @@ def list_candidates(
     source: Source,
     eligibility: Eligibility,
     output: Path,
-    progress: Callable[[int, int | None], None],
     *,
     parameters: dict[str, Any],
 ) -> Listing:
-    """Go through a source's pages, or through those after the last one that the journal has.
-
-    `progress`: called with the images seen and, where known, all there are.
-    """
+    """Go through a source's pages, or through those after the last one that the journal has."""
     journal = output / JOURNAL
     listing = _read(journal, parameters)
     try:
-        _extend(listing, source, eligibility, journal, progress, parameters)
+        _extend(listing, source, eligibility, journal, parameters)
     except Refused:
         if listing.cursor is None:
             raise
         # The archive knows the old cursor no more.
         listing = Listing()
-        _extend(listing, source, eligibility, journal, progress, parameters)
+        _extend(listing, source, eligibility, journal, parameters)
     return listing
 
 
@@ -67,11 +64,12 @@ def _extend(
     source: Source,
     eligibility: Eligibility,
     journal: Path,
-    progress: Callable[[int, int | None], None],
     parameters: dict[str, Any],
 ) -> None:
-    total: int | None = None
-    with journal.open("a" if listing.cursor else "w", encoding="utf-8") as file:
+    with (
+        journal.open("a" if listing.cursor else "w", encoding="utf-8") as file,
+        tqdm(initial=listing.seen, desc="listing", unit=" images", mininterval=5.0) as bar,
+    ):
         if listing.cursor is None:
             file.write(json.dumps({"parameters": parameters}) + "\n")
         for page in source.pages(listing.cursor):
@@ -84,8 +82,8 @@ def _extend(
             file.write(json.dumps(line) + "\n")
             file.flush()
             _add(listing, entries, left_out, page.cursor)
-            total = page.total or total
-            progress(listing.seen, total)
+            bar.total = page.total or bar.total
+            bar.update(len(page.records))
 
 
 def _judge(

@@ -3,7 +3,7 @@
 For each kind of copy the first setting that passes the gate on the recipe's calibration fold is
 measured once on its test fold, where that is another one, and on outliers. What passes is written into the model folder with `edge.json` (the
 certificates) and `golden.json` (test vectors), and the folder is sealed anew; what fails is
-left out, and `edge.json` says why. Whatever was done already is read from `--work`.
+left out, and `edge.json` says why. Files that were made already are read from `--work`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from data_jobs.training.edge.candidates import KINDS, Candidate, Kind, Source
+from data_jobs.training.edge.candidates import KINDS, Candidate, Kind, Source, latency_ratio
 from data_jobs.training.edge.certificate import Judge, compare_fold, compare_outliers, gate_problems
-from data_jobs.training.edge.fold_images import Archive, FoldImages, Run, scan_once
+from data_jobs.training.edge.fold_images import Archive, Run
 from data_jobs.training.edge.golden import golden_document
-from data_jobs.training.edge.latency import latency_ratio
-from data_jobs.training.edge.plain_graph import plain_graph
+from data_jobs.training.edge.onnx_copies import plain_graph
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.outliers import make_outliers
 from data_jobs.training.plans import DataPlan
 from data_jobs.training.recipe import read_recipe
-from data_jobs.training.scan import Pixels, Scan, open_onnx
+from data_jobs.training.scan import Pixels, open_onnx, scan_pixels
 from deployments.preprocess.resize import InputGeometry
 from model_store.edge_copies import EDGE_NAME, server_contract
 from model_store.golden_check import GOLDEN_NAME
@@ -50,41 +49,37 @@ class Proof:
         model: StoredModel,
         plan: DataPlan,
         archive: Archive,
-        work: Path,
         threads: int,
         sample: int | None,
     ) -> None:
         self.calibration_fold = plan.calibration_fold
         self.other_folds = sorted({plan.test_fold} - {plan.calibration_fold})
         self._judge = Judge.from_model(model)
-        self._work = work
         outliers = [o.pixels for o in make_outliers(archive.geometry, SEED) if o.part == "test"]
-        self._outliers = FoldImages("outliers", [], np.empty(0, np.int64), np.stack(outliers))
+        self._outliers = np.stack(outliers)
         self._folds = {
             number: archive.fold(number, sample) for number in (plan.calibration_fold, *self.other_folds)
         }
         self._server = model.path(model.manifest.onnx)
         self.threads = threads
         self.run_server = open_onnx(self._server, threads)
+        self._answers = {n: scan_pixels(self.run_server, images.pixels) for n, images in self._folds.items()}
+        self._answers_to_outliers = scan_pixels(self.run_server, self._outliers)
 
-    def fold(self, number: int, run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
+    def fold(self, number: int, run: Run) -> tuple[dict[str, Any], list[str]]:
         """Figures of a copy on a fold, and what the gate has against them."""
         images = self._folds[number]
-        server = self._scan(self.run_server, self._server, images)
-        figures = compare_fold(self._judge, images, server, self._scan(run, path, images))
+        found = scan_pixels(run, images.pixels)
+        figures = compare_fold(self._judge, images, self._answers[number], found)
         return figures, gate_problems(images.name, figures)
 
-    def outliers(self, run: Run, path: Path) -> dict[str, float]:
+    def outliers(self, run: Run) -> dict[str, float]:
         """Figures on photographs, text, noise and plain colours that p(UNK) was not fitted on."""
-        server = self._scan(self.run_server, self._server, self._outliers)
-        return compare_outliers(self._judge, server, self._scan(run, path, self._outliers))
+        return compare_outliers(self._judge, self._answers_to_outliers, scan_pixels(run, self._outliers))
 
     def latency(self, kind: Kind, path: Path, pixels: Pixels) -> dict[str, float]:
         """A copy's time against the server's model, both on one core."""
         return latency_ratio(open_onnx(self._server, threads=1), kind.open(path, threads=1), pixels)
-
-    def _scan(self, run: Run, path: Path, images: FoldImages) -> Scan:
-        return scan_once(run, digest_file(path), images.name, images.pixels, self._work)
 
 
 def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], Path | None]:
@@ -93,7 +88,7 @@ def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], P
     for candidate in kind.candidates:
         path = make(kind, candidate, source)
         run = kind.open(path, proof.threads)
-        figures, problems = proof.fold(proof.calibration_fold, run, path)
+        figures, problems = proof.fold(proof.calibration_fold, run)
         if path.stat().st_size > MOST_BYTES:
             problems.append(f"{path.stat().st_size} bytes; {MOST_BYTES} are allowed")
         tried.append({"setting": candidate.setting, "bytes": path.stat().st_size, "problems": problems})
@@ -102,7 +97,7 @@ def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], P
             continue
         confirmed = {}
         for number in proof.other_folds:
-            confirmed[f"fold{number}"], problems = proof.fold(number, run, path)
+            confirmed[f"fold{number}"], problems = proof.fold(number, run)
             tell(kind, candidate, confirmed[f"fold{number}"], problems)
         certificate = {
             "setting": candidate.setting,
@@ -111,7 +106,7 @@ def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], P
             "problems": problems,
             f"fold{proof.calibration_fold}": figures,
             **confirmed,
-            "outliers": proof.outliers(run, path),
+            "outliers": proof.outliers(run),
             "latency": proof.latency(kind, path, source.images),
         }
         return certificate, None if problems else path
@@ -157,7 +152,7 @@ def build(
     work.mkdir(parents=True, exist_ok=True)
     archive = Archive.open(cache, geometry)
     source = Source(graph, archive.sample(plan.train_folds, CALIBRATION_IMAGES, SEED), work)
-    proof = Proof(model, plan, archive, work, threads, sample)
+    proof = Proof(model, plan, archive, threads, sample)
     copies, left_out, files = {}, {}, {}
     for kind in kinds:
         certificate, path = certify(kind, source, proof)

@@ -11,18 +11,53 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_jobs.training.edge.fold_images import FoldImages
-from data_jobs.training.edge.search_parity import ReferenceSearch, cosines
-from data_jobs.training.evaluation.predictions import MELANOMA, served
+from data_jobs.training.embedding_spaces import ShippedReferences, nearest, precision_at
+from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats, calibration_error
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.probabilities import Floats, area_under_curve, calibration_error
 from data_jobs.training.scan import Scan
 from deployments.classifier.calibration import Calibrator
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import TRAINED
+
+NEIGHBOURS = 10
+
+
+def compare_search(
+    shipped: ShippedReferences,
+    images: FoldImages,
+    server: NDArray[np.float32],
+    copy: NDArray[np.float32],
+) -> dict[str, float | dict[str, float]]:
+    """Neighbours found with the copy's bottlenecks (N×512) against those found with the server's."""
+    queries = [shipped.space.embed(bottlenecks) for bottlenecks in (server, copy)]
+    found_server, found = (
+        nearest(vectors, images.lesions, shipped.vectors, shipped.lesions, NEIGHBOURS) for vectors in queries
+    )
+    shared = [len(np.intersect1d(a, b)) for a, b in zip(found_server, found, strict=True)]
+    return {
+        "cosine": cosines(*queries),
+        "shared_of_ten": round(float(np.mean(shared)), 3),
+        "same_first": round(float((found_server[:, 0] == found[:, 0]).mean()), 4),
+        "precision_at_10_server": round(precision_at(found_server, images.labels, shipped.labels), 4),
+        "precision_at_10": round(precision_at(found, images.labels, shipped.labels), 4),
+    }
+
+
+def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> dict[str, float]:
+    """Least, first percentile and median of the cosine between rows."""
+    products = (a.astype(np.float64) * b).sum(1)
+    values = products / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return {
+        "min": round(float(values.min()), 5),
+        "quantile_01": round(float(np.quantile(values, 0.01)), 5),
+        "median": round(float(np.median(values)), 5),
+    }
+
 
 #: Sensitivity at an operating point that a copy may lose against the server, by lesion.
 LOSS_ALLOWED = 0.005
@@ -34,14 +69,14 @@ class Judge:
     """What turns logits and bottlenecks into what is told: the manifest's, for server and copy alike."""
 
     calibrator: Calibrator
-    search: ReferenceSearch
+    references: ShippedReferences
     points: Mapping[str, OperatingPoint]
 
     @classmethod
     def from_model(cls, model: StoredModel) -> Self:
         """The calibration, references and operating points of a verified model."""
         points = model.manifest.operating_points
-        return cls(Calibrator.from_model(model), ReferenceSearch.from_model(model), points)
+        return cls(Calibrator.from_model(model), ShippedReferences.from_model(model), points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +100,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, _ = served(judge.calibrator, server)
     nine, _ = served(judge.calibrator, copy)
-    eight_server, eight = _without_unknown(nine_server), _without_unknown(nine)
+    eight_server, eight = known_eight(nine_server), known_eight(nine)
     thresholds = judge.calibrator.thresholds
     melanoma = images.labels == MELANOMA
     return {
@@ -81,7 +116,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
         "melanoma_difference": spread(np.abs(eight_server[:, MELANOMA] - eight[:, MELANOMA])),
         "p_unk": unknown_figures(nine_server, nine),
         "bottleneck_cosine": cosines(server.bottleneck, copy.bottleneck),
-        "search": judge.search.compare(images, server.bottleneck, copy.bottleneck),
+        "search": compare_search(judge.references, images, server.bottleneck, copy.bottleneck),
         "operating_points": {
             name: asdict(point_figures(point, eight_server, eight, images))
             for name, point in judge.points.items()
@@ -156,11 +191,6 @@ def _quality(nine: Floats, images: FoldImages, melanoma: np.ndarray[Any, Any]) -
         "ece": _rounded(calibration_error(nine, images.labels)),
         "melanoma_auc": _rounded(area_under_curve(nine[:, MELANOMA], melanoma)),
     }
-
-
-def _without_unknown(nine: Floats) -> Floats:
-    result: Floats = nine[:, :8] / nine[:, :8].sum(1, keepdims=True)
-    return result
 
 
 def _rounded(value: float, digits: int = 4) -> float:

@@ -1,8 +1,4 @@
-"""The images a copy is proven on: whole folds of the archive, and outliers, scanned once a file.
-
-Answers are kept in the working folder under the digest of the file that gave them, so that a
-build that was stopped goes on where it was, and a changed file is scanned anew.
-"""
+"""The images a copy is proven on: whole folds of the archive, and outliers."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from data_jobs.training.dataset import (
     read_rows,
 )
 from data_jobs.training.probabilities import Labels
-from data_jobs.training.scan import Outputs, Pixels, Scan, scan_pixels
+from data_jobs.training.scan import Outputs, Pixels
 from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.diagnosis import Diagnosis
 
@@ -77,17 +73,3 @@ class Archive:
         labels = labels_of([self.rows[i] for i in indices])
         picked = [rng.permutation(indices[labels == label])[:per_diagnosis] for label in np.unique(labels)]
         return np.asarray(self.pixels[np.sort(np.concatenate(picked))])
-
-
-def scan_once(run: Run, digest: str, name: str, pixels: Pixels, work: Path, batch: int = 16) -> Scan:
-    """Scan `pixels` with the file of this digest, or read what an earlier run found."""
-    path = work / "scans" / f"{digest[:16]}-{name}-{len(pixels)}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as found:
-            return Scan(found["logits"], found["bottleneck"])
-    scan = scan_pixels(run, pixels, batch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, logits=scan.logits, bottleneck=scan.bottleneck)
-    partial.rename(path)
-    return scan

@@ -1,19 +1,25 @@
-"""Accuracy, per diagnosis and over all: by image, and by lesion."""
+"""Accuracy over all, by diagnosis, by lesion, by subgroup and as the ISIC challenges count; the curves that the card draws."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import metrics
 
-from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
-from data_jobs.training.probabilities import Floats, Labels, calibration_error, log_loss
-from data_jobs.training.ranking import (
+from data_jobs.training.evaluation.predictions import MELANOMA, UNKNOWN, Predictions
+from data_jobs.training.operating_points import by_lesion, lower_bound
+from data_jobs.training.probabilities import (
+    Floats,
+    Labels,
     area_under_curve,
     balanced_accuracy,
+    calibration_error,
     class_precision,
     class_recall,
+    log_loss,
     top_k_accuracy,
 )
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
@@ -55,9 +61,8 @@ def by_diagnosis(values: Floats) -> dict[str, float]:
 
 def confusion_matrix(nine: Floats, labels: Labels) -> NDArray[np.int64]:
     """8×9 counts: the diagnosis in the archive by the first answer."""
-    matrix = np.zeros((CLASSES, len(Diagnosis)), np.int64)
-    np.add.at(matrix, (labels, nine.argmax(1)), 1)
-    return matrix
+    found = metrics.confusion_matrix(labels, nine.argmax(1), labels=range(len(Diagnosis)))
+    return np.asarray(found[:CLASSES])
 
 
 def lesion_predictions(predictions: Predictions) -> Predictions:
@@ -89,4 +94,169 @@ def lesion_diagnosis_figures(predictions: Predictions) -> dict[str, dict[str, fl
         "lesions_a_class": figures["images_a_class"],
         "recall": figures["recall"],
         "precision": figures["precision"],
+    }
+
+
+#: Groups with fewer images are left out: their figures would be noise.
+SMALLEST = 30
+
+
+def subgroup_figures(predictions: Predictions) -> dict[str, dict[str, float]]:
+    """Figures (nine classes) by image source, aspect, resolution, confirmation, sex, age and body site."""
+    rows = predictions.rows
+    values = {
+        "source": ["HAM10000" if ham else "other" for ham in predictions.of_ham10000],
+        "aspect": [row.aspect for row in rows],
+        "short side": ["under 224" if min(row.width, row.height) < 224 else "224 or more" for row in rows],
+        "confirmed by": [row.diagnosis_confirm_type or "unknown" for row in rows],
+        "sex": [row.sex or "unknown" for row in rows],
+        "age": [age_band(row.age_approx) for row in rows],
+        "site": [row.anatom_site_general or "unknown" for row in rows],
+    }
+    nine, labels = predictions.nine, predictions.labels
+    return {
+        name: accuracy_figures(nine[picked], labels[picked])
+        for name, picked in split(values).items()
+        if picked.sum() >= SMALLEST
+    }
+
+
+def split(values: Mapping[str, Sequence[str]]) -> dict[str, NDArray[np.bool_]]:
+    """Which of N images belong to which group, `kind: value`, from the values of every kind."""
+    return {
+        f"{kind}: {value}": np.array([v == value for v in found])
+        for kind, found in values.items()
+        for value in sorted(set(found))
+    }
+
+
+def age_band(age: int | None) -> str:
+    """Under 40, 40 to 59, 60 or more years, or unknown."""
+    if age is None:
+        return "unknown"
+    return "under 40" if age < 40 else "40 to 59" if age < 60 else "60 or more"
+
+
+#: Sensitivities at which the specificity is told.
+READINGS = (0.80, 0.85, 0.90, 0.95, 0.975, 0.99, 1.0)
+BINS = 15
+
+
+def melanoma_curve(predictions: Predictions) -> dict[str, Any]:
+    """Sensitivity and specificity of p(MEL) by lesion, at every threshold that changes the sensitivity.
+
+    As for the operating points, a melanoma counts by its lowest image and any other lesion by its
+    highest. It describes the fold it is measured on; no threshold is taken from it.
+    """
+    labels = predictions.labels
+    scores, positive = by_lesion(predictions.eight[:, MELANOMA], labels == MELANOMA, predictions.lesions)
+    thresholds, sensitivity, specificity = sensitivity_specificity(scores, positive)
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    readings = []
+    for wanted in READINGS:
+        at = int(np.flatnonzero(sensitivity >= wanted - 1e-12)[0])
+        hits = round(float(sensitivity[at]) * positives)
+        readings.append(
+            {
+                "threshold": round(float(thresholds[at]), 6),
+                "hits": hits,
+                "positives": positives,
+                "sensitivity": round(hits / positives, 4),
+                "lower_bound": round(lower_bound(hits, positives), 4),
+                "negatives": negatives,
+                "specificity": round(float(specificity[at]), 4),
+            }
+        )
+    return {
+        "auc": round(area_under_curve(scores, positive), 4),
+        "readings": readings,
+        "threshold": [round(float(t), 5) for t in thresholds],
+        "sensitivity": [round(float(s), 4) for s in sensitivity],
+        "specificity": [round(float(s), 4) for s in specificity],
+    }
+
+
+def sensitivity_specificity(scores: Floats, positive: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
+    """Thresholds, falling, with the sensitivity and specificity of `score >= threshold`.
+
+    One threshold for every distinct score of a positive. Raises ValueError without both kinds.
+    """
+    if positive.all() or not positive.any():
+        raise ValueError("A curve needs positives and negatives.")
+    false_alarms, sensitivity, thresholds = metrics.roc_curve(positive, scores, drop_intermediate=False)
+    rises = np.flatnonzero(np.diff(sensitivity) > 0.0) + 1
+    return thresholds[rises], sensitivity[rises], 1.0 - false_alarms[rises]
+
+
+def reliability(predictions: Predictions) -> dict[str, list[dict[str, float]]]:
+    """Told against found, in 15 equal bins: the first answer's probability, and p(MEL)."""
+    nine, labels = predictions.nine, predictions.labels
+    return {
+        "first_answer": reliability_bins(nine.max(1), nine.argmax(1) == labels),
+        "melanoma": reliability_bins(predictions.eight[:, MELANOMA], labels == MELANOMA),
+    }
+
+
+def reliability_bins(told: Floats, came_true: NDArray[np.bool_], bins: int = BINS) -> list[dict[str, float]]:
+    """Mean probability told and share that came true, of every bin that holds an image."""
+    index = np.minimum((told * bins).astype(int), bins - 1)
+    return [
+        {
+            "images": int(inside.sum()),
+            "told": round(float(told[inside].mean()), 4),
+            "found": round(float(came_true[inside].mean()), 4),
+        }
+        for b in range(bins)
+        if (inside := index == b).any()
+    ]
+
+
+#: ISIC 2018 task 3: actinic keratosis and squamous cell carcinoma in situ are one class, AKIEC.
+SEVEN = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+_MERGED = {Diagnosis.AK: "AKIEC", Diagnosis.SCC: "AKIEC"}
+_SEVEN_OF_EIGHT = np.array([SEVEN.index(_MERGED.get(d, d.value)) for d in TRAINED])
+
+
+def challenge_figures(predictions: Predictions) -> dict[str, Any]:
+    """Eight classes over the whole fold, seven over its HAM10000 images; UNK first counts as wrong in both."""
+    ham = predictions[predictions.of_ham10000]
+    refused = ham.nine.argmax(1) == UNKNOWN
+    return {
+        "isic2019_eight": scored(
+            predictions.eight,
+            predictions.labels,
+            predictions.nine.argmax(1) == UNKNOWN,
+            tuple(d.value for d in TRAINED),
+        ),
+        "isic2018_seven_ham10000": scored(
+            merge_to_seven(ham.eight), _SEVEN_OF_EIGHT[ham.labels], refused, SEVEN
+        ),
+    }
+
+
+def merge_to_seven(eight: Floats) -> Floats:
+    """N×7 probabilities in the order of SEVEN: p(AKIEC) = p(AK) + p(SCC)."""
+    seven = np.zeros((len(eight), len(SEVEN)))
+    for index, target in enumerate(_SEVEN_OF_EIGHT):
+        seven[:, target] += eight[:, index]
+    return seven
+
+
+def scored(known: Floats, labels: Labels, refused: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
+    """Figures of an N×C table as the ISIC challenges count them.
+
+    A refused image's row is all zeros: the challenges' own code calls such a tie undecided, and so
+    wrong, and in every AUC it ranks last. That code gave the same figures for derm1 to derm9.
+    """
+    table = np.where(refused[:, None], 0.0, known)
+    # UNK as one more class: argmax of a row of zeros must not be the first diagnosis.
+    answers = np.concatenate([table, refused[:, None].astype(np.float64)], axis=1)
+    auc = {name: area_under_curve(table[:, c], labels == c) for c, name in enumerate(names)}
+    return {
+        "images": len(labels),
+        "refused": int(refused.sum()),
+        "top1": round(top_k_accuracy(answers, labels, 1), 4),
+        "balanced_accuracy": round(balanced_accuracy(answers, labels, len(names)), 4),
+        "auc": {name: round(value, 4) for name, value in auc.items()},
+        "mean_auc": round(float(np.nanmean(list(auc.values()))), 4),
     }

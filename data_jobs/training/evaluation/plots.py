@@ -10,8 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from data_jobs.training.model_card.pictures import CONFUSION_NAME, MELANOMA_NAME, RELIABILITY_NAME
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+CONFUSION_NAME = "confusion.png"
+RELIABILITY_NAME = "reliability.png"
+MELANOMA_NAME = "melanoma.png"
+
 
 _DPI = 110
 # Okabe and Ito, "Color Universal Design", 2008.

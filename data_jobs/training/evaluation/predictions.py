@@ -50,9 +50,7 @@ class Predictions:
     @property
     def eight(self) -> Floats:
         """N×8 probabilities of the trained diagnoses, as if UNK were no answer; equal where p(UNK) is 1."""
-        known = self.nine[:, :UNKNOWN]
-        total = known.sum(1, keepdims=True)
-        return np.where(total > 0.0, known / np.where(total > 0.0, total, 1.0), 1.0 / UNKNOWN)
+        return known_eight(self.nine)
 
     @property
     def lesions(self) -> list[str]:
@@ -63,6 +61,13 @@ class Predictions:
     def of_ham10000(self) -> NDArray[np.bool_]:
         """Which images come from HAM10000."""
         return np.array([(row.lesion_id or "").startswith("HAM_") for row in self.rows], dtype=np.bool_)
+
+
+def known_eight(nine: Floats) -> Floats:
+    """N×9 with UNK to N×8 without: what the operating points and the sets are thresholds on."""
+    known = nine[:, :UNKNOWN]
+    total = known.sum(1, keepdims=True)
+    return np.where(total > 0.0, known / np.where(total > 0.0, total, 1.0), 1.0 / UNKNOWN)
 
 
 def served(calibrator: Calibrator, scan: Scan) -> tuple[Floats, Floats]:

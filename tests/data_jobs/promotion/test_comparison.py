@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from data_jobs.promotion.acceptance import judge, parse_acceptance
-from data_jobs.promotion.comparison import CaseView, ChangedCase, Comparison, Subgroup
-from data_jobs.promotion.figures import Figures
-from data_jobs.promotion.paired import PairedCounts, compare_pairs
+from data_jobs.promotion.comparison import (
+    CaseView,
+    ChangedCase,
+    Comparison,
+    Figures,
+    PairedCounts,
+    Subgroup,
+    compare_pairs,
+)
 from data_jobs.promotion.report import report_content, to_json, to_text
 from data_jobs.training.plans import AcceptancePlan
 from data_jobs.training.recipe import read_recipe
@@ -31,7 +37,7 @@ def test_mcnemar_is_exact_and_two_sided(lost: int, gained: int, p_value: float) 
     candidate = np.array([False] * lost + [True] * gained + [True] * 7 + [False] * 3)
     found = compare_pairs(live, candidate)
     assert (found.cases, found.lost, found.gained) == (lost + gained + 10, lost, gained)
-    assert found.p_value == pytest.approx(p_value, abs=1e-15)
+    assert found.p_value == pytest.approx(p_value, abs=1e-12)
 
 
 def test_mcnemar_of_thousands_neither_overflows_nor_vanishes() -> None:

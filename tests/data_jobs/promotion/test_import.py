@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.import_model import ImportRequest, import_model
-from data_jobs.promotion.refusal import ImportRefused
 from model_store.registry import ModelStore
 from model_store.session import InferenceSession
 from serve_app.domain.diagnosis import TRAINED

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
+from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.promotion import PromotionRequest, promote
-from data_jobs.promotion.refusal import PromotionRefused
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import open_pool

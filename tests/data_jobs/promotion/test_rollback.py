@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_jobs.promotion.refusal import PromotionRefused
+from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.rollback import roll_back
 from data_jobs.references.load import publish_bundled
 from serve_app.domain.errors import Conflict

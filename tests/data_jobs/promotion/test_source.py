@@ -15,9 +15,8 @@ import zipfile
 
 import pytest
 
-from data_jobs.promotion.file_kind import sniff_kind
-from data_jobs.promotion.refusal import ImportRefused
-from data_jobs.promotion.source import take_source
+from data_jobs.promotion.candidate import ImportRefused
+from data_jobs.promotion.source import sniff_kind, take_source
 
 CONTENT = b"\x08\x0aa model, or so it says" * 1000
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cluster.sample_lesion import draw_lesion
 from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
+from data_jobs.sample_lesion import draw_lesion
 from serve_app.domain.diagnosis import TRAINED
 
 LEVELS = {

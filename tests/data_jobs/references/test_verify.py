@@ -16,7 +16,7 @@ from data_jobs.references.embedder import (
     identify_embedder,
     prepare_reference,
 )
-from data_jobs.references.publish import publish_space
+from data_jobs.references.load import publish_space
 from data_jobs.references.verify import CANARIES, Check, verify_space
 from deployments.preprocess.resize import InputGeometry
 from model_store.registry import ModelStore, StoredModel

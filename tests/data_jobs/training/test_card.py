@@ -41,9 +41,9 @@ def figures(predictions: Predictions) -> dict[str, Any]:
 @pytest.fixture
 def report(folder: Path, predictions: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
     """Every figure that predictions give; the rest, which needs images, as another job measured it."""
+    from data_jobs.training.conformal import set_figures
+    from data_jobs.training.cross_fitting import Judged
     from data_jobs.training.evaluate import point_figures
-    from data_jobs.training.evaluation.judged import Judged
-    from data_jobs.training.evaluation.sets import set_figures
 
     manifest = read_manifest(folder)
     points = {
@@ -90,7 +90,6 @@ def test_evidence_is_written_and_vouched_for(
     card = (folder / "MODEL_CARD.md").read_text()
     assert all(f"]({name})" in card for name in pictures)
     assert f"{report['with_unk']['top1']:.4f}" in card
-    assert "Not measured for this model" in card
     told = " ".join(card.split())
     assert "16-neighbour vote 0.8000, the softmax (without UNK) 0.9000; the vote's minus" in told
     assert "is -0.1000, 95 % interval -0.1200 to -0.0800 (paired" in told
@@ -110,25 +109,3 @@ def test_the_card_says_where_figures_are_cross_fitted(folder: Path, report: dict
         (folder / "evaluation.json").write_text(json.dumps(found))
         write_card(folder)
         assert told in (folder / "MODEL_CARD.md").read_text()
-
-
-def test_proofs_enter_the_card(folder: Path, predictions: Predictions, report: dict[str, Any]) -> None:
-    from data_jobs.training.aspect import agreement
-    from data_jobs.training.card import write_card
-    from data_jobs.training.evaluate import without_nan
-    from data_jobs.training.evaluation.figures import accuracy_figures
-
-    (folder / "evaluation.json").write_text(json.dumps(without_nan(report)))
-    found = accuracy_figures(predictions.nine, predictions.labels)
-    proof = {
-        "images": 1600,
-        "agreement": {"squashed, all files": agreement(predictions, predictions, 0.5)},
-        "accuracy": {"fold 0": {"own shape": found}},
-    }
-    (folder / "aspect.json").write_text(json.dumps(proof))
-    compared = {"training_images": 9, "known_images": 7, "auroc": {"ViM": {"text": 0.5, "all": 0.75}}}
-    (folder / "unknown_methods.json").write_text(json.dumps(compared))
-    write_card(folder)
-    card = (folder / "MODEL_CARD.md").read_text()
-    assert "| squashed, all files | 1600 | 100.00% |" in card
-    assert "| ViM | 0.5 | 0.75 |" in card

@@ -10,8 +10,12 @@ import pytest
 
 from data_jobs.training.conformal import conformal_thresholds
 from data_jobs.training.dataset import LabelledImage, read_rows
-from data_jobs.training.evaluation.challenge import challenge_figures
-from data_jobs.training.evaluation.figures import accuracy_figures, diagnosis_figures, lesion_figures
+from data_jobs.training.evaluation.figures import (
+    accuracy_figures,
+    challenge_figures,
+    diagnosis_figures,
+    lesion_figures,
+)
 from data_jobs.training.evaluation.predictions import (
     CALIBRATION_NAME,
     PREDICTIONS_NAME,
@@ -32,6 +36,7 @@ def rows(isic_dir: Path) -> dict[str, LabelledImage]:
 def evidence(models: Path, rows: dict[str, LabelledImage]) -> list[tuple[StoredModel, Predictions]]:
     store = ModelStore(models)
     found = [model for model in map(store.open, store) if PREDICTIONS_NAME in model.manifest.files]
+    assert found, "no model ships its predictions: there is nothing to hold the figures against"
     return [(model, read_predictions(model.path(PREDICTIONS_NAME), rows)) for model in found]
 
 

@@ -10,8 +10,8 @@ import tomllib
 
 import numpy as np
 import pytest
+import tomli_w
 
-from data_jobs.training.manifest_file import dump_toml
 from deployments.classifier.classifier import Classifier
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
@@ -153,7 +153,7 @@ def _store(tmp_path: Path, source: Path, content: dict) -> Path:
     folder = tmp_path / "models" / source.name
     shutil.copytree(source, folder, copy_function=_link)
     (folder / MANIFEST_NAME).unlink()
-    (folder / MANIFEST_NAME).write_text(dump_toml(content))
+    (folder / MANIFEST_NAME).write_text(tomli_w.dumps(content))
     return folder.parent
 
 

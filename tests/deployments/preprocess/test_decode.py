@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 import pytest
 
 from deployments.preprocess.decode import UploadLimits, decode_image, sniff_content_type
@@ -128,10 +129,26 @@ def test_a_name_means_nothing(tmp_path, lesion):
     assert prepare_image(path.read_bytes(), InputGeometry(TARGET), LIMITS).content_type == "image/jpeg"
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP"])
-def test_other_formats_are_unsupported(lesion, encode, kind):
-    with pytest.raises(UnsupportedImage):
-        decode_image(encode(lesion(300, 240), kind), LIMITS)
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WebP", "AVIF", "PDF", "JPEG 2000"])
+def test_other_formats_are_unsupported_by_name(lesion, encode, kind):
+    with pytest.raises(UnsupportedImage, match=f"content is {kind};"):
+        decode_image(encode(lesion(300, 240), kind.replace(" 2000", "2000")), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0" * 128 + b"DICM\x02\0\0\0", "DICOM"),
+        (b"\xff\x0a\xfa", "JPEG XL"),
+        (b"\xff\x4f\xff\x51\0", "JPEG 2000"),
+        (b"PK\x03\x04", "ZIP"),
+        (b"\0\0\0\x18ftypmp42", "MPEG-4"),
+    ],
+)
+def test_other_formats_are_known_by_their_first_bytes(start, name):
+    with pytest.raises(UnsupportedImage, match=name):
+        sniff_content_type(start + b"\0" * 100)
 
 
 def test_a_phone_photograph_with_a_second_picture_inside_decodes(lesion, encode, difference):
@@ -197,6 +214,122 @@ def test_transparency_is_laid_on_white(encode, target):
     ]
     for data in cases:
         assert np.asarray(decode(data, target)).min() == 255
+
+
+def with_primaries(*colorants: tuple[float, float, float]) -> bytes:
+    """An RGB matrix profile with the tone curve of sRGB; XYZ of red, green and blue for D50."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132])
+    places = {
+        bytes(profile[at : at + 4]): profile[at + 4 : at + 8] for at in range(132, 132 + 12 * count, 12)
+    }
+    for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), colorants, strict=True):
+        at = int.from_bytes(places[tag]) + 8
+        profile[at : at + 12] = struct.pack(">3i", *(round(value * 65536) for value in xyz))
+    return bytes(profile)
+
+
+SRGB = with_primaries((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+DISPLAY_P3 = with_primaries((0.5151, 0.2412, -0.0011), (0.2919, 0.6922, 0.0419), (0.1572, 0.0666, 0.7841))
+ADOBE_RGB = with_primaries((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))
+
+
+@pytest.mark.parametrize("profile", [DISPLAY_P3, ADOBE_RGB])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_brought_to_srgb_from_their_profile(lesion, encode, difference, profile, kind, mode):
+    picture = lesion(600, 450)
+    if mode == "P":
+        picture = picture.quantize(256).convert("RGB")
+    source, target = (ImageCms.ImageCmsProfile(io.BytesIO(p)) for p in (SRGB, profile))
+    stored = ImageCms.profileToProfile(picture, source, target, outputMode="RGB")
+    assert difference(stored, picture) > 3
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    if kind == "PNG" and mode != "RGB":
+        stored = stored.convert(mode, palette=Image.Palette.ADAPTIVE)
+    data = encode(stored, kind, icc_profile=profile, **options)
+    assert difference(decode(data), picture) < 1.5
+    reduced, expected = (decode(d, TARGET) for d in (data, encode(picture, "PNG")))
+    assert difference(reduced, expected) < 1.5
+
+
+def test_an_srgb_profile_changes_nothing(lesion, encode):
+    for kind in ("JPEG", "PNG"):
+        plain, tagged = (encode(lesion(300, 240), kind, **o) for o in ({}, {"icc_profile": SRGB}))
+        assert np.array_equal(np.asarray(decode(plain)), np.asarray(decode(tagged)))
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"\0" * 128,
+        b"profile" * 100,
+        DISPLAY_P3[:200],
+        DISPLAY_P3[:132] + b"\xff" * (len(DISPLAY_P3) - 132),
+        DISPLAY_P3.replace(b"RGB XYZ ", b"CMYKLab "),
+        DISPLAY_P3.replace(b"RGB XYZ ", b"GRAYXYZ "),
+        DISPLAY_P3 + b"\0" * 5_000_000,
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_profile_that_is_none_is_ignored(lesion, encode, profile, mode):
+    picture = lesion(300, 240).convert(mode)
+    for kind in ("JPEG", *(["PNG"] if mode != "CMYK" else [])):
+        plain, tagged = (encode(picture, kind, **o) for o in ({}, {"icc_profile": profile}))
+        assert np.array_equal(np.asarray(decode(plain)), np.asarray(decode(tagged)))
+
+
+def test_the_same_colours_as_adobe_rgb_give_nearly_the_same_pixels(failing_dir, isic_dir, difference):
+    profiled = prepare_image(
+        (failing_dir / "pub-05-melanoma-adobergb-icc.png").read_bytes(), InputGeometry(176), LIMITS
+    )
+    plain = prepare_image(
+        (isic_dir / "images" / "ISIC_0028285.jpg").read_bytes(),
+        InputGeometry(176),
+        UploadLimits(min_side=100),
+    )
+    assert difference(Image.fromarray(profiled.pixels), Image.fromarray(plain.pixels)) < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_orientation_in_xmp_alone_is_not_followed(lesion, encode, kind):
+    """As in browsers: what the clinician saw was not turned."""
+    picture = lesion(300, 240)
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    if kind == "JPEG":
+        data = encode(picture, kind, xmp=xmp)
+    else:
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        data = encode(picture, kind, pnginfo=text)
+    assert b'tiff:Orientation="6"' in data
+    assert decode(data).size == (300, 240)
+
+
+def test_text_and_profiles_of_any_size_do_not_cost_a_good_png(lesion, encode, failing_dir):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "a word " * 500_000, zip=True)
+    text.add_itxt("Description", "ein Wort " * 500_000, zip=True)
+    text.add_text("Raw", "word " * 500_000)
+    plain = encode(lesion(300, 240), "PNG")
+    for options in ({"pnginfo": text}, {"icc_profile": SRGB + b"\0" * 1_500_000}):
+        data = encode(lesion(300, 240), "PNG", **options)
+        assert np.array_equal(np.asarray(decode(data)), np.asarray(decode(plain)))
+    decode((failing_dir / "pub-07-valid-png-ztxt-3MB.png").read_bytes())
+
+
+def test_a_kind_of_jpeg_that_is_not_decoded_is_named(lesion, encode, failing_dir):
+    twelve = (failing_dir / "pub-09-jpeg-12bit.jpg").read_bytes()
+    with pytest.raises(UnsupportedImage, match="12-bit JPEG is not supported"):
+        decode(twelve)
+    data = encode(lesion(300, 240), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    for code, name in ((0xC3, "Lossless JPEG"), (0xC5, "Hierarchical JPEG"), (0xF7, "JPEG-LS")):
+        with pytest.raises(UnsupportedImage, match=f"{name} is not supported"):
+            decode(data[: frame + 1] + bytes([code]) + data[frame + 2 :])
 
 
 def test_metadata_is_dropped(lesion, encode):

@@ -93,6 +93,50 @@ def test_camera_originals_are_as_sharp_as_their_small_copies(isic_dir):
     assert np.mean([0.75 < ratio < 1.25 for ratio in ratios]) >= 0.9
 
 
+def test_colour_is_what_brightness_does_not_say(lesion, encode):
+    picture = lesion(600, 450)
+    grey = picture.convert("L")
+    # Sepia, as an app's filter makes it.
+    sepia = Image.merge(
+        "RGB", [grey.point(lambda v, f=f: int(255 * (v / 255) ** f)) for f in (0.8, 1.0, 1.3)]
+    )
+
+    def colour(image: Image.Image, kind: str = "JPEG", **options: object) -> float:
+        data = encode(image, kind, **options)
+        return prepare_image(data, InputGeometry(SIDE), UploadLimits()).quality.colour
+
+    assert colour(picture) > 4
+    assert colour(grey) < 0.1
+    assert colour(grey.convert("RGB"), quality=60) < 0.1
+    assert colour(grey.convert("1"), "PNG") < 0.1
+    assert colour(sepia, quality=90) < 2.4
+    assert measure_quality(plain(128)).colour < 0.1
+
+
+@pytest.mark.parametrize("side", [300, 1600])
+def test_one_bit_is_known_however_it_is_stored(lesion, encode, side):
+    def share(image: Image.Image) -> float:
+        data = encode(image, "PNG", compress_level=1)
+        return prepare_image(data, InputGeometry(SIDE), UploadLimits()).quality.two_levels
+
+    picture = lesion(side, side)
+    dithered = picture.convert("1")
+    parted = picture.convert("L").point(lambda v: 255 * (v > 120), "1")
+    brown = Image.merge("RGB", [parted.convert("L").point(lambda v, o=o: v // 2 + o) for o in (90, 60, 20)])
+    for bits in (dithered, *(dithered.convert(mode) for mode in ("L", "RGB", "P")), parted, brown):
+        assert share(bits) == 1.0, bits.mode
+    assert share(Image.effect_noise((side, side), 40).convert("RGB")) < 0.1
+
+
+def test_real_images_have_colours_and_many_levels_and_are_whole(isic_dir):
+    """Every hundredth of the archive; `data_jobs.training.quality_quantiles` measures all."""
+    for path in sorted((isic_dir / "images").glob("*.jpg"))[::100]:
+        quality = prepare_image(path.read_bytes(), InputGeometry(176), UploadLimits(min_side=100)).quality
+        assert (quality.colour >= 2.4, quality.two_levels < 0.7, quality.damaged) == (True, True, 0.0), (
+            path.name
+        )
+
+
 def test_the_smallest_image_can_be_measured():
     pixels = np.asarray(Image.new("RGB", (3, 3), (10, 20, 30)))
     assert measure_quality(pixels).sharpness == 0.0

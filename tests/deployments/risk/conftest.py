@@ -16,7 +16,9 @@ from serve_app.domain.assessment import Classification, Conclusion, Neighbours, 
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import Checklist, ClinicalContext, History
 
-GOOD = QualityMeasures(sharpness=60.0, exposure=0.6, contrast=0.1, dark=0.0, bright=0.0)
+GOOD = QualityMeasures(
+    sharpness=60.0, exposure=0.6, contrast=0.1, dark=0.0, bright=0.0, colour=6.0, two_levels=0.1, damaged=0.0
+)
 POINTS = {"melanoma": 0.08, "malignant": 0.15}
 NOTHING_OF_NOTE = ClinicalContext(
     anatom_site_general=None,

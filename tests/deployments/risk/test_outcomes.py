@@ -16,7 +16,9 @@ from deployments.risk.quality_gate import judge_quality
 from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
 from serve_app.domain.patient import AnatomSite, Checklist
 
-GOOD = QualityMeasures(sharpness=60.0, exposure=0.6, contrast=0.1, dark=0.0, bright=0.0)
+GOOD = QualityMeasures(
+    sharpness=60.0, exposure=0.6, contrast=0.1, dark=0.0, bright=0.0, colour=6.0, two_levels=0.1, damaged=0.0
+)
 
 
 def codes(conclusion) -> list[str]:
@@ -45,9 +47,47 @@ def test_quality(assess, measure, hard, soft, fine, code):
     assert assess(quality=replace(GOOD, **{measure: fine})).outcome is Outcome.DECIDED
 
 
+@pytest.mark.parametrize(
+    ("measure", "beyond", "fine", "code"),
+    [("colour", 2.39, 2.4, "no_colour"), ("damaged", 0.001, 0.0, "damaged_image")],
+)
+def test_what_is_only_ever_a_concern(assess, measure, beyond, fine, code):
+    review = assess(quality=replace(GOOD, **{measure: beyond}))
+    assert (review.outcome, codes(review)) == (Outcome.REVIEW, [code])
+    assert review.risk is not None
+    assert assess(quality=replace(GOOD, **{measure: fine})).outcome is Outcome.DECIDED
+
+
+def test_one_bit_is_refused(assess):
+    refused = assess(quality=replace(GOOD, two_levels=0.981, colour=0.0))
+    assert (refused.outcome, codes(refused)) == (Outcome.REFUSED, ["two_levels"])
+    assert assess(quality=replace(GOOD, two_levels=0.98)).outcome is Outcome.DECIDED
+
+
+def test_files_without_colour_that_were_answered(failing_dir, policy):
+    grey, one_bit = (
+        judge_quality(
+            prepare_image((failing_dir / name).read_bytes(), InputGeometry(176), UploadLimits()).quality,
+            policy.quality,
+        )
+        for name in ("pub-04-melanoma-greyscale.jpg", "pub-12-one-bit.png")
+    )
+    assert grey.acceptable
+    assert "no_colour" in [reason.code for reason in grey.concerns]
+    assert "two_levels" in [reason.code for reason in one_bit.refusals]
+
+
+@pytest.mark.parametrize("version", ["2026-11.2", "2026-11.3"])
+def test_an_older_policy_asks_nothing_of_what_was_measured_later(version):
+    quality = replace(GOOD, colour=0.0, two_levels=1.0, damaged=0.04)
+    verdict = judge_quality(quality, read_policy(version).quality)
+    assert verdict.acceptable
+    assert not verdict.concerns
+
+
 def test_a_black_image_is_refused_for_all_that_is_wrong_with_it(assess):
-    conclusion = assess(quality=QualityMeasures(0.0, 0.0, 0.0, 1.0, 0.0))
-    assert codes(conclusion) == ["blurred", "underexposed", "low_contrast", "dark_area"]
+    conclusion = assess(quality=QualityMeasures(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0))
+    assert codes(conclusion) == ["blurred", "underexposed", "low_contrast", "dark_area", "two_levels"]
 
 
 def test_a_measure_that_is_no_number_is_refused(policy):

@@ -10,9 +10,8 @@ import pytest
 
 from data_jobs.references.catalogue import read_catalogue
 from data_jobs.references.embed.job import count_done, run_job
-from data_jobs.references.embed.pipeline import Target
+from data_jobs.references.embed.pipeline import ReferenceSink, Target
 from data_jobs.references.embed.resources import Resources
-from data_jobs.references.embed.sink import ReferenceSink
 from data_jobs.references.embedder import identify_embedder, space_spec
 from model_store.registry import ModelStore
 from serve_app.records.pool import open_pool

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from data_jobs.references.publish import publish_space
+from data_jobs.references.load import publish_space
 from data_jobs.references.verify import verify_space
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict

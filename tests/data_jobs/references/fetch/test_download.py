@@ -6,15 +6,12 @@ import time
 import httpx
 import pytest
 
-from data_jobs.references.duration import duration
 from data_jobs.references.fetch import download as subject
 from data_jobs.references.fetch import http
-from data_jobs.references.fetch.archive import Archive, flatten
-from data_jobs.references.fetch.disk import RESERVE, check_space, needed_bytes
-from data_jobs.references.fetch.download import Download, stored_images
+from data_jobs.references.fetch.download import RESERVE, Download, check_space, needed_bytes, stored_images
 from data_jobs.references.fetch.eligibility import Eligibility
-from data_jobs.references.fetch.errors import FetchError, Transient
-from data_jobs.references.fetch.progress import Progress
+from data_jobs.references.fetch.http import FetchError, Transient
+from data_jobs.references.fetch.sources import Archive, flatten
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def entries(archive_server, new_image):
 
 @pytest.fixture
 def download(archive, output, pace):
-    return Download(archive, output, pace, Progress(12, interval_s=0.05))
+    return Download(archive, output, pace)
 
 
 def names(output):
@@ -127,7 +124,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_without_end(
     with http.Http(archive_server.api, pace) as client:
         source = Archive(client, base=archive_server.api)
         source.attempts = 2
-        download = Download(source, output, pace, Progress(2))
+        download = Download(source, output, pace)
         download.run(entries[:2], threads=1)
     assert {isic_id: error.cause for isic_id, error in download.failed.items()} == {"ISIC_0000001": "timeout"}
 
@@ -230,17 +227,12 @@ def test_an_unknown_size_counts_as_the_mean_of_the_known(new_image):
     assert needed_bytes([]) == 0
 
 
-def test_progress_says_what_is_done_how_fast_and_what_failed():
-    progress = Progress(100, there=10)
-    for _ in range(20):
-        progress.stored(2_000_000)
-    progress.failed("gone")
-    line = progress.line(elapsed_s=10)
-    assert line == "30 of 100 images (30%), 2.1/s, 4.0 MB/s, 33 s left; 1 failed: gone 1"
-
-
-def test_durations_are_rounded_to_what_a_person_needs():
-    assert [duration(s) for s in (5, 59.4, 600, 11_100)] == ["5 s", "59 s", "10 min", "3 h 5 min"]
+def test_progress_says_what_is_done_and_what_failed(archive_server, entries, download, new_fault, capsys):
+    archive_server.always["ISIC_0000003"] = new_fault(status=404)
+    download.run(entries, threads=3, there=5)
+    told = capsys.readouterr().err.rpartition("\r")[2]
+    assert "16/17" in told
+    assert "gone=1" in told
 
 
 def test_a_failure_names_its_cause_and_the_place_without_the_signature(

@@ -16,14 +16,14 @@ import pytest
 
 from data_jobs.references.catalogue import read_catalogue
 from data_jobs.references.fetch import __main__ as command
-from data_jobs.references.fetch.plan import only_one
-from data_jobs.references.fetch.retry import Backoff, Pace
+from data_jobs.references.fetch.http import Pace
+from data_jobs.references.fetch.job import only_one
 from serve_app.records.references import ReferenceImage
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(command, "Pace", lambda: Pace(Backoff(first_s=0.01, longest_s=0.1)))
+    monkeypatch.setattr(command, "Pace", lambda: Pace(first_s=0.01, longest_s=0.1))
 
 
 @pytest.fixture

@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 
 from data_jobs.training.evaluation.figures import (
+    SEVEN,
+    SMALLEST,
     accuracy_figures,
+    challenge_figures,
     confusion_matrix,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,
     lesion_predictions,
+    merge_to_seven,
+    scored,
+    subgroup_figures,
 )
 from data_jobs.training.evaluation.predictions import (
     UNKNOWN,
@@ -20,9 +26,8 @@ from data_jobs.training.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from data_jobs.training.evaluation.subgroups import SMALLEST, subgroup_figures
-from data_jobs.training.ranking import area_under_curve, class_precision
-from serve_app.domain.diagnosis import TRAINED
+from data_jobs.training.probabilities import class_precision
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 
 def test_unk_first_is_wrong(predictions: Predictions) -> None:
@@ -99,29 +104,25 @@ def test_predictions_survive_their_file(predictions: Predictions, tmp_path: Path
         read_predictions(path, rows)
 
 
-@pytest.mark.torch
-def test_figures_against_scikit_learn(predictions: Predictions) -> None:
-    metrics = pytest.importorskip("sklearn.metrics", reason="needs the train extra")
-    labels, nine, eight = predictions.labels, predictions.nine, predictions.eight
-    answers = nine.argmax(1)
-    figures, classes = accuracy_figures(nine, labels), diagnosis_figures(predictions)
-    told = range(len(TRAINED))
-    recall = metrics.recall_score(labels, answers, labels=told, average=None)
-    precision = metrics.precision_score(labels, answers, labels=told, average=None)
-    assert figures["top1"] == pytest.approx(metrics.accuracy_score(labels, answers), abs=1e-4)
-    assert figures["top3"] == pytest.approx(
-        metrics.top_k_accuracy_score(labels, nine, k=3, labels=range(UNKNOWN + 1)), abs=1e-4
-    )
-    assert figures["balanced_accuracy"] == pytest.approx(recall.mean(), abs=1e-4)
-    assert figures["log_loss"] == pytest.approx(
-        metrics.log_loss(labels, nine, labels=range(UNKNOWN + 1)), abs=1e-4
-    )
-    assert list(classes["recall"].values()) == pytest.approx(recall, abs=1e-4)
-    assert list(classes["precision"].values()) == pytest.approx(precision, abs=1e-4)
-    for index, diagnosis in enumerate(TRAINED):
-        auc = metrics.roc_auc_score(labels == index, eight[:, index])
-        assert classes["auc"][diagnosis] == pytest.approx(auc, abs=1e-4)
-    tied = np.round(eight[:, 0], 1)
-    assert area_under_curve(tied, labels == 0) == pytest.approx(
-        metrics.roc_auc_score(labels == 0, tied), abs=1e-12
-    )
+def test_keratosis_and_carcinoma_in_situ_are_one_class() -> None:
+    seven = merge_to_seven(np.eye(8))
+    assert seven.shape == (8, 7)
+    for diagnosis in TRAINED:
+        merged = "AKIEC" if diagnosis in {Diagnosis.AK, Diagnosis.SCC} else diagnosis.value
+        assert SEVEN[int(seven[TRAINED.index(diagnosis)].argmax())] == merged
+
+
+def test_a_refusal_is_wrong_and_ranks_last(predictions: Predictions) -> None:
+    found = challenge_figures(predictions)["isic2019_eight"]
+    expected = accuracy_figures(predictions.nine, predictions.labels)
+    assert found["refused"] > 0
+    assert found["top1"] == expected["top1"]
+    assert found["balanced_accuracy"] == expected["balanced_accuracy"]
+    nobody = scored(np.eye(3), np.arange(3), np.ones(3, dtype=bool), ("a", "b", "c"))
+    assert (nobody["top1"], nobody["balanced_accuracy"], nobody["auc"]["a"]) == (0.0, 0.0, 0.5)
+
+
+def test_seven_classes_are_of_ham10000_alone(predictions: Predictions) -> None:
+    found = challenge_figures(predictions)["isic2018_seven_ham10000"]
+    assert found["images"] == int(predictions.of_ham10000.sum())
+    assert set(found["auc"]) == set(SEVEN)

@@ -14,8 +14,7 @@ from data_jobs.training.evaluation.intervals import (
     weighted_calibration_error,
 )
 from data_jobs.training.evaluation.predictions import Predictions
-from data_jobs.training.probabilities import calibration_error
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.probabilities import area_under_curve, calibration_error
 
 
 def test_images_of_a_lesion_are_drawn_together() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data_jobs.training.embedding_spaces import VOTERS, vote_figures
 from data_jobs.training.evaluation.intervals import resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
-from data_jobs.training.evaluation.retrieval import VOTERS, vote_figures
-from data_jobs.training.ranking import area_under_curve
+from data_jobs.training.probabilities import area_under_curve
 
 RESAMPLES = 300
 

@@ -1,1 +1,0 @@
-"""The sections of the model card: text around numbers that JSON files hold."""

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import csv
+import os
+
+import pytest
+
+from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
+from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
+from data_jobs.references.fetch.http import FetchError, Http, Refused, Transient
+from data_jobs.references.fetch.sources import Archive, Folder, flatten
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.errors import NotFound
+
+
+def ids(pages):
+    return [record["isic_id"] for page in pages for record in page.records]
+
+
+@pytest.fixture
+def filled(archive_server, new_image):
+    archive_server.add(*(new_image(number) for number in range(25)))
+    archive_server.page = 10
+    return archive_server
+
+
+def test_every_page_is_read_although_next_names_another_host(filled, archive):
+    pages = list(archive.pages(None))
+    assert ids(pages) == list(filled.images)
+    assert [bool(page.cursor) for page in pages] == [True, True, False]
+    assert [page.total for page in pages] == [25, None, None]
+    assert filled.paths("query=image_type%3Adermoscopic")[0].startswith("/api/v2/images/search/")
+
+
+def test_listing_goes_on_from_a_cursor(filled, archive):
+    first = next(iter(archive.pages(None)))
+    assert ids(archive.pages(first.cursor)) == list(filled.images)[10:]
+
+
+def test_a_query_narrows_the_search(filled, pace, new_image):
+    filled.add(new_image(99, image_type="clinical: close-up"))
+    with Http(filled.api, pace) as http:
+        asked = "image_type:dermoscopic AND sex:female"
+        found = list(Archive(http, base=filled.api, query=asked, collections="65,97").pages(None))
+    assert 0 < len(ids(found)) < 25
+    assert "collections=65%2C97" in filled.paths()[0]
+
+
+def test_a_query_that_does_not_parse_is_refused_at_once(filled, pace):
+    with Http(filled.api, pace) as http, pytest.raises(Refused, match="answered 400"):
+        list(Archive(http, base=filled.api, query='sex:"').pages(None))
+    assert len(filled.seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["reset", "cut", "page"])
+def test_a_page_that_breaks_is_asked_for_again(filled, archive, new_fault, kind):
+    filled.fail("/search/", new_fault(body=kind), new_fault(status=503))
+    assert ids(archive.pages(None)) == list(filled.images)
+    assert len(filled.seen) == 5
+
+
+def test_an_archive_that_stays_down_ends_the_listing(filled, archive, new_fault):
+    filled.always["/search/"] = new_fault(status=502)
+    with pytest.raises(Transient, match=r"127\.0\.0\.1/api/v2/images/search/ answered 502"):
+        list(archive.pages(None))
+    assert len(filled.seen) == 8
+
+
+def test_an_answer_that_is_no_page_is_named(filled, pace, monkeypatch):
+    monkeypatch.setattr(filled, "search", lambda *_: (200, {"items": []}))
+    with Http(filled.api, pace) as http, pytest.raises(FetchError, match="no page of images"):
+        list(Archive(http, base=filled.api).pages(None))
+
+
+def test_a_search_that_runs_in_a_circle_is_noticed(filled, pace, monkeypatch):
+    page = {"results": [], "next": "https://x/?cursor=a", "count": 1}
+    monkeypatch.setattr(filled, "search", lambda *_: (200, page))
+    with Http(filled.api, pace) as http, pytest.raises(FetchError, match="follows itself"):
+        list(Archive(http, base=filled.api).pages(None))
+
+
+def test_an_image_comes_from_the_url_that_the_archive_names_now(filled, archive):
+    with archive.open("ISIC_0000003") as body:
+        assert b"".join(body.chunks) == filled.files["ISIC_0000003"]
+    assert body.length == len(filled.files["ISIC_0000003"])
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [({"public": False}, "not public"), ({"public": None}, "not public")],
+)
+def test_an_image_withdrawn_since_the_listing_is_refused(filled, archive, change, cause):
+    filled.images["ISIC_0000003"] |= change
+    with pytest.raises(Refused) as refused, archive.open("ISIC_0000003"):
+        pass
+    assert refused.value.cause == cause
+
+
+def test_an_image_that_is_gone_is_refused(archive):
+    with pytest.raises(Refused) as refused, archive.open("ISIC_7777777"):
+        pass
+    assert refused.value.cause == "gone"
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.org/x.jpg", None, 7, "https://[bad/"])
+def test_a_file_is_only_fetched_from_where_the_archive_itself_could_be(filled, archive, url, monkeypatch):
+    answer = {**filled.images["ISIC_0000003"], "files": {"full": {"url": url, "size": 3}}}
+    monkeypatch.setattr(filled, "image", lambda _: answer)
+    with pytest.raises(Refused), archive.open("ISIC_0000003"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "image", [{}, {"metadata": None, "files": 3}, {"metadata": {"clinical": []}, "files": {}}]
+)
+def test_what_an_image_lacks_is_not_there(image):
+    assert set(flatten(image)) == {"isic_id", "copyright_license", "attribution", "public"}
+
+
+def test_an_image_is_flattened_as_in_the_archives_csv(filled):
+    record = flatten(filled.image("ISIC_0000004"))
+    assert record["diagnosis_4"] == "Nevus, Spitz"
+    assert record["image_type"] == "dermoscopic"
+    assert record["bytes"] == len(filled.files["ISIC_0000004"])
+
+
+SNAPSHOT = "/snapshots/ISIC_images.zip"
+
+
+@pytest.fixture
+def published(archive_server, new_image):
+    archive_server.add(*(new_image(number, attribution=f"Ärzte, {number}") for number in range(40)))
+    archive_server.add(new_image(77, image_type=None, sex=None), data=b"")
+    return archive_server
+
+
+def records(bucket):
+    return [record for page in bucket.pages(None) for record in page.records]
+
+
+def test_the_snapshots_metadata_is_read_without_the_images(published, bucket):
+    found = records(bucket)
+    assert [record["isic_id"] for record in found] == list(published.images)
+    assert found[3]["attribution"] == "Ärzte, 3"
+    assert found[3]["diagnosis_3"] == "Nevus"
+    assert all(record["bytes"] == len(published.files[record["isic_id"]]) for record in found)
+    assert found[-1]["sex"] == ""
+    assert published.paths("/bucket/images/") == []
+
+
+def test_a_snapshot_is_read_although_requests_fail(published, bucket, new_fault):
+    published.fail(SNAPSHOT, new_fault(status=503), new_fault(body="cut"), new_fault(body="reset"))
+    assert len(records(bucket)) == 41
+
+
+def test_a_snapshot_replaced_while_it_is_read_is_noticed(published, bucket, new_image, monkeypatch):
+    # More than is read at once.
+    published.add(*(new_image(number) for number in range(1000, 2500)), data=b"x")
+    get = type(bucket._http).get
+
+    def replace_afterwards(http, url, headers):
+        found = get(http, url, headers)
+        published.add(new_image(900))
+        return found
+
+    monkeypatch.setattr(type(bucket._http), "get", replace_afterwards)
+    with pytest.raises(FetchError, match="was replaced while it was read"):
+        records(bucket)
+
+
+def test_what_is_no_snapshot_is_named(published, bucket, monkeypatch):
+    monkeypatch.setattr(published, "snapshot", lambda: b"<html>" * 1000)
+    with pytest.raises(FetchError, match=r"ISIC_images\.zip is no snapshot of the archive"):
+        records(bucket)
+
+
+def test_a_bucket_without_a_snapshot_is_named(published, bucket, new_fault):
+    published.always[SNAPSHOT] = new_fault(status=404)
+    with pytest.raises(Refused, match="answered 404"):
+        records(bucket)
+
+
+def test_a_server_that_knows_no_ranges_is_named(published, bucket, monkeypatch):
+    handler = bucket._http
+    monkeypatch.setattr(type(handler), "get", lambda self, url, **_: self._client.get(url))
+    with pytest.raises(Refused, match="serves no ranges"):
+        records(bucket)
+
+
+def test_an_image_is_its_own_object(published, bucket):
+    with bucket.open("ISIC_0000003") as body:
+        assert b"".join(body.chunks) == published.files["ISIC_0000003"]
+    assert published.paths()[-1] == "/bucket/images/ISIC_0000003.jpg"
+
+
+def judged(folder):
+    pages = list(Folder(folder).pages(None))
+    return [Eligibility().judge(record, source="folder") for record in pages[0].records]
+
+
+def read(folder, isic_id):
+    source = Folder(folder)
+    list(source.pages(None))
+    with source.open(isic_id) as body:
+        data = b"".join(body.chunks)
+    assert body.length == len(data)
+    return data
+
+
+@pytest.fixture
+def from_isic_cli(tmp_path, new_image, new_jpeg):
+    """What `isic image download` leaves: the images beside metadata.csv, with the archive's columns."""
+    rows = [flatten(new_image(number, "MEL" if number % 2 else "cyst")) for number in range(6)]
+    with (tmp_path / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows[:5]:
+        (tmp_path / f"{row['isic_id']}.jpg").write_bytes(new_jpeg(int(row["isic_id"][5:])))
+    return tmp_path
+
+
+def test_what_isic_cli_leaves_is_read_as_it_is(from_isic_cli, new_jpeg):
+    entries = judged(from_isic_cli)
+    assert entries[0] is LeftOut.OTHER_DIAGNOSIS
+    assert entries[1].diagnosis is Diagnosis.MEL
+    assert entries[1].bytes == len(new_jpeg(1))
+    assert read(from_isic_cli, "ISIC_0000001") == new_jpeg(1)
+
+
+def test_an_image_that_is_not_there_is_a_candidate_and_fails_when_fetched(from_isic_cli):
+    assert judged(from_isic_cli)[5].bytes is None
+    with pytest.raises(Refused, match="has no image of ISIC_0000005"):
+        read(from_isic_cli, "ISIC_0000005")
+
+
+def test_a_catalogue_of_ours_is_read_with_its_paths(tmp_path, new_jpeg):
+    entry = CatalogueEntry(
+        isic_id="ISIC_0000001",
+        diagnosis=Diagnosis.DF,
+        diagnosis_confirm_type="histo",
+        copyright_license="CC-BY",
+        attribution="Someone",
+        path="elsewhere/one.jpeg",
+    )
+    write_catalogue(tmp_path, [entry])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "one.jpeg").write_bytes(new_jpeg(1))
+    assert judged(tmp_path)[0].path == "images/ISIC_0000001.jpg"
+    assert read(tmp_path, "ISIC_0000001") == new_jpeg(1)
+
+
+@pytest.mark.parametrize("path", ["../secret.jpg", "/etc/hostname", "link.jpg"])
+def test_no_path_leads_out_of_the_folder(tmp_path, path, new_jpeg):
+    (tmp_path / "secret.jpg").write_bytes(new_jpeg(1))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    header = "isic_id,diagnosis,copyright_license,attribution,path\n"
+    (folder / "metadata.csv").write_text(f"{header}ISIC_0000001,NV,CC-0,Someone,{path}\n")
+    with pytest.raises(Refused, match="has no image"):
+        read(folder, "ISIC_0000001")
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(NotFound, match=r"has none of metadata\.parquet, metadata\.csv, train\.csv"):
+        list(Folder(tmp_path).pages(None))
+
+
+def test_metadata_that_can_not_be_read_is_named(tmp_path):
+    (tmp_path / "metadata.parquet").write_bytes(os.urandom(100))
+    with pytest.raises(FetchError, match="can not be read"):
+        list(Folder(tmp_path).pages(None))
+
+
+def test_the_labelled_archive_is_read(isic_dir):
+    entries = judged(isic_dir)
+    assert len(entries) > 10_000
+    left_out = {entry for entry in entries if isinstance(entry, LeftOut)}
+    assert left_out <= {LeftOut.UNCONFIRMED}

@@ -1,0 +1,76 @@
+"""The gate, and figures that a hand can check."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_jobs.training.dataset import LabelledImage
+from data_jobs.training.edge.certificate import cosines, gate_problems, point_figures, unknown_figures
+from data_jobs.training.edge.fold_images import FoldImages
+from model_store.manifest import OperatingPoint
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+POINT = OperatingPoint((Diagnosis.MEL,), 0.1, 0.95, 0.5, 4, 0, "by hand")
+
+
+def image(isic_id: str, lesion: str, diagnosis: Diagnosis) -> LabelledImage:
+    return LabelledImage(
+        isic_id, diagnosis, 4, lesion, None, None, None, None, None, "CC-0", "nobody", 1, 1, "true"
+    )
+
+
+@pytest.fixture
+def images() -> FoldImages:
+    rows = [
+        image("a", "one", Diagnosis.MEL),
+        image("b", "one", Diagnosis.MEL),
+        image("c", "two", Diagnosis.MEL),
+        image("d", "three", Diagnosis.NV),
+    ]
+    labels = np.array([row.label for row in rows])
+    return FoldImages("fold4", rows, labels, np.zeros((4, 1, 1, 3), np.uint8))
+
+
+def eight(melanoma: list[float]) -> np.ndarray:
+    table = np.zeros((len(melanoma), 8))
+    table[:, TRAINED.index(Diagnosis.MEL)] = melanoma
+    table[:, TRAINED.index(Diagnosis.NV)] = 1 - np.array(melanoma)
+    return table
+
+
+def test_a_lesion_counts_by_its_less_favourable_image(images: FoldImages) -> None:
+    found = point_figures(POINT, eight([0.9, 0.2, 0.5, 0.05]), eight([0.9, 0.05, 0.5, 0.2]), images)
+    assert (found.positives, found.newly_missed, found.newly_found) == (2, 1, 0)
+    assert (found.sensitivity_server, found.sensitivity) == (1.0, 0.5)
+    assert (found.specificity_server, found.specificity) == (1.0, 0.0)
+
+
+def test_one_found_makes_up_for_one_missed_but_both_are_told(images: FoldImages) -> None:
+    found = point_figures(POINT, eight([0.9, 0.2, 0.05, 0.0]), eight([0.9, 0.05, 0.5, 0.0]), images)
+    assert found.sensitivity == found.sensitivity_server == 0.5
+    assert (found.newly_missed, found.newly_found) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("server", "copy", "passes"),
+    [(0.9754, 0.9754, True), (0.9754, 0.99, True), (0.975, 0.97, True), (0.9754, 0.9700, False)],
+)
+def test_half_a_point_is_allowed(server: float, copy: float, passes: bool) -> None:  # noqa: FBT001
+    figures = {"operating_points": {"melanoma": {"sensitivity_server": server, "sensitivity": copy}}}
+    problems = gate_problems("fold4", figures)
+    assert (not problems) == passes
+    assert all("melanoma sensitivity" in problem for problem in problems)
+
+
+def test_a_sensitivity_that_is_no_number_does_not_pass() -> None:
+    figures = {"operating_points": {"melanoma": {"sensitivity_server": 0.97, "sensitivity": float("nan")}}}
+    assert gate_problems("fold4", figures)
+
+
+def test_equal_answers_agree() -> None:
+    nine = np.array([[0.5, 0.4, 0, 0, 0, 0, 0, 0, 0.1], [0, 0.2, 0, 0, 0, 0, 0, 0, 0.8]])
+    found = unknown_figures(nine, nine)
+    assert (found["over_half"], found["agreement"], found["max"]) == (0.5, 1.0, 0.0)
+    vectors = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
+    assert cosines(vectors, 3 * vectors)["min"] == pytest.approx(1)
