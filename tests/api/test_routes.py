@@ -7,8 +7,6 @@ import re
 from fastapi.routing import APIRoute
 import pytest
 
-from tests.api.access_matrix import ROUTES
-
 ANONYMOUS = {"/healthz", "/readyz"}
 NOWHERE = "00000000-0000-7000-8000-000000000000"
 
@@ -124,7 +122,10 @@ async def test_head_answers_as_get_without_a_body(service) -> None:
 
 @pytest.mark.parametrize("query", ["unheard_of=1", "Top_K=3", "unheard_of", "=1", "a%20b=1"])
 async def test_an_unknown_query_parameter_is_rejected_on_every_route(service, query: str) -> None:
-    for method, path in [*ROUTES, ("GET", "/api/openapi.json")]:
+    asked = [(method, route.path) for route in routes(service.app) for method in route.methods]
+    asked = [(method, path) for method, path in asked if path not in ANONYMOUS]
+    assert len(asked) > 10
+    for method, path in asked:
         url = f"{re.sub(r'{[a-z]+_id}', NOWHERE, path)}?{query}"
         response = await service.client.request(
             method, url, headers=service.token("dr", ("clinician", "supervisor"))

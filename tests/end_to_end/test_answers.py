@@ -122,6 +122,17 @@ async def test_the_request_id_comes_back_once(pms, path: str) -> None:
             assert response.json()["request_id"] == given
 
 
+async def test_headers_and_request_ids_that_go_too_far_are_answered_in_our_words(pms) -> None:
+    for headers in ({"X-A": "a" * 20_000}, {f"X-{number}": "a" for number in range(150)}):
+        response = await pms.client.get("/healthz", headers=headers)
+        assert (response.status_code, response.json()["code"]) == (431, "headers_too_large")
+    for sent in ("x" * 65, "Jane Doe 1950"):
+        response = await pms.client.head("/healthz", headers={"X-Request-ID": sent})
+        assert (response.status_code, response.content) == (200, b"")
+        (given,) = response.headers.get_list("x-request-id")
+        assert given != sent
+
+
 async def test_an_uploads_request_id_is_the_one_on_record(pms, lesion_image) -> None:
     """Where its form names nobody; any other comes back, and is not kept."""
     for sent, events in ((str(uuid4()), 2), ("pms-upload-7", 0)):
