@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deployments.risk.diagnosis_rules import known_probabilities
 from deployments.risk.policy_tables import ReviewPolicy
-from serve_app.domain.assessment import Classification, Neighbours, Reason
+from serve_app.domain.assessment import ANOTHER_LESION, Change, Classification, Neighbours, Reason
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.patient import ClinicalContext
 
@@ -23,6 +23,27 @@ def find_doubts(
     yield from _unfamiliar(classification, context, policy)
     yield from _undecided(classification, policy)
     yield from _disagreeing(classification, neighbours, policy)
+
+
+def doubt_lesion(change: Change | None, policy: ReviewPolicy, *, falls: bool) -> Iterator[Reason]:
+    """A doubt whether a follow-up shows the lesion it was sent for; sooner when its risk level `falls`."""
+    limit = policy.same_lesion_if_lower if falls else policy.same_lesion
+    if change is None or limit <= 0.0:
+        return
+    if change.similarity is None:
+        yield Reason(
+            "identity_not_checked",
+            f"Whether this is the lesion of the image of {change.since} was not checked: another model looked at that.",
+            "Compare the two images and the site before the answer is used.",
+        )
+    elif change.similarity < limit:
+        yield Reason(
+            ANOTHER_LESION,
+            f"The image looks unlike the lesion's image of {change.since}: similarity {change.similarity:.2f} "
+            f"(limit {limit:.2f}{', because the risk level would fall' if falls else ''}).",
+            "Compare the two images and the site. If it is the same lesion, confirm the image; if not, send it "
+            "again as a lesion of its own. What the earlier images demand stands either way.",
+        )
 
 
 def _unfamiliar(

@@ -52,6 +52,9 @@ def _problems(policy: RiskPolicy) -> list[str]:
         "review.max_unknown must not exceed refusal.max_unknown": (
             policy.review.max_unknown <= policy.refusal.max_unknown
         ),
+        "review.same_lesion must not exceed review.same_lesion_if_lower": (
+            policy.review.same_lesion <= policy.review.same_lesion_if_lower
+        ),
         "rules.unknown.threshold must be a number, at most review.max_unknown": (
             not isinstance(policy.rules.unknown.threshold, str)
             and policy.rules.unknown.threshold <= policy.review.max_unknown

@@ -15,8 +15,12 @@ from deployments.risk.strict_table import PolicyError, merge_tables, read_table
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 CURRENT_VERSION = "2026-11.4"
-#: Limits that some policies are older than, with values that ask nothing.
+#: What some policies are older than, with values that ask nothing; they have answered, and are never edited.
 _LATER_LIMITS = {"min_colour": 0.0, "max_two_levels": 1.0, "max_damaged": 1.0}
+_LATER = {
+    "quality": {"hard": _LATER_LIMITS, "soft": _LATER_LIMITS},
+    "review": {"same_lesion": 0.0, "same_lesion_if_lower": 0.0},
+}
 _OLDER_VERSIONS = frozenset({"2026-11.2", "2026-11.3"})
 
 
@@ -33,9 +37,7 @@ def read_policy(version: str = CURRENT_VERSION, *, folder: Path = POLICIES) -> R
         raise PolicyError(f"There is no risk policy {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{path} is not TOML: {error}.") from error
-    if version in _OLDER_VERSIONS:
-        raw = merge_tables({"quality": {"hard": _LATER_LIMITS, "soft": _LATER_LIMITS}}, raw)
-    policy = read_table(RiskPolicy, raw)
+    policy = read_table(RiskPolicy, merge_tables(_LATER, raw) if version in _OLDER_VERSIONS else raw)
     if policy.version != version:
         raise PolicyError(f"{path} calls itself {policy.version!r}.")
     return policy

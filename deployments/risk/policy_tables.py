@@ -59,6 +59,8 @@ class ReviewPolicy:
     neighbours_benign: Share
     melanoma_in_set: bool
     unfamiliar_sites: tuple[AnatomSite, ...]
+    same_lesion: Share
+    same_lesion_if_lower: Share
 
 
 @dataclass(frozen=True, slots=True)

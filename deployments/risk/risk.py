@@ -10,13 +10,14 @@ from deployments.preprocess.quality import QualityMeasures
 from deployments.risk.case_rules import weigh_change, weigh_neighbours
 from deployments.risk.context_rules import demands_referral, weigh_context
 from deployments.risk.diagnosis_rules import expected_severity, weigh_diagnoses
-from deployments.risk.doubts import find_doubts
+from deployments.risk.doubts import doubt_lesion, find_doubts
 from deployments.risk.evidence import Effect, Evidence, highest_level, most_urgent
 from deployments.risk.policy import RiskPolicy
 from deployments.risk.policy_tables import ScorePolicy
 from deployments.risk.quality_gate import judge_quality
 from deployments.risk.record_check import doubt_identity, state_record
 from serve_app.domain.assessment import (
+    CHECKLIST_REFERS,
     Change,
     Classification,
     Conclusion,
@@ -46,8 +47,11 @@ def conclude(
     change: Change | None,
     operating_points: Mapping[str, float],
     policy: RiskPolicy,
+    compared_level: RiskLevel | None = None,
 ) -> Conclusion:
     """Conclude one assessment; `operating_points` maps the names of the live model's to thresholds.
+
+    `compared_level` is the risk level of the image that `change` is since.
 
     When the outcome is `refused`, the answer must show neither classification nor neighbours.
     Raises StageFailed for probabilities that are none, so that nothing is concluded from them,
@@ -69,12 +73,14 @@ def conclude(
         *weigh_neighbours(neighbours, policy),
         *weigh_change(change, policy),
     ]
+    risk = _risk(expected_severity(classification, policy.score.severity), evidence, policy)
+    falls = compared_level is not None and highest_level([risk.level, compared_level]) is not risk.level
     reasons = (
         *verdict.concerns,
         *doubt_identity(context.record),
+        *doubt_lesion(change, policy.review, falls=falls),
         *find_doubts(classification, neighbours, context, policy.review),
     )
-    risk = _risk(expected_severity(classification, policy.score.severity), evidence, policy)
     return Conclusion(Outcome.REVIEW if reasons else Outcome.DECIDED, reasons, shown, risk, policy.version)
 
 
@@ -112,7 +118,7 @@ def _refuse(
     if checklist is not None and demands_referral(checklist, policy.rules.checklist):
         reasons += (
             Reason(
-                "checklist_demands_referral",
+                CHECKLIST_REFERS,
                 f"The image gave no answer, but the 7-point checklist has {checklist.score} points.",
                 "Refer on the suspected-cancer pathway (NICE NG12) without waiting for another image.",
             ),

@@ -40,6 +40,7 @@ class RiskStage:
             neighbours=findings.neighbours,
             context=findings.context,
             change=findings.change,
+            compared_level=findings.compared_level,
             operating_points={name: point.threshold for name, point in points.items()},
             policy=self._policy,
         )

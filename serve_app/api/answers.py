@@ -16,7 +16,7 @@ from uuid import UUID
 from serve_app.api.unanswered import unanswered
 from serve_app.domain.assessment import Assessment, Classification, Neighbours, SimilarCase
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.records.lesion_rows import ImageRecord, LesionSummary, LesionTimeline
+from serve_app.records.lesion_rows import Confirmation, ImageRecord, LesionSummary, LesionTimeline, OpenDemand
 
 _ARCHIVE_PAGE = "https://api.isic-archive.com/images/{isic_id}/"
 
@@ -69,9 +69,29 @@ def assessment_answer(
             "erased_at": format_time(erasure.erased_at),
             "reason": erasure.reason,
         }
+    if record.identity is not None:
+        answer["identity"] = identity_answer(record.identity)
     if pms_url is not None and record.encounter_id is not None:
         answer["links"] = {"encounter": encounter_url(pms_url, record.encounter_id)}
     return answer
+
+
+def identity_answer(identity: Confirmation) -> dict[str, str]:
+    """That a clinician said of an image that it is of its lesion."""
+    return {"confirmed_by": identity.confirmed_by, "confirmed_at": format_time(identity.confirmed_at)}
+
+
+def demand_answer(demand: OpenDemand | None) -> dict[str, str] | None:
+    """What a lesion demands that no clinician has answered."""
+    if demand is None:
+        return None
+    return {
+        "level": demand.level,
+        "urgency": demand.urgency,
+        "image_id": str(demand.image_id),
+        "assessment_id": str(demand.assessment_id),
+        "since": format_time(demand.since),
+    }
 
 
 def encounter_url(pms_url: str, encounter_id: str) -> str:
@@ -98,6 +118,7 @@ def timeline_answer(
         "lesion_id": str(timeline.lesion_id),
         "patient_id": timeline.patient_id,
         "created_at": format_time(timeline.created_at),
+        "open_demand": demand_answer(timeline.open_demand),
         "assessments": [
             assessment_answer(
                 record,
@@ -137,6 +158,7 @@ def summary_answer(summary: LesionSummary) -> dict[str, Any]:
         "lesion_id": str(summary.lesion_id),
         "patient_id": summary.patient_id,
         "created_at": format_time(summary.created_at),
+        "open_demand": demand_answer(summary.open_demand),
         "latest": {
             "image_id": str(latest.image_id),
             "assessment_id": str(latest.assessment_id),

@@ -127,6 +127,7 @@ class Assessor:
                 neighbours=recorded or neighbours,
                 context=context,
                 change=change,
+                compared_level=previous.level if previous else None,
             ),
         )
         timings.lap("risk", since)

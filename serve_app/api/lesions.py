@@ -6,13 +6,12 @@ import contextlib
 from dataclasses import dataclass
 import re
 from typing import Annotated
-from uuid import UUID
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse
 
 from serve_app.api.admission import Place
-from serve_app.api.answers import assessment_answer, lesion_url, references_of
+from serve_app.api.answers import assessment_answer, demand_answer, lesion_url, references_of
 from serve_app.api.authentication import Caller
 from serve_app.api.openapi import PROBLEM_RESPONSES, UPLOAD_BODY, AssessmentDocument
 from serve_app.api.permission import require
@@ -38,7 +37,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.reference_filter import ReferenceFilter
-from serve_app.records.lesion_rows import ImageRecord, Replay
+from serve_app.records.lesion_rows import AssessmentRecord, Replay
 from serve_app.security.access import Action
 from serve_app.security.audit import AuditEvent
 from serve_app.security.tokens import Principal
@@ -119,9 +118,7 @@ async def _assess(
             )
         )
         raise
-    return await _respond(
-        services, stored.record, lesion_id=stored.lesion_id, patient_id=submission.patient_id
-    )
+    return await _respond(services, stored)
 
 
 async def _authorise(
@@ -183,24 +180,23 @@ async def _replay(services: Services, replay: Replay, submission: Submission) ->
             detail={"repeated": Action.UPLOAD},
         )
     )
-    return await _respond(services, found.image, lesion_id=found.lesion_id, patient_id=found.patient_id)
+    return await _respond(services, found)
 
 
-async def _respond(
-    services: Services, record: ImageRecord, *, lesion_id: UUID, patient_id: str
-) -> JSONResponse:
+async def _respond(services: Services, found: AssessmentRecord) -> JSONResponse:
     pictured: frozenset[str] = frozenset()
     # The image is on record: an error now would have it sent a second time, for want of a few links.
     with contextlib.suppress(RecordsUnavailable):
-        pictured = await services.records.pictured(references_of(record))
+        pictured = await services.records.pictured(references_of(found.image))
     answer = assessment_answer(
-        record,
-        lesion_id=lesion_id,
-        patient_id=patient_id,
+        found.image,
+        lesion_id=found.lesion_id,
+        patient_id=found.patient_id,
         pictured=pictured,
         pms_url=services.pms.url,
     )
-    headers = {"Location": lesion_url(lesion_id), "Cache-Control": "no-store"}
-    if record.outcome is Outcome.PENDING:
+    headers = {"Location": lesion_url(found.lesion_id), "Cache-Control": "no-store"}
+    if found.image.outcome is Outcome.PENDING:
         return JSONResponse(answer, 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
+    answer["open_demand"] = demand_answer(found.open_demand)
     return JSONResponse(answer, 201, headers)

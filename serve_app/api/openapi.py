@@ -164,6 +164,35 @@ class ErasureNoteDocument(Document):
     reason: ErasureReason
 
 
+class IdentityDocument(Document):
+    """That a clinician confirmed that the image is of this lesion."""
+
+    confirmed_by: str
+    confirmed_at: str
+
+
+class ConfirmationDocument(Document):
+    """An image of a lesion, and the word that it is."""
+
+    lesion_id: str
+    image_id: str
+    identity: IdentityDocument
+
+
+class OpenDemandDocument(Document):
+    """The highest level and urgency that a lesion's images demand and no clinician has answered.
+
+    `image_id` and `assessment_id` are of the first that demands the most, `since` is when it was sent. No later
+    image lowers or closes it, whatever its outcome.
+    """
+
+    level: Literal["low", "medium", "high"]
+    urgency: Literal["routine", "expedited", "urgent"]
+    image_id: str
+    assessment_id: str
+    since: str
+
+
 class LinksDocument(Document):
     """Where else the answer belongs: the encounter in the PMS."""
 
@@ -171,7 +200,11 @@ class LinksDocument(Document):
 
 
 class AssessmentDocument(Document):
-    """The answer to one image; `erasure` is there only once the image is not, `links` where a PMS is configured."""
+    """The answer to one image; `erasure` is there only once the image is not, `links` where a PMS is configured.
+
+    `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
+    upload alone. `risk` is what this image demands, and never changes.
+    """
 
     assessment_id: str
     lesion_id: str
@@ -190,6 +223,8 @@ class AssessmentDocument(Document):
     provenance: ProvenanceDocument | None
     timings_ms: dict[str, float]
     erasure: ErasureNoteDocument | None = None
+    identity: IdentityDocument | None = None
+    open_demand: OpenDemandDocument | None = None
     links: LinksDocument | None = None
 
 
@@ -215,6 +250,7 @@ class TimelineDocument(Document):
     lesion_id: str
     patient_id: str
     created_at: str
+    open_demand: OpenDemandDocument | None
     assessments: list[AssessmentDocument]
 
 
@@ -241,6 +277,7 @@ class LesionSummaryDocument(Document):
     lesion_id: str
     patient_id: str
     created_at: str
+    open_demand: OpenDemandDocument | None
     latest: LatestDocument
 
 

@@ -1,4 +1,4 @@
-"""Reading the record: worklist, timeline, and the decrypted original."""
+"""The record of a lesion: worklist, timeline, the decrypted original, and that an image is of this lesion."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
 
-from serve_app.api.answers import references_of, summary_answer, timeline_answer
+from serve_app.api.answers import identity_answer, references_of, summary_answer, timeline_answer
 from serve_app.api.authentication import Caller
-from serve_app.api.openapi import PROBLEM_RESPONSES, TimelineDocument, WorklistDocument
+from serve_app.api.json_body import body_of, read_form
+from serve_app.api.openapi import (
+    PROBLEM_RESPONSES,
+    ConfirmationDocument,
+    TimelineDocument,
+    WorklistDocument,
+)
 from serve_app.api.permission import require, require_lesion
 from serve_app.api.rules import rule
 from serve_app.api.services import Services
@@ -121,6 +128,40 @@ async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id
     )
     headers = _NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
     return Response(image, media_type=found.content_type, headers=headers)
+
+
+class ConfirmationForm(BaseModel):
+    """Which image is of the lesion."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: UUID
+
+
+@router.post(
+    "/api/lesions/{lesion_id}/confirm",
+    response_model=ConfirmationDocument,
+    openapi_extra=rule(Action.CONFIRM, requestBody=body_of(ConfirmationForm)),
+    summary="Confirm that an image is of this lesion",
+)
+async def confirm_image(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
+    """Let an image count as the lesion's own: the next is compared with it. Nothing recorded changes; the first word stands."""
+    services: Services = request.app.state.services
+    request_id: str = request.scope["request_id"]
+    patient_id = await require_lesion(
+        services.records, caller, Action.CONFIRM, lesion_id=lesion_id, request_id=request_id
+    )
+    image_id = (await read_form(request, ConfirmationForm)).image_id
+    event = _viewed(Action.CONFIRM, caller, request_id, patient_id, lesion_id, image_id)
+    try:
+        identity = await services.records.confirm(
+            lesion_id, image_id, confirmed_by=caller.subject, event=event
+        )
+    except (NotFound, Erased) as refusal:
+        await services.records.record_event(replace(event, outcome="failed", detail={"code": refusal.code}))
+        raise
+    answer = {"lesion_id": str(lesion_id), "image_id": str(image_id), "identity": identity_answer(identity)}
+    return JSONResponse(answer, headers=_NO_STORE)
 
 
 def _viewed(

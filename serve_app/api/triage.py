@@ -18,12 +18,19 @@ from uuid import UUID
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.api.assessor import Assessor, Examination
 from serve_app.domain.assessment import Assessment, Outcome
-from serve_app.domain.errors import StageFailed
+from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
 from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.pms.consultation import RecordConsultation
-from serve_app.records.lesion_rows import Admission, ImageRecord, PendingAssessment, Replay
+from serve_app.records.lesion_rows import (
+    Admission,
+    AssessmentRecord,
+    ImageRecord,
+    OpenDemand,
+    PendingAssessment,
+    Replay,
+)
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
 from serve_app.security.audit import AuditEvent
@@ -57,14 +64,6 @@ class Submission:
     request_sha256: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What is on record after a submission; its assessment is None while it is pending."""
-
-    lesion_id: UUID
-    record: ImageRecord
-
-
 class Triage:
     """Runs lesions through the stages and keeps the record of it."""
 
@@ -84,8 +83,8 @@ class Triage:
         self._consultation = consultation
         self._tells_pms = tells_pms
 
-    async def submit(self, submission: Submission, live: LiveModel) -> Stored | Replay:
-        """Assess one image and record it.
+    async def submit(self, submission: Submission, live: LiveModel) -> AssessmentRecord | Replay:
+        """Assess one image and record it; what is then on record has no assessment while that is pending.
 
         Returns the earlier record's Replay when a request with the same idempotency key won.
         Raises RejectedUpload, Overloaded, StageFailed or RecordsUnavailable with nothing stored.
@@ -116,8 +115,15 @@ class Triage:
             await examination.discard()
             return replay
         assessment = await self._finish(examination, admission, follow_up=not admission.new_lesion)
-        return Stored(
+        open_demand = None
+        if assessment is not None:
+            try:
+                open_demand = await self._open_demand(admission, assessment)
+            except RecordsUnavailable:  # it is on record: as with a pending one, the answer is at Location
+                assessment = None
+        return AssessmentRecord(
             admission.lesion_id,
+            admission.patient_id,
             ImageRecord(
                 image_id=admission.image_id,
                 assessment_id=admission.assessment_id,
@@ -129,7 +135,17 @@ class Triage:
                 outcome=Outcome.PENDING if assessment is None else assessment.outcome,
                 assessment=assessment,
             ),
+            open_demand,
         )
+
+    async def _open_demand(self, admission: Admission, assessment: Assessment) -> OpenDemand | None:
+        """What the lesion demands now; a new lesion's is known without asking."""
+        if not admission.new_lesion:
+            return await self._records.open_demand(admission.lesion_id)
+        if assessment.demand is None:
+            return None
+        ids = (admission.image_id, admission.assessment_id)
+        return OpenDemand(*assessment.demand, *ids, admission.created_at)
 
     async def resume(self, pending: PendingAssessment, live: LiveModel) -> Assessment | None:
         """Complete an assessment that was left pending; raises whatever keeps it from that.

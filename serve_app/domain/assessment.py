@@ -43,6 +43,12 @@ class Urgency(StrEnum):
     URGENT = "urgent"
 
 
+#: Code of the reason by which the clinician's checklist demands a referral that the image gives no answer to.
+CHECKLIST_REFERS = "checklist_demands_referral"
+#: Code of the reason by which an image is questioned: it is not its lesion's own until a clinician confirms it.
+ANOTHER_LESION = "perhaps_another_lesion"
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why an outcome is not `decided`, and what the clinician can do about it."""
@@ -197,3 +203,11 @@ class Assessment:
     provenance: Provenance
     embedding: NDArray[np.float32] | None
     timings_ms: Mapping[str, float]
+
+    @property
+    def demand(self) -> tuple[RiskLevel, Urgency] | None:
+        """What the rules demand for this image: its risk, or of a refused image what its checklist demands."""
+        if self.risk is not None:
+            return self.risk.level, self.risk.urgency
+        refers = any(reason.code == CHECKLIST_REFERS for reason in self.reasons)
+        return (RiskLevel.HIGH, Urgency.URGENT) if refers else None

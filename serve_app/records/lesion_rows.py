@@ -12,7 +12,7 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.domain.assessment import Assessment, Outcome
+from serve_app.domain.assessment import Assessment, Outcome, RiskLevel, Urgency
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
 from serve_app.domain.reference_filter import ReferenceFilter
@@ -116,12 +116,13 @@ class AssessmentCounts:
 
 @dataclass(frozen=True, slots=True)
 class PreviousAssessment:
-    """An earlier image of the lesion: its probabilities, and its embedding in the space asked for."""
+    """An earlier image of the lesion: its probabilities and risk level, its embedding in the space asked for."""
 
     image_id: UUID
     created_at: datetime
     probabilities: Mapping[Diagnosis, float]
     embedding: NDArray[np.float32] | None
+    level: RiskLevel | None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> PreviousAssessment:
@@ -131,6 +132,7 @@ class PreviousAssessment:
             created_at=row["created_at"],
             probabilities=probabilities_from_json(row["probabilities"]),
             embedding=_vector(row["embedding"]),
+            level=None if row["level"] is None else RiskLevel(row["level"]),
         )
 
 
@@ -157,11 +159,47 @@ class ErasureNote:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """That a clinician said of an image that it is of the lesion it is filed under."""
+
+    confirmed_by: str
+    confirmed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDemand:
+    """The highest level and urgency that a lesion's images demand and no clinician has answered.
+
+    The ids are of the first image that demands the most, `since` is when that was taken in.
+    """
+
+    level: RiskLevel
+    urgency: Urgency
+    image_id: UUID
+    assessment_id: UUID
+    since: datetime
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None) -> OpenDemand | None:
+        """Make one of what the database's `open_demand` gives."""
+        if value is None:
+            return None
+        return cls(
+            level=RiskLevel(value["level"]),
+            urgency=Urgency(value["urgency"]),
+            image_id=UUID(value["image_id"]),
+            assessment_id=UUID(value["assessment_id"]),
+            since=datetime.fromisoformat(value["since"]),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
-    `failure` is the code of what made it fail; `erasure` is there once the image is not.
+    `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
+    clinician has confirmed it.
     """
 
     image_id: UUID
@@ -175,6 +213,7 @@ class ImageRecord:
     assessment: Assessment | None
     failure: str | None = None
     erasure: ErasureNote | None = None
+    identity: Confirmation | None = None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
@@ -194,6 +233,9 @@ class ImageRecord:
             erasure=None
             if row["receipt_id"] is None
             else ErasureNote(row["receipt_id"], row["erased_at"], row["erasure_reason"]),
+            identity=None
+            if row["confirmed_by"] is None
+            else Confirmation(row["confirmed_by"], row["confirmed_at"]),
         )
 
 
@@ -204,6 +246,7 @@ class AssessmentRecord:
     lesion_id: UUID
     patient_id: str
     image: ImageRecord
+    open_demand: OpenDemand | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +294,7 @@ class LesionTimeline:
     patient_id: str
     created_at: datetime
     images: tuple[ImageRecord, ...]
+    open_demand: OpenDemand | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +305,7 @@ class LesionSummary:
     patient_id: str
     created_at: datetime
     latest: ImageRecord
+    open_demand: OpenDemand | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,19 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from serve_app.domain.assessment import Assessment
-from serve_app.domain.errors import Erased, RecordsUnavailable
+from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
 from serve_app.records.assessment_json import assessment_to_json, context_to_json
 from serve_app.records.audit_rows import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentCounts,
     AssessmentRecord,
+    Confirmation,
     ImageEmbedding,
     ImageRecord,
     LesionSummary,
     LesionTimeline,
+    OpenDemand,
     PatientAccess,
     PendingAssessment,
     PreviousAssessment,
@@ -113,6 +115,7 @@ class LesionStore:
         With a `message_id`, and for an image that names an encounter, the outbox's message to the
         PMS is part of the same commit.
         """
+        level, urgency = assessment.demand or (None, None)
         completed: bool = await self._pool.fetchval(
             _SQL["complete"],
             assessment_id,
@@ -122,6 +125,8 @@ class LesionStore:
             assessment.embedding,
             *event_columns(event),
             message_id,
+            level,
+            urgency,
         )
         return completed
 
@@ -158,7 +163,10 @@ class LesionStore:
     async def previous(
         self, lesion_id: UUID, *, before: datetime, embedding_space: str
     ) -> PreviousAssessment | None:
-        """Find the lesion's newest image before then that was classified."""
+        """Find the lesion's newest image before then that was classified and is its own.
+
+        One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
+        """
         row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space)
         return PreviousAssessment.from_row(row) if row else None
 
@@ -179,7 +187,28 @@ class LesionStore:
             patient_id=rows[0]["patient_id"],
             created_at=rows[0]["lesion_created_at"],
             images=tuple(ImageRecord.from_row(row) for row in rows),
+            open_demand=OpenDemand.from_json(rows[0]["open_demand"]),
         )
+
+    async def open_demand(self, lesion_id: UUID) -> OpenDemand | None:
+        """Say what the lesion's images demand and no clinician has answered; no later image lowers it."""
+        return OpenDemand.from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
+
+    async def confirm(
+        self, lesion_id: UUID, image_id: UUID, *, confirmed_by: str, event: AuditEvent
+    ) -> Confirmation:
+        """Note that an image is of its lesion, with the audit event; the first word stands.
+
+        NotFound when the lesion has no such image, Erased when it had: both without the event.
+        """
+        row = await self._pool.fetchrow(
+            _SQL["confirm"], lesion_id, image_id, confirmed_by, *event_columns(event)
+        )
+        if row is None:
+            raise NotFound
+        if row["erased"]:
+            raise Erased
+        return Confirmation(row["confirmed_by"], row["confirmed_at"])
 
     async def worklist(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
@@ -193,6 +222,7 @@ class LesionStore:
                 patient_id=row["patient_id"],
                 created_at=row["lesion_created_at"],
                 latest=ImageRecord.from_row(row),
+                open_demand=OpenDemand.from_json(row["open_demand"]),
             )
             for row in rows
         ]
@@ -200,9 +230,10 @@ class LesionStore:
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:
         """Find one assessment with its image, lesion and patient."""
         row = await self._pool.fetchrow(_SQL["assessment_record"], assessment_id)
-        return (
-            AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row)) if row else None
-        )
+        if row is None:
+            return None
+        demand = OpenDemand.from_json(row["open_demand"])
+        return AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row), demand)
 
     async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:
         """Say which of these references have a picture to show."""

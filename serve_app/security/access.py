@@ -21,6 +21,7 @@ class Action(StrEnum):
     DOWNLOAD = "download"
     LIST = "list"
     REPLAY = "replay"
+    CONFIRM = "confirm"
     ERASE = "erase"
     READ_RECEIPT = "read_receipt"
     HOLD = "hold"
@@ -69,6 +70,7 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             Action.DOWNLOAD: Reach.CARE,
             Action.LIST: Reach.CARE,
             Action.REPLAY: Reach.CARE,
+            Action.CONFIRM: Reach.CARE,
             Action.READ_RECEIPT: Reach.CARE,
             Action.BREAK_GLASS: Reach.ANY,
         },

@@ -34,6 +34,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
+    ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -85,6 +86,7 @@ async def ask(
         )
     bodies: dict[tuple[str, str], Any] = {
         ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): {"reason": "patient_request"},
+        ("POST", "/api/lesions/{lesion_id}/confirm"): {"image_id": record.image},
         ("POST", "/api/emergency-access"): {
             "patient_id": record.patient,
             "reason": "unconscious in casualty",

@@ -278,4 +278,5 @@ async def test_a_black_image_is_refused_and_kept(service) -> None:
     assert all(answer["provenance"].values())
     assert [event["action"] for event in await service.events(response)] == ["upload", "classify"]
     seen = (await service.client.get(response.headers["location"], headers=service.token("dr"))).json()
+    assert answer.pop("open_demand") is seen["open_demand"] is None
     assert seen["assessments"] == [answer]

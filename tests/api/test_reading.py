@@ -54,6 +54,7 @@ async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion)
     timeline = response.json()
     service.hold_to("TimelineDocument", timeline)
     assert (timeline["lesion_id"], timeline["patient_id"]) == (lesion, patient)
+    assert [answer.pop("open_demand") for answer in answers][-1] == timeline["open_demand"]
     assert timeline["assessments"] == answers[::-1]
     (event,) = await service.events(response)
     assert (event["action"], event["outcome"], str(event["lesion_id"])) == ("read", "success", lesion)

@@ -44,6 +44,7 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
         ("GET", "/api/lesions/{lesion_id}/images/{image_id}"),
         ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"),
         ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"),
+        ("POST", "/api/lesions/{lesion_id}/confirm"),
         ("GET", "/api/references/{isic_id}/image"),
         ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"),
         ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"),

@@ -29,6 +29,7 @@ async def test_an_image_is_answered(pms, lesion_image, model_id) -> None:
     assert all(answer["provenance"].values())
     assert await pms.original(answer) == image
     timeline = (await pms.client.get(response.headers["location"], headers=pms.token())).json()
+    assert timeline["open_demand"] == answer.pop("open_demand")
     assert timeline["assessments"] == [answer]
 
 

@@ -47,7 +47,7 @@ async def _fill(pool, vectors: Sequence[object]) -> None:
 async def test_what_was_there_is_found_as_confirmed_or_not(new_database, earlier: Path, unit_vectors) -> None:
     urls = await new_database(migrated=False)
     vectors = unit_vectors(3)
-    await migrate(urls.owner, application_role="derm_app", directory=earlier)
+    await migrate(urls.owner, application_role=None, directory=earlier)
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
     try:
         await _fill(pool, vectors)

@@ -66,7 +66,7 @@ async def test_what_was_there_is_found_by_its_diagnosis(new_database, earlier: P
     urls = await new_database(migrated=False)
     kinds = [diagnosis for diagnosis, count in DIAGNOSES.items() for _ in range(count)]
     vectors = unit_vectors(len(kinds))
-    await migrate(urls.owner, application_role="derm_app", directory=earlier)
+    await migrate(urls.owner, application_role=None, directory=earlier)
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
     try:
         await _fill(pool, kinds, vectors)

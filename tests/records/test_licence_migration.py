@@ -28,7 +28,7 @@ async def test_what_is_there_is_named_and_nothing_more_comes_in(
         if path.name < "0012":
             shutil.copy(path, tmp_path)
     urls = await new_database(migrated=False)
-    await migrate(urls.owner, application_role="derm_app", directory=tmp_path)
+    await migrate(urls.owner, application_role=None, directory=tmp_path)
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
     try:
         store = ReferenceStore(pool)

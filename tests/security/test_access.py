@@ -16,7 +16,7 @@ OPEN = {"view_reference": "any", "view_models": "any", "describe": "any"}
 EXPECTED = {
     "clinician": {
         **OPEN,
-        **dict.fromkeys(("upload", "read", "download", "list", "replay", "read_receipt"), "care"),
+        **dict.fromkeys(("upload", "read", "download", "list", "replay", "confirm", "read_receipt"), "care"),
         "break_glass": "any",
     },
     "supervisor": {

@@ -75,7 +75,8 @@ SELECT EXISTS (SELECT FROM admitted);
 -- when the assessment is still pending.
 WITH completed AS (
     UPDATE assessments
-    SET outcome = $2, answer = $3, completed_at = now(), lease_until = NULL
+    SET outcome = $2, answer = $3, completed_at = now(), lease_until = NULL,
+        demand_level = $16::text::risk_level, demand_urgency = $17::text::urgency
     WHERE assessment_id = $1 AND outcome = 'pending'
     RETURNING image_id
 ),
@@ -171,20 +172,29 @@ SELECT
     ) AS oldest_pending_s;
 
 -- name: previous
--- Find the lesion's newest assessment before a time that holds a classification.
-SELECT i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding
+-- Find the lesion's newest assessment before a time that holds a classification, of an image that counts as the
+-- lesion's own: not questioned, or confirmed.
+SELECT
+    i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding,
+    a.demand_level::text AS level
 FROM lesion_images AS i
 INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
 WHERE i.lesion_id = $1
     AND i.created_at < $2
     AND a.answer #> '{classification,probabilities}' IS NOT NULL
+    AND (
+        NOT a.answer -> 'reasons' @> '[{"code": "perhaps_another_lesion"}]'
+        OR a.confirmed_at IS NOT NULL
+    )
 ORDER BY i.created_at DESC, i.image_id DESC
 LIMIT 1;
 
 -- name: compared
 -- Find one image of the lesion with what a later image of it was compared with.
-SELECT i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding
+SELECT
+    i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding,
+    a.demand_level::text AS level
 FROM lesion_images AS i
 INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
@@ -197,7 +207,8 @@ WHERE i.lesion_id = $1
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
+    a.confirmed_by, a.confirmed_at, (SELECT open_demand($1)) AS open_demand
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
 INNER JOIN assessments AS a USING (image_id)
@@ -210,7 +221,8 @@ ORDER BY i.created_at DESC, i.image_id DESC;
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
+    a.confirmed_by, a.confirmed_at, open_demand(l.lesion_id) AS open_demand
 FROM (
     SELECT lesion_id, patient_id, created_at
     FROM lesions
@@ -229,12 +241,39 @@ INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN erasures AS e USING (image_id)
 ORDER BY l.created_at DESC, l.lesion_id DESC;
 
+-- name: open_demand
+-- Say what a lesion's images demand that no clinician has answered yet.
+SELECT open_demand($1);
+
+-- name: confirm
+-- Note that an image is of its lesion, once, and the audit event each time; of an erased image neither.
+WITH image AS (
+    SELECT image_id, erased_at IS NOT NULL AS erased FROM lesion_images
+    WHERE lesion_id = $1 AND image_id = $2
+),
+confirmed AS (
+    UPDATE assessments AS a
+    SET confirmed_by = coalesce(a.confirmed_by, $3), confirmed_at = coalesce(a.confirmed_at, now())
+    FROM image AS i
+    WHERE a.image_id = i.image_id AND NOT i.erased
+    RETURNING a.confirmed_by, a.confirmed_at
+),
+event AS (
+    INSERT INTO audit_events
+        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM confirmed
+)
+SELECT i.erased, c.confirmed_by, c.confirmed_at
+FROM image AS i
+LEFT JOIN confirmed AS c ON true;
+
 -- name: assessment_record
 -- Find one assessment with its image and lesion.
 SELECT
     i.lesion_id, i.patient_id,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason
+    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
+    a.confirmed_by, a.confirmed_at, open_demand(i.lesion_id) AS open_demand
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
 LEFT JOIN erasures AS e USING (image_id)

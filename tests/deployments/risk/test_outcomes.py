@@ -13,7 +13,7 @@ from deployments.preprocess.quality import QualityMeasures
 from deployments.preprocess.resize import InputGeometry
 from deployments.risk.policy_file import read_policy
 from deployments.risk.quality_gate import judge_quality
-from serve_app.domain.assessment import Outcome, RiskLevel, Urgency
+from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
 from serve_app.domain.patient import AnatomSite, Checklist
 
 GOOD = QualityMeasures(
@@ -142,6 +142,30 @@ def test_the_models_doubts(assess, classification, given, expected):
 def test_neighbours_that_disagree(assess, classification, neighbours, mel, share, disagree):
     conclusion = assess(classification=classification(MEL=mel), neighbours=neighbours(share))
     assert codes(conclusion) == (["neighbours_disagree"] if disagree else [])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "level", "expected"),
+    [
+        (0.25, None, []),
+        (0.24, None, ["perhaps_another_lesion"]),
+        (-0.06, RiskLevel.LOW, ["perhaps_another_lesion"]),
+        (0.39, RiskLevel.LOW, []),
+        (0.39, RiskLevel.MEDIUM, ["perhaps_another_lesion"]),
+        (0.40, RiskLevel.HIGH, []),
+        (None, None, ["identity_not_checked"]),
+    ],
+)
+def test_whether_a_follow_up_shows_the_same_lesion(assess, similarity, level, expected):
+    change = Change("2026-05-01", "x", similarity, 0.0)
+    conclusion = assess(change=change, compared_level=level)
+    assert codes(conclusion) == expected
+    assert conclusion.outcome is (Outcome.REVIEW if expected else Outcome.DECIDED)
+    assert conclusion.risk == assess(change=change).risk
+    # What was not asked before is not asked of an earlier policy.
+    assert read_policy("2026-11.3").review.same_lesion_if_lower == 0.0
+    off = {"review": {"same_lesion": 0.0, "same_lesion_if_lower": 0.0}}
+    assert codes(assess(change=change, compared_level=level, overrides=off)) == []
 
 
 @pytest.mark.parametrize("site", AnatomSite)

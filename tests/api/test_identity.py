@@ -1,0 +1,236 @@
+"""Another lesion under a known id, the word that it is the same one, and what the lesion still demands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import json
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
+
+
+@contextmanager
+def asking(stages, below: float) -> Iterator[None]:
+    """Question each follow-up that is less like the image before than this."""
+    everything = {"refusal": {"max_unknown": 1.0}}
+    stages._risk.override({**everything, "review": {"same_lesion": below, "same_lesion_if_lower": below}})
+    yield
+    stages._risk.override(everything)
+
+
+@pytest.fixture(scope="module")
+async def asked(start_service, local_stages):
+    """The service and its stages, whose policy a test changes."""
+    stages = local_stages()
+    async with start_service(stages) as service:
+        yield service, stages
+
+
+def codes(answer: dict[str, Any]) -> set[str]:
+    return {reason["code"] for reason in answer["reasons"]}
+
+
+async def timeline(service, lesion: str) -> dict[str, Any]:
+    response = await service.client.get(f"/api/lesions/{lesion}", headers=service.token("dr"))
+    assert response.status_code == 200, response.text
+    service.hold_to("TimelineDocument", response.json())
+    return response.json()
+
+
+async def confirm(service, lesion: str, image: str, **headers: str):
+    return await service.client.post(
+        f"/api/lesions/{lesion}/confirm",
+        json={"image_id": image},
+        headers={**service.token("dr"), **headers},
+    )
+
+
+async def test_two_lesions_under_one_id_are_questioned(start_service, local_stages) -> None:
+    failing = REPOSITORY.parent / "shared" / "failing"
+    pair = [failing / "pub-13a-lesion-first.jpg", failing / "pub-13b-other-lesion-second.jpg"]
+    if not all(path.is_file() for path in pair):
+        pytest.skip(f"{failing} is not there")
+    first, second = map(Path.read_bytes, pair)
+    async with start_service(local_stages(answer_all=False)) as service:
+        patient = await service.care()
+        answer = (await service.upload(patient, image=first)).json()
+        follow_up = (await service.upload(patient, image=second, lesion_id=answer["lesion_id"])).json()
+        again = (await service.upload(patient, image=first, lesion_id=answer["lesion_id"])).json()
+        assert (follow_up["outcome"], follow_up["risk"]["level"]) == ("review", "low")
+        (reason,) = [each for each in follow_up["reasons"] if each["code"] == "perhaps_another_lesion"]
+        assert "similarity -0.06" in reason["message"]
+        assert "confirm" in reason["action"]
+        assert follow_up["open_demand"] == {
+            "level": "high",
+            "urgency": "urgent",
+            "image_id": answer["image_id"],
+            "assessment_id": answer["assessment_id"],
+            "since": answer["created_at"],
+        }
+        # What is questioned is not what the next one is held against.
+        assert again["change"]["compared_image_id"] == answer["image_id"]
+        assert "perhaps_another_lesion" not in codes(again)
+
+
+async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_not(
+    asked, drawn_lesion
+) -> None:
+    service, stages = asked
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    lesion = first["lesion_id"]
+    with asking(stages, below=1.0):
+        second = (await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=lesion)).json()
+    assert second["outcome"] == "review"
+    assert "perhaps_another_lesion" in codes(second)
+    with asking(stages, below=0.0):
+        third = (await service.upload(patient, image=drawn_lesion(seed=4), lesion_id=lesion)).json()
+        assert "perhaps_another_lesion" not in codes(third)
+        assert third["change"]["compared_image_id"] == first["image_id"]
+        # Confirmed late: third is newer than second.
+        await service.owner.execute(
+            "UPDATE lesion_images SET created_at = created_at - interval '1 day' WHERE image_id = $1::text::uuid",
+            third["image_id"],
+        )
+        response = await confirm(service, lesion, second["image_id"])
+        assert response.status_code == 200, response.text
+        fourth = (await service.upload(patient, image=drawn_lesion(seed=5), lesion_id=lesion)).json()
+        assert fourth["change"]["compared_image_id"] == second["image_id"]
+    # Its own answer stays what it was.
+    with asking(stages, below=1.0):
+        assert (await service.replay(second)).json()["verdict"] == "identical"
+
+
+async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(asked) -> None:
+    service, _ = asked
+    patient = await service.care()
+    answer = (await service.upload(patient)).json()
+    lesion, image = answer["lesion_id"], answer["image_id"]
+    before = await timeline(service, lesion)
+    assert "identity" not in before["assessments"][0]
+    responses = [await confirm(service, lesion, image) for _ in range(2)]
+    for response in responses:
+        assert response.status_code == 200, response.text
+        assert response.headers["cache-control"] == "no-store"
+        service.hold_to("ConfirmationDocument", response.json())
+        (event,) = await service.events(response)
+        assert (event["action"], event["actor"], event["outcome"]) == ("confirm", "dr", "success")
+        assert (str(event["lesion_id"]), str(event["image_id"])) == (lesion, image)
+        assert event["patient_id"] == patient
+    assert responses[0].json() == responses[1].json()
+    after = await timeline(service, lesion)
+    identity = after["assessments"][0].pop("identity")
+    assert identity == responses[0].json()["identity"]
+    assert identity["confirmed_by"] == "dr"
+    assert after == before
+
+
+async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(asked) -> None:
+    service, _ = asked
+    patient = await service.care()
+    one, other = [(await service.upload(patient)).json() for _ in range(2)]
+    for image in (other["image_id"], str(uuid4())):
+        response = await confirm(service, one["lesion_id"], image)
+        service.hold_to_problem(response, 404, "not_found")
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"]) == ("confirm", "failed")
+    url = f"/api/lesions/{one['lesion_id']}/confirm"
+    for body in ({}, {"image_id": "7"}, {"image_id": one["image_id"], "why": "x"}):
+        response = await service.client.post(url, json=body, headers=service.token("dr"))
+        service.hold_to_problem(response, 422, "invalid_field")
+    await service.client.request(
+        "DELETE",
+        f"/api/lesions/{one['lesion_id']}/images/{one['image_id']}",
+        json={"reason": "patient_request"},
+        headers=service.token("boss", ("supervisor",)),
+    )
+    service.hold_to_problem(await confirm(service, one["lesion_id"], one["image_id"]), 410, "erased")
+
+
+async def test_an_image_of_another_models_space_could_not_be_checked(asked, drawn_lesion) -> None:
+    service, _ = asked
+    patient = await service.care()
+    first = (await service.upload(patient)).json()
+    await service.owner.execute("INSERT INTO embedding_spaces VALUES ('of.before') ON CONFLICT DO NOTHING")
+    await service.owner.execute(
+        "UPDATE lesion_embeddings SET embedding_space = 'of.before' WHERE image_id = $1::text::uuid",
+        first["image_id"],
+    )
+    second = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    assert second["change"]["similarity"] is None
+    assert second["outcome"] == "review"
+    assert "identity_not_checked" in codes(second)
+    assert (await service.replay(second)).json()["verdict"] == "identical"
+    third = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    assert third["change"]["compared_image_id"] == second["image_id"]
+    assert "identity_not_checked" not in codes(third)
+
+
+async def test_no_later_image_hides_what_an_earlier_one_demands(asked, drawn_lesion) -> None:
+    service, stages = asked
+    patient = await service.care()
+    first = (await service.upload(patient, checklist=CHECKLIST)).json()
+    lesion = first["lesion_id"]
+    demand = {
+        "level": "high",
+        "urgency": "urgent",
+        "image_id": first["image_id"],
+        "assessment_id": first["assessment_id"],
+        "since": first["created_at"],
+    }
+    assert first["open_demand"] == demand
+    plain = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
+    repeated = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
+    stages._risk.override(
+        {
+            "refusal": {"max_unknown": 0.0},
+            "review": {"max_unknown": 0.0},
+            "rules": {"unknown": {"threshold": 0.0}},
+        }
+    )
+    refused = await service.upload(patient, lesion_id=lesion)
+    stages._risk.override({"refusal": {"max_unknown": 1.0}})
+    assert refused.json()["outcome"] == "refused"
+    for later in (plain, repeated, refused):
+        assert later.json()["open_demand"] == demand
+        service.hold_to("AssessmentDocument", later.json())
+    assert plain.json()["risk"]["level"] != "high"
+    erased = await service.client.request(
+        "DELETE",
+        f"/api/lesions/{lesion}/images/{first['image_id']}",
+        json={"reason": "patient_request"},
+        headers=service.token("boss", ("supervisor",)),
+    )
+    assert erased.status_code == 200, erased.text
+    assert (await timeline(service, lesion))["open_demand"] == demand
+    listed = await service.client.get(
+        "/api/lesions", params={"patient_id": patient}, headers=service.token("dr")
+    )
+    service.hold_to("WorklistDocument", listed.json())
+    (entry,) = listed.json()["lesions"]
+    assert entry["open_demand"] == demand
+
+
+async def test_a_refused_image_demands_what_its_checklist_does(asked) -> None:
+    service, stages = asked
+    patient = await service.care()
+    stages._risk.override(
+        {
+            "refusal": {"max_unknown": 0.0},
+            "review": {"max_unknown": 0.0},
+            "rules": {"unknown": {"threshold": 0.0}},
+        }
+    )
+    bare = (await service.upload(patient)).json()
+    refused = (await service.upload(patient, checklist=CHECKLIST)).json()
+    stages._risk.override({"refusal": {"max_unknown": 1.0}})
+    assert (bare["outcome"], bare["open_demand"]) == ("refused", None)
+    assert refused["risk"] is None
+    assert (refused["open_demand"]["level"], refused["open_demand"]["urgency"]) == ("high", "urgent")
