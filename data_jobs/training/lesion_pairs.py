@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections import defaultdict
 from itertools import permutations
 import json
@@ -85,7 +86,7 @@ def measure(
             ClinicalContext(),
             None,
         )
-        concluded = risk.conclude(model.name, findings).risk
+        concluded = asyncio.run(risk.conclude(model.name, findings)).risk
         levels.append(_LEVELS.index(concluded.level) if concluded else 0)
     return np.stack(vectors), np.array(levels, dtype=np.int64)
 

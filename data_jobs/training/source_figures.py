@@ -31,8 +31,7 @@ from data_jobs.training.dataset import (
 from data_jobs.training.draws import sampled_prior
 from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork
-from data_jobs.training.probabilities import softmax
-from data_jobs.training.ranking import area_under_curve, balanced_accuracy, top_k_accuracy
+from data_jobs.training.probabilities import area_under_curve, balanced_accuracy, softmax, top_k_accuracy
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Outputs, open_onnx, scan_images
 from data_jobs.training.timm_checkpoint import load_own

@@ -83,11 +83,11 @@ class ServeStages:
             answers = await response.results_async(timeout_s=WARM_WITHIN_S, return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
             answers = [error]
-        for error in answers:
-            if isinstance(error, BaseException):
-                cause = getattr(error, "cause", error)  # by message it comes as it was raised, else wrapped
-                said = str(cause) if isinstance(cause, DermError) else type(error).__name__
-                raise StageFailed(f"Not every replica of {stage} has the models ready: {said}") from error
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                cause = getattr(answer, "cause", answer)  # by message it comes as it was raised, else wrapped
+                said = str(cause) if isinstance(cause, DermError) else type(answer).__name__
+                raise StageFailed(f"Not every replica of {stage} has the models ready: {said}") from answer
         return answers
 
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:

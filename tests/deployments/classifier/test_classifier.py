@@ -150,7 +150,7 @@ def _copies(source: Path, root: Path, tags: list[str]) -> list[str]:
         changed = {**content, "model_id": names[-1], "tag": tag}
         shutil.copytree(source, root / names[-1], copy_function=_link)
         (root / names[-1] / MANIFEST_NAME).unlink()
-        (root / names[-1] / MANIFEST_NAME).write_text(dump_toml(changed))
+        (root / names[-1] / MANIFEST_NAME).write_text(tomli_w.dumps(changed))
     return names
 
 
