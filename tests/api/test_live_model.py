@@ -10,8 +10,8 @@ import shutil
 import tomllib
 
 import pytest
+import tomli_w
 
-from data_jobs.training.manifest_file import dump_toml
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.api.live_model import LiveModelWatch
@@ -64,7 +64,7 @@ def next_id(store: Path, model_id: str) -> str:
     content = tomllib.loads((store / model_id / MANIFEST_NAME).read_text())
     content |= {"model_id": f"{content['architecture']}.next", "tag": "next"}
     shutil.copytree(store / model_id, store / content["model_id"])
-    (store / content["model_id"] / MANIFEST_NAME).write_text(dump_toml(content))
+    (store / content["model_id"] / MANIFEST_NAME).write_text(tomli_w.dumps(content))
     return content["model_id"]
 
 

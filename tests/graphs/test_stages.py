@@ -11,9 +11,9 @@ import tomllib
 
 import numpy as np
 import pytest
+import tomli_w
 
 from data_jobs.references.load import publish_bundled
-from data_jobs.training.manifest_file import dump_toml
 from deployments.classifier.deployment import ClassifierDeployment
 from deployments.embedder.deployment import EmbedderDeployment
 from deployments.preprocess.deployment import PreprocessDeployment
@@ -44,7 +44,7 @@ def store(models: Path, model_id: str, tmp_path_factory) -> Path:
     content |= {"model_id": f"{content['architecture']}.next", "tag": "next"}
     for name in (model_id, content["model_id"]):
         shutil.copytree(models / model_id, folder / name)
-    (folder / content["model_id"] / MANIFEST_NAME).write_text(dump_toml(content))
+    (folder / content["model_id"] / MANIFEST_NAME).write_text(tomli_w.dumps(content))
     return folder
 
 
