@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from cluster.postgres import EmbeddedPostgres
-from serve_app.records.audit_chain import AuditChain
+from serve_app.records.audit_log import AuditChain
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
 from graphs.triage import TriageArgs
-from serve_app.api.app import create_app
+from serve_app.http.app import create_app
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import load_settings
 

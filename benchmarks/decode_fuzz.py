@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.decode_mutations import draw_seeds, mutate, read_seeds
 from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.errors import RejectedUpload
 from serve_app.settings import REPOSITORY
 

@@ -37,7 +37,7 @@ from data_jobs.references.embedder import (
     prepare_reference,
     space_spec,
 )
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool

@@ -29,16 +29,16 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.postgres_supervisor import supervise
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
-from deployments.risk.policy_file import CURRENT_VERSION
+from deployments.risk.policy import CURRENT_VERSION
 from graphs.local import LocalStages
 from model_store.registry import ModelStore
-from serve_app.api.app import create_app
-from serve_app.api.recovery import recover_once
+from serve_app.access.tokens import mint_token
+from serve_app.http.app import create_app
+from serve_app.lesions.recovery import recover_once
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
-from serve_app.security.tokens import mint_token
 from serve_app.settings import REPOSITORY, Settings
 
 _CLINICIAN = "dr-faults"

@@ -11,10 +11,10 @@ from cluster.node_files import read_service_environment, write_service_environme
 from cluster.postgres import EmbeddedPostgres
 from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
+from serve_app.access.tokens import mint_token
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
-from serve_app.security.tokens import mint_token
 from serve_app.settings import REPOSITORY
 
 

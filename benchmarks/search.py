@@ -29,13 +29,11 @@ from benchmarks.search_data import SearchData, describe, make_search_data
 from benchmarks.search_retriever import running_node, running_retriever
 from benchmarks.search_truth import Truth, search_exactly
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from serve_app.domain.assessment import Neighbours
-from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
+from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter
 from serve_app.records.migrate import migrate
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool, open_pool, queries
 from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
 from serve_app.records.references import ReferenceStore
-from serve_app.records.sql import queries
 from serve_app.settings import model_folder
 from serve_app.sql import parse
 

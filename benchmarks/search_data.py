@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore
+from serve_app.domain.assessment import EVERY_REFERENCE, ReferenceFilter
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
-from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
 from serve_app.records.references import DIMENSIONS, ReferenceImage
 
 #: Perturbed copies are spread over the licences as the archive's public images roughly are.

@@ -56,7 +56,7 @@ async def running_retriever(node: RayNode) -> AsyncIterator[DeploymentHandle[Any
     from cluster.deploy import NODE_LOGGING, REPLICA_LOGGING  # noqa: PLC0415
     from deployments.retriever.deployment import RetrieverDeployment  # noqa: PLC0415
     from graphs.profiles import deployment_options  # noqa: PLC0415
-    from serve_app.api.deployment import by_message  # noqa: PLC0415
+    from serve_app.http.deployment import by_message  # noqa: PLC0415
 
     ray.init(address=node.address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
     try:

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.search_data import SearchData
-from serve_app.domain.assessment import Neighbours
-from serve_app.domain.reference_filter import ReferenceFilter
+from serve_app.domain.assessment import Neighbours, ReferenceFilter
 
 #: Similarities are sums of float32: as near as this is the same distance.
 _TIE = 1e-5

@@ -13,7 +13,7 @@ import shutil
 from typing import Any
 
 from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
-from serve_app.security.private_files import write_private
+from serve_app.private_files import write_private
 
 #: What a manifest of this version of the service looks like.
 FORMAT = 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from serve_app.keys.keystore import DestroyedKey
 from serve_app.records.pool import open_pool
-from serve_app.security.keystore import DestroyedKey
 from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())

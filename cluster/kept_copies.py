@@ -14,7 +14,7 @@ from pathlib import Path
 import re
 import shutil
 
-from serve_app.security.private_files import locked_folder
+from serve_app.private_files import locked_folder
 from serve_app.settings import NodeFiles
 
 #: How long a key store's backup, and whatever is as good as one, may be kept unless somebody says otherwise.

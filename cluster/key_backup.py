@@ -26,9 +26,9 @@ from cluster.backup_folder import (
 )
 from cluster.kept_copies import CUT_OFF_AFTER, last_touched, overwrite
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
-from serve_app.security.keyring import KeyProvider
-from serve_app.security.keystore import DestroyedKey, KeyStore
-from serve_app.security.private_files import locked_folder, read_private, write_private
+from serve_app.keys.keyring import KeyProvider
+from serve_app.keys.keystore import DestroyedKey, KeyStore
+from serve_app.private_files import locked_folder, read_private, write_private
 from serve_app.settings import NodeFiles
 
 _STORE = "keystore.sqlite"

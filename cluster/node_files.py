@@ -10,9 +10,8 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from cluster.postgres_state import DatabaseUrls, PostgresState
-from serve_app.security.private_files import locked_folder, write_private
-from serve_app.security.token_secret import DEVELOPMENT_PREFIX, make_development_secret
-from serve_app.settings import OWNER_URL
+from serve_app.private_files import locked_folder, write_private
+from serve_app.settings import DEVELOPMENT_PREFIX, OWNER_URL, make_development_secret
 
 
 def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:

@@ -10,7 +10,7 @@ import secrets
 from urllib.parse import quote
 
 from cluster.ports import choose_port
-from serve_app.security.private_files import read_private, write_private
+from serve_app.private_files import read_private, write_private
 
 SUPERUSER = "derm_superuser"
 OWNER = "derm_owner"

@@ -25,15 +25,15 @@ from cluster.node_files import explain
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore
+from serve_app.access.tokens import mint_token
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
+from serve_app.records.retention import refuse_lost_keys
 from serve_app.records.serving import live_model
-from serve_app.security.audit import account_event
-from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings, load_settings
 
 CLINICIAN = "dr-demo"

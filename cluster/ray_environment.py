@@ -14,7 +14,7 @@ from pathlib import Path
 import secrets
 import shutil
 
-from serve_app.security.private_files import locked_folder, write_private
+from serve_app.private_files import locked_folder, write_private
 
 #: The way a request takes: HAProxy in front of the ingress replica, one event loop a
 #: replica, buffered request logs. Set one by one: RAY_SERVE_THROUGHPUT_OPTIMIZED would also

@@ -11,7 +11,7 @@ from pathlib import Path
 import time
 from typing import IO
 
-from serve_app.security.private_files import write_private
+from serve_app.private_files import write_private
 
 
 @dataclass(frozen=True, slots=True)

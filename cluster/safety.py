@@ -22,10 +22,9 @@ from cluster.object_memory import on_disk
 from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState
 from cluster.ray_processes import belonging, name
 from serve_app.domain.errors import IntegrityError
-from serve_app.records.lost_keys import refuse_lost_keys
 from serve_app.records.pool import open_pool
-from serve_app.security.token_secret import find_weakness
-from serve_app.settings import NodeFiles, Settings
+from serve_app.records.retention import refuse_lost_keys
+from serve_app.settings import NodeFiles, Settings, find_weakness
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 

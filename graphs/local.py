@@ -15,12 +15,11 @@ from deployments.classifier.classifier import Classifier, ClassifierOutput
 from deployments.embedder.embedder import Embedder
 from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
-from deployments.risk.findings import Findings
-from deployments.risk.stage import RiskStage
+from deployments.risk.risk import RiskStage
+from deployments.risk.rules import Findings
 from model_store.registry import ModelStore
-from serve_app.domain.assessment import Conclusion, Neighbours
+from serve_app.domain.assessment import Conclusion, Neighbours, ReferenceFilter
 from serve_app.domain.errors import RejectedUpload, StageFailed
-from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel
 

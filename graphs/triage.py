@@ -14,7 +14,7 @@ from deployments.preprocess.deployment import PreprocessDeployment
 from deployments.retriever.deployment import RetrieverDeployment
 from deployments.risk.deployment import RiskDeployment
 from graphs.profiles import Profile, deployment_options
-from serve_app.api.deployment import Ingress
+from serve_app.http.deployment import Ingress
 
 
 class TriageArgs(BaseModel):

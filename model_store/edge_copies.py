@@ -7,12 +7,18 @@ more when a copy is read.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 import hashlib
+import io
 import json
 from typing import Any, Literal
 
-from model_store.golden_check import check_golden
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.errors import ModelContractError
@@ -123,3 +129,38 @@ def open_copy(model: StoredModel, name: str, *, threads: int) -> InferenceSessio
     session = InferenceSession(replace(model, manifest=manifest), threads=threads)
     check_golden(model, name, session.run)
     return session
+
+
+GOLDEN_NAME = "golden.json"
+
+Forward = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def check_golden(model: StoredModel, name: str, run: Forward) -> float:
+    """Run the golden vectors through copy `name`; the largest difference of a logit.
+
+    Raises ModelContractError when it is over the copy's tolerance, or `golden.json` has no such copy.
+    """
+    try:
+        golden = json.loads(model.path(GOLDEN_NAME).read_bytes())
+        tolerance = float(golden["logit_tolerance"][name])
+        vectors = [(image["prepared_png"], image["copies"][name]["logits"]) for image in golden["images"]]
+        expected = np.array([logits for _, logits in vectors])
+        pixels = np.stack([_decode(text) for text, _ in vectors])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelContractError(
+            f"{GOLDEN_NAME} has no vectors for {name}: {type(error).__name__}."
+        ) from error
+    difference = float(np.abs(run(pixels)[0] - expected).max())
+    # A comparison that is false for not-a-number, so that it is refused.
+    if not difference <= tolerance:
+        raise ModelContractError(
+            f"The edge copy {name} of {model.manifest.model_id} answers otherwise on this processor than where it "
+            f"was certified: a logit differs by {difference:.3f}, {tolerance} is allowed. Use another copy."
+        )
+    return difference
+
+
+def _decode(text: str) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(base64.b64decode(text)), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 import os
 from pathlib import Path
+import secrets
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from serve_app.security.private_files import read_private
-from serve_app.security.token_secret import find_weakness
+from serve_app.private_files import read_private
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OWNER_URL = "DERM_OWNER_DATABASE_URL"
@@ -78,7 +78,7 @@ class KeySettings(BaseSettings):
 
     home: Path = Field(default_factory=default_home)
 
-    #: `file:`, vault://HOST/MOUNT/KEY or kms:KEY; serve_app/security/key_providers has the details.
+    #: `file:`, vault://HOST/MOUNT/KEY or kms:KEY; serve_app/keys/providers has the details.
     key_provider: str = "file:"
     #: Vault's token, read before every request: a Vault Agent renews it there.
     vault_token_file: Path | None = None
@@ -214,3 +214,31 @@ def load_settings() -> Settings:
 def load_key_settings() -> KeySettings:
     """Read the key settings alone: they are there before anything else of the node is."""
     return KeySettings(_env_file=default_home() / "secrets" / "service.env")  # type: ignore[call-arg]
+
+
+#: RFC 7518 3.2: at least as long as HS256's hash.
+SECRET_BYTES = 32
+
+#: What a secret begins with that a node made for itself, so that no PMS signs with it.
+DEVELOPMENT_PREFIX = "development-"
+
+_EXAMPLES = ("changeme", "change-me", "change_me", "secret", "password", "example", "development")
+_DISTINCT_CHARACTERS = 10
+
+
+def make_development_secret() -> str:
+    """Make a secret for a node without an issuer; production refuses it."""
+    return DEVELOPMENT_PREFIX + secrets.token_urlsafe(48)
+
+
+def find_weakness(secret: str) -> str | None:
+    """Say why a secret must not sign tokens in production; None when nothing is known against it."""
+    if len(secret.encode()) < SECRET_BYTES:
+        return f"it has fewer than {SECRET_BYTES} bytes"
+    if secret.startswith(DEVELOPMENT_PREFIX):
+        return "`derm-cds serve` made it for development"
+    if any(example in secret.lower() for example in _EXAMPLES):
+        return "it reads like an example"
+    if len(set(secret)) < _DISTINCT_CHARACTERS:
+        return f"it has fewer than {_DISTINCT_CHARACTERS} different characters"
+    return None

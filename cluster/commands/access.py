@@ -11,11 +11,11 @@ import sys
 from typing import TypeVar
 
 from cluster.database import database
+from serve_app.audit.events import AuditEvent, account_event, os_account
 from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.records.access import AccessStore, RevocationKind
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import AuditEvent, account_event, os_account
 
 #: How times are given, for help and refusals.
 TIME = "RFC 3339 time with a zone (2026-12-01T08:00:00Z, 2026-12-01T09:00:00+01:00)"

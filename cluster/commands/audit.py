@@ -14,21 +14,26 @@ import sys
 from typing import TextIO, TypeVar
 
 from cluster.database import database
-from serve_app.domain.errors import Conflict, IntegrityError
-from serve_app.fhir.audit_event import audit_event_resource
-from serve_app.records.audit_chain import AuditChain
-from serve_app.records.audit_events import events_between
-from serve_app.records.audit_witness import accept_restore, describe, examine, sign_head
-from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool, open_pool
-from serve_app.security.audit import account_event
-from serve_app.security.checkpoints import (
+from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
     read_copy,
     read_public_key,
     write_public_key,
 )
+from serve_app.audit.events import account_event
+from serve_app.domain.errors import Conflict, IntegrityError
+from serve_app.fhir.audit_event import audit_event_resource
+from serve_app.records.audit_log import (
+    AuditChain,
+    accept_restore,
+    describe,
+    events_between,
+    examine,
+    sign_head,
+)
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import Pool, open_pool
 from serve_app.settings import NodeFiles
 
 _Result = TypeVar("_Result")

@@ -20,10 +20,10 @@ from cluster.kept_copies import LIFETIME, prune_kept_copies
 from cluster.key_backup import back_up_keyring, back_up_keys, prune, restore_keys
 from cluster.postgres import EmbeddedPostgres
 from cluster.restore import out_of_service, restore
+from serve_app.audit.events import account_event
+from serve_app.keys.providers import open_key_provider
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.audit import account_event
-from serve_app.security.key_providers import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings
 
 _Result = TypeVar("_Result")

@@ -12,9 +12,9 @@ from uuid import UUID
 
 from cluster.commands.access import patient_id
 from cluster.database import database
-from serve_app.records.holds import Held, HoldStore
+from serve_app.audit.events import os_account
+from serve_app.records.erasures import Held, HoldStore
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import os_account
 
 _Result = TypeVar("_Result")
 

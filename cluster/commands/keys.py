@@ -12,20 +12,20 @@ from typing import TypeVar
 
 from cluster.database import database
 from cluster.key_backup import existing_keystore
-from serve_app.api.orphaned_keys import (
+from serve_app.audit.events import AuditOutcome, account_event
+from serve_app.domain.errors import Conflict, DermError
+from serve_app.erasure.sweeping import (
     OrphanedKeys,
     find_orphaned_keys,
     shred_orphaned_keys,
     stop_awaiting_stored,
 )
-from serve_app.domain.errors import Conflict, DermError
-from serve_app.records.housekeeping import Housekeeping
+from serve_app.keys.keyring import KeyProvider
+from serve_app.keys.keystore import MAX_WRAPS, KeyStore
+from serve_app.keys.providers import open_key_provider
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.audit import AuditOutcome, account_event
-from serve_app.security.key_providers import open_key_provider
-from serve_app.security.keyring import KeyProvider
-from serve_app.security.keystore import MAX_WRAPS, KeyStore
+from serve_app.records.retention import Housekeeping
 from serve_app.settings import load_key_settings
 
 _Result = TypeVar("_Result")

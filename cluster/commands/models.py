@@ -11,8 +11,8 @@ import sys
 
 from cluster.commands.promotion import define_promotion, load_job
 from model_store.registry import ModelStore, StoredModel
+from serve_app.audit.events import os_account
 from serve_app.domain.errors import DermError, ModelContractError
-from serve_app.security.audit import os_account
 from serve_app.settings import model_folder
 
 

@@ -11,10 +11,10 @@ from typing import TypeVar
 from uuid import UUID, uuid4
 
 from cluster.database import database
+from serve_app.audit.events import os_account
 from serve_app.domain.errors import NotFound
 from serve_app.records.outbox import Outbox, UndeliveredMessage
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import os_account
 
 _Result = TypeVar("_Result")
 

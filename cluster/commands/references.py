@@ -17,11 +17,11 @@ from cluster.prepare import choose_model
 from data_jobs.references.load import publish_bundled, publish_space
 from data_jobs.references.verify import verify_space
 from model_store.registry import ModelStore
+from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict, DermError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
-from serve_app.security.audit import os_account
 from serve_app.settings import REPOSITORY, model_folder
 
 _Result = TypeVar("_Result")

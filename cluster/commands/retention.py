@@ -14,15 +14,15 @@ from typing import TypeVar
 from cluster.commands.access import TIME, instant, patient_id
 from cluster.database import database
 from cluster.key_backup import existing_keystore
-from serve_app.api.eraser import Eraser
-from serve_app.api.retention import erase_expired
+from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict
+from serve_app.erasure.eraser import Eraser
+from serve_app.erasure.sweeping import erase_expired
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import open_key_provider
 from serve_app.records.erasures import ErasureStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import RetentionStore
-from serve_app.security.audit import os_account
-from serve_app.security.key_providers import open_key_provider
-from serve_app.security.keystore import KeyStore
 from serve_app.settings import load_settings
 
 _Result = TypeVar("_Result")

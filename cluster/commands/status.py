@@ -24,8 +24,7 @@ from cluster.ray_node import RayNode
 from cluster.running import running_service
 from cluster.safety import all_findings, copy_findings, file_findings
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_chain import AuditChain
-from serve_app.records.audit_witness import describe, examine
+from serve_app.records.audit_log import AuditChain, describe, examine
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import Pool, open_pool

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from serve_app.access.tokens import mint_token
 from serve_app.domain.errors import DermError
-from serve_app.security.tokens import mint_token
 from serve_app.settings import load_settings
 
 

@@ -18,10 +18,9 @@ from data_jobs.references.load import ReferenceBundle, read_bundle
 from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
+from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import PreparedImage, prepare_image
-from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
-from deployments.risk.policy import RiskPolicy
-from deployments.risk.policy_file import POLICIES
+from deployments.risk.policy import POLICIES, RiskPolicy
 from deployments.risk.risk import conclude
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession

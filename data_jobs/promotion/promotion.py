@@ -21,9 +21,8 @@ from data_jobs.promotion.candidate import (
 )
 from data_jobs.promotion.comparison import compare
 from data_jobs.promotion.report import report_content, to_json, to_text
-from deployments.preprocess.resize import PREPROCESS_VERSION
-from deployments.risk.policy import RiskPolicy
-from deployments.risk.policy_file import read_policy
+from deployments.preprocess.pixels import PREPROCESS_VERSION
+from deployments.risk.policy import RiskPolicy, read_policy
 from model_store.registry import ModelStore, StoredModel
 from serve_app.records.pool import open_pool
 from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready

@@ -15,7 +15,7 @@ from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.dataset import LabelledImage, load_pixels
 from deployments.embedder.embedder import EmbeddingSpace
 from deployments.preprocess.decode import DecodedImage, decode_image
-from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry, resize_to_input
+from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry, resize_to_input
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import StoredModel
 from model_store.session import Device, InferenceSession

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import CatalogueEntry, read_references
 from data_jobs.references.embedder import ReferenceEmbedder, identify_embedder, prepare_reference, space_spec
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import StoredModel
 from serve_app.records.pool import Pool
 from serve_app.records.reference_cache import FailedReference, ReferenceCache, SpaceSummary

@@ -51,8 +51,8 @@ from data_jobs.training.unknown import (
     fit_statistics,
     unknown_probability,
 )
-from deployments.preprocess.quality import measure_quality
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
+from deployments.preprocess.preprocess import measure_quality
 from serve_app.domain.diagnosis import TRAINED
 
 QUALITY_QUANTILES = (0.0, 0.001, 0.005, 0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999, 1.0)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.plans import DataPlan
+from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 #: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.

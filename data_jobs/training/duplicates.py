@@ -35,7 +35,7 @@ from data_jobs.training.dataset import (
     read_rows,
 )
 from data_jobs.training.scan import open_onnx, scan_pixels
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 
 Rgb = NDArray[np.uint8]
 Pair = tuple[int, int]

@@ -49,7 +49,7 @@ from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import scan_images, scan_pixels, soften
 from deployments.classifier.calibration import Calibrator
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import Manifest
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession

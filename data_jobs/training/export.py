@@ -40,7 +40,7 @@ from data_jobs.training.probabilities import (
 )
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 OPSET = 18

@@ -20,11 +20,11 @@ from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.dataset import LabelledImage, isic_folder, read_rows
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
-from deployments.risk.findings import Findings
-from deployments.risk.policy_file import CURRENT_VERSION
-from deployments.risk.stage import RiskStage
+from deployments.risk.policy import CURRENT_VERSION
+from deployments.risk.risk import RiskStage
+from deployments.risk.rules import Findings
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Neighbours, RiskLevel
 from serve_app.domain.patient import ClinicalContext

@@ -14,8 +14,8 @@ from data_jobs.training.embedding_spaces import LinearSpace
 from data_jobs.training.operating_points import POINTS, ChosenThreshold
 from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe
-from model_store.integrity import digest_file, verify_files
 from model_store.manifest import EMBEDDING_DIM, MANIFEST_NAME, Manifest, read_manifest
+from model_store.registry import digest_file, verify_files
 from serve_app.domain.diagnosis import TRAINED
 
 COVERAGE = 0.95

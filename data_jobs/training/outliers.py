@@ -24,8 +24,8 @@ from data_jobs.training.probabilities import Floats, area_under_curve
 from data_jobs.training.scan import Outputs, Pixels, scan_pixels
 from data_jobs.training.unknown import unknown_probability
 from deployments.classifier.calibration import Calibrator
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 
 Part = Literal["fit", "test"]
 Rgb = NDArray[np.uint8]

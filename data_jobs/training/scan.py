@@ -12,7 +12,7 @@ import onnxruntime as ort
 from PIL import Image, ImageFilter
 
 from data_jobs.training.dataset import LabelledImage, load_pixels
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 
 Pixels = NDArray[np.uint8]
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]

@@ -35,7 +35,7 @@ from data_jobs.training.probabilities import area_under_curve, balanced_accuracy
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Outputs, open_onnx, scan_images
 from data_jobs.training.timm_checkpoint import load_own
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 
 #: How much of the archive's prior is given back to the logits of weights; an exported model has its own.

@@ -54,7 +54,7 @@ from data_jobs.training.network import DermNetwork
 from data_jobs.training.plans import DistillationPlan, OptimiserPlan
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.start import load_start
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:

@@ -16,7 +16,7 @@ from deployments.classifier.classifier import Classifier, ClassifierOutput
 from deployments.live_model import warm_at_start
 from model_store.registry import ModelStore
 from model_store.session import Device
-from serve_app.logs.process import ProcessLog
+from serve_app.logs import ProcessLog
 from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 

@@ -12,7 +12,7 @@ from ray import serve
 from deployments.embedder.embedder import Embedder
 from deployments.live_model import warm_at_start
 from model_store.registry import ModelStore
-from serve_app.logs.process import ProcessLog
+from serve_app.logs import ProcessLog
 from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 

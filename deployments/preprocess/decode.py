@@ -13,9 +13,15 @@ import warnings
 
 from PIL import Image, ImageFile
 
-from deployments.preprocess.colour import reduce_to_rgb, two_level_share
 from deployments.preprocess.jpeg import read_jpeg, require_supported
-from deployments.preprocess.orientation import Extent, is_turned, make_upright, read_orientation
+from deployments.preprocess.pixels import (
+    Extent,
+    is_turned,
+    make_upright,
+    read_orientation,
+    reduce_to_rgb,
+    two_level_share,
+)
 from deployments.preprocess.structure import read_jpeg_structure, read_png_structure
 from serve_app.domain.errors import (
     ImageTooSmall,

@@ -14,7 +14,7 @@ from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
 from model_store.registry import ModelStore
 from serve_app.domain.errors import RejectedUpload
-from serve_app.logs.process import ProcessLog
+from serve_app.logs import ProcessLog
 from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 

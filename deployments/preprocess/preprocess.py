@@ -1,4 +1,8 @@
-"""One call from uploaded bytes to a prepared image."""
+"""Image quality, measured at the model's input size.
+
+Measuring there makes the figures independent of the camera's resolution: a 12-megapixel
+upload and its 600-pixel copy get the same sharpness.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.preprocess.decode import ContentType, UploadLimits, decode_image, sniff_content_type
-from deployments.preprocess.quality import QualityMeasures, measure_quality
-from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry, resize_to_input
+from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry, resize_to_input
 from model_store.manifest import InputSpec
 from serve_app.domain.errors import RejectedUpload
+
+# Rec. 601 luma, the weights JPEG itself uses.
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_DARK = 13.0  # 5 % of full scale
+_BRIGHT = 242.0  # 95 % of full scale
+
+
+@dataclass(frozen=True, slots=True)
+class QualityMeasures:
+    """What can be said of an image without a model.
+
+    sharpness  variance of the 4-neighbour Laplacian of luma (0-255 scale), the focus measure
+               of Pech-Pacheco et al., ICPR 2000
+    exposure   mean luma, 0 (black) to 1 (white)
+    contrast   standard deviation of luma, 0 to 0.5
+    dark       share of pixels under 5 % of full scale
+    bright     share of pixels over 95 % of full scale
+    colour     how far colours differ that have the same luma: the RMS distance of (B - luma, R - luma) from
+               the best cubic polynomial of luma, 0-255 scale. 0 for grey, and near it for grey in any tint
+    two_levels share of pixels in the two most frequent levels of brightness of the file; 1 for one bit
+    damaged    share of the picture that a damaged file lacks; 0 for a whole one
+    """
+
+    sharpness: float
+    exposure: float
+    contrast: float
+    dark: float
+    bright: float
+    colour: float
+    two_levels: float
+    damaged: float
+
+
+def measure_quality(
+    pixels: NDArray[np.uint8], *, two_levels: float = 0.0, damaged: float = 0.0
+) -> QualityMeasures:
+    """Measure an image, uint8 H×W×3, at the model's input size; the last two are known from decoding its file."""
+    channels = pixels.astype(np.float32)
+    luma = channels @ _LUMA
+    centre = luma[1:-1, 1:-1]
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4.0 * centre
+    return QualityMeasures(
+        sharpness=float(laplacian.var()),
+        exposure=float(luma.mean() / 255.0),
+        contrast=float(luma.std() / 255.0),
+        dark=float((luma < _DARK).mean()),
+        bright=float((luma > _BRIGHT).mean()),
+        colour=_colour(channels, luma),
+        two_levels=two_levels,
+        damaged=damaged,
+    )
+
+
+def _colour(channels: NDArray[np.float32], luma: NDArray[np.float32]) -> float:
+    deviation = max(float(luma.std()), 1e-3)
+    t = ((luma - luma.mean()) / deviation).ravel()
+    powers = np.stack([np.ones_like(t), t, t * t, t * t * t])
+    chroma = np.stack([(channels[..., 2] - luma).ravel(), (channels[..., 0] - luma).ravel()])
+    # Normal equations: 60 times as fast as a decomposition of all pixels. A plain image's are singular.
+    weights = chroma @ powers.T @ np.linalg.pinv((powers @ powers.T).astype(np.float64)).astype(np.float32)
+    rest = chroma - weights @ powers
+    return float(np.sqrt((rest * rest).sum() / t.size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from ray import serve
 
 from model_store.manifest import EMBEDDING_DIM
-from serve_app.domain.assessment import Neighbours
-from serve_app.domain.reference_filter import ReferenceFilter
-from serve_app.logs.process import ProcessLog
+from serve_app.domain.assessment import Neighbours, ReferenceFilter
+from serve_app.logs import ProcessLog
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel

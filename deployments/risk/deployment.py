@@ -9,11 +9,11 @@ from typing import Any
 from ray import serve
 
 from deployments.live_model import warm_at_start
-from deployments.risk.findings import Findings
-from deployments.risk.stage import RiskStage
+from deployments.risk.risk import RiskStage
+from deployments.risk.rules import Findings
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Conclusion
-from serve_app.logs.process import ProcessLog
+from serve_app.logs import ProcessLog
 from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
 

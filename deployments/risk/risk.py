@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 import math
+from typing import Any
 
-from deployments.preprocess.quality import QualityMeasures
-from deployments.risk.case_rules import weigh_change, weigh_neighbours
-from deployments.risk.context_rules import demands_referral, weigh_context
-from deployments.risk.diagnosis_rules import expected_severity, weigh_diagnoses
-from deployments.risk.doubts import doubt_lesion, find_doubts
-from deployments.risk.evidence import Effect, Evidence, highest_level, most_urgent
-from deployments.risk.policy import RiskPolicy
-from deployments.risk.policy_tables import ScorePolicy
-from deployments.risk.quality_gate import judge_quality
-from deployments.risk.record_check import doubt_identity, state_record
+from deployments.preprocess.preprocess import QualityMeasures
+from deployments.risk.doubts import doubt_lesion, find_doubts, judge_quality
+from deployments.risk.policy import RiskPolicy, ScorePolicy, read_policy, with_overrides
+from deployments.risk.rules import (
+    Effect,
+    Evidence,
+    Findings,
+    demands_referral,
+    doubt_identity,
+    expected_severity,
+    highest_level,
+    most_urgent,
+    state_record,
+    weigh_change,
+    weigh_context,
+    weigh_diagnoses,
+    weigh_neighbours,
+)
+from model_store.registry import ModelStore
 from serve_app.domain.assessment import (
     CHECKLIST_REFERS,
     Change,
@@ -32,6 +42,7 @@ from serve_app.domain.assessment import (
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import StageFailed
 from serve_app.domain.patient import ClinicalContext
+from serve_app.records.serving import LiveModel
 
 _STRENGTH = tuple(Effect)
 
@@ -143,3 +154,36 @@ def _is_distribution(classification: Classification) -> bool:
         and all(math.isfinite(value) and value >= 0.0 for value in p.values())
         and math.isclose(sum(p.values()), 1.0, abs_tol=1e-3)
     )
+
+
+class RiskStage:
+    """A policy and the operating points of the models it is asked about; without Ray."""
+
+    def __init__(self, store: ModelStore, policy_version: str) -> None:
+        self._store = store
+        self._shipped = read_policy(policy_version)
+        self._policy = self._shipped
+
+    def warm(self, models: Iterable[LiveModel]) -> dict[str, str]:
+        """Read these models' operating points; returns the models' digests by id."""
+        return self._store.warm(models)
+
+    def override(self, overrides: dict[str, Any]) -> None:
+        """Change thresholds of the shipped policy. Raises PolicyError for an unknown key."""
+        self._policy = with_overrides(self._shipped, overrides)
+
+    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+        """Conclude outcome, risk and urgency at the model's own operating points."""
+        points = (await self._store.opened(model_id)).manifest.operating_points
+        return conclude(
+            quality=findings.quality,
+            width=findings.width,
+            height=findings.height,
+            classification=findings.classification,
+            neighbours=findings.neighbours,
+            context=findings.context,
+            change=findings.change,
+            compared_level=findings.compared_level,
+            operating_points={name: point.threshold for name, point in points.items()},
+            policy=self._policy,
+        )

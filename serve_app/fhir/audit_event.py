@@ -15,8 +15,8 @@ import json
 from types import MappingProxyType
 from typing import Any
 
-from serve_app.security.audit import AuditEvent
-from serve_app.security.purpose import PURPOSE, Purpose, recorded_purpose
+from serve_app.access.rules import PURPOSE, Purpose, recorded_purpose
+from serve_app.audit.events import AuditEvent
 
 _BALP = "https://profiles.ihe.net/ITI/BALP"
 _TERMS = "http://terminology.hl7.org/CodeSystem"

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
+from serve_app.records.pool import Pool, queries
 
 #: Query of health.sql, which counts what breaks it: the invariant in words.
 INVARIANTS: Mapping[str, str] = MappingProxyType(

@@ -12,16 +12,15 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.domain.assessment import Assessment, Outcome, RiskLevel, Urgency
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter, RiskLevel, Urgency
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
-from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
     probabilities_from_json,
 )
-from serve_app.security.audit import AuditEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Assessment
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
+from serve_app.keys.envelope import data_key_id_of
 from serve_app.records.assessment_json import assessment_to_json, context_to_json
-from serve_app.records.audit_rows import event_columns
+from serve_app.records.audit_log import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentCounts,
@@ -27,10 +29,7 @@ from serve_app.records.lesion_rows import (
     Replay,
     SealedImageRecord,
 )
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import AuditEvent
-from serve_app.security.envelope import data_key_id_of
+from serve_app.records.pool import Pool, queries
 
 _SQL = queries("lesions")
 

@@ -10,8 +10,7 @@ import re
 import asyncpg
 
 from serve_app.domain.errors import DermError
-from serve_app.records.pool import UNAVAILABLE, border
-from serve_app.records.sql import queries
+from serve_app.records.pool import UNAVAILABLE, border, queries
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import AuditEvent
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 
 _SQL = queries("outbox")
 

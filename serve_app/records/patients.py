@@ -9,12 +9,11 @@ from datetime import date
 
 import asyncpg
 
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import DirectoryUnavailable, RecordsUnavailable
 from serve_app.domain.patient import History, PatientRecord, Sex
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import account_event
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 
 _SQL = queries("patients")
 _EVENTS = queries("lesions")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 import json
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 from pgvector.asyncpg import register_vector
 
 from serve_app.domain.errors import Conflict, InvalidField, RecordsUnavailable
+from serve_app.sql import parse
 
 #: The server or the way to it is at fault, and a later try may succeed.
 UNAVAILABLE = (
@@ -147,3 +150,12 @@ def _to_json(value: object) -> str:
 
 async def _leave(_connection: asyncpg.Connection) -> None:
     """Leave the session as it is."""
+
+
+_QUERIES = Path(__file__).parent / "queries"
+
+
+@cache
+def queries(file: str) -> Mapping[str, str]:
+    """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does."""
+    return parse((_QUERIES / f"{file}.sql").read_text())

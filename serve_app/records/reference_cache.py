@@ -10,9 +10,10 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, NotFound
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 from serve_app.records.references import (
     LOAD_TIMEOUT_S,
     ReferenceImage,
@@ -20,8 +21,6 @@ from serve_app.records.references import (
     index_space,
     take_in_arrivals,
 )
-from serve_app.records.sql import queries
-from serve_app.security.audit import account_event
 
 _SQL = queries("reference_cache")
 _REFERENCES = queries("references")

@@ -9,13 +9,11 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.domain.assessment import Neighbours, SimilarCase
+from serve_app.audit.events import account_event
+from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
-from serve_app.domain.reference_filter import EVERY_REFERENCE, ReferenceFilter
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import account_event
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 
 #: Width of every embedding.
 DIMENSIONS = 512
@@ -215,3 +213,22 @@ def _check(images: Sequence[ReferenceImage], embeddings: NDArray[np.floating]) -
         raise ValueError(f"Embeddings of shape {embeddings.shape} for {len(images)} images")
     if not np.allclose(np.linalg.norm(embeddings.astype(np.float32), axis=1), 1, atol=1e-2):
         raise ValueError("Embeddings must be finite and of unit norm")
+
+
+_REFERENCE_PICTURES_SQL = queries("reference_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPicture:
+    """What the cache holds of one reference image; `jpeg` and `sha256` (hex) None where only its vector is there."""
+
+    jpeg: bytes | None
+    sha256: str | None
+    copyright_license: str
+    attribution: str
+
+
+async def find_picture(pool: Pool, isic_id: str) -> CachedPicture | None:
+    """Look a reference image up; None when no reference has this id."""
+    row = await pool.fetchrow(_REFERENCE_PICTURES_SQL["picture"], isic_id)
+    return CachedPicture(**row) if row else None

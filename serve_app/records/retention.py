@@ -6,15 +6,18 @@ a later image; a legal hold keeps an image beyond it.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from uuid import UUID, uuid4
 
-from serve_app.domain.errors import Conflict
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import AuditEvent
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.errors import Conflict, IntegrityError
+from serve_app.keys.keystore import KeyStore, look_into
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 
 _SQL = queries("retention")
 _EVENTS = queries("lesions")
@@ -66,3 +69,83 @@ class RetentionStore:
             if not await connection.fetchval(_SQL[change], patient_id, *values):
                 raise Conflict(refusal)
             await connection.execute(_EVENTS["record_event"], *event_columns(event))
+
+
+_HOUSEKEEPING_SQL = queries("housekeeping")
+
+
+class Housekeeping:
+    """Finds what can go, and lets go of it; RecordsUnavailable as the pool says. For any number at once."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def expire_idempotency_keys(self, *, older_than_s: float, limit: int = 1000) -> int:
+        """Delete idempotency keys of this age, but for pending assessments'; returns how many."""
+        expired = await self._pool.fetch(
+            _HOUSEKEEPING_SQL["expire_idempotency_keys"], timedelta(seconds=older_than_s), limit
+        )
+        return len(expired)
+
+    async def orphaned(self, data_key_ids: Sequence[UUID]) -> list[UUID]:
+        """Say which of these data keys have no image now; one may still be on its way."""
+        rows = await self._pool.fetch(_HOUSEKEEPING_SQL["orphaned"], data_key_ids)
+        return [row["data_key_id"] for row in rows]
+
+    async def condemn(self, data_key_ids: Sequence[UUID]) -> list[UUID]:
+        """Have no image come in any more for those of these keys that have none; returns them, to be shredded.
+
+        However late an upload is, whichever of the two commits first is seen by the other one: an image
+        that is in keeps its key, and an image of a condemned key is refused (RecordsUnavailable to its caller).
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute(_HOUSEKEEPING_SQL["let_no_image_in"])
+            rows = await connection.fetch(_HOUSEKEEPING_SQL["orphaned"], data_key_ids)
+            orphaned = [row["data_key_id"] for row in rows]
+            await connection.execute(_HOUSEKEEPING_SQL["condemn"], orphaned)
+            return orphaned
+
+
+_LOST_KEYS_SQL = queries("lost_keys")
+
+#: So many of the oldest images and of the newest are looked for. After the restore of an older key store the newest
+#: have lost their keys, and the oldest have not.
+_SAMPLE = 100
+
+
+async def refuse_lost_keys(pool: Pool, keystore: Path) -> None:
+    """IntegrityError when the key store is not this database's: lost, empty, or another node's.
+
+    To be asked before a key store or a keyring is made: an empty one in a lost one's place would
+    have uploads go on, and every older image unreadable without anybody being told.
+    """
+    # In this order: a key comes before its image, so that a first upload meanwhile is not taken for a loss.
+    has = {
+        table: await pool.fetchval(_LOST_KEYS_SQL["has_table"], table)
+        for table in ("key_stores", "lesion_images")
+    }
+    owner = await pool.fetchval(_LOST_KEYS_SQL["key_store"]) if has["key_stores"] else None
+    images = await pool.fetch(_LOST_KEYS_SQL["sealed_images"], _SAMPLE) if has["lesion_images"] else []
+    found = await asyncio.to_thread(look_into, keystore, [image["data_key_id"] for image in images])
+    if images and not (found and found[1]):
+        raise IntegrityError(
+            f"The database has sealed images, and the key store {keystore} is gone or knows no key of theirs: "
+            "none of them opens. Put its backup back with `derm-cds restore --keys FOLDER` (and keyring.json, if "
+            "that is gone, too). Without a backup these images are lost: start with a database of its own."
+        )
+    _refuse_another(owner, found[0] if found else None, keystore)
+
+
+async def claim_key_store(pool: Pool, keys: KeyStore, path: Path) -> None:
+    """Bind a database to its key store, at the first start with it; IntegrityError when another one was first."""
+    await pool.execute(_LOST_KEYS_SQL["claim"], keys.store_id)
+    _refuse_another(await pool.fetchval(_LOST_KEYS_SQL["key_store"]), keys.store_id, path)
+
+
+def _refuse_another(owner: UUID | None, mine: UUID | None, path: Path) -> None:
+    if owner is not None and owner != mine:
+        raise IntegrityError(
+            f"The database belongs to another key store than {path}: two nodes with keys of their own cannot share "
+            "a database. Put that key store back (its backup: `derm-cds restore --keys FOLDER`), or start with a "
+            "database of its own."
+        )

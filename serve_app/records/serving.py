@@ -17,11 +17,10 @@ from time import monotonic
 from typing import Any, Literal
 from uuid import UUID
 
+from serve_app.audit.events import AuditEvent, account_event
 from serve_app.domain.errors import Conflict
-from serve_app.records.audit_rows import event_columns
-from serve_app.records.pool import Pool
-from serve_app.records.sql import queries
-from serve_app.security.audit import AuditEvent, account_event
+from serve_app.records.audit_log import event_columns
+from serve_app.records.pool import Pool, queries
 
 _SQL = queries("serving")
 _EVENTS = queries("lesions")

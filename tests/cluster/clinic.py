@@ -13,15 +13,15 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from cluster.postgres import EmbeddedPostgres
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.patient import ClinicalContext
-from serve_app.domain.reference_filter import ReferenceFilter
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import open_key_provider
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.audit import AuditEvent
-from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.key_providers import open_key_provider
-from serve_app.security.keystore import KeyStore
 from serve_app.settings import KeySettings, NodeFiles
 
 

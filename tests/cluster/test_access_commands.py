@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from serve_app.access.tokens import Principal
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.tokens import Principal
 
 PAIR = ("--patient", "p-access", "--clinician", "dr-access")
 

@@ -7,10 +7,10 @@ import json
 import stat
 from uuid import uuid4
 
+from serve_app.access.rules import RequestedAction, begin
+from serve_app.access.tokens import Principal
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.access import RequestedAction, begin
-from serve_app.security.tokens import Principal
 
 
 def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, home, tmp_path) -> None:

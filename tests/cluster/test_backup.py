@@ -21,8 +21,8 @@ from cluster.postgres_state import PostgresState
 from cluster.restore import restore
 from cluster.running import occupy
 from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
-from serve_app.security.envelope import data_key_id_of
-from serve_app.security.keystore import DestroyedKey
+from serve_app.keys.envelope import data_key_id_of
+from serve_app.keys.keystore import DestroyedKey
 from serve_app.settings import NodeFiles
 from tests.cluster.clinic import Clinic, flip_a_bit
 

@@ -12,10 +12,10 @@ import pytest
 from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.prepare import choose_model
+from serve_app.access.tokens import TokenVerifier
 from serve_app.domain.errors import ModelContractError, Unauthenticated
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.security.tokens import TokenVerifier
 
 
 async def _assigned(dsn: str, clinician: str, patient: str) -> bool:

@@ -14,16 +14,16 @@ import pytest
 
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
-from serve_app.api import housekeeping
-from serve_app.api.app import create_app
-from serve_app.api.eraser import Eraser
+from serve_app.access.tokens import mint_token
 from serve_app.domain.errors import Erased
+from serve_app.erasure import sweeping as housekeeping
+from serve_app.erasure.eraser import Eraser
+from serve_app.http.app import create_app
+from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
-from serve_app.security.receipts import ErasureReason
-from serve_app.security.tokens import mint_token
 from serve_app.settings import Settings
 from tests.cluster.clinic import Clinic
 

@@ -13,9 +13,9 @@ from cluster.kept_copies import find_kept_copies, prune_kept_copies
 from cluster.key_backup import back_up_keys, prune, restore_keys
 from cluster.restore import restore
 from cluster.safety import copy_findings
-from serve_app.security.key_providers import open_key_provider
-from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import KeyStore
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import open_key_provider
 from serve_app.settings import KeySettings, NodeFiles
 from tests.cluster.clinic import Clinic
 

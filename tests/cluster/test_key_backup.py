@@ -13,9 +13,9 @@ import pytest
 from cluster.backup import back_up
 from cluster.key_backup import restore_keys
 from serve_app.domain.errors import Erased, IntegrityError
-from serve_app.security.envelope import data_key_id_of
-from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import DestroyedKey
+from serve_app.keys.envelope import data_key_id_of
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import DestroyedKey
 from serve_app.settings import NodeFiles
 from tests.cluster.clinic import Clinic, flip_a_bit
 

@@ -12,8 +12,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from serve_app.audit.events import os_account
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import os_account
 
 
 @pytest.fixture

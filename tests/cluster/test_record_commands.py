@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from serve_app.audit.events import os_account
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
 from serve_app.records.health import INVARIANTS
 from serve_app.records.pool import open_pool
-from serve_app.security.audit import os_account
-from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import KeyStore
 from serve_app.settings import NodeFiles
 
 

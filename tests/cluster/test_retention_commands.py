@@ -11,10 +11,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
 from serve_app.records.pool import open_pool
-from serve_app.security.envelope import ImageBinding, seal
-from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import KeyStore
 from serve_app.settings import NodeFiles
 
 _IMAGE = """

@@ -14,9 +14,9 @@ import pytest
 from cluster.finding import Finding, prevents_ready
 from cluster.listening import Listener, exposed, listeners
 from cluster.safety import environment_findings, file_findings, key_findings, process_findings
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
 from serve_app.records.pool import open_pool
-from serve_app.security.keyring import FileKeyring
-from serve_app.security.keystore import KeyStore
 from serve_app.settings import NodeFiles
 
 _SEALED_IMAGE = """

@@ -29,10 +29,10 @@ from cluster.postgres_supervisor import supervise
 from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import draw_lesion
+from serve_app.access.tokens import mint_token
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
-from serve_app.security.tokens import mint_token
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.originals import draw_original
 from tests.end_to_end.twin_model import make_twin

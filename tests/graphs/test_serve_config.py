@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 import yaml
 
-from deployments.risk.policy_file import CURRENT_VERSION, read_policy, with_overrides
+from deployments.risk.policy import CURRENT_VERSION, read_policy, with_overrides
 from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
 from graphs.triage import TriageArgs, build
 

@@ -22,7 +22,7 @@ from deployments.risk.deployment import RiskDeployment
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import ModelContractError
-from serve_app.logs.process import ProcessLog
+from serve_app.logs import ProcessLog
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.serving import LiveModel, live_model
 from serve_app.settings import load_settings

@@ -12,8 +12,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
 from graphs.triage import TriageArgs, build
-from serve_app.api.deployment import ServeStages, _answer
 from serve_app.domain.errors import ModelContractError, Overloaded, StageFailed
+from serve_app.http.deployment import ServeStages, _answer
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from data_jobs.training.manifest_file import seal
-from model_store.edge_copies import EDGE_NAME, find_copy, list_copies, open_copy, read_copy
-from model_store.golden_check import check_golden
+from model_store.edge_copies import EDGE_NAME, check_golden, find_copy, list_copies, open_copy, read_copy
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.errors import ModelContractError

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_store.integrity import digest_file, model_digest
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
+from model_store.registry import ModelStore, digest_file, model_digest
 from model_store.session import InferenceSession, choose_provider
 from serve_app.domain.errors import ModelContractError
 

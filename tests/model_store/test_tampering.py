@@ -10,9 +10,8 @@ import pytest
 from data_jobs.training.manifest_file import seal
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
-from model_store.integrity import digest_file
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
+from model_store.registry import ModelStore, digest_file
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
 

@@ -23,7 +23,7 @@ from data_jobs.references.embed.pipeline import Target, run_pipeline
 from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.steps import catalogue_table
 from data_jobs.references.embedder import identify_embedder, space_spec
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.records.pool import open_pool
 from serve_app.records.reference_cache import ReferenceCache

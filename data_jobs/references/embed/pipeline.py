@@ -23,7 +23,7 @@ import tenacity
 
 from data_jobs.references.embed.resources import Resources
 from data_jobs.references.embed.steps import IMAGE_COLUMNS, EmbedImages, PrepareImages, embed_files
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.records.pool import open_pool

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from data_jobs.references.catalogue import CatalogueEntry
 from data_jobs.references.embedder import ReferenceEmbedder, prepare_reference, space_spec
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from model_store.session import Device
 from serve_app.domain.errors import StageFailed

@@ -28,11 +28,9 @@ from data_jobs.training.outliers import make_outliers
 from data_jobs.training.plans import DataPlan
 from data_jobs.training.recipe import read_recipe
 from data_jobs.training.scan import Pixels, open_onnx, scan_pixels
-from deployments.preprocess.resize import InputGeometry
-from model_store.edge_copies import EDGE_NAME, server_contract
-from model_store.golden_check import GOLDEN_NAME
-from model_store.integrity import digest_file
-from model_store.registry import ModelStore, StoredModel
+from deployments.preprocess.pixels import InputGeometry
+from model_store.edge_copies import EDGE_NAME, GOLDEN_NAME, server_contract
+from model_store.registry import ModelStore, StoredModel, digest_file
 
 #: Images of each diagnosis that activations are measured on.
 CALIBRATION_IMAGES = 16

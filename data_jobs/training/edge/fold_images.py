@@ -19,7 +19,7 @@ from data_jobs.training.dataset import (
 )
 from data_jobs.training.probabilities import Labels
 from data_jobs.training.scan import Outputs, Pixels
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from serve_app.domain.diagnosis import Diagnosis
 
 Run = Callable[[Pixels], Outputs]

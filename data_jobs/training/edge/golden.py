@@ -24,8 +24,8 @@ from data_jobs.training.edge.fold_images import Run
 from data_jobs.training.scan import Pixels
 from deployments.classifier.calibration import Calibrator
 from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import PREPROCESS_VERSION, InputGeometry
 from model_store.edge_copies import server_contract
 from model_store.manifest import Manifest
 from model_store.registry import StoredModel

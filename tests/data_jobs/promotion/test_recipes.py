@@ -12,11 +12,10 @@ from data_jobs.references.load import publish_bundled
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.decode import UploadLimits
 from graphs.local import LocalStages
-from serve_app.api.assessor import Assessor
-from serve_app.domain.assessment import Outcome
+from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
-from serve_app.domain.reference_filter import EVERY_REFERENCE
+from serve_app.lesions.assess import Assessor
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model

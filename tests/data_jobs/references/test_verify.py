@@ -18,7 +18,7 @@ from data_jobs.references.embedder import (
 )
 from data_jobs.references.load import publish_space
 from data_jobs.references.verify import CANARIES, Check, verify_space
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool, open_pool

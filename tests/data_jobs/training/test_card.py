@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_jobs.training.evaluation.predictions import Predictions
-from model_store.integrity import verify_files
 from model_store.manifest import MANIFEST_NAME, read_manifest
+from model_store.registry import verify_files
 
 pytestmark = pytest.mark.torch
 

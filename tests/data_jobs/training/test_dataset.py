@@ -20,7 +20,7 @@ from data_jobs.training.dataset import (
     training_indices,
 )
 from data_jobs.training.recipe import read_recipe
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
 from serve_app.domain.diagnosis import TRAINED
 
 PLAN = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml")).data

@@ -8,8 +8,8 @@ from PIL import Image, ImageFilter
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.errors import UndecodableImage
 
 KINDS = {

@@ -10,8 +10,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 import pytest
 
 from deployments.preprocess.decode import UploadLimits, decode_image, sniff_content_type
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.errors import ImageTooSmall, TooLarge, UnsupportedImage
 
 LIMITS = UploadLimits()

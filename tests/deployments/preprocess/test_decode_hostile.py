@@ -17,8 +17,8 @@ from PIL import Image
 import pytest
 
 from deployments.preprocess.decode import UploadLimits, decode_image
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 from serve_app.domain.errors import (
     ImageTooSmall,
     TooLarge,
@@ -197,7 +197,7 @@ MEMORY = """
     import resource, sys
     from deployments.preprocess.decode import UploadLimits
     from deployments.preprocess.preprocess import prepare_image
-    from deployments.preprocess.resize import InputGeometry
+    from deployments.preprocess.pixels import InputGeometry
     data = open(sys.argv[1], "rb").read()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prepare_image(data, InputGeometry(192), UploadLimits())

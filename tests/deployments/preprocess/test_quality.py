@@ -7,9 +7,8 @@ from PIL import Image, ImageFilter
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
-from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.quality import measure_quality
-from deployments.preprocess.resize import InputGeometry
+from deployments.preprocess.pixels import InputGeometry
+from deployments.preprocess.preprocess import measure_quality, prepare_image
 
 SIDE = 192
 

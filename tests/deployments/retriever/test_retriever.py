@@ -10,8 +10,8 @@ import pytest
 
 from data_jobs.references.load import ReferenceBundle, publish_bundled, read_bundle
 from model_store.registry import ModelStore
+from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.diagnosis import MALIGNANT
-from serve_app.domain.reference_filter import ReferenceFilter
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model

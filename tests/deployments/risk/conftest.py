@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from deployments.preprocess.quality import QualityMeasures
-from deployments.risk.policy import RiskPolicy
-from deployments.risk.policy_file import read_policy, with_overrides
+from deployments.preprocess.preprocess import QualityMeasures
+from deployments.risk.policy import RiskPolicy, read_policy, with_overrides
 from deployments.risk.risk import conclude
 from serve_app.domain.assessment import Classification, Conclusion, Neighbours, SimilarCase
 from serve_app.domain.diagnosis import Diagnosis

@@ -7,8 +7,7 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deployments.risk.diagnosis_rules import SERIOUSNESS
-from deployments.risk.evidence import LEVELS, URGENCIES
+from deployments.risk.rules import LEVELS, SERIOUSNESS, URGENCIES
 from serve_app.domain.assessment import Change, Classification, Outcome
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
-from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.quality import QualityMeasures
-from deployments.preprocess.resize import InputGeometry
-from deployments.risk.policy_file import read_policy
-from deployments.risk.quality_gate import judge_quality
+from deployments.preprocess.pixels import InputGeometry
+from deployments.preprocess.preprocess import QualityMeasures, prepare_image
+from deployments.risk.doubts import judge_quality
+from deployments.risk.policy import read_policy
 from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
 from serve_app.domain.patient import AnatomSite, Checklist
 

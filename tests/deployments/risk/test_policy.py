@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from deployments.risk.policy import RiskPolicy
-from deployments.risk.policy_file import CURRENT_VERSION, POLICIES, read_policy, with_overrides
-from deployments.risk.strict_table import PolicyError, read_table
+from deployments.risk.policy import (
+    CURRENT_VERSION,
+    POLICIES,
+    PolicyError,
+    RiskPolicy,
+    read_policy,
+    read_table,
+    with_overrides,
+)
 from model_store.registry import ModelStore
 
 

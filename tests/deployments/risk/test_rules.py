@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.risk.diagnosis_rules import check_operating_points
+from deployments.risk.rules import check_operating_points
 from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
 from serve_app.domain.errors import ModelContractError, StageFailed
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext

@@ -24,8 +24,8 @@ from data_jobs.references.embedder import (
 )
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
+from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from deployments.preprocess.resize import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.reference_cache import FailedReference

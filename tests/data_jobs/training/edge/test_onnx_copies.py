@@ -19,8 +19,8 @@ from data_jobs.training.edge.onnx_copies import (  # noqa: E402  # noqa: E402
 )
 from data_jobs.training.scan import open_onnx  # noqa: E402
 from deployments.preprocess.decode import UploadLimits  # noqa: E402
+from deployments.preprocess.pixels import InputGeometry  # noqa: E402
 from deployments.preprocess.preprocess import prepare_image  # noqa: E402
-from deployments.preprocess.resize import InputGeometry  # noqa: E402
 from model_store.registry import ModelStore, StoredModel  # noqa: E402
 from serve_app.domain.errors import ModelContractError  # noqa: E402
 

@@ -1,0 +1,307 @@
+"""Who may do what, and what for: one decision for every route, and what is not granted here is denied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from types import MappingProxyType
+from uuid import UUID
+
+from serve_app.access.tokens import Principal
+from serve_app.audit.events import AuditEvent, AuditOutcome
+from serve_app.domain.errors import InvalidField
+from serve_app.keys.receipts import ErasureReason
+
+
+class Action(StrEnum):
+    """What can be asked for; the same word stands in the OpenAPI document (`x-action`) and in the audit log."""
+
+    UPLOAD = "upload"
+    READ = "read"
+    DOWNLOAD = "download"
+    LIST = "list"
+    REPLAY = "replay"
+    CONFIRM = "confirm"
+    ERASE = "erase"
+    READ_RECEIPT = "read_receipt"
+    HOLD = "hold"
+    EXPORT = "export"
+    BREAK_GLASS = "break_glass"
+    REVIEW_ACCESS = "review_access"
+    READ_AUDIT = "read_audit"
+    VIEW_REFERENCE = "view_reference"
+    VIEW_MODELS = "view_models"
+    DESCRIBE = "describe"
+
+
+class Role(StrEnum):
+    """The roles of a token's `roles` claim that mean something here; any other grants nothing."""
+
+    CLINICIAN = "clinician"
+    SUPERVISOR = "supervisor"
+    AUDITOR = "auditor"
+    OPERATOR = "operator"
+    PMS_SERVICE = "pms_service"
+
+
+class Reach(Enum):
+    """For whom a grant holds."""
+
+    #: Patients in this principal's care, by an assignment or by an emergency access.
+    CARE = "in care, or in an emergency"
+    #: Patients in this principal's care by an assignment; an emergency never needs it.
+    ASSIGNED = "in care"
+    #: Any patient, or data that is not of a patient.
+    ANY = "any"
+
+
+_OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action.DESCRIBE: Reach.ANY}
+
+#: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the
+#: original image. Erasure is final, so no clinician may order it: a supervisor may, for any patient, and the PMS,
+#: where a patient's request arrives and is approved, for the patients it is assigned to. A receipt names no
+#: patient: those who may erase, and auditors, may read any. An auditor has no patients.
+GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
+    {
+        Role.CLINICIAN: {
+            **_OPEN,
+            Action.UPLOAD: Reach.CARE,
+            Action.READ: Reach.CARE,
+            Action.DOWNLOAD: Reach.CARE,
+            Action.LIST: Reach.CARE,
+            Action.REPLAY: Reach.CARE,
+            Action.CONFIRM: Reach.CARE,
+            Action.READ_RECEIPT: Reach.CARE,
+            Action.BREAK_GLASS: Reach.ANY,
+        },
+        Role.SUPERVISOR: {
+            **_OPEN,
+            Action.READ: Reach.CARE,
+            Action.DOWNLOAD: Reach.CARE,
+            Action.LIST: Reach.CARE,
+            Action.REPLAY: Reach.CARE,
+            Action.BREAK_GLASS: Reach.ANY,
+            Action.ERASE: Reach.ANY,
+            Action.READ_RECEIPT: Reach.ANY,
+            Action.HOLD: Reach.ANY,
+            Action.REVIEW_ACCESS: Reach.ANY,
+        },
+        Role.AUDITOR: {
+            **_OPEN,
+            Action.READ_RECEIPT: Reach.ANY,
+            Action.REVIEW_ACCESS: Reach.ANY,
+            Action.READ_AUDIT: Reach.ANY,
+            Action.EXPORT: Reach.ANY,
+        },
+        Role.OPERATOR: {**_OPEN},
+        Role.PMS_SERVICE: {
+            **_OPEN,
+            Action.UPLOAD: Reach.ASSIGNED,
+            Action.READ: Reach.ASSIGNED,
+            Action.LIST: Reach.ASSIGNED,
+            Action.REPLAY: Reach.ASSIGNED,
+            Action.ERASE: Reach.ASSIGNED,
+            Action.READ_RECEIPT: Reach.ASSIGNED,
+        },
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """What is known of the principal and the resource; the default is nothing, which allows least.
+
+    `assigned`: a care assignment of the principal to the patient is in force. `emergency`: the
+    emergency access that is, if any. `own`: what is to be judged is the principal's own doing.
+    """
+
+    assigned: bool = False
+    emergency: UUID | None = None
+    own: bool = False
+
+
+NOTHING_KNOWN = Circumstances()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Yes or no, and why in one stable code: for the audit log, never for the caller.
+
+    `emergency` is the emergency access that a yes rests on, and on nothing else.
+    """
+
+    allowed: bool
+    reason: str
+    emergency: UUID | None = None
+
+    def __bool__(self) -> bool:
+        """True when it is allowed, so that `if may(...)` works."""
+        return self.allowed
+
+
+def may(principal: Principal, action: Action, circumstances: Circumstances = NOTHING_KNOWN) -> Decision:
+    """Decide whether the principal may do this.
+
+    A decision that allows names the role that does; one that denies is `role` (no role of the
+    principal grants the action to anyone), `own`, or `assignment`. An assignment goes before an
+    emergency access: only what needed the emergency is put down to it.
+    """
+    granting = [
+        (role, GRANTS[role][action]) for role in Role if role in principal.roles and action in GRANTS[role]
+    ]
+    if not granting:
+        return Decision(allowed=False, reason="role")
+    if circumstances.own:
+        return Decision(allowed=False, reason="own")
+    for role, reach in granting:
+        if reach is Reach.ANY or circumstances.assigned:
+            return Decision(allowed=True, reason=role.value)
+    for role, reach in granting:
+        if reach is Reach.CARE and circumstances.emergency is not None:
+            return Decision(allowed=True, reason=role.value, emergency=circumstances.emergency)
+    return Decision(allowed=False, reason="assignment")
+
+
+@dataclass(slots=True)
+class RequestedAction:
+    """What the request under way asks for, and who asks; the ids are filled in as they become known.
+
+    Kept while it is under way, so that every event written for it names the emergency access that it rests on
+    (`emergency`), and so that a failure is recorded once, whichever route it is in (`recorded`: an event was written).
+    """
+
+    principal: Principal
+    action: str
+    request_id: str
+    patient_id: str | None = None
+    lesion_id: UUID | None = None
+    image_id: UUID | None = None
+    assessment_id: UUID | None = None
+    emergency: UUID | None = None
+    recorded: bool = False
+
+    def event(self, outcome: AuditOutcome, /, **detail: object) -> AuditEvent:
+        """Say how it ended; `detail` holds codes and ids only."""
+        return AuditEvent(
+            action=self.action,
+            actor=self.principal.subject,
+            outcome=outcome,
+            patient_id=self.patient_id,
+            lesion_id=self.lesion_id,
+            image_id=self.image_id,
+            assessment_id=self.assessment_id,
+            request_id=self.request_id,
+            detail=detail,
+        )
+
+
+_current: ContextVar[RequestedAction | None] = ContextVar("requested_action", default=None)
+
+
+def begin(requested: RequestedAction | None) -> None:
+    """Keep what this request asks for; None where nobody is known yet."""
+    _current.set(requested)
+
+
+def requested_action(request_id: str) -> RequestedAction | None:
+    """What the request of this id asks for, while it is under way here; None for events of anything else."""
+    requested = _current.get()
+    return requested if requested is not None and requested.request_id == request_id else None
+
+
+#: The key of an event's detail that holds its purpose; events from before there was one have none.
+PURPOSE = "purpose"
+
+
+class Purpose(StrEnum):
+    """Codes of http://terminology.hl7.org/CodeSystem/v3-ActReason."""
+
+    TREATMENT = "TREAT"
+    EMERGENCY_TREATMENT = "ETREAT"
+    HEALTHCARE_OPERATIONS = "HOPERAT"
+    SYSTEM_ADMINISTRATION = "HSYSADMIN"
+    PATIENT_REQUEST = "PATRQT"
+    COMPLIANCE = "HCOMPL"
+    LEGAL = "HLEGAL"
+
+
+#: Actions that have one purpose in every role. The PMS is told so that the hospital's own record is complete.
+_BY_ACTION: Mapping[str, Purpose] = MappingProxyType(
+    {
+        Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT,
+        Action.REVIEW_ACCESS: Purpose.COMPLIANCE,
+        Action.READ_AUDIT: Purpose.COMPLIANCE,
+        Action.EXPORT: Purpose.COMPLIANCE,
+        "classify": Purpose.TREATMENT,
+        "disclose": Purpose.HEALTHCARE_OPERATIONS,
+        "record_close": Purpose.HEALTHCARE_OPERATIONS,
+        "record_reopen": Purpose.HEALTHCARE_OPERATIONS,
+        "hold_set": Purpose.LEGAL,
+        "hold_release": Purpose.LEGAL,
+    }
+)
+
+#: Why an image is erased. `erase_image` in the migrations says the same of the event that it writes itself.
+_BY_REASON: Mapping[str, Purpose] = MappingProxyType(
+    {
+        ErasureReason.PATIENT_REQUEST: Purpose.PATIENT_REQUEST,
+        ErasureReason.CONSENT_WITHDRAWN: Purpose.PATIENT_REQUEST,
+        ErasureReason.WRONG_PATIENT: Purpose.HEALTHCARE_OPERATIONS,
+        ErasureReason.UPLOADED_IN_ERROR: Purpose.HEALTHCARE_OPERATIONS,
+        ErasureReason.RETENTION: Purpose.HEALTHCARE_OPERATIONS,
+    }
+)
+_ERASURES = frozenset({Action.ERASE, "erased"})
+
+#: All other actions of a principal: by the first of these roles that it has.
+_BY_ROLE: Mapping[str, Purpose] = MappingProxyType(
+    {
+        Role.CLINICIAN: Purpose.TREATMENT,
+        Role.PMS_SERVICE: Purpose.TREATMENT,
+        Role.SUPERVISOR: Purpose.HEALTHCARE_OPERATIONS,
+        Role.AUDITOR: Purpose.COMPLIANCE,
+        Role.OPERATOR: Purpose.SYSTEM_ADMINISTRATION,
+    }
+)
+
+
+def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpose | None:
+    """Say what an action was for; `roles` are the principal's, None where it was no request.
+
+    None where nobody is known who could have had a purpose: a request without a valid token, or a principal
+    without a role that means something here.
+    """
+    if "emergency_access" in event.detail:
+        return Purpose.EMERGENCY_TREATMENT
+    if event.action in _ERASURES:
+        return _BY_REASON.get(str(event.detail.get("reason")), Purpose.HEALTHCARE_OPERATIONS)
+    if event.action in _BY_ACTION:
+        return _BY_ACTION[event.action]
+    if roles is not None:
+        return next((purpose for role, purpose in _BY_ROLE.items() if role in roles), None)
+    # What no token stands behind is done by the account of an operator.
+    return Purpose.SYSTEM_ADMINISTRATION if event.actor.startswith("os:") else None
+
+
+def recorded_purpose(event: AuditEvent) -> Purpose | None:
+    """The purpose that an event was recorded with; None for events from before there was one."""
+    recorded = event.detail.get(PURPOSE)
+    return next((purpose for purpose in Purpose if purpose == recorded), None)
+
+
+@dataclass(frozen=True, slots=True)
+class EmergencyLimits:
+    """`minutes` where the caller names none, `max_minutes` at the most."""
+
+    minutes: int
+    max_minutes: int
+
+    def choose(self, wanted: int | None) -> int:
+        """Take what the caller wants; InvalidField for more than there is."""
+        if wanted is None:
+            return self.minutes
+        if wanted > self.max_minutes:
+            raise InvalidField(f"minutes: at most {self.max_minutes}.")
+        return wanted

@@ -1,1 +1,0 @@
-"""The HTTP interface at /api/lesions."""

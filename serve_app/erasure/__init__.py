@@ -1,0 +1,1 @@
+"""Images erased for good, and what is left over let go."""

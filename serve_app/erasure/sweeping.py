@@ -1,0 +1,201 @@
+"""What is done in the background beside answering: accepted erasures finished, and what is left over let go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+import logging
+import random
+from time import monotonic
+from uuid import UUID, uuid4
+
+from serve_app.domain.errors import DataKeyMissing, LegalHold
+from serve_app.erasure.eraser import Eraser
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import ErasureRequest
+from serve_app.records.retention import Housekeeping, RetentionStore
+
+logger = logging.getLogger("derm.housekeeping")
+
+#: How often accepted erasures and new images' keys are looked after, and everything else.
+ERASURES_EVERY_S = 10.0
+REST_EVERY_S = 3600.0
+#: How long one part may take: each can be broken off anywhere, and goes on from there in its next round.
+ATTEMPT_S = 600.0
+
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Housekeeper:
+    """Every ingress replica has one; all they do is safe to do at once, and twice.
+
+    `retention_days`: how long images are kept after their patient's record was closed; None: for good.
+    """
+
+    eraser: Eraser
+    housekeeping: Housekeeping
+    retention: RetentionStore
+    keys: KeyStore
+    idempotency_days: int
+    retention_days: int | None
+
+    async def keep_forever(self) -> None:
+        """Work until cancelled; what fails is logged and tried again in the next round."""
+        rest_at = monotonic()
+        while True:
+            # Jittered, so that replicas do not work in step.
+            await asyncio.sleep(ERASURES_EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            await _attempt(self.eraser.finish_accepted)
+            await _attempt(lambda: stop_awaiting_stored(self.housekeeping, self.keys))
+            if monotonic() >= rest_at:
+                rest_at = monotonic() + REST_EVERY_S
+                await self.do_the_rest()
+
+    async def do_the_rest(self) -> None:
+        """Do once what has time: each part on its own, so that one that fails holds up no other."""
+        await _attempt(self.eraser.erase_restored)
+        await _attempt(self.expire_idempotency_keys)
+        await _attempt(lambda: sweep_orphaned_keys(self.housekeeping, self.keys))
+        await _attempt(self.erase_expired)
+
+    async def expire_idempotency_keys(self) -> int:
+        """Let go of the keys that no caller repeats any more; returns how many."""
+        expired, batch = 0, 1000
+        while found := await self.housekeeping.expire_idempotency_keys(
+            older_than_s=self.idempotency_days * _DAY_S, limit=batch
+        ):
+            expired += found
+            if found < batch:
+                break
+        return expired
+
+    async def erase_expired(self) -> int:
+        """Erase what is past its retention, where one is set; returns how many."""
+        if self.retention_days is None:
+            return 0
+        return await erase_expired(self.retention, self.eraser, days=self.retention_days, actor="retention")
+
+
+async def _attempt(work: Callable[[], Awaitable[int]]) -> None:
+    try:
+        async with asyncio.timeout(ATTEMPT_S):
+            await work()
+    except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
+        logger.warning("Housekeeping waits: %s", type(error).__name__)
+
+
+#: Far longer than an upload lasts. Only courtesy: an upload that is slower still is refused, and loses nothing.
+ORPHANED_AFTER_S = 3600
+#: From so many lost images on the database is not trusted in what it says of failed uploads either.
+#: Fewer may be failed uploads of a version that did not tell the two apart.
+MAX_LOST = 100
+
+#: No image comes in while a batch is condemned: so a batch is short.
+_BATCH = 100
+
+orphaned_keys_logger = logging.getLogger("derm.keys")
+
+
+@dataclass(frozen=True, slots=True)
+class OrphanedKeys:
+    """Data keys without an image: whose upload failed, and whose image was in the database once (or may have been)."""
+
+    failed: Sequence[UUID]
+    lost: Sequence[UUID]
+
+
+async def stop_awaiting_stored(housekeeping: Housekeeping, keys: KeyStore) -> int:
+    """Have the key store remember which images are in; returns how many. Often: what is not yet seen is not protected."""
+    seen, after = 0, None
+    while page := await asyncio.to_thread(keys.list_awaited, after=after):
+        after = page[-1]
+        orphaned = set(await housekeeping.orphaned(page))
+        stored = [key for key in page if key not in orphaned]
+        if stored:
+            await asyncio.to_thread(keys.stop_awaiting, stored)
+            seen += len(stored)
+    return seen
+
+
+async def find_orphaned_keys(
+    housekeeping: Housekeeping, keys: KeyStore, *, age_s: int = ORPHANED_AFTER_S
+) -> OrphanedKeys:
+    """Find the data keys of this age that have no image."""
+    failed: list[UUID] = []
+    lost: list[UUID] = []
+    after = 0
+    while page := await asyncio.to_thread(keys.list_made_before, age_s, after=after):
+        after = page[-1][0]
+        awaited = {key: is_awaited for _, key, is_awaited in page}
+        for key in await housekeeping.orphaned(list(awaited)):
+            (failed if awaited[key] else lost).append(key)
+    return OrphanedKeys(failed, lost)
+
+
+async def shred_orphaned_keys(housekeeping: Housekeeping, keys: KeyStore, orphaned: Sequence[UUID]) -> int:
+    """Shred these keys but for those whose image has come meanwhile; returns how many.
+
+    A key is only shredded once no image can come in for it.
+    """
+    shredded = 0
+    for start in range(0, len(orphaned), _BATCH):
+        condemned = await housekeeping.condemn(orphaned[start : start + _BATCH])
+        if condemned:
+            await asyncio.to_thread(keys.shred, *condemned)
+            shredded += len(condemned)
+    return shredded
+
+
+async def sweep_orphaned_keys(
+    housekeeping: Housekeeping, keys: KeyStore, *, age_s: int = ORPHANED_AFTER_S, max_lost: int = MAX_LOST
+) -> int:
+    """Shred data keys of this age whose upload failed; returns how many.
+
+    Those of lost images are left alone, and with more than `max_lost` of them all others, too.
+    """
+    await stop_awaiting_stored(housekeeping, keys)
+    orphaned = await find_orphaned_keys(housekeeping, keys, age_s=age_s)
+    if orphaned.lost:
+        orphaned_keys_logger.error(
+            "%d data keys have lost their image: was an older database restored? They are kept: "
+            "put the newer database back, or give them up with `derm-cds keys sweep`",
+            len(orphaned.lost),
+        )
+    if len(orphaned.lost) > max_lost:
+        return 0
+    swept = await shred_orphaned_keys(housekeeping, keys, orphaned.failed)
+    if swept:
+        orphaned_keys_logger.warning("Swept %d data keys whose image never came", swept)
+    return swept
+
+
+async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int, actor: str) -> int:
+    """Erase every image past this many days of retention that no hold keeps; returns how many were.
+
+    Stopped at any moment, it goes on where it was.
+    """
+    erased = 0
+    while images := await retention.expired(days=days, limit=_BATCH):
+        before = erased
+        for lesion_id, image_id in images:
+            request = ErasureRequest(
+                lesion_id=lesion_id,
+                image_id=image_id,
+                reason=ErasureReason.RETENTION,
+                actor=actor,
+                request_id=str(uuid4()),
+            )
+            try:
+                await eraser.erase(request)
+            except (
+                LegalHold,
+                DataKeyMissing,
+            ):  # a hold set since the list was made; a key to be destroyed elsewhere
+                continue
+            erased += 1
+        if erased == before:
+            break
+    return erased

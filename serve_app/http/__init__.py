@@ -1,0 +1,1 @@
+"""The HTTP interface: FastAPI routes, problem answers, the OpenAPI document; deployment.py is the ingress."""

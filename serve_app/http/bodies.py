@@ -1,0 +1,241 @@
+"""A small JSON body, read within a bound and after the caller is known.
+
+FastAPI reads a declared body first and asks who is calling afterwards: whoever has no token could
+send one without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import closing
+from dataclasses import dataclass, fields
+import hashlib
+import json
+from typing import Any, TypeVar
+from uuid import UUID
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from serve_app.domain.errors import InvalidField, TooLarge
+from serve_app.domain.identifiers import parse_opaque_id
+from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.strict_json import KeySentTwice, read_json
+from serve_app.http.admission import Place
+from serve_app.http.services import Services
+from serve_app.logs import conceal
+
+Form = TypeVar("Form", bound=BaseModel)
+
+MAX_BYTES = 16 * 1024
+
+
+async def read_form(request: Request, form: type[Form]) -> Form:
+    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
+
+    BodyTimeout as Place.read says.
+    """
+    body = bytearray()
+    services: Services = request.app.state.services
+    try:
+        async for chunk in Place(MAX_BYTES, services.admission.pace).read(request):
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise TooLarge(f"The body may have {MAX_BYTES} bytes.")
+    except ClientDisconnect as error:
+        raise InvalidField("The body broke off.") from error
+    try:
+        value = read_json(bytes(body))
+    except KeySentTwice as twice:
+        raise InvalidField(f"{twice}: sent twice.") from twice
+    except ValueError:
+        raise InvalidField("The body is not valid JSON.") from None
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        # Locations and rules only: the offending value may be patient data.
+        faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise InvalidField(faults) from None
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) or "body"
+
+
+def body_of(form: type[BaseModel]) -> dict[str, Any]:
+    """Describe the body for the OpenAPI document."""
+    return {"required": True, "content": {"application/json": {"schema": form.model_json_schema()}}}
+
+
+#: Room for the other fields and the multipart framing, bytes.
+_FRAMING = 256 * 1024
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_AGE = 120
+
+_FIELDS = frozenset(
+    {
+        "image",
+        "patient_id",
+        "encounter_id",
+        "lesion_id",
+        "anatom_site_general",
+        "age_approx",
+        "sex",
+        "history",
+        "checklist",
+    }
+)
+
+Answers = TypeVar("Answers", History, Checklist)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadForm:
+    """The fields of one upload as they were sent; the image is its bytes."""
+
+    image: bytes
+    patient_id: str
+    values: dict[str, str]
+
+    def fingerprint(self, *extra: str) -> bytes:
+        """SHA-256 over everything that may change the answer, whatever the multipart boundary."""
+        digest = hashlib.sha256(hashlib.sha256(self.image).digest())
+        digest.update(json.dumps([sorted(self.values.items()), extra]).encode())
+        return digest.digest()
+
+
+async def read_upload(request: Request, place: Place, *, max_image_bytes: int) -> UploadForm:
+    """Read a multipart body of one image and its fields.
+
+    Raises TooLarge as soon as the body outgrows the limit, BodyTimeout as Place.read says,
+    InvalidField for a body that is not such a form.
+    """
+    content_type = request.headers.get("content-type", "")
+    if not content_type.lower().startswith("multipart/form-data"):
+        raise InvalidField("The body must be multipart/form-data.")
+    limit = max_image_bytes + _FRAMING
+    declared = request.headers.get("content-length", "")
+    if _is_length(declared) and int(declared) > limit:
+        raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
+    parser = _Parser(
+        request.headers,
+        _bounded(place.read(request), limit),
+        # As many as there are fields: what is wrong with a second one is said by name.
+        max_files=len(_FIELDS),
+        max_fields=len(_FIELDS),
+        max_part_size=_MAX_FIELD_BYTES,
+    )
+    parser.spool_max_size = limit + 1
+    with closing(parser):
+        try:
+            form = await parser.parse()
+        except ClientDisconnect as error:
+            raise InvalidField("The body broke off.") from error
+        except (MultiPartException, ValueError, LookupError) as error:
+            # ValueError and LookupError: a charset that the caller made up.
+            raise InvalidField("The multipart body is malformed.") from error
+        return await _to_upload(form)
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, which can let go of what it holds, parts that a body breaks off in too."""
+
+    def close(self) -> None:
+        """Free the memory of every file."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+
+def expected_bytes(request: Request, *, max_image_bytes: int) -> int:
+    """How much memory the body may take: its declared length, or the limit if that is less or unknown."""
+    limit = max_image_bytes + _FRAMING
+    declared = request.headers.get("content-length", "")
+    return min(int(declared), limit) if _is_length(declared) else limit
+
+
+def _is_length(declared: str) -> bool:
+    return declared.isascii() and declared.isdigit() and len(declared) <= 15
+
+
+async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes, None]:
+    received = 0
+    async for chunk in stream:
+        received += len(chunk)
+        if received > limit:
+            raise TooLarge(f"The body is larger than {limit} bytes.")
+        yield chunk
+
+
+async def _to_upload(form: FormData) -> UploadForm:
+    for name, value in form.multi_items():
+        conceal(
+            name if name not in _FIELDS else None, value.filename if isinstance(value, UploadFile) else value
+        )
+    names = [name for name, _ in form.multi_items()]
+    if unknown := set(names) - _FIELDS:
+        raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidField(f"{twice}: sent twice.")
+    image = form.get("image")
+    if not isinstance(image, UploadFile):
+        raise InvalidField("image: a file is required.")
+    values = {}
+    for name, value in form.multi_items():
+        if name != "image":
+            if not isinstance(value, str):
+                raise InvalidField(f"{name}: a file was sent where text is expected.")
+            values[name] = value
+    patient_id = parse_opaque_id("patient_id", values.get("patient_id", ""))
+    return UploadForm(await image.read(), patient_id, values)
+
+
+def parse_lesion_id(value: str) -> UUID:
+    """Parse one of our own ids."""
+    try:
+        return UUID(value)
+    except ValueError as error:
+        raise InvalidField("lesion_id: not an id of this service.") from error
+
+
+def parse_context(values: dict[str, str]) -> ClinicalContext:
+    """Read the clinical fields. An empty value counts as not stated. Raises InvalidField."""
+    site = values.get("anatom_site_general")
+    age = values.get("age_approx")
+    sex = values.get("sex")
+    if site and site not in set(AnatomSite):
+        raise InvalidField(f"anatom_site_general: must be one of {', '.join(AnatomSite)}.")
+    if sex and sex not in set(Sex):
+        raise InvalidField(f"sex: must be one of {', '.join(Sex)}.")
+    if age and not (age.isascii() and age.isdigit() and len(age) <= 3 and int(age) <= _MAX_AGE):
+        raise InvalidField(f"age_approx: must be a whole number of years, 0 to {_MAX_AGE}.")
+    return ClinicalContext(
+        anatom_site_general=AnatomSite(site) if site else None,
+        age_approx=int(age) if age else None,
+        sex=Sex(sex) if sex else None,
+        history=_parse_answers("history", values.get("history"), History) or History(),
+        checklist=_parse_answers("checklist", values.get("checklist"), Checklist),
+    )
+
+
+def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers | None:
+    """Read a JSON object of yes/no answers; null is an answer that was not given."""
+    if not text:
+        return None
+    try:
+        answers = read_json(text)
+    except KeySentTwice as twice:
+        raise InvalidField(f"{name}: {twice}: sent twice.") from twice
+    except ValueError as error:
+        raise InvalidField(f"{name}: not valid JSON.") from error
+    known = {field.name for field in fields(kind)}
+    if not isinstance(answers, dict) or (unknown := set(answers) - known):
+        detail = (
+            f"unknown {', '.join(sorted(unknown))[:200]}" if isinstance(answers, dict) else "not an object"
+        )
+        raise InvalidField(f"{name}: {detail}; it may hold {', '.join(sorted(known))}.")
+    if any(value is not None and not isinstance(value, bool) for value in answers.values()):
+        raise InvalidField(f"{name}: every answer must be true, false or null.")
+    return kind(**{key: value for key, value in answers.items() if value is not None})

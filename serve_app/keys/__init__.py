@@ -1,0 +1,1 @@
+"""How an image is kept: the envelope, the key store, and what wraps its keys."""

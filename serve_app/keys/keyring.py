@@ -1,0 +1,242 @@
+"""Key-encryption keys: what wraps the data keys.
+
+A key-encryption key (KEK) never leaves its provider; the key store only ever holds what it
+wrapped, and the version of the KEK that did.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+from uuid import UUID
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
+from serve_app.private_files import locked_folder, read_private, write_private
+
+_NONCE_BYTES = 12
+_KEK_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedKey:
+    """A data key as the key store holds it: encrypted under the KEK of `key_version`."""
+
+    wrapped: bytes = field(repr=False)
+    key_version: int
+
+
+class Keys(Protocol):
+    """Keys that wrap data keys, and unwrap them again."""
+
+    @property
+    def current_version(self) -> int:
+        """The version that wraps from now on."""
+        ...
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Encrypt a data key under the current KEK, bound to its id."""
+        ...
+
+    def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
+        """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        ...
+
+
+class KeyProvider(Keys, Protocol):
+    """Holds the KEKs: a file here, Vault and AWS KMS in `key_providers`.
+
+    `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
+    """
+
+    def now(self) -> Keys:
+        """The keys that wrap now: the same object for as long as nothing has put others in their place.
+
+        A caller that has checked these keys, and wraps with this very object, can be sure that it wraps under no others.
+        """
+        ...
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """All versions that still unwrap, oldest first."""
+        ...
+
+    def rotate(self) -> int:
+        """Make a new version, which wraps from now on; returns it. Conflict where that is done elsewhere."""
+        ...
+
+    def retire(self, version: int) -> None:
+        """Destroy an old version, and with it whatever it wrapped. Conflict where that cannot be."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """A keyring's file as it was read: which one (`stamp`), and what was in it."""
+
+    stamp: tuple[int, int]
+    current_version: int
+    keks: Mapping[int, bytes] = field(repr=False)
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        nonce, current = os.urandom(_NONCE_BYTES), self.current_version
+        ciphertext = AESGCM(self.keks[current]).encrypt(nonce, data_key, _binding(data_key_id, current))
+        return WrappedKey(nonce + ciphertext, current)
+
+    def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
+        version = wrapped_key.key_version
+        nonce, ciphertext = wrapped_key.wrapped[:_NONCE_BYTES], wrapped_key.wrapped[_NONCE_BYTES:]
+        try:
+            return AESGCM(self.keks[version]).decrypt(nonce, ciphertext, _binding(data_key_id, version))
+        except KeyError:
+            raise IntegrityError(f"The keyring has no key of version {version}") from None
+        except (InvalidTag, ValueError) as error:
+            raise IntegrityError(f"The keyring did not wrap data key {data_key_id}") from error
+
+
+class FileKeyring:
+    """KEKs in one JSON file, mode 0600 in a folder 0700.
+
+    The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
+    a random nonce; data key id (16 bytes) and key version (4) are authenticated with it. A file
+    that another process rotated is read again before the next wrap.
+    KeyProviderUnavailable while the file is gone, cannot be read, or has another key where this process
+    knows one: put back, it serves again at once. It is never made anew here, for what a new one wrapped
+    would be lost with the old one's return. IntegrityError when it is open to other users or is no keyring.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._unreadable(), locked_folder(path.parent):
+            self._ring = self._read()
+
+    @classmethod
+    def make(cls, path: Path) -> FileKeyring:
+        """Open the keyring, made if there is none: at the first start, before anything was wrapped."""
+        with locked_folder(path.parent):
+            if not path.exists():
+                write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}))
+        return cls(path)
+
+    def __str__(self) -> str:
+        return f"keyring {self._path}"
+
+    def now(self) -> Keys:
+        """The keyring as its file is now; the same object until the file is another."""
+        with self._unreadable():
+            stamp = _stamp(self._path)
+        if stamp != self._ring.stamp:
+            self._adopt(self._read())
+        return self._ring
+
+    @property
+    def current_version(self) -> int:
+        """The version that wraps from now on."""
+        return self.now().current_version
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Encrypt a data key under the current KEK, bound to its id."""
+        return self.now().wrap(data_key, data_key_id)
+
+    def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
+        """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        # What this process knows already needs no file: images open while it is away.
+        known = wrapped_key.key_version in self._ring.keks
+        return (self._ring if known else self.now()).unwrap(wrapped_key, data_key_id)
+
+    def rotate(self) -> int:
+        """Make a new KEK and have it wrap from now on, in every process; returns its version.
+
+        What older versions wrapped can still be opened.
+        """
+        with locked_folder(self._path.parent):
+            self._adopt(self._read())
+            version = max(self._ring.keks) + 1
+            keks = {**self._ring.keks, version: AESGCM.generate_key(_KEK_BYTES * 8)}
+            write_private(self._path, _write(version, keks))
+            self._adopt(self._read())
+        return version
+
+    def retire(self, version: int) -> None:
+        """Destroy an old KEK: what it wrapped, in this key store or in a backup of it, is then lost.
+
+        Conflict when it is the current one, NotFound when there is none of that version.
+        """
+        with locked_folder(self._path.parent):
+            self._adopt(self._read())
+            current, known = self._ring.current_version, self._ring.keks
+            if version not in known:
+                raise NotFound(f"The keyring has no key of version {version}.")
+            if version == current:
+                raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
+            keks = {kept: kek for kept, kek in known.items() if kept != version}
+            write_private(self._path, _write(current, keks))
+            self._adopt(self._read())
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """All versions there are, oldest first."""
+        self.now()
+        return tuple(sorted(self._ring.keks))
+
+    def _read(self) -> _Ring:
+        with self._unreadable():
+            stamp, content = _stamp(self._path), read_private(self._path)
+        try:
+            return _Ring(stamp, *_parse(content))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # The cause could quote a key.
+            raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
+
+    def _adopt(self, ring: _Ring) -> None:
+        """Go on with what was read, unless it is no later state of what this process knows: keys never change."""
+        if any(ring.keks.get(version, kek) != kek for version, kek in self._ring.keks.items()):
+            raise KeyProviderUnavailable(
+                f"{self} has other keys than before: it is another node's, or was made anew. "
+                "Put this node's own back; nothing was stored."
+            )
+        self._ring = ring
+
+    @contextmanager
+    def _unreadable(self) -> Iterator[None]:
+        """Turn the system's refusal into KeyProviderUnavailable: a share not mounted, a file moved, a failing disk."""
+        try:
+            yield
+        except OSError as error:
+            raise KeyProviderUnavailable(
+                f"{self} cannot be read ({type(error).__name__}); nothing was stored, try again."
+            ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What differs once the file was replaced: `write_private` always makes a new one."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _binding(data_key_id: UUID, key_version: int) -> bytes:
+    return data_key_id.bytes + key_version.to_bytes(4, "big")
+
+
+def _write(current: int, keks: Mapping[int, bytes]) -> bytes:
+    keys = {str(version): b64encode(kek).decode() for version, kek in sorted(keks.items())}
+    return json.dumps({"current": current, "keys": keys}).encode()
+
+
+def _parse(content: bytes) -> tuple[int, Mapping[int, bytes]]:
+    document = json.loads(content)
+    keks = {int(version): b64decode(kek, validate=True) for version, kek in document["keys"].items()}
+    if any(len(kek) != _KEK_BYTES for kek in keks.values()):
+        raise ValueError("a key is not of 32 bytes")
+    current = int(document["current"])
+    if current not in keks:
+        raise KeyError(current)
+    return current, keks

@@ -1,0 +1,164 @@
+"""Key-encryption keys in AWS KMS: they never leave it.
+
+    kms:alias/NAME    kms:KEY-ID    kms:arn:aws:kms:REGION:ACCOUNT:key/KEY-ID
+
+Region and credentials are found as AWS's own tools find them, an ARN's region coming first.
+The role needs kms:Encrypt, kms:Decrypt and kms:DescribeKey on the key.
+Source: docs.aws.amazon.com/kms/latest/APIReference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import logging
+import os
+from typing import Any, Self
+from uuid import UUID
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NotConnected
+
+from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
+from serve_app.keys.keyring import WrappedKey
+from serve_app.keys.providers.retries import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    RetryPolicy,
+    Unanswered,
+)
+
+#: KMS chooses the key material by what the ciphertext says; to us there is one version.
+_VERSION = 1
+_DATA_KEY_BYTES = 32
+_CONTEXT = "derm-cds:data-key-id"
+
+#: Not this key's, not this context's, or altered.
+_FOREIGN = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
+#: Asking again may help.
+_COME_BACK = frozenset(
+    {
+        "DependencyTimeoutException",
+        "InternalFailure",
+        "KMSInternalException",
+        "KeyUnavailableException",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "ServiceUnavailableException",
+        "ThrottlingException",
+    }
+)
+
+# At level DEBUG botocore logs every request's body: here, data keys.
+logging.getLogger("botocore").setLevel(logging.INFO)
+
+
+class AwsKms:
+    """One symmetric KMS key. A wrapped key is KMS's ciphertext; the data key's id is its encryption context.
+
+    The context is written to CloudTrail in clear: the id is a random number, and says nothing of
+    a patient. For many threads. KeyProviderUnavailable when KMS does not answer in time, or refuses.
+    """
+
+    def __init__(self, key_id: str) -> None:
+        self._key_id = key_id
+        self._retries = RetryPolicy("AWS KMS")
+        parts = key_id.split(":")
+        region = parts[3] if key_id.startswith("arn:") and len(parts) > 5 else os.environ.get("AWS_REGION")
+        try:
+            self._client = boto3.session.Session(region_name=region).client(
+                "kms",
+                config=Config(
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
+                    retries={"total_max_attempts": 1},  # `RetryPolicy` does that
+                ),
+            )
+        except BotoCoreError as error:
+            raise InvalidSetting(f"AWS KMS cannot be used: {error}") from error
+        self._check_key()
+
+    def __str__(self) -> str:
+        return f"AWS KMS key {self._key_id}"
+
+    def now(self) -> Self:
+        """This object: KMS keeps its keys, so that no file here could be exchanged for another."""
+        return self
+
+    @property
+    def current_version(self) -> int:
+        """Always 1: KMS rotates its key material inside the key."""
+        return _VERSION
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The one version there is."""
+        return (_VERSION,)
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Have KMS encrypt a data key, bound to its id."""
+        answer = self._ask(self._client.encrypt, Plaintext=data_key, EncryptionContext=_context(data_key_id))
+        return WrappedKey(bytes(answer["CiphertextBlob"]), _VERSION)
+
+    def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
+        """Have KMS decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
+        if wrapped_key.key_version != _VERSION:
+            raise IntegrityError(f"AWS KMS has no version {wrapped_key.key_version}")
+        context = _context(data_key_id)
+        answer = self._ask(
+            self._client.decrypt, CiphertextBlob=wrapped_key.wrapped, EncryptionContext=context
+        )
+        data_key = bytes(answer["Plaintext"])
+        if len(data_key) != _DATA_KEY_BYTES:
+            raise IntegrityError(f"AWS KMS did not wrap data key {data_key_id}")
+        return data_key
+
+    def rotate(self) -> int:
+        """Conflict, always: it says how KMS is told to."""
+        raise Conflict(
+            "AWS KMS rotates its own key material, and nothing has to be rewrapped. Once a year: `aws kms "
+            f"enable-key-rotation --key-id {self._key_id}`; now: `aws kms rotate-key-on-demand --key-id {self._key_id}`."
+        )
+
+    def retire(self, version: int) -> None:
+        """Conflict, always: KMS destroys a key as a whole."""
+        raise Conflict(
+            f"AWS KMS keeps the material of version {version} for as long as the key: only `aws kms "
+            "schedule-key-deletion` destroys it, and with it every image."
+        )
+
+    def _check_key(self) -> None:
+        key = self._ask(self._client.describe_key)["KeyMetadata"]
+        if key.get("KeyUsage") != "ENCRYPT_DECRYPT" or key.get("KeySpec") != "SYMMETRIC_DEFAULT":
+            raise InvalidSetting(
+                f"{self} is no symmetric encryption key: make one of spec SYMMETRIC_DEFAULT."
+            )
+        if not key.get("Enabled"):
+            raise KeyProviderUnavailable(f"{self} is {key.get('KeyState', 'disabled')}: enable it.")
+
+    def _ask(self, operation: Callable[..., dict[str, Any]], **arguments: object) -> dict[str, Any]:
+        return self._retries.ask(lambda: _answer(lambda: operation(KeyId=self._key_id, **arguments)))
+
+
+def _answer(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Send one request, and sort what may come back; no cause is kept, for causes hold requests."""
+    try:
+        return request()
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    except (HTTPClientError, NotConnected) as error:
+        raise Unanswered(type(error).__name__) from None
+    except BotoCoreError as error:
+        # No credentials, no region, an endpoint that is none: nothing that waiting would change.
+        raise KeyProviderUnavailable(f"AWS KMS cannot be asked: {type(error).__name__}.") from None
+    if code in _FOREIGN:
+        raise IntegrityError("AWS KMS did not wrap this data key, or not for this id")
+    if code in _COME_BACK or status >= 500:
+        raise Unanswered(code or f"HTTP {status}")
+    raise KeyProviderUnavailable(f"AWS KMS refuses ({code}): look at the key, its policy and the role.")
+
+
+def _context(data_key_id: UUID) -> dict[str, str]:
+    return {_CONTEXT: str(data_key_id)}

@@ -1,0 +1,229 @@
+"""What the interface asks of the graph: five stages, wherever they run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.classifier.classifier import ClassifierOutput
+from deployments.preprocess.preprocess import PreparedImage
+from deployments.risk.rules import Findings
+from serve_app.domain.assessment import (
+    EVERY_REFERENCE,
+    WEIGHED,
+    Assessment,
+    Change,
+    Conclusion,
+    Neighbours,
+    Outcome,
+    Provenance,
+    ReferenceFilter,
+    SimilarCase,
+)
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.errors import RejectedUpload, StageFailed
+from serve_app.domain.patient import ClinicalContext
+from serve_app.records.answers import format_time
+from serve_app.records.lesion_rows import PreviousAssessment
+from serve_app.records.serving import LiveModel
+
+
+class Stages(Protocol):
+    """The way of one lesion, a method a stage.
+
+    On Ray Serve each is a deployment; in the benchmark's baseline and in unit tests each is
+    the same plain function in this process. Every method raises Overloaded when its stage
+    refused the work, and StageFailed when it did not answer.
+    """
+
+    async def warm(self, models: Sequence[LiveModel]) -> Sequence[Mapping[str, str]]:
+        """Have every replica of every stage load these models, and keep them until others are named.
+
+        Returns what each replica has in memory, digests by model id; a stage that holds no models gives none.
+        Raises StageFailed when one cannot, or takes too long.
+        """
+
+    async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
+        """Uploaded bytes to pixels at the model's input size."""
+
+    async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
+        """Pixels, uint8 H×W×3, to probabilities and bottleneck."""
+
+    async def embed(
+        self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Bottleneck (512) to a unit vector (512) of one embedding space."""
+
+    async def nearest(
+        self,
+        embedding: NDArray[np.float32],
+        embedding_space: str,
+        k: int,
+        reference_filter: ReferenceFilter,
+    ) -> Neighbours:
+        """A unit vector to the nearest references of its space, among those that pass the filter."""
+
+    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+        """Everything found to outcome, risk and urgency."""
+
+
+class Timings(dict[str, float]):
+    """Milliseconds of each stage as the interface waited for it, hops included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = perf_counter()
+
+    def lap(self, stage: str, since: float) -> None:
+        """Note how long a stage took."""
+        self[stage] = round((perf_counter() - since) * 1000.0, 2)
+
+    def stop(self) -> None:
+        """Note the whole time up to now."""
+        self.lap("total", self._started)
+
+
+@dataclass(slots=True)
+class Examination:
+    """An accepted image with the classifier already at work on it, on one model from end to end."""
+
+    live: LiveModel
+    prepared: PreparedImage
+    classifying: asyncio.Task[ClassifierOutput]
+    timings: Timings = field(default_factory=Timings)
+
+    async def discard(self) -> None:
+        """End the classifier's work if it is still wanted by nobody."""
+        self.classifying.cancel()
+        # Gathered, so that a failure that nobody will look at is not reported as one.
+        await asyncio.gather(self.classifying, return_exceptions=True)
+
+
+class Assessor:
+    """Runs the stages; stores nothing."""
+
+    def __init__(self, stages: Stages, *, service_version: str) -> None:
+        self._stages = stages
+        self._service_version = service_version
+
+    async def examine(self, image: bytes, live: LiveModel) -> Examination:
+        """Prepare an image and start classifying it.
+
+        Raises RejectedUpload for an image that this service does not take.
+        """
+        timings = Timings()
+        since = perf_counter()
+        prepared = await self._stages.prepare(live.model_id, image)
+        timings.lap("preprocess", since)
+        if isinstance(prepared, RejectedUpload):
+            raise prepared
+        since = perf_counter()
+        classifying = asyncio.create_task(self._stages.classify(live.model_id, prepared.pixels))
+        classifying.add_done_callback(lambda _: timings.lap("classifier", since))
+        return Examination(live, prepared, classifying, timings)
+
+    async def assess(
+        self,
+        examination: Examination,
+        *,
+        context: ClinicalContext,
+        top_k: int,
+        reference_filter: ReferenceFilter,
+        previous: PreviousAssessment | None,
+        recorded: Neighbours | None = None,
+    ) -> Assessment:
+        """Wait for the classifier, and conclude from everything.
+
+        `top_k` and `reference_filter` say which similar cases to show; no conclusion depends on them.
+        With `recorded` neighbours the conclusion is drawn from them, not from those found now:
+        a replay must not depend on which references came or went since.
+        Raises StageFailed when a stage does not answer, or the classifier ran another model
+        than the published one; Overloaded when a stage refused the work.
+        """
+        live, prepared, timings = examination.live, examination.prepared, examination.timings
+        output = await examination.classifying
+        if output.model_digest != live.model_digest:
+            raise StageFailed("The classifier's model is not the one that was published.")
+        since = perf_counter()
+        embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
+        timings.lap("embedder", since)
+        since = perf_counter()
+        neighbours, similar = await self._search(embedding, live.embedding_space, top_k, reference_filter)
+        timings.lap("retriever", since)
+        change = None if previous is None else _compare(previous, output, embedding)
+        since = perf_counter()
+        conclusion = await self._stages.conclude(
+            live.model_id,
+            Findings(
+                quality=prepared.quality,
+                width=prepared.width,
+                height=prepared.height,
+                classification=output.classification,
+                neighbours=recorded or neighbours,
+                context=context,
+                change=change,
+                compared_level=previous.level if previous else None,
+            ),
+        )
+        timings.lap("risk", since)
+        timings.stop()
+        answered = conclusion.outcome is not Outcome.REFUSED
+        return Assessment(
+            outcome=conclusion.outcome,
+            reasons=conclusion.reasons,
+            quality=conclusion.quality,
+            classification=output.classification if answered else None,
+            risk=conclusion.risk if answered else None,
+            neighbours=neighbours if answered else None,
+            similar=similar if answered else (),
+            change=change if answered else None,
+            provenance=Provenance(
+                model_id=output.model_id,
+                model_digest=output.model_digest,
+                embedding_space=live.embedding_space,
+                preprocess_version=prepared.preprocess_version,
+                policy_version=conclusion.policy_version,
+                service_version=self._service_version,
+            ),
+            embedding=embedding if answered else None,
+            timings_ms=timings,
+        )
+
+    async def _search(
+        self, embedding: NDArray[np.float32], space: str, top_k: int, reference_filter: ReferenceFilter
+    ) -> tuple[Neighbours, tuple[SimilarCase, ...]]:
+        """Find the neighbours to weigh, and the similar cases to show."""
+        weigh = self._stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
+        if top_k <= WEIGHED and not reference_filter:
+            weighed = await weigh
+            return weighed, weighed.similar[:top_k]
+        # Two searches: one for more than WEIGHED may walk an index further, and find others among the nearest.
+        weighed, shown = await asyncio.gather(
+            weigh, self._stages.nearest(embedding, space, top_k, reference_filter)
+        )
+        return weighed, shown.similar
+
+
+def _compare(
+    previous: PreviousAssessment, output: ClassifierOutput, embedding: NDArray[np.float32]
+) -> Change:
+    """What moved since the last visit; similarity is a cosine, both vectors being unit."""
+    now, then = _melanoma(output.classification.probabilities), _melanoma(previous.probabilities)
+    return Change(
+        since=format_time(previous.created_at),
+        compared_image_id=str(previous.image_id),
+        similarity=None if previous.embedding is None else float(previous.embedding @ embedding),
+        melanoma_probability_delta=now - then,
+    )
+
+
+def _melanoma(probabilities: Mapping[Diagnosis, float]) -> float:
+    """p(MEL) among the known eight: more doubt in one of two images must not hide a rise."""
+    known = 1.0 - probabilities[Diagnosis.UNK]
+    return probabilities[Diagnosis.MEL] / known if known > 0.0 else 0.0

@@ -1,0 +1,284 @@
+"""The use case: one image in, one recorded assessment out.
+
+Two commits carry it. T1 stores the sealed image with a pending assessment and its audit
+event, while the classifier already runs; T2 stores the answer. Until T1 nothing is kept,
+and every failure is an error to the caller. After T1 nothing is lost: whatever fails, the
+caller is told `pending`, and recovery completes the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+import logging
+from time import perf_counter
+from uuid import UUID
+
+from deployments.preprocess.preprocess import PreparedImage
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter
+from serve_app.domain.errors import RecordsUnavailable, StageFailed
+from serve_app.domain.identifiers import new_id
+from serve_app.domain.patient import ClinicalContext
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keystore import KeyStore
+from serve_app.lesions.assess import Assessor, Examination
+from serve_app.pms.consultation import RecordConsultation
+from serve_app.records.lesion_rows import (
+    Admission,
+    AssessmentRecord,
+    ImageRecord,
+    OpenDemand,
+    PendingAssessment,
+    Replay,
+)
+from serve_app.records.lesions import LesionStore
+from serve_app.records.serving import LiveModel
+
+logger = logging.getLogger("derm.triage")
+
+#: How long everything before T1 may take, seconds: the image prepared, the directory asked, the image sealed.
+PREPARE_S = 15.0
+#: How long the stages may take after T1, seconds. A later answer finds nobody waiting.
+DEADLINE_S = 15.0
+#: How long an image is its request's own from T1 on: the deadline, and the way of T1's answer back (the pool's timeout).
+LEASE_S = DEADLINE_S + 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An accepted request: who asks for what, authorised and parsed."""
+
+    actor: str
+    request_id: str
+    patient_id: str
+    encounter_id: str | None
+    lesion_id: UUID | None
+    image: bytes
+    context: ClinicalContext
+    top_k: int
+    reference_filter: ReferenceFilter
+    idempotency_key: str | None
+    request_sha256: bytes
+
+
+class Triage:
+    """Runs lesions through the stages and keeps the record of it."""
+
+    def __init__(
+        self,
+        *,
+        assessor: Assessor,
+        records: LesionStore,
+        keys: KeyStore,
+        consultation: RecordConsultation | None = None,
+        tells_pms: bool = False,
+    ) -> None:
+        """`tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction."""
+        self._assessor = assessor
+        self._records = records
+        self._keys = keys
+        self._consultation = consultation
+        self._tells_pms = tells_pms
+
+    async def submit(self, submission: Submission, live: LiveModel) -> AssessmentRecord | Replay:
+        """Assess one image and record it; what is then on record has no assessment while that is pending.
+
+        Returns the earlier record's Replay when a request with the same idempotency key won.
+        Raises RejectedUpload, Overloaded, StageFailed or RecordsUnavailable with nothing stored.
+        """
+        # Asked while the image is prepared: the PMS costs the answer only what it takes longer.
+        consulting = asyncio.create_task(self._consult(submission))
+        examination = None
+        try:
+            async with asyncio.timeout(PREPARE_S):
+                examination = await self._assessor.examine(submission.image, live)
+                context = await consulting
+                since = perf_counter()
+                admission = await self._admission(submission, context, examination.prepared)
+            # Outside of that timeout: the pool has its own, and only it knows what became of the statement.
+            replay = await self._records.admit(admission, lease_s=LEASE_S)
+            examination.timings.lap("store", since)
+        except BaseException as error:
+            consulting.cancel()
+            await asyncio.gather(consulting, return_exceptions=True)
+            if examination is not None:
+                await examination.discard()
+            if isinstance(error, TimeoutError):
+                raise StageFailed(
+                    "Preparing the image took too long; nothing was stored, try again."
+                ) from error
+            raise
+        if replay is not None:
+            await examination.discard()
+            return replay
+        assessment = await self._finish(examination, admission, follow_up=not admission.new_lesion)
+        open_demand = None
+        if assessment is not None:
+            try:
+                open_demand = await self._open_demand(admission, assessment)
+            except RecordsUnavailable:  # it is on record: as with a pending one, the answer is at Location
+                assessment = None
+        return AssessmentRecord(
+            admission.lesion_id,
+            admission.patient_id,
+            ImageRecord(
+                image_id=admission.image_id,
+                assessment_id=admission.assessment_id,
+                encounter_id=admission.encounter_id,
+                created_at=admission.created_at,
+                content_type=admission.content_type,
+                width=admission.width,
+                height=admission.height,
+                outcome=Outcome.PENDING if assessment is None else assessment.outcome,
+                assessment=assessment,
+            ),
+            open_demand,
+        )
+
+    async def _open_demand(self, admission: Admission, assessment: Assessment) -> OpenDemand | None:
+        """What the lesion demands now; a new lesion's is known without asking."""
+        if not admission.new_lesion:
+            return await self._records.open_demand(admission.lesion_id)
+        if assessment.demand is None:
+            return None
+        ids = (admission.image_id, admission.assessment_id)
+        return OpenDemand(*assessment.demand, *ids, admission.created_at)
+
+    async def resume(self, pending: PendingAssessment, live: LiveModel) -> Assessment | None:
+        """Complete an assessment that was left pending; raises whatever keeps it from that.
+
+        None when it was completed elsewhere and erased since. No deadline: the caller knows for how long it is his.
+        """
+        image = await asyncio.to_thread(self._open, pending)
+        examination = await self._assessor.examine(image, live)
+        try:
+            return await self._complete(examination, pending, follow_up=True)
+        finally:
+            await examination.discard()
+
+    async def give_up(self, pending: PendingAssessment, code: str) -> bool:
+        """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
+        event = AuditEvent(
+            action="classify",
+            actor=pending.actor,
+            outcome="failed",
+            patient_id=pending.patient_id,
+            lesion_id=pending.lesion_id,
+            image_id=pending.image_id,
+            assessment_id=pending.assessment_id,
+            request_id=pending.request_id,
+            detail={"code": code, "attempts": pending.attempts},
+        )
+        return await self._records.fail(
+            pending.assessment_id, code, event=event, message_id=self._message_id()
+        )
+
+    def _message_id(self) -> UUID | None:
+        return new_id() if self._tells_pms else None
+
+    async def _consult(self, submission: Submission) -> ClinicalContext:
+        """What is known of the patient beside what was sent; WrongEncounter for one of another patient."""
+        if self._consultation is None:
+            return submission.context
+        return await self._consultation.consult(
+            submission.context, patient_id=submission.patient_id, encounter_id=submission.encounter_id
+        )
+
+    async def _admission(
+        self, submission: Submission, context: ClinicalContext, prepared: PreparedImage
+    ) -> Admission:
+        """Seal the image. Key first, then ciphertext: a crash leaves an orphan key, no unreadable image."""
+        image_id, assessment_id = new_id(), new_id()
+        lesion_id = submission.lesion_id or new_id()
+        binding = ImageBinding(image_id, submission.patient_id, prepared.content_type)
+        return Admission(
+            assessment_id=assessment_id,
+            lesion_id=lesion_id,
+            image_id=image_id,
+            patient_id=submission.patient_id,
+            encounter_id=submission.encounter_id,
+            new_lesion=submission.lesion_id is None,
+            created_at=datetime.now(UTC),
+            sealed=await asyncio.to_thread(self._seal, submission.image, binding),
+            content_type=prepared.content_type,
+            width=prepared.width,
+            height=prepared.height,
+            context=context,
+            top_k=submission.top_k,
+            reference_filter=submission.reference_filter,
+            actor=submission.actor,
+            request_id=submission.request_id,
+            idempotency_key=submission.idempotency_key,
+            request_sha256=submission.request_sha256 if submission.idempotency_key else None,
+            event=AuditEvent(
+                action="upload",
+                actor=submission.actor,
+                outcome="success",
+                patient_id=submission.patient_id,
+                lesion_id=lesion_id,
+                image_id=image_id,
+                assessment_id=assessment_id,
+                request_id=submission.request_id,
+            ),
+        )
+
+    async def _finish(
+        self, examination: Examination, case: Admission, *, follow_up: bool
+    ) -> Assessment | None:
+        """Everything after T1: any failure leaves the record pending, and says so in the log."""
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                return await self._complete(examination, case, follow_up=follow_up)
+        except Exception as error:  # noqa: BLE001 - the image is on record: whatever failed, recovery retries
+            logger.warning("Assessment %s stays pending: %s", case.assessment_id, type(error).__name__)
+            return None
+        finally:
+            await examination.discard()
+
+    async def _complete(
+        self, examination: Examination, case: Admission | PendingAssessment, *, follow_up: bool
+    ) -> Assessment | None:
+        """T2; when another replica was faster, its answer is the one on record."""
+        live = examination.live
+        previous = None
+        if follow_up:
+            previous = await self._records.previous(
+                case.lesion_id, before=case.created_at, embedding_space=live.embedding_space
+            )
+        assessment = await self._assessor.assess(
+            examination,
+            context=case.context,
+            top_k=case.top_k,
+            reference_filter=case.reference_filter,
+            previous=previous,
+        )
+        event = AuditEvent(
+            action="classify",
+            actor=case.actor,
+            outcome="success",
+            patient_id=case.patient_id,
+            lesion_id=case.lesion_id,
+            image_id=case.image_id,
+            assessment_id=case.assessment_id,
+            request_id=case.request_id,
+            detail={"outcome": assessment.outcome, "model_id": live.model_id},
+        )
+        if await self._records.complete(
+            case.assessment_id,
+            assessment,
+            embedding_space=live.embedding_space,
+            event=event,
+            message_id=self._message_id(),
+        ):
+            return assessment
+        recorded = await self._records.assessment_record(case.assessment_id)
+        return recorded.image.assessment if recorded else None
+
+    def _seal(self, image: bytes, binding: ImageBinding) -> bytes:
+        return seal(image, data_key=self._keys.create(), binding=binding)
+
+    def _open(self, pending: PendingAssessment) -> bytes:
+        binding = ImageBinding(pending.image_id, pending.patient_id, pending.content_type)
+        return self._keys.open_image(pending.sealed, binding)

@@ -1,1 +1,0 @@
-"""What this process writes about itself: JSON lines in which no patient, image or secret can be found."""

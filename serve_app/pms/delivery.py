@@ -1,0 +1,254 @@
+"""Telling the PMS what became of assessments: the outbox's messages, delivered at least once and kept once.
+
+The PMS keeps one of what it gets twice, by the Idempotency-Key; we note and audit its
+acknowledgement once. A message is noted as delivered only for an acknowledgement that names the
+assessment: a gateway's friendly page is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+import logging
+import random
+
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Outcome
+from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
+from serve_app.pms.client import CircuitBreaker, PmsClient, State
+from serve_app.pms.consultation import RecordConsultation
+from serve_app.pms.directory import PmsDirectory
+from serve_app.records.answers import assessment_answer, references_of
+from serve_app.records.lesion_rows import AssessmentRecord
+from serve_app.records.lesions import LesionStore
+from serve_app.records.outbox import ClaimedMessage, Outbox
+from serve_app.records.patients import PatientTable
+from serve_app.records.pool import Pool
+from serve_app.settings import Settings
+
+logger = logging.getLogger("derm.delivery")
+
+#: For one attempt; the PMS may have to write it down.
+TIMEOUT_S = 10.0
+#: How long a message is one sender's: longer than an attempt and its two statements may take.
+LEASE_S = 30.0
+#: The wait after the first failed attempt, doubled by each further one, and its limit.
+FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
+#: How long a message that the PMS refuses is tried again: a wrong route or a late registration is
+#: mended in that time, and whatever else the encounter has to tell waits no longer behind it.
+REFUSED_FOR = timedelta(hours=1)
+#: Attempts that fail although other messages get through before a message is dead: it is not the PMS that is away.
+#: With the waits between them more than half an hour; while nothing gets through, none counts.
+DEAD_AFTER_SETBACKS = 12
+#: Answers of 4xx that say nothing about the message: our token, our pace, or an attempt still running.
+_NOT_THE_MESSAGE = frozenset({401, 403, 407, 408, 409, 425, 429})
+_BATCH = 16
+_PERIOD_S = 1.0
+#: Who discloses, in the audit log.
+ACTOR = "derm-cds:outbox"
+
+
+class Delivery:
+    """Delivers what is due. Any number may run, in any number of processes: claims pass each other by."""
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        records: LesionStore,
+        client: PmsClient,
+        pms_url: str,
+        dead_after: timedelta,
+        breaker: CircuitBreaker | None = None,
+        first_wait_s: float = FIRST_WAIT_S,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._outbox = outbox
+        self._records = records
+        self._client = client
+        self._pms_url = pms_url
+        self._dead_after = dead_after
+        self._breaker = breaker or CircuitBreaker()
+        self._first_wait_s = first_wait_s
+        self._timeout_s = timeout_s
+
+    async def deliver_due(self, *, lease_s: float = LEASE_S) -> int:
+        """Deliver what is due now, one message of each encounter at a time; returns how many were.
+
+        RecordsUnavailable as the outbox says; what was claimed then comes up again after its lease.
+        """
+        delivered = 0
+        while (state := self._breaker.state) is not State.OPEN:
+            # A PMS that was away is tried with one message, not with all that wait.
+            limit = _BATCH if state is State.CLOSED else 1
+            claimed = await self._outbox.claim(lease_s=lease_s, limit=limit)
+            outcomes = await asyncio.gather(*map(self._deliver, claimed), return_exceptions=True)
+            delivered += sum(outcome is True for outcome in outcomes)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            if not any(outcomes):
+                break
+        return delivered
+
+    async def deliver_forever(self) -> None:
+        """Look for what is due every second, until cancelled."""
+        while True:
+            await asyncio.sleep(_PERIOD_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            try:
+                await self.deliver_due()
+            except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
+                logger.warning("Delivery waits: %s", type(error).__name__)
+
+    async def _deliver(self, message: ClaimedMessage) -> bool:
+        try:
+            return await self._attempt(message)
+        except PmsUnavailable as fault:
+            await self._wait_or_give_up(message, fault)
+        except RecordsUnavailable:
+            raise
+        except Exception as defect:  # noqa: BLE001 - our own; the other messages go on, and this one ends, too
+            await self._wait_or_give_up(message, PmsUnavailable(f"defect_{type(defect).__name__}"))
+        return False
+
+    async def _attempt(self, message: ClaimedMessage) -> bool:
+        found = await self._records.assessment_record(message.assessment_id)
+        if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
+            await self._outbox.give_up(message.message_id, error="not_finished")
+            return False
+        pictured = await self._records.pictured(references_of(found.image))
+        if not self._breaker.enter():
+            await self._outbox.postpone(
+                message.message_id, delay_s=self._first_wait_s, error="circuit_open", counts=False
+            )
+            return False
+        await self._post(message, found, pictured)
+        return await self._outbox.deliver(
+            message.message_id, told=found.image.outcome, event=_disclosed(message, found)
+        )
+
+    async def _post(
+        self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
+    ) -> None:
+        """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
+        body = assessment_answer(
+            found.image,
+            lesion_id=found.lesion_id,
+            patient_id=found.patient_id,
+            pictured=pictured,
+            pms_url=self._pms_url,
+        )
+        try:
+            answer = await self._client.post(
+                "api",
+                "encounters",
+                message.encounter_id,
+                "assessments",
+                body=body,
+                idempotency_key=_idempotency_key(message, found),
+                timeout_s=self._timeout_s,
+            )
+        except PmsUnavailable:
+            self._breaker.fail()
+            raise
+        if answer.status >= 500 or answer.status in _NOT_THE_MESSAGE:
+            self._breaker.fail()
+            raise PmsUnavailable(f"http_{answer.status}")
+        self._breaker.succeed()
+        if answer.status >= 400:
+            raise PmsRefused(f"http_{answer.status}")
+        if answer.status >= 300 or answer.body is None:
+            raise PmsUnavailable(f"http_{answer.status}_without_acknowledgement")
+        if answer.body.get("assessment_id") != body["assessment_id"]:
+            raise PmsUnavailable("acknowledged_another")
+
+    async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
+        limit = min(REFUSED_FOR, self._dead_after) if isinstance(fault, PmsRefused) else self._dead_after
+        counts = str(fault) not in {f"http_{status}" for status in _NOT_THE_MESSAGE}
+        late = datetime.now(UTC) - message.waiting_since >= limit
+        if late or (counts and message.setbacks >= DEAD_AFTER_SETBACKS):
+            await self._outbox.give_up(message.message_id, error=str(fault))
+            logger.error("Message %s is dead: %s", message.message_id, fault)
+            return
+        delay = wait_s(message.attempts, first_s=self._first_wait_s)
+        await self._outbox.postpone(message.message_id, delay_s=delay, error=str(fault), counts=counts)
+        logger.warning("Message %s waits %.0f s: %s", message.message_id, delay, fault)
+
+
+def wait_s(attempts: int, *, first_s: float = FIRST_WAIT_S) -> float:
+    """Seconds before the next attempt: doubled each time up to the limit, then spread over its upper half."""
+    longest = min(LONGEST_WAIT_S, first_s * 2.0 ** min(attempts - 1, 32))
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+
+
+def _idempotency_key(message: ClaimedMessage, found: AssessmentRecord) -> str:
+    """The message's id, or for an erasure its receipt's: two things to tell of one assessment, kept one of each."""
+    erasure = found.image.erasure
+    return str(message.message_id if erasure is None else erasure.receipt_id)
+
+
+def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
+    return AuditEvent(
+        action="disclose",
+        actor=ACTOR,
+        outcome="success",
+        patient_id=found.patient_id,
+        lesion_id=found.lesion_id,
+        image_id=found.image.image_id,
+        assessment_id=message.assessment_id,
+        request_id=_idempotency_key(message, found),
+        detail={"recipient": "pms", "outcome": found.image.outcome, "attempts": message.attempts},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PmsTies:
+    """Each part is None where it is not configured."""
+
+    url: str | None
+    client: PmsClient | None
+    consultation: RecordConsultation | None
+    outbox: Outbox | None
+    delivery: Delivery | None
+
+    def start(self) -> tuple[asyncio.Task[None], ...]:
+        """Start delivering, where there is something to deliver; whoever starts it cancels it."""
+        return () if self.delivery is None else (asyncio.create_task(self.delivery.deliver_forever()),)
+
+    async def describe(self) -> dict[str, int | float | None] | None:
+        """For /readyz: what waits for the PMS and what is dead; None where nothing is delivered."""
+        return None if self.outbox is None else asdict(await self.outbox.counts())
+
+    async def close(self) -> None:
+        """Close the connections to the PMS."""
+        if self.client is not None:
+            await self.client.close()
+
+
+def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsTies:
+    """Put together what the settings ask for; nothing connects before its first use."""
+    url, client = settings.pms_url, None
+    if url is not None:
+        client = PmsClient(url, token_file=settings.pms_token_file, ca_file=settings.pms_ca_file)
+    outbox = delivery = None
+    if url is not None and client is not None and settings.pms_deliver:
+        outbox = Outbox(pool)
+        delivery = Delivery(
+            outbox=outbox,
+            records=records,
+            client=client,
+            pms_url=url,
+            dead_after=timedelta(days=settings.pms_dead_after_days),
+        )
+    return PmsTies(url, client, _consultation(settings, pool, client), outbox, delivery)
+
+
+def _consultation(settings: Settings, pool: Pool, client: PmsClient | None) -> RecordConsultation | None:
+    if settings.patient_directory == "local":
+        return RecordConsultation(PatientTable(pool, timeout_s=settings.pms_timeout_s))
+    if settings.patient_directory == "pms" and client is not None:
+        directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
+        return RecordConsultation(directory)
+    return None

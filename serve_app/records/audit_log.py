@@ -1,0 +1,276 @@
+"""The chain over the audit log: an event that is edited, removed, added or moved afterwards shows.
+
+Events are written in the transaction of what they record, and wait for nobody. One sealer follows, moments
+later, and adds a seal to each: a hash over the event and over the seal before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from hashlib import sha256
+
+import asyncpg
+
+from serve_app.access.rules import PURPOSE, purpose_of, requested_action
+from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, in_force
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.errors import IntegrityError
+from serve_app.records.pool import Pool, queries
+
+#: What is before the first seal.
+GENESIS = bytes(32)
+#: Events that may have been sealed before one with a lower id commits: more than a request's time holds.
+LATE_EVENTS = 10_000
+#: An event older than this has its seal, unless nobody seals.
+SEALED_WITHIN = timedelta(minutes=2)
+
+_BATCH = 5_000
+_SQL = queries("audit_chain")
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The chain's state after `position` events: its hash, 32 bytes."""
+
+    position: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tampering:
+    """Something that was done to the log: what, at which seal (0: none of them) and event."""
+
+    kind: str
+    position: int
+    event_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked, the chain's head, and what was found; no finding is as it should be."""
+
+    events: int
+    head: Seal
+    findings: tuple[Tampering, ...]
+
+
+def link(before: bytes, position: int, digest: bytes) -> bytes:
+    """The hash of a seal."""
+    return sha256(before + position.to_bytes(8, "big") + digest).digest()
+
+
+class AuditChain:
+    """Seals and verifies. RecordsUnavailable as the pool says; the application's role will do."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def head(self) -> Seal:
+        """The newest seal."""
+        return _seal(await self._pool.fetchrow(_SQL["head"]))
+
+    async def seal(self, *, limit: int = _BATCH, wait: bool = False, all_events: bool = False) -> int:
+        """Seal up to `limit` events that have none; returns how many.
+
+        0, too, while another process seals, unless `wait`. `all_events` looks for those, too, that no late commit explains.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            if wait:
+                await connection.execute(_SQL["be_the_sealer"])
+            elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
+                return 0
+            late = 2**62 if all_events else LATE_EVENTS
+            events = await connection.fetch(_SQL["unsealed"], late, limit)
+            seal = _seal(await connection.fetchrow(_SQL["head"]))
+            rows = []
+            for event in events:
+                position = seal.position + 1
+                seal = Seal(position, link(seal.hash, position, event["digest"]))
+                rows.append((position, event["event_id"], seal.hash))
+            await connection.executemany(_SQL["seal"], rows)
+            return len(rows)
+
+    async def age(self) -> timedelta:
+        """How long ago the first event was sealed, by the database's clock; zero while none is."""
+        age: timedelta | None = await self._pool.fetchval(_SQL["age"])
+        return age or timedelta()
+
+    async def hashes_at(self, positions: Sequence[int]) -> dict[int, bytes]:
+        """The hashes of the seals at these positions, as far as they are there."""
+        rows = await self._pool.fetch(_SQL["hashes_at"], list(positions))
+        return {row["position"]: row["hash"] for row in rows}
+
+    async def verify(self, known: Sequence[Seal] = (), *, since: Seal | None = None) -> Verification:
+        """Recompute the chain from its beginning, and hold it against seals that are `known` from elsewhere.
+
+        Finds events edited, removed, moved or exchanged, a chain cut short or written anew behind a known
+        seal, known seals that contradict each other, and events without a seal. With `since`, one of the known,
+        only what came after it is recomputed, and events without a seal are not looked for.
+        """
+        expected, findings = _agree(known)
+        at = Seal(0, GENESIS)
+        if since is not None and since.position:
+            # From what is stored there: that it is not what is known is one finding, and what follows may be sound.
+            stored = (await self.hashes_at([since.position])).get(since.position)
+            at = Seal(since.position, stored or since.hash)
+            if stored != since.hash:
+                kind = "the chain was written anew" if stored else "the log was cut short"
+                findings.append(Tampering(kind, since.position, None))
+        expected = {position: value for position, value in expected.items() if position > at.position}
+        async for position, event_id, stored, digest in self._links(at.position):
+            if position != at.position + 1:
+                findings.append(Tampering("seals are missing", position, event_id))
+            if digest is None:
+                findings.append(Tampering("the event is gone", position, event_id))
+            elif link(at.hash, position, digest) != stored:
+                findings.append(Tampering("the event or its place has changed", position, event_id))
+            if expected.pop(position, stored) != stored:
+                findings.append(Tampering("the chain was written anew", position, event_id))
+            # From the stored hash on: one change is one finding.
+            at = Seal(position, stored)
+        findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
+        if since is None:
+            findings += await self._unsealed()
+        return Verification(at.position, at, tuple(findings))
+
+    async def _unsealed(self) -> list[Tampering]:
+        rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN)
+        return [Tampering("the event has no seal", 0, row["event_id"]) for row in rows]
+
+    async def _links(self, position: int) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
+        while rows := await self._pool.fetch(_SQL["chain"], position, _BATCH):
+            for row in rows:
+                yield row["position"], row["event_id"], row["hash"], row["digest"]
+            position = rows[-1]["position"]
+
+
+def _agree(known: Sequence[Seal]) -> tuple[dict[int, bytes], list[Tampering]]:
+    """The hash that is known of each position, and the positions of which two are: one of them was forged.
+
+    Were the later one believed, it would hide what was done since the earlier one.
+    """
+    hashes: dict[int, set[bytes]] = {}
+    for seal in known:
+        hashes.setdefault(seal.position, set()).add(seal.hash)
+    contradictions = [
+        Tampering("two checkpoints contradict each other", position, None)
+        for position, values in sorted(hashes.items())
+        if len(values) > 1
+    ]
+    return {position: min(values) for position, values in hashes.items() if len(values) == 1}, contradictions
+
+
+def _seal(row: asyncpg.Record | None) -> Seal:
+    return Seal(row["position"], row["hash"]) if row else Seal(0, GENESIS)
+
+
+_AUDIT_EVENTS_BATCH = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event as it stands in the log: its number there, and the database's time of it."""
+
+    event_id: int
+    recorded_at: datetime
+    event: AuditEvent
+
+
+async def events_between(pool: Pool, start: datetime, end: datetime) -> AsyncIterator[RecordedEvent]:
+    """Yield the events from `start` on and before `end`, oldest first, a batch in memory at a time."""
+    after = 0
+    while rows := await pool.fetch(_SQL["events_between"], start, end, after, _AUDIT_EVENTS_BATCH):
+        for row in rows:
+            fields = {name: row[name] for name in AuditEvent.__dataclass_fields__}
+            yield RecordedEvent(row["event_id"], row["recorded_at"], AuditEvent(**fields))
+        after = rows[-1]["event_id"]
+
+
+def event_columns(event: AuditEvent) -> tuple[object, ...]:
+    """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
+
+    What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
+    statement writes itself.
+    """
+    attempt = requested_action(event.request_id)
+    if attempt is not None:
+        attempt.recorded = True
+        if attempt.emergency is not None:
+            event = replace(event, detail={**event.detail, "emergency_access": str(attempt.emergency)})
+    purpose = purpose_of(event, attempt.principal.roles if attempt is not None else None)
+    detail = dict(event.detail) if purpose is None else {**event.detail, PURPOSE: purpose}
+    return (
+        event.action,
+        event.actor,
+        event.outcome,
+        event.patient_id,
+        event.lesion_id,
+        event.image_id,
+        event.assessment_id,
+        event.request_id,
+        detail,
+    )
+
+
+#: A chain whose first seal is older has a checkpoint, unless somebody took it away: one is signed with the first seals.
+FIRST_CHECKPOINT_WITHIN = timedelta(minutes=10)
+
+
+async def examine(
+    chain: AuditChain, checkpoints: Sequence[Checkpoint], *, whole: bool, kept_here: bool = True
+) -> Verification:
+    """Hold the chain against its checkpoints (oldest first): the `whole` of it, or what came after the last one.
+
+    That there is no checkpoint at all is a finding, where the chain is older than its first one would be.
+    `kept_here`: whether this node's own file has any.
+    """
+    known = [Seal(checkpoint.position, checkpoint.hash) for checkpoint in in_force(checkpoints)]
+    last = max(known, key=lambda seal: seal.position, default=None)
+    found = await chain.verify(known, since=None if whole else last)
+    if (known and kept_here) or await chain.age() < FIRST_CHECKPOINT_WITHIN:
+        return found
+    gone = Tampering("the checkpoints are gone", 0, None)
+    return Verification(found.events, found.head, (gone, *found.findings))
+
+
+async def sign_head(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint | None:
+    """Sign the chain's head, and return the newest checkpoint; None while nothing is sealed.
+
+    Nothing is signed where nothing was sealed since. IntegrityError, and nothing signed, when the chain does not
+    follow from the last checkpoint, when two of them contradict each other, or when they are gone.
+    """
+    kept = await asyncio.to_thread(checkpoints.read)
+    found = await examine(chain, kept, whole=False)
+    if found.findings:
+        raise IntegrityError(
+            f"No checkpoint was signed: {describe(found.findings[0])}. `derm-cds audit verify` says more."
+        )
+    newest = next((each for each in reversed(kept) if each.position == found.head.position), None)
+    if newest is not None or found.head.position == 0:
+        return newest
+    return await asyncio.to_thread(checkpoints.add, found.head.position, found.head.hash)
+
+
+async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint:
+    """Sign that the chain as it is now goes on from the last checkpoint it agrees with, and the later ones are void.
+
+    For after a restore, and never by the service itself: the operator answers for it.
+    """
+    kept = sorted(in_force(await asyncio.to_thread(checkpoints.read)), key=lambda each: each.position)
+    there = await chain.hashes_at([each.position for each in kept])
+    agreed = 0
+    for each in kept:
+        if there.get(each.position) != each.hash:
+            break
+        agreed = each.position
+    head = await chain.head()
+    return await asyncio.to_thread(checkpoints.add, head.position, head.hash, restored_after=agreed)
+
+
+def describe(finding: Tampering) -> str:
+    """Say a finding in words: what, and where."""
+    at = f"seal {finding.position}" if finding.position else "no seal"
+    return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"

@@ -1,1 +1,0 @@
-"""Tokens, access decisions, audit events; encryption of images, and where their keys are kept."""

@@ -1,0 +1,336 @@
+"""Tokens signed with an issuer's keys, which a small issuer of our own publishes and rotates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import json
+from pathlib import Path
+import socket
+import threading
+import time
+from typing import Any
+import warnings
+
+from joserfc import jwt
+from joserfc.errors import SecurityWarning
+from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
+import pytest
+
+from serve_app.access.issuer_keys import (
+    MAX_BYTES,
+    PUBLIC_ALGORITHMS,
+    Freshness,
+    IssuerKeys,
+    KeySetRefused,
+    PublicKeyVerifier,
+    read_key_set,
+)
+from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
+
+ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
+#: What the issuer may take here, seconds.
+ANSWER_S = 2.0
+
+
+def make_key(algorithm: str, kid: str | None) -> Key:
+    named = {"kid": kid} if kid else None
+    if algorithm == "RS256":
+        return RSAKey.generate_key(2048, named)
+    return (
+        ECKey.generate_key("P-256", named) if algorithm == "ES256" else OKPKey.generate_key("Ed25519", named)
+    )
+
+
+def sign(key: Key, algorithm: str, *, header: dict[str, Any] | None = None, **changed: Any) -> str:
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "dr-1", "roles": ["clinician"], "exp": time.time() + 600}
+    kid = {"kid": key.get("kid")} if key.get("kid") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)
+        return jwt.encode(
+            {"alg": algorithm, **kid, **(header or {})}, {**claims, **changed}, key, algorithms=[algorithm]
+        )
+
+
+def published(*keys: Key) -> bytes:
+    return json.dumps({"keys": [key.as_dict(private=False) for key in keys]}).encode()
+
+
+@dataclass
+class Issuer:
+    """An HTTP server that publishes `body`."""
+
+    url: str
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    asked: int = 0
+    trickle_s: float = 0.0
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found.asked += 1
+            self.send_response(found.status)
+            for name, value in found.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(found.body)))
+            self.end_headers()
+            for byte in found.body if found.trickle_s else ():
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:
+                    return
+                time.sleep(found.trickle_s)
+            if not found.trickle_s:
+                self.wfile.write(found.body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Issuer(f"http://127.0.0.1:{server.server_port}/jwks.json")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def verifier(
+    source: str, *, algorithms: tuple[str, ...] = tuple(PUBLIC_ALGORITHMS), clock: Clock | None = None
+) -> PublicKeyVerifier:
+    keys = IssuerKeys(source, freshness=Freshness(answer_s=ANSWER_S), clock=clock or Clock())
+    return PublicKeyVerifier(keys, ISSUER, AUDIENCE, algorithms)
+
+
+async def settled(found: PublicKeyVerifier) -> None:
+    """Wait until the request for keys that is under way in the background has ended."""
+    if found._keys._refresh is not None:
+        await asyncio.wait({found._keys._refresh})
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A server that lets everybody connect and never says a word."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=64)) as listening:
+        yield listening
+
+
+def url_of(listening: socket.socket) -> str:
+    return f"http://127.0.0.1:{listening.getsockname()[1]}/jwks.json"
+
+
+@pytest.mark.parametrize("age", [700, 3600, 80_000])
+async def test_nobody_waits_for_an_issuer_that_never_answers(
+    issuer: Issuer, silent: socket.socket, age: float
+) -> None:
+    key, stranger, clock = make_key("ES256", "a"), make_key("ES256", "b"), Clock()
+    issuer.body = published(key)
+    found = verifier(issuer.url, clock=clock)
+    token = sign(key, "ES256")
+    assert await found.identify(token)
+    found._keys._source = url_of(silent)
+    clock.now += age
+    since = time.monotonic()
+    await found.identify(token)  # may wait a moment where the keys are old
+    assert time.monotonic() - since < 0.8 * ANSWER_S
+    # One with an unknown key waits for the issuer; nobody waits with it
+    unknown = asyncio.create_task(found.identify(sign(stranger, "ES256")))
+    since = time.monotonic()
+    for _ in range(20):
+        assert await found.identify(token)
+    assert time.monotonic() - since < 0.5 * ANSWER_S
+    with pytest.raises(Unauthenticated):
+        await unknown
+    assert time.monotonic() - since < 3 * ANSWER_S
+    # and not again before the interval is over
+    since = time.monotonic()
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(stranger, "ES256"))
+    assert time.monotonic() - since < 0.5 * ANSWER_S
+
+
+async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(
+    silent: socket.socket,
+) -> None:
+    found = verifier(url_of(silent))
+    token = sign(make_key("ES256", "a"), "ES256")
+    since = time.monotonic()
+    answers = await asyncio.gather(*(found.identify(token) for _ in range(20)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {IssuerKeysUnavailable}
+    assert time.monotonic() - since < 3 * ANSWER_S
+    silent.setblocking(False)  # noqa: FBT003 - the standard library's own
+    with closing(silent.accept()[0]), pytest.raises(BlockingIOError):
+        silent.accept()  # 20 callers, one connection
+
+
+async def test_an_issuer_that_trickles_is_not_listened_to_for_ever(issuer: Issuer) -> None:
+    issuer.trickle_s, issuer.body = ANSWER_S / 4, b" " * 40
+    since = time.monotonic()
+    with pytest.raises(IssuerKeysUnavailable):
+        await verifier(issuer.url).identify(sign(make_key("ES256", "a"), "ES256"))
+    assert time.monotonic() - since < 2 * ANSWER_S
+
+
+@pytest.mark.parametrize("algorithm", PUBLIC_ALGORITHMS)
+@pytest.mark.parametrize("kid", ["2026-11", None])
+async def test_each_algorithm_gets_in(issuer: Issuer, algorithm: str, kid: str | None) -> None:
+    key = make_key(algorithm, kid)
+    issuer.body = published(key)
+    principal = await verifier(issuer.url).identify(sign(key, algorithm, jti="7"))
+    assert (principal.subject, principal.roles, principal.token_id) == ("dr-1", {"clinician"}, "7")
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+async def test_keys_may_come_from_a_file(tmp_path: Path, prefix: str) -> None:
+    key = make_key("ES256", "a")
+    (tmp_path / "jwks.json").write_bytes(published(key))
+    found = verifier(f"{prefix}{tmp_path / 'jwks.json'}")
+    assert (await found.identify(sign(key, "ES256"))).subject == "dr-1"
+
+
+async def test_a_rotated_key_is_found_at_once_and_a_withdrawn_one_refused_in_time(issuer: Issuer) -> None:
+    old, new, clock = make_key("ES256", "old"), make_key("ES256", "new"), Clock()
+    issuer.body = published(old)
+    found = verifier(issuer.url, clock=clock)
+    assert await found.identify(sign(old, "ES256"))
+    clock.now += 60
+    issuer.body = published(new)
+    assert await found.identify(sign(new, "ES256"))
+    assert issuer.asked == 2
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(old, "ES256"))
+    # By age, when nobody brings an unknown key: asked for in the background
+    third = make_key("ES256", "third")
+    issuer.body = published(third)
+    assert await found.identify(sign(new, "ES256"))
+    clock.now += 601
+    assert await found.identify(sign(new, "ES256"))
+    await settled(found)
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(new, "ES256"))
+    # Where nobody asked for long, the first to ask is not served from what is twice as old
+    issuer.body = published(old)
+    clock.now += 1201
+    with pytest.raises(Unauthenticated):
+        await found.identify(sign(third, "ES256"))
+
+
+async def test_unknown_keys_cost_the_issuer_one_request_an_interval(issuer: Issuer) -> None:
+    key, stranger, clock = make_key("ES256", "a"), make_key("ES256", "b"), Clock()
+    issuer.body = published(key)
+    found = verifier(issuer.url, clock=clock)
+    for _ in range(20):
+        with pytest.raises(Unauthenticated):
+            await found.identify(sign(stranger, "ES256"))
+    assert issuer.asked == 1
+    clock.now += 31
+    for _ in range(20):
+        with pytest.raises(Unauthenticated):
+            await found.identify(sign(stranger, "ES256"))
+    assert issuer.asked == 2
+
+
+@pytest.mark.parametrize("fault", ["500", "redirect", "garbage", "huge", "down"])
+async def test_an_issuer_in_trouble_is_outlived_but_not_for_ever(issuer: Issuer, fault: str) -> None:
+    key, clock = make_key("ES256", "a"), Clock()
+    issuer.body = published(key)
+    found = verifier(issuer.url, clock=clock)
+    token = sign(key, "ES256")
+    assert await found.identify(token)
+    if fault == "500":
+        issuer.status = 500
+    elif fault == "redirect":
+        issuer.status, issuer.headers = 302, {"Location": issuer.url.replace("jwks", "other")}
+    elif fault == "garbage":
+        issuer.body = b"<html>"
+    elif fault == "huge":
+        issuer.body = b" " * (MAX_BYTES + 1)
+    else:
+        found._keys._source = "http://127.0.0.1:9/jwks.json"
+    clock.now += 3600
+    assert await found.identify(token)
+    await settled(found)
+    clock.now += 86_400
+    with pytest.raises(IssuerKeysUnavailable):
+        await found.identify(token)
+
+
+async def test_without_any_key_the_service_says_so(tmp_path: Path) -> None:
+    with pytest.raises(IssuerKeysUnavailable):
+        await verifier(str(tmp_path / "missing")).identify(sign(make_key("ES256", "a"), "ES256"))
+
+
+async def test_algorithms_are_from_the_allow_list_and_fit_the_key(issuer: Issuer) -> None:
+    rsa, ec = make_key("RS256", "rsa"), make_key("ES256", "ec")
+    issuer.body = published(rsa, ec)
+    only_ec = verifier(issuer.url, algorithms=("ES256",))
+    assert await only_ec.identify(sign(ec, "ES256"))
+    public = rsa.as_pem(private=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)
+        confused = OctKey.import_key(json.dumps(rsa.as_dict(private=False)))
+    forged = [
+        sign(rsa, "RS256"),
+        sign(ec, "ES256", header={"kid": "rsa"}),
+        sign(OctKey.import_key("x" * 64), "HS256", header={"kid": "ec"}),
+        sign(confused, "HS256", header={"kid": "rsa"}),
+        "eyJhbGciOiJub25lIn0.eyJzdWIiOiJkciJ9.x",
+        sign(ec, "ES256", header={"jwk": ec.as_dict(private=False), "kid": "other"}),
+        sign(make_key("ES256", "ec"), "ES256"),
+        sign(ec, "ES256", iss="https://another.example"),
+        sign(ec, "ES256", aud="another"),
+        sign(ec, "ES256", exp=time.time() - 60),
+    ]
+    assert public
+    for token in forged:
+        with pytest.raises(Unauthenticated):
+            await only_ec.identify(token)
+
+
+@pytest.mark.parametrize("algorithms", [(), ("none",), ("HS256",), ("RS256", "HS256"), ("RS512",)])
+def test_an_allow_list_that_makes_no_sense_is_refused(algorithms: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="Algorithms"):
+        verifier("/nowhere", algorithms=algorithms)
+
+
+def test_a_set_is_read_strictly() -> None:
+    good = make_key("ES256", "a")
+    public = good.as_dict(private=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)
+        weak = RSAKey.generate_key(1024, {"kid": "weak"}).as_dict(private=False)
+    others = [
+        {"kty": "PQC", "kid": "later"},
+        {**public, "kid": "enc", "use": "enc"},
+        {**public, "kid": "ops", "key_ops": ["sign"]},
+        weak,
+        {"kty": "RSA", "n": "AA"},
+        {**public, "kid": 7},
+    ]
+    (found,) = read_key_set(json.dumps({"keys": [*others, public]}).encode())
+    assert found.get("kid") == "a"
+    refused: list[Any] = [
+        *(b"", b"null", b"[]", b"7", b'{"keys": 7}', b'{"keys": [7]}', b'{"keys": []}', b"[" * 90_000),
+        {"keys": others},
+        {"keys": [public, public]},
+        {"keys": [public, good.as_dict(private=True)]},
+        {"keys": [public, {"kty": "oct", "k": "AAAA"}]},
+    ]
+    for content in refused:
+        with pytest.raises(KeySetRefused):
+            read_key_set(content if isinstance(content, bytes) else json.dumps(content).encode())

@@ -1,0 +1,86 @@
+"""What an action was for follows from what it is and from the role that does it."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve_app.access.rules import GRANTS, PURPOSE, Action, Purpose, Reach, Role, purpose_of, recorded_purpose
+from serve_app.audit.events import AuditEvent, account_event, os_account
+from serve_app.keys.receipts import ErasureReason
+
+
+def made(action: str, *, actor: str = "dr", **detail: object) -> AuditEvent:
+    return AuditEvent(action=action, actor=actor, outcome="success", request_id="r", detail=detail)
+
+
+@pytest.mark.parametrize(
+    ("roles", "purpose"),
+    [
+        ({"clinician"}, "TREAT"),
+        ({"pms_service"}, "TREAT"),
+        ({"supervisor"}, "HOPERAT"),
+        ({"auditor"}, "HCOMPL"),
+        ({"operator"}, "HSYSADMIN"),
+        ({"supervisor", "clinician"}, "TREAT"),
+        ({"gardener"}, None),
+        (set(), None),
+    ],
+)
+def test_a_read_is_for_what_its_reader_is_there_for(roles: set[str], purpose: str | None) -> None:
+    assert purpose_of(made("read"), frozenset(roles)) == purpose
+    assert purpose_of(made("read_receipt"), frozenset(roles)) == purpose
+
+
+@pytest.mark.parametrize(
+    ("action", "purpose"),
+    [
+        ("break_glass", "ETREAT"),
+        ("review_access", "HCOMPL"),
+        ("export", "HCOMPL"),
+        ("disclose", "HOPERAT"),
+        ("classify", "TREAT"),
+        ("record_close", "HOPERAT"),
+        ("hold_set", "HLEGAL"),
+        ("hold_release", "HLEGAL"),
+    ],
+)
+def test_some_actions_have_one_purpose_whoever_does_them(action: str, purpose: str) -> None:
+    for roles in (None, frozenset({"supervisor"}), frozenset({"clinician"})):
+        assert purpose_of(made(action, actor="os:root"), roles) == purpose
+
+
+@pytest.mark.parametrize("action", ["erase", "erased"])
+@pytest.mark.parametrize("reason", ErasureReason)
+def test_an_erasure_is_for_its_reason_and_never_treatment(action: str, reason: ErasureReason) -> None:
+    asked = reason in {ErasureReason.PATIENT_REQUEST, ErasureReason.CONSENT_WITHDRAWN}
+    for roles in (None, frozenset({"supervisor"}), frozenset({"pms_service"})):
+        assert purpose_of(made(action, reason=reason), roles) == ("PATRQT" if asked else "HOPERAT")
+
+
+def test_what_rests_on_an_emergency_is_emergency_treatment() -> None:
+    assert purpose_of(made("read", emergency_access="e"), frozenset({"supervisor"})) == "ETREAT"
+
+
+def test_what_a_command_does_is_administration_and_what_nobody_does_has_no_purpose() -> None:
+    assert account_event("model_promote").actor == os_account()
+    for action in ("model_promote", "patient_load", "assign", "revoke", "key_rotate", "backup"):
+        assert purpose_of(account_event(action)) == "HSYSADMIN"
+    assert purpose_of(made("authenticate", actor="unauthenticated")) is None
+
+
+@pytest.mark.parametrize("role", Role)
+def test_every_action_that_a_role_is_granted_has_a_purpose(role: Role) -> None:
+    for action, reach in GRANTS[role].items():
+        purpose = purpose_of(made(action), frozenset({role}))
+        assert purpose is not None
+        # Treatment is only of patients in one's care.
+        assert purpose is not Purpose.TREATMENT or reach is not Reach.ANY or action in _OF_NOBODY
+
+
+_OF_NOBODY = {Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE}
+
+
+def test_an_event_from_before_there_was_a_purpose_has_none() -> None:
+    assert recorded_purpose(made("read")) is None
+    assert recorded_purpose(made("read", **{PURPOSE: "PATRQT"})) is Purpose.PATIENT_REQUEST
+    assert recorded_purpose(made("read", **{PURPOSE: "a code of tomorrow"})) is None

@@ -1,0 +1,284 @@
+"""Tokens that must not get in, and the few that may."""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+import hashlib
+import hmac
+import json
+import time
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from joserfc import jwt
+from joserfc.jwk import OctKey, RSAKey
+import pytest
+
+from serve_app.access.tokens import Principal, TokenVerifier, mint_token
+from serve_app.domain.errors import Unauthenticated
+
+SECRET = "a development secret of 32 bytes"
+ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
+VERIFIER = TokenVerifier(SECRET, ISSUER, AUDIENCE)
+HS256 = {"alg": "HS256", "typ": "JWT"}
+DIGESTS = {"HS256": hashlib.sha256, "HS384": hashlib.sha384, "HS512": hashlib.sha512}
+
+
+def claims(**changed: Any) -> dict[str, Any]:
+    """Good claims, changed; None takes a claim out."""
+    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "dr-1", "roles": ["clinician"], "exp": time.time() + 600}
+    return {name: value for name, value in {**good, **changed}.items() if value is not None}
+
+
+def b64(content: bytes) -> str:
+    return urlsafe_b64encode(content).rstrip(b"=").decode()
+
+
+def forge(header: Any, payload: Any, *, secret: str = SECRET, digest: str = "HS256") -> str:
+    """Make a token by hand: any header and payload, honestly signed."""
+    parts = (part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload))
+    signed = ".".join(b64(part) for part in parts)
+    return f"{signed}.{b64(hmac.digest(secret.encode(), signed.encode(), DIGESTS[digest]))}"
+
+
+def refuse(token: str, verifier: TokenVerifier = VERIFIER) -> None:
+    with pytest.raises(Unauthenticated) as raised:
+        verifier.verify(token)
+    assert str(raised.value) == "A valid bearer token is required."
+
+
+def test_a_minted_token_says_who_it_is() -> None:
+    token = mint_token(
+        secret=SECRET, issuer=ISSUER, audience=AUDIENCE, subject="dr-1", roles=["pms_service", "clinician"]
+    )
+    assert VERIFIER.verify(token) == Principal("dr-1", frozenset({"clinician", "pms_service"}))
+    assert VERIFIER.verify(token) == VERIFIER.verify(token)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"aud": ["other", AUDIENCE]},
+        {"nbf": 1_700_000_000, "iat": 1_700_000_000},
+        {"exp": 10**400},
+        {"sub": "Ärztin 1"},
+        {"sub": "x" * 255},
+        {"jti": "7", "scope": "lesions", "nested": {"a": [1, None]}},
+    ],
+)
+def test_good_claims_get_in(changed: dict[str, Any]) -> None:
+    token = forge(HS256, claims(**changed))
+    assert VERIFIER.verify(token).subject == changed.get("sub", "dr-1")
+
+
+@pytest.mark.parametrize("roles", [None, []])
+def test_no_roles_is_a_principal_without_any(roles: list[str] | None) -> None:
+    assert VERIFIER.verify(forge(HS256, claims(roles=roles))).roles == frozenset()
+
+
+NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"iss": value} for value in (None, "", "derm-cds", ISSUER + "/", ISSUER.upper(), [ISSUER], 7, {})),
+        *(
+            {"aud": value}
+            for value in (None, "", "other", [], ["other"], [AUDIENCE, 7], 7, {AUDIENCE: 1}, "derm")
+        ),
+        *(
+            {"exp": value}
+            for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, -INFINITY, [9999999999])
+        ),
+        *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY, [0])),
+        *({"iat": value} for value in (YEAR_2096, "0", True, NAN)),
+        *({"sub": value} for value in (None, "", " ", "\t", 7, True, ["dr-1"], {"a": 1}, "x" * 256)),
+        *(
+            {"sub": value}
+            for value in ("dr\x00", "dr\n2026 success", "dr\r", "dr\x1b[31m", "\u202edr", "\ud800")
+        ),
+        *({"roles": value} for value in ("clinician", {"clinician": 1}, 7, [7], [None], [["clinician"]])),
+    ],
+    ids=repr,
+)
+def test_bad_claims_stay_out(changed: dict[str, Any]) -> None:
+    refuse(forge(HS256, claims(**changed)))
+
+
+def test_clocks_may_differ_by_five_seconds() -> None:
+    now = time.time()
+    assert VERIFIER.verify(forge(HS256, claims(exp=now - 2, iat=now + 2, nbf=now + 2)))
+    refuse(forge(HS256, claims(exp=now - 6)))
+    refuse(forge(HS256, claims(nbf=now + 30)))
+    refuse(forge(HS256, claims(iat=now + 30)))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"{", b"null", b"[]", b'"x"', b"7", b"\xff", b"[" * 5000, b'{"a":' * 1000, b"{}", b"\x00"],
+)
+def test_a_signed_payload_that_is_no_claims_stays_out(payload: bytes) -> None:
+    refuse(forge(HS256, payload))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"typ": "JWT"},
+        *({"alg": alg} for alg in ("", "none", "None", "NONE", "nOnE", "hs256", "HS1", "dir", "A256KW")),
+        *(
+            {"alg": alg}
+            for alg in ("HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519", "ES256K")
+        ),
+        *({"alg": alg} for alg in (None, True, 7, ["HS256"], {"HS256": 1})),
+        *({"alg": "HS256", "crit": crit} for crit in (["x"], "alg", 7, None, [7], [[]], ["exp"])),
+        *({"alg": "HS256", "b64": b64_, "crit": ["b64"]} for b64_ in (False, 0, "false")),
+        {"alg": "HS256", "b64": False},
+        {"alg": "HS256", "unknown": 1},
+        {"alg": "HS256", "enc": "A128GCM"},
+        {"alg": "HS256", "kid": 7},
+        *("alg", ["alg"], ["alg", "crit"], 7, None, True),
+        *(b"", b"{", b"\xff", b'{"alg":"none","alg":"none"}', b"[" * 380),
+    ],
+    ids=repr,
+)
+def test_odd_headers_stay_out_although_signed(header: Any) -> None:
+    refuse(forge(header, claims()))
+
+
+@pytest.mark.parametrize("digest", ["HS384", "HS512"])
+def test_only_allowed_algorithms_get_in(digest: str) -> None:
+    token = forge({"alg": digest}, claims(), digest=digest)
+    refuse(token)
+    assert TokenVerifier(SECRET, ISSUER, AUDIENCE, ("HS256", digest)).verify(token).subject == "dr-1"
+
+
+def test_none_stays_out_with_and_without_signature() -> None:
+    header, payload = b64(b'{"alg":"none"}'), b64(json.dumps(claims()).encode())
+    for signature in ("", b64(b""), b64(b"x"), b64(bytes(32))):
+        refuse(f"{header}.{payload}.{signature}")
+    refuse(f"{header}.{payload}")
+
+
+def test_a_public_key_is_no_secret() -> None:
+    """Algorithm confusion: signed with a key of another kind, or with its public half as secret."""
+    key = RSAKey.generate_key(2048)
+    refuse(jwt.encode({"alg": "RS256"}, claims(), key))
+    public = key.as_pem(private=False).decode()
+    refuse(forge(HS256, claims(), secret=public))
+    refuse(forge({**HS256, "jwk": key.as_dict(private=False)}, claims()))
+    own = OctKey.import_key("b" * 32)
+    refuse(forge({**HS256, "jwk": own.as_dict()}, claims(), secret="b" * 32))
+
+
+def test_another_secret_stays_out() -> None:
+    for secret in ("", "x", SECRET[:-1], SECRET + " ", SECRET.upper(), "\x00" * 32):
+        refuse(forge(HS256, claims(), secret=secret))
+
+
+def test_every_altered_character_is_refused() -> None:
+    token = forge(HS256, claims())
+    for position, character in enumerate(token):
+        for other in {"A", "B", "_", ".", "=", " "} - {character}:
+            refuse(token[:position] + other + token[position + 1 :])
+
+
+def test_parts_of_two_tokens_do_not_mix() -> None:
+    first = forge(HS256, claims()).split(".")
+    second = forge({"alg": "HS256"}, claims(sub="dr-2")).split(".")
+    for mask in range(1, 7):
+        refuse(".".join(second[part] if mask >> part & 1 else first[part] for part in range(3)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "",
+        ".",
+        "..",
+        "...",
+        "a.b.c",
+        "Bearer {0}",
+        " {0}",
+        "{0} ",
+        "{0}\n",
+        "{0}\x00",
+        "{0}=",
+        "{0}.",
+        ".{0}",
+        "{0}.{0}",
+        "{0}é",
+        "{0}\ud800",
+        "٣.٣.٣",
+        "null",
+    ],
+    ids=repr,
+)
+def test_garbage_around_a_good_token(change: str) -> None:
+    refuse(change.format(forge(HS256, claims())))
+
+
+def test_an_oversized_token_is_not_even_looked_at() -> None:
+    refuse(forge(HS256, claims(padding="x" * 8192)))
+
+
+@pytest.mark.parametrize("secret", ["", "x", "x" * 31])
+def test_a_short_secret_is_refused(secret: str) -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        TokenVerifier(secret, ISSUER, AUDIENCE)
+    with pytest.raises(ValueError, match="32 bytes"):
+        mint_token(secret=secret, issuer=ISSUER, audience=AUDIENCE, subject="dr", roles=[])
+
+
+@pytest.mark.parametrize(
+    "algorithms", [(), ("none",), ("HS256", "none"), ("RS256",), ("HS256", "ES256"), "HS256"]
+)
+def test_an_allow_list_that_makes_no_sense_is_refused(algorithms: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="Algorithms"):
+        TokenVerifier(SECRET, ISSUER, AUDIENCE, algorithms)
+
+
+def test_a_verifier_does_not_show_its_secret() -> None:
+    assert SECRET not in repr(VERIFIER)
+    assert SECRET not in repr(vars(VERIFIER))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+CLAIM = st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "jti", "roles", "x"])
+HEADER = st.sampled_from(["alg", "typ", "kid", "crit", "b64", "jwk", "jku", "x5c", "cty", "zip"])
+
+
+def verdict(token: str) -> None:
+    try:
+        principal = VERIFIER.verify(token)
+    except Unauthenticated:
+        return
+    assert principal.subject.isprintable()
+    assert all(isinstance(role, str) for role in principal.roles)
+
+
+@settings(deadline=None, max_examples=300)
+@given(changed=st.dictionaries(CLAIM, JSON, max_size=3), header=st.dictionaries(HEADER, JSON, max_size=2))
+def test_any_signed_json_gets_in_or_gets_our_error(changed: dict[str, Any], header: dict[str, Any]) -> None:
+    verdict(forge({**HS256, **header}, claims(**changed)))
+    verdict(forge(header, changed))
+
+
+@settings(deadline=None, max_examples=300)
+@given(header=JSON, payload=st.binary(max_size=64) | JSON)
+def test_any_signed_value_gets_our_error(header: Any, payload: Any) -> None:
+    refuse(forge(header, payload))
+
+
+@settings(deadline=None, max_examples=500)
+@given(token=st.text() | st.from_regex(r"[\w-]{0,40}\.[\w-]{0,40}\.[\w-]{0,40}"))
+def test_noise_gets_our_error(token: str) -> None:
+    refuse(token)

@@ -1,0 +1,85 @@
+"""The service seals and signs by itself: soon after its start, at its end, and never over what was signed before."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from serve_app import worker as sealing
+from serve_app.audit.checkpoints import CheckpointLog
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.errors import IntegrityError
+from serve_app.records.audit_log import AuditChain
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import open_pool
+from serve_app.worker import Sealer
+
+EVENT = AuditEvent(action="read", actor="dr", outcome="success", request_id="r")
+
+
+@pytest.fixture
+async def log(new_database, as_superuser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sealer in a hurry, its checkpoints, the records, and an administrator of the database."""
+    monkeypatch.setattr(sealing, "EVERY_S", 0.01)
+    urls = await new_database()
+    pool = await open_pool(urls.app, minimum=0, maximum=4, timeout_s=20)
+    checkpoints = CheckpointLog(tmp_path / "audit" / "checkpoints.jsonl", tmp_path / "keys" / "signing.key")
+    administrator = await asyncpg.connect(as_superuser(urls))
+    await administrator.execute("SET session_replication_role = replica")
+    yield Sealer(AuditChain(pool), checkpoints), checkpoints, LesionStore(pool), administrator
+    await administrator.close()
+    await pool.close()
+
+
+async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
+    log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealer, checkpoints, records, _ = log
+    await records.record_event(EVENT)
+    signed, sign = asyncio.Event(), sealer.sign
+
+    async def sign_and_tell() -> None:
+        await sign()
+        signed.set()
+
+    monkeypatch.setattr(sealer, "sign", sign_and_tell)
+    task = asyncio.create_task(sealer.seal_forever())
+    await signed.wait()
+    assert [checkpoint.position for checkpoint in checkpoints.read()] == [1]
+    for _ in range(3):
+        await records.record_event(EVENT)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert [checkpoint.position for checkpoint in checkpoints.read()] == [1, 4]
+
+
+async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(
+    log, caplog: pytest.LogCaptureFixture
+) -> None:
+    sealer, checkpoints, records, administrator = log
+    assert sealer.describe() == {"checkpoint_at": None, "sound": None}
+    await records.record_event(EVENT)
+    await sealer.seal()
+    await sealer.sign()
+    assert sealer.describe()["sound"] is True
+    (genuine,) = await administrator.fetch("SELECT * FROM audit_seals")
+    await administrator.execute("UPDATE audit_seals SET hash = sha256(hash)")
+    with pytest.raises(IntegrityError):
+        await sealer.sign()
+    assert sealer.describe()["sound"] is False
+    assert "not what was signed" in caplog.text
+    assert len(checkpoints.read()) == 1
+    await administrator.execute("UPDATE audit_seals SET hash = $1", genuine["hash"])
+    await sealer.sign()
+    assert sealer.describe()["sound"] is True
+
+
+async def test_readyz_reports_it_and_the_service_goes_on(service) -> None:
+    response = await service.client.get("/readyz")
+    assert response.status_code == 200
+    assert set(response.json()["audit"]) == {"checkpoint_at", "sound"}

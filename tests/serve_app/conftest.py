@@ -1,0 +1,265 @@
+"""The whole service in this process: real database, real key store, real model, plain stages."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+import io
+import json
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI
+import httpx
+import jsonschema
+import numpy as np
+from PIL import Image, ImageFilter
+from pydantic import SecretStr
+import pytest
+
+from cluster.postgres import DatabaseUrls
+from data_jobs.references.load import publish_bundled
+from deployments.preprocess.decode import UploadLimits
+from graphs.local import LocalStages
+from serve_app.access.tokens import mint_token
+from serve_app.domain.identifiers import is_opaque
+from serve_app.http.app import create_app
+from serve_app.lesions import recovery
+from serve_app.lesions.assess import Stages
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.settings import Settings
+
+SECRET = "a secret of the tests, long enough for HS256"
+POLICY = "2026-11.4"
+#: Everything an upload can leave behind.
+TABLES = (
+    *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
+    "audit_events",
+)
+
+
+@pytest.fixture(scope="session")
+async def service_urls(new_database, models: Path, model_id: str) -> DatabaseUrls:
+    """A migrated database with the model's references, and the model live."""
+    urls: DatabaseUrls = await new_database()
+    await publish_bundled(urls.owner, models, model_id)
+    return urls
+
+
+@pytest.fixture(scope="session")
+async def service_owner(service_urls: DatabaseUrls) -> AsyncIterator[Pool]:
+    """The owner's pool: assigns care, counts rows."""
+    pool = await open_pool(service_urls.owner, minimum=0, maximum=2, timeout_s=20)
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def recovery_when_asked() -> Iterator[None]:
+    """What a test leaves pending is finished when it says so, and not by another application in the background."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "_PERIOD_S", 86_400.0)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def nothing_left_pending(service_owner: Pool) -> AsyncIterator[None]:
+    """What a module leaves pending is not finished in the background while the next one counts rows."""
+    yield
+    await service_owner.execute(
+        "UPDATE assessments SET outcome = 'failed', failure = 'left_by_a_test', completed_at = now(),"
+        " lease_until = NULL WHERE outcome = 'pending'"
+    )
+
+
+@pytest.fixture(scope="session")
+def settings(service_urls: DatabaseUrls, models: Path, tmp_path_factory) -> Settings:
+    """A node of its own."""
+    return Settings(
+        home=tmp_path_factory.mktemp("home"),
+        database_url=SecretStr(service_urls.app),
+        token_secret=SecretStr(SECRET),
+        models=models,
+        database_pool_max=6,
+        # A test asks faster than a hospital; what the limits do is test_rate_limits.py's.
+        rate_limit_per_s=1e6,
+        rate_limit_burst=1_000_000,
+        unauthenticated_per_minute=1_000_000,
+        refusal_events_per_minute=1_000_000,
+    )
+
+
+@pytest.fixture(scope="session")
+async def local_stages(service_urls: DatabaseUrls, models: Path) -> AsyncIterator[Callable[..., LocalStages]]:
+    """Make plain stages; `answer_all` lets no image be refused as unfamiliar, whatever the model."""
+    pool = await open_pool(service_urls.app, minimum=0, maximum=4)
+
+    def make(*, min_side: int = 224, answer_all: bool = True, threads: int = 1) -> LocalStages:
+        stages = LocalStages(
+            models=models,
+            references=ReferenceStore(pool),
+            limits=UploadLimits(min_side=min_side),
+            threads=threads,
+            policy_version=POLICY,
+        )
+        if answer_all:
+            stages._risk.override({"refusal": {"max_unknown": 1.0}})
+        return stages
+
+    yield make
+    await pool.close()
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running application, and what a test asks of it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    owner: Pool
+    image: bytes
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def token(self, subject: str, roles: tuple[str, ...] = ("clinician",), **claims: Any) -> dict[str, str]:
+        """Headers of a caller."""
+        values = {"secret": SECRET, "issuer": "derm-cds", "audience": "derm-cds", "roles": roles, **claims}
+        return {"Authorization": f"Bearer {mint_token(subject=subject, **values)}"}
+
+    async def care(self, subject: str = "dr", patient_id: str | None = None) -> str:
+        """Put a patient into the caller's care; returns the patient."""
+        patient_id = patient_id or f"p-{uuid4().hex[:12]}"
+        await LesionStore(self.owner).assign(patient_id, subject, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        return patient_id
+
+    async def upload(
+        self,
+        patient_id: str,
+        *,
+        image: bytes | None = None,
+        name: str = "lesion.png",
+        subject: str = "dr",
+        params: Any = None,
+        headers: dict[str, str] | None = None,
+        **fields: str,
+    ) -> httpx.Response:
+        """Send one image."""
+        return await self.client.post(
+            "/api/lesions",
+            params=params,
+            data={"patient_id": patient_id, **fields},
+            files={"image": (name, self.image if image is None else image)},
+            headers={**self.token(subject), **(headers or {})},
+        )
+
+    async def replay(
+        self, answer: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """Ask for an answer to be made again."""
+        return await self.client.post(
+            f"/api/lesions/{answer['lesion_id']}/assessments/{answer['assessment_id']}/replay",
+            headers=headers or self.token("dr"),
+        )
+
+    async def counts(self) -> dict[str, int]:
+        """Rows of every table an upload writes to."""
+        return {
+            table: await self.owner.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608 - our own names
+            for table in TABLES
+        }
+
+    async def events(self, response: httpx.Response) -> list[dict[str, Any]]:
+        """The audit events of a request; the purpose, which every event has, apart from the rest of its detail."""
+        rows = await self.owner.fetch(
+            "SELECT * FROM audit_events WHERE request_id = $1 ORDER BY event_id",
+            response.headers["x-request-id"],
+        )
+        events = [{**row, "detail": dict(row["detail"])} for row in rows]
+        return [{**event, "purpose": event["detail"].pop("purpose", None)} for event in events]
+
+    def hold_to(self, schema: str, body: Any) -> None:
+        """Hold a body against a schema of the published OpenAPI document."""
+        jsonschema.Draft202012Validator(
+            {"$ref": f"#/components/schemas/{schema}", "components": self.document["components"]}
+        ).validate(body)
+
+    def hold_to_problem(self, response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+        """Hold an error against RFC 9457 and our own additions to it."""
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        body: dict[str, Any] = response.json()
+        self.hold_to("ProblemDocument", body)
+        assert (body["status"], body["code"]) == (status, code), body
+        assert body["type"] == f"urn:derm-cds:problem:{code}"
+        (given,) = response.headers.get_list("x-request-id")
+        assert is_opaque(body["request_id"])
+        # A caller's free text comes back here, and nowhere else.
+        assert body["request_id"] == given or not is_opaque(given)
+        return body
+
+
+StartService = Callable[..., AbstractAsyncContextManager[Service]]
+
+
+@pytest.fixture(scope="session")
+def start_service(
+    settings: Settings, service_owner: Pool, drawn_lesion: Callable[..., bytes]
+) -> StartService:
+    """Run an application over given stages, with other settings where a test asks for them."""
+
+    @asynccontextmanager
+    async def start(
+        stages: Stages, *, raise_app_exceptions: bool = True, **changed: object
+    ) -> AsyncIterator[Service]:
+        app = create_app(settings.model_copy(update=changed), stages)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://derm", timeout=60) as client,
+        ):
+            service = Service(app, client, service_owner, drawn_lesion())
+            found = await client.get("/api/openapi.json", headers=service.token("dr"))
+            service.document.update(found.json())
+            yield service
+
+    return start
+
+
+@pytest.fixture(scope="session")
+async def service(start_service: StartService, local_stages) -> AsyncIterator[Service]:
+    """The service over all five real stages."""
+    async with start_service(local_stages()) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def drawn_lesion() -> Callable[..., bytes]:
+    """Draw a dark, uneven blotch on textured skin: `(seed, width, height, kind, **options) -> bytes`."""
+
+    def draw(seed: int = 0, width: int = 400, height: int = 300, kind: str = "PNG", **options: Any) -> bytes:
+        random = np.random.default_rng(seed)
+        y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+        angle, radius = np.arctan2(y, x + 0.1), np.hypot(y, x + 0.1)
+        edge = 0.5 + 0.06 * np.sin(3 * angle + seed) + 0.04 * np.sin(7 * angle)
+        inside = 1 / (1 + np.exp((radius - edge) * 30))
+        net = 0.5 + 0.5 * np.sin(40 * x) * np.sin(37 * y)
+        skin, brown = np.array([222.0, 176.0, 155.0]), np.array([96.0, 58.0, 44.0])
+        colour = skin + (brown - skin) * (inside * (0.75 + 0.25 * net))[..., None]
+        noise = random.normal(0, 9, (height, width, 1))
+        pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+        image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.6))
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def history() -> str:
+    """A patient's history as the PMS sends it."""
+    return json.dumps({"personal_melanoma": True, "immunosuppression": None})

@@ -1,0 +1,55 @@
+"""An image to erase, and what is on record of it."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import httpx
+
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import ErasureRequest
+
+
+async def uploaded(service, **fields: str) -> dict[str, Any]:
+    """One image with its answer."""
+    response = await service.upload(await service.care(), **fields)
+    assert response.status_code == 201, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def path(answer: dict[str, Any]) -> str:
+    """Where the image is."""
+    return f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
+
+
+async def erase(service, answer: dict[str, Any], **body: object) -> httpx.Response:
+    """Have a supervisor erase it."""
+    return await service.client.request(
+        "DELETE",
+        path(answer),
+        json={"reason": "patient_request", **body},
+        headers=service.token("chief", ("supervisor",)),
+    )
+
+
+def request_of(answer: dict[str, Any]) -> ErasureRequest:
+    """A request as the eraser gets it, of a process that will crash."""
+    return ErasureRequest(
+        lesion_id=UUID(answer["lesion_id"]),
+        image_id=UUID(answer["image_id"]),
+        reason=ErasureReason.WRONG_PATIENT,
+        actor="chief",
+        request_id="crashed",
+    )
+
+
+async def row(service, answer: dict[str, Any]) -> Any:
+    """What the database has of the image."""
+    return await service.owner.fetchrow(
+        "SELECT i.*, a.outcome, a.answer, a.context,"
+        " (SELECT count(*) FROM lesion_embeddings AS e WHERE e.image_id = i.image_id) AS vectors"
+        " FROM lesion_images AS i JOIN assessments AS a USING (image_id) WHERE image_id = $1::text::uuid",
+        answer["image_id"],
+    )

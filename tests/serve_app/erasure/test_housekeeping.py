@@ -1,0 +1,234 @@
+"""What is left lying about: swept when nobody needs it, and never while somebody may."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from serve_app.domain.errors import Conflict, DataKeyMissing, RecordsUnavailable
+from serve_app.erasure.sweeping import (
+    erase_expired,
+    find_orphaned_keys,
+    shred_orphaned_keys,
+    stop_awaiting_stored,
+    sweep_orphaned_keys,
+)
+from serve_app.records.erasures import Held, HoldStore
+from serve_app.records.lesions import LesionStore
+from serve_app.records.retention import Housekeeping, RetentionStore
+
+
+@pytest.fixture
+def housekeeping(service) -> Housekeeping:
+    return Housekeeping(service.app.state.services.pool)
+
+
+async def sweep(service, housekeeping: Housekeeping, **options: int) -> int:
+    return await sweep_orphaned_keys(housekeeping, service.app.state.services.keys, **{"age_s": 0, **options})
+
+
+async def test_only_keys_without_an_image_are_swept(service, housekeeping) -> None:
+    keys = service.app.state.services.keys
+    answer = (await service.upload(await service.care())).json()
+    orphan = keys.create().id
+    assert await sweep(service, housekeeping, age_s=3600) == 0
+    assert keys.load(orphan).id == orphan
+    assert await sweep(service, housekeeping) >= 1
+    with pytest.raises(DataKeyMissing):
+        keys.load(orphan)
+    image = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
+    read = await service.client.get(image, headers=service.token("dr"))
+    assert read.content == service.image
+
+
+async def test_an_upload_that_comes_after_the_sweep_is_refused_and_loses_nothing(
+    service, housekeeping, monkeypatch
+) -> None:
+    """The race: the key is made, the upload stalls for longer than an hour, the key is swept, the image comes."""
+    admit, swept = LesionStore.admit, []
+
+    async def stall(self: LesionStore, admission: Any, **named: Any) -> Any:
+        swept.append(await sweep(service, housekeeping))
+        return await admit(self, admission, **named)
+
+    patient = await service.care()
+    before = await service.counts()
+    with monkeypatch.context() as patch:
+        patch.setattr(LesionStore, "admit", stall)
+        response = await service.upload(patient)
+    service.hold_to_problem(response, 503, "records_unavailable")
+    assert swept[0] >= 1
+    assert (await service.counts())["lesion_images"] == before["lesion_images"]
+    assert (await service.upload(patient)).status_code == 201
+
+
+async def test_of_many_uploads_beside_many_sweeps_every_image_that_is_in_opens(service, housekeeping) -> None:
+    patient = await service.care()
+    over = asyncio.Event()
+
+    async def sweep_on() -> None:
+        while not over.is_set():
+            await sweep(service, housekeeping)
+
+    sweeping = asyncio.create_task(sweep_on())
+    try:
+        responses = [
+            response
+            for _ in range(3)
+            for response in await asyncio.gather(*(service.upload(patient) for _ in range(4)))
+        ]
+    finally:
+        over.set()
+        await sweeping
+    assert {response.status_code for response in responses} <= {201, 503}
+    for response in responses:
+        if response.status_code == 201:
+            answer = response.json()
+            image = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
+            read = await service.client.get(image, headers=service.token("dr"))
+            assert read.content == service.image
+    in_record = await service.owner.fetchval(
+        "SELECT count(*) FROM lesion_images WHERE patient_id = $1", patient
+    )
+    assert in_record == sum(response.status_code == 201 for response in responses)
+
+
+async def test_of_failed_uploads_any_number_is_swept(service, housekeeping) -> None:
+    keys = service.app.state.services.keys
+    orphans = [keys.create().id for _ in range(250)]
+    assert await sweep(service, housekeeping) >= 250
+    for orphan in (orphans[0], orphans[-1]):
+        with pytest.raises(DataKeyMissing):
+            keys.load(orphan)
+
+
+async def test_a_key_whose_image_was_seen_is_never_swept(service, housekeeping, caplog) -> None:
+    """As after the restore of a database from before those images: they may come back with the newer one."""
+    keys = service.app.state.services.keys
+    await sweep(service, housekeeping)
+    lost = [keys.create().id for _ in range(2)]
+    keys.stop_awaiting(lost)
+    failed = keys.create().id
+    try:
+        assert await sweep(service, housekeeping, max_lost=1) == 0
+        assert "2 data keys have lost their image" in caplog.text
+        assert keys.load(failed).id == failed
+        # So few may be from before the two could be told apart: they stay, and hold up no other.
+        assert await sweep(service, housekeeping, max_lost=2) >= 1
+        assert [keys.load(key).id for key in lost] == lost
+        with pytest.raises(DataKeyMissing):
+            keys.load(failed)
+        found = await find_orphaned_keys(housekeeping, keys, age_s=0)
+        assert (set(found.lost), list(found.failed)) == (set(lost), [])
+    finally:
+        assert await shred_orphaned_keys(housekeeping, keys, lost) == 2
+
+
+async def test_an_image_that_is_in_is_awaited_no_more(service, housekeeping) -> None:
+    keys = service.app.state.services.keys
+    answer = (await service.upload(await service.care())).json()
+    (key,) = await service.owner.fetch(
+        "SELECT data_key_id FROM lesion_images WHERE image_id = $1::text::uuid", answer["image_id"]
+    )
+    await stop_awaiting_stored(housekeeping, keys)
+    orphan = keys.create().id
+    await stop_awaiting_stored(housekeeping, keys)
+    awaited = keys.list_awaited()
+    assert orphan in awaited
+    assert UUID(str(key["data_key_id"])) not in awaited
+    keys.shred(orphan)
+    assert orphan not in keys.list_awaited()
+
+
+async def test_a_condemned_key_is_found_again_after_a_crash(service, housekeeping) -> None:
+    keys = service.app.state.services.keys
+    orphan = keys.create().id
+    assert await housekeeping.condemn([orphan]) == [orphan]
+    assert await sweep(service, housekeeping) >= 1
+    with pytest.raises(DataKeyMissing):
+        keys.load(orphan)
+
+
+async def test_idempotency_keys_expire_but_for_pending_ones(service, housekeeping) -> None:
+    patient = await service.care()
+    for key in ("old", "waits", "new"):
+        headers = {"Idempotency-Key": f"expiry-{key}"}
+        answer = (await service.upload(patient, headers=headers)).json()
+        if key == "waits":
+            await service.owner.execute(
+                "UPDATE assessments SET outcome = 'pending', answer = NULL, completed_at = NULL"
+                " WHERE assessment_id = $1::text::uuid",
+                answer["assessment_id"],
+            )
+        if key != "new":
+            await service.owner.execute(
+                "UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = $1",
+                headers["Idempotency-Key"],
+            )
+    assert await housekeeping.expire_idempotency_keys(older_than_s=7 * 86_400) >= 1
+    left = await service.owner.fetch(
+        "SELECT key FROM idempotency_keys WHERE key LIKE 'expiry-%' ORDER BY key"
+    )
+    assert [row["key"] for row in left] == ["expiry-new", "expiry-waits"]
+    # Left as they are, the service's own housekeeping would change other tests' counts.
+    await service.owner.execute("DELETE FROM idempotency_keys WHERE key LIKE 'expiry-%'")
+    await service.owner.execute(
+        "UPDATE assessments SET outcome = 'failed', failure = 'test', completed_at = now()"
+        " WHERE outcome = 'pending'"
+    )
+
+
+async def test_only_closed_records_expire_and_a_hold_keeps_them(service) -> None:
+    services, store = service.app.state.services, RetentionStore(service.owner)
+    closed, held, opened = [await service.care() for _ in range(3)]
+    answers = {patient: (await service.upload(patient)).json() for patient in (closed, held, opened)}
+    long_ago = datetime.now(UTC) - timedelta(days=400)
+    await service.owner.execute(
+        "UPDATE lesion_images SET created_at = $1 WHERE patient_id = ANY($2::text[])",
+        long_ago,
+        [closed, held, opened],
+    )
+    for patient in (closed, held):
+        await store.close(patient, closed_at=long_ago, actor="ops")
+    with pytest.raises(Conflict, match="closed already"):
+        await store.close(closed, closed_at=long_ago, actor="ops")
+    hold = await HoldStore(service.owner).set(
+        Held(image_id=UUID(answers[held]["image_id"])), reason="case 9", actor="counsel"
+    )
+    assert (await store.count(days=500)).expired == 0
+    counted = await store.count(days=365)
+    assert (counted.expired, counted.held) == (2, 1)
+    assert await erase_expired(store, services.eraser, days=365, actor="ops") == 1
+    outcomes = {
+        patient: await service.owner.fetchval(
+            "SELECT outcome FROM assessments WHERE image_id = $1::text::uuid", answer["image_id"]
+        )
+        for patient, answer in answers.items()
+    }
+    assert outcomes[closed] == "erased"
+    assert "erased" not in (outcomes[held], outcomes[opened])
+    reason = await service.owner.fetchval(
+        "SELECT reason FROM erasures WHERE image_id = $1::text::uuid", answers[closed]["image_id"]
+    )
+    assert reason == "retention"
+    await HoldStore(service.owner).release(hold, actor="counsel")
+    await store.reopen(held, actor="ops")
+    assert await erase_expired(store, services.eraser, days=365, actor="ops") == 0
+
+
+async def test_an_unreachable_database_sweeps_nothing(service, housekeeping, monkeypatch) -> None:
+    keys = service.app.state.services.keys
+    orphan = keys.create().id
+
+    async def fail(*_: object) -> list[UUID]:
+        raise RecordsUnavailable
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Housekeeping, "condemn", fail)
+        with pytest.raises(RecordsUnavailable):
+            await sweep(service, housekeeping)
+    assert keys.load(orphan).id == orphan

@@ -1,0 +1,265 @@
+"""Whatever happens to a request, no log record holds its patient, its file name, its token or its image.
+
+The service runs as it does in a replica: in uvicorn, with the process's log in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+import io
+import json
+import logging
+import threading
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+import uvicorn
+
+from serve_app.domain import errors
+from serve_app.logs import ProcessLog, node_key
+from tests.serve_app.conftest import SECRET
+from tests.serve_app.lesions.test_pending import Faulty, failing
+
+PATIENT = "Zyxwvutmuster"  # letters only: nothing in its form gives it away
+ENCOUNTER = "Encounterzyx"
+FILE = "Hans_Zyxmuster_naevus.png"
+MARKS = (PATIENT, ENCOUNTER, "Zyxmuster", "zyxwvut")
+
+_OURS = [
+    error
+    for error in vars(errors).values()
+    if isinstance(error, type) and issubclass(error, errors.DermError)
+]
+_THEIRS = [
+    ValueError,
+    KeyError,
+    RuntimeError,
+    OSError,
+    MemoryError,
+    UnicodeError,
+    asyncpg.UniqueViolationError,
+    asyncpg.InterfaceError,
+]
+
+
+class Log(logging.Handler):
+    """Every record, as any handler of any library would have got it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def text(self) -> str:
+        plain = logging.Formatter("%(name)s %(message)s")
+        return "\n".join(f"{plain.format(record)} {vars(record)!r}" for record in self.records)
+
+
+@pytest.fixture
+def log(outside_serve) -> Iterator[tuple[Log, io.StringIO]]:
+    """The process's log, and a handler beside it."""
+    stream, beside = io.StringIO(), Log()
+    process = ProcessLog(node_key(SECRET), stream=stream, level=logging.DEBUG)
+    process.install()
+    root = logging.getLogger()
+    root.addHandler(beside)
+    yield beside, stream
+    root.removeHandler(beside)
+    process.remove()
+
+
+@asynccontextmanager
+async def in_uvicorn(service: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve the application over a socket, as Ray Serve's replica does."""
+    config = uvicorn.Config(
+        service.app, port=0, log_config=None, log_level="debug", access_log=True, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None
+    running = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 - uvicorn tells no other way
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def _send(client: httpx.AsyncClient, service: Any, headers: dict[str, str], **fields: str) -> int:
+    response = await client.post(
+        "/api/lesions",
+        params={"top_k": "3"},
+        data={"patient_id": PATIENT, "encounter_id": ENCOUNTER, **fields},
+        files={"image": (FILE, service.image)},
+        headers=headers,
+    )
+    return response.status_code
+
+
+def _hold(log: tuple[Log, io.StringIO], *more: str) -> None:
+    beside, stream = log
+    for text in (beside.text(), stream.getvalue()):
+        for mark in (*MARKS, *more):
+            assert mark.lower() not in text.lower(), mark
+        assert "JFIF" not in text
+        assert "\\x89PNG" not in text
+    for line in stream.getvalue().splitlines():
+        told = json.loads(line)
+        assert {"time", "level", "logger", "message"} <= told.keys()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "classify"], ids=["before the first commit", "after it"])
+@pytest.mark.parametrize("kind", [*_OURS, *_THEIRS], ids=lambda kind: kind.__name__)
+async def test_no_error_of_any_class_brings_its_request_into_a_log(
+    start_service, local_stages, log, stage: str, kind: type[Exception]
+) -> None:
+    error = kind(f"of {PATIENT} in {FILE} at {ENCOUNTER}: b'\\x89PNG'")
+    stages = Faulty(local_stages(), stage, failing(error), calls={1})
+    async with start_service(stages, raise_app_exceptions=False) as service:
+        await service.care("dr", PATIENT)
+        headers = service.token("dr")
+        async with in_uvicorn(service) as client:
+            status = await _send(client, service, headers)
+    assert status in {201, 202, *range(401, 600)}
+    _hold(log, headers["Authorization"].split()[1])
+    if status == 500:
+        said = [json.loads(line) for line in log[1].getvalue().splitlines()]
+        assert any(line.get("request_id") and line["level"] == "ERROR" for line in said)
+
+
+@pytest.mark.parametrize("sent", [f"{PATIENT}.1950-01-31", f"{PATIENT}", "MRN-4711-0815"])
+async def test_a_request_id_that_could_name_somebody_is_answered_and_not_kept(
+    start_service, local_stages, log, sent: str
+) -> None:
+    """It comes back; logs, audit log and the problem document have an id of ours, which joins the three."""
+    stages = Faulty(local_stages(), "prepare", failing(RuntimeError("broken")), calls={1})
+    async with start_service(stages, raise_app_exceptions=False) as service:
+        await service.care("dr", PATIENT)
+        async with in_uvicorn(service) as client:
+            response = await client.post(
+                "/api/lesions",
+                data={"patient_id": PATIENT},
+                files={"image": (FILE, service.image)},
+                headers={**service.token("dr"), "X-Request-ID": sent},
+            )
+        ours = response.json()["request_id"]
+        events = await service.owner.fetch("SELECT request_id, detail::text FROM audit_events")
+    assert response.status_code == 500
+    assert response.headers.get_list("x-request-id") == [sent]
+    _hold(log, sent)
+    said = [json.loads(line) for line in log[1].getvalue().splitlines()]
+    assert ours in {line.get("request_id") for line in said if line["level"] == "ERROR"}
+    assert ours in {event["request_id"] for event in events}
+    assert not any(sent in event["request_id"] + event["detail"] for event in events)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "01939d2c-7c1e-7000-8000-0123456789ab",
+        "4BF92F3577B34DA6A3CE929D0E0E4736",
+        "01ARZ3NDEKTSV4RRFFQ69G5FAV",
+    ],
+    ids=["UUID", "trace id", "ULID"],
+)
+async def test_a_request_id_that_names_nobody_is_the_same_everywhere(service, log, sent: str) -> None:
+    async with in_uvicorn(service) as client:
+        response = await client.get(
+            "/api/lesions", params={"patient_id": PATIENT}, headers={"X-Request-ID": sent}
+        )
+    assert response.status_code == 401
+    assert response.headers["x-request-id"] == response.json()["request_id"] == sent
+    assert [event["request_id"] for event in await service.events(response)] == [sent]
+
+
+async def test_no_refused_request_is_in_a_log(service, log) -> None:
+    """Bad tokens, strangers, unknown fields and values, broken bodies, unknown paths, HTTP that is none."""
+    headers = service.token("dr")
+    token = headers["Authorization"].split()[1]
+    async with in_uvicorn(service) as client:
+        assert await _send(client, service, {"Authorization": f"Bearer {token}x"}) == 401
+        assert await _send(client, service, service.token("stranger")) == 403
+        await service.care("dr", PATIENT)
+        for field in (
+            {FILE: "1"},
+            {"sex": PATIENT},
+            {"history": f'{{"{PATIENT}": true}}'},
+            {"age_approx": FILE},
+        ):
+            assert await _send(client, service, headers, **field) == 422
+        assert await _send(client, service, {**headers, "Idempotency-Key": f"{PATIENT} {FILE}"}) == 422
+        bad = {**headers, "Content-Type": "multipart/form-data; boundary=b"}
+        broken = f'--b\r\nContent-Disposition: form-data; name="{PATIENT}"\r\n\r\n{FILE}'.encode()
+        assert (await client.post("/api/lesions", content=broken, headers=bad)).status_code == 422
+        for path in (f"/api/{PATIENT}", f"/api/lesions/{PATIENT}", f"/{FILE}?patient_id={PATIENT}"):
+            assert (await client.get(path, headers=headers)).status_code in {404, 422}
+        query = {"patient_id": PATIENT, "limit": "x", "cursor": FILE}
+        assert (await client.get("/api/lesions", params=query, headers=headers)).status_code == 422
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(f"GARBAGE {PATIENT}\r\nAuthorization {token}\r\n\r\n".encode())
+        await writer.drain()
+        await reader.read()
+        writer.close()
+    # uvicorn's access log, which a node never turns on, has paths in it: it is not what is under test.
+    beside, stream = log
+    beside.records = [record for record in beside.records if record.name != "uvicorn.access"]
+    kept = [line for line in stream.getvalue().splitlines() if '"uvicorn.access"' not in line]
+    _hold((beside, io.StringIO("\n".join(kept))), token)
+    assert beside.records
+
+
+async def test_what_is_searched_for_is_in_no_log(service, log) -> None:
+    """Which diagnosis and site are thought of says something of the patient."""
+    await service.care("dr", PATIENT)
+    headers = service.token("dr")
+    answer = (await service.upload(PATIENT)).json()
+    url = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}/similar"
+    async with in_uvicorn(service) as client:
+        for diagnosis, status in (("MEL", 200), (PATIENT, 422)):
+            params = {"diagnosis": diagnosis, "anatom_site_general": "oral/genital"}
+            assert (await client.get(url, params=params, headers=headers)).status_code == status
+    beside, stream = log
+    beside.records = [record for record in beside.records if record.name != "uvicorn.access"]
+    kept = [line for line in stream.getvalue().splitlines() if '"uvicorn.access"' not in line]
+    _hold((beside, io.StringIO("\n".join(kept))), "diagnosis=", "oral/genital", "oral%2Fgenital")
+    assert beside.records
+
+
+async def test_a_19_mb_upload_writes_no_file(service, monkeypatch, tmp_path) -> None:
+    """The interpreter itself tells of every file that is opened, unnamed temporary ones too."""
+    import sys
+
+    from tests.serve_app.http.test_memory import noise
+
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    monkeypatch.setenv("TMPDIR", str(watched))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    opened: list[str] = []
+    watching = threading.Event()
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if watching.is_set() and event == "open" and args[2] & 0o3:  # for writing
+            opened.append(str(args[0]))
+        if watching.is_set() and event.startswith("tempfile."):
+            opened.append(event)
+
+    sys.addaudithook(hook)
+    image = noise(2570)
+    assert 19e6 < len(image) < 20e6
+    patient = await service.care()
+    watching.set()
+    response = await service.upload(patient, image=image)
+    watching.clear()
+    assert response.status_code == 201, response.text
+    assert [path for path in opened if not path.endswith((".json", ".partial", "/keys"))] == []
+    assert list(watched.iterdir()) == []

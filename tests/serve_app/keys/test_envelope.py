@@ -1,0 +1,230 @@
+"""What was altered, cut or swapped does not open."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+import copy
+from itertools import product
+import os
+import pickle
+import random
+from uuid import UUID, uuid4
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from serve_app.domain.errors import IntegrityError
+from serve_app.keys.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed, seal
+
+BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+HEADER_BYTES = 33
+OVERHEAD_BYTES = HEADER_BYTES + 16
+
+
+def fresh_key() -> DataKey:
+    return DataKey(uuid4(), os.urandom(32), spent=False)
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 2048, 1 << 20])
+def test_opens_to_what_was_sealed(size: int) -> None:
+    key, image = fresh_key(), os.urandom(size)
+    sealed = seal(image, data_key=key, binding=BINDING)
+    assert len(sealed) == size + OVERHEAD_BYTES
+    assert data_key_id_of(sealed) == key.id
+    assert open_sealed(sealed, data_key=key, binding=BINDING) == image
+
+
+def test_the_frame_is_the_documented_one() -> None:
+    """Open a frame by hand, from the documentation alone."""
+    material, key_id = os.urandom(32), uuid4()
+    key = DataKey(key_id, material, spent=False)
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    assert sealed[:4] == b"DERM"
+    assert sealed[4] == 1
+    assert sealed[5:21] == key_id.bytes
+    nonce, ciphertext = sealed[21:33], sealed[33:]
+    aad = b"DERM\x01"
+    aad += b"\x00\x00\x00\x10" + BINDING.image_id.bytes
+    aad += b"\x00\x00\x00\x09" + b"patient-1"
+    aad += b"\x00\x00\x00\x0a" + b"image/jpeg"
+    aad += b"\x00\x00\x00\x10" + key_id.bytes
+    assert AESGCM(material).decrypt(nonce, ciphertext, aad) == b"image"
+
+
+def refused(sealed: bytes, key: DataKey, binding: ImageBinding = BINDING) -> bool:
+    try:
+        open_sealed(sealed, data_key=key, binding=binding)
+    except IntegrityError:
+        return True
+    return False
+
+
+def test_every_single_bit_flip_of_a_small_image_is_refused() -> None:
+    key = fresh_key()
+    sealed = bytearray(seal(os.urandom(2048), data_key=key, binding=BINDING))
+    opened = []
+    for bit in range(len(sealed) * 8):
+        sealed[bit // 8] ^= 1 << bit % 8
+        if not refused(bytes(sealed), key):
+            opened.append(bit)
+        sealed[bit // 8] ^= 1 << bit % 8
+    assert opened == []
+    assert not refused(bytes(sealed), key)
+
+
+def test_sampled_bit_flips_of_a_large_image_are_refused() -> None:
+    key = fresh_key()
+    sealed = bytearray(seal(os.urandom(1 << 20), data_key=key, binding=BINDING))
+    for bit in random.Random(20261124).sample(range(len(sealed) * 8), 10_000):  # noqa: S311
+        sealed[bit // 8] ^= 1 << bit % 8
+        assert refused(sealed, key), bit
+        sealed[bit // 8] ^= 1 << bit % 8
+    assert not refused(sealed, key)
+
+
+def test_every_truncation_and_extension_is_refused() -> None:
+    key = fresh_key()
+    sealed = seal(os.urandom(64), data_key=key, binding=BINDING)
+    assert all(refused(sealed[:length], key) for length in range(len(sealed)))
+    assert all(refused(sealed[start:], key) for start in range(1, len(sealed)))
+    assert refused(sealed + b"\x00", key)
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 20, 21, 32, 33, 48])
+def test_a_frame_cut_at_or_inside_its_header_names_no_key(length: int) -> None:
+    sealed = seal(b"image", data_key=fresh_key(), binding=BINDING)
+    with pytest.raises(IntegrityError, match="cut short"):
+        data_key_id_of(sealed[:length])
+
+
+@pytest.mark.parametrize(
+    "prefix", [b"MRED\x01", b"derm\x01", b"DERM\x00", b"DERM\x02", b"DERM\xff", b"\xff\xd8\xff\xe0\x00"]
+)
+def test_another_magic_or_version_is_refused(prefix: bytes) -> None:
+    key = fresh_key()
+    sealed = prefix + seal(b"image", data_key=key, binding=BINDING)[5:]
+    with pytest.raises(IntegrityError, match="version"):
+        data_key_id_of(sealed)
+    assert refused(sealed, key)
+
+
+def test_every_swap_of_image_patient_type_or_key_is_refused() -> None:
+    keys = fresh_key(), fresh_key()
+    sealed = seal(b"image", data_key=keys[0], binding=BINDING)
+    images = BINDING.image_id, UUID(int=2)
+    patients = BINDING.patient_id, "patient-2"
+    types = BINDING.content_type, "image/png"
+    for image, patient, content_type, key in product((0, 1), repeat=4):
+        binding = ImageBinding(images[image], patients[patient], types[content_type])
+        untouched = not (image or patient or content_type or key)
+        assert refused(sealed, keys[key], binding) is not untouched
+
+
+def test_every_swap_between_images_and_patients_is_refused() -> None:
+    """Two patients with two images each: a sealed image opens with its own key and binding, and no other."""
+    sealed, keys, bindings = [], [], []
+    for patient, image in product(("patient-1", "patient-2"), (1, 2)):
+        keys.append(fresh_key())
+        bindings.append(ImageBinding(uuid4(), patient, "image/jpeg"))
+        sealed.append(seal(b"image %d" % image, data_key=keys[-1], binding=bindings[-1]))
+    opened = [
+        (frame, key, binding)
+        for frame, key, binding in product(range(4), repeat=3)
+        if not refused(sealed[frame], keys[key], bindings[binding])
+    ]
+    assert opened == [(number, number, number) for number in range(4)]
+
+
+def test_a_key_id_swapped_in_the_frame_is_refused() -> None:
+    material = os.urandom(32)
+    key, other = DataKey(uuid4(), material, spent=False), DataKey(uuid4(), material, spent=True)
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    assert refused(sealed[:5] + other.id.bytes + sealed[21:], other)
+    with pytest.raises(IntegrityError, match="another data key"):
+        open_sealed(sealed, data_key=other, binding=BINDING)
+
+
+def test_parts_of_two_frames_do_not_mix() -> None:
+    first, second = fresh_key(), fresh_key()
+    a = seal(b"image a", data_key=first, binding=BINDING)
+    b = seal(b"image b", data_key=second, binding=BINDING)
+    for cut in (13, 21, 33, len(a) - 16):
+        assert refused(a[:cut] + b[cut:], first)
+        assert refused(a[:cut] + b[cut:], second)
+
+
+def test_neighbouring_fields_do_not_run_into_each_other() -> None:
+    key = fresh_key()
+    sealed = seal(b"image", data_key=key, binding=ImageBinding(UUID(int=1), "ab", "c"))
+    assert refused(sealed, key, ImageBinding(UUID(int=1), "a", "bc"))
+    assert refused(sealed, key, ImageBinding(UUID(int=1), "abc", ""))
+
+
+def test_a_data_key_seals_once() -> None:
+    key = fresh_key()
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    with pytest.raises(IntegrityError, match="seals no other"):
+        seal(b"image", data_key=key, binding=BINDING)
+    assert not refused(sealed, key)
+
+
+def test_of_many_threads_one_seals() -> None:
+    key = fresh_key()
+
+    def sealed(_: int) -> bool:
+        try:
+            seal(b"image", data_key=key, binding=BINDING)
+        except IntegrityError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(sealed, range(64))) == 1
+
+
+def test_a_spent_key_never_seals() -> None:
+    key = DataKey(uuid4(), os.urandom(32), spent=True)
+    with pytest.raises(IntegrityError):
+        seal(b"image", data_key=key, binding=BINDING)
+
+
+def test_a_data_key_neither_shows_itself_nor_leaves_its_process() -> None:
+    material = os.urandom(32)
+    key = DataKey(UUID(int=7), material, spent=False)
+    assert repr(key) == str(key) == f"DataKey({UUID(int=7)})"
+    assert not any(getattr(key, name) == material for name in DataKey.__slots__)
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError):
+            duplicate(key)
+
+
+def test_a_copy_of_a_data_key_shares_its_one_seal() -> None:
+    key = fresh_key()
+    other = copy.copy(key)
+    seal(b"image", data_key=other, binding=BINDING)
+    with pytest.raises(IntegrityError):
+        seal(b"image", data_key=key, binding=BINDING)
+
+
+@settings(deadline=None, max_examples=300)
+@given(sealed=st.binary(max_size=200) | st.binary(max_size=200).map(b"DERM\x01".__add__))
+def test_noise_only_ever_raises_our_error(sealed: bytes) -> None:
+    key_id = UUID(bytes=sealed[5:21]) if len(sealed) >= 21 else uuid4()
+    with pytest.raises(IntegrityError):
+        open_sealed(sealed, data_key=DataKey(key_id, bytes(32), spent=True), binding=BINDING)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    image=st.binary(max_size=100),
+    image_id=st.uuids(),
+    patient=st.text(st.characters()),
+    kind=st.text(max_size=20),
+)
+def test_any_binding_seals_and_opens(image: bytes, image_id: UUID, patient: str, kind: str) -> None:
+    key, binding = fresh_key(), ImageBinding(image_id, patient, kind)
+    sealed = seal(image, data_key=key, binding=binding)
+    assert open_sealed(sealed, data_key=key, binding=binding) == image
+    assert refused(sealed, key, ImageBinding(image_id, patient + " ", kind))

@@ -1,0 +1,198 @@
+"""Vault and KMS through their real clients, over HTTP, against their API: what holds of every provider."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+import logging
+import os
+from pathlib import Path
+import time
+import traceback
+from uuid import uuid4
+
+import pytest
+
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
+from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keyring import KeyProvider, WrappedKey
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import kms, open_key_provider, retries, vault
+from serve_app.settings import KeySettings
+from tests.serve_app.keys.kms_server import Kms
+
+KEY = bytes(range(32))
+BINDING = ImageBinding(uuid4(), "patient-1", "image/jpeg")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A provider, the service behind it, and how the service forbids `unwrap`."""
+
+    provider: KeyProvider
+    service: KeyService
+    again: Callable[[], KeyProvider]
+    forbid: Callable[[], None]
+
+
+@pytest.fixture(params=["vault", "vault-derived", "kms"])
+def remote(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
+    """Each provider with time-outs that suit a test."""
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
+    for module in (vault, kms):
+        monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setenv("NO_PROXY", "*")
+    settings = KeySettings(home=tmp_path)
+    if request.param == "kms":
+        aws = Kms()
+        aws.make_key("1234abcd", alias="alias/derm")
+        service = KeyService(aws)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{service.port}")
+        monkeypatch.setenv("AWS_REGION", "eu-central-1")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        settings.key_provider = "kms:alias/derm"
+        forbid = lambda: aws.denied.add("Decrypt")  # noqa: E731
+    else:
+        transit = Vault()
+        transit.make_key("derm", derived=request.param == "vault-derived")
+        service = KeyService(transit)
+        (tmp_path / "token").write_text(f"{transit.token}\n")
+        settings.vault_token_file = tmp_path / "token"
+        settings.key_provider = f"vault+http://127.0.0.1:{service.port}/transit/derm"
+        forbid = lambda: transit.forbidden.add("decrypt")  # noqa: E731
+    again = lambda: open_key_provider(settings)  # noqa: E731
+    yield Remote(again(), service, again, forbid)
+    service.down()
+
+
+def test_a_key_wrapped_is_a_key_unwrapped(remote: Remote) -> None:
+    key_id = uuid4()
+    first, second = remote.provider.wrap(KEY, key_id), remote.provider.wrap(KEY, key_id)
+    assert first.wrapped != second.wrapped
+    assert KEY not in first.wrapped
+    assert first.key_version == remote.provider.current_version == 1
+    assert remote.provider.versions == (1,)
+    assert remote.provider.unwrap(first, key_id) == remote.again().unwrap(second, key_id) == KEY
+
+
+def test_a_wrapped_key_serves_no_other_id(remote: Remote) -> None:
+    wrapped = remote.provider.wrap(KEY, uuid4())
+    with pytest.raises(IntegrityError):
+        remote.provider.unwrap(wrapped, uuid4())
+
+
+def test_a_wrapped_key_altered_cut_or_relabelled_is_refused(remote: Remote) -> None:
+    key_id = uuid4()
+    good = remote.provider.wrap(KEY, key_id)
+    flipped = bytearray(good.wrapped)
+    flipped[-6] = ord("A") if flipped[-6] != ord("A") else ord("B")
+    for wrapped in (
+        bytes(flipped),
+        good.wrapped[:-4],
+        b"",
+        b"vault:v1:",
+        os.urandom(60),
+        good.wrapped + b"AAAA",
+    ):
+        with pytest.raises(IntegrityError):
+            remote.provider.unwrap(WrappedKey(wrapped, 1), key_id)
+    for version in (0, 2, -1):
+        with pytest.raises(IntegrityError):
+            remote.provider.unwrap(WrappedKey(good.wrapped, version), key_id)
+
+
+def test_a_key_store_works_on_it(remote: Remote, keys: Path) -> None:
+    with closing(KeyStore(keys / "keystore.sqlite", remote.provider)) as store:
+        sealed = seal(b"image", data_key=store.create(), binding=BINDING)
+    with closing(KeyStore(keys / "keystore.sqlite", remote.again())) as store:
+        assert store.open_image(sealed, BINDING) == b"image"
+        assert store.rewrap() == 0
+
+
+def test_no_wrapped_key_is_cached(remote: Remote) -> None:
+    """Every open asks the service: what it revokes is revoked at once."""
+    key_id = uuid4()
+    wrapped = remote.provider.wrap(KEY, key_id)
+    remote.provider.unwrap(wrapped, key_id)
+    before = remote.service.requests
+    remote.provider.unwrap(wrapped, key_id)
+    assert remote.service.requests == before + 1
+    remote.forbid()
+    with pytest.raises(KeyProviderUnavailable):
+        remote.provider.unwrap(wrapped, key_id)
+
+
+@pytest.mark.parametrize("fault", [500, 502, 503, 1.0])
+def test_trouble_that_passes_is_waited_out(remote: Remote, fault: float) -> None:
+    before = remote.service.requests
+    remote.service.faults = [fault, fault]
+    assert remote.provider.wrap(KEY, uuid4()).key_version == 1
+    assert remote.service.requests == before + 3
+
+
+@pytest.mark.parametrize("fault", [500, 503, 1.0])
+def test_trouble_that_stays_is_a_typed_error(remote: Remote, fault: float) -> None:
+    remote.service.faults = [fault] * 3
+    started = time.monotonic()
+    with pytest.raises(KeyProviderUnavailable, match="does not answer") as raised:
+        remote.provider.wrap(KEY, uuid4())
+    assert time.monotonic() - started < 3
+    error = raised.value
+    assert (error.status, error.code, error.retry_after_s) == (503, "key_provider_unavailable", 5)
+
+
+def test_a_refusal_is_not_repeated(remote: Remote) -> None:
+    key_id = uuid4()
+    wrapped = remote.provider.wrap(KEY, key_id)
+    remote.forbid()
+    before = remote.service.requests
+    with pytest.raises(KeyProviderUnavailable, match="refuses"):
+        remote.provider.unwrap(wrapped, key_id)
+    assert remote.service.requests == before + 1
+
+
+def test_a_service_that_is_down_turns_callers_away_at_once_and_is_found_again(remote: Remote) -> None:
+    key_id = uuid4()
+    wrapped = remote.provider.wrap(KEY, key_id)
+    remote.service.down()
+    with pytest.raises(KeyProviderUnavailable, match="does not answer"):
+        remote.provider.unwrap(wrapped, key_id)
+    started = time.monotonic()
+    with pytest.raises(KeyProviderUnavailable, match="has just failed"):
+        remote.provider.unwrap(wrapped, key_id)
+    assert time.monotonic() - started < 0.02
+    with pytest.raises(KeyProviderUnavailable):
+        remote.again()
+    remote.service.up()
+    time.sleep(0.06)
+    assert remote.provider.unwrap(wrapped, key_id) == KEY
+
+
+def test_no_key_is_logged_or_quoted(remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    key, key_id = os.urandom(32), uuid4()
+    remote.provider.unwrap(remote.provider.wrap(key, key_id), key_id)
+    remote.service.faults = [500] * 3
+    with pytest.raises(KeyProviderUnavailable) as raised:
+        remote.provider.wrap(key, key_id)
+    said = caplog.text + "".join(traceback.format_exception(raised.value)) + str(remote.provider)
+    for secret in (key.hex(), b64encode(key).decode(), repr(key), "s.right"):
+        assert secret not in said
+    # Neither does the error hold the request: a collector of errors may print what it holds.
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+
+
+def test_nothing_is_stored_when_the_provider_fails(remote: Remote, keys: Path) -> None:
+    with closing(KeyStore(keys / "keystore.sqlite", remote.provider)) as store:
+        store.create()
+        remote.service.faults = [503] * 3
+        with pytest.raises(KeyProviderUnavailable):
+            store.create()
+        assert [count.data_keys for count in store.count_versions()] == [1]

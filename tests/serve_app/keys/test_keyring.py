@@ -1,0 +1,246 @@
+"""Key-encryption keys: who may read them, and what they wrap."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+import json
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
+from serve_app.keys.keyring import FileKeyring, WrappedKey
+
+KEY = os.urandom(32)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def write_keyring(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+def two_versions(current: int) -> bytes:
+    keys = {str(version): b64encode(bytes([version]) * 32).decode() for version in (1, 2)}
+    return json.dumps({"current": current, "keys": keys}).encode()
+
+
+def test_the_first_start_makes_a_private_keyring_and_the_second_keeps_it(keys: Path) -> None:
+    path, key_id = keys / "keyring.json", uuid4()
+    wrapped = FileKeyring.make(path).wrap(KEY, key_id)
+    assert (mode(keys), mode(path)) == (0o700, 0o600)
+    assert [file.name for file in keys.iterdir()] == ["keyring.json"]
+    assert FileKeyring.make(path).unwrap(wrapped, key_id) == KEY
+    assert FileKeyring(path).unwrap(wrapped, key_id) == KEY
+
+
+def test_no_other_start_makes_one(keys: Path) -> None:
+    with pytest.raises(KeyProviderUnavailable, match="FileNotFoundError"):
+        FileKeyring(keys / "keyring.json")
+    assert list(keys.iterdir()) == []
+
+
+def test_the_umask_does_not_open_the_keyring(keys: Path) -> None:
+    umask = os.umask(0)
+    try:
+        FileKeyring.make(keys / "keyring.json")
+    finally:
+        os.umask(umask)
+    assert (mode(keys), mode(keys / "keyring.json")) == (0o700, 0o600)
+
+
+def test_a_start_that_crashed_half_way_is_made_good(keys: Path) -> None:
+    write_keyring(keys / "keyring.json.partial", b'{"current": 1, "ke')
+    FileKeyring.make(keys / "keyring.json")
+    assert [file.name for file in keys.iterdir()] == ["keyring.json"]
+
+
+@pytest.mark.parametrize("wider", [0o604, 0o640, 0o620, 0o602, 0o644, 0o660, 0o777, 0o601, 0o610])
+def test_a_keyring_open_to_others_is_refused(keys: Path, keyring: FileKeyring, wider: int) -> None:
+    (keys / "keyring.json").chmod(wider)
+    with pytest.raises(IntegrityError, match="chmod go-rwx"):
+        FileKeyring(keys / "keyring.json")
+
+
+@pytest.mark.parametrize("wider", [0o701, 0o710, 0o750, 0o755, 0o777])
+def test_a_folder_open_to_others_is_refused(keys: Path, wider: int) -> None:
+    keys.mkdir()
+    keys.chmod(wider)
+    with pytest.raises(IntegrityError, match="chmod go-rwx"):
+        FileKeyring(keys / "keyring.json")
+    assert list(keys.iterdir()) == []
+
+
+def test_a_keyring_of_another_user_is_refused(
+    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() == 0:
+        os.chown(keys / "keyring.json", 65534, 65534)
+    else:  # only root can give a file away; anyone can be somebody else than its owner
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(IntegrityError, match="chown"):
+        FileKeyring(keys / "keyring.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"current": 1}',
+        b'{"current": 1, "keys": {}}',
+        b'{"current": 1, "keys": []}',
+        b'{"keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        b'{"current": 2, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        b'{"current": 1, "keys": {"one": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        b'{"current": 1, "keys": {"1": "c2VjcmV0"}}',
+        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I"}}',
+        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZQ=="}}',
+        b'{"current": 1, "keys": {"1": "!c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        b'{"current": 1, "keys": {"1": 7}}',
+        b'{"current": null, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+    ],
+)
+def test_a_damaged_keyring_is_refused_kept_and_not_quoted(keys: Path, content: bytes) -> None:
+    write_keyring(keys / "keyring.json", content)
+    with pytest.raises(IntegrityError, match="is not a keyring") as raised:
+        FileKeyring(keys / "keyring.json")
+    assert raised.value.__suppress_context__
+    assert "c2Vj" not in str(raised.value)
+    assert (keys / "keyring.json").read_bytes() == content
+
+
+def test_a_keyring_that_is_away_is_a_provider_that_does_not_answer(keys: Path, keyring: FileKeyring) -> None:
+    path, away, key_id = keys / "keyring.json", keys / "elsewhere", uuid4()
+    wrapped = keyring.wrap(KEY, key_id)
+    path.rename(away)
+    for ask in (
+        lambda: keyring.wrap(KEY, uuid4()),
+        lambda: keyring.current_version,
+        lambda: keyring.versions,
+        lambda: keyring.unwrap(WrappedKey(wrapped.wrapped, 2), key_id),
+        keyring.rotate,
+    ):
+        with pytest.raises(KeyProviderUnavailable, match="cannot be read") as raised:
+            ask()
+        assert (raised.value.status, raised.value.retry_after_s) == (503, 5)
+    # What this process knows already opens what was sealed.
+    assert keyring.unwrap(wrapped, key_id) == KEY
+    away.rename(path)
+    assert keyring.wrap(KEY, key_id).key_version == 1
+
+
+def test_a_keyring_that_cannot_be_read_is_away_and_not_damaged(keys: Path, keyring: FileKeyring) -> None:
+    path = keys / "keyring.json"
+    path.unlink()
+    path.mkdir()  # no file to read, for root either
+    with pytest.raises(KeyProviderUnavailable, match="IsADirectoryError"):
+        FileKeyring(path)
+    with pytest.raises(KeyProviderUnavailable, match="IsADirectoryError"):
+        keyring.wrap(KEY, uuid4())
+
+
+def test_a_keyring_with_another_key_of_a_known_version_is_not_taken(keys: Path, tmp_path: Path) -> None:
+    path = keys / "keyring.json"
+    write_keyring(path, two_versions(current=1))
+    keyring, key_id = FileKeyring(path), uuid4()
+    wrapped, right = keyring.wrap(KEY, key_id), path.read_bytes()
+    FileKeyring.make(tmp_path / "other" / "keyring.json")
+    (tmp_path / "other" / "keyring.json").replace(path)
+    for ask in (lambda: keyring.wrap(KEY, uuid4()), keyring.now, keyring.rotate, lambda: keyring.retire(2)):
+        with pytest.raises(KeyProviderUnavailable, match="other keys than before"):
+            ask()
+    assert keyring.unwrap(wrapped, key_id) == KEY
+    path.write_bytes(right)
+    assert keyring.unwrap(keyring.wrap(KEY, key_id), key_id) == KEY
+    assert keyring.versions == (1, 2)
+
+
+def test_the_keys_of_now_are_the_same_until_the_file_is_another(keyring: FileKeyring) -> None:
+    first = keyring.now()
+    assert keyring.now() is first
+    keyring.rotate()
+    assert keyring.now() is not first
+    assert first.current_version == 1
+    assert "keks" not in repr(first)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, -1])
+def test_a_keyring_cut_short_is_damaged_and_not_away(keys: Path, keyring: FileKeyring, kept: int) -> None:
+    path = keys / "keyring.json"
+    cut = path.read_bytes()[:kept]
+    path.unlink()
+    path.touch(mode=0o600)
+    path.write_bytes(cut)
+    with pytest.raises(IntegrityError, match="is not a keyring"):
+        keyring.wrap(KEY, uuid4())
+
+
+def test_wrapping_hides_the_key_and_never_repeats(keyring: FileKeyring) -> None:
+    key_id = uuid4()
+    first, second = keyring.wrap(KEY, key_id), keyring.wrap(KEY, key_id)
+    assert first.key_version == 1
+    assert len(first.wrapped) == 12 + 32 + 16
+    assert first.wrapped != second.wrapped
+    assert KEY not in first.wrapped
+    assert "wrapped=" not in repr(first)
+
+
+def test_a_wrapped_key_altered_or_cut_is_refused(keyring: FileKeyring) -> None:
+    key_id = uuid4()
+    wrapped = keyring.wrap(KEY, key_id).wrapped
+    flipped = [
+        (int.from_bytes(wrapped) ^ (1 << bit)).to_bytes(len(wrapped)) for bit in range(len(wrapped) * 8)
+    ]
+    for altered in (*flipped, *(wrapped[:length] for length in range(len(wrapped))), wrapped + b"\x00"):
+        with pytest.raises(IntegrityError):
+            keyring.unwrap(WrappedKey(altered, 1), key_id)
+
+
+def test_a_wrapped_key_serves_no_other_id(keyring: FileKeyring) -> None:
+    with pytest.raises(IntegrityError):
+        keyring.unwrap(keyring.wrap(KEY, uuid4()), uuid4())
+
+
+def test_another_keyring_does_not_unwrap(keyring: FileKeyring, tmp_path: Path) -> None:
+    key_id = uuid4()
+    with pytest.raises(IntegrityError):
+        FileKeyring.make(tmp_path / "other" / "keyring.json").unwrap(keyring.wrap(KEY, key_id), key_id)
+
+
+def test_old_versions_unwrap_and_the_current_one_wraps(keys: Path) -> None:
+    path, key_id = keys / "keyring.json", uuid4()
+    write_keyring(path, two_versions(current=1))
+    old = FileKeyring(path).wrap(KEY, key_id)
+    path.write_bytes(two_versions(current=2))
+    rotated = FileKeyring(path)
+    assert (old.key_version, rotated.wrap(KEY, key_id).key_version) == (1, 2)
+    assert rotated.unwrap(old, key_id) == KEY
+
+
+@pytest.mark.parametrize("claimed", [0, 2, 3, -1, 2**40])
+def test_a_wrapped_key_under_a_false_version_is_refused(keys: Path, claimed: int) -> None:
+    write_keyring(keys / "keyring.json", two_versions(current=1))
+    keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
+    with pytest.raises(IntegrityError):
+        keyring.unwrap(WrappedKey(keyring.wrap(KEY, key_id).wrapped, claimed), key_id)
+
+
+def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
+    document = json.loads(two_versions(current=1))
+    document["keys"]["2"] = document["keys"]["1"]
+    write_keyring(keys / "keyring.json", json.dumps(document).encode())
+    keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
+    wrapped = keyring.wrap(KEY, key_id).wrapped
+    assert keyring.unwrap(WrappedKey(wrapped, 1), key_id) == KEY
+    with pytest.raises(IntegrityError):
+        keyring.unwrap(WrappedKey(wrapped, 2), key_id)

@@ -1,0 +1,227 @@
+"""Keys that are there when they should be, and gone when they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+import sqlite3
+import subprocess
+from uuid import UUID, uuid4
+
+import pytest
+
+from serve_app.domain.errors import DataKeyMissing, IntegrityError, RecordsUnavailable
+from serve_app.keys import keystore
+from serve_app.keys.envelope import ImageBinding, open_sealed, seal
+from serve_app.keys.keyring import FileKeyring, WrappedKey
+from serve_app.keys.keystore import KeyStore
+
+Started = Callable[[str], subprocess.Popen[str]]
+
+BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+
+
+def sqlite(keys: Path, statement: str, *values: object) -> list[tuple[bytes, int]]:
+    """Look at the file, or tamper with it, from outside."""
+    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection, connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def bytes_on_disk(keys: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(keys.iterdir()))
+
+
+def test_a_key_made_is_a_key_found(store: KeyStore) -> None:
+    key = store.create()
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    assert open_sealed(sealed, data_key=store.load(key.id), binding=BINDING) == b"image"
+
+
+def test_every_file_is_private(store: KeyStore, keys: Path) -> None:
+    store.create()
+    modes = {file.name: file.stat().st_mode & 0o777 for file in keys.iterdir()}
+    names = ("keyring.json", "keystore.sqlite", "keystore.sqlite-shm", "keystore.sqlite-wal")
+    assert modes == dict.fromkeys(names, 0o600)
+
+
+def test_a_commit_is_on_disk_before_it_returns(store: KeyStore) -> None:
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._connection.execute("PRAGMA secure_delete").fetchone() == (1,)
+
+
+def test_restart_keeps_the_keys(store: KeyStore, keys: Path) -> None:
+    made = [store.create() for _ in range(20)]
+    images = [seal(str(key.id).encode(), data_key=key, binding=BINDING) for key in made]
+    store.close()
+    with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as again:
+        for key, sealed in zip(made, images, strict=True):
+            opened = open_sealed(sealed, data_key=again.load(key.id), binding=BINDING)
+            assert opened == str(key.id).encode()
+
+
+def test_a_key_read_back_never_seals(store: KeyStore) -> None:
+    with pytest.raises(IntegrityError):
+        seal(b"image", data_key=store.load(store.create().id), binding=BINDING)
+
+
+def test_an_unknown_key_is_not_found(store: KeyStore) -> None:
+    with pytest.raises(DataKeyMissing):
+        store.load(uuid4())
+
+
+def test_a_shredded_key_is_gone_from_every_file(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
+    kept, key = store.create(), store.create()
+    sealed = seal(b"image", data_key=kept, binding=BINDING)
+    row = sqlite(keys, "SELECT wrapped, key_version FROM data_keys WHERE data_key_id = ?", key.id.bytes)[0]
+    assert row[0] in bytes_on_disk(keys)
+    assert keyring.unwrap(WrappedKey(*row), key.id) not in bytes_on_disk(keys)
+    store.shred(key.id)
+    assert row[0] not in bytes_on_disk(keys)
+    assert key.id.bytes not in bytes_on_disk(keys)
+    with pytest.raises(DataKeyMissing):
+        store.load(key.id)
+    store.shred(key.id)
+    assert open_sealed(sealed, data_key=store.load(kept.id), binding=BINDING) == b"image"
+
+
+def test_a_shred_that_may_linger_says_so(
+    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keystore, "_BUSY_TIMEOUT_S", 0.05)
+    with closing(KeyStore(keys / "keystore.sqlite", keyring)) as store:
+        key = store.create()
+        with closing(sqlite3.connect(keys / "keystore.sqlite", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM data_keys").fetchone()
+            with pytest.raises(RecordsUnavailable, match="not yet overwritten"):
+                store.shred(key.id)
+        store.shred(key.id)
+        assert key.id.bytes not in bytes_on_disk(keys)
+
+
+def test_a_wrapped_key_moved_to_another_row_is_refused(store: KeyStore, keys: Path) -> None:
+    first, second = store.create(), store.create()
+    sqlite(
+        keys,
+        "UPDATE data_keys SET wrapped = (SELECT wrapped FROM data_keys WHERE data_key_id = ?) WHERE data_key_id = ?",
+        first.id.bytes,
+        second.id.bytes,
+    )
+    with pytest.raises(IntegrityError):
+        store.load(second.id)
+
+
+def test_wraps_are_counted_and_bounded(store: KeyStore, keys: Path) -> None:
+    for _ in range(3):
+        store.shred(store.create().id)
+    assert sqlite(keys, "SELECT key_version, wraps FROM wrap_counts") == [(1, 3)]
+    sqlite(keys, "UPDATE wrap_counts SET wraps = 2147483647")
+    store.create()
+    with pytest.raises(RecordsUnavailable, match="rotate"):
+        store.create()
+    assert sqlite(keys, "SELECT count(*) FROM data_keys") == [(1,)]
+
+
+def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys: Path) -> None:
+    store.create()
+
+    def make(_: int) -> UUID | None:
+        try:
+            return store.create().id
+        except RecordsUnavailable:
+            return None
+
+    for _ in range(5):
+        sqlite(keys, "UPDATE wrap_counts SET wraps = 2147483648 - 10")
+        with ThreadPoolExecutor(8) as threads:
+            made = [key_id for key_id in threads.map(make, range(40)) if key_id]
+        assert len(made) == 10
+        assert [store.load(key_id).id for key_id in made] == made
+
+
+def test_another_keyring_shows_at_start(store: KeyStore, keys: Path, tmp_path: Path) -> None:
+    store.create()
+    with pytest.raises(IntegrityError, match="did not wrap"):
+        KeyStore(keys / "keystore.sqlite", FileKeyring.make(tmp_path / "other" / "keyring.json"))
+
+
+def test_a_store_open_to_others_is_refused(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
+    (keys / "keystore.sqlite").chmod(0o640)
+    with pytest.raises(IntegrityError, match="chmod go-rwx"):
+        KeyStore(keys / "keystore.sqlite", keyring)
+
+
+def test_a_damaged_store_is_refused(keys: Path, keyring: FileKeyring) -> None:
+    (keys / "keystore.sqlite").touch(mode=0o600)
+    (keys / "keystore.sqlite").write_bytes(b"not a database, and long enough to say so" * 100)
+    with pytest.raises(IntegrityError, match="damaged"):
+        KeyStore(keys / "keystore.sqlite", keyring)
+
+
+def test_a_store_that_cannot_be_written_is_unavailable(
+    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keystore, "_BUSY_TIMEOUT_S", 0.05)
+    with closing(KeyStore(keys / "keystore.sqlite", keyring)) as store:
+        key = store.create()
+        with closing(sqlite3.connect(keys / "keystore.sqlite", isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            with pytest.raises(RecordsUnavailable):
+                store.create()
+            assert store.load(key.id).id == key.id
+            writer.execute("ROLLBACK")
+        store.create()
+    with pytest.raises(RecordsUnavailable):
+        store.create()
+
+
+def test_two_processes_of_eight_threads(store: KeyStore, start: Started) -> None:
+    body = """
+def make(_):
+    key = store.create()
+    store.load(key.id)
+    return str(key.id)
+with ThreadPoolExecutor(8) as threads:
+    print(*threads.map(make, range(80)))
+"""
+    ids = _run_together([start(body) for _ in range(2)])
+    assert len(set(ids)) == 160
+    assert [store.load(key_id).id for key_id in ids] == ids
+
+
+def test_eight_first_starts_at_once_make_one_keyring(start: Started, keys: Path) -> None:
+    ids = _run_together([start("print(store.create().id)") for _ in range(8)])
+    assert len(set(ids)) == 8
+    with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as store:
+        assert [store.load(key_id).id for key_id in ids] == ids
+    assert {file.name for file in keys.iterdir()} == {"keyring.json", "keystore.sqlite"}
+
+
+def test_no_key_handed_out_is_lost_to_a_kill(start: Started, keys: Path) -> None:
+    process = start("while True: print(store.create().id, flush=True)")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    ids = [process.stdout.readline().strip() for _ in range(100)][1:]
+    process.kill()
+    ids += process.stdout.read().splitlines()[:-1]  # the last line may be cut short
+    with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as store:
+        for key_id in ids:
+            store.load(UUID(key_id))
+
+
+def _run_together(processes: list[subprocess.Popen[str]]) -> list[UUID]:
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    return [UUID(word) for output in outputs for word in output.split()]

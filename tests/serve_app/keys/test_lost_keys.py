@@ -1,0 +1,177 @@
+"""The keyring is lost, or another one is in its place, or the key store is: nothing goes on as if it were not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+import os
+from pathlib import Path
+import sqlite3
+import subprocess
+import sys
+
+from pydantic import SecretStr
+import pytest
+
+from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
+from serve_app.settings import REPOSITORY, NodeFiles
+
+
+@pytest.fixture
+def files(service, settings) -> Iterator[NodeFiles]:
+    """The running service's; its keyring is the one that it was afterwards."""
+    files = NodeFiles(settings.home)
+    right = files.keyring.read_bytes()
+    yield files
+    _put(files, right)
+
+
+def _put(files: NodeFiles, content: bytes) -> None:
+    copied = files.keyring.with_name("copied")
+    copied.touch(mode=0o600)
+    copied.write_bytes(content)
+    copied.replace(files.keyring)
+
+
+def _data_keys(files: NodeFiles) -> int:
+    with closing(sqlite3.connect(files.keystore)) as connection:
+        return int(connection.execute("SELECT count(*) FROM data_keys").fetchone()[0])
+
+
+def _run_keys(files: NodeFiles, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "keys", "--home", str(files.home), *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={name: value for name, value in os.environ.items() if not name.startswith("DERM_")},
+    )
+
+
+async def _opens(service, answer: dict) -> bool:
+    path = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
+    read = await service.client.get(path, headers=service.token("dr"))
+    return read.status_code == 200 and read.content == service.image
+
+
+async def _is_refused(service, files: NodeFiles, patient: str) -> None:
+    before = await service.counts(), _data_keys(files)
+    service.hold_to_problem(await service.upload(patient), 503, "key_provider_unavailable")
+    after = await service.counts(), _data_keys(files)
+    # A refusal is an audit event; nothing else was stored.
+    assert after[1] == before[1]
+    assert {t: n for t, n in after[0].items() if t != "audit_events"} == {
+        t: n for t, n in before[0].items() if t != "audit_events"
+    }
+
+
+@pytest.mark.parametrize("command", [("status",), ("rotate",), ("rewrap",), ("retire", "1")])
+async def test_no_command_makes_a_keyring_in_a_lost_ones_place(service, files, command) -> None:
+    patient = await service.care()
+    answer = (await service.upload(patient)).json()
+    away = files.keyring.with_suffix(".away")
+    files.keyring.rename(away)
+    try:
+        said = await asyncio.to_thread(_run_keys, files, *command)
+        assert (said.returncode, said.stderr.count("\n")) == (1, 1), said.stderr
+        assert "cannot be read (FileNotFoundError)" in said.stderr
+        assert not files.keyring.exists()
+        await _is_refused(service, files, patient)
+    finally:
+        away.rename(files.keyring)
+    again = await service.upload(patient)
+    assert again.status_code == 201
+    assert await _opens(service, answer)
+    assert await _opens(service, again.json())
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+async def test_a_foreign_keyring_wraps_no_image(service, files, tmp_path: Path, *, rotated: bool) -> None:
+    patient = await service.care()
+    answer, right = (await service.upload(patient)).json(), files.keyring.read_bytes()
+    foreign = FileKeyring.make(tmp_path / "other" / "keyring.json")
+    if rotated:  # and so without any version that is known here
+        foreign.rotate()
+        foreign.retire(1)
+    _put(files, (tmp_path / "other" / "keyring.json").read_bytes())
+    await _is_refused(service, files, patient)
+    await _is_refused(service, files, patient)
+    _put(files, right)
+    again = await service.upload(patient)
+    assert again.status_code == 201
+    assert await _opens(service, answer)
+    assert await _opens(service, again.json())
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_an_empty_key_store_beside_a_full_database_is_refused_at_start(
+    service, start_service, local_stages, tmp_path: Path, *, there: bool
+) -> None:
+    assert (await service.upload(await service.care())).status_code == 201
+    lost = NodeFiles(tmp_path)
+    if there:
+        lost.keystore.parent.mkdir(mode=0o700)
+        lost.keystore.touch(mode=0o600)
+    with pytest.raises(IntegrityError, match="derm-cds restore --keys"):
+        async with start_service(local_stages(), home=tmp_path):
+            pass
+    assert not lost.keyring.exists()
+    assert lost.keystore.exists() == there
+
+
+async def test_a_second_node_with_keys_of_its_own_is_refused(
+    new_database, start_service, local_stages, tmp_path: Path
+) -> None:
+    """A key store belongs to a database from the first start on: no image need be there yet."""
+    urls, first, second = await new_database(), NodeFiles(tmp_path / "1"), NodeFiles(tmp_path / "2")
+    url = SecretStr(urls.app)
+    async with start_service(local_stages(), home=first.home, database_url=url):
+        made = first.keystore.exists()
+    for used in (False, True):
+        if used:  # the key store of another database
+            with closing(KeyStore(second.keystore, FileKeyring.make(second.keyring))) as keys:
+                keys.create()
+        with pytest.raises(IntegrityError, match="belongs to another key store"):
+            async with start_service(local_stages(), home=second.home, database_url=url):
+                pass
+        assert second.keystore.exists() == used
+    async with start_service(local_stages(), home=first.home, database_url=url):
+        assert made
+
+
+async def test_a_key_store_that_knows_none_of_the_images_is_refused(
+    service, start_service, local_stages, tmp_path
+):
+    """Of a database from before key stores were known to it, too."""
+    assert (await service.upload(await service.care())).status_code == 201
+    foreign = NodeFiles(tmp_path)
+    with closing(KeyStore(foreign.keystore, FileKeyring.make(foreign.keyring))) as keys:
+        keys.create()
+    claim = await service.owner.fetchrow("DELETE FROM key_stores RETURNING *")
+    try:
+        with pytest.raises(IntegrityError, match="none of them opens"):
+            async with start_service(local_stages(), home=tmp_path):
+                pass
+        assert await service.owner.fetchval("SELECT count(*) FROM key_stores") == 0
+    finally:
+        await service.owner.execute("INSERT INTO key_stores VALUES ($1, $2, $3)", *claim)
+
+
+async def test_a_first_start_makes_both_and_a_second_one_no_keyring(
+    new_database, start_service, local_stages, tmp_path: Path
+) -> None:
+    urls, files = await new_database(), NodeFiles(tmp_path)
+    changed = {"home": tmp_path, "database_url": SecretStr(urls.app)}
+    async with start_service(local_stages(), **changed):
+        made = files.keyring.read_bytes()
+    async with start_service(local_stages(), **changed):
+        assert files.keyring.read_bytes() == made
+    files.keyring.unlink()
+    with pytest.raises(KeyProviderUnavailable, match="cannot be read"):
+        async with start_service(local_stages(), **changed):
+            pass
+    assert not files.keyring.exists()

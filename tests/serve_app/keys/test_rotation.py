@@ -1,0 +1,139 @@
+"""A new key-encryption key: for everyone, at once, with every image readable before, during and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+import sqlite3
+from threading import Event
+from uuid import UUID
+
+import pytest
+
+from serve_app.domain.errors import Conflict, DataKeyMissing, NotFound, RecordsUnavailable
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
+
+BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+
+
+@pytest.fixture
+def elsewhere(keys: Path, store: KeyStore) -> Iterator[KeyStore]:
+    """The same store as another process has it open, with a keyring of its own."""
+    with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as other:
+        yield other
+
+
+def sealed_images(store: KeyStore, count: int) -> list[bytes]:
+    return [seal(b"image %d" % number, data_key=store.create(), binding=BINDING) for number in range(count)]
+
+
+def versions(store: KeyStore) -> dict[int, int]:
+    return {count.key_version: count.data_keys for count in store.count_versions()}
+
+
+def test_after_a_rotation_every_process_wraps_under_the_new_key(store, keyring, elsewhere) -> None:
+    old = sealed_images(elsewhere, 2)
+    assert keyring.rotate() == 2
+    new = sealed_images(elsewhere, 3)
+    assert versions(store) == {1: 2, 2: 3}
+    for number, sealed in enumerate(old):
+        assert store.open_image(sealed, BINDING) == b"image %d" % number
+    assert elsewhere.open_image(new[2], BINDING) == b"image 2"
+
+
+def test_rewrapping_is_resumable_and_leaves_every_image_readable(store, keyring) -> None:
+    images = sealed_images(store, 25)
+    keyring.rotate()
+    assert store.rewrap(10) == 10
+    assert versions(store) == {1: 15, 2: 10}
+    while store.rewrap(10):
+        pass
+    assert versions(store) == {1: 0, 2: 25}
+    assert store.rewrap() == 0
+    assert [store.open_image(sealed, BINDING) for sealed in images] == [b"image %d" % n for n in range(25)]
+    counts = {count.key_version: count.wraps for count in store.count_versions()}
+    assert counts == {1: 25, 2: 25}
+
+
+def test_no_read_fails_while_keys_rotate_and_rewrap(store, keyring, elsewhere) -> None:
+    images = sealed_images(store, 200)
+    over = Event()
+
+    def read(start: int) -> int:
+        done = 0
+        while not over.is_set() or done < 50:
+            number = (start + 7 * done) % len(images)
+            assert elsewhere.open_image(images[number], BINDING) == b"image %d" % number
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(5) as readers:
+        reading = [readers.submit(read, start) for start in range(5)]
+        try:
+            for _ in range(3):
+                keyring.rotate()
+                while store.rewrap(20):
+                    pass
+        finally:
+            over.set()
+        assert all(task.result() >= 50 for task in reading)
+    assert versions(store)[4] == 200
+
+
+def test_a_key_shredded_while_others_are_rewrapped_stays_gone(store, keyring, monkeypatch) -> None:
+    key = store.create()
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    keyring.rotate()
+    wrap = store._checks.wrap
+
+    def shred_then_wrap(data_key: bytes, data_key_id: UUID):
+        monkeypatch.setattr(store._checks, "wrap", wrap)
+        store.shred(data_key_id)
+        return wrap(data_key, data_key_id)
+
+    monkeypatch.setattr(store._checks, "wrap", shred_then_wrap)
+    store.rewrap()
+    with pytest.raises(DataKeyMissing):
+        store.open_image(sealed, BINDING)
+
+
+def test_a_retired_key_opens_nothing_and_the_current_one_cannot_be_retired(store, keyring, keys) -> None:
+    (sealed,) = sealed_images(store, 1)
+    backup = (keys / "keyring.json").read_bytes()
+    keyring.rotate()
+    store.rewrap()
+    with pytest.raises(Conflict, match="rotate and rewrap first"):
+        keyring.retire(2)
+    with pytest.raises(NotFound, match="version 7"):
+        keyring.retire(7)
+    keyring.retire(1)
+    assert keyring.versions == (2,)
+    assert store.open_image(sealed, BINDING) == b"image 0"
+    assert backup != (keys / "keyring.json").read_bytes()
+    assert FileKeyring(keys / "keyring.json").versions == (2,)
+
+
+def test_rewrapping_counts_towards_the_bound(store, keyring, keys) -> None:
+    sealed_images(store, 3)
+    keyring.rotate()
+    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection, connection:
+        connection.execute("INSERT INTO wrap_counts VALUES (2, 2147483647)")
+    with pytest.raises(RecordsUnavailable, match="rotate it"):
+        store.rewrap()
+    # All or nothing: the three are under the old key, none half way.
+    assert versions(store)[1] == 3
+
+
+def test_a_process_that_slept_through_a_whole_rotation_goes_on(store, keyring, elsewhere) -> None:
+    """It knows the first version alone, and finds a keyring without it: by the store's word the right one."""
+    (sealed,) = sealed_images(elsewhere, 1)
+    keyring.rotate()
+    store.rewrap()
+    keyring.retire(1)
+    sealed_images(elsewhere, 1)
+    assert versions(store) == {1: 0, 2: 2}
+    assert elsewhere.open_image(sealed, BINDING) == b"image 0"

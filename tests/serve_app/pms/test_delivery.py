@@ -1,0 +1,285 @@
+"""The outbox against a PMS that fails: nothing lost, nothing kept twice, in order, each disclosure on record once."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+import random
+
+import pytest
+
+from serve_app.domain.errors import RecordsUnavailable
+from serve_app.pms import delivery as delivery_module
+from serve_app.pms.client import CircuitBreaker
+from serve_app.pms.delivery import DEAD_AFTER_SETBACKS, LONGEST_WAIT_S, wait_s
+from serve_app.records.answers import assessment_answer
+from serve_app.records.outbox import Outbox
+
+
+def kept(pms, encounter: str) -> list[str]:
+    return [body["assessment_id"] for _, body in pms.kept.get(encounter, [])]
+
+
+async def test_a_finished_assessment_is_posted_with_what_the_answer_carries(queue, pms) -> None:
+    finished = await queue.finish("e-1")
+    assert await queue.delivery().deliver_due() == 1
+    ((key, body),) = pms.kept["e-1"]
+    assert body["assessment_id"] == str(finished)
+    assert body["outcome"] == "review"
+    assert body["classification"]["probabilities"]["MEL"] == 0.7
+    assert body["links"] == {"encounter": f"{pms.url}/api/encounters/e-1"}
+    assert {"risk", "similar", "neighbours", "change", "provenance", "reasons", "quality"} <= set(body)
+    assert {"image", "sealed", "embedding"}.isdisjoint(body)
+    (event,) = await queue.owner.fetch("SELECT * FROM audit_events WHERE action = 'disclose'")
+    assert event["detail"] == {
+        "recipient": "pms",
+        "outcome": "review",
+        "attempts": 1,
+        "purpose": "HOPERAT",
+    }
+    assert (event["patient_id"], event["assessment_id"], event["request_id"]) == ("patient", finished, key)
+    assert await queue.delivery().deliver_due() == 0
+
+
+async def test_what_names_no_encounter_or_was_completed_before_is_not_queued(queue) -> None:
+    await queue.finish(None)
+    assert (await queue.outbox.counts()).waiting == 0
+
+
+async def test_the_message_is_part_of_the_commit(queue, admission, assessment, event) -> None:
+    """A T2 that is refused leaves no message, and one that is won twice leaves one."""
+    new = admission(encounter_id="e-1")
+    await queue.lesions.admit(new)
+    rivals = [
+        queue.lesions.complete(
+            new.assessment_id,
+            assessment(),
+            embedding_space="lite0.1",
+            event=event("classify"),
+            message_id=new.image_id,
+        )
+        for _ in range(4)
+    ]
+    assert sorted(await asyncio.gather(*rivals)) == [False] * 3 + [True]
+    assert (await queue.outbox.counts()).waiting == 1
+
+
+async def test_nothing_is_lost_while_the_pms_is_down(queue, pms) -> None:
+    pms.stop()
+    finished = [str(await queue.finish("e-1")) for _ in range(5)]
+    delivery = queue.delivery()
+    for _ in range(5):
+        assert await delivery.deliver_due() == 0
+    counts = await queue.outbox.counts()
+    assert (counts.waiting, counts.dead) == (5, 0)
+    assert counts.oldest_waiting_s > 0
+    (first, *_) = await queue.outbox.list(dead_only=False, limit=1)
+    assert first.last_error.startswith("connection_")
+    pms.start()
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == finished
+    assert sorted(await queue.disclosures()) == sorted(finished)
+
+
+@pytest.mark.parametrize("fault", ["slow", "500", "404", "page", "wrong", "drop", "lost"])
+async def test_every_fault_is_overcome(queue, pms, fault: str) -> None:
+    faults = iter([fault, fault])
+    pms.fault = lambda _: next(faults, None)
+    delivery = queue.delivery(timeout_s=0.3)
+    finished = [str(await queue.finish("e-1")) for _ in range(2)]
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == finished
+    assert await queue.disclosures() == finished
+    if fault == "lost":
+        assert len(pms.seen) == 4  # each key more than once, each message kept once
+
+
+class KilledBeforeNoting(Outbox):
+    """An outbox whose process dies after the PMS's answer, before it is noted: `deaths` times."""
+
+    deaths = 1
+
+    async def deliver(self, *arguments, **named) -> bool:
+        if self.deaths:
+            self.deaths -= 1
+            raise asyncio.CancelledError
+        return await super().deliver(*arguments, **named)
+
+
+async def test_killed_between_post_and_note_the_pms_sees_one_key_twice_and_keeps_one(queue, pms) -> None:
+    await queue.finish("e-1")
+    delivery = queue.delivery(outbox=KilledBeforeNoting(queue.outbox._pool))
+    with pytest.raises(asyncio.CancelledError):
+        await delivery.deliver_due(lease_s=0.05)
+    assert (len(pms.seen), await queue.disclosures()) == (1, [])
+    await queue.drain(queue.delivery())
+    assert len(pms.seen) == 2
+    assert len(set(pms.seen)) == 1
+    assert len(pms.kept["e-1"]) == 1
+    assert len(await queue.disclosures()) == 1
+
+
+async def test_many_senders_deliver_each_message_once_and_in_order(queue, pms) -> None:
+    finished = {e: [str(await queue.finish(e)) for _ in range(6)] for e in ("e-1", "e-2", "e-3")}
+    async with asyncio.timeout(30):
+        while (await queue.outbox.counts()).waiting:
+            await asyncio.gather(*(queue.delivery().deliver_due() for _ in range(4)))
+    assert {e: kept(pms, e) for e in finished} == finished
+    assert len(pms.seen) == 18
+
+
+async def test_a_message_that_is_refused_holds_up_its_encounter_for_an_hour_at_most(queue, pms) -> None:
+    pms.fault = lambda request: "404" if "/e-1/" in request.url.path else None
+    await queue.finish("e-1")
+    elsewhere = await queue.finish("e-2")
+    delivery = queue.delivery()
+    await delivery.deliver_due()
+    assert kept(pms, "e-2") == [str(elsewhere)]
+    await queue.owner.execute(
+        "UPDATE outbox SET waiting_since = now() - interval '61 minutes', due_at = now()"
+    )
+    second = await queue.finish("e-1")
+    await delivery.deliver_due()
+    (dead,) = await queue.outbox.list(dead_only=True, limit=10)
+    assert dead.last_error == "http_404"
+    pms.fault = lambda _: None
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == [str(second)]
+    assert await queue.outbox.retry(None, actor="op", request_id="r") == 1
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == [str(second), str(dead.assessment_id)]
+    events = await queue.owner.fetch("SELECT actor FROM audit_events WHERE action = 'outbox_retry'")
+    assert [row["actor"] for row in events] == ["op"]
+
+
+async def test_an_outage_of_days_ends_in_a_dead_letter(queue, pms) -> None:
+    pms.stop()
+    await queue.finish("e-1")
+    delivery = queue.delivery(dead_after=timedelta(0))
+    await delivery.deliver_due()
+    counts = await queue.outbox.counts()
+    assert (counts.waiting, counts.dead, counts.oldest_waiting_s) == (0, 1, None)
+
+
+async def test_an_open_circuit_sends_nothing(queue, pms) -> None:
+    asked = 0
+
+    def count(_: object) -> str:
+        nonlocal asked
+        asked += 1
+        return "500"
+
+    pms.fault = count
+    for n in range(30):
+        await queue.finish(f"e-{n}")
+    delivery = queue.delivery(breaker=CircuitBreaker(failures=3, rest_s=60))
+    for _ in range(5):
+        await delivery.deliver_due()
+        await asyncio.sleep(0.02)
+    assert asked <= 16  # one batch
+    assert (await queue.outbox.counts()).waiting == 30
+
+
+async def test_a_database_that_does_not_answer_loses_nothing(queue, pms, monkeypatch) -> None:
+    await queue.finish("e-1")
+
+    async def unavailable(*_: object, **__: object) -> bool:
+        raise RecordsUnavailable
+
+    broken = Outbox(queue.outbox._pool)
+    monkeypatch.setattr(broken, "deliver", unavailable)
+    with pytest.raises(RecordsUnavailable):
+        await queue.delivery(outbox=broken).deliver_due(lease_s=0.05)
+    await queue.drain(queue.delivery())
+    assert len(pms.kept["e-1"]) == 1
+
+
+async def test_two_hundred_rounds_of_faults_lose_nothing_and_double_nothing(queue, pms) -> None:
+    chance = random.Random(7)  # noqa: S311 - the same faults every time
+    finished: dict[str, list[str]] = {f"e-{n}": [] for n in range(6)}
+    pms.slow_s = 0.4
+    for _ in range(200):
+        encounter = chance.choice(list(finished))
+        finished[encounter].append(str(await queue.finish(encounter)))
+        fault = chance.choice(
+            [None, None, "500", "404", "page", "wrong", "drop", "lost", "slow", "down", "kill"]
+        )
+        if fault == "down":
+            pms.stop()
+        faults = iter([fault] * chance.randint(1, 3) if fault not in {"down", "kill"} else [])
+        pms.fault = lambda _, faults=faults: next(faults, None)
+        outbox = KilledBeforeNoting(queue.outbox._pool) if fault == "kill" else queue.outbox
+        delivery = queue.delivery(outbox=outbox, timeout_s=0.2)
+        for _ in range(chance.randint(1, 2)):
+            try:
+                await delivery.deliver_due(lease_s=0.05)
+            except asyncio.CancelledError:
+                asyncio.current_task().uncancel()
+        if fault == "down":
+            pms.start()
+    pms.fault = lambda _: None
+    await queue.drain(queue.delivery(), within_s=60)
+    assert {e: kept(pms, e) for e in finished} == finished
+    every = [a for told in finished.values() for a in told]
+    assert sorted(await queue.disclosures()) == sorted(every)
+    assert len(pms.seen) > len(every)  # some came twice, and were kept once
+
+
+def test_the_wait_doubles_up_to_its_limit() -> None:
+    assert 1.0 <= wait_s(1) <= 2.0
+    assert 8.0 <= wait_s(4) <= 16.0
+    assert LONGEST_WAIT_S / 2 <= wait_s(10_000) <= LONGEST_WAIT_S
+
+
+@pytest.mark.parametrize("fault", ["500", "slow", "wrong", "defect"])
+async def test_a_message_that_fails_while_others_get_through_is_set_aside_and_its_encounter_goes_on(
+    queue, pms, monkeypatch, fault: str
+) -> None:
+    """Other than a refusal by 4xx, it may be the PMS's trouble: what tells is whether others get through."""
+    poisoned = await queue.finish("e-1")
+
+    def fails(request) -> str | None:
+        return fault if "/e-1/" in request.url.path and fault != "defect" else None
+
+    def make_answer(image, **named):
+        if image.assessment_id == poisoned and fault == "defect":
+            raise KeyError("a document of a time before")
+        return assessment_answer(image, **named)
+
+    monkeypatch.setattr(delivery_module, "assessment_answer", make_answer)
+    pms.fault = fails
+    delivery = queue.delivery(timeout_s=0.05 if fault == "slow" else 2.0)
+    behind = await queue.finish("e-1")
+    for _ in range(4 * DEAD_AFTER_SETBACKS):
+        await queue.finish("e-2")
+        await queue.owner.execute("UPDATE outbox SET due_at = now(), lease_until = NULL")
+        await delivery.deliver_due()
+        if (await queue.outbox.counts()).dead:
+            break
+    (dead,) = await queue.outbox.list(dead_only=True, limit=10)
+    assert dead.assessment_id == poisoned
+    assert dead.last_error
+    assert dead.attempts > DEAD_AFTER_SETBACKS
+    pms.fault = lambda _: None
+    await queue.owner.execute("UPDATE outbox SET due_at = now(), lease_until = NULL")
+    await queue.drain(queue.delivery())
+    assert kept(pms, "e-1") == [str(behind)]
+    monkeypatch.undo()
+    assert await queue.outbox.retry(dead.message_id, actor="op", request_id="r") == 1
+    await queue.drain(queue.delivery())
+    assert kept(pms, "e-1") == [str(behind), str(poisoned)]
+
+
+async def test_attempts_in_an_outage_count_against_no_message(queue, pms) -> None:
+    finished = await queue.finish("e-1")
+    pms.fault = lambda _: "500"
+    delivery = queue.delivery()
+    for _ in range(DEAD_AFTER_SETBACKS + 5):
+        await queue.owner.execute("UPDATE outbox SET due_at = now()")
+        await delivery.deliver_due()
+        await asyncio.sleep(0.03)  # the breaker's rest
+    assert (await queue.outbox.counts()).dead == 0
+    pms.fault = lambda _: None
+    await queue.owner.execute("UPDATE outbox SET due_at = now()")
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == [str(finished)]

@@ -1,0 +1,225 @@
+"""What came to nothing and what was erased is told to the PMS as well: once, in the same transaction, and no finding."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from serve_app.domain.assessment import Outcome
+from serve_app.domain.errors import RecordsUnavailable
+from serve_app.domain.identifiers import new_id
+from serve_app.erasure.eraser import Eraser
+from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.keyring import FileKeyring
+from serve_app.keys.keystore import KeyStore
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import ErasureRequest, ErasureStore
+from serve_app.records.lesion_rows import Admission
+from serve_app.records.outbox import Outbox
+
+#: What a finished assessment tells of the patient and the image, and of a finding nothing.
+OPEN_WORDS = {"assessment_id", "lesion_id", "image_id", "patient_id", "encounter_id", "created_at", "links"}
+NO_FINDINGS = {"quality", "classification", "risk", "neighbours", "change", "provenance"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[KeyStore]:
+    folder = tmp_path / "keys"
+    with closing(KeyStore(folder / "keystore.sqlite", FileKeyring.make(folder / "keyring.json"))) as store:
+        yield store
+
+
+@pytest.fixture
+def admission(admission, keys) -> Callable[..., Admission]:
+    """As elsewhere, and its data key is in this key store: only that proves an erasure."""
+
+    def make(**overrides: object) -> Admission:
+        image_id = uuid4()
+        sealed = seal(
+            b"image", data_key=keys.create(), binding=ImageBinding(image_id, "patient", "image/png")
+        )
+        return admission(image_id=image_id, sealed=sealed, **overrides)
+
+    return make
+
+
+@pytest.fixture
+def eraser(queue, keys) -> Eraser:
+    return Eraser(ErasureStore(queue.outbox._pool), keys, tells_pms=True)
+
+
+async def request_of(queue, assessment_id: UUID) -> ErasureRequest:
+    found = await queue.lesions.assessment_record(assessment_id)
+    return ErasureRequest(
+        lesion_id=found.lesion_id,
+        image_id=found.image.image_id,
+        reason=ErasureReason.PATIENT_REQUEST,
+        note="Mrs Marker asked for it",
+        actor="chief",
+        request_id="erasing",
+    )
+
+
+async def erase(queue, eraser: Eraser, assessment_id: UUID) -> str:
+    erasure, _ = await eraser.erase(await request_of(queue, assessment_id))
+    assert erasure.receipt is not None
+    return str(erasure.receipt_id)
+
+
+async def fail(queue, admission, event, encounter_id: str | None = "e-1") -> UUID:
+    new = admission(encounter_id=encounter_id, patient_id="patient")
+    await queue.lesions.admit(new)
+    failed = event("classify", outcome="failed", assessment_id=new.assessment_id)
+    assert await queue.lesions.fail(new.assessment_id, "integrity", event=failed, message_id=new_id())
+    return new.assessment_id
+
+
+def hold_to_nothing_found(body: dict) -> None:
+    assert {name: body[name] for name in NO_FINDINGS} == dict.fromkeys(NO_FINDINGS)
+    assert (body["similar"], body["timings_ms"]) == ([], {})
+    assert set(body) - NO_FINDINGS - {"similar", "timings_ms", "outcome", "reasons", "erasure"} == OPEN_WORDS
+    assert "Marker" not in str(body)
+
+
+async def told_of(queue) -> list[tuple[str, str]]:
+    rows = await queue.owner.fetch(
+        "SELECT request_id, detail ->> 'outcome' AS outcome FROM audit_events WHERE action = 'disclose'"
+        " ORDER BY event_id"
+    )
+    return [(row["request_id"], row["outcome"]) for row in rows]
+
+
+async def test_a_failed_assessment_is_told_once(queue, pms, admission, event) -> None:
+    failed = await fail(queue, admission, event)
+    await queue.drain(queue.delivery())
+    ((key, body),) = pms.kept["e-1"]
+    assert (body["assessment_id"], body["outcome"]) == (str(failed), "failed")
+    assert body["reasons"][0]["code"] == "integrity"
+    hold_to_nothing_found(body)
+    assert await told_of(queue) == [(key, "failed")]
+    # Ended already: neither a second end nor a second message.
+    again = event("classify", outcome="failed", assessment_id=failed)
+    assert not await queue.lesions.fail(failed, "integrity", event=again, message_id=new_id())
+    assert (await queue.outbox.counts()).waiting == 0
+
+
+async def test_a_failed_assessment_without_an_encounter_is_not(queue, admission, event) -> None:
+    await fail(queue, admission, event, encounter_id=None)
+    assert (await queue.outbox.counts()).waiting == 0
+
+
+async def test_the_erasure_of_what_was_told_is_told_under_a_key_of_its_own(queue, pms, eraser) -> None:
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    await queue.owner.execute("UPDATE outbox SET queued_at = now() - interval '1 year'")
+    receipt_id = await erase(queue, eraser, finished)
+    assert (await queue.outbox.counts()).oldest_waiting_s < 60
+    await queue.drain(queue.delivery())
+    (first, _), (second, body) = pms.kept["e-1"]
+    assert second == receipt_id != first
+    assert (body["assessment_id"], body["outcome"]) == (str(finished), "erased")
+    assert (body["erasure"]["receipt_id"], body["erasure"]["reason"]) == (receipt_id, "patient_request")
+    hold_to_nothing_found(body)
+    assert await told_of(queue) == [(first, "review"), (second, "erased")]
+
+
+async def test_what_was_erased_before_it_was_told_is_only_told_as_erased(queue, pms, eraser) -> None:
+    receipt_id = await erase(queue, eraser, await queue.finish("e-1"))
+    await queue.drain(queue.delivery())
+    ((key, body),) = pms.kept["e-1"]
+    assert (key, body["outcome"]) == (receipt_id, "erased")
+    hold_to_nothing_found(body)
+
+
+async def test_a_cancelled_assessment_is_told_as_such(queue, pms, eraser, admission) -> None:
+    new = admission(encounter_id="e-1", patient_id="patient")
+    await queue.lesions.admit(new)
+    await erase(queue, eraser, new.assessment_id)
+    await queue.drain(queue.delivery())
+    ((_, body),) = pms.kept["e-1"]
+    assert (body["outcome"], body["erasure"]["reason"]) == ("cancelled", "patient_request")
+
+
+async def test_the_erasure_of_a_failed_assessment_is_told_after_it(
+    queue, pms, eraser, admission, event
+) -> None:
+    failed = await fail(queue, admission, event)
+    await queue.drain(queue.delivery())
+    await erase(queue, eraser, failed)
+    await queue.drain(queue.delivery())
+    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["failed", "erased"]
+
+
+async def test_nothing_is_told_where_it_is_switched_off_or_names_no_encounter(queue, eraser, keys) -> None:
+    silent = Eraser(ErasureStore(queue.outbox._pool), keys)
+    await erase(queue, silent, await queue.finish("e-1"))
+    await erase(queue, eraser, await queue.finish(None))
+    assert (await queue.outbox.counts()).waiting == 0
+
+
+async def test_an_erasure_repeated_is_told_once(queue, pms, eraser) -> None:
+    finished = await queue.finish("e-1")
+    receipts = await asyncio.gather(*(erase(queue, eraser, finished) for _ in range(4)))
+    assert len(set(receipts)) == 1
+    await queue.drain(queue.delivery())
+    await erase(queue, eraser, finished)
+    assert (await queue.outbox.counts()).waiting == 0
+    assert [key for key, _ in pms.kept["e-1"]] == receipts[:1]
+
+
+async def test_an_accepted_erasure_is_told_with_its_receipt_and_not_before(
+    queue, pms, eraser, monkeypatch
+) -> None:
+    finished = await queue.finish("e-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(eraser._keys, "destroy", _unavailable)
+        erasure, _ = await eraser.erase(await request_of(queue, finished))
+    assert erasure.receipt is None
+    assert (await queue.outbox.counts()).waiting == 0
+    assert await eraser.finish_accepted(older_than_s=0) == 1
+    await queue.drain(queue.delivery())
+    assert [key for key, _ in pms.kept["e-1"]] == [str(erasure.receipt_id)]
+
+
+def _unavailable(_key: object) -> None:
+    raise RecordsUnavailable
+
+
+@pytest.mark.parametrize("fault", ["500", "page", "drop", "lost"])
+async def test_a_pms_in_trouble_hears_of_the_erasure_in_the_end(queue, pms, eraser, fault: str) -> None:
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    faults = iter([fault, fault])
+    pms.fault = lambda _: next(faults, None)
+    await erase(queue, eraser, finished)
+    await queue.drain(queue.delivery(timeout_s=0.5))
+    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["review", "erased"]
+    assert [outcome for _, outcome in await told_of(queue)] == ["review", "erased"]
+
+
+@pytest.mark.parametrize("delivered_before", [True, False])
+async def test_an_answer_that_comes_after_the_erasure_ends_no_message(
+    queue, pms, eraser, *, delivered_before: bool
+) -> None:
+    """A sender has posted the findings and is late to note that: the erasure is told all the same, both on record."""
+    finished = await queue.finish("e-1")
+
+    class Late(Outbox):
+        async def deliver(self, message_id, *, told, event):
+            if told is Outcome.REVIEW:
+                if delivered_before:
+                    assert await super().deliver(message_id, told=told, event=event)
+                await erase(queue, eraser, finished)
+            return await super().deliver(message_id, told=told, event=event)
+
+    await queue.delivery(outbox=Late(queue.outbox._pool)).deliver_due()
+    assert (await queue.outbox.counts()).waiting == 1
+    await queue.drain(queue.delivery())
+    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["review", "erased"]
+    told = [outcome for _, outcome in await told_of(queue)]
+    assert (told[0], told[-1]) == ("review", "erased")

@@ -1,0 +1,218 @@
+"""The service with a PMS beside it: asked at the upload, told afterwards, and never waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+import time
+
+from pydantic import ValidationError
+import pytest
+
+from serve_app.domain.errors import StageFailed
+from serve_app.lesions.recovery import FAILED_AFTER_TRIES
+from serve_app.pms import delivery
+from serve_app.settings import Settings
+from tests.serve_app.erasure.erasing import erase
+from tests.serve_app.lesions.test_pending import Faulty, failing, recover
+from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
+
+
+@pytest.fixture(scope="module")
+def pms() -> Iterator[PmsServer]:
+    with running_pms() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ties(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
+    """The settings of a service that asks and tells."""
+    token: Path = tmp_path_factory.mktemp("token") / "pms.token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN)
+    return {
+        "patient_directory": "pms",
+        "pms_url": pms.url,
+        "pms_token_file": token,
+        "pms_deliver": True,
+        "pms_cache_s": 0.0,
+    }
+
+
+@pytest.fixture(scope="module")
+async def tied(start_service, local_stages, ties) -> AsyncIterator:
+    """The service over all five real stages, with a PMS."""
+    async with start_service(local_stages(), **ties) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def _healthy(pms: PmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pms.fault = lambda _: None
+    monkeypatch.setattr(delivery, "_PERIOD_S", 0.05)
+
+
+def factors(answer: dict) -> dict[str, str]:
+    return {factor["code"]: factor["effect"] for factor in answer["risk"]["factors"]}
+
+
+async def told(pms: PmsServer, encounter: str, count: int = 1) -> list[dict]:
+    async with asyncio.timeout(30):
+        while len(pms.kept.get(encounter, [])) < count:  # noqa: ASYNC110 - another process would look as well
+            await asyncio.sleep(0.02)
+    return [body for _, body in pms.kept[encounter]]
+
+
+async def test_the_record_is_weighed_and_the_encounter_is_told(tied, pms) -> None:
+    patient = await tied.care()
+    history = {"personal_melanoma": True}
+    pms.register(patient, f"e-{patient}", birth_date="1950-01-01", sex="female", history=history)
+    response = await tied.upload(patient, encounter_id=f"e-{patient}")
+    assert response.status_code == 201, response.text
+    answer = response.json()
+    tied.hold_to("AssessmentDocument", answer)
+    assert factors(answer)["personal_melanoma"] == factors(answer)["age"] == "raises"
+    assert answer["links"] == {"encounter": f"{pms.url}/api/encounters/e-{patient}"}
+    del answer["open_demand"]  # of the lesion, in the answer to the upload alone
+    assert await told(pms, f"e-{patient}") == [answer]
+    seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
+    assert seen.json()["assessments"] == [answer]
+
+
+async def test_the_disclosure_is_on_record_once(tied, pms) -> None:
+    patient = await tied.care()
+    pms.register(patient, f"e-{patient}")
+    answer = (await tied.upload(patient, encounter_id=f"e-{patient}")).json()
+    await told(pms, f"e-{patient}")
+    query = "SELECT count(*) FROM audit_events WHERE action = 'disclose' AND assessment_id = $1::text::uuid"
+    async with asyncio.timeout(10):
+        while await tied.owner.fetchval(query, answer["assessment_id"]) == 0:  # noqa: ASYNC110 - another process would look as well
+            await asyncio.sleep(0.02)
+    assert await tied.owner.fetchval(query, answer["assessment_id"]) == 1
+
+
+async def test_another_sex_than_recorded_is_for_a_clinician_to_see(tied, pms) -> None:
+    patient = await tied.care()
+    pms.register(patient, sex="male")
+    answer = (await tied.upload(patient, sex="female")).json()
+    assert answer["outcome"] == "review"
+    assert "identity_discrepancy" in [reason["code"] for reason in answer["reasons"]]
+    replayed = await tied.replay(answer)
+    assert replayed.json()["verdict"] == "identical"
+
+
+@pytest.mark.parametrize("owner", ["another", None])
+async def test_an_encounter_of_another_is_refused_and_nothing_is_stored(tied, pms, owner) -> None:
+    patient = await tied.care()
+    pms.register(patient)
+    if owner:
+        pms.register(owner, f"e-{patient}")
+    before = await tied.counts()
+    response = await tied.upload(patient, encounter_id=f"e-{patient}")
+    problem = tied.hold_to_problem(response, 422, "wrong_encounter")
+    assert "encounter_id" in problem["detail"]
+    after = await tied.counts()
+    assert after == before | {"audit_events": before["audit_events"] + 1}
+    assert [event["detail"] for event in await tied.events(response)] == [{"code": "wrong_encounter"}]
+
+
+@pytest.mark.parametrize("fault", ["slow", "500", "404", "page", "wrong", "drop"])
+async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
+    start_service, local_stages, ties, pms, fault
+) -> None:
+    pms.fault = lambda request: fault if request.method == "GET" else None
+    async with start_service(local_stages(), **ties) as service:
+        patient = await service.care()
+        pms.register(patient, f"e-{patient}", history={"personal_melanoma": True})
+        response = await service.upload(patient, encounter_id=f"e-{patient}", age_approx="70")
+        assert response.status_code == 201, response.text
+        found = factors(response.json())
+        assert found["record_not_available"] == found["encounter_not_verified"] == "not_available"
+        assert found["age"] == "raises"
+        assert len(await told(pms, f"e-{patient}")) == 1
+
+
+async def test_down_for_the_upload_and_told_when_it_is_back(tied, pms) -> None:
+    patient = await tied.care()
+    pms.register(patient, f"e-{patient}")
+    pms.stop()
+    try:
+        answers = []
+        for _ in range(3):
+            since = time.monotonic()
+            response = await tied.upload(patient, encounter_id=f"e-{patient}")
+            assert response.status_code == 201
+            assert time.monotonic() - since < 10
+            answers.append(response.json())
+            del answers[-1]["open_demand"]
+        ready = await tied.client.get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json()["outbox"]["waiting"] >= 3
+    finally:
+        pms.start()
+    await tied.owner.execute("UPDATE outbox SET due_at = now() WHERE delivered_at IS NULL")
+    assert await told(pms, f"e-{patient}", 3) == answers
+
+
+async def test_what_recovery_completes_is_told_too(start_service, local_stages, ties, pms) -> None:
+    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+    async with start_service(stages, **ties) as service:
+        patient = await service.care()
+        pms.register(patient, f"e-{patient}", history={"immunosuppression": True})
+        response = await service.upload(patient, encounter_id=f"e-{patient}")
+        assert response.status_code == 202
+        assert f"e-{patient}" not in pms.kept
+        assert await recover(service) == 1
+        (body,) = await told(pms, f"e-{patient}")
+        assert factors(body)["immunosuppression"] == "raises"
+
+
+async def test_what_failed_and_what_was_erased_is_told_too(start_service, local_stages, ties, pms) -> None:
+    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+    async with start_service(stages, **ties) as service:
+        patient = await service.care()
+        pms.register(patient, f"e-{patient}")
+        pending = await service.upload(patient, encounter_id=f"e-{patient}")
+        assert pending.status_code == 202
+        image = pending.json()["image_id"]
+        await service.owner.execute(
+            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+            " WHERE image_id = $1::text::uuid",
+            image,
+        )
+        await service.owner.execute(
+            "UPDATE assessments SET attempts = $2 WHERE image_id = $1::text::uuid", image, FAILED_AFTER_TRIES
+        )
+        assert await recover(service) == 0
+        (failed,) = await told(pms, f"e-{patient}")
+        service.hold_to("AssessmentDocument", failed)
+        assert (failed["outcome"], failed["reasons"][0]["code"]) == ("failed", "integrity")
+        receipt = (await erase(service, pending.json(), note="Mrs Marker asked")).json()
+        _, erased = await told(pms, f"e-{patient}", 2)
+        service.hold_to("AssessmentDocument", erased)
+        assert (erased["outcome"], erased["classification"], erased["risk"]) == ("erased", None, None)
+        assert erased["erasure"]["receipt_id"] == receipt["receipt_id"]
+        assert "Marker" not in str(erased)
+
+
+async def test_without_a_pms_nothing_changes(service) -> None:
+    answer = (await service.upload(await service.care(), encounter_id="e-0")).json()
+    assert "links" not in answer
+    assert not {code for code in factors(answer) if code.startswith("record_")}
+    assert (await service.client.get("/readyz")).json()["outbox"] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pms_deliver": True}, "DERM_PMS_URL is missing"),
+        ({"patient_directory": "pms"}, "DERM_PMS_URL is missing"),
+        ({"pms_url": "ftp://pms"}, "http"),
+        ({"pms_url": "https://me:secret@pms"}, "DERM_PMS_TOKEN_FILE"),
+        ({"pms_url": "http://pms", "env": "production"}, "https"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changed, said) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Settings(database_url="postgresql://x", token_secret="x" * 40, **changed)

@@ -1,0 +1,105 @@
+"""Each invariant holds on what is loaded rightly, and names what breaks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve_app.records.health import INVARIANTS, find_violations
+from serve_app.records.pool import queries
+from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
+from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.serving import LiveModel, publish
+
+#: An erased image of a patient, of which nothing is left.
+ERASED = """
+WITH l AS (
+    INSERT INTO lesions VALUES (gen_random_uuid(), 'p', now()) RETURNING lesion_id
+)
+INSERT INTO lesion_images (
+    image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, erased_at
+)
+SELECT gen_random_uuid(), l.lesion_id, 'p', now(), 'image/jpeg', 300, 300, gen_random_uuid(), now() FROM l;
+"""
+LEFT_VECTOR = """
+INSERT INTO lesion_embeddings
+SELECT i.image_id, r.embedding_space, r.embedding FROM lesion_images AS i, reference_embeddings AS r;
+"""
+UNPROVEN = """
+INSERT INTO erasures
+SELECT gen_random_uuid(), i.image_id, i.data_key_id, sha256('x'),
+    'patient_request', NULL, 'dr', 'r', now() - interval '11 minutes'
+FROM lesion_images AS i;
+"""
+
+#: As in a database that was filled before licences were checked there.
+UNLICENSED = """
+ALTER TABLE reference_images DROP CONSTRAINT reference_images_licensed;
+UPDATE reference_images SET copyright_license = 'all rights reserved';
+"""
+
+IMAGE = ReferenceImage("ISIC_0000001", None, "NV", None, None, None, None, "CC-0", "Anonymous")
+
+
+@pytest.fixture
+async def healthy(new_database, unit_vectors):
+    """An owner's pool on a database with one live reference, and the application's."""
+    from serve_app.records.pool import open_pool
+
+    urls = await new_database()
+    owner = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
+    application = await open_pool(urls.app, minimum=0, maximum=1, timeout_s=20)
+    await ReferenceStore(owner).load([IMAGE], unit_vectors(1), embedding_space="s")
+    await ReferenceCache(owner).reassign(SpaceEmbedder("s", "lite0.a", "a" * 64, "1"), expected=1)
+    await publish(owner, LiveModel("lite0.a", "digest", "s"))
+    yield owner, application
+    await owner.close()
+    await application.close()
+
+
+def test_every_invariant_has_its_query() -> None:
+    assert set(INVARIANTS) == set(queries("health"))
+
+
+async def test_nothing_is_violated_where_everything_is_as_it_should_be(healthy) -> None:
+    _, application = healthy
+    assert await find_violations(application) == []
+
+
+async def test_an_image_that_was_erased_rightly_violates_nothing(healthy) -> None:
+    owner, application = healthy
+    await owner.execute(ERASED)
+    assert await find_violations(application) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "violated"),
+    [
+        (
+            UNLICENSED,
+            "references_licensed",
+        ),
+        ("UPDATE reference_embeddings SET copyright_license = 'CC-BY'", "references_licensed"),
+        ("UPDATE reference_images SET attribution = ' '", "references_licensed"),
+        ("UPDATE reference_embeddings SET embedding = embedding + embedding", "live_vectors_of_unit_norm"),
+        ("DELETE FROM reference_embeddings", "live_space_holds_references"),
+        ("UPDATE space_embedders SET model_id = 'another.model'", "live_space_of_the_live_model"),
+        (
+            "INSERT INTO reference_images VALUES (gen_random_uuid(), NULL, 'NV', NULL, NULL, NULL, NULL, 'CC-0', 'A')",
+            "references_of_the_archive",
+        ),
+        (
+            ERASED + LEFT_VECTOR,
+            "erased_images_leave_nothing",
+        ),
+        (
+            ERASED + UNPROVEN,
+            "erasures_proven",
+        ),
+    ],
+)
+async def test_each_violation_is_named_and_counted(healthy, harm: str, violated: str) -> None:
+    owner, application = healthy
+    await owner.execute(harm)
+    (found,) = await find_violations(application)
+    assert (found.name, found.count) == (violated, 1)
+    assert found.invariant == INVARIANTS[violated]

@@ -1,0 +1,32 @@
+"""Named queries: each has a name of its own and says what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.records import pool as sql
+from serve_app.sql import parse
+
+
+def test_queries_are_split_by_name() -> None:
+    text = "-- name: one\n-- The first.\nSELECT 1;\n\n-- name: two\n-- The second.\nSELECT 2\n;\n"
+    assert parse(text) == {"one": "-- The first.\nSELECT 1", "two": "-- The second.\nSELECT 2\n"}
+
+
+@pytest.mark.parametrize("text", ["-- name: a\nSELECT 1;", "-- name: a\n-- x\n\n-- name: a\n-- y\n"])
+def test_queries_without_description_or_with_a_taken_name_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="quer"):
+        parse(text)
+
+
+async def test_every_query_is_valid_on_the_real_schema(owner_pool) -> None:
+    for path in sorted((Path(sql.__file__).parent / "queries").glob("*.sql")):
+        for name, query in sql.queries(path.stem).items():
+            if name.startswith(
+                ("take_in", "forgive", "leave_only_arrivals", "grant", "make_ledger")
+            ):  # of a temporary table; several statements
+                continue
+            async with owner_pool.connection() as connection:
+                await connection.prepare(query)
