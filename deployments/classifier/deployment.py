@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from deployments.classifier.classifier import Classifier, ClassifierOutput
+from deployments.cores import SharedCores
 from deployments.live_model import warm_at_start
 from model_store.registry import ModelStore
 from model_store.session import Device
@@ -25,7 +24,7 @@ _MOST_PASSES = 4
 
 @serve.deployment(name="classifier")
 class ClassifierDeployment:
-    """On a CPU an image a forward pass, in a thread, a pass for every core; on a GPU what has queued up.
+    """On a CPU an image a forward pass, in a thread, as many as are its share of the cores; on a GPU what has queued up.
 
     A batch saves nothing on a CPU, and gathering one costs turns of the event loop (docs/performance.md).
     """
@@ -33,10 +32,9 @@ class ClassifierDeployment:
     async def __init__(self, *, threads: int, device: Device) -> None:  # type: ignore[misc]
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
-        # Passes × threads = cores. One thread a pass is the default: two share a pass of this
-        # size so badly that it gains no time and costs a quarter more of the processor.
-        passes = max(1, min(_MOST_PASSES, (os.cpu_count() or 1) // threads))
-        self._passes = ThreadPoolExecutor(passes, thread_name_prefix="pass")
+        # One thread a pass is the default: two share a pass of this size so badly that it gains
+        # no time and costs a quarter more of the processor.
+        self._passes = SharedCores("classifier", threads=threads, most=_MOST_PASSES)
         self._batched = device == "cuda"
         self._classifier = Classifier(ModelStore(settings.models), threads=threads, device=device)
         await warm_at_start(settings, self._classifier.warm)
@@ -46,6 +44,10 @@ class ClassifierDeployment:
         batching: Any = self._run_batch
         batching.set_max_batch_size(int(user_config["max_batch_size"]))
         batching.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds: the moment to see who else wants this machine's cores."""
+        self._passes.share()
 
     async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
         """Have these models ready, and no others for longer than they are used; their digests by id."""
@@ -58,14 +60,13 @@ class ClassifierDeployment:
         if self._batched:
             output: ClassifierOutput = await self._run_batch((model_id, pixels))
             return output
-        loop = asyncio.get_running_loop()
-        return (await loop.run_in_executor(self._passes, self._run, [(model_id, pixels)]))[0]
+        return (await self._passes.run(self._run, [(model_id, pixels)]))[0]
 
     # No wait: a lone image must not be held back. While every pass is taken, arrivals gather
     # and form the next batch.
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0, max_concurrent_batches=_MOST_PASSES)
     async def _run_batch(self, requests: list[tuple[str, NDArray[np.uint8]]]) -> list[ClassifierOutput]:
-        return await asyncio.get_running_loop().run_in_executor(self._passes, self._run, requests)
+        return await self._passes.run(self._run, requests)
 
     def _run(self, requests: list[tuple[str, NDArray[np.uint8]]]) -> list[ClassifierOutput]:
         outputs: list[ClassifierOutput | None] = [None] * len(requests)

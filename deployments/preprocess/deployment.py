@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-import os
 
 from ray import serve
 
+from deployments.cores import SharedCores
 from deployments.live_model import warm_at_start
 from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.preprocess import PreparedImage, prepare_or_reject
@@ -21,15 +20,19 @@ from serve_app.settings import load_settings
 
 @serve.deployment(name="preprocess")
 class PreprocessDeployment:
-    """Decodes in a thread for every core: never more large images open than can be worked on."""
+    """Decodes in threads, as many as are its share of the cores: never more large images open than can be worked on."""
 
     async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
         self._limits = UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side)
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoder")
+        self._decoders = SharedCores("preprocess")
         self._store = ModelStore(settings.models)
         await warm_at_start(settings, self._store.warm)
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds: the moment to see who else wants this machine's cores."""
+        self._decoders.share()
 
     async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
         """Have these models ready, and no others for longer than they are used; their digests by id."""
@@ -38,5 +41,4 @@ class PreprocessDeployment:
     async def prepare(self, model_id: str, data: bytes) -> PreparedImage | RejectedUpload:
         """Prepare one upload for a model."""
         spec = (await self._store.opened(model_id)).manifest.input
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, prepare_or_reject, data, spec, self._limits)
+        return await self._decoders.run(prepare_or_reject, data, spec, self._limits)

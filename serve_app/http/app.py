@@ -38,9 +38,8 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
 from serve_app.settings import Settings
+from serve_app.version import package_version, service_version
 from serve_app.worker import InvariantWatch, Sealer
-
-SERVICE_VERSION = "0.1.0"
 
 
 class _App(FastAPI):
@@ -76,7 +75,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
     except BaseException:
         await pool.close()
         raise
-    assessor = Assessor(stages, service_version=SERVICE_VERSION)
+    assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
     pms = open_pms(settings, pool, records)
     return Services(
         pool=pool,
@@ -169,7 +168,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
 
     app = _App(
         title="pms-derm-cds",
-        version=SERVICE_VERSION,
+        version=package_version(),
         summary="Dermatology decision support for clinicians; never a diagnosis.",
         lifespan=lifespan,
         # Nothing but the health routes is anonymous, so the document has a route of its own.

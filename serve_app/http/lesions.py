@@ -175,7 +175,10 @@ async def _authorise(
         top_k=question.top_k,
         reference_filter=question.reference_filter,
         idempotency_key=question.idempotency_key,
-        request_sha256=form.fingerprint(*question.words()),
+        # Megabytes, so in a thread.
+        request_sha256=await asyncio.to_thread(form.fingerprint, *question.words())
+        if question.idempotency_key is not None
+        else None,
     )
 
 

@@ -60,7 +60,7 @@ class Submission:
     top_k: int
     reference_filter: ReferenceFilter
     idempotency_key: str | None
-    request_sha256: bytes
+    request_sha256: bytes | None
 
 
 class Triage:
@@ -211,7 +211,7 @@ class Triage:
             actor=submission.actor,
             request_id=submission.request_id,
             idempotency_key=submission.idempotency_key,
-            request_sha256=submission.request_sha256 if submission.idempotency_key else None,
+            request_sha256=submission.request_sha256,
             event=AuditEvent(
                 action="upload",
                 actor=submission.actor,

@@ -15,6 +15,7 @@ import tomli_w
 
 from data_jobs.references.load import publish_bundled
 from deployments.classifier.deployment import ClassifierDeployment
+from deployments.cores import SharedCores
 from deployments.embedder.deployment import EmbedderDeployment
 from deployments.preprocess.deployment import PreprocessDeployment
 from deployments.retriever.deployment import RetrieverDeployment
@@ -70,10 +71,14 @@ async def start(served, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         await stage.__init__(**arguments)
         if name == "retriever":
             pools.append(stage._references._pool)
+        shares.extend(value for value in vars(stage).values() if isinstance(value, SharedCores))
         return stage
 
     pools: list[Pool] = []
+    shares: list[SharedCores] = []
     yield started
+    for share in shares:
+        share.close()
     for pool in pools:
         await pool.close()
     load_settings.cache_clear()
@@ -126,3 +131,16 @@ async def test_a_model_that_is_not_in_memory_holds_up_nobody_else(start, store, 
         await asking
     writer.join()
     assert seen == [True], f"{name} held the event loop while it read a model"
+
+
+@pytest.mark.parametrize(("name", "threads"), [("preprocess", "_decoders"), ("classifier", "_passes")])
+async def test_replicas_of_a_stage_share_the_cores(start, name, threads) -> None:
+    cores = len(os.sched_getaffinity(0))
+    first = await start(name)
+    alone = getattr(first, threads).share()
+    second = await start(name)
+    for stage in (first, second):
+        await stage.check_health()
+    shares = [getattr(stage, threads)._jobs for stage in (first, second)]
+    assert shares[0] == shares[1] <= max(1, cores // 2)
+    assert shares[0] <= alone

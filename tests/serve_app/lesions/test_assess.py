@@ -12,6 +12,7 @@ import pytest
 
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import Sex
+from serve_app.version import service_version
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk", "store", "total"}
 
@@ -280,3 +281,9 @@ async def test_a_black_image_is_refused_and_kept(service) -> None:
     seen = (await service.client.get(response.headers["location"], headers=service.token("dr"))).json()
     assert answer.pop("open_demand") is seen["open_demand"] is None
     assert seen["assessments"] == [answer]
+
+
+async def test_every_answer_names_the_build_that_made_it(service) -> None:
+    answer = (await service.upload(await service.care())).json()
+    assert answer["provenance"]["service_version"] == service_version()
+    assert service_version().startswith(f"{service.document['info']['version']}+g")

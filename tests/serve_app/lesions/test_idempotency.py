@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 import json
+import threading
 from uuid import uuid4
 
 import pytest
 
 from serve_app.domain.errors import RecordsUnavailable
+from serve_app.http.bodies import UploadForm
 
 
 def key(value: str) -> dict[str, str]:
@@ -139,3 +141,21 @@ async def test_a_repeat_in_an_emergency_says_so(service) -> None:
         events = await service.events(response)
         assert {event["action"] for event in events} == expected
         assert all(event["detail"]["emergency_access"] == opened.json()["emergency_id"] for event in events)
+
+
+async def test_an_image_is_hashed_away_from_the_event_loop_and_only_for_a_key(service, monkeypatch) -> None:
+    """20 MB take long enough to hold every other request up."""
+    threads: list[int] = []
+    real = UploadForm.fingerprint
+
+    def noting(form: UploadForm, *extra: str) -> bytes:
+        threads.append(threading.get_ident())
+        return real(form, *extra)
+
+    monkeypatch.setattr(UploadForm, "fingerprint", noting)
+    patient = await service.care()
+    assert (await service.upload(patient)).status_code == 201
+    assert threads == []
+    assert (await service.upload(patient, headers=key("hashed-elsewhere"))).status_code == 201
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
