@@ -20,7 +20,7 @@ from serve_app.http.deployment import Ingress
 class TriageArgs(BaseModel):
     """The arguments in `serve_config.yaml`. Which model answers is not among them: the database says.
 
-    classifier_threads: cores of one forward pass; a replica runs as many passes as the cores allow.
+    classifier_threads: cores of one forward pass; replicas on one machine share its cores (deployments/cores.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
