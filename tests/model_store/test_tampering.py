@@ -125,7 +125,7 @@ def test_a_truncated_graph_with_a_true_digest_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('label_space = ["MEL", "NV", ', 'label_space = ["MEL", "MEL", ', "each label once"),
+        ('[\n    "MEL",\n    "NV",', '[\n    "MEL",\n    "MEL",', "each label once"),
         ('MEL = "MEL"\nNV = "NV"', 'MEL = "NV"\nNV = "NV"', "one to one"),
         ('MEL = "MEL"\n', 'MEL = "UNK"\n', "one to one"),
         ('modality = "dermoscopic"', 'modality = "clinical"', "not dermoscopic"),
@@ -156,7 +156,7 @@ def test_labels_in_another_order_than_the_graphs_own_are_refused(
     rewrite(path, _with_labels(path.read_bytes(), ",".join(TRAINED)))
     manifest = folder / MANIFEST_NAME
     if swap:
-        text = manifest.read_text().replace('["MEL", "NV", ', '["NV", "MEL", ', 1)
+        text = manifest.read_text().replace('"MEL",\n    "NV",', '"NV",\n    "MEL",', 1)
         rewrite(manifest, text.encode())
     seal(folder)
     classifier = Classifier(ModelStore(store), threads=1)

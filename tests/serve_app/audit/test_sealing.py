@@ -24,7 +24,7 @@ EVENT = AuditEvent(action="read", actor="dr", outcome="success", request_id="r")
 @pytest.fixture
 async def log(new_database, as_superuser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A sealer in a hurry, its checkpoints, the records, and an administrator of the database."""
-    monkeypatch.setattr(sealing, "EVERY_S", 0.01)
+    monkeypatch.setattr(sealing, "SEAL_EVERY_S", 0.01)
     urls = await new_database()
     pool = await open_pool(urls.app, minimum=0, maximum=4, timeout_s=20)
     checkpoints = CheckpointLog(tmp_path / "audit" / "checkpoints.jsonl", tmp_path / "keys" / "signing.key")

@@ -201,9 +201,7 @@ async def test_recovery_without_the_images_key_leaves_it_pending(service, settin
     services, answer = service.app.state.services, await pending(service)
     with key_elsewhere(settings, (await row(service, answer))["data_key_id"]):
         for _ in range(FAILED_AFTER_TRIES + 2):
-            assert (
-                await recover_once(services.records, services.triage, services.live, orphaned_after_s=0) == 0
-            )
+            assert await recover_once(services.records, services.triage, services.live) == 0
             await service.owner.execute(
                 "UPDATE assessments SET lease_until = NULL WHERE image_id = $1::text::uuid",
                 answer["image_id"],
@@ -212,7 +210,7 @@ async def test_recovery_without_the_images_key_leaves_it_pending(service, settin
         missing = await service.client.get(path(answer), headers=service.token("dr"))
         service.hold_to_problem(missing, 503, "data_key_missing")
         assert [event["detail"] for event in await service.events(missing)] == [{"code": "data_key_missing"}]
-    assert await recover_once(services.records, services.triage, services.live, orphaned_after_s=0) == 1
+    assert await recover_once(services.records, services.triage, services.live) == 1
 
 
 @pytest.mark.parametrize("cause", ["image_too_small", "integrity"])
