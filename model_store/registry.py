@@ -1,4 +1,4 @@
-"""Digests: a model folder is loaded only when every file is the one its manifest names."""
+"""Models by id: every file held to its digest, verified once, and kept side by side while one replaces another."""
 
 from __future__ import annotations
 

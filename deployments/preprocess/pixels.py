@@ -1,4 +1,4 @@
-"""From any mode that a JPEG or PNG decodes to, to sRGB, in little more memory than the image itself."""
+"""Decoded pixels made those that a model expects: colours to sRGB, upright, at the model's geometry."""
 
 from __future__ import annotations
 

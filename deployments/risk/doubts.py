@@ -1,4 +1,4 @@
-"""Whether an image is good enough to be judged at all; needs no model."""
+"""Whether an image is good enough to be judged at all, and why a clinician must look before the answer is used."""
 
 from __future__ import annotations
 

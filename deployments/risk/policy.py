@@ -1,4 +1,4 @@
-"""Tables of a configuration file read into frozen dataclasses: a misspelt key is never a default."""
+"""One whole risk policy: its tables as types, read strictly from disk, overridden by `user_config`, never contradictory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thing that went into the risk: what it demands, by how much it raises, and its words."""
+"""The rules: what probabilities, patient, site, checklist, similar cases and the patient's record demand."""
 
 from __future__ import annotations
 

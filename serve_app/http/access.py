@@ -1,4 +1,4 @@
-"""Where a request comes from, for bounds on those who have shown no token."""
+"""Who is let in: the sender's address, each route's rule, token, rate and revocation."""
 
 from __future__ import annotations
 

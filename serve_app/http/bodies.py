@@ -1,4 +1,4 @@
-"""A small JSON body, read within a bound and after the caller is known.
+"""Reading what a request sends: JSON bodies, and the upload of an image; bounded, in memory, every field checked.
 
 FastAPI reads a declared body first and asks who is calling afterwards: whoever has no token could
 send one without end.

@@ -1,4 +1,4 @@
-"""Who is asking: the bearer token of a request, checked at the door."""
+"""The caller of a request: who asks, and whether the patient is theirs."""
 
 from __future__ import annotations
 

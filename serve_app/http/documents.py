@@ -1,4 +1,4 @@
-"""The shapes that the OpenAPI document publishes; `extra="forbid"`, so tests catch any drift."""
+"""The shapes that the OpenAPI document publishes, answers and replays; `extra="forbid"`, so tests catch any drift."""
 
 from __future__ import annotations
 

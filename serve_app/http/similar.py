@@ -1,4 +1,4 @@
-"""How a request limits its search for references: the query parameters that routes share."""
+"""The references: how a search may be limited, another search with an assessed image, and a reference's picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the interface asks of the graph: five stages, wherever they run."""
+"""One image through the stages: what is asked of each, and what is found, in the order it is found."""
 
 from __future__ import annotations
 

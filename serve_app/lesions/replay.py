@@ -1,4 +1,4 @@
-"""A recorded answer beside the same answer made again: which fields differ, and by how much."""
+"""A past answer made again, and compared with its record: which fields differ, and by how much."""
 
 from __future__ import annotations
 

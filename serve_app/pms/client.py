@@ -1,4 +1,4 @@
-"""A circuit breaker: who has not answered several times in a row is not asked for a while.
+"""HTTP to the PMS: address, token, certificates, what may go wrong, and a circuit breaker for when it does.
 
 Our own, because what is needed is forty lines: the libraries (purgatory, aiobreaker, pybreaker)
 bring stores in Redis, factories and listeners, and count exceptions that here are answers.

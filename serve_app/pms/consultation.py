@@ -1,4 +1,4 @@
-"""What the caller sent and what the patient's record says, made one context.
+"""The directory asked while the image is prepared, and what it says joined with what the caller sent.
 
 Neither side wins as such: what is weighed is the more cautious of the two, so that asking the
 directory can raise a risk and never lower it, and every difference is stated. A different sex

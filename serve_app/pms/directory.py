@@ -1,4 +1,4 @@
-"""What is asked of a directory of patients, wherever it is."""
+"""The directory of patients: what is asked of it, the PMS's JSON read with little trust, and a brief cache."""
 
 from __future__ import annotations
 

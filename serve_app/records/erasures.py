@@ -1,4 +1,4 @@
-"""Accepted erasures and their receipts: added to, read, and never changed.
+"""Accepted erasures and their receipts, and the legal holds that forbid an erasure.
 
 An erasure is accepted in one transaction, which destroys all that the database holds of the image, and
 proven in a second one, once its data key is gone. What was accepted and not proven is finished later.

@@ -1,4 +1,4 @@
-"""How long images are kept: as long as the patient's record is open, and a stated time after.
+"""How long what is stored is kept: images past their time, idempotency keys and data keys left over, and lost keys.
 
 Nothing expires by itself. Once the hospital closes a record, the retention period runs from there, or from
 a later image; a legal hold keeps an image beyond it.
