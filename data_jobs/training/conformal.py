@@ -48,18 +48,6 @@ def conformal_thresholds(probabilities: Floats, labels: Labels, coverage: float)
     return thresholds
 
 
-def prediction_sets(probabilities: Floats, thresholds: Floats) -> NDArray[np.bool_]:
-    """N×C membership: y is in the set when p(y) >= threshold[y]."""
-    return probabilities >= thresholds
-
-
-def class_coverage(sets: NDArray[np.bool_], labels: Labels) -> Floats:
-    """Share of each class's images whose set holds their class; NaN for a class without images."""
-    classes = range(sets.shape[1])
-    held = [sets[labels == c, c] for c in classes]
-    return np.array([h.mean() if len(h) else np.nan for h in held])
-
-
 def set_figures(
     predictions: Predictions, thresholds: Floats, coverage: float, calibration_images: Mapping[str, int]
 ) -> dict[str, Any]:
@@ -68,9 +56,8 @@ def set_figures(
     `calibration_images` are those that each class's threshold was found on.
     """
     labels = predictions.labels
-    sets = prediction_sets(predictions.eight, thresholds)
+    sets = predictions.eight >= thresholds
     size = sets.sum(1)
-    found = class_coverage(sets, labels)
     classes = {}
     for index, diagnosis in enumerate(TRAINED):
         images, covered = int((labels == index).sum()), int(sets[labels == index, index].sum())
@@ -79,7 +66,7 @@ def set_figures(
             "calibration_images": calibration_images[diagnosis.value],
             "images": images,
             "covered": covered,
-            "coverage": round(float(found[index]), 4),
+            "coverage": round(covered / images, 4) if images else float("nan"),
             "range": [low, high],
             "within_range": low <= covered <= high,
         }

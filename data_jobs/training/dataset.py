@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
-from data_jobs.training.plans import DataPlan
+from data_jobs.training.recipe import DataPlan
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from serve_app.domain.diagnosis import TRAINED, Diagnosis

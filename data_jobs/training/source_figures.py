@@ -29,14 +29,14 @@ from data_jobs.training.dataset import (
     training_indices,
 )
 from data_jobs.training.draws import sampled_prior
+from data_jobs.training.evaluation.figures import accuracy_figures
 from data_jobs.training.machine import Machine
-from data_jobs.training.network import DermNetwork
-from data_jobs.training.probabilities import area_under_curve, balanced_accuracy, softmax, top_k_accuracy
+from data_jobs.training.network import DermNetwork, load_weights
+from data_jobs.training.probabilities import area_under_curve, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Outputs, open_onnx, scan_images
-from data_jobs.training.timm_checkpoint import load_own
 from deployments.preprocess.pixels import InputGeometry
-from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED
 
 #: How much of the archive's prior is given back to the logits of weights; an exported model has its own.
 PRIOR_SHIFT = 0.5
@@ -48,7 +48,6 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     source = np.array([row.source for row in rows])
     ham = np.array([(row.lesion_id or "").startswith("HAM_") for row in rows])
     malignant = [i for i, d in enumerate(TRAINED) if d in MALIGNANT]
-    melanoma = TRAINED.index(Diagnosis.MEL)
     groups = {
         "archive": source == ARCHIVE,
         "HAM10000": ham,
@@ -57,11 +56,7 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     }
     return {
         name: {
-            "images": int(picked.sum()),
-            "top1": round(top_k_accuracy(p[picked], labels[picked], 1), 4),
-            "top3": round(top_k_accuracy(p[picked], labels[picked], 3), 4),
-            "balanced_accuracy": round(balanced_accuracy(p[picked], labels[picked], len(TRAINED)), 4),
-            "melanoma_auc": round(area_under_curve(p[picked, melanoma], labels[picked] == melanoma), 4),
+            **accuracy_figures(p[picked], labels[picked]),
             "malignant_auc": round(
                 area_under_curve(p[picked][:, malignant].sum(1), np.isin(labels[picked], malignant)), 4
             ),
@@ -76,7 +71,8 @@ def open_weights(
 ) -> Callable[[NDArray[np.uint8]], Outputs]:
     """A forward pass of our own network's safetensors, PRIOR_SHIFT of the prior restored."""
     machine = Machine.of("cpu", bfloat16=bfloat16)
-    network: DermNetwork = load_own(recipe, load_file(weights))
+    network = DermNetwork(recipe.architecture, recipe.network).eval()
+    load_weights(network, recipe.architecture, load_file(weights))
 
     @torch.inference_mode()
     def run(pixels: NDArray[np.uint8]) -> Outputs:

@@ -1,7 +1,7 @@
 """Does a copy answer as the server does? Figures on the same images, and the gate.
 
-Fold 4 chooses between settings, fold 0 confirms the chosen one; the images that p(UNK) must
-find (photographs, text, noise) are those that nothing was fitted on.
+The calibration fold chooses between settings, the test fold confirms the chosen one; the images that p(UNK) must find
+(photographs, text, noise) are those that nothing was fitted on.
 """
 
 from __future__ import annotations
@@ -13,18 +13,33 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.edge.fold_images import FoldImages
+from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.embedding_spaces import ShippedReferences, nearest, precision_at
 from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats, area_under_curve, calibration_error
-from data_jobs.training.scan import Scan
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, calibration_error
+from data_jobs.training.scan import Pixels, Scan
 from deployments.classifier.calibration import Calibrator
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import TRAINED
 
 NEIGHBOURS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class FoldImages:
+    """Labelled images of one fold; `name` is the fold's, `pixels` uint8 N×side×side×3."""
+
+    name: str
+    rows: list[LabelledImage]
+    labels: Labels
+    pixels: Pixels
+
+    @property
+    def lesions(self) -> list[str]:
+        """The lesion of every image."""
+        return [row.lesion for row in self.rows]
 
 
 def compare_search(

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from data_jobs.training.dataset import LabelledImage
-from data_jobs.training.edge.certificate import cosines, gate_problems, point_figures, unknown_figures
-from data_jobs.training.edge.fold_images import FoldImages
+from data_jobs.training.edge.certificate import (
+    FoldImages,
+    cosines,
+    gate_problems,
+    point_figures,
+    unknown_figures,
+)
 from model_store.manifest import OperatingPoint
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
