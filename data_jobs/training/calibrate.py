@@ -19,7 +19,6 @@ import numpy as np
 
 from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.references.bundle import write_references
-from data_jobs.training.conformal import conformal_thresholds
 from data_jobs.training.dataset import (
     fold_indices,
     isic_folder,
@@ -30,8 +29,8 @@ from data_jobs.training.dataset import (
 )
 from data_jobs.training.embedding_spaces import choose_space, pair_figures
 from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
-from data_jobs.training.operating_points import choose_points
-from data_jobs.training.probabilities import Floats, calibration_error, fit_temperature, softmax
+from data_jobs.training.operating_points import choose_points, conformal_thresholds
+from data_jobs.training.probabilities import calibration_error, fit_temperature, quantiles, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Pixels, open_onnx, scan_images, scan_pixels, soften
 from data_jobs.training.unknown import (
@@ -51,11 +50,6 @@ QUALITY_QUANTILES = (0.0, 0.001, 0.005, 0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.99
 SCORE_QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999)
 
 
-def quantiles(values: Floats) -> dict[str, float]:
-    """Quantiles of a score, rounded for reading."""
-    return {str(q): round(float(np.quantile(values, q)), 4) for q in SCORE_QUANTILES}
-
-
 def quality_quantiles(pixels: Pixels) -> dict[str, dict[str, float]]:
     """Quantiles of every measure of quality over N prepared images: what a policy's limits are set from.
 
@@ -64,10 +58,8 @@ def quality_quantiles(pixels: Pixels) -> dict[str, dict[str, float]]:
     measured = [asdict(measure_quality(image)) for image in pixels]
     blurred = [measure_quality(image).sharpness for image in soften(pixels[::4], pixels.shape[1] / 64)]
     values = {name: [m[name] for m in measured] for name in measured[0]}
-    return {
-        name: {str(q): round(float(np.quantile(found, q)), 5) for q in QUALITY_QUANTILES}
-        for name, found in {**values, "sharpness when blurred": blurred}.items()
-    }
+    values["sharpness when blurred"] = blurred
+    return {name: quantiles(found, QUALITY_QUANTILES, 5) for name, found in values.items()}
 
 
 def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
@@ -111,9 +103,9 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
         "images_a_class": {d.value: int((labels == i).sum()) for i, d in enumerate(TRAINED)},
         "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
         "operating_points": {name: asdict(point) for name, point in points.items()},
-        "known_scores": quantiles(known),
-        "known_p_unk": quantiles(unknown_probability(known, slope, intercept)),
-        "outlier_scores": quantiles(scores[: len(drawn)]),
+        "known_scores": quantiles(known, SCORE_QUANTILES),
+        "known_p_unk": quantiles(unknown_probability(known, slope, intercept), SCORE_QUANTILES),
+        "outlier_scores": quantiles(scores[: len(drawn)], SCORE_QUANTILES),
         "outliers": outlier_figures(known, drawn, scores[: len(drawn)], slope, intercept),
         "skin_like": outlier_figures(known, outliers[len(drawn) :], scores[len(drawn) :], slope, intercept),
         "quality": quality_quantiles(pixels),

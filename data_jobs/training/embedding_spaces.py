@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from data_jobs.references.load import read_bundle
 from data_jobs.training.dataset import LabelledImage, labels_of
-from data_jobs.training.evaluation.intervals import RESAMPLES, interval, resampled_weights, weighted_auc
+from data_jobs.training.evaluation.figures import RESAMPLES, interval, resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
-from data_jobs.training.probabilities import Floats, Labels, area_under_curve
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles
 from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
 from deployments.embedder.embedder import EmbeddingSpace
@@ -115,7 +115,7 @@ def pair_figures(vectors: NDArray[np.float32], lesions: Sequence[str]) -> dict[s
     first, second = np.triu_indices(len(ids), 1)
     similarity, same = (vectors @ vectors.T)[first, second], ids[first] == ids[second]
     return {
-        name: {str(q): round(float(np.quantile(similarity[picked], q)), 3) for q in PAIR_QUANTILES}
+        name: quantiles(similarity[picked], PAIR_QUANTILES, 3)
         for name, picked in (("one lesion", same), ("two lesions", ~same))
         if picked.any()
     }

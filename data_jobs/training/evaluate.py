@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 
 from data_jobs.training.card import write_card
-from data_jobs.training.conformal import set_figures
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
 from data_jobs.training.embedding_spaces import retrieval_figures
 from data_jobs.training.evaluation.figures import (
     accuracy_figures,
+    bootstrap_intervals,
     challenge_figures,
     diagnosis_figures,
     lesion_diagnosis_figures,
     lesion_figures,
     melanoma_curve,
     reliability,
+    set_figures,
     subgroup_figures,
 )
-from data_jobs.training.evaluation.intervals import bootstrap_intervals
 from data_jobs.training.evaluation.plots import draw_all
 from data_jobs.training.evaluation.predictions import (
     CALIBRATION_NAME,
@@ -41,7 +41,6 @@ from data_jobs.training.evaluation.predictions import (
 )
 from data_jobs.training.manifest_file import seal
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import scan_images, scan_pixels, soften
 from data_jobs.training.unknown import SPOILT, unknown_figures
@@ -82,7 +81,10 @@ def evaluate(
         ),
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
-        "softened": softened_figures(predictions, softened),
+        "softened": {
+            "top1_agreement": round(float((softened.argmax(1) == predictions.nine.argmax(1)).mean()), 4),
+            **accuracy_figures(softened, predictions.labels),
+        },
     }
     return report, predictions, Predictions([rows[i] for i in fitted], *served(calibrator, other))
 
@@ -115,12 +117,6 @@ def point_figures(predictions: Predictions, manifest: Manifest) -> dict[str, Any
         scores = by_lesion(point_score(predictions.eight, point.diagnoses), positive, predictions.lesions)
         points[name] = asdict(measure_threshold(*scores, point.threshold))
     return points
-
-
-def softened_figures(predictions: Predictions, softened: Floats) -> dict[str, float]:
-    """What a light blur changes."""
-    same = softened.argmax(1) == predictions.nine.argmax(1)
-    return {"top1_agreement": round(float(same.mean()), 4), **accuracy_figures(softened, predictions.labels)}
 
 
 def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any

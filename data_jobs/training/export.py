@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 import json
 from pathlib import Path
 from typing import Any
@@ -32,42 +31,19 @@ from data_jobs.training.dataset import (
     read_rows,
     training_indices,
 )
+from data_jobs.training.evaluation.figures import accuracy_figures
 from data_jobs.training.network import DermNetwork, averaged_weights, load_trunk, load_weights
-from data_jobs.training.probabilities import (
-    area_under_curve,
-    balanced_accuracy,
-    calibration_error,
-    fit_prior_shift,
-    log_loss,
-    prior_shifts,
-    softmax,
-    top_k_accuracy,
-)
+from data_jobs.training.probabilities import fit_prior_shift, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
 from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM
-from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.diagnosis import TRAINED
 
 OPSET = 18
 #: Random images that parity of foreign weights is proven on, and their seed.
 SAMPLED = 4
 _SEED = 512
-
-
-@dataclass(frozen=True, slots=True)
-class SideFigures:
-    """What one input side gives on the calibration fold, after its own prior shift and temperature."""
-
-    side: int
-    shift: float
-    temperature: float
-    top1: float
-    top3: float
-    balanced_accuracy: float
-    melanoma_auc: float
-    ece: float
-    log_loss: float
 
 
 class PixelsIn(nn.Module):
@@ -92,29 +68,19 @@ def run_torch(model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64) -> N
 
 def side_figures(
     side: int, logits: NDArray[np.float32], labels: NDArray[np.int64], prior: NDArray[np.float64]
-) -> SideFigures:
-    """Figures of one side from raw logits."""
-    shift, temperature = fit_prior_shift(logits, labels, prior, prior_shifts())
+) -> dict[str, float]:
+    """What an input side gives on these images, from raw logits: after its own prior shift and temperature."""
+    shift, temperature = fit_prior_shift(logits, labels, prior)
     p = softmax(logits + shift * np.log(prior), temperature)
-    melanoma = TRAINED.index(Diagnosis.MEL)
-    return SideFigures(
-        side=side,
-        shift=shift,
-        temperature=round(temperature, 4),
-        top1=round(top_k_accuracy(p, labels, 1), 4),
-        top3=round(top_k_accuracy(p, labels, 3), 4),
-        balanced_accuracy=round(balanced_accuracy(p, labels, len(TRAINED)), 4),
-        melanoma_auc=round(area_under_curve(p[:, melanoma], labels == melanoma), 4),
-        ece=round(calibration_error(p, labels), 4),
-        log_loss=round(log_loss(p, labels), 4),
-    )
+    fitted = {"side": side, "shift": shift, "temperature": round(temperature, 4)}
+    return fitted | accuracy_figures(p, labels)
 
 
-def choose_side(figures: list[SideFigures], tolerance: float = 0.005) -> SideFigures:
+def choose_side(figures: list[dict[str, float]], tolerance: float = 0.005) -> dict[str, float]:
     """The smallest side within `tolerance` of the best (melanoma AUC + balanced accuracy) / 2."""
-    scores = {f.side: (f.melanoma_auc + f.balanced_accuracy) / 2.0 for f in figures}
-    best = max(scores.values())
-    return min((f for f in figures if scores[f.side] >= best - tolerance), key=lambda f: f.side)
+    scores = [(f["melanoma_auc"] + f["balanced_accuracy"]) / 2.0 for f in figures]
+    good = [f for f, score in zip(figures, scores, strict=True) if score >= max(scores) - tolerance]
+    return min(good, key=lambda f: f["side"])
 
 
 def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
@@ -227,19 +193,20 @@ def export_checkpoint(recipe: Recipe, checkpoint: Path, output: Path) -> dict[st
     for side in recipe.serving_sides:
         pixels = load_pixels(rows, fold, folder, InputGeometry(side, recipe.data.interpolation))
         figures.append(side_figures(side, run_torch(PixelsIn(network), pixels), all_labels[fold], prior))
-        print(json.dumps(asdict(figures[-1])), flush=True)
+        print(json.dumps(figures[-1]), flush=True)
     chosen = choose_side(figures)
+    side = int(chosen["side"])
     with torch.no_grad():
-        network.classify.bias += torch.from_numpy(chosen.shift * np.log(prior)).float()
-    sample = load_pixels(rows, fold[:64], folder, InputGeometry(chosen.side, recipe.data.interpolation))
+        network.classify.bias += torch.from_numpy(chosen["shift"] * np.log(prior)).float()
+    sample = load_pixels(rows, fold[:64], folder, InputGeometry(side, recipe.data.interpolation))
     report = {
         "model_id": recipe.model_id,
-        "side": chosen.side,
-        "prior_shift": chosen.shift,
+        "side": side,
+        "prior_shift": chosen["shift"],
         "training_images": len(trained_on),
-        "sides": [asdict(f) for f in figures],
+        "sides": figures,
     }
-    return _write(network, chosen.side, sample, output, report)
+    return _write(network, side, sample, output, report)
 
 
 def _write(

@@ -249,11 +249,6 @@ class Recipe:
         """The stage of every epoch, in order."""
         return tuple(stage for stage in self.stages for _ in range(stage.epochs))
 
-    @property
-    def epoch_sides(self) -> tuple[int, ...]:
-        """The input side of every epoch, in order."""
-        return tuple(stage.side for stage in self.epoch_stages)
-
     def member(self, fold: int) -> Recipe:
         """The same recipe for the member of an ensemble that leaves out `fold`; its own seed and tag.
 
@@ -327,7 +322,7 @@ def _check_distillation(recipe: Recipe, path: Path) -> None:
         raise ValueError(f"{path}: the shares of the teachers must make up 1.")
     if not 0.0 < plan.loss_share <= 1.0:
         raise ValueError(f"{path}: distillation.loss_share must be over 0 and at most 1.")
-    if max(recipe.epoch_sides) > plan.side:
+    if max(stage.side for stage in recipe.stages) > plan.side:
         raise ValueError(f"{path}: the student cannot see more than its teachers do ({plan.side} pixels).")
     if any(not _SHA256.fullmatch(teacher.model_sha256) for teacher in plan.teachers):
         raise ValueError(f"{path}: model_sha256 must be 64 lower-case hexadecimal digits.")

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy.special import expit
-from skimage import data as skimage_data
 from sklearn import covariance
 from sklearn.datasets import load_sample_images
 from sklearn.linear_model import LogisticRegression
@@ -194,6 +193,9 @@ def prepared(image: Image.Image, geometry: InputGeometry) -> Rgb:
 
 
 def _photographs() -> list[Image.Image]:
+    # Only who fits or measures p(UNK) needs the package.
+    from skimage import data as skimage_data  # noqa: PLC0415
+
     images = [Image.fromarray(_as_rgb(getattr(skimage_data, name)())) for name in _PHOTOGRAPHS]
     return images + [Image.fromarray(image) for image in load_sample_images().images]
 

@@ -7,7 +7,7 @@ The calibration fold chooses between settings, the test fold confirms the chosen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -91,23 +91,6 @@ class Judge:
         return cls(Calibrator.from_model(model), ShippedReferences.from_model(model), points)
 
 
-@dataclass(frozen=True, slots=True)
-class PointFigures:
-    """One operating point by lesion, server against copy, at the server's threshold.
-
-    `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
-    """
-
-    threshold: float
-    positives: int
-    sensitivity_server: float
-    sensitivity: float
-    newly_missed: int
-    newly_found: int
-    specificity_server: float
-    specificity: float
-
-
 def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> dict[str, Any]:
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, _ = served(judge.calibrator, server)
@@ -130,8 +113,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
         "bottleneck_cosine": cosines(server.bottleneck, copy.bottleneck),
         "search": compare_search(judge.references, images, server.bottleneck, copy.bottleneck),
         "operating_points": {
-            name: asdict(point_figures(point, eight_server, eight, images))
-            for name, point in judge.points.items()
+            name: point_figures(point, eight_server, eight, images) for name, point in judge.points.items()
         },
     }
 
@@ -143,24 +125,29 @@ def compare_outliers(judge: Judge, server: Scan, copy: Scan) -> dict[str, float]
     return {"images": len(nine), **unknown_figures(nine_server, nine)}
 
 
-def point_figures(point: OperatingPoint, server: Floats, copy: Floats, images: FoldImages) -> PointFigures:
-    """An operating point from N×8 probabilities of server and copy."""
+def point_figures(
+    point: OperatingPoint, server: Floats, copy: Floats, images: FoldImages
+) -> dict[str, float]:
+    """One operating point by lesion from N×8 probabilities, server against copy, at the server's threshold.
+
+    `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
+    """
     positive = np.isin(images.labels, [TRAINED.index(d) for d in point.diagnoses])
     scores_server, is_positive = by_lesion(point_score(server, point.diagnoses), positive, images.lesions)
     scores, _ = by_lesion(point_score(copy, point.diagnoses), positive, images.lesions)
     before = measure_threshold(scores_server, is_positive, point.threshold)
     after = measure_threshold(scores, is_positive, point.threshold)
     flagged_server, flagged = scores_server >= point.threshold, scores >= point.threshold
-    return PointFigures(
-        threshold=point.threshold,
-        positives=before.positives,
-        sensitivity_server=_rounded(before.sensitivity, 6),
-        sensitivity=_rounded(after.sensitivity, 6),
-        newly_missed=int((is_positive & flagged_server & ~flagged).sum()),
-        newly_found=int((is_positive & ~flagged_server & flagged).sum()),
-        specificity_server=_rounded(before.specificity),
-        specificity=_rounded(after.specificity),
-    )
+    return {
+        "threshold": point.threshold,
+        "positives": before.positives,
+        "sensitivity_server": _rounded(before.sensitivity, 6),
+        "sensitivity": _rounded(after.sensitivity, 6),
+        "newly_missed": int((is_positive & flagged_server & ~flagged).sum()),
+        "newly_found": int((is_positive & ~flagged_server & flagged).sum()),
+        "specificity_server": _rounded(before.specificity),
+        "specificity": _rounded(after.specificity),
+    }
 
 
 def unknown_figures(server: Floats, copy: Floats) -> dict[str, float]:

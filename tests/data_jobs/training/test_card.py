@@ -41,8 +41,7 @@ def figures(predictions: Predictions) -> dict[str, Any]:
 @pytest.fixture
 def report(folder: Path, predictions: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
     """Every figure that predictions give; the rest, which needs images, as another job measured it."""
-    from data_jobs.training.conformal import set_figures
-    from data_jobs.training.evaluate import point_figures
+    from data_jobs.training.evaluate import point_figures, set_figures
 
     manifest = read_manifest(folder)
     calibrated = json.loads((folder / "calibration.json").read_text())

@@ -29,7 +29,7 @@ def test_the_shipped_recipe_reads() -> None:
     recipe = read_recipe(SHIPPED)
     assert recipe.model_id == "tf_efficientnet_lite0.derm7"
     assert (recipe.data.test_fold, recipe.data.fitted_fold, recipe.data.train_folds) == (0, 4, (1, 2, 3))
-    assert recipe.epoch_sides == tuple(s.side for s in recipe.stages for _ in range(s.epochs))
+    assert [s.side for s in recipe.epoch_stages] == 10 * [160] + 5 * [192]
     assert recipe.start is not None
     assert len(bytes.fromhex(recipe.start.checkpoint_sha256)) == 32
 
