@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 
-from serve_app.access.rules import Action, Circumstances, may, requested_action
+from serve_app.access.rules import Action, Circumstances, RequestedAction, may, requested_action
 from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import Forbidden, NotFound
@@ -120,3 +120,13 @@ async def require_lesion(
     if access.lesion_patient is None:
         raise NotFound
     return access.lesion_patient
+
+
+async def permit_lesion(request: Request, action: Action, lesion_id: UUID) -> RequestedAction:
+    """Permit a request for a lesion as require_lesion does; returns what events of it are made with."""
+    services: Services = request.app.state.services
+    requested: RequestedAction = request.state.attempt
+    await require_lesion(
+        services.records, requested.principal, action, lesion_id=lesion_id, request_id=requested.request_id
+    )
+    return requested

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 from model_store.registry import ModelStore
-from serve_app.domain.assessment import Assessment, Neighbours, Outcome, Provenance, SimilarCase
+from serve_app.domain.assessment import Assessment, Outcome, Provenance, Shape
 from serve_app.domain.errors import Erased, ModelContractError, NotFound, RejectedUpload, StageFailed
 from serve_app.keys.envelope import ImageBinding
 from serve_app.keys.keystore import KeyStore
@@ -37,8 +37,8 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One field that did not come out as recorded; None where one side has no such field."""
+class Difference(Shape):
+    """One field that did not come out as recorded; null where one side has no such field."""
 
     field: str
     recorded: Value
@@ -77,8 +77,8 @@ def same_references(recorded: Assessment, found: Assessment) -> bool:
         return True
     then, now = list(recorded.similar), list(found.similar)
     if recorded.similar != recorded.neighbours.similar:
-        then += _weighed(recorded.neighbours)
-        now += _weighed(found.neighbours)
+        then += recorded.neighbours.cases
+        now += found.neighbours.cases
     return len(then) == len(now) and all(
         a.isic_id == b.isic_id and abs(a.similarity - b.similarity) <= TOLERANCE
         for a, b in zip(then, now, strict=True)
@@ -104,11 +104,6 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
         fields["change.similarity"] = change.similarity
         fields["change.melanoma_probability_delta"] = change.melanoma_probability_delta
     return fields
-
-
-def _weighed(neighbours: Neighbours) -> list[SimilarCase]:
-    nearest = (neighbours.nearest_benign, neighbours.nearest_malignant)
-    return [*neighbours.similar, *(case for case in nearest if case is not None)]
 
 
 class Cause(StrEnum):
