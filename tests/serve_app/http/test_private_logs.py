@@ -6,7 +6,7 @@ The service runs as it does in a replica: in uvicorn, with the process's log in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 import io
 import json
@@ -62,16 +62,12 @@ class Log(logging.Handler):
 
 
 @pytest.fixture
-def log(outside_serve) -> Iterator[tuple[Log, io.StringIO]]:
+def log(logging_put_back) -> tuple[Log, io.StringIO]:
     """The process's log, and a handler beside it."""
     stream, beside = io.StringIO(), Log()
-    process = ProcessLog(node_key(SECRET), stream=stream, level=logging.DEBUG)
-    process.install()
-    root = logging.getLogger()
-    root.addHandler(beside)
-    yield beside, stream
-    root.removeHandler(beside)
-    process.remove()
+    ProcessLog(node_key(SECRET), stream=stream, level=logging.DEBUG).install()
+    logging.getLogger().addHandler(beside)
+    return beside, stream
 
 
 @asynccontextmanager

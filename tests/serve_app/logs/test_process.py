@@ -21,13 +21,11 @@ MARK = "Zyxwvut-Marker"
 
 
 @pytest.fixture
-def stream(outside_serve) -> Iterator[io.StringIO]:
-    """What an installed log writes; put back as it was afterwards."""
+def stream(logging_put_back) -> Iterator[io.StringIO]:
+    """What an installed log writes."""
     stream = io.StringIO()
-    log = ProcessLog(b"k" * 32, stream=stream)
-    log.install()
+    ProcessLog(b"k" * 32, stream=stream).install()
     yield stream
-    log.remove()
     end_request()
 
 
@@ -185,12 +183,3 @@ def test_in_a_replica_our_lines_are_in_serves_file_and_serves_lines_in_our_form(
     finally:
         serve.handlers[:], serve.propagate = before, propagate
     assert stream.getvalue() == ""
-
-
-def test_everything_is_put_back(capsys) -> None:
-    before = (logging.getLogRecordFactory(), logging.getLogger().handlers[:], threading.excepthook)
-    log = ProcessLog(b"k" * 32)
-    log.install()
-    assert logging.getLogRecordFactory() is not before[0]
-    log.remove()
-    assert (logging.getLogRecordFactory(), logging.getLogger().handlers, threading.excepthook) == before
