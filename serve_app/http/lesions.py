@@ -39,7 +39,7 @@ from serve_app.http.bodies import (
     read_form,
     read_upload,
 )
-from serve_app.http.caller import Caller, require, require_lesion
+from serve_app.http.caller import Caller, permit, permit_lesion
 from serve_app.http.documents import (
     PROBLEM_RESPONSES,
     UPLOAD_BODY,
@@ -119,7 +119,7 @@ async def _assess(
         if question.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(question.idempotency_key):
             raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
         form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
-        submission = await _authorise(services, caller, form, request_id, question)
+        submission = await _authorise(request, services, caller, form, question)
         if question.idempotency_key is not None:
             replay = await services.records.find_replay(caller.subject, question.idempotency_key)
             if replay is not None:
@@ -143,30 +143,19 @@ async def _assess(
 
 
 async def _authorise(
-    services: Services,
-    caller: Principal,
-    form: UploadForm,
-    request_id: str,
-    question: _Question,
+    request: Request, services: Services, caller: Principal, form: UploadForm, question: _Question
 ) -> Submission:
     """Decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
     sent_lesion = form.values.get("lesion_id")
     lesion_id = parse_lesion_id(sent_lesion) if sent_lesion else None
     access = await services.records.access(caller.subject, form.patient_id, lesion_id)
-    await require(
-        services.records,
-        caller,
-        Action.UPLOAD,
-        patient_id=form.patient_id,
-        access=access,
-        request_id=request_id,
-    )
+    await permit(request, Action.UPLOAD, patient_id=form.patient_id, access=access)
     if lesion_id is not None and access.lesion_patient != form.patient_id:
         raise NotFound("lesion_id: this patient has no such lesion.")
     encounter = form.values.get("encounter_id")
     return Submission(
         actor=caller.subject,
-        request_id=request_id,
+        request_id=request.scope["request_id"],
         patient_id=form.patient_id,
         encounter_id=parse_opaque_id("encounter_id", encounter) if encounter else None,
         lesion_id=lesion_id,
@@ -250,14 +239,7 @@ async def list_lesions(
     after = _read_cursor(cursor) if cursor else None
     access = await services.records.access(caller.subject, patient_id)
     request_id: str = request.scope["request_id"]
-    await require(
-        services.records,
-        caller,
-        Action.LIST,
-        patient_id=patient_id,
-        access=access,
-        request_id=request_id,
-    )
+    await permit(request, Action.LIST, patient_id=patient_id, access=access)
     page = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
     await services.records.record_event(_viewed(Action.LIST, caller, request_id, patient_id))
     more = len(page) > limit
@@ -280,9 +262,7 @@ async def list_lesions(
 async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
     """Every image of a lesion with its assessment, newest first."""
     services: Services = request.app.state.services
-    patient_id = await require_lesion(
-        services.records, caller, Action.READ, lesion_id=lesion_id, request_id=request.scope["request_id"]
-    )
+    patient_id = (await permit_lesion(request, Action.READ, lesion_id)).patient_id
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
@@ -304,9 +284,7 @@ async def read_lesion(request: Request, caller: Caller, lesion_id: UUID) -> JSON
 async def read_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> Response:
     """Answer with the very bytes that were uploaded."""
     services: Services = request.app.state.services
-    patient_id = await require_lesion(
-        services.records, caller, Action.DOWNLOAD, lesion_id=lesion_id, request_id=request.scope["request_id"]
-    )
+    patient_id = (await permit_lesion(request, Action.DOWNLOAD, lesion_id)).patient_id
     try:
         found = await services.records.sealed_image(lesion_id, image_id)
         if found is None:
@@ -342,9 +320,7 @@ async def confirm_image(request: Request, caller: Caller, lesion_id: UUID) -> JS
     """Let an image count as the lesion's own: the next is compared with it. Nothing recorded changes; the first word stands."""
     services: Services = request.app.state.services
     request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.CONFIRM, lesion_id=lesion_id, request_id=request_id
-    )
+    patient_id = (await permit_lesion(request, Action.CONFIRM, lesion_id)).patient_id
     image_id = (await read_form(request, ConfirmationForm)).image_id
     event = _viewed(Action.CONFIRM, caller, request_id, patient_id, lesion_id, image_id)
     try:
@@ -362,7 +338,7 @@ def _viewed(
     action: Action,
     caller: Principal,
     request_id: str,
-    patient_id: str,
+    patient_id: str | None,
     lesion_id: UUID | None = None,
     image_id: UUID | None = None,
 ) -> AuditEvent:

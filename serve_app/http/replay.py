@@ -14,7 +14,7 @@ from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Provenance
 from serve_app.domain.errors import IntegrityError, NotFound, StageFailed
 from serve_app.http.access import rule
-from serve_app.http.caller import Caller, require_lesion
+from serve_app.http.caller import Caller, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, ReplayDocument
 from serve_app.http.services import Services
 from serve_app.lesions.replay import SCORE_TOLERANCE, TOLERANCE, Replayed
@@ -41,9 +41,7 @@ async def replay_assessment(
     """Recompute an answer from the sealed image on the recorded versions; nothing is stored but the audit."""
     services: Services = request.app.state.services
     request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.REPLAY, lesion_id=lesion_id, request_id=request_id
-    )
+    patient_id = (await permit_lesion(request, Action.REPLAY, lesion_id)).patient_id
     case = await services.records.recorded_case(lesion_id, assessment_id)
 
     def event(outcome: Any, **detail: object) -> AuditEvent:  # noqa: ANN401

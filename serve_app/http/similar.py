@@ -16,7 +16,7 @@ from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, Erased, NotFound, StageFailed
 from serve_app.domain.patient import AnatomSite
 from serve_app.http.access import rule
-from serve_app.http.caller import Caller, require_lesion
+from serve_app.http.caller import Caller, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, SimilarCasesDocument
 from serve_app.http.services import Services
 from serve_app.records.answers import archive_url, references_of, similar_answer
@@ -74,9 +74,7 @@ async def find_similar(
         confirmed_only=confirmed,
         diagnoses=tuple(dict.fromkeys(map(Diagnosis, diagnosis or ()))),
     )
-    patient_id = await require_lesion(
-        services.records, caller, Action.READ, lesion_id=lesion_id, request_id=request_id
-    )
+    patient_id = (await permit_lesion(request, Action.READ, lesion_id)).patient_id
 
     def event(outcome: AuditOutcome, **detail: object) -> AuditEvent:
         return AuditEvent(
