@@ -62,7 +62,7 @@ class ErasureDocument(Document):
 
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "content": {"application/problem+json": {}}}
-    for status in (401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 503)
+    for status in (401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 431, 503)
 }
 
 UPLOAD_BODY: dict[str, Any] = {

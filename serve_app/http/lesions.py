@@ -29,7 +29,7 @@ from serve_app.http.bodies import (
     read_form,
     read_upload,
 )
-from serve_app.http.caller import Caller, permit_lesion, require
+from serve_app.http.caller import Caller, permit, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, UPLOAD_BODY
 from serve_app.http.services import Services
 from serve_app.http.similar import Confirmed, Licences, TopK
@@ -75,7 +75,7 @@ async def create_lesion(
 ) -> JSONResponse:
     """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""
     services: Services = request.app.state.services
-    requested: RequestedAction = request.state.attempt
+    requested: RequestedAction = request.state.requested
     shown = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
     with services.admission.enter(
         expected_bytes(request, max_image_bytes=services.limits.max_bytes)
@@ -105,7 +105,7 @@ async def _read_submission(
 ) -> Submission:
     """Read the body, and decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
     services: Services = request.app.state.services
-    requested: RequestedAction = request.state.attempt
+    requested: RequestedAction = request.state.requested
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
     form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
@@ -113,14 +113,7 @@ async def _read_submission(
     sent_lesion, encounter = form.values.get("lesion_id"), form.values.get("encounter_id")
     lesion_id = parse_lesion_id(sent_lesion) if sent_lesion else None
     access = await services.records.access(requested.principal.subject, form.patient_id, lesion_id)
-    await require(
-        services.records,
-        requested.principal,
-        Action.UPLOAD,
-        patient_id=form.patient_id,
-        access=access,
-        request_id=requested.request_id,
-    )
+    await permit(request, Action.UPLOAD, patient_id=form.patient_id, access=access)
     if lesion_id is not None and access.lesion_patient != form.patient_id:
         raise NotFound("lesion_id: this patient has no such lesion.")
     # What beside the form may change the answer; as before `confirmed` could be asked for when it is not.
@@ -181,18 +174,10 @@ async def list_lesions(
 ) -> JSONResponse:
     """List lesions; `next` is the cursor of the following page, null on the last."""
     services: Services = request.app.state.services
-    requested: RequestedAction = request.state.attempt
     patient_id = parse_opaque_id("patient_id", patient_id)
     after = _read_cursor(cursor) if cursor else None
     access = await services.records.access(caller.subject, patient_id)
-    await require(
-        services.records,
-        caller,
-        Action.LIST,
-        patient_id=patient_id,
-        access=access,
-        request_id=requested.request_id,
-    )
+    requested = await permit(request, Action.LIST, patient_id=patient_id, access=access)
     found = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
     await services.records.record_event(requested.event("success"))
     page = found[:limit]
