@@ -38,12 +38,12 @@ from serve_app.lesions.triage import Submission
 from serve_app.records.answers import (
     AssessmentDocument,
     ConfirmationDocument,
+    LesionSummaryDocument,
     TimelineDocument,
     WorklistDocument,
     assessment_document,
     lesion_url,
     references_of,
-    summary_document,
     timeline_document,
 )
 from serve_app.records.lesion_rows import AssessmentRecord, Replay
@@ -182,7 +182,8 @@ async def list_lesions(
     await services.records.record_event(requested.event("success"))
     page = found[:limit]
     last = _write_cursor(page[-1].created_at, page[-1].lesion_id) if len(found) > limit else None
-    document = WorklistDocument(lesions=[summary_document(summary) for summary in page], next=last)
+    lesions = [LesionSummaryDocument.model_validate(summary) for summary in page]
+    document = WorklistDocument(lesions=lesions, next=last)
     return JSONResponse(document.answer(), headers=_NO_STORE)
 
 

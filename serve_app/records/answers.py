@@ -31,7 +31,6 @@ from serve_app.records.lesion_rows import (
     ErasureNote,
     Identity,
     ImageRecord,
-    LesionSummary,
     LesionTimeline,
 )
 
@@ -39,9 +38,9 @@ RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
 
 
 class Document(BaseModel):
-    """A shape that holds nothing but its fields."""
+    """A shape that holds nothing but its fields; it can be made of a record with the same."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
 
     def answer(self) -> dict[str, Any]:
         """As JSON-able values; a key that may be missing is there where it was set."""
@@ -247,24 +246,6 @@ def timeline_document(
             assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
             for record in timeline.images
         ],
-    )
-
-
-def summary_document(summary: LesionSummary) -> LesionSummaryDocument:
-    """A lesion as the worklist shows it: its newest image and what came of it."""
-    latest = summary.latest
-    return LesionSummaryDocument(
-        lesion_id=summary.lesion_id,
-        patient_id=summary.patient_id,
-        created_at=summary.created_at,
-        open_demand=summary.open_demand,
-        latest=LatestDocument(
-            image_id=latest.image_id,
-            assessment_id=latest.assessment_id,
-            created_at=latest.created_at,
-            outcome=latest.outcome,
-            risk=latest.assessment.risk if latest.assessment else None,
-        ),
     )
 
 

@@ -19,6 +19,7 @@ from serve_app.domain.assessment import (
     OpenDemand,
     Outcome,
     ReferenceFilter,
+    Risk,
     RiskLevel,
     Shape,
     Time,
@@ -197,6 +198,11 @@ class ImageRecord:
     failure: str | None = None
     erasure: ErasureNote | None = None
     identity: Identity | None = None
+
+    @property
+    def risk(self) -> Risk | None:
+        """What the image's answer says of it."""
+        return self.assessment.risk if self.assessment else None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
