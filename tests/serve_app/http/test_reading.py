@@ -85,25 +85,14 @@ async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) ->
     assert all(entry["latest"]["outcome"] in {"decided", "review"} for entry in seen)
 
 
-async def test_a_patient_without_lesions_has_an_empty_worklist(service) -> None:
-    params = {"patient_id": await service.care()}
-    response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
-    assert response.json() == {"lesions": [], "next": None}
-
-
 @pytest.mark.parametrize(
     "params",
     [
         {},
-        {"patient_id": ""},
         {"patient_id": "Jane Doe"},
         {"patient_id": "a\x00b"},
-        {"patient_id": "p" * 65},
         {"patient_id": "p", "limit": "0"},
-        {"patient_id": "p", "limit": "201"},
-        {"patient_id": "p", "limit": "many"},
         {"patient_id": "p", "cursor": "!"},
-        {"patient_id": "p", "cursor": "AAAA"},
         {"patient_id": "p", "cursor": "é"},
         {"patient_id": "p", "cursor": "MjAyNi0wMS0wMXxub3QtYW4taWQ="},
         {"patient_id": "p", "cursor": "x" * 201},

@@ -101,16 +101,12 @@ async def test_a_failed_try_counts_only_when_another_image_was_answered_meanwhil
     assert (after.pending, after.failed) == (before.pending - 1, before.failed + 1)
 
 
-async def test_completed_assessments_are_left_alone(lesions, assessment, event, pending, space) -> None:
-    await lesions.complete(pending.assessment_id, assessment(), embedding_space=space, event=event("assess"))
-    assert await lesions.claim_pending(lease_s=1, limit=10) == []
-
-
 async def test_a_late_claimer_cannot_overwrite(lesions, assessment, event, pending, space) -> None:
     (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     done = {"embedding_space": space, "event": event("assess")}
     assert await lesions.complete(pending.assessment_id, assessment(), **done)
     late = assessment(outcome=Outcome.DECIDED)
     assert not await lesions.complete(claim.assessment_id, late, **done)
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     record = await lesions.assessment_record(pending.assessment_id)
     assert record.image.assessment.outcome is Outcome.REVIEW
