@@ -62,7 +62,7 @@ async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion)
 
 async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) -> None:
     patient = await service.care()
-    made = [(await service.upload(patient)).json() for _ in range(5)]
+    made = [(await service.upload(patient)).json() for _ in range(3)]
     follow_up = (await service.upload(patient, lesion_id=made[1]["lesion_id"])).json()
     seen, cursor, pages = [], None, 0
     while True:
@@ -78,7 +78,7 @@ async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) ->
         cursor, pages = page["next"], pages + 1
         if cursor is None:
             break
-    assert pages == 3
+    assert pages == 2
     assert [entry["lesion_id"] for entry in seen] == [answer["lesion_id"] for answer in made[::-1]]
     newest = {answer["lesion_id"]: answer["image_id"] for answer in [*made, follow_up]}
     assert {entry["lesion_id"]: entry["latest"]["image_id"] for entry in seen} == newest

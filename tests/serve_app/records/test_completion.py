@@ -37,18 +37,6 @@ async def test_an_assessment_is_completed_once(
     np.testing.assert_array_equal(kept, done.embedding.astype(np.float16))
 
 
-async def test_a_refusal_has_no_embedding(lesions, assessment, event, pending, space, owner_pool) -> None:
-    refused = assessment(
-        outcome=Outcome.REFUSED, classification=None, risk=None, neighbours=None, change=None, embedding=None
-    )
-    assert await lesions.complete(
-        pending.assessment_id, refused, embedding_space=space, event=event("assess")
-    )
-    query = "SELECT count(*) FROM lesion_embeddings WHERE image_id = $1"
-    assert await owner_pool.fetchval(query, pending.image_id) == 0
-    assert (await lesions.assessment_record(pending.assessment_id)).image.assessment == refused
-
-
 async def test_claimers_never_share_an_assessment(lesions, admission, space) -> None:
     await lesions.claim_pending(lease_s=3600, limit=1000)
     new = [admission() for _ in range(30)]
