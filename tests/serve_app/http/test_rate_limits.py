@@ -69,7 +69,7 @@ async def refusals(service, **detail: object) -> int:
 
 
 async def test_a_principal_that_asks_too_often_waits(limited) -> None:
-    async with limited(rate_limit_per_s=0.5, rate_limit_burst=4) as service:
+    async with limited(rate_limit_per_s=0.01, rate_limit_burst=4) as service:
         subject = f"dr-{uuid4().hex[:8]}"
         answers = [
             await service.client.get("/api/references/x/image", headers=service.token(subject))
@@ -78,7 +78,7 @@ async def test_a_principal_that_asks_too_often_waits(limited) -> None:
         assert [answer.status_code for answer in answers] == [404] * 4 + [429] * 6
         for answer in answers[4:]:
             service.hold_to_problem(answer, 429, "rate_limited")
-            assert answer.headers["retry-after"] == "2"
+            assert 60 < int(answer.headers["retry-after"]) <= 100
         rows = await service.owner.fetch(
             "SELECT action, outcome, detail FROM audit_events WHERE actor = $1 AND detail ->> 'reason' IS NOT NULL",
             subject,
