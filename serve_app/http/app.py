@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 import contextlib
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
@@ -18,6 +19,7 @@ from serve_app.erasure.sweeping import Housekeeper
 from serve_app.http import emergency_access, erasure, health, lesions, replay, similar
 from serve_app.http.access import Authenticator
 from serve_app.http.admission import AdmissionGate, BodyPace
+from serve_app.http.documents import name_documents
 from serve_app.http.problems import install_problem_handlers
 from serve_app.http.request_id import RequestIdMiddleware
 from serve_app.http.services import Services
@@ -44,6 +46,12 @@ from serve_app.worker import InvariantWatch, Sealer
 
 class _App(FastAPI):
     """Answers HEAD as GET without the body: the same checks, headers and audit events."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the interface."""
+        if self.openapi_schema is None:
+            self.openapi_schema = name_documents(super().openapi())
+        return self.openapi_schema
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""

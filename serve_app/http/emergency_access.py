@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.access.rules import Action, Circumstances, RequestedAction, may
+from serve_app.domain.assessment import format_time
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
 from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.http.access import rule
@@ -23,7 +24,6 @@ from serve_app.http.caller import Caller
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
 from serve_app.records.access import EmergencyAccess, ReviewOutcome
-from serve_app.records.answers import format_time
 
 router = APIRouter(tags=["emergency access"], responses=PROBLEM_RESPONSES)
 
