@@ -82,7 +82,7 @@ def test_a_keyring_from_before_a_rotation_wraps_nothing(
 ) -> None:
     before = (keys / "keyring.json").read_bytes()
     keyring.rotate()
-    store.verify_keys()
+    store.checks.verify()
     after = (keys / "keyring.json").read_bytes()
     put_in_place(keys, before)
     with pytest.raises(KeyProviderUnavailable, match="no key of version 2"):

@@ -88,14 +88,14 @@ def test_a_key_shredded_while_others_are_rewrapped_stays_gone(store, keyring, mo
     key = store.create()
     sealed = seal(b"image", data_key=key, binding=BINDING)
     keyring.rotate()
-    wrap = store._checks.wrap
+    wrap = store.checks.wrap
 
     def shred_then_wrap(data_key: bytes, data_key_id: UUID):
-        monkeypatch.setattr(store._checks, "wrap", wrap)
+        monkeypatch.setattr(store.checks, "wrap", wrap)
         store.shred(data_key_id)
         return wrap(data_key, data_key_id)
 
-    monkeypatch.setattr(store._checks, "wrap", shred_then_wrap)
+    monkeypatch.setattr(store.checks, "wrap", shred_then_wrap)
     store.rewrap()
     with pytest.raises(DataKeyMissing):
         store.open_image(sealed, BINDING)
