@@ -34,7 +34,7 @@ async def log(new_database, as_superuser, event):
 async def test_an_untouched_log_verifies_and_the_chain_is_what_it_says(log) -> None:
     chain, tamperer, _ = log
     found = await chain.verify()
-    assert (found.events, found.findings) == (EVENTS, ())
+    assert (found.head.position, found.findings) == (EVENTS, ())
     rows = await tamperer.fetch(
         "SELECT position, hash, audit_digest(e) AS digest FROM audit_seals JOIN audit_events e USING (event_id)"
         " ORDER BY position"
@@ -150,7 +150,7 @@ async def test_many_sealers_and_late_commits_make_one_chain(log, event) -> None:
     while await chain.seal(limit=7, wait=True):
         pass
     found = await chain.verify()
-    assert (found.events, found.findings) == (EVENTS + 40, ())
+    assert (found.head.position, found.findings) == (EVENTS + 40, ())
 
 
 async def test_the_application_may_add_seals_and_nothing_else(log, pool) -> None:

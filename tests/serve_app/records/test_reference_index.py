@@ -199,8 +199,7 @@ async def test_of_a_rare_diagnosis_k_are_found_whichever_way(
             assert (found.nearest_benign, found.nearest_malignant) == (found.similar[0], None)
             assert counts == "wrong" or found == await exact.nearest(query, **asked_for)
     finally:
-        for step in ("forget_counts", "recount"):
-            await owner_pool.execute(SQL[step])
+        await owner_pool.execute(SQL["recount"])
 
 
 async def test_a_crowd_of_one_lesion_hides_no_other(loaded, owner_pool, indexed, unit_vectors) -> None:
