@@ -49,8 +49,9 @@ def _rotated_and_retired(foreign: FileKeyring) -> None:
     foreign.retire(1)
 
 
-@pytest.mark.parametrize("change", [lambda _: None, _rotated, _rotated_and_retired])
-@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    ("change", "used"), [(lambda _: None, True), (_rotated, False), (_rotated_and_retired, True)]
+)
 def test_a_foreign_keyring_wraps_nothing(
     store: KeyStore,
     keys: Path,
