@@ -100,9 +100,7 @@ def test_a_frame_cut_at_or_inside_its_header_names_no_key(length: int) -> None:
         data_key_id_of(sealed[:length])
 
 
-@pytest.mark.parametrize(
-    "prefix", [b"MRED\x01", b"DERM\x00", b"DERM\x02", b"\xff\xd8\xff\xe0\x00"]
-)
+@pytest.mark.parametrize("prefix", [b"MRED\x01", b"DERM\x00", b"DERM\x02", b"\xff\xd8\xff\xe0\x00"])
 def test_another_magic_or_version_is_refused(prefix: bytes) -> None:
     key = fresh_key()
     sealed = prefix + seal(b"image", data_key=key, binding=BINDING)[5:]

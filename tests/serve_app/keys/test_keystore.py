@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 import sqlite3
 import subprocess
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 

@@ -12,9 +12,10 @@ import pytest
 
 from benchmarks.key_service import KeyService
 from benchmarks.vault_server import Vault
-from data_jobs.references.load import publish_bundled
+from model_store.registry import ModelStore
 from serve_app.keys.providers import retries
 from serve_app.records.pool import Pool, open_pool
+from serve_app.records.serving import LiveModel, publish
 
 
 @asynccontextmanager
@@ -33,7 +34,6 @@ async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
     vault.make_key("derm")
     transit = KeyService(vault)
     urls = await new_database()  # one of this node's own, as its keys are
-    await publish_bundled(urls.owner, models, model_id)
     changed = {
         "home": tmp_path,
         "database_url": SecretStr(urls.app),
@@ -41,6 +41,8 @@ async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
         "vault_token": SecretStr(vault.token),
     }
     async with start_service(local_stages(), **changed) as started, own_pool(urls.owner) as owner:
+        manifest = (model := ModelStore(models).open(model_id)).manifest
+        await publish(owner, LiveModel(model_id, model.digest, manifest.live_space.embedding_space))
         service = replace(started, owner=owner)
         patient = await service.care()
         answer = (await service.upload(patient)).json()

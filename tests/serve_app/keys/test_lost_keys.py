@@ -8,16 +8,15 @@ from contextlib import closing
 import os
 from pathlib import Path
 import sqlite3
-import subprocess
-import sys
 
 from pydantic import SecretStr
 import pytest
 
+from cluster import cli
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
-from serve_app.settings import REPOSITORY, NodeFiles
+from serve_app.settings import NodeFiles
 
 
 @pytest.fixture
@@ -41,17 +40,6 @@ def _data_keys(files: NodeFiles) -> int:
         return int(connection.execute("SELECT count(*) FROM data_keys").fetchone()[0])
 
 
-def _run_keys(files: NodeFiles, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "keys", "--home", str(files.home), *command],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if not name.startswith("DERM_")},
-    )
-
-
 async def _opens(service, answer: dict) -> bool:
     path = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
     read = await service.client.get(path, headers=service.token("dr"))
@@ -69,17 +57,21 @@ async def _is_refused(service, files: NodeFiles, patient: str) -> None:
     }
 
 
-@pytest.mark.parametrize("command", [("status",), ("rotate",), ("rewrap",), ("retire", "1")])
-async def test_no_command_makes_a_keyring_in_a_lost_ones_place(service, files, command) -> None:
+async def test_no_command_makes_a_keyring_in_a_lost_ones_place(service, files, monkeypatch, capsys) -> None:
+    for name in [name for name in os.environ if name.startswith("DERM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DERM_HOME", str(files.home))
     patient = await service.care()
     answer = (await service.upload(patient)).json()
     away = files.keyring.with_suffix(".away")
     files.keyring.rename(away)
     try:
-        said = await asyncio.to_thread(_run_keys, files, *command)
-        assert (said.returncode, said.stderr.count("\n")) == (1, 1), said.stderr
-        assert "cannot be read (FileNotFoundError)" in said.stderr
-        assert not files.keyring.exists()
+        for command in (["status"], ["rotate"], ["rewrap"], ["retire", "1"]):
+            code = await asyncio.to_thread(cli.main, ["keys", "--home", str(files.home), *command])
+            said = capsys.readouterr().err
+            assert (code, said.count("\n")) == (1, 1), said
+            assert "cannot be read (FileNotFoundError)" in said
+            assert not files.keyring.exists()
         await _is_refused(service, files, patient)
     finally:
         away.rename(files.keyring)
@@ -123,14 +115,14 @@ async def test_an_empty_key_store_beside_a_full_database_is_refused_at_start(
     assert lost.keystore.exists() == there
 
 
-async def test_a_second_node_with_keys_of_its_own_is_refused(
+async def test_the_first_start_makes_both_and_no_later_one_nor_a_second_nodes_does(
     new_database, start_service, local_stages, tmp_path: Path
 ) -> None:
     """A key store belongs to a database from the first start on: no image need be there yet."""
     urls, first, second = await new_database(), NodeFiles(tmp_path / "1"), NodeFiles(tmp_path / "2")
     url = SecretStr(urls.app)
     async with start_service(local_stages(), home=first.home, database_url=url):
-        made = first.keystore.exists()
+        made = first.keyring.read_bytes()
     for used in (False, True):
         if used:  # the key store of another database
             with closing(KeyStore(second.keystore, FileKeyring.make(second.keyring))) as keys:
@@ -140,7 +132,12 @@ async def test_a_second_node_with_keys_of_its_own_is_refused(
                 pass
         assert second.keystore.exists() == used
     async with start_service(local_stages(), home=first.home, database_url=url):
-        assert made
+        assert first.keyring.read_bytes() == made
+    first.keyring.unlink()
+    with pytest.raises(KeyProviderUnavailable, match="cannot be read"):
+        async with start_service(local_stages(), home=first.home, database_url=url):
+            pass
+    assert not first.keyring.exists()
 
 
 async def test_a_key_store_that_knows_none_of_the_images_is_refused(
@@ -159,19 +156,3 @@ async def test_a_key_store_that_knows_none_of_the_images_is_refused(
         assert await service.owner.fetchval("SELECT count(*) FROM key_stores") == 0
     finally:
         await service.owner.execute("INSERT INTO key_stores VALUES ($1, $2, $3)", *claim)
-
-
-async def test_a_first_start_makes_both_and_a_second_one_no_keyring(
-    new_database, start_service, local_stages, tmp_path: Path
-) -> None:
-    urls, files = await new_database(), NodeFiles(tmp_path)
-    changed = {"home": tmp_path, "database_url": SecretStr(urls.app)}
-    async with start_service(local_stages(), **changed):
-        made = files.keyring.read_bytes()
-    async with start_service(local_stages(), **changed):
-        assert files.keyring.read_bytes() == made
-    files.keyring.unlink()
-    with pytest.raises(KeyProviderUnavailable, match="cannot be read"):
-        async with start_service(local_stages(), **changed):
-            pass
-    assert not files.keyring.exists()

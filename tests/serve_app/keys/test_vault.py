@@ -65,10 +65,15 @@ def test_images_stay_readable_while_a_key_rotates_and_retires(provider: KeyProvi
         assert [store.open_image(image, BINDING) for image in images] == [b"%d" % n for n in range(5)]
 
 
-def test_what_a_retired_version_wrapped_is_lost(provider: KeyProvider, transit: Vault) -> None:
+def test_a_version_is_the_ciphertexts_and_lost_when_it_is_retired(
+    provider: KeyProvider, transit: Vault
+) -> None:
     key_id = uuid4()
     wrapped = provider.wrap(bytes(32), key_id)
     provider.rotate()
+    relabelled = wrapped.wrapped.replace(b"vault:v1:", b"vault:v2:")
+    with pytest.raises(IntegrityError):
+        provider.unwrap(WrappedKey(relabelled, 2), key_id)
     provider.rotate()
     with pytest.raises(Conflict, match="retire 1 before 2"):
         provider.retire(2)
@@ -76,15 +81,6 @@ def test_what_a_retired_version_wrapped_is_lost(provider: KeyProvider, transit: 
     assert list(transit.keys["derm"]["versions"]) == [2, 3]
     with pytest.raises(IntegrityError):
         provider.unwrap(wrapped, key_id)
-
-
-def test_the_version_is_read_off_the_ciphertext(provider: KeyProvider) -> None:
-    key_id = uuid4()
-    wrapped = provider.wrap(bytes(32), key_id)
-    provider.rotate()
-    relabelled = wrapped.wrapped.replace(b"vault:v1:", b"vault:v2:")
-    with pytest.raises(IntegrityError):
-        provider.unwrap(WrappedKey(relabelled, 2), key_id)
 
 
 def test_a_renewed_token_is_used_at_once(
@@ -113,20 +109,10 @@ def test_a_token_may_come_from_the_environment(
         open_key_provider(KeySettings(home=settings.home, key_provider=settings.key_provider))
 
 
-def test_another_keyrings_store_shows_at_start(provider: KeyProvider, store: KeyStore, keys: Path) -> None:
-    store.create()
-    with pytest.raises(IntegrityError, match="DERM_KEY_PROVIDER"):
-        KeyStore(keys / "keystore.sqlite", provider)
-
-
-@pytest.mark.parametrize("kind", ["rsa-4096", "ed25519"])
-def test_a_key_that_cannot_bind_is_refused(settings: KeySettings, transit: Vault, kind: str) -> None:
-    transit.make_key("derm", kind=kind)
+def test_a_key_that_cannot_bind_or_is_not_there_is_refused(settings: KeySettings, transit: Vault) -> None:
+    transit.make_key("derm", kind="rsa-4096")
     with pytest.raises(InvalidSetting, match="aes256-gcm96"):
         open_key_provider(settings)
-
-
-def test_a_key_that_is_not_there_is_named(settings: KeySettings, transit: Vault) -> None:
     transit.keys.clear()
     with pytest.raises(KeyProviderUnavailable, match="no such transit key"):
         open_key_provider(settings)
@@ -164,14 +150,10 @@ def test_an_address_is_read(text: str, url: str, mount: str, key: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "vault",
         "vault://",
-        "vault://host",
         "vault://host/derm",
-        "vault:///transit/derm",
         "vault://host:port/transit/derm",
         "vault://token@host/transit/derm",
-        "vault+http://vault.example/transit/derm",
         "vault+http://10.0.0.1/transit/derm",
     ],
 )

@@ -68,7 +68,7 @@ def _expected(images, vectors, query, k, limits):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 @given(
     seed=st.integers(0, 2**31),
