@@ -68,6 +68,15 @@ class KeyProvider(Keys, Protocol):
         return self
 
     @property
+    def current_version(self) -> int:
+        """The version that wraps from now on."""
+        return self.now().current_version
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Encrypt a data key under the current KEK, bound to its id."""
+        return self.now().wrap(data_key, data_key_id)
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """All versions that still unwrap, oldest first."""
         ...
@@ -105,7 +114,7 @@ class _Ring:
             raise IntegrityError(f"The keyring did not wrap data key {data_key_id}") from error
 
 
-class FileKeyring:
+class FileKeyring(KeyProvider):
     """KEKs in one JSON file, mode 0600 in a folder 0700.
 
     The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
@@ -139,15 +148,6 @@ class FileKeyring:
         if stamp != self._ring.stamp:
             self._adopt(self._read())
         return self._ring
-
-    @property
-    def current_version(self) -> int:
-        """The version that wraps from now on."""
-        return self.now().current_version
-
-    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
-        """Encrypt a data key under the current KEK, bound to its id."""
-        return self.now().wrap(data_key, data_key_id)
 
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
         """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""

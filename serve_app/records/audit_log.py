@@ -128,18 +128,14 @@ class AuditChain:
         """The newest seal."""
         return _seal(await self._pool.fetchrow(_SQL["head"]))
 
-    async def seal(self, *, limit: int = _BATCH, wait: bool = False, all_events: bool = False) -> int:
-        """Seal up to `limit` events that have none; returns how many.
-
-        0, too, while another process seals, unless `wait`. `all_events` looks for those, too, that no late commit explains.
-        """
+    async def seal(self, *, limit: int = _BATCH, wait: bool = False) -> int:
+        """Seal up to `limit` events that have none; returns how many: 0, too, while another process seals, unless `wait`."""
         async with self._pool.connection() as connection, connection.transaction():
             if wait:
                 await connection.execute(_SQL["be_the_sealer"])
             elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
                 return 0
-            late = 2**62 if all_events else LATE_EVENTS
-            events = await connection.fetch(_SQL["unsealed"], late, limit)
+            events = await connection.fetch(_SQL["unsealed"], LATE_EVENTS, limit)
             seal = _seal(await connection.fetchrow(_SQL["head"]))
             rows = []
             for event in events:

@@ -38,57 +38,37 @@ SELECT
 -- $8 how many images to look at first, $9 the kinds (malignant: true or false) to look through one by one; the others
 -- are found by their index. K lesions nearly always show among the first $8 images; when many images of one lesion
 -- crowd them out, `thorough` looks at all that were looked through.
-WITH looked_through AS MATERIALIZED (
-    SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
+WITH passing AS NOT MATERIALIZED (
+    SELECT isic_id, lesion_key, malignant, embedding, embedding <=> $1 AS distance
     FROM reference_embeddings
     WHERE embedding_space = $2
-        AND malignant = ANY($9::boolean[])
         AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
         AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
         AND (NOT $6::boolean OR confirmed)
         AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
 ),
+looked_through AS MATERIALIZED (
+    SELECT isic_id, lesion_key, malignant, distance
+    FROM passing
+    WHERE malignant = ANY($9::boolean[])
+),
 near AS MATERIALIZED (
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM looked_through
-        WHERE malignant
-        ORDER BY distance, isic_id
-        LIMIT $8
-    )
+    (SELECT * FROM looked_through WHERE malignant ORDER BY distance, isic_id LIMIT $8)
+    UNION ALL
+    (SELECT * FROM looked_through WHERE NOT malignant ORDER BY distance, isic_id LIMIT $8)
     UNION ALL
     (
         SELECT isic_id, lesion_key, malignant, distance
-        FROM looked_through
-        WHERE NOT malignant
-        ORDER BY distance, isic_id
-        LIMIT $8
-    )
-    UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
-        FROM reference_embeddings
-        WHERE embedding_space = $2
-            AND malignant
-            AND true <> ALL($9)
-            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
-            AND (NOT $6::boolean OR confirmed)
-            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
+        FROM passing
+        WHERE malignant AND true <> ALL($9)
         ORDER BY embedding <=> $1
         LIMIT $8
     )
     UNION ALL
     (
-        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
-        FROM reference_embeddings
-        WHERE embedding_space = $2
-            AND NOT malignant
-            AND false <> ALL($9)
-            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
-            AND (NOT $6::boolean OR confirmed)
-            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
+        SELECT isic_id, lesion_key, malignant, distance
+        FROM passing
+        WHERE NOT malignant AND false <> ALL($9)
         ORDER BY embedding <=> $1
         LIMIT $8
     )
