@@ -67,13 +67,7 @@ async def _indexes(pool) -> list[str]:
 
 
 def test_a_larger_index_is_walked_wider() -> None:
-    assert [search_breadth(images) for images in (0, 4_000, 38_400, 100_000, 400_000)] == [
-        150,
-        150,
-        150,
-        391,
-        1_000,
-    ]
+    assert [search_breadth(images) for images in (0, 38_400, 100_000, 400_000)] == [150, 150, 391, 1_000]
 
 
 async def _scanned(
@@ -223,17 +217,6 @@ async def test_only_large_spaces_are_indexed_and_once(loaded, owner_pool) -> Non
     await store.load(images[:400], vectors[:400], embedding_space="small")
     await store.load(images[:1], vectors[:1], embedding_space=SPACE)
     assert await _indexes(owner_pool) == before
-
-
-async def test_wrong_counts_change_no_answer(loaded, owner_pool, indexed, exact, unit_vectors) -> None:
-    images, vectors = loaded
-    few = [replace(image, isic_id=f"FEW_{n}", diagnosis=Diagnosis.NV) for n, image in enumerate(images[:30])]
-    await ReferenceStore(owner_pool).load(few, vectors[:30], embedding_space="few")
-    await owner_pool.execute("UPDATE reference_counts SET images = 10000 WHERE embedding_space = 'few'")
-    (query,) = unit_vectors(1, seed=8)
-    found = await indexed.nearest(query, embedding_space="few", k=50)
-    assert found == await exact.nearest(query, embedding_space="few", k=50)
-    assert (len(found.similar), found.nearest_malignant) == (15, None)
 
 
 async def test_two_loaders_may_both_index(loaded, owner_pool, indexed) -> None:
