@@ -18,8 +18,8 @@ import pytest
 
 from serve_app.domain.errors import IntegrityError
 from serve_app.keys.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed, seal
+from tests.serve_app.keys.key_files import BINDING
 
-BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
 HEADER_BYTES = 33
 OVERHEAD_BYTES = HEADER_BYTES + 16
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing
 import os
 from pathlib import Path
-import sqlite3
 
 from pydantic import SecretStr
 import pytest
@@ -17,6 +16,7 @@ from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.settings import NodeFiles
+from tests.serve_app.keys.key_files import count_keys, put_in_place
 
 
 @pytest.fixture
@@ -25,19 +25,7 @@ def files(service, settings) -> Iterator[NodeFiles]:
     files = NodeFiles(settings.home)
     right = files.keyring.read_bytes()
     yield files
-    _put(files, right)
-
-
-def _put(files: NodeFiles, content: bytes) -> None:
-    copied = files.keyring.with_name("copied")
-    copied.touch(mode=0o600)
-    copied.write_bytes(content)
-    copied.replace(files.keyring)
-
-
-def _data_keys(files: NodeFiles) -> int:
-    with closing(sqlite3.connect(files.keystore)) as connection:
-        return int(connection.execute("SELECT count(*) FROM data_keys").fetchone()[0])
+    put_in_place(files.keyring, right)
 
 
 async def _opens(service, answer: dict) -> bool:
@@ -47,9 +35,9 @@ async def _opens(service, answer: dict) -> bool:
 
 
 async def _is_refused(service, files: NodeFiles, patient: str) -> None:
-    before = await service.counts(), _data_keys(files)
+    before = await service.counts(), count_keys(files.keystore)
     service.hold_to_problem(await service.upload(patient), 503, "key_provider_unavailable")
-    after = await service.counts(), _data_keys(files)
+    after = await service.counts(), count_keys(files.keystore)
     # A refusal is an audit event; nothing else was stored.
     assert after[1] == before[1]
     assert {t: n for t, n in after[0].items() if t != "audit_events"} == {
@@ -89,10 +77,10 @@ async def test_a_foreign_keyring_wraps_no_image(service, files, tmp_path: Path, 
     if rotated:  # and so without any version that is known here
         foreign.rotate()
         foreign.retire(1)
-    _put(files, (tmp_path / "other" / "keyring.json").read_bytes())
+    put_in_place(files.keyring, (tmp_path / "other" / "keyring.json").read_bytes())
     await _is_refused(service, files, patient)
     await _is_refused(service, files, patient)
-    _put(files, right)
+    put_in_place(files.keyring, right)
     again = await service.upload(patient)
     assert again.status_code == 201
     assert await _opens(service, answer)
