@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import product
 import os
 import pickle
-import random
 from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -75,29 +74,14 @@ def test_every_single_bit_flip_of_a_small_image_is_refused() -> None:
     assert not refused(bytes(sealed), key)
 
 
-def test_sampled_bit_flips_of_a_large_image_are_refused() -> None:
-    key = fresh_key()
-    sealed = bytearray(seal(os.urandom(1 << 20), data_key=key, binding=BINDING))
-    for bit in random.Random(20261124).sample(range(len(sealed) * 8), 200):  # noqa: S311
-        sealed[bit // 8] ^= 1 << bit % 8
-        assert refused(sealed, key), bit
-        sealed[bit // 8] ^= 1 << bit % 8
-    assert not refused(sealed, key)
-
-
 def test_every_truncation_and_extension_is_refused() -> None:
     key = fresh_key()
     sealed = seal(os.urandom(64), data_key=key, binding=BINDING)
     assert all(refused(sealed[:length], key) for length in range(len(sealed)))
+    with pytest.raises(IntegrityError, match="cut short"):
+        data_key_id_of(sealed[:48])
     assert all(refused(sealed[start:], key) for start in range(1, len(sealed)))
     assert refused(sealed + b"\x00", key)
-
-
-@pytest.mark.parametrize("length", [0, 4, 21, 48])
-def test_a_frame_cut_at_or_inside_its_header_names_no_key(length: int) -> None:
-    sealed = seal(b"image", data_key=fresh_key(), binding=BINDING)
-    with pytest.raises(IntegrityError, match="cut short"):
-        data_key_id_of(sealed[:length])
 
 
 @pytest.mark.parametrize("prefix", [b"MRED\x01", b"DERM\x00", b"DERM\x02", b"\xff\xd8\xff\xe0\x00"])

@@ -1,20 +1,28 @@
-"""The keyring is lost, or another one is in its place, or the key store is: nothing goes on as if it were not."""
+"""The keyring or the key store is lost, another is in its place, or the provider is down: nothing goes on as if not."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 import os
 from pathlib import Path
+import time
 
 from pydantic import SecretStr
 import pytest
 
+from benchmarks.key_service import KeyService
+from benchmarks.vault_server import Vault
 from cluster import cli
+from model_store.registry import ModelStore
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import retries
+from serve_app.records.pool import open_pool
+from serve_app.records.serving import LiveModel, publish
 from serve_app.settings import NodeFiles
 from tests.serve_app.keys.key_files import count_keys, put_in_place
 
@@ -144,3 +152,46 @@ async def test_a_key_store_that_knows_none_of_the_images_is_refused(
         assert await service.owner.fetchval("SELECT count(*) FROM key_stores") == 0
     finally:
         await service.owner.execute("INSERT INTO key_stores VALUES ($1, $2, $3)", *claim)
+
+
+async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
+    new_database, models, model_id, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
+    vault = Vault()
+    vault.make_key("derm")
+    transit = KeyService(vault)
+    urls = await new_database()  # one of this node's own, as its keys are
+    changed = {
+        "home": tmp_path,
+        "database_url": SecretStr(urls.app),
+        "key_provider": f"vault+http://127.0.0.1:{transit.port}/transit/derm",
+        "vault_token": SecretStr(vault.token),
+    }
+    async with start_service(local_stages(), **changed) as started:
+        owner = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
+        manifest = (model := ModelStore(models).open(model_id)).manifest
+        await publish(owner, LiveModel(model_id, model.digest, manifest.live_space.embedding_space))
+        service = replace(started, owner=owner)
+        patient = await service.care()
+        answer = (await service.upload(patient)).json()
+        images = await service.owner.fetchval("SELECT count(*) FROM lesion_images")
+        image_id = answer["image_id"]
+        path = f"/api/lesions/{answer['lesion_id']}/images/{image_id}"
+        transit.down()
+        for response in (
+            await service.upload(patient),
+            await service.client.get(path, headers=service.token("dr")),
+        ):
+            body = service.hold_to_problem(response, 503, "key_provider_unavailable")
+            assert response.headers["retry-after"] == "5"
+            assert "s.right" not in response.text
+            assert "try again" in body["detail"]
+        assert await service.owner.fetchval("SELECT count(*) FROM lesion_images") == images
+        transit.up()
+        time.sleep(0.06)  # noqa: ASYNC251 - nothing else runs
+        assert (await service.client.get(path, headers=service.token("dr"))).content == service.image
+        assert (await service.upload(patient)).status_code == 201
+        await owner.close()
+    transit.down()
