@@ -57,11 +57,6 @@ async def events_between(pool: Pool, start: datetime, end: datetime) -> AsyncIte
         after = rows[-1]["event_id"]
 
 
-async def record_event(connection: asyncpg.Connection, event: AuditEvent) -> None:
-    """Write an event in the transaction of what it records."""
-    await connection.execute(queries("lesions")["record_event"], *event_columns(event))
-
-
 def event_columns(event: AuditEvent) -> tuple[object, ...]:
     """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
 
@@ -272,3 +267,8 @@ def describe(finding: Tampering) -> str:
     """Say a finding in words: what, and where."""
     at = f"seal {finding.position}" if finding.position else "no seal"
     return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"
+
+
+async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
+    """Write an event, in the connection's transaction."""
+    await connection.execute(queries("lesions")["record_event"], *event_columns(event))

@@ -151,12 +151,7 @@ async def copy_arrivals(
     """Put images and their embeddings (as `load` takes them) into this transaction's `arrivals`."""
     _check(images, embeddings)
     records = (
-        (
-            *(image.isic_id, image.lesion_id, image.diagnosis, image.diagnosis_confirm_type),
-            *(image.age_approx, image.sex, image.anatom_site_general),
-            *(image.copyright_license, image.attribution),
-            *(image.diagnosis in MALIGNANT, image.confirmed, embedding),
-        )
+        (*astuple(image), image.diagnosis in MALIGNANT, image.confirmed, embedding)
         for image, embedding in zip(images, embeddings, strict=True)
     )
     await connection.execute(_SQL["make_arrivals"], timeout=60)

@@ -185,24 +185,6 @@ def test_a_wrapped_key_serves_no_other_id(keyring: FileKeyring) -> None:
         keyring.unwrap(keyring.wrap(KEY, uuid4()), uuid4())
 
 
-def test_old_versions_unwrap_and_the_current_one_wraps(keys: Path) -> None:
-    path, key_id = keys / "keyring.json", uuid4()
-    write_keyring(path, two_versions(current=1))
-    old = FileKeyring(path).wrap(KEY, key_id)
-    path.write_bytes(two_versions(current=2))
-    rotated = FileKeyring(path)
-    assert (old.key_version, rotated.wrap(KEY, key_id).key_version) == (1, 2)
-    assert rotated.unwrap(old, key_id) == KEY
-
-
-@pytest.mark.parametrize("claimed", [0, 2, 2**40])
-def test_a_wrapped_key_under_a_false_version_is_refused(keys: Path, claimed: int) -> None:
-    write_keyring(keys / "keyring.json", two_versions(current=1))
-    keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
-    with pytest.raises(IntegrityError):
-        keyring.unwrap(WrappedKey(keyring.wrap(KEY, key_id).wrapped, claimed), key_id)
-
-
 def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
     document = json.loads(two_versions(current=1))
     document["keys"]["2"] = document["keys"]["1"]
@@ -210,5 +192,6 @@ def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
     keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
     wrapped = keyring.wrap(KEY, key_id).wrapped
     assert keyring.unwrap(WrappedKey(wrapped, 1), key_id) == KEY
-    with pytest.raises(IntegrityError):
-        keyring.unwrap(WrappedKey(wrapped, 2), key_id)
+    for claimed in (0, 2, 2**40):
+        with pytest.raises(IntegrityError):
+            keyring.unwrap(WrappedKey(wrapped, claimed), key_id)
