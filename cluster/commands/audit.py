@@ -102,7 +102,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for finding in found.findings[:20]:
         sys.stderr.write(f"{describe(finding)}\n")
     sys.stdout.write(
-        f"{found.events} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
+        f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found\n"
     )
     if found.findings:
