@@ -158,9 +158,12 @@ class Startup:
                 raise RayFailed(
                     f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {self._log('deploy')}."
                 )
+        log = self._log("deploy")
         if graph.returncode != 0:
-            log = self._log("deploy")
             raise RayFailed(f"The graph was not deployed: {last_words(log)} (all of it: {log}).")
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith("graph: "):
+                report(line)
 
     def _wait_ready(self) -> None:
         address = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104

@@ -15,6 +15,7 @@ from threading import Event, Thread
 from types import FrameType
 
 from cluster.database import own_database
+from cluster.deployed import watch_deployed
 from cluster.ports import choose_port, is_listened_on, listener_on
 from cluster.postgres import EmbeddedPostgres
 from cluster.postgres_supervisor import supervise
@@ -131,6 +132,7 @@ def _keep_up(startup: Startup) -> None:
     if startup.postgres is not None:
         Thread(target=supervise, args=(startup.postgres, startup.stop), daemon=True).start()
     node, backoff_s = startup.node, _BACKOFF_S[0]
+    Thread(target=watch_deployed, args=(node, startup.stop), daemon=True).start()
     alive, up = core(node.home), True
     while not startup.stop.wait(_LOOK_EVERY_S):
         if up and live(alive):

@@ -23,9 +23,11 @@ import pytest
 import yaml
 
 from cluster.commands.audit import checkpoint_log
+from cluster.deployed import deployed_file
 from cluster.ports import choose_port
 from cluster.postgres import EmbeddedPostgres
 from cluster.ray_node import RayNode
+from cluster.ray_processes import core
 from cluster.running import running_service
 from model_store.registry import ModelStore
 from serve_app.settings import REPOSITORY, model_folder
@@ -93,7 +95,7 @@ def service() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="derm start ") as folder:
         service = Service(Path(folder) / "home")
         try:
-            service.start()
+            service.start("--dashboard")
             yield service
         finally:
             if service.process.poll() is None:
@@ -114,13 +116,10 @@ def first_answer(service: Service) -> dict:
     return json.loads(body)
 
 
-def test_the_printed_request_is_answered(first_answer) -> None:
+def test_the_printed_request_is_answered(service: Service, first_answer) -> None:
     assert first_answer["patient_id"] == "demo-patient"
     assert first_answer["outcome"] in {"decided", "review", "refused"}
     assert first_answer["provenance"]["model_id"]
-
-
-def test_it_says_that_a_drawing_is_no_photograph(service: Service) -> None:
     assert "drawn, not photographed" in service.said
     assert "never a diagnosis" in service.said
 
@@ -220,32 +219,6 @@ def test_a_dead_database_comes_back(service: Service) -> None:
         time.sleep(0.5)
 
 
-def test_stop_and_start_again(service: Service, first_answer: dict) -> None:
-    """A stop leaves no process of ours and ends nobody else's; records, references and keys stay."""
-    path = f"/api/lesions/{first_answer['lesion_id']}"
-    image = f"{path}/images/{first_answer['image_id']}"
-    before = service.send("GET", image).content
-    with subprocess.Popen(["/bin/sleep", "600"], env={"DERM_NODE": str(service.home) + "x"}) as stranger:
-        service.stop()
-        assert stranger.poll() is None
-        stranger.kill()
-    assert RayNode(service.home).processes() == []
-    assert not EmbeddedPostgres(service.home).is_running()
-    assert running_service(service.home) is None
-    assert service.run("status").returncode == 3
-    # The audit log is signed to its very end: nothing of this run is left to be written anew unseen.
-    signed = checkpoint_log(service.home).read()[-1].position
-    assert service.run("audit", "verify").stdout.startswith(f"{signed} events, ")
-
-    service.start("--dashboard")
-    assert "schema: up to date" in service.said
-    assert "references: already there" in service.said
-    timeline = service.send("GET", path)
-    assert timeline.status_code == 200
-    assert first_answer["assessment_id"] in timeline.text
-    assert service.send("GET", image).content == before
-
-
 def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> None:
     """The file an operator deploys, with one threshold changed: the answers name another policy."""
     config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
@@ -280,6 +253,49 @@ def test_a_submitted_job_embeds_beside_it(service: Service, tmp_path: Path) -> N
     report = json.loads(line)
     assert (report["expected"], report["embedded"], report["failures"]) == (6, 6, {})
     assert service.send("GET", "/readyz").status_code == 200
+
+
+def test_a_dead_node_comes_back_as_it_was_deployed_last(service: Service) -> None:
+    """The operator's threshold is in force again, with no hand put to it."""
+    deadline = time.monotonic() + 60
+    while "0.11" not in deployed_file(service.home).read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for process in core(service.home):
+        process.kill()
+    deadline = time.monotonic() + 300
+    while "ready again" not in service.said:
+        assert time.monotonic() < deadline, service.said
+        time.sleep(0.5)
+    assert _policy_version(service).startswith("2026-11.4+")
+
+
+def test_stop_and_start_again(service: Service, first_answer: dict) -> None:
+    """A stop leaves no process of ours and ends nobody else's; records, references and keys stay."""
+    path = f"/api/lesions/{first_answer['lesion_id']}"
+    image = f"{path}/images/{first_answer['image_id']}"
+    before = service.send("GET", image).content
+    with subprocess.Popen(["/bin/sleep", "600"], env={"DERM_NODE": str(service.home) + "x"}) as stranger:
+        service.stop()
+        assert stranger.poll() is None
+        stranger.kill()
+    assert RayNode(service.home).processes() == []
+    assert not EmbeddedPostgres(service.home).is_running()
+    assert running_service(service.home) is None
+    assert service.run("status").returncode == 3
+    # The audit log is signed to its very end: nothing of this run is left to be written anew unseen.
+    signed = checkpoint_log(service.home).read()[-1].position
+    assert service.run("audit", "verify").stdout.startswith(f"{signed} events, ")
+
+    service.start()
+    assert "schema: up to date" in service.said
+    assert "references: already there" in service.said
+    timeline = service.send("GET", path)
+    assert timeline.status_code == 200
+    assert first_answer["assessment_id"] in timeline.text
+    assert service.send("GET", image).content == before
+    assert "as it was deployed last" in service.said
+    assert _policy_version(service).startswith("2026-11.4+")
 
 
 def _policy_version(service: Service) -> str:
