@@ -25,8 +25,7 @@ from benchmarks.faults_load import Target
 from benchmarks.systems import System, running_graph
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_port
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION

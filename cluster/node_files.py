@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from cluster.postgres_state import DatabaseUrls, PostgresState
+from cluster.postgres import DatabaseUrls, PostgresState
 from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import DEVELOPMENT_PREFIX, OWNER_URL, make_development_secret
 

@@ -19,9 +19,8 @@ import sys
 from pydantic import ValidationError
 
 from cluster.database import application_role, own_database
-from cluster.database_safety import look_at, transport_findings
-from cluster.finding import Finding
 from cluster.node_files import explain
+from cluster.safety import Finding, look_at, transport_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore

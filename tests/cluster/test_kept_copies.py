@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.finding import prevents_ready
-from cluster.kept_copies import find_kept_copies, prune_kept_copies
-from cluster.key_backup import back_up_keys, prune, restore_keys
-from cluster.restore import restore
-from cluster.safety import copy_findings
+from cluster.backups import restore
+from cluster.key_backups import back_up_keys, find_kept_copies, prune, prune_kept_copies, restore_keys
+from cluster.safety import copy_findings, prevents_ready
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider

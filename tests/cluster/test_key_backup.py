@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-from cluster.backup import back_up
-from cluster.key_backup import restore_keys
+from cluster.backups import back_up
+from cluster.key_backups import restore_keys
 from serve_app.domain.errors import Erased, IntegrityError
 from serve_app.keys.envelope import data_key_id_of
 from serve_app.keys.keyring import FileKeyring

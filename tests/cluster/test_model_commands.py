@@ -150,7 +150,7 @@ import sys
 for name in ("jinja2", "pandas", "remotezip", "scipy", "sklearn", "tenacity", "tomli_w", "tqdm"):
     sys.modules[name] = None
 import cluster.commands.models, cluster.commands.references, cluster.prepare, data_jobs.promotion.rollback
-from cluster.commands.promotion import load_job
+from cluster.commands.models import load_job
 from serve_app.domain.errors import DermError
 try:
     load_job("data_jobs.promotion.promotion")

@@ -14,7 +14,7 @@ from cluster.node_files import (
     write_owner_environment,
     write_service_environment,
 )
-from cluster.postgres_state import DatabaseUrls, PostgresState
+from cluster.postgres import DatabaseUrls, PostgresState
 from serve_app.domain.errors import IntegrityError
 from serve_app.settings import OWNER_URL, find_owner_url, load_settings, model_folder
 
@@ -22,7 +22,7 @@ from serve_app.settings import OWNER_URL, find_owner_url, load_settings, model_f
 def _embedded(home: Path, port: int) -> DatabaseUrls:
     """The URLs of a server that this home set up, wherever it listens now."""
     path = home / "postgres.json"
-    state = PostgresState.read(path) or PostgresState.fresh(port)
+    state = PostgresState.read(path) or PostgresState.fresh()
     state.port = port
     state.write(path)
     return state.urls(None)
@@ -44,7 +44,7 @@ def test_the_secret_is_made_once_and_the_url_follows(tmp_path) -> None:
 
 def test_the_embedded_server_is_known_by_its_socket_too(tmp_path) -> None:
     """As after its passwords were made anew."""
-    urls = PostgresState.fresh(1).urls(tmp_path / "postgres" / "socket")
+    urls = PostgresState.fresh().urls(tmp_path / "postgres" / "socket")
     assert is_embedded(tmp_path, urls.app)
     assert not is_embedded(tmp_path / "other", urls.app)
 

@@ -7,10 +7,9 @@ import stat
 
 import pytest
 
-from cluster import object_memory
-from cluster.finding import Finding, prevents_ready
-from cluster.object_memory import SHARED, empty, has_room, is_memory, on_disk
-from cluster.ray_node import RayFailed, RayNode
+from cluster import ray_node
+from cluster.ray_node import SHARED, RayFailed, RayNode, empty, has_room, is_memory, on_disk
+from cluster.safety import Finding, prevents_ready
 
 MOUNTS = {"/": "ext4", "/dev/shm": "tmpfs", "/dev/shm/disk": "xfs", "/run": "tmpfs", "/over": "overlay"}
 
@@ -39,7 +38,7 @@ def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose file systems are all on disks."""
-    monkeypatch.setattr(object_memory, "_MEMORY", frozenset())
+    monkeypatch.setattr(ray_node, "_MEMORY", frozenset())
 
 
 @pytest.mark.usefixtures("no_memory")

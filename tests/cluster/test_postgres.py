@@ -18,9 +18,7 @@ import asyncpg
 import psutil
 import pytest
 
-from cluster.postgres import EmbeddedPostgres, ensure_cluster
-from cluster.postgres_state import PostgresState
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import EmbeddedPostgres, PostgresState, supervise
 
 AS_ROOT = os.geteuid() == 0
 
@@ -59,7 +57,7 @@ async def _superuser(server: EmbeddedPostgres, query: str):
 async def test_a_second_start_finds_the_first(server) -> None:
     pid, urls = server.pid(), server.ensure()
     again = EmbeddedPostgres(server.home)
-    assert again.ensure() == ensure_cluster(server.home) == urls
+    assert again.ensure() == urls
     assert again.pid() == pid
     assert await _value(urls.app, "SELECT current_user") == "derm_app"
     assert await _value(urls.owner, "SELECT current_user") == "derm_owner"
@@ -252,10 +250,3 @@ async def test_two_at_once_make_one_server_even_in_a_hard_place(hard_place: Path
         assert "vector" in extensions
     finally:
         server.stop(mode="immediate")
-
-
-async def test_a_given_port_is_taken(tmp_path: Path) -> None:
-    state = PostgresState.fresh(5433)
-    state.write(tmp_path / "postgres.json")
-    assert PostgresState.read(tmp_path / "postgres.json") == state
-    assert state.urls(None).app.endswith("@127.0.0.1:5433/derm?sslmode=disable")

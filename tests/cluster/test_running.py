@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import os
 import stat
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from cluster.running import AlreadyRunning, Running, occupy, running_service
+from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
 
 _RUNNING = Running(
     pid=os.getpid(),
@@ -25,15 +26,15 @@ _RUNNING = Running(
 
 
 def test_a_second_is_told_of_the_first(tmp_path) -> None:
-    with occupy(tmp_path) as tenancy:
-        tenancy.announce(_RUNNING)
+    with occupy(tmp_path):
+        announce(tmp_path, _RUNNING)
         with (
             pytest.raises(AlreadyRunning, match=r"already starting: http://127.0.0.1:8000") as refused,
             occupy(tmp_path),
         ):
             pass
         assert refused.value.running == _RUNNING
-        tenancy.announce_ready()
+        announce(tmp_path, replace(_RUNNING, ready=True))
         assert "already running" in running_service(tmp_path).describe()
         assert stat.S_IMODE((tmp_path / "serve.json").stat().st_mode) == 0o600
 
@@ -44,8 +45,8 @@ def test_before_the_first_has_said_anything(tmp_path) -> None:
 
 
 def test_it_ends_with_the_block(tmp_path) -> None:
-    with occupy(tmp_path) as tenancy:
-        tenancy.announce(_RUNNING)
+    with occupy(tmp_path):
+        announce(tmp_path, _RUNNING)
     assert running_service(tmp_path) is None
     with occupy(tmp_path):
         pass

@@ -176,7 +176,9 @@ def _documented_ports() -> list[tuple[str, int, int, bool]]:
     """The rows of docs/operations.md: process, lowest and highest port, whether on loopback."""
     rows = []
     text = (REPOSITORY / "docs" / "operations.md").read_text()
-    for process, port, address in re.findall(r"^\| `([\w:*]+)` \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE):
+    for process, port, address in re.findall(
+        r"^\| `([\w:*-]+)` \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE
+    ):
         numbers = [int(number) for number in re.findall(r"\d{4,}", port)]
         low, high = 1, 65535
         if numbers and "up" in port:

@@ -12,14 +12,14 @@ import pytest
 from cluster import supervisor
 from cluster.ports import choose_port
 from cluster.ray_node import RayFailed
-from cluster.startup import StartFailed
-from cluster.supervisor import Wish
+from cluster.startup import ServeRequest, StartFailed
 
 
 class _Node:
     """A node that dies at once, and whose first start after that fails."""
 
     home = Path("/nonexistent")
+    dashboard = False
 
     def __init__(self, stop: Event) -> None:
         self.said: list[str] = []
@@ -60,7 +60,7 @@ def test_a_taken_port_is_named_with_its_owner(tmp_path) -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(StartFailed, match=rf"Port {port} on 127\.0\.0\.1 is taken by .*pid"):
-            supervisor._node(Wish(tmp_path, port=port))
+            supervisor._node(ServeRequest(tmp_path, port=port))
 
 
 def test_other_ports_give_way(tmp_path, monkeypatch) -> None:
@@ -68,8 +68,8 @@ def test_other_ports_give_way(tmp_path, monkeypatch) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         taken = listener.getsockname()[1]
-        monkeypatch.setattr(supervisor, "PORTS", (taken,) * 5)
-        node = supervisor._node(Wish(tmp_path, port=choose_port()))
+        monkeypatch.setattr(supervisor, "PORTS", dict.fromkeys(supervisor.PORTS, taken))
+        node = supervisor._node(ServeRequest(tmp_path, port=choose_port()))
     ports = {node.port, node.stats_port, node.metrics_port, node.dashboard_port, node.fallback_port}
     assert len(ports) == 5
     assert taken not in ports
