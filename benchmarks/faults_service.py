@@ -29,7 +29,6 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
-from graphs.local import LocalStages
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.http.app import create_app
@@ -39,6 +38,7 @@ from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import REPOSITORY, Settings
+from tests.local_stages import LocalStages
 
 _CLINICIAN = "dr-faults"
 #: The load's own rate is not what is tested here.

@@ -294,12 +294,7 @@ class EmbeddedPostgres:
         # A file, not a pipe: the server inherits it, and a pipe would never end.
         with (self.directory / "etc" / f"{program}.log").open("w+") as output:
             done = subprocess.run(
-                command,
-                check=False,
-                stdout=output,
-                stderr=output,
-                cwd=self.directory,
-                **self.account.popen,
+                command, check=False, stdout=output, stderr=output, cwd=self.directory, **self.account.popen
             )
             output.seek(0)
             said = output.read()

@@ -18,8 +18,7 @@ import sys
 
 from pydantic import ValidationError
 
-from cluster.database import application_role, own_database
-from cluster.node_files import explain
+from cluster.node_files import application_role, explain, own_database
 from cluster.safety import Finding, look_at, transport_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
@@ -53,7 +52,7 @@ class FirstRequest:
 async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | None:
     """Bring the database up to date and let a model answer; None in production, which has no demonstration.
 
-    In production DermError for a database that is not safe: see database_safety.
+    In production DermError for a database that is not safe: see cluster.safety.
     """
     urls = own_database(settings.home)
     if urls is None:
@@ -61,7 +60,7 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
     if settings.env == "production":
         _refuse(transport_findings(urls))  # before a password goes that way
     applied = await migrate(urls.owner, application_role=application_role(urls))
-    _say(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date")
+    print(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date", flush=True)
     if settings.env == "production":
         _refuse(await look_at(urls))
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=_LOAD_TIMEOUT_S)
@@ -71,7 +70,10 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
         live = await live_model(pool)
         chosen = choose_model(settings.models, wanted=model, live=live.model_id if live else None)
         loaded = await publish_bundled(urls.owner, settings.models, chosen)
-        _say(f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}")
+        print(
+            f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}",
+            flush=True,
+        )
         # An issuer that publishes its keys signs every token itself, the demonstration's too.
         demonstrates = settings.env == "development" and not settings.token_jwks
         return await _demonstrate(settings, pool) if demonstrates else None
@@ -89,14 +91,13 @@ def _refuse(found: list[Finding]) -> None:
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
     """The model to answer: the one asked for, else the one that answered before, else the only one there is."""
     there = list(ModelStore(models))
-    if wanted is not None or live is not None:
-        chosen = wanted or str(live)
-        if chosen not in there:
-            answered = "" if wanted else ", which answered so far: say which shall from now on, with --model"
-            raise ModelContractError(
-                f"{models} has no model {chosen}{answered}. There: {', '.join(there) or 'none'}."
-            )
-        return chosen
+    if chosen := wanted or live:
+        if chosen in there:
+            return chosen
+        answered = "" if wanted else ", which answered so far: say which shall from now on, with --model"
+        raise ModelContractError(
+            f"{models} has no model {chosen}{answered}. There: {', '.join(there) or 'none'}."
+        )
     if not there:
         raise ModelContractError(f"{models} holds no model (DERM_MODELS).")
     if len(there) > 1:
@@ -125,11 +126,6 @@ async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
     return FirstRequest(token=token, patient_id=PATIENT, image=str(image))
 
 
-def _say(step: str) -> None:
-    sys.stdout.write(f"{step}\n")
-    sys.stdout.flush()
-
-
 def main() -> int:
     """Prepare; on an expected failure, say it in one line and return 1."""
     parser = argparse.ArgumentParser(description="Prepare the database for serving.")
@@ -139,9 +135,9 @@ def main() -> int:
     try:
         first = asyncio.run(prepare(load_settings(), model=model))
     except (DermError, ValidationError) as error:
-        sys.stderr.write(f"{explain(error) if isinstance(error, ValidationError) else error}\n")
+        print(explain(error) if isinstance(error, ValidationError) else error, file=sys.stderr)
         return 1
-    _say(json.dumps(asdict(first) if first else None))
+    print(json.dumps(asdict(first) if first else None))
     return 0
 
 

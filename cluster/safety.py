@@ -66,16 +66,9 @@ def prevents_ready(finding: Finding, *, env: str) -> bool:
 def file_findings(home: Path) -> list[Finding]:
     """Files of keys and secrets that another user may open, or that belong to one."""
     files = NodeFiles(home)
-    secret = [
-        *(files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints),
-        *(
-            home / "secrets" / "service.env",
-            home / "secrets" / "owner.env",
-            home / "ray" / "token",
-            home / "postgres.json",
-            home / "spill",
-        ),
-    ]
+    secret = [files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints]
+    secret += [home / "secrets" / "service.env", home / "secrets" / "owner.env"]
+    secret += [home / "ray" / "token", home / "postgres.json", home / "spill"]
     return [finding for path in secret for finding in _private(path)]
 
 
@@ -169,7 +162,7 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
 
 
 async def all_findings(
-    home: Path, urls: DatabaseUrls | None, settings: Settings | None, *, own: bool
+    home: Path, urls: DatabaseUrls | None, settings: Settings, *, own: bool
 ) -> list[Finding]:
     """Everything that can be looked at now; `urls` None while the database does not run.
 
@@ -184,19 +177,13 @@ async def all_findings(
         found += await access_findings(
             f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{state.port}/postgres?sslmode=disable"
         )
-    if settings is not None:
-        found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
-        secret = settings.token_secret.get_secret_value()
-        found += environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)
-    return found
+    found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
+    secret = settings.token_secret.get_secret_value()
+    return [*found, *environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)]
 
 
 async def database_findings(pool: Pool) -> list[Finding]:
     """What is unsafe in the database, as far as the role that serves may see; `pool` is that role's."""
-    return [*await _parameter_findings(pool), *await _role_findings(pool)]
-
-
-async def _parameter_findings(pool: Pool) -> list[Finding]:
     rows = await pool.fetch(_SQL["settings"], [*_SETTINGS, "synchronous_commit"])
     values = {row["name"]: row["setting"] for row in rows}
     found = [
@@ -204,30 +191,25 @@ async def _parameter_findings(pool: Pool) -> list[Finding]:
         for name, (wanted, advice) in _SETTINGS.items()
         if values.get(name) != wanted
     ]
-    if values.get("synchronous_commit") not in _DURABLE:
+    if (durability := values["synchronous_commit"]) not in _DURABLE:
         advice = "set it to on: a crash loses answers that were given"
-        found.append(
-            Finding("synchronous_commit", f"synchronous_commit is {values['synchronous_commit']}: {advice}")
-        )
-    return found
-
-
-async def _role_findings(pool: Pool) -> list[Finding]:
+        found.append(Finding("synchronous_commit", f"synchronous_commit is {durability}: {advice}"))
     for row in await pool.fetch(_SQL["role"]):
         table, role = row["table_name"], row["role"]
         if row["superuser"]:
-            said = f"{role}, the role that serves, is a superuser"
+            said = "is a superuser"
         elif row["owns"]:
-            said = f"{role}, the role that serves, owns {table} and can drop what makes it append-only"
+            said = f"owns {table} and can drop what makes it append-only"
         elif row["changes"]:
-            said = f"{role}, the role that serves, may change {table}"
+            said = f"may change {table}"
         else:
             continue
         advice = (
             "name a role of its own in DERM_DATABASE_URL, and the schema's owner in DERM_OWNER_DATABASE_URL"
         )
-        return [Finding("database_role", f"{said}: {advice}, then derm-cds migrate")]
-    return []
+        said = f"{role}, the role that serves, {said}: {advice}, then derm-cds migrate"
+        return [*found, Finding("database_role", said)]
+    return found
 
 
 def transport_findings(urls: DatabaseUrls) -> list[Finding]:

@@ -20,8 +20,7 @@ from typing import Any
 import urllib.error
 import urllib.request
 
-from cluster.database import own_database
-from cluster.node_files import write_owner_environment, write_service_environment
+from cluster.node_files import own_database, write_owner_environment, write_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayFailed, RayNode
 from cluster.ray_processes import core, live

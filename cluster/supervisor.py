@@ -15,8 +15,8 @@ from threading import Event, Thread
 from types import FrameType
 from typing import Any
 
-from cluster.database import own_database
 from cluster.deployed import watch_deployed
+from cluster.node_files import own_database
 from cluster.ports import choose_port, is_listened_on, listener_on
 from cluster.postgres import EmbeddedPostgres, supervise
 from cluster.ray_node import RayFailed, RayNode

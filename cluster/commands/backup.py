@@ -10,7 +10,6 @@ from pathlib import Path
 from cluster.backups import BackupFailed, back_up, out_of_service, restore
 from cluster.commands.audit import checkpoint_log, sign_restored
 from cluster.commands.records import ask, record
-from cluster.database import database, own_database
 from cluster.key_backups import (
     LIFETIME,
     back_up_keyring,
@@ -21,6 +20,7 @@ from cluster.key_backups import (
     release_key_store,
     restore_keys,
 )
+from cluster.node_files import database, own_database
 from cluster.postgres import EmbeddedPostgres
 from serve_app.keys.providers import open_key_provider
 from serve_app.settings import NodeFiles, load_key_settings

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask
-from cluster.database import database
+from cluster.node_files import database
 from data_jobs.promotion.rollback import roll_back
 from model_store.registry import ModelStore, StoredModel
 from serve_app.audit.events import os_account

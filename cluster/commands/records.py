@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.database import application_role, database
+from cluster.node_files import application_role, database
 from serve_app.audit.events import AuditOutcome, account_event
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate

@@ -12,7 +12,7 @@ import sys
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask
-from cluster.database import database
+from cluster.node_files import database
 from cluster.prepare import choose_model
 from data_jobs.references.load import publish_bundled, publish_space
 from data_jobs.references.verify import verify_space

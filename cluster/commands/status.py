@@ -15,8 +15,7 @@ import psutil
 from pydantic import ValidationError
 
 from cluster.commands.audit import checkpoint_log
-from cluster.database import own_database
-from cluster.node_files import explain
+from cluster.node_files import explain, own_database
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service

@@ -51,10 +51,7 @@ def test_care_begins_and_ends_and_is_audited(derm_cds, home, urls) -> None:
     assert "p-access" not in derm_cds("access", "list", home=home).out
     assert "p-access" in derm_cds("access", "list", "--all", home=home).out
     for action in ("assign", "end_assignment"):
-        assert events(urls, action)[-1] == (
-            "p-access",
-            {"subject": "dr-access", "purpose": "HSYSADMIN"},
-        )
+        assert events(urls, action)[-1] == ("p-access", {"subject": "dr-access", "purpose": "HSYSADMIN"})
 
 
 @pytest.mark.parametrize("patient", ["Jane Doe", "p\n", "-p", "p" * 65, ""])

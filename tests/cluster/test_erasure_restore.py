@@ -13,7 +13,6 @@ from pydantic import SecretStr
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.access.tokens import mint_token
 from serve_app.domain.errors import Erased
 from serve_app.erasure import sweeping as housekeeping
@@ -26,6 +25,7 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
 from tests.cluster.clinic import Clinic
+from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 

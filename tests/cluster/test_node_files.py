@@ -7,9 +7,9 @@ import stat
 
 import pytest
 
-from cluster.database import own_database
 from cluster.node_files import (
     is_embedded,
+    own_database,
     read_service_environment,
     write_owner_environment,
     write_service_environment,

@@ -26,11 +26,7 @@ class _Api(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        told = {
-            "path": self.path,
-            "headers": dict(self.headers),
-            "sha256": hashlib.sha256(body).hexdigest(),
-        }
+        told = {"path": self.path, "headers": dict(self.headers), "sha256": hashlib.sha256(body).hexdigest()}
         answer = json.dumps(told).encode()
         self.send_response(201)
         self.send_header("Content-Length", str(len(answer)))
