@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import file_digest
+from importlib.metadata import version
 import json
 import os
 from pathlib import Path
@@ -48,7 +48,10 @@ FORMAT = 1
 
 _MANIFEST = "manifest.json"
 _SPARE_BYTES = 64 * 1024**2
+_QUIET = ("--no-psqlrc", "--quiet")
 _SCHEMA = "SELECT name FROM schema_migrations ORDER BY version DESC LIMIT 1"
+#: Every file against `backup_manifest`, and the log read through.
+_VERIFY = ("--exit-on-error", "--quiet")
 _PORT = 5432  # names the socket's file; nothing listens on it
 _TIMEOUT_S = 600
 
@@ -89,13 +92,14 @@ def write_manifest(folder: Path, kind: str, **values: object) -> dict[str, Any]:
         "kind": kind,
         "format": FORMAT,
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "service_version": version("pms-derm-cds"),
         **values,
     }
     write_private(folder / _MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
 
 
-def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Read what a backup is. NotFound when it is none, IntegrityError when it is of another kind or format."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
@@ -109,7 +113,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         raise IntegrityError(
             f"{folder} was made by another version: format {manifest['format']}, not {FORMAT}."
         )
-    if kind not in {None, found}:
+    if kind != found:
         raise IntegrityError(f"{folder} is a backup of the {found}, not of the {kind}.")
     return dict(manifest)
 
@@ -149,7 +153,7 @@ def require_space(where: Path, wanted: int) -> None:
         )
 
 
-def back_up(server: EmbeddedPostgres, folder: Path, *, service_version: str) -> dict[str, Any]:
+def back_up(server: EmbeddedPostgres, folder: Path) -> dict[str, Any]:
     """Back up a running server into `folder`, verify what was written, and return the manifest.
 
     Conflict when the folder is not empty, BackupFailed when the disk is too small or PostgreSQL's
@@ -165,21 +169,15 @@ def back_up(server: EmbeddedPostgres, folder: Path, *, service_version: str) -> 
         options = ["--pgdata", data, "--format", "plain", "--wal-method", "stream", "--checkpoint", "fast"]
         options += ["--manifest-checksums", "SHA256", "--label", "derm-cds", "--no-password"]
         run("pg_basebackup", *options, environment=environment)
-        verify(data)
+        run("pg_verifybackup", *_VERIFY, data)
         return write_manifest(
             partial,
             "database",
-            service_version=service_version,
             postgres_version=run("postgres", "--version").split()[-1],
             schema=_schema(environment),
             bytes=tree_bytes(data),
             backup_manifest_sha256=digest(data / "backup_manifest"),
         )
-
-
-def verify(data: Path) -> None:
-    """Hold every file against `backup_manifest`, and read the log through. BackupFailed when anything differs."""
-    run("pg_verifybackup", "--exit-on-error", "--quiet", data)
 
 
 def run(program: str, *arguments: object, environment: Mapping[str, str] | None = None) -> str:
@@ -198,21 +196,13 @@ def run(program: str, *arguments: object, environment: Mapping[str, str] | None 
 
 
 def _schema(environment: Mapping[str, str]) -> str:
-    options = ["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--dbname", DATABASE]
+    options = [*_QUIET, "--tuples-only", "--no-align", "--dbname", DATABASE]
     known = run("psql", *options, "-c", "SELECT to_regclass('schema_migrations')", environment=environment)
     return run("psql", *options, "-c", _SCHEMA, environment=environment) if known else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What was restored: the backup's manifest, and where the data directory that was there before is now."""
-
-    manifest: dict[str, Any]
-    kept: Path | None
-
-
-def restore(server: EmbeddedPostgres, folder: Path) -> Restored:
-    """Put the backup in `folder` in the place of the server's data directory, which is kept beside it.
+def restore(server: EmbeddedPostgres, folder: Path) -> Path | None:
+    """Put the backup in `folder` in the place of the server's data directory; return where that is kept, if there was one.
 
     Conflict while the service or its database runs; IntegrityError or BackupFailed when the backup
     is damaged, or made by a newer version. Nothing has changed then.
@@ -230,15 +220,19 @@ def restore(server: EmbeddedPostgres, folder: Path) -> Restored:
             fresh = place / "data"
             shutil.copytree(backup, fresh, symlinks=True)
             _hand_over(server, place)
-            verify(fresh)
-            with _apart(server, place) as environment:
-                _check(environment)
-                _set_roles({**state.superuser_environment(None), **environment})
+            run("pg_verifybackup", *_VERIFY, fresh)
+            with _apart(server, place) as at:
+                # Every table and index is read, and each index held against its table.
+                run("pg_amcheck", "--install-missing", "--heapallindexed", DATABASE, environment=at)
+                run("psql", *_QUIET, "-c", "DROP EXTENSION amcheck", environment=at)
+                owner = {**state.superuser_environment(None), **at}
+                for script in ("postgres_roles.sql", "restore_roles.sql"):
+                    run("psql", *_QUIET, "--file", HERE / script, environment=owner)
             server.run("initdb", "--sync-only", "-D", fresh)
             kept = _put_in_place(server, fresh)
         state.ready = True
         state.write(server.state_file)
-    return Restored(manifest, kept)
+    return kept
 
 
 @contextmanager
@@ -321,17 +315,6 @@ def _configure(server: EmbeddedPostgres, place: Path, sockets: Path) -> None:
     for name, text in written.items():
         (place / name).write_text(text)
         os.chown(place / name, server.account.uid, server.account.gid)
-
-
-def _check(environment: dict[str, str]) -> None:
-    """Have amcheck read every table and index, and hold each index against its table."""
-    run("pg_amcheck", "--install-missing", "--heapallindexed", DATABASE, environment=environment)
-    run("psql", "--no-psqlrc", "--quiet", "-c", "DROP EXTENSION amcheck", environment=environment)
-
-
-def _set_roles(environment: dict[str, str]) -> None:
-    for script in ("postgres_roles.sql", "restore_roles.sql"):
-        run("psql", "--no-psqlrc", "--quiet", "--file", HERE / script, environment=environment)
 
 
 def _put_in_place(server: EmbeddedPostgres, fresh: Path) -> Path | None:

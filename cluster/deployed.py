@@ -6,7 +6,7 @@ have deployed otherwise: with another serve_config.yaml or another profile it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import contextlib
 import json
 from pathlib import Path
@@ -52,7 +52,6 @@ def watch_deployed(node: RayNode, stop: Event) -> None:
 
 
 def _running(node: RayNode) -> Applications:
-    """The applications' configurations, as Serve was given them; none unless all of them run."""
     environment = node.environment
     token = environment.get("RAY_AUTH_TOKEN") or Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
     request = urllib.request.Request(
@@ -60,7 +59,11 @@ def _running(node: RayNode) -> Applications:
         headers={"Authorization": f"Bearer {token}"},
     )
     with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-        found = json.load(answer)["applications"].values()
+        return applications_of(json.load(answer)["applications"].values())
+
+
+def applications_of(found: Iterable[dict[str, Any]]) -> Applications:
+    """The configurations of what the dashboard found to be deployed; none unless all of it runs."""
     if any(application["status"] != "RUNNING" for application in found):
         return []
     return [application["deployed_app_config"] for application in found]

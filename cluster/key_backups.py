@@ -54,9 +54,7 @@ def existing_keystore(home: Path) -> Path:
     return path
 
 
-def back_up_keys(
-    files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta, service_version: str
-) -> dict[str, Any]:
+def back_up_keys(files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta) -> dict[str, Any]:
     """Copy the key store as it is at one moment, while it is used, into `folder`; return the manifest.
 
     `provider` names whoever can unwrap it. NotFound when there is no key store.
@@ -82,14 +80,13 @@ def back_up_keys(
             partial,
             "keys",
             expires_at=(datetime.now(UTC) + lifetime).isoformat(timespec="seconds"),
-            service_version=service_version,
             key_provider=provider,
             data_keys_by_key_version=versions,
             sha256=digest(copy),
         )
 
 
-def back_up_keyring(files: NodeFiles, folder: Path, *, service_version: str) -> dict[str, Any]:
+def back_up_keyring(files: NodeFiles, folder: Path) -> dict[str, Any]:
     """Copy the keyring, and the key that signs checkpoints, into `folder`; return the manifest.
 
     NotFound when the key-encryption keys are not in a file here.
@@ -103,7 +100,7 @@ def back_up_keyring(files: NodeFiles, folder: Path, *, service_version: str) -> 
         for path in copied:
             write_private(partial / path.name, read_private(path))
         sums = {path.name: digest(partial / path.name) for path in copied}
-        return write_manifest(partial, "keyring", service_version=service_version, sha256=sums)
+        return write_manifest(partial, "keyring", sha256=sums)
 
 
 def restore_keys(
@@ -128,9 +125,8 @@ def restore_keys(
             write_private(partial, (folder / _STORE).read_bytes())
         with closing(KeyStore(partial, provider)) as store:
             for key in gone:
-                with suppress(
-                    DataKeyMissing
-                ):  # accepted, not proven, and not in this backup: nothing to destroy
+                # One that was accepted, not proven, and is not in this backup: nothing to destroy.
+                with suppress(DataKeyMissing):
                     store.destroy(key)
     except BaseException:
         for path in files.keystore.parent.glob(f"{partial.name}*"):
@@ -156,7 +152,8 @@ def prune(root: Path) -> list[Path]:
 
 def _has_expired(folder: Path) -> bool:
     if folder.suffix == ".partial" and (folder / _STORE).exists():  # killed, with a manifest or without
-        return last_touched(folder) + CUT_OFF_AFTER <= datetime.now(UTC)
+        touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        return datetime.fromtimestamp(touched, UTC) + CUT_OFF_AFTER <= datetime.now(UTC)
     try:
         return expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
     except DermError:  # no backup, or of something else
@@ -210,15 +207,14 @@ async def release_key_store(pool: Pool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class KeptCopy:
-    """A key store or a data directory beside the one in use: since when, and when it must be gone."""
+    """A key store or a data directory beside the one in use, and when it must be gone."""
 
     path: Path
-    since: datetime
     expires_at: datetime
 
 
 def find_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[KeptCopy]:
-    """Find what restores have kept in this home, oldest first."""
+    """Find what restores have kept in this home, the first to expire first."""
     store = NodeFiles(home).keystore
     kept = [
         *((path, lifetime) for path in store.parent.glob(f"{store.name}.before-*")),
@@ -231,9 +227,8 @@ def find_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Kept
     for path, until in kept:
         whole = next((path.name.removesuffix(s) for s in _LOG_SUFFIXES if path.name.endswith(s)), None)
         if whole not in names:
-            since = _since(path)
-            copies.append(KeptCopy(path, since, since + until))
-    return sorted(copies, key=lambda copy: copy.since)
+            copies.append(KeptCopy(path, _since(path) + until))
+    return sorted(copies, key=lambda copy: copy.expires_at)
 
 
 def prune_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Path]:
@@ -252,12 +247,6 @@ def prune_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Pat
                     path.unlink(missing_ok=True)
         gone.append(copy.path)
     return gone
-
-
-def last_touched(folder: Path) -> datetime:
-    """When something in a folder was last written."""
-    times = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
-    return datetime.fromtimestamp(max(times), UTC)
 
 
 def overwrite(path: Path) -> None:

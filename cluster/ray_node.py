@@ -27,7 +27,7 @@ import sys
 import psutil
 
 from cluster.node_files import is_production
-from cluster.ray_processes import MARK, belonging, core, end, in_session, live, name
+from cluster.ray_processes import MARK, belonging, end, in_session, name
 from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import REPOSITORY
 
@@ -37,6 +37,7 @@ from serve_app.settings import REPOSITORY
 SERVE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # see haproxy.sed
     # HAProxy's log lines hold query strings, and go to 127.0.0.1:514 unless told otherwise.
     # This socket does not exist: they go nowhere. Access is recorded in the audit log.
     "RAY_SERVE_HAPROXY_LOG_TARGET": "/nonexistent/haproxy-log",
@@ -82,8 +83,9 @@ SHARED = Path("/dev/shm")  # noqa: S108  in a folder of our own there, 0700
 _MEMORY = frozenset({"tmpfs", "ramfs"})
 #: Options of the raylet that say where it puts objects.
 _OPTIONS = ("--plasma_directory=", "--fallback_directory=")
+_STORE_BYTES = 150_000_000
 #: The store, and as much again for what does not fit in it.
-_TIMES = 2
+_ROOM = 2 * _STORE_BYTES
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
 _ATTEMPTS = 3
@@ -99,19 +101,16 @@ class RayNode:
     """The node below `home`; it listens on loopback only.
 
     `stats_port` and `metrics_port` are HAProxy's, `fallback_port` is where Serve's own proxy stands
-    in for it, `dashboard_port` is taken with `dashboard` only. `memory` is the file system that is to
-    hold its objects.
+    in for it, `dashboard_port` is taken with `dashboard` only.
     """
 
     home: Path
     port: int = 6379
     dashboard: bool = False
-    object_store_bytes: int = 150_000_000
     dashboard_port: int = 8265
     stats_port: int = 8404
     metrics_port: int = 9101
     fallback_port: int = 8500
-    memory: Path = SHARED
 
     @property
     def address(self) -> str:
@@ -127,7 +126,7 @@ class RayNode:
     @property
     def objects(self) -> Path:
         """Where Ray's objects go, 0700: in memory. Without room there, below `home`, where production refuses."""
-        return self.memory / self.directory.name
+        return SHARED / self.directory.name
 
     @property
     def environment(self) -> dict[str, str]:
@@ -155,7 +154,7 @@ class RayNode:
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(self.dashboard_port)),
             *(f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-agent-listen-port", "0"),
             *("--no-monitor", "--include-log-monitor=false"),
-            *("--object-store-memory", str(self.object_store_bytes)),
+            *("--object-store-memory", str(_STORE_BYTES)),
             # Ray opens its own folder to everyone (0777), so it lies inside ours.
             *("--temp-dir", str(self.directory / "r")),
             *("--plasma-directory", str(objects), "--object-spilling-directory", str(objects)),
@@ -169,10 +168,6 @@ class RayNode:
         if code != 0:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
-
-    def is_running(self) -> bool:
-        """Whether this node's raylet and GCS live."""
-        return live(core(self.home))
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this node, the caller and its ancestors aside."""
@@ -195,11 +190,14 @@ class RayNode:
         empty(self.home / "spill")
 
     def _run(self, command: list[str], log: Path) -> int:
+        # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {"RAY_START_HOOK": "cluster.ray_hooks.leave_out_the_needless", "PATH": path}
         with log.open("w") as output:
             # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
             child = subprocess.Popen(
                 command,
-                env={**self.environment, **_start_environment()},
+                env={**self.environment, **environment},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -219,13 +217,13 @@ class RayNode:
         sessions = sorted((self.directory / "r").glob("session_2*"))
         for session in sessions[: -_SESSIONS + 1]:
             shutil.rmtree(session, ignore_errors=True)
-        return self._lay_out_objects()
-
-    def _lay_out_objects(self) -> Path:
         objects = self.objects
-        if not has_room(self.memory, self.object_store_bytes):
+        if not has_room(SHARED):
             if is_production(self.home):
-                raise RayFailed(f"{advice(self.memory, self.object_store_bytes)}.")
+                raise RayFailed(
+                    f"images would lie in clear on a disk: {SHARED} is not memory with {_ROOM // 10**6} MB free. "
+                    f"Enlarge it (mount -o remount,size=1g {SHARED}; a container: --shm-size=1g)."
+                )
             objects = self.home / "spill"
         objects.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(objects):
@@ -241,15 +239,6 @@ def _is_ours(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-
-
-def _start_environment() -> dict[str, str]:
-    # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
-    here = str(Path(sys.executable).parent)
-    return {
-        "RAY_START_HOOK": "cluster.ray_hooks.leave_out_the_needless",
-        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
-    }
 
 
 def ray_environment(home: Path, directory: Path) -> dict[str, str]:
@@ -314,22 +303,13 @@ def is_memory(path: Path, mounts: Mapping[str, str] | None = None) -> bool:
     return nearest is not None and mounts[nearest] in _MEMORY
 
 
-def has_room(memory: Path, store_bytes: int) -> bool:
-    """Whether `memory` is memory, with room for a store of that size and for what does not fit in it."""
+def has_room(memory: Path) -> bool:
+    """Whether `memory` is memory, with room for the store and for what does not fit in it."""
     return (
         memory.is_dir()
         and os.access(memory, os.W_OK)
         and is_memory(memory)
-        and shutil.disk_usage(memory).free >= _TIMES * store_bytes
-    )
-
-
-def advice(memory: Path, store_bytes: int) -> str:
-    """What to do where there is no such room."""
-    megabytes = _TIMES * store_bytes // 1_000_000
-    return (
-        f"images would lie in clear on a disk: {memory} is not memory with {megabytes} MB free. "
-        f"Enlarge it (mount -o remount,size=1g {memory}; a container: --shm-size=1g)"
+        and shutil.disk_usage(memory).free >= _ROOM
     )
 
 

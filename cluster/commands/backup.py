@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
-from cluster.backups import BackupFailed, back_up, out_of_service, restore
+from cluster.backups import BackupFailed, back_up, out_of_service, read_manifest, restore
 from cluster.commands.audit import checkpoint_log, sign_restored
 from cluster.commands.records import ask, record
 from cluster.key_backups import (
@@ -55,7 +54,6 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _back_up(arguments: argparse.Namespace) -> None:
     files = NodeFiles(arguments.home)
-    service_version = version("pms-derm-cds")
     if arguments.prune:
         lifetime = timedelta(days=arguments.days)
         record(arguments.home, "backup_prune", {"kind": "keys"})
@@ -68,18 +66,17 @@ def _back_up(arguments: argparse.Namespace) -> None:
             arguments.keys,
             provider=load_key_settings().key_provider,
             lifetime=timedelta(days=arguments.days),
-            service_version=service_version,
         )
         print(f"{arguments.keys}: the key store; delete it by {made['expires_at']}")
     elif arguments.keyring:
         record(arguments.home, "backup", {"kind": "keyring"})
-        back_up_keyring(files, arguments.keyring, service_version=service_version)
+        back_up_keyring(files, arguments.keyring)
         print(f"{arguments.keyring}: the keyring; it opens every image, keep it in a safe")
     else:
         server = _embedded(arguments.home)
         with database(arguments.home):
             record(arguments.home, "backup", {"kind": "database"})
-            made = back_up(server, arguments.folder, service_version=service_version)
+            made = back_up(server, arguments.folder)
         print(f"{arguments.folder}: the database, {made['bytes'] / 1e6:.0f} MB, verified")
 
 
@@ -88,12 +85,13 @@ def _restore(arguments: argparse.Namespace) -> None:
         _restore_keys(arguments)
         return
     server = _embedded(arguments.home)
-    done = restore(server, arguments.folder)
-    record(arguments.home, "restore", {"kind": "database", "made_at": done.manifest["made_at"]})
+    there = restore(server, arguments.folder)
+    made_at = read_manifest(arguments.folder, "database")["made_at"]
+    record(arguments.home, "restore", {"kind": "database", "made_at": made_at})
     # Or the log would seem to have been cut short: what was signed after the backup is not in it.
     ask(arguments.home, lambda pool: sign_restored(pool, checkpoint_log(arguments.home)))
-    kept = f"; what was there is in {done.kept}: delete it when all is well" if done.kept else ""
-    print(f"the database is as it was at {done.manifest['made_at']}{kept}")
+    kept = f"; what was there is in {there}: delete it when all is well" if there else ""
+    print(f"the database is as it was at {made_at}{kept}")
 
 
 def _restore_keys(arguments: argparse.Namespace) -> None:

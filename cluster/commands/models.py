@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from importlib import import_module
 import json
 import os
@@ -131,16 +132,8 @@ def _open_each(wanted: Iterable[str], tell: Callable[[StoredModel], str]) -> Non
 
 def _import(arguments: argparse.Namespace) -> None:
     job = load_job("data_jobs.promotion.import_model")
-    request = job.ImportRequest(
-        source=arguments.source,
-        recipe=arguments.recipe,
-        sha256=arguments.sha256,
-        label_map=arguments.label_map,
-        licence=arguments.licence,
-        training_data=arguments.training_data,
-        side=arguments.side,
-        threads=arguments.threads,
-    )
+    names = (field.name for field in fields(job.ImportRequest))
+    request = job.ImportRequest(**{name: getattr(arguments, name) for name in names})
     model = job.import_model(model_folder(), request, _say)
     _say(f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {os_account()}")
 

@@ -139,7 +139,7 @@ def passing(tmp_path_factory, template) -> Iterator[Callable[[bytes], bytes]]:
     config = tmp_path_factory.mktemp("passing") / "cfg"
     config.write_text(f"""
 global
-    tune.bufsize 16384
+    tune.bufsize {SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
 defaults
     mode http
     timeout client 5s

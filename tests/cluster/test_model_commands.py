@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
 import os
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
-from data_jobs.references.load import publish_bundled
 from data_jobs.training.manifest_file import seal, write_manifest
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
@@ -64,24 +62,23 @@ def cases(isic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("cases")
-def test_promote_roll_back_and_history(derm_cds, home, urls, store, model_id) -> None:
+def test_promote_roll_back_and_history(derm_cds, own_home, store, model_id) -> None:
     candidate = f"{model_id.partition('.')[0]}.candidate"
-    derm_cds("migrate", home=home)
-    asyncio.run(publish_bundled(urls.owner, store, model_id))
+    assert derm_cds("references", "load", "--model", model_id, home=own_home).code == 0
     who = ("--approved-by", "Dr Test", "--reason", "annual update 2026")
-    dry = derm_cds("models", "promote", candidate, *who, "--dry-run", "--threads", "1", home=home)
+    dry = derm_cds("models", "promote", candidate, *who, "--dry-run", "--threads", "1", home=own_home)
     assert dry.code == 0, dry.err
     assert "Changed cases: 0 of 8" in dry.out
     assert "nothing was changed" in dry.out
-    said = derm_cds("models", "promote", candidate, *who, "--threads", "1", home=home)
+    said = derm_cds("models", "promote", candidate, *who, "--threads", "1", home=own_home)
     assert said.code == 0, said.err
     assert f"{candidate} answers from the next request on" in said.out
     assert json.loads((store / f"{candidate}.promotion.json").read_text())["approved_by"] == "Dr Test"
     # A report beside the folders is no model.
-    assert derm_cds("models", "list", home=home).out.split() == sorted([model_id, candidate])
-    back = derm_cds("models", "rollback", *who, home=home)
+    assert derm_cds("models", "list", home=own_home).out.split() == sorted([model_id, candidate])
+    back = derm_cds("models", "rollback", *who, home=own_home)
     assert back.out == f"{model_id} answers again from the next request on.\n"
-    lines = derm_cds("models", "history", "--last", "3", home=home).out.splitlines()
+    lines = derm_cds("models", "history", "--last", "3", home=own_home).out.splitlines()
     assert lines[0] == f"{model_id} answers"
     assert "rollback" in lines[1]
     assert "by Dr Test: annual update 2026" in lines[1]
@@ -89,16 +86,15 @@ def test_promote_roll_back_and_history(derm_cds, home, urls, store, model_id) ->
     assert ", report " in lines[2]
 
 
-def test_a_refusal_is_one_line_and_exit_code_1(derm_cds, home, urls, store, model_id, monkeypatch) -> None:
-    derm_cds("migrate", home=home)
-    asyncio.run(publish_bundled(urls.owner, store, model_id))
+def test_a_refusal_is_one_line_and_exit_code_1(derm_cds, own_home, store, model_id, monkeypatch) -> None:
+    assert derm_cds("references", "load", "--model", model_id, home=own_home).code == 0
     who = ("--approved-by", "Dr Test")
-    said = derm_cds("models", "promote", model_id, *who, home=home)
+    said = derm_cds("models", "promote", model_id, *who, home=own_home)
     assert (said.code, said.out) == (1, "")
     assert said.err == f"derm-cds: {model_id} answers already.\n"
     monkeypatch.setenv("DERM_ISIC_DIR", str(store))
     candidate = f"{model_id.partition('.')[0]}.candidate"
-    said = derm_cds("models", "promote", candidate, *who, home=home)
+    said = derm_cds("models", "promote", candidate, *who, home=own_home)
     assert said.code == 1
     assert "set DERM_ISIC_DIR" in said.err
 
@@ -162,13 +158,3 @@ except DermError as error:
     )
     assert ran.returncode == 0, ran.stderr
     assert "pip install 'pms-derm-cds[jobs,cpu]'" in ran.stdout
-
-
-@pytest.mark.parametrize(
-    "action", ["list", "show", "verify", "import", "evaluate", "promote", "rollback", "history"]
-)
-def test_every_action_has_help(action: str, capsys) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["models", action, "--help"])
-    assert exit_.value.code == 0
-    assert action in capsys.readouterr().out
