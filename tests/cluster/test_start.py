@@ -225,15 +225,13 @@ def test_a_submitted_job_finds_what_it_needs_on_its_own(service: Service) -> Non
     """As docs/references.md has it: this Python, the node's home, the database as its owner, and the models."""
     program = (
         "import pandas; from serve_app.settings import *; from model_store.registry import ModelStore;"
-        " assert find_owner_url(default_home()) and list(ModelStore(model_folder())); print(default_home())"
+        " assert find_owner_url(default_home()) and list(ModelStore(model_folder()));"
+        f" assert default_home() == Path({str(service.home)!r})"
     )
-    exports = service.run("environment").stdout
-    submit = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts job submit -- python -c {shlex.quote(shlex.quote(program))}"
-    done = subprocess.run(
-        [_BASH, "-c", f"{exports}\n{submit}"], check=False, capture_output=True, text=True, timeout=300
-    )
+    submit = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts job submit -- python -c"
+    script = f"{service.run('environment').stdout}\n{submit} {shlex.quote(shlex.quote(program))}"
+    done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert str(service.home) in done.stdout.splitlines()
 
 
 def test_a_dead_node_comes_back_as_it_was_deployed_last(service: Service, first_answer: dict) -> None:
