@@ -70,7 +70,7 @@ def deploy(address: str, config: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"graph: {line}", flush=True)  # cluster.startup repeats it
+    print(f"graph: {line}", flush=True)  # cluster.supervisor repeats it
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import urllib.request
 
 from cluster.ray_node import RayNode
+from serve_app.domain.errors import DermError
 from serve_app.private_files import locked_folder, read_private, write_private
 
 Applications = Sequence[dict[str, Any]]
@@ -44,9 +45,8 @@ def keep_deployed(home: Path, *, over: str, applications: Applications) -> None:
 def watch_deployed(node: RayNode, stop: Event) -> None:
     """Keep what `serve deploy` has brought up, until `stop`; only a node with a dashboard takes any. Give it a thread."""
     while node.dashboard and not stop.wait(_LOOK_EVERY_S):
-        kept = read_deployed(node.home)
-        with contextlib.suppress(OSError, ValueError, KeyError):  # the node is down, or coming up
-            applications = _running(node)
+        with contextlib.suppress(OSError, ValueError, KeyError, DermError):  # the node is down, or coming up
+            kept, applications = read_deployed(node.home), _running(node)
             if kept and applications and applications != kept["applications"]:
                 keep_deployed(node.home, over=kept["over"], applications=applications)
 

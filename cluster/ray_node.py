@@ -1,6 +1,10 @@
 """One Ray head node, with nothing that the service does not need; stopped without touching another.
 
-`ray stop` would end every Ray process of the machine; ours are found by their mark instead. Ray reads its environment
+`ray stop` would end every Ray process of the machine; ours are found by their mark instead, an environment variable
+that children inherit. Some overwrite their environment with their title; those are found as descendants, or in the
+session that `ray start` opened.
+
+Ray reads its environment
 when its modules are imported, in every process of the node: it is set before `ray start`, and before `import ray` in
 whatever connects. What each setting is worth is measured in docs/performance.md.
 
@@ -27,7 +31,6 @@ import sys
 import psutil
 
 from cluster.node_files import is_production
-from cluster.ray_processes import MARK, belonging, end, in_session, name
 from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import REPOSITORY
 
@@ -86,6 +89,10 @@ _OPTIONS = ("--plasma_directory=", "--fallback_directory=")
 _STORE_BYTES = 150_000_000
 #: The store, and as much again for what does not fit in it.
 _ROOM = 2 * _STORE_BYTES
+MARK = "DERM_NODE"
+#: What a node cannot be without. Everything else Ray itself starts again.
+CORE = frozenset({"gcs_server", "raylet"})
+
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
 _ATTEMPTS = 3
@@ -331,3 +338,74 @@ def empty(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def core(home: Path) -> list[psutil.Process]:
+    """The processes that the node of this home cannot be without."""
+    return [process for process in marked(home) if name(process) in CORE]
+
+
+def live(core: Iterable[psutil.Process]) -> bool:
+    """Whether a node lives whose core this was, without looking at every process of the machine."""
+    return {name(process) for process in core if process.is_running()} == CORE
+
+
+def belonging(home: Path) -> list[psutil.Process]:
+    """Every process of the node of this home, the caller and its ancestors aside."""
+    found = set(marked(home))
+    for process in list(found):
+        found.update(_descendants(process))
+    for session in {_session(process) for process in found if name(process) in CORE}:
+        if session is not None and session != os.getsid(0):
+            found.update(in_session(session))
+    ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    return [process for process in found if process.pid not in ourselves]
+
+
+def marked(home: Path) -> list[psutil.Process]:
+    """The processes that carry this home's mark, the caller aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(home) and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def in_session(session: int) -> list[psutil.Process]:
+    """The processes of one session."""
+    return [process for process in psutil.process_iter() if _session(process) == session]
+
+
+def name(process: psutil.Process) -> str:
+    """The program's name; empty once it has ended, reaped or not."""
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.name())
+    except psutil.Error:
+        return ""
+
+
+def end(processes: list[psutil.Process], number: signal.Signals, timeout_s: float) -> None:
+    """Send a signal and wait until they have ended, or the time is up."""
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=timeout_s)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None

@@ -20,8 +20,7 @@ import psutil
 from cluster.key_backups import find_kept_copies
 from cluster.ports import exposed, listeners
 from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
-from cluster.ray_node import on_disk
-from cluster.ray_processes import belonging, name
+from cluster.ray_node import belonging, name, on_disk
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys

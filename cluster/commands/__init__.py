@@ -8,20 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 Run = Callable[[argparse.Namespace], int | None]
 
 
-class AddAction(Protocol):
-    """Adds an action below a command."""
-
-    def __call__(self, name: str, run: Run, purpose: str) -> argparse.ArgumentParser:
-        """Define what runs it and what it is for; its options are the caller's to add."""
-
-
-def actions_of(parser: argparse.ArgumentParser) -> AddAction:
-    """Give a command actions, of which one has to be named."""
+def actions_of(parser: argparse.ArgumentParser) -> Callable[[str, Run, str], argparse.ArgumentParser]:
+    """Give a command actions; what is returned adds one: its name, what runs it, and what it is for."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     def add(name: str, run: Run, purpose: str) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask
+from cluster.commands.records import ask_as_owner
 from serve_app.audit.events import account_event, os_account
 from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.domain.identifiers import parse_opaque_id
@@ -109,7 +109,7 @@ def _whom(arguments: argparse.Namespace) -> tuple[RevocationKind, str]:
 
 
 def _ask(arguments: argparse.Namespace, question: Callable[[AccessStore], Awaitable[_Result]]) -> _Result:
-    return ask(arguments.home, lambda pool: question(AccessStore(pool)), as_owner=True)
+    return ask_as_owner(arguments.home, lambda pool: question(AccessStore(pool)))
 
 
 def patient_id(text: str) -> str:

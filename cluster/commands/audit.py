@@ -11,7 +11,7 @@ import socket
 import sys
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask
+from cluster.commands.records import ask, record
 from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
@@ -19,7 +19,6 @@ from serve_app.audit.checkpoints import (
     read_public_key,
     write_public_key,
 )
-from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_log import (
@@ -30,7 +29,6 @@ from serve_app.records.audit_log import (
     examine,
     sign_head,
 )
-from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool
 from serve_app.settings import NodeFiles
 
@@ -102,27 +100,19 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
-    log = checkpoint_log(arguments.home)
-
-    async def sign(pool: Pool) -> Checkpoint | None:
-        if arguments.restored:
-            await LesionStore(pool).record_event(account_event("restore", {"kind": "by other means"}))
-            return await sign_restored(pool, log)
-        chain = AuditChain(pool)
-        while await chain.seal(wait=True):
-            pass
-        return await sign_head(chain, log)
-
-    kept = ask(arguments.home, sign)
+    log, restored = checkpoint_log(arguments.home), arguments.restored
+    if restored:
+        record(arguments.home, "restore", {"kind": "by other means"})
+    kept = ask(arguments.home, lambda pool: sign(pool, log, restored=restored))
     print(log.line(kept) if kept else "nothing is sealed yet")
 
 
-async def sign_restored(pool: Pool, log: CheckpointLog) -> Checkpoint:
-    """Seal what is new, and sign that the log goes on from where the restored database ends."""
+async def sign(pool: Pool, log: CheckpointLog, *, restored: bool) -> Checkpoint | None:
+    """Seal what is new and sign it; `restored`: the log goes on from where the restored database ends."""
     chain = AuditChain(pool)
     while await chain.seal(wait=True):
         pass
-    return await accept_restore(chain, log)
+    return await accept_restore(chain, log) if restored else await sign_head(chain, log)
 
 
 def _public_key(arguments: argparse.Namespace) -> None:
@@ -131,21 +121,18 @@ def _public_key(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     """Have it in the audit log first, then write: the export itself is among what it exports later."""
-    if arguments.start >= arguments.end:
+    start, end = arguments.start, arguments.end
+    if start >= end:
         raise Conflict("--from must be before --to.")
-    detail = {"from": arguments.start.isoformat(), "to": arguments.end.isoformat()}
-    event = account_event("export", detail)
+    record(arguments.home, "export", {"from": start.isoformat(), "to": end.isoformat()})
 
     async def write(pool: Pool) -> int:
-        await LesionStore(pool).record_event(event)
         count = 0
         with os.fdopen(os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            async for found in events_between(pool, arguments.start, arguments.end):
+            async for found in events_between(pool, start, end):
+                server, at = socket.gethostname(), found.recorded_at
                 resource = audit_event_resource(
-                    found.event,
-                    event_id=found.event_id,
-                    recorded_at=found.recorded_at,
-                    server=socket.gethostname(),
+                    found.event, event_id=found.event_id, recorded_at=at, server=server
                 )
                 file.write(json.dumps(resource, separators=(",", ":")) + "\n")
                 count += 1

@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from cluster.backups import BackupFailed, back_up, out_of_service, read_manifest, restore
-from cluster.commands.audit import checkpoint_log, sign_restored
-from cluster.commands.records import ask, record
+from cluster.commands.audit import checkpoint_log, sign
+from cluster.commands.records import ask, ask_as_owner, record
 from cluster.key_backups import (
     LIFETIME,
     back_up_keyring,
@@ -89,7 +89,7 @@ def _restore(arguments: argparse.Namespace) -> None:
     made_at = read_manifest(arguments.folder, "database")["made_at"]
     record(arguments.home, "restore", {"kind": "database", "made_at": made_at})
     # Or the log would seem to have been cut short: what was signed after the backup is not in it.
-    ask(arguments.home, lambda pool: sign_restored(pool, checkpoint_log(arguments.home)))
+    ask(arguments.home, lambda pool: sign(pool, checkpoint_log(arguments.home), restored=True))
     kept = f"; what was there is in {there}: delete it when all is well" if there else ""
     print(f"the database is as it was at {made_at}{kept}")
 
@@ -97,10 +97,10 @@ def _restore(arguments: argparse.Namespace) -> None:
 def _restore_keys(arguments: argparse.Namespace) -> None:
     with out_of_service(arguments.home), database(arguments.home):
         record(arguments.home, "restore", {"kind": "keys"})
-        erased = ask(arguments.home, read_erased, as_owner=True)
+        erased = ask_as_owner(arguments.home, read_erased)
         provider = open_key_provider(load_key_settings())
         kept = restore_keys(NodeFiles(arguments.home), arguments.keys, provider, erased=erased)
-        ask(arguments.home, release_key_store, as_owner=True)
+        ask_as_owner(arguments.home, release_key_store)
     said = f"; what was there is in {kept}: delete it when images open" if kept else ""
     print(f"the key store is restored, without the keys of erased images{said}")
 

@@ -14,7 +14,7 @@ import sys
 from types import ModuleType
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask
+from cluster.commands.records import ask_as_owner
 from cluster.node_files import database
 from data_jobs.promotion.rollback import roll_back
 from model_store.registry import ModelStore, StoredModel
@@ -175,8 +175,8 @@ def _roll_back(arguments: argparse.Namespace) -> None:
 
 def _history(arguments: argparse.Namespace) -> None:
     limit = arguments.last
-    live = ask(arguments.home, live_model, as_owner=True)
-    published = ask(arguments.home, lambda pool: publications(pool, limit=limit), as_owner=True)
+    live = ask_as_owner(arguments.home, live_model)
+    published = ask_as_owner(arguments.home, lambda pool: publications(pool, limit=limit))
     print(f"{live.model_id} answers" if live else "no model answers")
     for publication in published:
         print(_tell(publication))

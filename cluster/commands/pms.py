@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask
+from cluster.commands.records import ask, ask_as_owner
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.domain.patient import History, Sex
@@ -71,7 +71,7 @@ def _retry(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace) -> None:
     # All of it first: a mistake in the last line must not leave half a file loaded.
     entries = list(_read_entries(arguments.file))
-    ask(arguments.home, lambda pool: PatientTable(pool).load(entries), as_owner=True)
+    ask_as_owner(arguments.home, lambda pool: PatientTable(pool).load(entries))
     print(f"{len(entries)} patients loaded")
 
 

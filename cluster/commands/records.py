@@ -17,18 +17,24 @@ from serve_app.records.pool import Pool, open_pool
 Result = TypeVar("Result")
 
 
-def ask(home: Path, question: Callable[[Pool], Awaitable[Result]], *, as_owner: bool = False) -> Result:
-    """Ask the node's database, as the role that serves or as the schema's owner."""
-
-    async def run(dsn: str) -> Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-        try:
-            return await question(pool)
-        finally:
-            await pool.close()
-
+def ask(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    """Ask the node's database, as the role that serves."""
     with database(home) as urls:
-        return asyncio.run(run(urls.owner if as_owner else urls.app))
+        return asyncio.run(_ask(urls.app, question))
+
+
+def ask_as_owner(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    """Ask the node's database, as the schema's owner."""
+    with database(home) as urls:
+        return asyncio.run(_ask(urls.owner, question))
+
+
+async def _ask(dsn: str, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
+    try:
+        return await question(pool)
+    finally:
+        await pool.close()
 
 
 def record(home: Path, action: str, detail: dict[str, object], *, outcome: AuditOutcome = "success") -> None:

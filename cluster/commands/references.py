@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask
+from cluster.commands.records import ask_as_owner
 from cluster.node_files import database
 from cluster.prepare import choose_model
 from data_jobs.references.load import publish_bundled, publish_space
@@ -52,7 +52,7 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> None:
     models = model_folder()
     with database(arguments.home) as urls:
-        live = ask(arguments.home, live_model, as_owner=True)
+        live = ask_as_owner(arguments.home, live_model)
         model_id = choose_model(models, wanted=arguments.model, live=live.model_id if live else None)
         loaded = asyncio.run(publish_bundled(urls.owner, models, model_id))
     print(f"{model_id} answers; {loaded or 'no new'} references loaded")
@@ -74,7 +74,7 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _spaces(arguments: argparse.Namespace) -> None:
-    for summary in ask(arguments.home, lambda pool: ReferenceCache(pool).spaces(), as_owner=True):
+    for summary in ask_as_owner(arguments.home, lambda pool: ReferenceCache(pool).spaces()):
         print(_describe(summary))
 
 
@@ -94,10 +94,8 @@ def _describe(summary: SpaceSummary) -> str:
 
 def _verify(arguments: argparse.Namespace) -> None:
     model = ModelStore(model_folder()).open(arguments.model)
-    checks = ask(
-        arguments.home,
-        lambda pool: verify_space(pool, model, arguments.space, folder=arguments.folder),
-        as_owner=True,
+    checks = ask_as_owner(
+        arguments.home, lambda pool: verify_space(pool, model, arguments.space, folder=arguments.folder)
     )
     for check in checks:
         print(f"{'ok' if check.passed else 'NO':>3}  {check.name}: {check.found}")
@@ -106,7 +104,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    live = ask(
+    live = ask_as_owner(
         arguments.home,
         lambda pool: publish_space(
             pool,
@@ -117,11 +115,10 @@ def _publish(arguments: argparse.Namespace) -> None:
             approval=Approval(approved_by=os_account(), reason=arguments.reason),
             say=lambda line: print(line, flush=True),
         ),
-        as_owner=True,
     )
     print(f"{live.model_id} answers in {live.embedding_space}")
 
 
 def _drop(arguments: argparse.Namespace) -> None:
-    dropped = ask(arguments.home, lambda pool: ReferenceCache(pool).drop(arguments.space), as_owner=True)
+    dropped = ask_as_owner(arguments.home, lambda pool: ReferenceCache(pool).drop(arguments.space))
     print(f"{arguments.space} is gone, with {dropped} references")

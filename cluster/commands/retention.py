@@ -9,7 +9,7 @@ from uuid import UUID
 
 from cluster.commands import actions_of
 from cluster.commands.access import TIME, instant, patient_id
-from cluster.commands.records import ask
+from cluster.commands.records import ask_as_owner
 from cluster.key_backups import existing_keystore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict
@@ -51,25 +51,19 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _set(arguments: argparse.Namespace) -> None:
     held = Held(patient_id=arguments.patient, lesion_id=arguments.lesion, image_id=arguments.image)
-    hold_id = ask(
-        arguments.home,
-        lambda pool: HoldStore(pool).set(held, reason=arguments.reason, actor=os_account()),
-        as_owner=True,
+    hold_id = ask_as_owner(
+        arguments.home, lambda pool: HoldStore(pool).set(held, reason=arguments.reason, actor=os_account())
     )
     print(f"{hold_id} is in force")
 
 
 def _release(arguments: argparse.Namespace) -> None:
-    ask(
-        arguments.home,
-        lambda pool: HoldStore(pool).release(arguments.hold, actor=os_account()),
-        as_owner=True,
-    )
+    ask_as_owner(arguments.home, lambda pool: HoldStore(pool).release(arguments.hold, actor=os_account()))
     print(f"{arguments.hold} is released")
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    holds = ask(arguments.home, lambda pool: HoldStore(pool).find(released=arguments.all), as_owner=True)
+    holds = ask_as_owner(arguments.home, lambda pool: HoldStore(pool).find(released=arguments.all))
     for hold in holds:
         held = {"patient": hold.patient_id, "lesion": hold.lesion_id, "image": hold.image_id}
         on = next(f"{kind} {value}" for kind, value in held.items() if value is not None)
@@ -80,19 +74,16 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _close(arguments: argparse.Namespace) -> None:
     patient, closed_at = arguments.patient, arguments.at or datetime.now(UTC)
-    ask(
+    ask_as_owner(
         arguments.home,
         lambda pool: RetentionStore(pool).close(patient, closed_at=closed_at, actor=os_account()),
-        as_owner=True,
     )
     print(f"the record of {patient} is closed as of {closed_at.isoformat()}")
 
 
 def _reopen(arguments: argparse.Namespace) -> None:
-    ask(
-        arguments.home,
-        lambda pool: RetentionStore(pool).reopen(arguments.patient, actor=os_account()),
-        as_owner=True,
+    ask_as_owner(
+        arguments.home, lambda pool: RetentionStore(pool).reopen(arguments.patient, actor=os_account())
     )
     print(f"the record of {arguments.patient} is open")
 
@@ -104,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Conflict("Nothing expires: set DERM_RETENTION_DAYS, or give --days.")
     if days < 0:
         raise Conflict("--days: 0 or more.")
-    counted = ask(arguments.home, lambda pool: RetentionStore(pool).count(days=days), as_owner=True)
+    counted = ask_as_owner(arguments.home, lambda pool: RetentionStore(pool).count(days=days))
     print(
         f"{counted.closed} closed records; {counted.expired} images are more than {days} days past, "
         f"{counted.held} of them under a legal hold"
@@ -119,4 +110,4 @@ def _run(arguments: argparse.Namespace) -> None:
             await eraser.finish_accepted(older_than_s=0)
             return erased
 
-        print(f"{ask(arguments.home, erase, as_owner=True)} images erased")
+        print(f"{ask_as_owner(arguments.home, erase)} images erased")

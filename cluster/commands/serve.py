@@ -10,8 +10,7 @@ import signal
 import time
 
 from cluster.running import AlreadyRunning, running_service
-from cluster.startup import ServeRequest, report
-from cluster.supervisor import serve
+from cluster.supervisor import ServeRequest, report, serve
 from serve_app.domain.errors import DermError
 
 _STOP_TIMEOUT_S = 60

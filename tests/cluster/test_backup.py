@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 import json
+import os
 from pathlib import Path
 import shutil
 import sqlite3
@@ -171,7 +172,7 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
     before = sorted(path.name for path in clinic.server.directory.iterdir())
     for number, (name, (damage, error)) in enumerate(damages.items()):
         bad = tmp_path / f"bad-{number}"
-        shutil.copytree(good, bad)
+        shutil.copytree(good, bad, copy_function=os.link)
         damage(bad / name)
         with pytest.raises(error):
             restore(clinic.server, bad)
@@ -192,12 +193,11 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
 def test_a_backup_of_another_kind_is_refused(
     clinic: Clinic, good: Path, tmp_path: Path, field_, value, error, said
 ) -> None:
-    shutil.copytree(good, tmp_path / "b")
-    clinic.server.stop()
-    manifest = tmp_path / "b" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {field_: value}))
+    (tmp_path / "data").symlink_to(good / "data")
+    manifest = json.loads((good / "manifest.json").read_text()) | {field_: value}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(error, match=said):
-        restore(clinic.server, tmp_path / "b")
+        restore(clinic.server, tmp_path)
 
 
 def test_an_operators_own_database_is_theirs_to_back_up(

@@ -26,8 +26,7 @@ from cluster.commands.audit import checkpoint_log
 from cluster.deployed import deployed_file
 from cluster.ports import choose_port, listeners
 from cluster.postgres import EmbeddedPostgres
-from cluster.ray_node import RayNode
-from cluster.ray_processes import core
+from cluster.ray_node import RayNode, core
 from cluster.running import running_service
 from serve_app.settings import REPOSITORY
 

@@ -22,10 +22,9 @@ import pytest
 from cluster import deployed, supervisor
 from cluster.deployed import keep_deployed, read_deployed, watch_deployed
 from cluster.ports import choose_port
-from cluster.ray_node import RayFailed
-from cluster.ray_processes import MARK, belonging, core, end, in_session, live, marked, name
+from cluster.ray_node import MARK, RayFailed, belonging, core, end, in_session, live, marked, name
 from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
-from cluster.startup import ServeRequest, StartFailed
+from cluster.supervisor import ServeRequest, StartFailed
 
 _RUNNING = Running(
     pid=os.getpid(),
@@ -192,7 +191,7 @@ def test_a_nodes_processes_are_the_marked_of_this_home_and_their_descendants(sta
 
 def test_the_caller_and_its_ancestors_are_left_alone(tmp_path) -> None:
     program = (
-        "import sys; from pathlib import Path; from cluster.ray_processes import belonging\n"
+        "import sys; from pathlib import Path; from cluster.ray_node import belonging\n"
         "print(len(belonging(Path(sys.argv[1]))))"
     )
     command = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", program, str(tmp_path)]

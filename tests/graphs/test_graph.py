@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import copy
 import importlib.util
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application, schema
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, ControllerOptions, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 import yaml
 
@@ -25,48 +25,24 @@ from serve_app.http.deployment import ServeStages, _answer
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
 
-#: Which keys hold a model of their own, by the model they are in.
-NESTED: Mapping[type[BaseModel], Mapping[str, type[BaseModel]]] = {
-    schema.ServeDeploySchema: {
-        "http_options": schema.HTTPOptionsSchema,
-        "grpc_options": schema.gRPCOptionsSchema,
-        "controller_options": ControllerOptions,
-        "logging_config": schema.LoggingConfig,
-        "tracing_config": schema.TracingConfig,
-        "applications": schema.ServeApplicationSchema,
-    },
-    schema.ServeApplicationSchema: {
-        "deployments": schema.DeploymentSchema,
-        "logging_config": schema.LoggingConfig,
-    },
-    schema.DeploymentSchema: {
-        "autoscaling_config": AutoscalingConfig,
-        "backpressure_config": BackpressureConfig,
-        "logging_config": schema.LoggingConfig,
-        "ray_actor_options": schema.RayActorOptionsSchema,
-        "request_router_config": RequestRouterConfig,
-    },
-}
+
+def unknown_keys(found: Any, read: Any, at: str = "") -> Iterator[str]:
+    """The paths of all keys that Ray, which ignores what it does not know, has not read: a misspelt limit is none."""
+    if isinstance(found, list):
+        for number, (inner, read_inner) in enumerate(zip(found, read, strict=True)):
+            yield from unknown_keys(inner, read_inner, f"{at}[{number}]")
+    elif isinstance(found, dict):
+        known = AutoscalingConfig.model_fields if at.endswith("autoscaling_config") else read
+        for key, inner in found.items():
+            if key not in known:
+                yield f"{at}.{key}"
+            elif not at.endswith("user_config"):
+                yield from unknown_keys(inner, read[key], f"{at}.{key}")
 
 
-def unknown_keys(
-    found: Mapping[str, Any], model: type[BaseModel] = schema.ServeDeploySchema, at: str = ""
-) -> Iterator[str]:
-    """The paths of all keys that the model does not have."""
-    for key, value in found.items():
-        path = f"{at}.{key}" if at else key
-        if key not in model.model_fields:
-            yield path
-            continue
-        inner = NESTED.get(model, {}).get(key)
-        if inner is None:
-            continue
-        for number, item in enumerate(value if isinstance(value, list) else [value]):
-            place = f"{path}[{number}]" if isinstance(value, list) else path
-            if not isinstance(item, Mapping):
-                yield f"{place} is not a mapping"
-                continue
-            yield from unknown_keys(item, inner, place)
+def _unread(config: dict) -> list[str]:
+    read = schema.ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
+    return list(unknown_keys(config, read))
 
 
 @pytest.fixture
@@ -97,35 +73,24 @@ def _deployments(profile: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("place", "right", "wrong"),
+    ("place", "right"),
     [
-        ((), "proxy_location", "proxy_locaton"),
-        (("http_options",), "host", "hots"),
-        (("logging_config",), "enable_access_log", "access_log"),
-        (("applications", 0), "import_path", "import_paht"),
-        (("applications", 0, "deployments", 0), "max_surge_percent", "max_surge_percnt"),
-        (("applications", 0, "deployments", 2, "autoscaling_config"), "max_replicas", "max_replica"),
-        (("applications", 0, "deployments", 5, "backpressure_config"), "retry_after_s", "retry_after"),
+        ((), "logging_config"),
+        (("http_options",), "host"),
+        (("applications", 0), "route_prefix"),
+        (("applications", 0, "deployments", 0), "max_surge_percent"),
+        (("applications", 0, "deployments", 2, "autoscaling_config"), "max_replicas"),
     ],
 )
-def test_a_misspelt_key_is_found(config, place, right, wrong) -> None:
-    spelt = copy.deepcopy(config)
-    inner = spelt
+def test_every_key_is_known_to_ray_and_a_misspelt_one_is_found(config, place, right) -> None:
+    assert _unread(config) == []
+    inner = config = copy.deepcopy(config)
     for step in place:
         inner = inner[step]
-    inner[wrong] = inner.pop(right)
-    found = list(unknown_keys(spelt))  # several where an anchor is shared
+    inner[f"{right}x"] = inner.pop(right)
+    found = _unread(config)  # several where an anchor is shared
     assert found
-    assert all(path.endswith(f".{wrong}") or path == wrong for path in found)
-
-
-def test_every_key_is_known_to_ray_which_would_drop_others(config) -> None:
-    """Once Ray refuses a misspelt key, the checker can go."""
-    assert list(unknown_keys(config)) == []
-    deployment = config["applications"][0]["deployments"][0]
-    deployment["max_surge_percnt"] = deployment.pop("max_surge_percent")
-    read = schema.ServeDeploySchema.model_validate(config).applications[0].deployments[0]
-    assert "max_surge_percent" not in read.model_dump(exclude_unset=True)
+    assert all(path.endswith(f".{right}x") for path in found)
 
 
 def test_the_api_listens_on_loopback_and_no_log_holds_a_request(config) -> None:
