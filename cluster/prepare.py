@@ -2,14 +2,13 @@
 
 `python -m cluster.prepare`, with the node's environment set and the owner's URL in
 DERM_OWNER_DATABASE_URL. Each line it prints is a step done, for the person at the terminal;
-the last one is a FirstRequest as JSON. The supervisor, which stays, is spared its 60 MB.
+the last one is what a first request takes, as JSON. The supervisor, which stays, is spared its 60 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 import json
 import os
@@ -40,17 +39,10 @@ _ASSIGNED_FROM = datetime(2026, 1, 1, tzinfo=UTC)
 _LOAD_TIMEOUT_S = 60
 
 
-@dataclass(frozen=True, slots=True)
-class FirstRequest:
-    """What a first request takes: a token, a patient in the caller's care, and an image."""
+async def prepare(settings: Settings, *, model: str | None) -> dict[str, str] | None:
+    """Bring the database up to date and let a model answer; return what a first request takes.
 
-    token: str
-    patient_id: str
-    image: str
-
-
-async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | None:
-    """Bring the database up to date and let a model answer; None in production, which has no demonstration.
+    That is a token, a patient in the caller's care, and an image; None in production, which has no demonstration.
 
     In production DermError for a database that is not safe: see cluster.safety.
     """
@@ -107,7 +99,7 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
     return there[0]
 
 
-async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
+async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:
     if not (await LesionStore(pool).access(CLINICIAN, PATIENT)).assigned:
         event = account_event("assign", {"subject": CLINICIAN}, patient_id=PATIENT)
         await AccessStore(pool).assign(
@@ -123,7 +115,7 @@ async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
         subject=CLINICIAN,
         roles=["clinician"],
     )
-    return FirstRequest(token=token, patient_id=PATIENT, image=str(image))
+    return {"token": token, "patient_id": PATIENT, "image": str(image)}
 
 
 def main() -> int:
@@ -137,7 +129,7 @@ def main() -> int:
     except (DermError, ValidationError) as error:
         print(explain(error) if isinstance(error, ValidationError) else error, file=sys.stderr)
         return 1
-    print(json.dumps(asdict(first) if first else None))
+    print(json.dumps(first))
     return 0
 
 

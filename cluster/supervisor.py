@@ -86,7 +86,7 @@ class Startup:
     stop: Event
 
     def bring_up(self) -> dict[str, str] | None:
-        """Start everything and wait until it answers; return prepare.FirstRequest's fields, if any."""
+        """Start everything and wait until it answers; return what a first request takes, if anything (cluster.prepare)."""
         with self._deploying() as deploy:
             with ThreadPoolExecutor(max_workers=2) as threads:
                 first = threads.submit(self._start_database)
@@ -201,9 +201,12 @@ class Startup:
 
     def _wait_ready(self) -> None:
         host = self.request.host
-        address = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104
+        url = f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{self.request.port}"  # noqa: S104
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        while not _is_ready(f"http://{address}:{self.request.port}/readyz"):
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:  # noqa: S310
+                if answer.status == 200:
+                    return
             if time.monotonic() > deadline:
                 raise StartFailed(f"/readyz did not answer 200 within {_READY_TIMEOUT_S} s.")
             self._pause()
@@ -218,14 +221,6 @@ class Startup:
         return directory / f"{name}.log"
 
 
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 def _last_words(log: Path) -> str:
     """The last line that begins a statement: of a traceback, the exception's own."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
@@ -235,8 +230,8 @@ def _last_words(log: Path) -> str:
 def serve(request: ServeRequest, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
     """Serve until SIGINT or SIGTERM; then stop all that belongs to this home, and nothing else.
 
-    `on_ready(url, first)` is told once that the service answers, with prepare.FirstRequest's
-    fields. Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
+    `on_ready(url, first)` is told once that the service answers, with what a first request takes.
+    Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
     """
     home = request.home
     with occupy(home), _asked_to_stop() as stop:
