@@ -14,9 +14,7 @@ import tempfile
 import asyncpg
 import pytest
 
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_account import programs
-from cluster.postgres_state import PostgresState
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState, programs
 from model_store.registry import ModelStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate

@@ -13,8 +13,7 @@ import time
 import psutil
 import pytest
 
-from cluster.postgres import EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import EmbeddedPostgres, supervise
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
