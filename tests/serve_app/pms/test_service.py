@@ -37,6 +37,8 @@ def ties(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
         "pms_token_file": token,
         "pms_deliver": True,
         "pms_cache_s": 0.0,
+        # A slow machine must not read as a PMS that does not answer.
+        "pms_timeout_s": 10.0,
     }
 
 
@@ -112,8 +114,8 @@ async def test_an_encounter_of_another_is_refused_and_nothing_is_stored(tied, pm
     response = await tied.upload(patient, encounter_id=f"e-{patient}")
     problem = tied.hold_to_problem(response, 422, "wrong_encounter")
     assert "encounter_id" in problem["detail"]
-    after = await tied.counts()
-    assert after == before | {"audit_events": before["audit_events"] + 1}
+    # An earlier test's delivery may be put on record meanwhile: of the audit log only this request's events count.
+    assert await tied.counts() | {"audit_events": 0} == before | {"audit_events": 0}
     assert [event["detail"] for event in await tied.events(response)] == [{"code": "wrong_encounter"}]
 
 
@@ -122,7 +124,7 @@ async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
     start_service, local_stages, ties, pms, fault
 ) -> None:
     pms.fault = lambda request: fault if request.method == "GET" else None
-    async with start_service(local_stages(), **ties) as service:
+    async with start_service(local_stages(), **ties | {"pms_timeout_s": 0.5}) as service:
         patient = await service.care()
         pms.register(patient, f"e-{patient}", history={"personal_melanoma": True})
         response = await service.upload(patient, encounter_id=f"e-{patient}", age_approx="70")
