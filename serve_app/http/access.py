@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
-import contextlib
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import logging
@@ -19,7 +17,7 @@ from serve_app.access.rate_limit import AuditBudget, TokenBuckets
 from serve_app.access.rules import Action, RequestedAction, begin, may
 from serve_app.access.tokens import Principal, TokenVerifier, Verifier
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.errors import DermError, Forbidden, RateLimited, Unauthenticated
+from serve_app.domain.errors import Forbidden, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
@@ -173,19 +171,6 @@ class Door:
         ):
             if count := budget.drain():
                 await self._records.record_event(_nobodys_event(str(new_id()), code=code, not_listed=count))
-
-    async def summarise_forever(self) -> None:
-        """Do so once a window until cancelled, and then once more."""
-        try:
-            while True:
-                await asyncio.sleep(WINDOW_S)
-                try:
-                    await self.summarise()
-                except DermError as error:
-                    _log.warning("A summary of refusals was not written: %s", type(error).__name__)
-        finally:
-            with contextlib.suppress(DermError):
-                await self.summarise()
 
 
 def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:

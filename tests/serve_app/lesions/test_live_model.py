@@ -15,9 +15,17 @@ import tomli_w
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError, StageFailed
-from serve_app.lesions.live_model import LiveModelWatch
+from serve_app.lesions.live_model import PERIOD_S, LiveModelWatch
 from serve_app.records.pool import open_pool
-from serve_app.records.serving import LiveModel, announced, live_model, publish, publish_when_ready
+from serve_app.records.serving import (
+    REPORT_EVERY_S,
+    LiveModel,
+    announced,
+    live_model,
+    publish,
+    publish_when_ready,
+)
+from serve_app.worker import Worker, every
 
 
 @pytest.fixture
@@ -71,13 +79,12 @@ def next_id(store: Path, model_id: str) -> str:
 @asynccontextmanager
 async def running(watch: LiveModelWatch):
     """Let a watch work in the background, as an ingress replica does."""
-    tasks = [asyncio.create_task(loop) for loop in (watch.watch_forever(), watch.report_forever())]
-    try:
+    loops = {
+        "live_model": every(PERIOD_S, watch.follow, first_after_s=0),
+        "replica_report": every(REPORT_EVERY_S, watch.report, first_after_s=0, last=watch.leave),
+    }
+    async with Worker().running(loops):
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def until(condition) -> None:

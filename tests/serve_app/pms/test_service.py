@@ -43,16 +43,22 @@ def ties(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-async def tied(start_service, local_stages, ties) -> AsyncIterator:
+async def tied(start_service, local_stages, ties, _at_once) -> AsyncIterator:
     """The service over all five real stages, with a PMS."""
     async with start_service(local_stages(), **ties) as service:
         yield service
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "PERIOD_S", 0.05)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _healthy(pms: PmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def _healthy(pms: PmsServer) -> None:
     pms.fault = lambda _: None
-    monkeypatch.setattr(delivery, "_PERIOD_S", 0.05)
 
 
 def factors(answer: dict) -> dict[str, str]:
