@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import os
 import pwd
-from typing import Literal
+from typing import Literal, Protocol
 from uuid import UUID, uuid4
 
 AuditOutcome = Literal["success", "denied", "failed"]
@@ -36,6 +36,41 @@ class AuditEvent:
     detail: Mapping[str, object] = field(default_factory=dict)
 
 
+class Recorded(Protocol):
+    """What an event can be about: a record of an image, with who asked for it."""
+
+    @property
+    def actor(self) -> str: ...  # noqa: D102
+    @property
+    def request_id(self) -> str: ...  # noqa: D102
+    @property
+    def patient_id(self) -> str: ...  # noqa: D102
+    @property
+    def lesion_id(self) -> UUID: ...  # noqa: D102
+    @property
+    def image_id(self) -> UUID: ...  # noqa: D102
+
+
+def event_about(
+    record: Recorded,
+    action: str,
+    outcome: AuditOutcome = "success",
+    detail: Mapping[str, object] | None = None,
+) -> AuditEvent:
+    """Say what was done with a record, and of its assessment, where it is of one; `detail` as in AuditEvent."""
+    return AuditEvent(
+        action=action,
+        actor=record.actor,
+        outcome=outcome,
+        patient_id=record.patient_id,
+        lesion_id=record.lesion_id,
+        image_id=record.image_id,
+        assessment_id=getattr(record, "assessment_id", None),
+        request_id=record.request_id,
+        detail=detail or {},
+    )
+
+
 def os_account() -> str:
     """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
 
@@ -54,14 +89,19 @@ def account_event(
     detail: Mapping[str, object] | None = None,
     *,
     outcome: AuditOutcome = "success",
+    actor: str | None = None,
     patient_id: str | None = None,
+    lesion_id: UUID | None = None,
+    image_id: UUID | None = None,
 ) -> AuditEvent:
-    """Say that this account did something; `detail` as in AuditEvent."""
+    """Say what a command did in the name of `actor` (None: this account); `detail` as in AuditEvent."""
     return AuditEvent(
         action=action,
-        actor=os_account(),
+        actor=os_account() if actor is None else actor,
         outcome=outcome,
         patient_id=patient_id,
+        lesion_id=lesion_id,
+        image_id=image_id,
         request_id=str(uuid4()),
         detail=detail or {},
     )

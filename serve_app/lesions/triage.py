@@ -16,7 +16,7 @@ from time import perf_counter
 from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import event_about
 from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
@@ -27,6 +27,7 @@ from serve_app.lesions.assess import Assessor, Examination
 from serve_app.pms.consultation import RecordConsultation
 from serve_app.records.lesion_rows import (
     Admission,
+    AdmittedImage,
     AssessmentRecord,
     ImageRecord,
     OpenDemand,
@@ -160,17 +161,7 @@ class Triage:
 
     async def give_up(self, pending: PendingAssessment, code: str) -> bool:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
-        event = AuditEvent(
-            action="classify",
-            actor=pending.actor,
-            outcome="failed",
-            patient_id=pending.patient_id,
-            lesion_id=pending.lesion_id,
-            image_id=pending.image_id,
-            assessment_id=pending.assessment_id,
-            request_id=pending.request_id,
-            detail={"code": code, "attempts": pending.attempts},
-        )
+        event = event_about(pending, "classify", "failed", {"code": code, "attempts": pending.attempts})
         return await self._records.fail(
             pending.assessment_id, code, event=event, message_id=self._message_id()
         )
@@ -212,16 +203,6 @@ class Triage:
             request_id=submission.request_id,
             idempotency_key=submission.idempotency_key,
             request_sha256=submission.request_sha256,
-            event=AuditEvent(
-                action="upload",
-                actor=submission.actor,
-                outcome="success",
-                patient_id=submission.patient_id,
-                lesion_id=lesion_id,
-                image_id=image_id,
-                assessment_id=assessment_id,
-                request_id=submission.request_id,
-            ),
         )
 
     async def _finish(
@@ -238,7 +219,7 @@ class Triage:
             await examination.discard()
 
     async def _complete(
-        self, examination: Examination, case: Admission | PendingAssessment, *, follow_up: bool
+        self, examination: Examination, case: AdmittedImage, *, follow_up: bool
     ) -> Assessment | None:
         """T2; when another replica was faster, its answer is the one on record."""
         live = examination.live
@@ -254,22 +235,12 @@ class Triage:
             reference_filter=case.reference_filter,
             previous=previous,
         )
-        event = AuditEvent(
-            action="classify",
-            actor=case.actor,
-            outcome="success",
-            patient_id=case.patient_id,
-            lesion_id=case.lesion_id,
-            image_id=case.image_id,
-            assessment_id=case.assessment_id,
-            request_id=case.request_id,
-            detail={"outcome": assessment.outcome, "model_id": live.model_id},
-        )
+        detail = {"outcome": assessment.outcome, "model_id": live.model_id}
         if await self._records.complete(
             case.assessment_id,
             assessment,
             embedding_space=live.embedding_space,
-            event=event,
+            event=event_about(case, "classify", detail=detail),
             message_id=self._message_id(),
         ):
             return assessment

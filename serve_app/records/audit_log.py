@@ -274,3 +274,24 @@ def describe(finding: Tampering) -> str:
     """Say a finding in words: what, and where."""
     at = f"seal {finding.position}" if finding.position else "no seal"
     return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"
+
+
+def event_parameters(event: AuditEvent) -> dict[str, object]:
+    """The same as the named parameters of a statement that writes the event with what it records."""
+    names = (
+        "action",
+        "actor",
+        "outcome",
+        "patient_id",
+        "lesion_id",
+        "image_id",
+        "assessment_id",
+        "request_id",
+    )
+    columns = (f"event_{name}" for name in (*names, "detail"))
+    return dict(zip(columns, event_columns(event), strict=True))
+
+
+async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
+    """Write an event, in the connection's transaction."""
+    await connection.execute(queries("lesions")["record_event"], *event_columns(event))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -12,15 +12,18 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import event_about
 from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter, RiskLevel, Urgency
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
+from serve_app.keys.envelope import data_key_id_of
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
+    context_to_json,
     probabilities_from_json,
 )
+from serve_app.records.audit_log import event_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,53 +49,53 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
-    """An image the service takes responsibility for; the ids are the caller's UUIDv7, times aware.
+class AdmittedImage:
+    """A sealed image, what it is to be assessed with, and for whom; times are aware."""
+
+    assessment_id: UUID
+    lesion_id: UUID
+    image_id: UUID
+    patient_id: str
+    encounter_id: str | None
+    created_at: datetime
+    sealed: bytes = field(repr=False)
+    content_type: str
+    width: int
+    height: int
+    context: ClinicalContext
+    top_k: int
+    reference_filter: ReferenceFilter
+    actor: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission(AdmittedImage):
+    """An image the service takes responsibility for; the ids are the caller's UUIDv7.
 
     Without `new_lesion`, the lesion must be there and be this patient's. `request_sha256`
     (32 bytes) comes with an idempotency key.
     """
 
-    assessment_id: UUID
-    lesion_id: UUID
-    image_id: UUID
-    patient_id: str
-    encounter_id: str | None
     new_lesion: bool
-    created_at: datetime
-    sealed: bytes = field(repr=False)
-    content_type: str
-    width: int
-    height: int
-    context: ClinicalContext
-    top_k: int
-    reference_filter: ReferenceFilter
-    actor: str
-    request_id: str
     idempotency_key: str | None
     request_sha256: bytes | None
-    event: AuditEvent
+
+    def parameters(self) -> dict[str, object]:
+        """The parameters of `admit`: these fields by name, and what is taken out of them."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {
+            "context": context_to_json(self.context),
+            "licences": self.reference_filter.licences,
+            "confirmed_only": self.reference_filter.confirmed_only,
+            "data_key_id": data_key_id_of(self.sealed),
+            **event_parameters(event_about(self, "upload")),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PendingAssessment:
+class PendingAssessment(AdmittedImage):
     """A claimed pending assessment with all that is needed to run it again; `attempts` counts this claim."""
 
-    assessment_id: UUID
-    lesion_id: UUID
-    image_id: UUID
-    patient_id: str
-    encounter_id: str | None
-    created_at: datetime
-    sealed: bytes = field(repr=False)
-    content_type: str
-    width: int
-    height: int
-    context: ClinicalContext
-    top_k: int
-    reference_filter: ReferenceFilter
-    actor: str
-    request_id: str
     attempts: int
 
     @classmethod
