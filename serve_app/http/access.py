@@ -101,7 +101,7 @@ class Limits:
     trusted_proxies: frozenset[str] = frozenset()
 
 
-class Door:
+class Authenticator:
     """Lets a request in as somebody, or turns it away; each of these is one audit event, within bounds."""
 
     def __init__(
@@ -186,9 +186,9 @@ def _token(request: Request) -> str:
     return token.strip()
 
 
-def open_door(settings: Settings, pool: Pool, records: LesionStore) -> Door:
-    """Make the door of one ingress process."""
-    return Door(
+def open_authenticator(settings: Settings, pool: Pool, records: LesionStore) -> Authenticator:
+    """Make the one of an ingress process."""
+    return Authenticator(
         verifier=token_verifier(settings),
         access=AccessStore(pool),
         records=records,

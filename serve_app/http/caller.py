@@ -19,7 +19,7 @@ from serve_app.http.services import Services
 from serve_app.records.lesion_rows import PatientAccess
 from serve_app.records.lesions import LesionStore
 
-#: For the document alone: what counts as a bearer token is decided at the door.
+#: For the document alone: what counts as a bearer token is decided by the Authenticator.
 _DOCUMENTED = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -31,7 +31,7 @@ async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTE
     parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
     """
     services: Services = request.app.state.services
-    principal = await services.door.admit(request)
+    principal = await services.authenticator.admit(request)
     _judge_query(request)
     return principal
 

@@ -9,9 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.access.rules import Action
-from serve_app.audit.events import AuditEvent
-from serve_app.domain.errors import DataKeyMissing, LegalHold, NotFound
+from serve_app.access.rules import Action, RequestedAction
 from serve_app.http.access import rule
 from serve_app.http.bodies import body_of, read_form
 from serve_app.http.caller import Caller, require_lesion
@@ -51,40 +49,23 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
     this node does not hold the image's data key.
     """
     services: Services = request.app.state.services
-    request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.ERASE, lesion_id=lesion_id, request_id=request_id
+    requested: RequestedAction = request.state.attempt
+    await require_lesion(
+        services.records, caller, Action.ERASE, lesion_id=lesion_id, request_id=requested.request_id
     )
     form = await read_form(request, ErasureForm)
-    try:
-        erasure, accepted = await services.eraser.erase(
-            ErasureRequest(
-                lesion_id=lesion_id,
-                image_id=image_id,
-                reason=ErasureReason(form.reason),
-                note=form.note,
-                actor=caller.subject,
-                request_id=request_id,
-            )
+    erasure, accepted = await services.eraser.erase(
+        ErasureRequest(
+            lesion_id=lesion_id,
+            image_id=image_id,
+            reason=ErasureReason(form.reason),
+            note=form.note,
+            actor=caller.subject,
+            request_id=requested.request_id,
         )
-    except (LegalHold, NotFound, DataKeyMissing) as refusal:
-        await services.records.record_event(
-            AuditEvent(
-                action=Action.ERASE,
-                actor=caller.subject,
-                outcome="failed",
-                patient_id=patient_id,
-                lesion_id=lesion_id,
-                image_id=image_id,
-                request_id=request_id,
-                detail={"code": refusal.code},
-            )
-        )
-        raise
+    )
     if not accepted:  # this request changed nothing, and is on record, too
-        await services.records.record_event(
-            _read(caller.subject, request_id, patient_id, erasure, action=Action.ERASE)
-        )
+        await _record(services, requested, erasure)
     return _answer(erasure)
 
 
@@ -98,28 +79,18 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
 async def read_receipt(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
     """Answer with the receipt; 202 while the erasure is accepted and its key not yet known to be gone."""
     services: Services = request.app.state.services
-    request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.READ_RECEIPT, lesion_id=lesion_id, request_id=request_id
+    requested: RequestedAction = request.state.attempt
+    await require_lesion(
+        services.records, caller, Action.READ_RECEIPT, lesion_id=lesion_id, request_id=requested.request_id
     )
     erasure = await services.eraser.find(lesion_id, image_id)
-    await services.records.record_event(
-        _read(caller.subject, request_id, patient_id, erasure, action=Action.READ_RECEIPT)
-    )
+    await _record(services, requested, erasure)
     return _answer(erasure)
 
 
-def _read(actor: str, request_id: str, patient_id: str, erasure: Erasure, *, action: Action) -> AuditEvent:
-    return AuditEvent(
-        action=action,
-        actor=actor,
-        outcome="success",
-        patient_id=patient_id,
-        lesion_id=erasure.lesion_id,
-        image_id=erasure.image_id,
-        request_id=request_id,
-        detail={"receipt_id": str(erasure.receipt_id)},
-    )
+async def _record(services: Services, requested: RequestedAction, erasure: Erasure) -> None:
+    requested.image_id = erasure.image_id
+    await services.records.record_event(requested.event("success", receipt_id=str(erasure.receipt_id)))
 
 
 def _answer(erasure: Erasure) -> JSONResponse:

@@ -58,7 +58,7 @@ async def record_fault(request: Request) -> None:
     attempt = _attempt(request)
     if attempt is not None and not attempt.recorded:
         services: Services = request.app.state.services
-        await services.door.record_fault(attempt, "invalid_field")
+        await services.authenticator.record_fault(attempt, "invalid_field")
 
 
 def _attempt(request: Request) -> RequestedAction | None:

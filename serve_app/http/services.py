@@ -14,7 +14,7 @@ from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import WINDOW_S, Door, open_door
+from serve_app.http.access import WINDOW_S, Authenticator, open_authenticator
 from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
@@ -61,7 +61,7 @@ class Services:
     pms: PmsConnection
     admission: AdmissionGate
     limits: UploadLimits
-    door: Door
+    authenticator: Authenticator
     access: AccessStore
     emergency_limits: EmergencyLimits
     worker: Worker
@@ -119,7 +119,7 @@ async def open_services(
                 pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
             ),
             limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-            door=open_door(settings, pool, records),
+            authenticator=open_authenticator(settings, pool, records),
             access=AccessStore(pool),
             emergency_limits=EmergencyLimits(
                 minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
@@ -154,7 +154,9 @@ def _loops(
             within_s=worker.SEAL_WITHIN_S,
             last=services.sealer.finish,
         ),
-        "refusal_summaries": every(WINDOW_S, services.door.summarise, last=services.door.summarise),
+        "refusal_summaries": every(
+            WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
+        ),
         "invariants": every(
             worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
         ),

@@ -24,7 +24,7 @@ from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.lesions.assess import Assessor, Examination
-from serve_app.pms.consultation import RecordConsultation
+from serve_app.pms.directory import RecordConsultation
 from serve_app.records.lesion_rows import (
     Admission,
     AdmittedImage,

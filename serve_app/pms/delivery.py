@@ -18,8 +18,7 @@ from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
 from serve_app.pms.client import CircuitBreaker, PmsClient, State
-from serve_app.pms.consultation import RecordConsultation
-from serve_app.pms.directory import PmsDirectory
+from serve_app.pms.directory import PatientDirectory, PmsDirectory, RecordConsultation
 from serve_app.records.answers import assessment_answer, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
@@ -217,25 +216,22 @@ class PmsConnection:
 def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnection:
     """Put together what the settings ask for; nothing connects before its first use."""
     url, client = settings.pms_url, None
+    directory: PatientDirectory | None = None
+    outbox = delivery = None
+    if settings.patient_directory == "local":
+        directory = PatientTable(pool, timeout_s=settings.pms_timeout_s)
     if url is not None:
         client = PmsClient(url, token_file=settings.pms_token_file, ca_file=settings.pms_ca_file)
-    outbox = delivery = None
-    if url is not None and client is not None and settings.pms_deliver:
-        outbox = Outbox(pool)
-        delivery = Delivery(
-            outbox=outbox,
-            records=records,
-            client=client,
-            pms_url=url,
-            dead_after=timedelta(days=settings.pms_dead_after_days),
-        )
-    return PmsConnection(url, client, _consultation(settings, pool, client), outbox, delivery)
-
-
-def _consultation(settings: Settings, pool: Pool, client: PmsClient | None) -> RecordConsultation | None:
-    if settings.patient_directory == "local":
-        return RecordConsultation(PatientTable(pool, timeout_s=settings.pms_timeout_s))
-    if settings.patient_directory == "pms" and client is not None:
-        directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
-        return RecordConsultation(directory)
-    return None
+        if settings.patient_directory == "pms":
+            directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
+        if settings.pms_deliver:
+            outbox = Outbox(pool)
+            delivery = Delivery(
+                outbox=outbox,
+                records=records,
+                client=client,
+                pms_url=url,
+                dead_after=timedelta(days=settings.pms_dead_after_days),
+            )
+    consultation = None if directory is None else RecordConsultation(directory)
+    return PmsConnection(url, client, consultation, outbox, delivery)

@@ -78,7 +78,7 @@ async def test_of_many_uploads_beside_many_sweeps_every_image_that_is_in_opens(s
     try:
         responses = [
             response
-            for _ in range(3)
+            for _ in range(2)
             for response in await asyncio.gather(*(service.upload(patient) for _ in range(4)))
         ]
     finally:

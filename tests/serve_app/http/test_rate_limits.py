@@ -107,13 +107,13 @@ async def test_strangers_cannot_flood_the_log_and_keep_nobody_out(limited) -> No
         # Whoever has a token does not wait behind who has none.
         answer = await service.client.get("/api/references/x/image", headers=service.token("dr"))
         assert answer.status_code == 404
-        await service.app.state.services.door.summarise()
+        await service.app.state.services.authenticator.summarise()
         (summary,) = await service.owner.fetch(
             "SELECT * FROM audit_events WHERE actor = 'unauthenticated' AND detail ? 'not_listed'"
             " ORDER BY event_id DESC LIMIT 1"
         )
         assert summary["detail"] == {"code": "unauthenticated", "not_listed": codes.count(429)}
-        await service.app.state.services.door.summarise()
+        await service.app.state.services.authenticator.summarise()
         assert await service.owner.fetchval("SELECT max(event_id) FROM audit_events") == summary["event_id"]
 
 
@@ -160,4 +160,4 @@ async def test_bad_parameters_are_counted_past_their_bound(limited) -> None:
             service.hold_to_problem(answer, 422, "invalid_field")
         written = await service.owner.fetchval("SELECT count(*) FROM audit_events WHERE actor = $1", subject)
         assert written in {3, 6}  # a window may have ended meanwhile
-        assert service.app.state.services.door._faulty.drain() == 12 - written
+        assert service.app.state.services.authenticator._faulty.drain() == 12 - written
