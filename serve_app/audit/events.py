@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import os
 import pwd
-from typing import Literal, Protocol
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 AuditOutcome = Literal["success", "denied", "failed"]
@@ -36,39 +36,12 @@ class AuditEvent:
     detail: Mapping[str, object] = field(default_factory=dict)
 
 
-class Recorded(Protocol):
-    """What an event can be about: a record of an image, with who asked for it."""
-
-    @property
-    def actor(self) -> str: ...  # noqa: D102
-    @property
-    def request_id(self) -> str: ...  # noqa: D102
-    @property
-    def patient_id(self) -> str: ...  # noqa: D102
-    @property
-    def lesion_id(self) -> UUID: ...  # noqa: D102
-    @property
-    def image_id(self) -> UUID: ...  # noqa: D102
-
-
 def event_about(
-    record: Recorded,
-    action: str,
-    outcome: AuditOutcome = "success",
-    detail: Mapping[str, object] | None = None,
+    record: object, action: str, outcome: AuditOutcome = "success", detail: Mapping[str, object] | None = None
 ) -> AuditEvent:
-    """Say what was done with a record, and of its assessment, where it is of one; `detail` as in AuditEvent."""
-    return AuditEvent(
-        action=action,
-        actor=record.actor,
-        outcome=outcome,
-        patient_id=record.patient_id,
-        lesion_id=record.lesion_id,
-        image_id=record.image_id,
-        assessment_id=getattr(record, "assessment_id", None),
-        request_id=record.request_id,
-        detail=detail or {},
-    )
+    """Say what was done with a record: its fields of the event's names (`actor` and `request_id` at least) are it."""
+    ids: dict[str, Any] = {name: getattr(record, name, None) for name in AuditEvent.__dataclass_fields__}
+    return AuditEvent(**ids | {"action": action, "outcome": outcome, "detail": detail or {}})
 
 
 def os_account() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import logging
 from math import ceil
@@ -21,7 +20,6 @@ from serve_app.domain.errors import Forbidden, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool
 from serve_app.settings import Settings
 
 UNKNOWN = "unknown"
@@ -90,33 +88,21 @@ _UNDECLARED = "undeclared"
 WINDOW_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How often one principal may ask, and how often one address, or all, may fail to show a token."""
-
-    rate_per_s: float
-    burst: int
-    unauthenticated_per_minute: int
-    events_per_minute: int
-    trusted_proxies: frozenset[str] = frozenset()
-
-
 class Authenticator:
     """Lets a request in as somebody, or turns it away; each of these is one audit event, within bounds."""
 
-    def __init__(
-        self, *, verifier: Verifier, access: AccessStore, records: LesionStore, limits: Limits
-    ) -> None:
-        self._verifier = verifier
+    def __init__(self, settings: Settings, access: AccessStore, records: LesionStore) -> None:
+        self._verifier = token_verifier(settings)
         self._access = access
         self._records = records
-        self._trusted = limits.trusted_proxies
-        self._principals = TokenBuckets(rate_per_s=limits.rate_per_s, burst=limits.burst)
-        per_minute = limits.unauthenticated_per_minute
+        self._trusted = frozenset(words(settings.trusted_proxies))
+        self._principals = TokenBuckets(rate_per_s=settings.rate_limit_per_s, burst=settings.rate_limit_burst)
+        # An address may fail so often to show a token; of all refusals so many are events of their own.
+        per_minute, total = settings.unauthenticated_per_minute, settings.refusal_events_per_minute
         self._strangers = TokenBuckets(rate_per_s=per_minute / 60, burst=per_minute)
-        self._limited = AuditBudget(per_key=1, total=limits.events_per_minute, window_s=WINDOW_S)
-        self._refused = AuditBudget(per_key=per_minute, total=limits.events_per_minute, window_s=WINDOW_S)
-        self._faulty = AuditBudget(per_key=per_minute, total=limits.events_per_minute, window_s=WINDOW_S)
+        self._limited = AuditBudget(per_key=1, total=total, window_s=WINDOW_S)
+        self._refused = AuditBudget(per_key=per_minute, total=total, window_s=WINDOW_S)
+        self._faulty = AuditBudget(per_key=per_minute, total=total, window_s=WINDOW_S)
 
     async def admit(self, request: Request) -> Principal:
         """Say who asks. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
@@ -184,22 +170,6 @@ def _token(request: Request) -> str:
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated
     return token.strip()
-
-
-def open_authenticator(settings: Settings, pool: Pool, records: LesionStore) -> Authenticator:
-    """Make the one of an ingress process."""
-    return Authenticator(
-        verifier=token_verifier(settings),
-        access=AccessStore(pool),
-        records=records,
-        limits=Limits(
-            rate_per_s=settings.rate_limit_per_s,
-            burst=settings.rate_limit_burst,
-            unauthenticated_per_minute=settings.unauthenticated_per_minute,
-            events_per_minute=settings.refusal_events_per_minute,
-            trusted_proxies=frozenset(words(settings.trusted_proxies)),
-        ),
-    )
 
 
 def token_verifier(settings: Settings) -> Verifier:

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.audit.events import event_about
-from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter
+from serve_app.domain.assessment import Assessment, ReferenceFilter
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
@@ -121,22 +121,8 @@ class Triage:
                 open_demand = await self._open_demand(admission, assessment)
             except RecordsUnavailable:  # it is on record: as with a pending one, the answer is at Location
                 assessment = None
-        return AssessmentRecord(
-            admission.lesion_id,
-            admission.patient_id,
-            ImageRecord(
-                image_id=admission.image_id,
-                assessment_id=admission.assessment_id,
-                encounter_id=admission.encounter_id,
-                created_at=admission.created_at,
-                content_type=admission.content_type,
-                width=admission.width,
-                height=admission.height,
-                outcome=Outcome.PENDING if assessment is None else assessment.outcome,
-                assessment=assessment,
-            ),
-            open_demand,
-        )
+        image = ImageRecord.of(admission, assessment)
+        return AssessmentRecord(admission.lesion_id, admission.patient_id, image, open_demand)
 
     async def _open_demand(self, admission: Admission, assessment: Assessment) -> OpenDemand | None:
         """What the lesion demands now; a new lesion's is known without asking."""
@@ -182,25 +168,24 @@ class Triage:
     ) -> Admission:
         """Seal the image. Key first, then ciphertext: a crash leaves an orphan key, no unreadable image."""
         image_id, assessment_id = new_id(), new_id()
-        lesion_id = submission.lesion_id or new_id()
         binding = ImageBinding(image_id, submission.patient_id, prepared.content_type)
         return Admission(
-            assessment_id=assessment_id,
-            lesion_id=lesion_id,
-            image_id=image_id,
             patient_id=submission.patient_id,
             encounter_id=submission.encounter_id,
+            context=context,
+            top_k=submission.top_k,
+            reference_filter=submission.reference_filter,
+            actor=submission.actor,
+            request_id=submission.request_id,
+            assessment_id=assessment_id,
+            lesion_id=submission.lesion_id or new_id(),
+            image_id=image_id,
             new_lesion=submission.lesion_id is None,
             created_at=datetime.now(UTC),
             sealed=await asyncio.to_thread(self._seal, submission.image, binding),
             content_type=prepared.content_type,
             width=prepared.width,
             height=prepared.height,
-            context=context,
-            top_k=submission.top_k,
-            reference_filter=submission.reference_filter,
-            actor=submission.actor,
-            request_id=submission.request_id,
             idempotency_key=submission.idempotency_key,
             request_sha256=submission.request_sha256,
         )

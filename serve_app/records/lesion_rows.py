@@ -49,19 +49,25 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdmittedImage:
-    """A sealed image, what it is to be assessed with, and for whom; times are aware."""
+class ImageFacts:
+    """An image and its assessment, without what was made of it; times are aware."""
 
-    assessment_id: UUID
-    lesion_id: UUID
     image_id: UUID
-    patient_id: str
+    assessment_id: UUID
     encounter_id: str | None
     created_at: datetime
-    sealed: bytes = field(repr=False)
     content_type: str
     width: int
     height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmittedImage(ImageFacts):
+    """A sealed image, what it is to be assessed with, and for whom."""
+
+    lesion_id: UUID
+    patient_id: str
+    sealed: bytes = field(repr=False)
     context: ClinicalContext
     top_k: int
     reference_filter: ReferenceFilter
@@ -197,20 +203,13 @@ class OpenDemand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRecord:
+class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
     clinician has confirmed it.
     """
 
-    image_id: UUID
-    assessment_id: UUID
-    encounter_id: str | None
-    created_at: datetime
-    content_type: str
-    width: int
-    height: int
     outcome: Outcome
     assessment: Assessment | None
     failure: str | None = None
@@ -218,17 +217,18 @@ class ImageRecord:
     identity: Confirmation | None = None
 
     @classmethod
+    def of(cls, image: AdmittedImage, assessment: Assessment | None) -> ImageRecord:
+        """Make one of an image just taken in, and its assessment; None: pending."""
+        facts = {item.name: getattr(image, item.name) for item in fields(ImageFacts)}
+        outcome = Outcome.PENDING if assessment is None else assessment.outcome
+        return cls(**facts, outcome=outcome, assessment=assessment)
+
+    @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
         """Make one of a row of `timeline`, `worklist` or `assessment_record`."""
         answer = row["answer"]
         return cls(
-            image_id=row["image_id"],
-            assessment_id=row["assessment_id"],
-            encounter_id=row["encounter_id"],
-            created_at=row["created_at"],
-            content_type=row["content_type"],
-            width=row["width"],
-            height=row["height"],
+            **{item.name: row[item.name] for item in fields(ImageFacts)},
             outcome=Outcome(row["outcome"]),
             assessment=None if answer is None else assessment_from_json(answer),
             failure=row["failure"],
