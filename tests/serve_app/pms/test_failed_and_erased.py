@@ -182,18 +182,6 @@ def _unavailable(_key: object) -> None:
     raise RecordsUnavailable
 
 
-@pytest.mark.parametrize("fault", ["page", "lost"])
-async def test_a_pms_in_trouble_hears_of_the_erasure_in_the_end(queue, pms, eraser, fault: str) -> None:
-    finished = await queue.finish("e-1")
-    await queue.drain(queue.delivery())
-    faults = iter([fault, fault])
-    pms.fault = lambda _: next(faults, None)
-    await erase(queue, eraser, finished)
-    await queue.drain(queue.delivery(timeout_s=0.5))
-    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["review", "erased"]
-    assert [outcome for _, outcome in await told_of(queue)] == ["review", "erased"]
-
-
 @pytest.mark.parametrize("delivered_before", [True, False])
 async def test_an_answer_that_comes_after_the_erasure_ends_no_message(
     queue, pms, eraser, *, delivered_before: bool

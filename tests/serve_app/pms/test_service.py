@@ -14,7 +14,7 @@ from serve_app.domain.errors import StageFailed
 from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.pms import delivery
 from serve_app.settings import Settings
-from tests.serve_app.erasure.erasing import erase
+from tests.serve_app.erasure.erasing import change, damage, erase
 from tests.serve_app.lesions.test_pending import Faulty, failing, recover
 from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
 
@@ -167,16 +167,8 @@ async def test_what_is_recovered_fails_or_is_erased_is_told_too(
         pending = [await service.upload(each, encounter_id=f"e-{each}") for each in (patient, other)]
         assert [response.status_code for response in pending] == [202, 202]
         lost = pending[1].json()
-        await service.owner.execute(
-            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-            " WHERE image_id = $1::text::uuid",
-            lost["image_id"],
-        )
-        await service.owner.execute(
-            "UPDATE assessments SET attempts = $2 WHERE image_id = $1::text::uuid",
-            lost["image_id"],
-            FAILED_AFTER_TRIES,
-        )
+        await damage(service, lost)
+        await change(service, lost, "assessments", "attempts = $2", FAILED_AFTER_TRIES)
         assert pms.kept.keys().isdisjoint({f"e-{patient}", f"e-{other}"})
         assert await recover(service) == 1
         (body,) = await told(pms, f"e-{patient}")
