@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 import logging
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from serve_app.domain.errors import DataKeyMissing, LegalHold
 from serve_app.erasure.eraser import Eraser
@@ -128,7 +128,6 @@ async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int,
                 image_id=image_id,
                 reason=ErasureReason.RETENTION,
                 actor=actor,
-                request_id=str(uuid4()),
             )
             try:
                 await eraser.erase(request)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.http import emergency_access, erasure, health, lesions, replay, similar
+from serve_app.http.documents import name_documents
 from serve_app.http.problems import install_problem_handlers
 from serve_app.http.request_id import RequestIdMiddleware
 from serve_app.http.services import Counts, open_services
@@ -19,6 +21,12 @@ from serve_app.version import package_version
 
 class _App(FastAPI):
     """Answers HEAD as GET without the body: the same checks, headers and audit events."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the interface."""
+        if self.openapi_schema is None:
+            self.openapi_schema = name_documents(super().openapi())
+        return self.openapi_schema
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""

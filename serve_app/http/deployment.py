@@ -135,24 +135,22 @@ async def _answer(response: Awaitable[Answer]) -> Answer:
         raise StageFailed(f"A stage failed: {type(error).__name__}.") from error
 
 
+#: The counts of /readyz that are metrics, and what each says.
+GAUGES = {
+    ("assessments", "pending"): "Assessments without an answer yet",
+    ("assessments", "failed"): "Assessments that were given up",
+    ("assessments", "oldest_pending_s"): "Age of the oldest pending assessment, seconds; 0: none",
+    ("outbox", "waiting"): "Messages that the PMS is still to be told",
+    ("outbox", "dead"): "Messages that were given up",
+    ("outbox", "oldest_waiting_s"): "Age of the oldest waiting message, seconds; 0: none",
+}
+
+
 class Gauges:
     """The counts of /readyz as metrics, for an alarm: each gauge is set by every replica, to the same value."""
 
     def __init__(self) -> None:
-        self._gauges = {
-            ("assessments", "pending"): Gauge(
-                "derm_assessments_pending", "Assessments without an answer yet"
-            ),
-            ("assessments", "failed"): Gauge("derm_assessments_failed", "Assessments that were given up"),
-            ("assessments", "oldest_pending_s"): Gauge(
-                "derm_assessments_oldest_pending_s", "Age of the oldest pending assessment, seconds; 0: none"
-            ),
-            ("outbox", "waiting"): Gauge("derm_outbox_waiting", "Messages that the PMS is still to be told"),
-            ("outbox", "dead"): Gauge("derm_outbox_dead", "Messages that were given up"),
-            ("outbox", "oldest_waiting_s"): Gauge(
-                "derm_outbox_oldest_waiting_s", "Age of the oldest waiting message, seconds; 0: none"
-            ),
-        }
+        self._gauges = {names: Gauge("derm_" + "_".join(names), said) for names, said in GAUGES.items()}
 
     def set(self, counts: Counts) -> None:
         """Set every gauge; to 0 where nothing waits, or nothing is delivered."""

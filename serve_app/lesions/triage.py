@@ -17,7 +17,7 @@ from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.audit.events import event_about
-from serve_app.domain.assessment import Assessment, ReferenceFilter
+from serve_app.domain.assessment import Assessment, OpenDemand, ReferenceFilter
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
@@ -30,7 +30,6 @@ from serve_app.records.lesion_rows import (
     AdmittedImage,
     AssessmentRecord,
     ImageRecord,
-    OpenDemand,
     PendingAssessment,
     Replay,
 )

@@ -8,7 +8,7 @@ is stated. A different sex or age is how an image filed under the wrong patient 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields, replace
 from datetime import UTC, date, datetime
 from functools import partial
@@ -292,35 +292,26 @@ class RecordConsultation:
 
         Raises WrongEncounter when the directory has no such encounter of this patient.
         """
-        (patient, record), encounter = await asyncio.gather(
-            self._patient(patient_id), self._encounter(encounter_id, patient_id)
+        asked = None if encounter_id is None else self._directory.patient_of(encounter_id)
+        (patient, record), (encounter, owner) = await asyncio.gather(
+            _look_up("patient", self._directory.patient(patient_id)), _look_up("encounter", asked)
         )
-        if encounter is Lookup.UNKNOWN:
+        # The same whether it is another patient's or nobody's: the caller learns nothing of others.
+        if encounter in {Lookup.FOUND, Lookup.UNKNOWN} and owner != patient_id:
             raise WrongEncounter
         if patient is Lookup.NOT_AVAILABLE:
             return replace(context, record=RecordCheck(Lookup.NOT_AVAILABLE, encounter))
         return reconcile(context, record, encounter=encounter)
 
-    async def _patient(self, patient_id: str) -> tuple[Lookup, PatientRecord | None]:
-        try:
-            record = await self._directory.patient(patient_id)
-        except DirectoryUnavailable as error:
-            _report("patient", error)
-            return Lookup.NOT_AVAILABLE, None
-        return (Lookup.UNKNOWN if record is None else Lookup.FOUND), record
 
-    async def _encounter(self, encounter_id: str | None, patient_id: str) -> Lookup | None:
-        if encounter_id is None:
-            return None
-        try:
-            owner = await self._directory.patient_of(encounter_id)
-        except DirectoryUnavailable as error:
-            _report("encounter", error)
-            return Lookup.NOT_AVAILABLE
-        # The same whether it is another patient's or nobody's: the caller learns nothing of others.
-        return Lookup.FOUND if owner == patient_id else Lookup.UNKNOWN
-
-
-def _report(what: str, error: DirectoryUnavailable) -> None:
-    """Log what failed and how, never about whom."""
-    _log.warning("The %s was not looked up: %s", what, error)
+async def _look_up(
+    what: str, question: Awaitable[_Value | None] | None
+) -> tuple[Lookup | None, _Value | None]:
+    if question is None:
+        return None, None
+    try:
+        found = await question
+    except DirectoryUnavailable as error:
+        _log.warning("The %s was not looked up: %s", what, error)  # how it failed, never about whom
+        return Lookup.NOT_AVAILABLE, None
+    return (Lookup.UNKNOWN if found is None else Lookup.FOUND), found

@@ -7,10 +7,10 @@ proven in a second one, once its data key is gone. What was accepted and not pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 
@@ -47,7 +47,7 @@ class ErasureRequest:
     reason: ErasureReason
     note: str | None = None
     actor: str
-    request_id: str
+    request_id: str = field(default_factory=lambda: str(uuid4()))
     receipt_id: UUID | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import asyncpg
@@ -13,10 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.audit.events import event_about
-from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter, RiskLevel, Urgency
+from serve_app.domain.assessment import (
+    Assessment,
+    Id,
+    OpenDemand,
+    Outcome,
+    ReferenceFilter,
+    Risk,
+    RiskLevel,
+    Shape,
+    Time,
+    one_of,
+)
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import data_key_id_of
+from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
@@ -159,47 +171,20 @@ class ImageEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
-class ErasureNote:
-    """That an image was erased: the receipt proves it once its data key is destroyed."""
+class ErasureNote(Shape):
+    """That the image was erased: its receipt is at `/api/lesions/{lesion_id}/images/{image_id}/receipt`."""
 
-    receipt_id: UUID
-    erased_at: datetime
-    reason: str
+    receipt_id: Id
+    erased_at: Time
+    reason: Annotated[ErasureReason, one_of(ErasureReason, "Reason")]
 
 
 @dataclass(frozen=True, slots=True)
-class Confirmation:
-    """That a clinician said of an image that it is of the lesion it is filed under."""
+class Identity(Shape):
+    """That a clinician confirmed that the image is of this lesion."""
 
     confirmed_by: str
-    confirmed_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class OpenDemand:
-    """The highest level and urgency that a lesion's images demand and no clinician has answered.
-
-    The ids are of the first image that demands the most, `since` is when that was taken in.
-    """
-
-    level: RiskLevel
-    urgency: Urgency
-    image_id: UUID
-    assessment_id: UUID
-    since: datetime
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any] | None) -> OpenDemand | None:
-        """Make one of what the database's `open_demand` gives."""
-        if value is None:
-            return None
-        return cls(
-            level=RiskLevel(value["level"]),
-            urgency=Urgency(value["urgency"]),
-            image_id=UUID(value["image_id"]),
-            assessment_id=UUID(value["assessment_id"]),
-            since=datetime.fromisoformat(value["since"]),
-        )
+    confirmed_at: Time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +199,12 @@ class ImageRecord(ImageFacts):
     assessment: Assessment | None
     failure: str | None = None
     erasure: ErasureNote | None = None
-    identity: Confirmation | None = None
+    identity: Identity | None = None
+
+    @property
+    def risk(self) -> Risk | None:
+        """What the image's answer says of it."""
+        return self.assessment.risk if self.assessment else None
 
     @classmethod
     def of(cls, image: AdmittedImage, assessment: Assessment | None) -> ImageRecord:
@@ -234,10 +224,10 @@ class ImageRecord(ImageFacts):
             failure=row["failure"],
             erasure=None
             if row["receipt_id"] is None
-            else ErasureNote(row["receipt_id"], row["erased_at"], row["erasure_reason"]),
+            else ErasureNote(row["receipt_id"], row["erased_at"], ErasureReason(row["erasure_reason"])),
             identity=None
             if row["confirmed_by"] is None
-            else Confirmation(row["confirmed_by"], row["confirmed_at"]),
+            else Identity(row["confirmed_by"], row["confirmed_at"]),
         )
 
 
@@ -270,8 +260,7 @@ class RecordedCase:
         """Make one of a row of `recorded_case`."""
         values = dict(row)
         answer = values.pop("answer")
-        # Erased with the image, it is empty.
-        values["context"] = context_from_json(values["context"]) if values["context"] else ClinicalContext()
+        values["context"] = context_from_json(values["context"])
         values["reference_filter"] = _reference_filter(values)
         values["outcome"] = Outcome(values["outcome"])
         return cls(**values, assessment=None if answer is None else assessment_from_json(answer))

@@ -7,20 +7,19 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment
+from serve_app.domain.assessment import Assessment, OpenDemand
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
-from serve_app.records.assessment_json import assessment_to_json
+from serve_app.records.assessment_json import assessment_to_json, demand_from_json
 from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentCounts,
     AssessmentRecord,
-    Confirmation,
+    Identity,
     ImageEmbedding,
     ImageRecord,
     LesionSummary,
     LesionTimeline,
-    OpenDemand,
     PatientAccess,
     PendingAssessment,
     PreviousAssessment,
@@ -161,16 +160,16 @@ class LesionStore:
             patient_id=rows[0]["patient_id"],
             created_at=rows[0]["lesion_created_at"],
             images=tuple(ImageRecord.from_row(row) for row in rows),
-            open_demand=OpenDemand.from_json(rows[0]["open_demand"]),
+            open_demand=demand_from_json(rows[0]["open_demand"]),
         )
 
     async def open_demand(self, lesion_id: UUID) -> OpenDemand | None:
         """Say what the lesion's images demand and no clinician has answered; no later image lowers it."""
-        return OpenDemand.from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
+        return demand_from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
 
     async def confirm(
         self, lesion_id: UUID, image_id: UUID, *, confirmed_by: str, event: AuditEvent
-    ) -> Confirmation:
+    ) -> Identity:
         """Note that an image is of its lesion, with the audit event; the first word stands.
 
         NotFound when the lesion has no such image, Erased when it had: both without the event.
@@ -181,7 +180,7 @@ class LesionStore:
             raise NotFound
         if row["erased"]:
             raise Erased
-        return Confirmation(row["confirmed_by"], row["confirmed_at"])
+        return Identity(row["confirmed_by"], row["confirmed_at"])
 
     async def worklist(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
@@ -195,7 +194,7 @@ class LesionStore:
                 patient_id=row["patient_id"],
                 created_at=row["lesion_created_at"],
                 latest=ImageRecord.from_row(row),
-                open_demand=OpenDemand.from_json(row["open_demand"]),
+                open_demand=demand_from_json(row["open_demand"]),
             )
             for row in rows
         ]
@@ -205,7 +204,7 @@ class LesionStore:
         row = await self._pool.fetchrow(_SQL["assessment_record"], assessment_id)
         if row is None:
             return None
-        demand = OpenDemand.from_json(row["open_demand"])
+        demand = demand_from_json(row["open_demand"])
         return AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row), demand)
 
     async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:

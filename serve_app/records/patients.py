@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 
 import asyncpg
@@ -65,21 +65,11 @@ class PatientTable:
         """
         async with self._pool.connection() as connection, connection.transaction():
             for entry in entries:
-                await _put(connection, entry)
-
-
-async def _put(connection: asyncpg.Connection, entry: PatientEntry) -> None:
-    history = entry.history
-    await connection.execute(
-        _SQL["put_patient"],
-        entry.patient_id,
-        entry.birth_date,
-        entry.sex,
-        history.personal_melanoma,
-        history.personal_skin_cancer,
-        history.family_melanoma,
-        history.immunosuppression,
-    )
-    await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
-    event = account_event("patient_load", {"encounters": len(entry.encounters)}, patient_id=entry.patient_id)
-    await record_event(connection, event)
+                history = asdict(entry.history)
+                await connection.execute(
+                    _SQL["put_patient"], entry.patient_id, entry.birth_date, entry.sex, *history.values()
+                )
+                await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
+                known = {"encounters": len(entry.encounters)}
+                event = account_event("patient_load", known, patient_id=entry.patient_id)
+                await record_event(connection, event)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, NotFound
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 from serve_app.records.references import (
     LOAD_TIMEOUT_S,
@@ -25,7 +25,6 @@ from serve_app.records.references import (
 _SQL = queries("reference_cache")
 _REFERENCES = queries("references")
 _SERVING = queries("serving")
-_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ class ReferenceCache:
                 event = account_event(
                     "references_embed", {"embedding_space": embedding_space, "references": images}
                 )
-                await connection.execute(_EVENTS["record_event"], *event_columns(event))
+                await record_event(connection, event)
             await connection.execute(_REFERENCES["analyze"], timeout=LOAD_TIMEOUT_S)
 
     async def spaces(self) -> list[SpaceSummary]:
@@ -208,7 +207,7 @@ class ReferenceCache:
             event = account_event(
                 "references_drop", {"embedding_space": embedding_space, "references": dropped}
             )
-            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            await record_event(connection, event)
             return dropped
 
 

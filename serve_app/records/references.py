@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from serve_app.audit.events import account_event
 from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 #: Width of every embedding.
@@ -21,7 +21,6 @@ DIMENSIONS = 512
 EXACT_BELOW = 4_000
 
 _SQL = queries("references")
-_EVENTS = queries("lesions")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
@@ -145,7 +144,7 @@ class ReferenceStore:
                     "references_load",
                     {"embedding_space": embedding_space, "references": len(images), "replaced": replace},
                 )
-                await connection.execute(_EVENTS["record_event"], *event_columns(event))
+                await record_event(connection, event)
             await connection.execute(_SQL["analyze"], timeout=60)
 
 

@@ -329,7 +329,10 @@ WHERE i.lesion_id = $1 AND i.image_id = $2;
 -- Add an audit event on its own.
 INSERT INTO audit_events
     (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
+VALUES (
+    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+);
 
 -- name: assign
 -- Put a patient into a clinician's care.

@@ -71,7 +71,7 @@ def test_probabilities_are_the_softmax_less_the_unknown() -> None:
         expected = (1 - unknown) * exponent / sum(exponents)
         assert found.probabilities[diagnosis] == pytest.approx(expected, abs=1e-12)
     assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-12)
-    assert found.top3 == (Diagnosis.UNK, Diagnosis.MEL, Diagnosis.NV)
+    assert [one.diagnosis for one in found.top3] == [Diagnosis.UNK, Diagnosis.MEL, Diagnosis.NV]
 
 
 def test_the_set_is_of_the_eight_and_does_not_know_the_unknown() -> None:

@@ -12,7 +12,6 @@ from deployments.risk.policy import (
     CURRENT_VERSION,
     POLICIES,
     PolicyError,
-    RiskPolicy,
     read_policy,
     read_table,
     with_overrides,
@@ -50,7 +49,7 @@ def test_a_missing_key_is_named(path):
     raw = table()
     del holder(raw, path)[path[-1]]
     with pytest.raises(PolicyError, match=re.escape(f"Missing from the risk policy: {'.'.join(path)}.")):
-        read_table(RiskPolicy, raw)
+        read_table(raw)
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=".".join)
@@ -59,7 +58,7 @@ def test_a_misspelt_key_is_named(path):
     where = holder(raw, path)
     where[path[-1] + "s"] = where[path[-1]]
     with pytest.raises(PolicyError, match=re.escape(f"Unknown in the risk policy: {'.'.join(path)}s.")):
-        read_table(RiskPolicy, raw)
+        read_table(raw)
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=".".join)
@@ -68,7 +67,7 @@ def test_a_wrong_kind_of_value_is_named(path, wrong):
     raw = table()
     holder(raw, path)[path[-1]] = wrong
     with pytest.raises(PolicyError):
-        read_table(RiskPolicy, raw)
+        read_table(raw)
 
 
 def test_every_number_has_a_comment():
