@@ -14,7 +14,7 @@ from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import WINDOW_S, AccessControl
+from serve_app.http.access import WINDOW_S, Authenticator
 from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
@@ -61,7 +61,7 @@ class Services:
     pms: PmsConnection
     admission: AdmissionGate
     limits: UploadLimits
-    access_control: AccessControl
+    authenticator: Authenticator
     access: AccessStore
     emergency_limits: EmergencyLimits
     worker: Worker
@@ -90,7 +90,7 @@ async def open_services(
         closing.push_async_callback(pool.close)
         keys = await _open_keys(settings, pool)
         closing.callback(keys.close)
-        records, files = LesionStore(pool), settings.files
+        records, access, files = LesionStore(pool), AccessStore(pool), settings.files
         pms = open_pms(settings, pool, records)
         closing.push_async_callback(pms.close)
         assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
@@ -119,8 +119,8 @@ async def open_services(
                 pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
             ),
             limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-            access_control=AccessControl(settings, pool, records),
-            access=AccessStore(pool),
+            authenticator=Authenticator(settings, access, records),
+            access=access,
             emergency_limits=EmergencyLimits(
                 minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
             ),
@@ -155,7 +155,7 @@ def _loops(
             last=services.sealer.finish,
         ),
         "refusal_summaries": every(
-            WINDOW_S, services.access_control.summarise, last=services.access_control.summarise
+            WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
         ),
         "invariants": every(
             worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
