@@ -23,7 +23,7 @@ import httpx
 from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import ECKey, JWKRegistry, Key, OKPKey, RSAKey
 
-from serve_app.access.tokens import ClaimsReader, Principal, TokenVerifier, Verifier
+from serve_app.access.tokens import Principal, TokenVerifier, Verifier
 from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
 from serve_app.settings import Settings, split_words
 
@@ -213,7 +213,7 @@ def _read(entry: dict[str, Any]) -> Key | None:
     return key if isinstance(key, ECKey | OKPKey) and entry.get("crv") in _CURVES else None
 
 
-class PublicKeyVerifier:
+class PublicKeyVerifier(Verifier):
     """Checks tokens against the issuer's public keys.
 
     ValueError for an allow-list with anything but RS256, ES256, EdDSA and Ed25519 in it.
@@ -222,9 +222,8 @@ class PublicKeyVerifier:
     def __init__(self, keys: IssuerKeys, issuer: str, audience: str, algorithms: Collection[str]) -> None:
         if not algorithms or not PUBLIC_ALGORITHMS.keys() >= set(algorithms):
             raise ValueError(f"Algorithms must be among {sorted(PUBLIC_ALGORITHMS)}")
+        super().__init__(issuer, audience, algorithms)
         self._keys = keys
-        self._algorithms = frozenset(algorithms)
-        self._reader = ClaimsReader(issuer, audience, algorithms)
 
     async def identify(self, token: str) -> Principal:
         """Say who signed in; Unauthenticated for anything but a valid token.
@@ -246,11 +245,11 @@ class PublicKeyVerifier:
             return key
 
         try:
-            return self._reader.read(token, choose)
+            return self.read(token, choose)
         except Unauthenticated:
             if not missing or not await self._keys.look_again():
                 raise
-        return self._reader.read(token, choose)
+        return self.read(token, choose)
 
 
 def token_verifier(settings: Settings) -> Verifier:

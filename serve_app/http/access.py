@@ -20,7 +20,6 @@ from serve_app.domain.errors import DermError, Forbidden, RateLimited, Unauthent
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool
 from serve_app.settings import Settings, split_words
 
 _FIELD = "x-action"
@@ -54,12 +53,12 @@ def _rule_of(request: Request) -> Action | None:
     return Action(word)
 
 
-class AccessControl:
-    """Lets a request of this process in as somebody's, or refuses it."""
+class Authenticator:
+    """Lets a request in as somebody's, or refuses it; what it counts is one process's own."""
 
-    def __init__(self, settings: Settings, pool: Pool, records: LesionStore) -> None:
+    def __init__(self, settings: Settings, access: AccessStore, records: LesionStore) -> None:
         self._verifier = token_verifier(settings)
-        self._access = AccessStore(pool)
+        self._access = access
         self._records = records
         self._trusted_proxies = frozenset(split_words(settings.trusted_proxies))
         self._principals = TokenBuckets(rate_per_s=settings.rate_limit_per_s, burst=settings.rate_limit_burst)

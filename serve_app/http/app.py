@@ -17,7 +17,7 @@ from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure.eraser import Eraser
 from serve_app.erasure.sweeping import Housekeeper
 from serve_app.http import emergency_access, erasure, health, lesions, replay, similar
-from serve_app.http.access import AccessControl
+from serve_app.http.access import Authenticator
 from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.http.documents import name_documents
 from serve_app.http.problems import install_problem_handlers
@@ -112,7 +112,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
             pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
         ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-        access_control=AccessControl(settings, pool, records),
+        authenticator=Authenticator(settings, AccessStore(pool), records),
         access=AccessStore(pool),
         emergency_limits=EmergencyLimits(
             minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
@@ -156,7 +156,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
             asyncio.create_task(services.invariants.check_forever()),
-            asyncio.create_task(services.access_control.summarise_forever()),
+            asyncio.create_task(services.authenticator.summarise_forever()),
             asyncio.create_task(_housekeeper(settings, services).keep_forever()),
             asyncio.create_task(services.sealer.seal_forever()),
             asyncio.create_task(services.live.watch_forever()),

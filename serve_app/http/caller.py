@@ -17,7 +17,7 @@ from serve_app.domain.errors import Forbidden, NotFound
 from serve_app.http.services import Services
 from serve_app.records.lesion_rows import PatientAccess
 
-#: For the document alone: what counts as a bearer token is for AccessControl to say.
+#: For the document alone: what counts as a bearer token is for the Authenticator to say.
 _DOCUMENTED = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -29,7 +29,7 @@ async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTE
     parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
     """
     services: Services = request.app.state.services
-    principal = await services.access_control.admit(request)
+    principal = await services.authenticator.admit(request)
     if request.query_params:
         _judge_query(request)
     return principal

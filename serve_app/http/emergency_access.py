@@ -5,17 +5,16 @@ What is done meanwhile carries `emergency_access` in its audit events. Somebody 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from datetime import datetime, timedelta
-from typing import Annotated, Any
+from datetime import timedelta
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, TypeAdapter
 
 from serve_app.access.rules import Action, Circumstances, RequestedAction, may
-from serve_app.domain.assessment import format_time
+from serve_app.domain.assessment import Id
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
 from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.http.access import rule
@@ -24,6 +23,7 @@ from serve_app.http.caller import Caller
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
 from serve_app.records.access import EmergencyAccess, ReviewOutcome
+from serve_app.records.answers import Document
 
 router = APIRouter(tags=["emergency access"], responses=PROBLEM_RESPONSES)
 
@@ -47,37 +47,20 @@ class ReviewForm(Form):
     note: str | None = Field(default=None, min_length=1, max_length=1000, pattern=_TEXT)
 
 
-class EmergencyAccessDocument(BaseModel):
-    """One emergency access; `accesses` counts what was done under it so far, by action."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    emergency_id: str
-    patient_id: str
-    principal: str
-    reason: str
-    starts_at: str
-    ends_at: str
-    reviewed_at: str | None
-    reviewer: str | None
-    review_outcome: ReviewOutcome | None
-    review_note: str | None
-    accesses: dict[str, int]
-
-
-class EmergencyQueueDocument(BaseModel):
+class EmergencyQueueDocument(Document):
     """One page, oldest first; `next` goes into `after`, and is null on the last page."""
 
-    model_config = ConfigDict(extra="forbid")
+    emergency_accesses: list[EmergencyAccess]
+    next: Id | None
 
-    emergency_accesses: list[EmergencyAccessDocument]
-    next: str | None
+
+_ONE = TypeAdapter(EmergencyAccess)
 
 
 @router.post(
     "/api/emergency-access",
     status_code=201,
-    response_model=EmergencyAccessDocument,
+    response_model=EmergencyAccess,
     openapi_extra=rule(Action.BREAK_GLASS, requestBody=body_of(EmergencyForm)),
     summary="Break the glass: into a patient's record in an emergency",
 )
@@ -97,7 +80,7 @@ async def break_glass(request: Request, caller: Caller) -> JSONResponse:
         lasts=timedelta(minutes=minutes),
         event=requested.event("success", emergency_access=str(emergency_id), minutes=minutes),
     )
-    return JSONResponse(_describe(opened), 201, _NO_STORE)
+    return JSONResponse(_ONE.dump_python(opened, mode="json"), 201, _NO_STORE)
 
 
 @router.get(
@@ -119,14 +102,14 @@ async def list_emergencies(
     found = await services.access.emergencies(reviewed=reviewed, after=after, limit=limit + 1)
     page = found[:limit]
     await services.records.record_event(requested.event("success", listed=len(page)))
-    following = str(page[-1].emergency_id) if len(found) > limit else None
-    answer = {"emergency_accesses": [_describe(access) for access in page], "next": following}
-    return JSONResponse(answer, headers=_NO_STORE)
+    following = page[-1].emergency_id if len(found) > limit else None
+    document = EmergencyQueueDocument(emergency_accesses=page, next=following)
+    return JSONResponse(document.answer(), headers=_NO_STORE)
 
 
 @router.post(
     "/api/emergency-access/{emergency_id}/review",
-    response_model=EmergencyAccessDocument,
+    response_model=EmergencyAccess,
     openapi_extra=rule(Action.REVIEW_ACCESS, requestBody=body_of(ReviewForm)),
     summary="Judge an emergency access",
 )
@@ -154,15 +137,4 @@ async def review_emergency(request: Request, caller: Caller, emergency_id: UUID)
     )
     if reviewed is None:
         raise Conflict("This emergency access has been reviewed.")
-    return JSONResponse(_describe(reviewed), headers=_NO_STORE)
-
-
-def _describe(access: EmergencyAccess) -> dict[str, Any]:
-    return {
-        name: format_time(value)
-        if isinstance(value, datetime)
-        else str(value)
-        if isinstance(value, UUID)
-        else value
-        for name, value in asdict(access).items()
-    }
+    return JSONResponse(_ONE.dump_python(reviewed, mode="json"), headers=_NO_STORE)

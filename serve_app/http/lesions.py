@@ -13,7 +13,6 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
 
 from serve_app.access.rules import Action, RequestedAction
 from serve_app.domain.assessment import Outcome, ReferenceFilter
@@ -22,6 +21,7 @@ from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.http.access import rule
 from serve_app.http.admission import Place
 from serve_app.http.bodies import (
+    Form,
     body_of,
     expected_bytes,
     parse_context,
@@ -228,10 +228,8 @@ async def read_image(request: Request, _: Caller, lesion_id: UUID, image_id: UUI
     return Response(image, media_type=found.content_type, headers=headers)
 
 
-class ConfirmationForm(BaseModel):
+class ConfirmationForm(Form):
     """Which image is of the lesion."""
-
-    model_config = ConfigDict(extra="forbid")
 
     image_id: UUID
 

@@ -119,7 +119,7 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
     if requested := _unrecorded(request):
         services: Services = request.app.state.services
         try:
-            await services.access_control.record_invalid(requested)
+            await services.authenticator.record_invalid(requested)
         except DermError as unrecorded:
             return await _on_derm_error(request, unrecorded)
     # Locations and rules only: the offending value may be patient data.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
@@ -12,6 +11,7 @@ import asyncpg
 
 from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Id, Shape, Time
 from serve_app.records.audit_log import event_columns
 from serve_app.records.pool import Pool, queries
 
@@ -42,21 +42,21 @@ class Revocation:
     revoked_by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmergencyAccess:
-    """A principal's rights without an assignment, for a time; `accesses` counts what was done under it, by action."""
+@dataclass(frozen=True, slots=True)
+class EmergencyAccess(Shape):
+    """One emergency access; `accesses` counts what was done under it so far, by action."""
 
-    emergency_id: UUID
+    emergency_id: Id
     patient_id: str
     principal: str
     reason: str = field(repr=False)
-    starts_at: datetime
-    ends_at: datetime
-    reviewed_at: datetime | None = None
-    reviewer: str | None = None
-    review_outcome: ReviewOutcome | None = None
-    review_note: str | None = field(default=None, repr=False)
-    accesses: Mapping[str, int] = field(default_factory=dict)
+    starts_at: Time
+    ends_at: Time
+    reviewed_at: Time | None
+    reviewer: str | None
+    review_outcome: ReviewOutcome | None
+    review_note: str | None = field(repr=False)
+    accesses: dict[str, int]
 
 
 class AccessStore:
@@ -128,7 +128,7 @@ class AccessStore:
         return EmergencyAccess(**row)
 
     async def emergency(self, emergency_id: UUID) -> EmergencyAccess | None:
-        """Find one emergency access, without what was done under it."""
+        """Find one emergency access, without counting what was done under it."""
         row = await self._pool.fetchrow(_SQL["emergency"], emergency_id)
         return EmergencyAccess(**row) if row else None
 

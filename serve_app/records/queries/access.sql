@@ -63,13 +63,15 @@ ORDER BY patient_id, clinician, starts_at;
 -- Let a principal into a patient's record for a time.
 INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
 VALUES ($1, $2, $3, $4, now() + $5::interval)
-RETURNING emergency_id, patient_id, principal, reason, starts_at, ends_at;
+RETURNING
+    emergency_id, patient_id, principal, reason, starts_at, ends_at,
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;
 
 -- name: emergency
 -- Find one emergency access.
 SELECT
     emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses
 FROM emergency_accesses
 WHERE emergency_id = $1;
 
@@ -105,4 +107,4 @@ SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
 WHERE emergency_id = $1 AND reviewed_at IS NULL
 RETURNING
     emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note;
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;

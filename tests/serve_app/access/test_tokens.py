@@ -23,7 +23,7 @@ SECRET = "a development secret of 32 bytes"
 ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
 VERIFIER = TokenVerifier(SECRET, ISSUER, AUDIENCE)
 HS256 = {"alg": "HS256", "typ": "JWT"}
-DIGESTS = {"HS256": hashlib.sha256, "HS384": hashlib.sha384, "HS512": hashlib.sha512}
+DIGESTS = {"HS384": hashlib.sha384, "HS512": hashlib.sha512}
 
 
 def claims(**changed: Any) -> dict[str, Any]:
@@ -36,16 +36,18 @@ def b64(content: bytes) -> str:
     return urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-def forge(header: Any, payload: Any, *, secret: str = SECRET, digest: str = "HS256") -> str:
-    """Make a token by hand: any header and payload, honestly signed."""
+def forge(header: Any, payload: Any, *, secret: str = SECRET) -> str:
+    """Make a token by hand: any header and payload, honestly signed, as HS384 and HS512 where it says so."""
     parts = (part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload))
     signed = ".".join(b64(part) for part in parts)
-    return f"{signed}.{b64(hmac.digest(secret.encode(), signed.encode(), DIGESTS[digest]))}"
+    algorithm = header.get("alg") if isinstance(header, dict) else None
+    digest = DIGESTS.get(algorithm if isinstance(algorithm, str) else "", hashlib.sha256)
+    return f"{signed}.{b64(hmac.digest(secret.encode(), signed.encode(), digest))}"
 
 
-def refuse(token: str, verifier: TokenVerifier = VERIFIER) -> None:
+def refuse(token: str) -> None:
     with pytest.raises(Unauthenticated) as raised:
-        verifier.verify(token)
+        VERIFIER.verify(token)
     assert str(raised.value) == "A valid bearer token is required."
 
 
@@ -122,7 +124,10 @@ def test_a_signed_payload_that_is_no_claims_stays_out(payload: bytes) -> None:
     "header",
     [
         {},
-        *({"alg": alg} for alg in ("", "none", "None", "NONE", "hs256", "HS384", "RS256", "EdDSA", "dir")),
+        *(
+            {"alg": alg}
+            for alg in ("", "none", "None", "NONE", "hs256", "HS384", "HS512", "RS256", "EdDSA", "dir")
+        ),
         *({"alg": alg} for alg in (None, True, 7, ["HS256"], {"HS256": 1})),
         *({"alg": "HS256", "crit": crit} for crit in (["x"], "alg", 7, None, [7], [[]], ["exp"])),
         *({"alg": "HS256", "b64": b64_, "crit": ["b64"]} for b64_ in (False, "false")),
@@ -135,13 +140,6 @@ def test_a_signed_payload_that_is_no_claims_stays_out(payload: bytes) -> None:
 )
 def test_odd_headers_stay_out_although_signed(header: Any) -> None:
     refuse(forge(header, claims()))
-
-
-@pytest.mark.parametrize("digest", ["HS384", "HS512"])
-def test_only_allowed_algorithms_get_in(digest: str) -> None:
-    token = forge({"alg": digest}, claims(), digest=digest)
-    refuse(token)
-    assert TokenVerifier(SECRET, ISSUER, AUDIENCE, ("HS256", digest)).verify(token).subject == "dr-1"
 
 
 def test_none_stays_out_with_and_without_signature() -> None:
@@ -197,15 +195,12 @@ def test_an_oversized_token_is_not_even_looked_at() -> None:
     refuse(forge(HS256, claims(padding="x" * 8192)))
 
 
-def test_a_short_secret_and_an_allow_list_that_makes_no_sense_are_refused() -> None:
+def test_a_short_secret_is_refused_and_none_is_shown() -> None:
     short = "x" * 31
     with pytest.raises(ValueError, match="32 bytes"):
         TokenVerifier(short, ISSUER, AUDIENCE)
     with pytest.raises(ValueError, match="32 bytes"):
         mint_token(secret=short, issuer=ISSUER, audience=AUDIENCE, subject="dr", roles=[])
-    for algorithms in ((), ("none",), ("HS256", "none"), ("RS256",), ("HS256", "ES256"), "HS256"):
-        with pytest.raises(ValueError, match="Algorithms"):
-            TokenVerifier(SECRET, ISSUER, AUDIENCE, algorithms)
     assert SECRET not in repr(VERIFIER) + repr(vars(VERIFIER))
 
 

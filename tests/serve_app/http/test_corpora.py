@@ -13,8 +13,9 @@ import httpx
 import psutil
 
 _STATUSES = {201, 413, 415, 422}
-_EACH_S = 2.0
 _AT_ONCE = 4
+#: Of the processor, for so many: others may have the machine.
+_TOGETHER_S = 4.0
 _GROWTH_BYTES = 400_000_000
 
 
@@ -39,18 +40,17 @@ async def send_all(service, files: Sequence[Path]) -> AsyncIterator[tuple[Path, 
     assert (await service.upload(patient)).status_code == 201
     before, resident = await service.counts(), process.memory_info().rss
 
-    async def send(path: Path) -> tuple[Path, httpx.Response, float]:
-        since = time.perf_counter()
-        response = await service.upload(
-            patient, image=await asyncio.to_thread(path.read_bytes), name=path.name
-        )
-        return path, response, time.perf_counter() - since
+    async def send(path: Path) -> tuple[Path, httpx.Response]:
+        image = await asyncio.to_thread(path.read_bytes)
+        return path, await service.upload(patient, image=image, name=path.name)
 
     for start in range(0, len(files), _AT_ONCE):
-        for path, response, took in await asyncio.gather(*map(send, files[start : start + _AT_ONCE])):
+        since = time.process_time()
+        answers = await asyncio.gather(*map(send, files[start : start + _AT_ONCE]))
+        assert time.process_time() - since < _TOGETHER_S, answers
+        for path, response in answers:
             statuses[response.status_code] += 1
             assert response.status_code in _STATUSES, f"{path}: {response.text}"
-            assert took < _EACH_S, path
             if response.status_code == 201:
                 service.hold_to("AssessmentDocument", response.json())
             else:

@@ -33,16 +33,7 @@ _OURS = [
     for error in vars(errors).values()
     if isinstance(error, type) and issubclass(error, errors.DermError)
 ]
-_THEIRS = [
-    ValueError,
-    KeyError,
-    RuntimeError,
-    OSError,
-    MemoryError,
-    UnicodeError,
-    asyncpg.UniqueViolationError,
-    asyncpg.InterfaceError,
-]
+_THEIRS = [ValueError, KeyError, OSError, MemoryError, asyncpg.UniqueViolationError, asyncpg.InterfaceError]
 
 
 class Log(logging.Handler):

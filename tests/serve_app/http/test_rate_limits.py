@@ -30,16 +30,11 @@ def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
     assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
 
 
-def test_a_clock_that_stands_still_gives_nothing_more() -> None:
-    buckets = TokenBuckets(rate_per_s=1000, burst=1, clock=Clock())
-    assert buckets.take("a") == 0
-    assert all(buckets.take("a") > 0 for _ in range(100))
-
-
-def test_buckets_take_bounded_memory() -> None:
-    buckets = TokenBuckets(rate_per_s=1, burst=1, max_keys=10, clock=Clock())
+def test_buckets_take_bounded_memory_and_a_clock_that_stands_still_gives_nothing_more() -> None:
+    buckets = TokenBuckets(rate_per_s=1000, burst=1, max_keys=10, clock=Clock())
     for n in range(1000):
-        buckets.take(str(n))
+        assert buckets.take(str(n)) == 0
+        assert buckets.take(str(n)) > 0
     assert len(buckets._buckets) == 10
 
 
@@ -69,7 +64,7 @@ async def refusals(service, **detail: object) -> int:
 
 
 async def test_a_principal_that_asks_too_often_waits(limited) -> None:
-    async with limited(rate_limit_per_s=0.5, rate_limit_burst=4) as service:
+    async with limited(rate_limit_per_s=0.01, rate_limit_burst=4) as service:
         subject = f"dr-{uuid4().hex[:8]}"
         answers = [
             await service.client.get("/api/references/x/image", headers=service.token(subject))
@@ -78,7 +73,7 @@ async def test_a_principal_that_asks_too_often_waits(limited) -> None:
         assert [answer.status_code for answer in answers] == [404] * 4 + [429] * 6
         for answer in answers[4:]:
             service.hold_to_problem(answer, 429, "rate_limited")
-            assert answer.headers["retry-after"] == "2"
+            assert 60 < int(answer.headers["retry-after"]) <= 100
         rows = await service.owner.fetch(
             "SELECT action, outcome, detail FROM audit_events WHERE actor = $1 AND detail ->> 'reason' IS NOT NULL",
             subject,
@@ -101,13 +96,13 @@ async def test_strangers_cannot_flood_the_log_and_keep_nobody_out(limited) -> No
         # Whoever has a token does not wait behind who has none.
         answer = await service.client.get("/api/references/x/image", headers=service.token("dr"))
         assert answer.status_code == 404
-        await service.app.state.services.access_control.summarise()
+        await service.app.state.services.authenticator.summarise()
         (summary,) = await service.owner.fetch(
             "SELECT * FROM audit_events WHERE actor = 'unauthenticated' AND detail ? 'not_listed'"
             " ORDER BY event_id DESC LIMIT 1"
         )
         assert summary["detail"] == {"code": "unauthenticated", "not_listed": codes.count(429)}
-        await service.app.state.services.access_control.summarise()
+        await service.app.state.services.authenticator.summarise()
         assert await service.owner.fetchval("SELECT max(event_id) FROM audit_events") == summary["event_id"]
 
 
@@ -150,4 +145,4 @@ async def test_bad_parameters_are_counted_past_their_bound(limited) -> None:
             service.hold_to_problem(answer, 422, "invalid_field")
         written = await service.owner.fetchval("SELECT count(*) FROM audit_events WHERE actor = $1", subject)
         assert written in {3, 6}  # a window may have ended meanwhile
-        assert service.app.state.services.access_control._budgets["invalid_field"].drain() == 12 - written
+        assert service.app.state.services.authenticator._budgets["invalid_field"].drain() == 12 - written
