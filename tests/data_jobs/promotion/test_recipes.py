@@ -11,7 +11,6 @@ from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
 from data_jobs.references.load import publish_bundled
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
@@ -19,6 +18,7 @@ from serve_app.lesions.assess import Assessor
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
+from tests.local_stages import LocalStages
 from tests.random_model import POSITIONS, RECIPES, random_checkpoint, write_folder
 
 torch = pytest.importorskip("torch", reason="needs the train extra")

@@ -1,35 +1,44 @@
 """Backing up the keys: the key store and the keyring, each apart from the database and from the other.
 
-A key store's backup still holds the keys of what is erased after it: so it says when it must be
-gone, is refused after that, and `prune` deletes it. A keyring's opens what any key store's holds.
+A key store's backup still holds the keys of what is erased after it: so it says when it must be gone, is refused
+after that, and `prune` deletes it. A keyring's opens what any key store's holds.
+
+What a restore kept of the home, and what one that was killed left, is as good as a backup and as dangerous: of an
+image that is erased afterwards such a key store has the wrapped key, such a data directory the ciphertext and the
+vector. So it expires as key backups do; `derm-cds backup --prune` deletes it then, `derm-cds status` names it until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 import os
 from pathlib import Path
+import re
 import shutil
 import sqlite3
 from typing import Any
 
-from cluster.backup_folder import (
-    digest,
-    expiry,
-    new_folder,
-    read_manifest,
-    require_space,
-    verify_file,
-    write_manifest,
-)
-from cluster.kept_copies import CUT_OFF_AFTER, last_touched, overwrite
+from cluster.backups import digest, new_folder, read_manifest, require_space, verify_file, write_manifest
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.keys.keyring import KeyProvider
 from serve_app.keys.keystore import DestroyedKey, KeyStore
 from serve_app.private_files import locked_folder, read_private, write_private
+from serve_app.records.pool import Pool
 from serve_app.settings import NodeFiles
+from serve_app.sql import parse
+
+_SQL = parse(Path(__file__).with_suffix(".sql").read_text())
+
+#: How long a key store's backup, and whatever is as good as one, may be kept unless somebody says otherwise.
+LIFETIME = timedelta(days=30)
+#: No backup or restore is at work for so long: what it has not finished by then was cut off.
+CUT_OFF_AFTER = timedelta(days=1)
+
+_BEFORE = re.compile(r"\.before-(\d{8}T\d{6})(\d{6})?$")
+_LOG_SUFFIXES = ("-wal", "-shm", "-journal")
 
 _STORE = "keystore.sqlite"
 _VERSIONS = "SELECT key_version, count(*) FROM data_keys GROUP BY key_version ORDER BY key_version"
@@ -45,9 +54,7 @@ def existing_keystore(home: Path) -> Path:
     return path
 
 
-def back_up_keys(
-    files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta, service_version: str
-) -> dict[str, Any]:
+def back_up_keys(files: NodeFiles, folder: Path, *, provider: str, lifetime: timedelta) -> dict[str, Any]:
     """Copy the key store as it is at one moment, while it is used, into `folder`; return the manifest.
 
     `provider` names whoever can unwrap it. NotFound when there is no key store.
@@ -73,14 +80,13 @@ def back_up_keys(
             partial,
             "keys",
             expires_at=(datetime.now(UTC) + lifetime).isoformat(timespec="seconds"),
-            service_version=service_version,
             key_provider=provider,
             data_keys_by_key_version=versions,
             sha256=digest(copy),
         )
 
 
-def back_up_keyring(files: NodeFiles, folder: Path, *, service_version: str) -> dict[str, Any]:
+def back_up_keyring(files: NodeFiles, folder: Path) -> dict[str, Any]:
     """Copy the keyring, and the key that signs checkpoints, into `folder`; return the manifest.
 
     NotFound when the key-encryption keys are not in a file here.
@@ -94,7 +100,7 @@ def back_up_keyring(files: NodeFiles, folder: Path, *, service_version: str) -> 
         for path in copied:
             write_private(partial / path.name, read_private(path))
         sums = {path.name: digest(partial / path.name) for path in copied}
-        return write_manifest(partial, "keyring", service_version=service_version, sha256=sums)
+        return write_manifest(partial, "keyring", sha256=sums)
 
 
 def restore_keys(
@@ -119,9 +125,8 @@ def restore_keys(
             write_private(partial, (folder / _STORE).read_bytes())
         with closing(KeyStore(partial, provider)) as store:
             for key in gone:
-                with suppress(
-                    DataKeyMissing
-                ):  # accepted, not proven, and not in this backup: nothing to destroy
+                # One that was accepted, not proven, and is not in this backup: nothing to destroy.
+                with suppress(DataKeyMissing):
                     store.destroy(key)
     except BaseException:
         for path in files.keystore.parent.glob(f"{partial.name}*"):
@@ -147,7 +152,8 @@ def prune(root: Path) -> list[Path]:
 
 def _has_expired(folder: Path) -> bool:
     if folder.suffix == ".partial" and (folder / _STORE).exists():  # killed, with a manifest or without
-        return last_touched(folder) + CUT_OFF_AFTER <= datetime.now(UTC)
+        touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        return datetime.fromtimestamp(touched, UTC) + CUT_OFF_AFTER <= datetime.now(UTC)
     try:
         return expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
     except DermError:  # no backup, or of something else
@@ -176,3 +182,86 @@ def _set_aside(store: Path) -> Path | None:
         if path.exists():
             path.rename(kept.with_name(path.name.replace(store.name, kept.name, 1)))
     return kept if kept.exists() else None
+
+
+def expiry(manifest: Mapping[str, Any]) -> datetime:
+    """When a key backup must be gone; IntegrityError when its manifest does not say."""
+    try:
+        return datetime.fromisoformat(manifest["expires_at"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError("The key backup's manifest has no expires_at.") from error
+
+
+async def read_erased(pool: Pool) -> list[DestroyedKey]:
+    """Read every erasure that the database knows of: whose keys a restored key store must not bring back."""
+    if not await pool.fetchval(_SQL["known"], "erasures"):
+        return []
+    return [DestroyedKey(**row) for row in await pool.fetch(_SQL["erased"])]
+
+
+async def release_key_store(pool: Pool) -> None:
+    """Have the database belong to whichever key store it is started with next, if that knows its images' keys."""
+    if await pool.fetchval(_SQL["known"], "key_stores"):
+        await pool.execute(_SQL["release"])
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCopy:
+    """A key store or a data directory beside the one in use, and when it must be gone."""
+
+    path: Path
+    expires_at: datetime
+
+
+def find_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[KeptCopy]:
+    """Find what restores have kept in this home, the first to expire first."""
+    store = NodeFiles(home).keystore
+    kept = [
+        *((path, lifetime) for path in store.parent.glob(f"{store.name}.before-*")),
+        *((path, CUT_OFF_AFTER) for path in store.parent.glob(f"{store.name}.restored*")),
+        *((path, lifetime) for path in (home / "postgres").glob("data.before-*")),
+    ]
+    # What SQLite has beside a store goes with it; alone, it is a copy as well.
+    names = {path.name for path, _ in kept}
+    copies = []
+    for path, until in kept:
+        whole = next((path.name.removesuffix(s) for s in _LOG_SUFFIXES if path.name.endswith(s)), None)
+        if whole not in names:
+            copies.append(KeptCopy(path, _since(path) + until))
+    return sorted(copies, key=lambda copy: copy.expires_at)
+
+
+def prune_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Path]:
+    """Delete what has expired of it, key stores overwritten first; returns which."""
+    gone = []
+    for copy in find_kept_copies(home, lifetime=lifetime):
+        if copy.expires_at > datetime.now(UTC):
+            continue
+        if copy.path.is_dir():
+            shutil.rmtree(copy.path)
+        else:
+            with locked_folder(copy.path.parent):
+                for suffix in ("", *_LOG_SUFFIXES):
+                    path = copy.path.with_name(f"{copy.path.name}{suffix}")
+                    overwrite(path)
+                    path.unlink(missing_ok=True)
+        gone.append(copy.path)
+    return gone
+
+
+def overwrite(path: Path) -> None:
+    """Overwrite with zeros what is deleted: all that can be done where the file system writes in place."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _since(path: Path) -> datetime:
+    """When it was set aside, which its name says; its file's time would be that of its last change, long before."""
+    named = _BEFORE.search(path.name)
+    if named is not None:
+        return datetime.strptime(named[1], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
