@@ -90,7 +90,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     for finding in found.findings[:20]:
         print(describe(finding), file=sys.stderr)
     print(
-        f"{found.events} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
+        f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found"
     )
     if found.findings:

@@ -59,7 +59,7 @@ def _rotate(arguments: argparse.Namespace) -> None:
         _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version),
     ):
         version = provider.rotate()
-        store.verify_keys()  # so that a keyring from before is known for what it is, from now on
+        store.checks.verify()  # so that a keyring from before is known for what it is, from now on
     print(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest")
 
 

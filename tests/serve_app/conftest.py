@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 import io
 import json
+import logging
 from pathlib import Path
+import threading
 from typing import Any
 from uuid import uuid4
 
@@ -41,6 +43,18 @@ TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
     "audit_events",
 )
+
+
+@pytest.fixture
+def logging_put_back(outside_serve: None) -> Iterator[None]:
+    """Whatever is changed of the process's logging is as before after the test."""
+    root, factory, hook = logging.getLogger(), logging.getLogRecordFactory(), threading.excepthook
+    level, handlers = root.level, root.handlers[:]
+    yield
+    logging.setLogRecordFactory(factory)
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    threading.excepthook = hook
 
 
 @pytest.fixture(scope="session")
