@@ -106,7 +106,7 @@ class Settings(KeySettings):
     #: In one ingress process; what comes on top is answered 503 with Retry-After.
     max_uploads_in_flight: int = Field(default=32, ge=1)
     max_upload_bytes_in_flight: int = Field(default=160 * 1024 * 1024, gt=0)
-    #: For the whole of a request's body; below HAProxy's own time limits (cluster/ray_environment.py).
+    #: For the whole of a request's body; below HAProxy's own time limits (cluster/ray_node.py).
     body_timeout_s: float = Field(default=30.0, gt=0, le=60)
     #: And after 5 s, at least so many bytes a second, on average.
     body_min_bytes_per_s: float = Field(default=16_384.0, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
@@ -31,6 +31,7 @@ from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
+    demand_from_json,
     probabilities_from_json,
 )
 
@@ -276,7 +277,10 @@ def _reference_filter(values: dict[str, Any]) -> ReferenceFilter:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with all its images, newest first."""
+    """A lesion with its images, newest first; in a worklist with the newest alone.
+
+    (created_at, lesion_id) is the worklist's cursor for the lesions behind it.
+    """
 
     lesion_id: UUID
     patient_id: str
@@ -284,16 +288,17 @@ class LesionTimeline:
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
 
+    @property
+    def latest(self) -> ImageRecord:
+        """The newest image."""
+        return self.images[0]
 
-@dataclass(frozen=True, slots=True)
-class LesionSummary:
-    """A lesion with its newest image; (created_at, lesion_id) is the cursor for the lesions behind it."""
-
-    lesion_id: UUID
-    patient_id: str
-    created_at: datetime
-    latest: ImageRecord
-    open_demand: OpenDemand | None
+    @classmethod
+    def from_rows(cls, rows: Sequence[asyncpg.Record]) -> LesionTimeline:
+        """Make one of the rows of a lesion in `timeline` or `worklist`."""
+        first, images = rows[0], tuple(map(ImageRecord.from_row, rows))
+        demand = demand_from_json(first["open_demand"])
+        return cls(first["lesion_id"], first["patient_id"], first["lesion_created_at"], images, demand)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from serve_app.records.lesion_rows import (
     Identity,
     ImageEmbedding,
     ImageRecord,
-    LesionSummary,
     LesionTimeline,
     PatientAccess,
     PendingAssessment,
@@ -165,28 +164,20 @@ class LesionStore:
 
         One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
         """
-        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space)
+        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space, None)
         return PreviousAssessment.from_row(row) if row else None
 
     async def compared(
         self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
     ) -> PreviousAssessment | None:
         """Find again the image that a later one was compared with; None when it is gone."""
-        row = await self._pool.fetchrow(_SQL["compared"], lesion_id, image_id, embedding_space)
+        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, None, embedding_space, image_id)
         return PreviousAssessment.from_row(row) if row else None
 
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""
         rows = await self._pool.fetch(_SQL["timeline"], lesion_id)
-        if not rows:
-            return None
-        return LesionTimeline(
-            lesion_id=rows[0]["lesion_id"],
-            patient_id=rows[0]["patient_id"],
-            created_at=rows[0]["lesion_created_at"],
-            images=tuple(ImageRecord.from_row(row) for row in rows),
-            open_demand=demand_from_json(rows[0]["open_demand"]),
-        )
+        return LesionTimeline.from_rows(rows) if rows else None
 
     async def open_demand(self, lesion_id: UUID) -> OpenDemand | None:
         """Say what the lesion's images demand and no clinician has answered; no later image lowers it."""
@@ -210,20 +201,11 @@ class LesionStore:
 
     async def worklist(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
-    ) -> list[LesionSummary]:
-        """List a patient's lesions, newest first; `cursor` is the last one seen: (created_at, lesion_id)."""
+    ) -> list[LesionTimeline]:
+        """List a patient's lesions, newest first, each with its newest image; `cursor` is the last one seen: (created_at, lesion_id)."""
         created_at, lesion_id = cursor or (None, None)
         rows = await self._pool.fetch(_SQL["worklist"], patient_id, limit, created_at, lesion_id)
-        return [
-            LesionSummary(
-                lesion_id=row["lesion_id"],
-                patient_id=row["patient_id"],
-                created_at=row["lesion_created_at"],
-                latest=ImageRecord.from_row(row),
-                open_demand=demand_from_json(row["open_demand"]),
-            )
-            for row in rows
-        ]
+        return [LesionTimeline.from_rows([row]) for row in rows]
 
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:
         """Find one assessment with its image, lesion and patient."""

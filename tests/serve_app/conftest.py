@@ -25,7 +25,6 @@ import pytest
 from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.access.tokens import mint_token
 from serve_app.domain.identifiers import is_opaque
 from serve_app.http.app import create_app
@@ -35,6 +34,7 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
+from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"

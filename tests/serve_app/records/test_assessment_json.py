@@ -41,14 +41,14 @@ def _any(hint: object) -> st.SearchStrategy:
     return st.from_type(hint)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(_any(Assessment))
 def test_an_assessment_survives_json(value: Assessment) -> None:
     text = json.dumps(assessment_to_json(value), allow_nan=False)
     assert assessment_from_json(json.loads(text)) == value
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(_any(ClinicalContext))
 def test_a_context_survives_json(value: ClinicalContext) -> None:
     assert context_from_json(json.loads(json.dumps(context_to_json(value)))) == value
