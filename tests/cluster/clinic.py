@@ -15,9 +15,12 @@ from uuid import UUID, uuid4
 from cluster.postgres import EmbeddedPostgres
 from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.patient import ClinicalContext
+from serve_app.erasure.eraser import Eraser
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
@@ -84,6 +87,22 @@ class Clinic:
     def sealed(self, at: tuple[UUID, UUID]) -> tuple[bytes, ImageBinding]:
         found = self.ask(lambda pool: LesionStore(pool).sealed_image(*at))
         return found.sealed, ImageBinding(at[1], found.patient_id, found.content_type)
+
+    def erase(self, at: tuple[UUID, UUID]) -> Erasure:
+        """Erase one of its images as the service does: accepted, destroyed, proven."""
+        request = ErasureRequest(
+            lesion_id=at[0],
+            image_id=at[1],
+            reason=ErasureReason.PATIENT_REQUEST,
+            actor="chief",
+            request_id="r",
+        )
+        with closing(self.open_keys()) as keys:
+            erasure, accepted = self.ask(lambda pool: Eraser(ErasureStore(pool), keys).erase(request))
+        assert accepted
+        assert erasure.receipt is not None
+        del self.images[at]
+        return erasure
 
     def opens(self, at: tuple[UUID, UUID]) -> bool:
         return self.open_image(at) == self.images[at]
