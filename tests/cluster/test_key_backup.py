@@ -148,9 +148,7 @@ def test_what_has_expired_is_a_finding_until_it_is_pruned(files: NodeFiles, derm
     sooner = derm_cds("backup", "--prune", str(tmp_path / "backups"), "--days", "7", home=files.home)
     assert "data.before" in sooner.out
     assert list(postgres.iterdir()) == []
-
-
-def test_what_a_killed_restore_left_is_pruned_after_a_day(files: NodeFiles) -> None:
+    # What a restore that was killed left goes after a day.
     left = files.keystore.with_name("keystore.sqlite.restored")
     left.write_bytes(b"wrapped")
     assert prune_kept_copies(files.home) == []

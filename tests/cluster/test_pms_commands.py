@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 import json
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from serve_app.audit.events import os_account
 from tests.cluster.conftest import Said
 
-
-def _queue(sql, *, dead: bool) -> UUID:
-    lesion, image, assessment, message = (uuid4() for _ in range(4))
-    now = datetime.now(UTC)
-    sql("INSERT INTO lesions VALUES ($1, 'p-1', $2)", lesion, now)
-    sql(
-        "INSERT INTO lesion_images (image_id, lesion_id, patient_id, encounter_id, created_at, content_type,"
-        " width, height, data_key_id, sealed) VALUES ($1, $2, 'p-1', 'e-1', $3, 'image/png', 1, 1, $1, 'x')",
-        image,
-        lesion,
-        now,
-    )
-    sql(
-        "INSERT INTO assessments (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor,"
-        " request_id) VALUES ($1, $2, $3, 'pending', '{}', 10, '{}', 'dr', 'r')",
-        assessment,
-        image,
-        now,
-    )
-    sql(
-        "INSERT INTO outbox (message_id, assessment_id, encounter_id, last_error, dead_at)"
-        " VALUES ($1, $2, 'e-1', 'http_500', CASE WHEN $3 THEN now() END)",
-        message,
-        assessment,
-        dead,
-    )
-    return message
+_MESSAGE = """
+INSERT INTO outbox (message_id, assessment_id, encounter_id, last_error, dead_at)
+VALUES (gen_random_uuid(), $1, 'e-1', 'http_500', CASE WHEN $2 THEN now() END) RETURNING message_id
+"""
 
 
-def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_home, sql) -> None:
+def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_home, sql, add_image) -> None:
     assert derm_cds("outbox", "status", home=own_home).out == "0 wait; 0 dead\n"
     assert derm_cds("outbox", "list", home=own_home).out == "nothing\n"
-    waiting, dead = _queue(sql, dead=False), _queue(sql, dead=True)
+    waiting, dead = (
+        sql(_MESSAGE, add_image(uuid4(), uuid4(), b"x"), is_dead)[0]["message_id"]
+        for is_dead in (False, True)
+    )
     status = derm_cds("outbox", "status", home=own_home)
     assert status.code == 1
     assert status.out.startswith("1 wait, the oldest for ")

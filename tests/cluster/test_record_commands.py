@@ -13,19 +13,6 @@ from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.settings import NodeFiles
 
-_IMAGE = """
-WITH lesion AS (
-    INSERT INTO lesions VALUES ($1, 'p-1', '2020-01-01'::timestamptz) RETURNING lesion_id
-), image AS (
-    INSERT INTO lesion_images
-        (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
-    VALUES ($2, $1, 'p-1', '2020-01-01'::timestamptz, 'image/png', 300, 300, $3, $4) RETURNING image_id
-)
-INSERT INTO assessments (assessment_id, image_id, created_at, outcome, failure, completed_at, context, top_k, licences,
-    actor, request_id)
-VALUES ($5, $2, now(), 'failed', 'test', now(), '{}', 10, '{}', 'dr', 'r')
-"""
-
 
 @pytest.fixture
 def home(own_home: Path) -> Path:
@@ -81,13 +68,13 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
 
 
 @pytest.fixture
-def image(home: Path, sql) -> UUID:
+def image(home: Path, add_image) -> UUID:
     """One sealed image of patient p-1, of 2020; its data key's id."""
     files, image_id = NodeFiles(home), uuid4()
     with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
         key = keys.create()
         sealed = seal(b"image", data_key=key, binding=ImageBinding(image_id, "p-1", "image/png"))
-    sql(_IMAGE, uuid4(), image_id, key.id, sealed, uuid4())
+    add_image(image_id, key.id, sealed)
     return image_id
 
 
