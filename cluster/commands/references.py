@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from cluster.database import database
 from cluster.prepare import choose_model
-from data_jobs.references.load import publish_bundled, publish_space
-from data_jobs.references.verify import verify_space
+from data_jobs.references.load import publish_bundled, publish_space, verify_space
 from model_store.registry import ModelStore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict, DermError

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_jobs.references.embedder import embed_rows, identify_embedder
-from data_jobs.references.load import ReferenceBundle, read_bundle
-from data_jobs.references.verify import verify_space
+from data_jobs.references.load import ReferenceBundle, read_bundle, verify_space
 from data_jobs.training.dataset import isic_folder, read_rows
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace

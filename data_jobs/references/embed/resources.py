@@ -70,14 +70,13 @@ class NodeRoom:
 def look_around() -> list[NodeRoom]:
     """Say what each node of the joined cluster has. Needs `ray.init`."""
     free: Mapping[str, Mapping[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [
-        NodeRoom(
-            node["Resources"].get("CPU", 0.0),
-            free.get(node["NodeID"], {}).get("CPU", 0.0),
-            free.get(node["NodeID"], {}).get("GPU", 0.0),
+    rooms = []
+    for node in _live_nodes():
+        there = free.get(node["NodeID"], {})
+        rooms.append(
+            NodeRoom(node["Resources"].get("CPU", 0.0), there.get("CPU", 0.0), there.get("GPU", 0.0))
         )
-        for node in _live_nodes()
-    ]
+    return rooms
 
 
 def fit_in(
@@ -126,13 +125,14 @@ def _down(share: float) -> float:
 
 def check_nodes(folder: Path, models: Path) -> None:
     """Raise StageFailed unless every node that may run a part of the job has Ray Data, images and models."""
-    nodes = [node for node in _live_nodes() if node["Resources"].get("CPU")]
-    asked = {node["NodeManagerAddress"]: _ask(node["NodeID"], folder, models) for node in nodes}
-    lacking = [
-        f"{address}: {', '.join(lacks)}"
-        for address, lacks in zip(asked, ray.get(list(asked.values())), strict=True)
-        if lacks
-    ]
+    asked = {}
+    for node in _live_nodes():
+        if node["Resources"].get("CPU"):
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(find_lacking).options(num_cpus=0, scheduling_strategy=where)
+            asked[node["NodeManagerAddress"]] = task.remote(folder.resolve(), models.resolve())
+    found = zip(asked, ray.get(list(asked.values())), strict=True)
+    lacking = [f"{address}: {', '.join(lacks)}" for address, lacks in found if lacks]
     if lacking:
         raise StageFailed(
             f"Not every node can do a part of the job. There is lacking at {'; '.join(lacking)}."
@@ -141,15 +141,6 @@ def check_nodes(folder: Path, models: Path) -> None:
 
 def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def _ask(node_id: str, folder: Path, models: Path) -> Any:  # noqa: ANN401 - a reference to what find_lacking gives
-    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return (
-        ray.remote(find_lacking)
-        .options(num_cpus=0, scheduling_strategy=where)
-        .remote(folder.resolve(), models.resolve())
-    )
 
 
 def find_lacking(folder: Path, models: Path) -> list[str]:
