@@ -16,7 +16,8 @@ import sys
 from data_jobs.references.catalogue import Licence, parse_licences
 from data_jobs.references.fetch.eligibility import Eligibility
 from data_jobs.references.fetch.http import Http, Pace
-from data_jobs.references.fetch.job import Outcome, Selection, fetch, summary
+from data_jobs.references.fetch.job import Outcome, fetch, summary
+from data_jobs.references.fetch.selection import Selection
 from data_jobs.references.fetch.sources import ARCHIVE_BASE, BUCKET_BASE, QUERY, Archive, Bucket, Folder
 from serve_app.domain.errors import DermError, InvalidField
 

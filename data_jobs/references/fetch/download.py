@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 import hashlib
@@ -33,28 +33,17 @@ class StoredImage:
     sha256: str
 
 
-def store_image(source: Source, isic_id: str, file: Path, pace: Pace) -> StoredImage:
+def store_image(source: Source, isic_id: str, file: Path) -> StoredImage:
     """Fetch one image, in one attempt. Raises Transient, Refused, or Stopped; OSError when it can not be written.
 
     It is written beside its place and renamed when whole. Not flushed to the disk: what a power cut
     damages is found by its digest when the fetch is run again.
     """
+    data = source.read(isic_id)
+    check_jpeg(isic_id, data)
     partial = file.with_name(file.name + PARTIAL)
-    data = bytearray()
-    try:
-        with source.open(isic_id) as body, partial.open("wb") as written:
-            for chunk in body.chunks:
-                pace.step()
-                data += chunk
-                if len(data) > ARCHIVE_LIMITS.max_bytes:
-                    raise Refused(f"{isic_id} has more than {ARCHIVE_LIMITS.max_bytes} bytes.", "too large")
-                written.write(chunk)
-        if body.length not in {None, len(data)}:
-            raise Transient(f"{isic_id}: {len(data)} bytes came, not {body.length}.", "wrong length")
-        check_jpeg(isic_id, bytes(data))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial.write_bytes(data)
+    partial.replace(file)
     return StoredImage(isic_id, len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -87,17 +76,15 @@ RESERVE = 512 * 1024 * 1024
 _GB = 1e9
 
 
-def needed_bytes(entries: Iterable[CatalogueEntry]) -> int:
-    """Bytes of the entries' images; one whose size is not known counts as the mean of the others."""
+def check_space(folder: Path, entries: Iterable[CatalogueEntry]) -> int:
+    """Bytes that the images need; one whose size is not known counts as the mean of the others.
+
+    Raises FetchError when the folder's disk has no room for them and the reserve.
+    """
     sizes = [entry.bytes for entry in entries]
     known = [size for size in sizes if size is not None]
     typical = sum(known) // len(known) if known else TYPICAL
-    return sum(known) + typical * (len(sizes) - len(known))
-
-
-def check_space(folder: Path, entries: Iterable[CatalogueEntry]) -> int:
-    """Bytes that the images need. Raises FetchError when the folder's disk has no room for them and the reserve."""
-    needed = needed_bytes(entries)
+    needed = sum(known) + typical * (len(sizes) - len(known))
     free = shutil.disk_usage(folder).free
     if needed + RESERVE > free:
         raise FetchError(
@@ -121,7 +108,11 @@ def stored_images(output: Path, threads: int) -> dict[str, StoredImage]:
     """
     for partial in (output / IMAGES).glob(f"*{PARTIAL}"):
         partial.unlink(missing_ok=True)
-    noted = list({image.isic_id: image for image in _noted(output / JOURNAL)}.values())
+    journal = output / JOURNAL
+    lines = journal.read_text(encoding="utf-8", errors="replace").splitlines() if journal.is_file() else []
+    # A torn line is as good as none.
+    notes = [found for line in lines if (found := _NOTE.fullmatch(line))]
+    noted = list({note[1]: StoredImage(note[1], int(note[2]), note[3]) for note in notes}.values())
     pool = ThreadPoolExecutor(threads)
     try:
         same = pool.map(lambda image: is_stored(image, output / image_path(image.isic_id)), noted)
@@ -167,7 +158,7 @@ class Download:
     def _fetch(self, entry: CatalogueEntry) -> StoredImage:
         file = self._output / entry.path
         return self._pace.insist(
-            lambda: store_image(self._source, entry.isic_id, file, self._pace), self._source.attempts
+            lambda: store_image(self._source, entry.isic_id, file), self._source.attempts
         )
 
     def _take(self, isic_id: str, done: Future[StoredImage]) -> None:
@@ -186,11 +177,3 @@ class Download:
         with (self._output / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(f"{image.isic_id},{image.bytes},{image.sha256}\n")
         self.stored.append(image)
-
-
-def _noted(journal: Path) -> Iterator[StoredImage]:
-    if journal.is_file():
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-            # A torn line is as good as none.
-            if found := _NOTE.fullmatch(line):
-                yield StoredImage(found[1], int(found[2]), found[3])

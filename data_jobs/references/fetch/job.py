@@ -3,6 +3,9 @@
 What a folder is to hold is chosen once, so that running again fetches what is missing and nothing else:
 `selection.parquet` has the chosen entries, `selection.json` what they were chosen by and from. The latter is
 written last: while it is not there, nothing has been chosen.
+
+Until then `listing.jsonl` has one line a page that was listed: the entries of its candidates, how many others were
+left out for which cause, and where the next page begins. A torn last line counts as not written.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 import csv
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 import fcntl
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
+from tqdm import tqdm
 
 from data_jobs.references.catalogue import (
     IMAGES,
@@ -26,15 +33,16 @@ from data_jobs.references.catalogue import (
     write_entries,
 )
 from data_jobs.references.fetch.download import Download, check_space, stored_images
-from data_jobs.references.fetch.eligibility import Eligibility
-from data_jobs.references.fetch.http import FetchError, Pace
-from data_jobs.references.fetch.listing import JOURNAL, list_candidates
-from data_jobs.references.fetch.selection import choose
+from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
+from data_jobs.references.fetch.http import FetchError, ImageFailure, Pace, Refused
+from data_jobs.references.fetch.selection import Selection, choose
 from data_jobs.references.fetch.sources import Source
 from serve_app.domain.errors import Conflict
 
+LISTING = "listing.jsonl"
 ENTRIES = "selection.parquet"
 PARAMETERS = "selection.json"
+FAILURES = "failures.csv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,55 +54,6 @@ class Plan:
     left_out: Mapping[str, int]
 
 
-def read_plan(output: Path, parameters: Mapping[str, Any]) -> Plan | None:
-    """Read the folder's plan, None when it has none. Raises Conflict when it was made with other parameters."""
-    file = output / PARAMETERS
-    if not file.is_file():
-        return None
-    written = json.loads(file.read_text(encoding="utf-8"))
-    before = written["parameters"]
-    if before != parameters:
-        changed = sorted(name for name in {*before, *parameters} if before.get(name) != parameters.get(name))
-        told = "; ".join(f"{name} was {before.get(name)}, is {parameters.get(name)}" for name in changed)
-        raise Conflict(f"{output} was begun with other options ({told}). Name another --output.")
-    return Plan(read_entries(output / ENTRIES), written["candidates"], written["left_out"])
-
-
-def write_plan(output: Path, parameters: Mapping[str, Any], plan: Plan) -> None:
-    """Write the folder's plan."""
-    write_entries(output / ENTRIES, plan.entries)
-    text = json.dumps(
-        {"parameters": parameters, "candidates": plan.candidates, "left_out": plan.left_out}, indent=2
-    )
-    partial = output / f"{PARAMETERS}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(output / PARAMETERS)
-
-
-@contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Keep other fetches out of the folder. Raises Conflict when one is at work there."""
-    with (output / "fetch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(f"Another fetch is at work in {output}.") from error
-        yield
-
-
-FAILURES = "failures.csv"
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """How many images are wanted, and how they are chosen (see `selection`)."""
-
-    count: int
-    seed: int = 0
-    minimum: int | None = None
-    several_per_lesion: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a fetch left: the images that are whole, and why others are missing, by isic_id."""
@@ -102,7 +61,7 @@ class Outcome:
     plan: Plan
     entries: list[CatalogueEntry]
     fetched: int
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: Mapping[str, ImageFailure]
 
 
 def fetch(
@@ -112,8 +71,8 @@ def fetch(
     eligibility: Eligibility,
     pace: Pace,
     *,
-    threads: int = 8,
-    say: Callable[[str], None] = print,
+    threads: int,
+    say: Callable[[str], None],
 ) -> Outcome:
     """Make `output` a folder of reference images, or finish what an earlier run began there.
 
@@ -122,8 +81,7 @@ def fetch(
     """
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
     with only_one(output):
-        parameters = _parameters(source, selection, eligibility)
-        plan = read_plan(output, parameters) or _plan(source, output, selection, eligibility, parameters)
+        plan = _plan(source, output, selection, eligibility)
         stored = stored_images(output, threads)
         missing = [entry for entry in plan.entries if entry.isic_id not in stored]
         needed = check_space(output, missing)
@@ -137,75 +95,153 @@ def fetch(
             for entry in plan.entries
             if entry.isic_id in stored
         ]
-        _write_failures(output, download)
+        _write_failures(output / FAILURES, download.failed)
         write_catalogue(output, entries)
-        failures = {isic_id: str(error) for isic_id, error in download.failed.items()}
-        return Outcome(plan, entries, len(download.stored), failures)
+        return Outcome(plan, entries, len(download.stored), download.failed)
 
 
-def _plan(
-    source: Source, output: Path, selection: Selection, eligibility: Eligibility, parameters: dict[str, Any]
-) -> Plan:
-    listing = list_candidates(source, eligibility, output, parameters=parameters)
-    chosen = choose(
-        listing.candidates,
-        selection.count,
-        seed=selection.seed,
-        minimum=selection.minimum,
-        several_per_lesion=selection.several_per_lesion,
-    )
-    if not chosen:
-        causes = ", ".join(f"{cause}: {count:,}" for cause, count in listing.left_out.most_common())
-        raise FetchError(
-            f"None of {listing.seen:,} images can be a reference ({causes or 'there are none'})."
-        )
-    left_out = {cause.value: count for cause, count in listing.left_out.most_common()}
-    plan = Plan(chosen, len(listing.candidates), left_out)
-    write_plan(output, parameters, plan)
-    (output / JOURNAL).unlink()
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Keep other fetches out of the folder. Raises Conflict when one is at work there."""
+    with (output / "fetch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"Another fetch is at work in {output}.") from error
+        yield
+
+
+def _plan(source: Source, output: Path, selection: Selection, eligibility: Eligibility) -> Plan:
+    """The folder's plan, made now when it has none. Raises Conflict when it was made with other options."""
+    excluded = "\n".join(sorted(eligibility.excluded)).encode()
+    parameters = {
+        "source": source.name,
+        **source.parameters,
+        **asdict(selection),
+        "licence": sorted(eligibility.licences),
+        "unconfirmed": eligibility.unconfirmed,
+        "excluded": hashlib.sha256(excluded).hexdigest() if excluded else None,
+    }
+    file = output / PARAMETERS
+    if file.is_file():
+        written = json.loads(file.read_text(encoding="utf-8"))
+        before = written["parameters"]
+        names = sorted({*before, *parameters})
+        if changed := [name for name in names if before.get(name) != parameters.get(name)]:
+            told = "; ".join(f"{name} was {before.get(name)}, is {parameters.get(name)}" for name in changed)
+            raise Conflict(f"{output} was begun with other options ({told}). Name another --output.")
+        return Plan(read_entries(output / ENTRIES), written["candidates"], written["left_out"])
+    pages = list_candidates(source, eligibility, output / LISTING, parameters)
+    candidates = [entry for page in pages for entry in page.entries]
+    total = sum((Counter(page.left_out) for page in pages), Counter[LeftOut]())
+    left_out = {cause.value: count for cause, count in total.most_common()}
+    plan = Plan(choose(candidates, selection), len(candidates), left_out)
+    if not plan.entries:
+        causes = ", ".join(f"{cause}: {count:,}" for cause, count in left_out.items())
+        seen = len(candidates) + total.total()
+        raise FetchError(f"None of {seen:,} images can be a reference ({causes or 'there are none'}).")
+    write_entries(output / ENTRIES, plan.entries)
+    written = {"parameters": parameters, "candidates": plan.candidates, "left_out": left_out}
+    partial = output / f"{PARAMETERS}.partial"
+    partial.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+    (output / LISTING).unlink()
     return plan
 
 
-def _parameters(source: Source, selection: Selection, eligibility: Eligibility) -> dict[str, Any]:
-    excluded = "\n".join(sorted(eligibility.excluded)).encode()
-    return {
-        "source": source.name,
-        **source.parameters(),
-        "count": selection.count,
-        "seed": selection.seed,
-        "minimum": selection.minimum,
-        "several_per_lesion": selection.several_per_lesion,
-        "licence": sorted(eligibility.licences),
-        "unconfirmed": eligibility.unconfirmed,
-        "excluded": hashlib.sha256(excluded).hexdigest() if eligibility.excluded else None,
-    }
+@dataclass(frozen=True, slots=True)
+class ListedPage:
+    """A line of the listing. `cursor`: where the next page begins, None when a listing cannot go on there."""
+
+    entries: list[CatalogueEntry]
+    left_out: dict[LeftOut, int]
+    cursor: str | None
 
 
-def _write_failures(output: Path, download: Download) -> None:
-    file = output / FAILURES
-    if not download.failed:
+_LINE = TypeAdapter(ListedPage)
+
+
+def list_candidates(
+    source: Source, eligibility: Eligibility, journal: Path, parameters: Mapping[str, Any]
+) -> list[ListedPage]:
+    """Go through a source's pages, or through those after the last one that the journal has."""
+    pages = _read_listing(journal, parameters)
+    try:
+        _list(source, eligibility, journal, parameters, pages)
+    except Refused:
+        if not pages or pages[-1].cursor is None:
+            raise
+        # The archive knows the old cursor no more.
+        pages = []
+        _list(source, eligibility, journal, parameters, pages)
+    return pages
+
+
+def _list(
+    source: Source,
+    eligibility: Eligibility,
+    journal: Path,
+    parameters: Mapping[str, Any],
+    pages: list[ListedPage],
+) -> None:
+    """Add the source's pages that follow to `pages` and to the journal."""
+    seen = sum(len(page.entries) + sum(page.left_out.values()) for page in pages)
+    with (
+        journal.open("a" if pages else "w", encoding="utf-8") as file,
+        tqdm(initial=seen, desc="listing", unit=" images", mininterval=5.0) as bar,
+    ):
+        if not pages:
+            file.write(json.dumps({"parameters": parameters}) + "\n")
+        for page in source.pages(pages[-1].cursor if pages else None):
+            judged = [eligibility.judge(record, source=source.name) for record in page.records]
+            entries = [entry for entry in judged if isinstance(entry, CatalogueEntry)]
+            left_out = Counter(cause for cause in judged if isinstance(cause, LeftOut))
+            pages.append(ListedPage(entries, dict(left_out), page.cursor))
+            file.write(_LINE.dump_json(pages[-1]).decode() + "\n")
+            file.flush()
+            bar.total = page.total or bar.total
+            bar.update(len(page.records))
+
+
+def _read_listing(journal: Path, parameters: Mapping[str, Any]) -> list[ListedPage]:
+    """What the journal has, if it is of the same parameters and ends where a page begins; else nothing."""
+    if not journal.is_file():
+        return []
+    written = journal.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1]
+    os.truncate(journal, len(whole))
+    lines = whole.splitlines()
+    try:
+        if not lines or json.loads(lines[0])["parameters"] != parameters:
+            return []
+        pages = [_LINE.validate_json(line) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return pages if pages and pages[-1].cursor else []
+
+
+def _write_failures(file: Path, failed: Mapping[str, ImageFailure]) -> None:
+    if not failed:
         file.unlink(missing_ok=True)
         return
     with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerow(["isic_id", "cause", "message"])
-        writer.writerows(
-            [isic_id, error.cause, str(error)] for isic_id, error in sorted(download.failed.items())
-        )
+        writer.writerows([isic_id, error.cause, str(error)] for isic_id, error in sorted(failed.items()))
 
 
 def summary(outcome: Outcome) -> list[str]:
     """What a person reads at the end, a line each."""
     plan, entries = outcome.plan, outcome.entries
-    lines = [f"{len(entries):,} of {len(plan.entries):,} images are here, {outcome.fetched:,} fetched now"]
     wanted = Counter(entry.diagnosis for entry in plan.entries)
-    lines.append(
-        "by diagnosis: " + ", ".join(f"{diagnosis} {count:,}" for diagnosis, count in wanted.items())
-    )
     licences = Counter(entry.copyright_license for entry in entries)
-    lines.append("by licence: " + ", ".join(f"{licence} {count:,}" for licence, count in licences.items()))
-    lines.append(f"chosen from {plan.candidates:,} candidates; left out:")
-    lines += [f"  {count:>9,} {cause}" for cause, count in plan.left_out.items()]
+    lines = [
+        f"{len(entries):,} of {len(plan.entries):,} images are here, {outcome.fetched:,} fetched now",
+        "by diagnosis: " + ", ".join(f"{diagnosis} {count:,}" for diagnosis, count in wanted.items()),
+        "by licence: " + ", ".join(f"{licence} {count:,}" for licence, count in licences.items()),
+        f"chosen from {plan.candidates:,} candidates; left out:",
+        *(f"  {count:>9,} {cause}" for cause, count in plan.left_out.items()),
+    ]
     if outcome.failures:
         lines.append(f"{len(outcome.failures):,} failed, see {FAILURES}; run this again to try them again")
     return lines
