@@ -34,8 +34,7 @@ class ReferenceSearch:
     """Exact cosine search over a bundle; `ReferenceStore.nearest` is its twin in the database."""
 
     def __init__(self, bundle: ReferenceBundle) -> None:
-        self._images = bundle.images
-        self._embeddings = bundle.embeddings
+        self._images, self._embeddings = bundle.images, bundle.embeddings
         lesions = [image.lesion_id or image.isic_id for image in bundle.images]
         # Numbers for lesions: comparing 4,000 strings for every case takes longer than the model.
         self._numbers = {lesion: i for i, lesion in enumerate(dict.fromkeys(lesions))}
@@ -49,18 +48,17 @@ class ReferenceSearch:
         order = order[self._lesion[order] != self._numbers.get(lesion, -1)]
         _, firsts = np.unique(self._lesion[order], return_index=True)
         distinct = order[np.sort(firsts)]
-        cases = [self._case(int(i), float(similarity[i])) for i in distinct[:k]]
-        malignant = distinct[self._malignant[distinct]][:1]
-        benign = distinct[~self._malignant[distinct]][:1]
-        return Neighbours(
-            similar=tuple(cases),
-            malignant_share=sum(c.diagnosis in MALIGNANT for c in cases) / len(cases) if cases else None,
-            nearest_benign=next((self._case(int(i), float(similarity[i])) for i in benign), None),
-            nearest_malignant=next((self._case(int(i), float(similarity[i])) for i in malignant), None),
+        malignant = self._malignant[distinct]
+        similar, nearest_benign, nearest_malignant = (
+            [SimilarCase(**asdict(self._images[i]), similarity=float(similarity[i])) for i in found]
+            for found in (distinct[:k], distinct[~malignant][:1], distinct[malignant][:1])
         )
-
-    def _case(self, index: int, similarity: float) -> SimilarCase:
-        return SimilarCase(**asdict(self._images[index]), similarity=similarity)
+        return Neighbours(
+            similar=tuple(similar),
+            malignant_share=float(malignant[:k].mean()) if similar else None,
+            nearest_benign=next(iter(nearest_benign), None),
+            nearest_malignant=next(iter(nearest_malignant), None),
+        )
 
 
 BATCH = 16
@@ -112,7 +110,8 @@ def answer_cases(
     search = ReferenceSearch(read_bundle(model, model.manifest.live_space))
     geometry = InputGeometry.from_manifest(model.manifest.input)
     points = {name: point.threshold for name, point in model.manifest.operating_points.items()}
-    answers: list[tuple[Classification, Conclusion]] = []
+    classified: list[Classification] = []
+    concluded: list[Conclusion] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in tqdm(
             range(0, len(rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
@@ -120,57 +119,44 @@ def answer_cases(
             part = rows[start : start + BATCH]
             images = list(pool.map(lambda row: _prepare(row, archive, geometry), part))
             logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
-            classified = calibrator.classify(logits, bottleneck)
-            vectors = space.embed(bottleneck)
-            for row, image, classification, vector in zip(part, images, classified, vectors, strict=True):
-                neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
-                conclusion = _conclude(row, image, classification, neighbours, points, policy)
-                answers.append((classification, conclusion))
-    return _as_arrays(answers)
+            found = calibrator.classify(logits, bottleneck)
+            classified += found
+            concluded += [
+                conclude(
+                    quality=image.quality,
+                    width=image.width,
+                    height=image.height,
+                    classification=classification,
+                    neighbours=search.nearest(vector, k=WEIGHED, lesion=row.lesion),
+                    context=ClinicalContext(
+                        anatom_site_general=_SITES.get(row.anatom_site_general or ""),
+                        age_approx=row.age_approx,
+                        sex=_SEXES.get(row.sex or ""),
+                    ),
+                    change=None,
+                    operating_points=points,
+                    policy=policy,
+                )
+                for row, image, classification, vector in zip(
+                    part, images, found, space.embed(bottleneck), strict=True
+                )
+            ]
+    risks = [conclusion.risk for conclusion in concluded]
+    return CaseAnswers(
+        nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer in classified]),
+        sets=np.array([[d in answer.prediction_set for d in TRAINED] for answer in classified]),
+        outcome=np.array([conclusion.outcome.value for conclusion in concluded]),
+        level=np.array([risk.level.value if risk else "" for risk in risks]),
+        urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
+    )
 
 
 def _prepare(row: LabelledImage, archive: Path, geometry: InputGeometry) -> PreparedImage:
-    path = archive / "images" / f"{row.isic_id}.jpg"
+    path = archive / row.path
     try:
         return prepare_image(path.read_bytes(), geometry, ARCHIVE_LIMITS)
     except RejectedUpload as error:
         raise DermError(f"{path}: {error}") from error
-
-
-def _conclude(
-    row: LabelledImage,
-    image: PreparedImage,
-    classification: Classification,
-    neighbours: Neighbours,
-    points: dict[str, float],
-    policy: RiskPolicy,
-) -> Conclusion:
-    return conclude(
-        quality=image.quality,
-        width=image.width,
-        height=image.height,
-        classification=classification,
-        neighbours=neighbours,
-        context=ClinicalContext(
-            anatom_site_general=_SITES.get(row.anatom_site_general or ""),
-            age_approx=row.age_approx,
-            sex=_SEXES.get(row.sex or ""),
-        ),
-        change=None,
-        operating_points=points,
-        policy=policy,
-    )
-
-
-def _as_arrays(answers: Sequence[tuple[Classification, Conclusion]]) -> CaseAnswers:
-    risks = [conclusion.risk for _, conclusion in answers]
-    return CaseAnswers(
-        nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer, _ in answers]),
-        sets=np.array([[d in answer.prediction_set for d in TRAINED] for answer, _ in answers]),
-        outcome=np.array([conclusion.outcome.value for _, conclusion in answers]),
-        level=np.array([risk.level.value if risk else "" for risk in risks]),
-        urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
-    )
 
 
 CaseKind = Literal["held-out", "references"]

@@ -14,8 +14,7 @@ import tomllib
 from typing import Any
 
 from data_jobs.promotion.candidate import ImportRefused, open_whole
-from data_jobs.promotion.export_source import ExportedSource, export_source, run_step
-from data_jobs.promotion.source import SourceFile, take_source
+from data_jobs.promotion.source import ExportedSource, SourceFile, export_source, run_step, take_source
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe, read_recipe
 from model_store.manifest import MANIFEST_NAME
