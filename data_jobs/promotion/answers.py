@@ -71,14 +71,13 @@ class CaseAnswers:
     """One model's answers to N cases.
 
     nine: N×9 probabilities in the order of `Diagnosis`. sets: N×8 membership of the prediction
-    set in the order of `TRAINED`. outcome, level and urgency: N strings; the latter two are
-    empty where the image was refused.
+    set in the order of `TRAINED`. outcome and urgency: N strings; the latter is empty where the
+    image was refused.
     """
 
     nine: NDArray[np.float64]
     sets: NDArray[np.bool_]
     outcome: NDArray[np.str_]
-    level: NDArray[np.str_]
     urgency: NDArray[np.str_]
 
     def write(self, path: Path) -> None:
@@ -146,7 +145,6 @@ def answer_cases(
         nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer in classified]),
         sets=np.array([[d in answer.prediction_set for d in TRAINED] for answer in classified]),
         outcome=np.array([conclusion.outcome.value for conclusion in concluded]),
-        level=np.array([risk.level.value if risk else "" for risk in risks]),
         urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
     )
 
@@ -163,7 +161,7 @@ CaseKind = Literal["held-out", "references"]
 #: The fold that no recipe trains, calibrates or chooses on.
 HELD_OUT_FOLD = 0
 # Changed whenever answers to the same cases may change for another reason than those in the key.
-_ANSWERS_VERSION = "1"
+_ANSWERS_VERSION = "2"
 
 Say = Callable[[str], None]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 import csv
 from dataclasses import dataclass
+from functools import partial
 import io
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 import zipfile
 
@@ -35,24 +37,22 @@ class Page:
     total: int | None = None
 
 
-class Source(Protocol):
-    """The archive, its bucket, or a folder."""
+class Source(ABC):
+    """The archive, its bucket, or a folder.
 
-    @property
-    def name(self) -> str:
-        """Its name on the command line."""
+    `attempts`: how often an image is tried before it counts as failed. `parameters`: what the listing depends on, to
+    compare one fetch with an earlier one into the same folder.
+    """
 
-    @property
-    def attempts(self) -> int:
-        """How often an image is tried before it counts as failed."""
+    name: str
+    attempts = 6
+    parameters: dict[str, str]
 
-    @property
-    def parameters(self) -> Mapping[str, str]:
-        """What its listing depends on, to compare one fetch with an earlier one into the same folder."""
-
+    @abstractmethod
     def pages(self, cursor: str | None) -> Iterator[Page]:
         """List its images, from a page's cursor or from the start. Raises FetchError."""
 
+    @abstractmethod
     def read(self, isic_id: str) -> bytes:
         """Read an image, in one attempt. Raises Transient, Refused or Stopped."""
 
@@ -64,14 +64,13 @@ QUERY = "image_type:dermoscopic"
 PAGE = "100"
 
 
-class Archive:
+class Archive(Source):
     """Images that a search finds, all of them or those of some collections (ids, comma-separated).
 
     The archive's API, version 2 (ImageMarkup/isic, `isic/core/api/image.py`).
     """
 
     name = "archive"
-    attempts = 6
 
     def __init__(
         self, http: Http, *, base: str = ARCHIVE_BASE, query: str = QUERY, collections: str = ""
@@ -85,7 +84,8 @@ class Archive:
         asked = {name: self.parameters[name] for name in ("query", "collections")} | {"limit": PAGE}
         query = cursor or urlencode({name: value for name, value in asked.items() if value})
         while True:
-            answer = self._json(f"images/search/?{query}")
+            url = f"images/search/?{query}"
+            answer = self._http.pace.insist(partial(self._json, url), ATTEMPTS)
             found, after = answer.get("results"), answer.get("next")
             if not isinstance(found, list) or not (after is None or isinstance(after, str)):
                 raise FetchError("The archive's search answered with something that is no page of images.")
@@ -100,7 +100,7 @@ class Archive:
 
     def read(self, isic_id: str) -> bytes:
         """Read an image from the URL that the archive gives for it now: such URLs are signed and expire."""
-        image = self._json_once(f"images/{isic_id}/")
+        image = self._json(f"images/{isic_id}/")
         try:
             url, size = image["files"]["full"]["url"], int(image["files"]["full"]["size"])
             public = image["public"]
@@ -117,16 +117,11 @@ class Archive:
         return data
 
     def _json(self, url: str) -> dict[str, Any]:
-        return self._http.pace.insist(lambda: self._json_once(url), ATTEMPTS)
-
-    def _json_once(self, url: str) -> dict[str, Any]:
         try:
             answer = self._http.get(url).json()
         except ValueError as error:
             raise Transient(f"{url.partition('?')[0]}: the answer is no JSON.", "no JSON") from error
-        if not isinstance(answer, dict):
-            raise Transient(f"{url.partition('?')[0]}: the answer is no JSON object.", "no JSON")
-        return answer
+        return dict(_table(answer))
 
 
 def flatten(image: Mapping[str, Any]) -> dict[str, object]:
@@ -172,7 +167,7 @@ SNAPSHOT = "snapshots/ISIC_images.zip"
 _PAGE = 1000
 
 
-class Bucket:
+class Bucket(Source):
     """The public images of the latest snapshot, read anonymously.
 
     The bucket has every public image as `images/<isic_id>.jpg`, and a ZIP of all of them with their `metadata.csv`,
@@ -181,7 +176,6 @@ class Bucket:
     """
 
     name = "bucket"
-    attempts = 6
 
     def __init__(self, http: Http, *, base: str = BUCKET_BASE) -> None:
         self._http = http
@@ -215,7 +209,7 @@ def _record(row: Mapping[str, str], sizes: Mapping[str, int]) -> Mapping[str, ob
     return {**row, "public": "true", "bytes": sizes.get(name)}
 
 
-class Folder:
+class Folder(Source):
     """Images in `images/` or beside the metadata file, whose columns are the catalogue's or the archive's."""
 
     name = "folder"
