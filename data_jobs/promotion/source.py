@@ -36,6 +36,24 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 @dataclass(frozen=True, slots=True)
+class ImportRequest:
+    """What to import, and what its file cannot say of itself.
+
+    `source`: a path, an https URL or `hf-hub:ORG/NAME`. `licence` and `training_data` go into
+    the manifest and the card; our own checkpoint needs neither.
+    """
+
+    source: str
+    recipe: Path
+    sha256: str | None = None
+    label_map: Path | None = None
+    licence: str | None = None
+    training_data: str | None = None
+    side: int | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A copy in our own folder, the SHA-256 of its bytes, and where it came from."""
 
@@ -259,23 +277,14 @@ MAX_LOGIT_DIFFERENCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class ExportedSource:
-    """What kind of file it was, its labels, and one line that tells of parity."""
+    """What kind of file it was, its labels, and one line that tells how far the graph answers as the source does."""
 
     kind: FileKind
     labels: LabelMap
-    told: str
+    parity: str
 
 
-def export_source(
-    source: SourceFile,
-    recipe: Recipe,
-    *,
-    recipe_path: Path,
-    digest_stated: bool,
-    label_map: Path | None,
-    side: int | None,
-    output: Path,
-) -> ExportedSource:
+def export_source(source: SourceFile, recipe: Recipe, request: ImportRequest, output: Path) -> ExportedSource:
     """Check the file against the contract and export it into `output`.
 
     Raises ImportRefused when it is no such file, its labels or ports do not keep the contract, or the
@@ -283,7 +292,7 @@ def export_source(
     """
     kind = sniff_kind(source.path)
     if kind == "checkpoint":
-        if not digest_stated:
+        if request.sha256 is None:
             raise ImportRefused(
                 "A torch checkpoint is read only when it is our own: state the SHA-256 of the one that "
                 "training wrote, with --sha256. Weights from elsewhere must come as safetensors."
@@ -291,26 +300,22 @@ def export_source(
         labels = map_own_labels(TRAINED, _MODALITY)
         run_step(
             "data_jobs.training.export",
-            *("--recipe", recipe_path, "--checkpoint", source.path, "--output", output),
+            *("--recipe", request.recipe, "--checkpoint", source.path, "--output", output),
         )
     elif kind == "safetensors":
-        labels = _safetensors_labels(source.path, label_map)
+        labels = _safetensors_labels(source.path, request.label_map)
         run_step(
             "data_jobs.training.timm_checkpoint",
-            *("--recipe", recipe_path, "--weights", source.path, "--positions", list(labels.positions)),
-            *("--side", side or max(recipe.serving_sides), "--output", output),
+            *("--recipe", request.recipe, "--weights", source.path, "--positions", list(labels.positions)),
+            *("--side", request.side or max(recipe.serving_sides), "--output", output),
         )
     else:
-        labels = _onnx_labels(source.path, label_map)
+        labels = _onnx_labels(source.path, request.label_map)
         run_step(
             "data_jobs.training.served_graph",
             *("adopt", "--source", source.path, "--positions", list(labels.positions)),
             *("--model-id", recipe.model_id, "--output", output),
         )
-    return ExportedSource(kind, labels, _prove_parity(output))
-
-
-def _prove_parity(output: Path) -> str:
     exported = json.loads((output / "export.json").read_text(encoding="utf-8"))
     parity = exported["parity"]
     worst = max(parity["max_abs_logit"], exported.get("max_abs_logit_of_timm", 0.0))
@@ -319,7 +324,8 @@ def _prove_parity(output: Path) -> str:
             f"The exported graph does not answer as its source does: max |Δlogit| {worst:.1e} "
             f"(limit {MAX_LOGIT_DIFFERENCE:.0e})."
         )
-    return f"side {exported['side']}, max |Δlogit| {worst:.1e} over {parity['images']} images"
+    told = f"side {exported['side']}, max |Δlogit| {worst:.1e} over {parity['images']} images"
+    return ExportedSource(kind, labels, told)
 
 
 def _safetensors_labels(path: Path, label_map: Path | None) -> LabelMap:

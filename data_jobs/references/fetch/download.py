@@ -128,9 +128,7 @@ class Download:
     def __init__(self, source: Source, output: Path, pace: Pace) -> None:
         self.stored: list[StoredImage] = []
         self.failed: dict[str, ImageFailure] = {}
-        self._source = source
-        self._output = output
-        self._pace = pace
+        self._source, self._output, self._pace = source, output, pace
         self._in_a_row = 0
 
     def run(self, entries: Sequence[CatalogueEntry], threads: int, *, there: int = 0) -> None:

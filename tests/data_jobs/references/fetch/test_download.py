@@ -93,12 +93,6 @@ def test_what_another_attempt_would_not_change_is_tried_once(
     assert len(archive_server.paths("/files/ISIC_0000005")) == 1
 
 
-def test_an_image_that_is_whole_but_no_picture_fails(archive_server, entries, download):
-    archive_server.files["ISIC_0000005"] = archive_server.files["ISIC_0000005"][:-200]
-    download.run(entries, threads=2)
-    assert download.failed["ISIC_0000005"].cause == "no whole JPEG"
-
-
 def test_a_server_that_says_nothing_is_not_waited_for_without_end(
     archive_server, entries, output, pace, new_fault, monkeypatch
 ):
@@ -131,12 +125,6 @@ def test_a_disk_that_fills_up_ends_the_run(entries, download, output, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         download.run(entries, threads=2)
     assert names(output) == []
-
-
-def test_what_is_whole_is_known_again(entries, download, output):
-    download.run(entries, threads=3)
-    again = stored_images(output, threads=2)
-    assert set(again.values()) == set(download.stored)
 
 
 def test_what_is_half_done_or_changed_is_not(entries, download, output):

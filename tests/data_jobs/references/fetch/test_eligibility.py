@@ -32,24 +32,16 @@ def vocabulary() -> list[str]:
         (f"{MELANOMA}:Melanoma metastasis", None),
         ("Benign:Benign melanocytic proliferations:Nevus:Blue nevus:Blue nevus, Cellular", "NV"),
         ("Benign:Benign melanocytic proliferations", None),
-        ("Benign:Benign melanocytic proliferations:Lentigo simplex", None),
         (f"{UNCERTAIN}:Atypical Spitz tumor", None),
-        (f"{UNCERTAIN}:Atypical intraepithelial melanocytic proliferation", None),
         (f"{KERATOSIS}:Solar or actinic keratosis:Actinic keratosis, Bowenoid", "AK"),
-        (f"{KERATOSIS}:Solar or actinic cheilitis", None),
-        (
-            f"{EPIDERMAL}:Squamous cell carcinoma in situ:Squamous cell carcinoma in situ, Bowens disease",
-            "SCC",
-        ),
+        (f"{EPIDERMAL}:Squamous cell carcinoma in situ", "SCC"),
         (f"{EPIDERMAL}:Keratoacanthoma", None),
-        ("Malignant:Malignant adnexal epithelial proliferations - Follicular:Baso-squamous carcinoma", None),
         (VASCULAR, "VASC"),
         (f"{VASCULAR}:Hemangioma:Hemangioma, Cherry", "VASC"),
         (f"{VASCULAR}:Glomus tumor", None),
         ("Malignant:Malignant soft tissue proliferations - Vascular:Kaposi sarcoma", None),
         ("Benign:Benign epidermal proliferations:Solar lentigo", "BKL"),
         ("Benign:Benign epidermal proliferations:Epidermal nevus", None),
-        ("Benign:Flat melanotic pigmentations - not melanocytic nevus:Ink-spot lentigo", None),
         ("Indeterminate", None),
         ("Nonsense:From:Elsewhere", None),
         ("", None),
@@ -145,39 +137,20 @@ def test_an_image_its_lesion_or_its_patient_can_be_excluded(judge, name):
     assert judge(eligibility, number=4).isic_id == "ISIC_0000004"
 
 
-def test_only_the_licences_asked_for_pass(judge):
+def test_only_the_licences_asked_for_pass_and_an_age_that_is_none_is_not_known(judge):
     free = Eligibility(licences=parse_licences("cc-0,cc-by"))
     assert judge(free, copyright_license="CC-BY").copyright_license == "CC-BY"
     assert judge(free, copyright_license="CC-BY-NC") is LeftOut.LICENCE
+    assert {judge(age_approx=age).age_approx for age in ("-5", "500", "forty", "nan", "inf")} == {None}
     assert judge(Eligibility(unconfirmed=True), diagnosis_confirm_type=None).diagnosis_confirm_type is None
 
 
-@pytest.mark.parametrize("age", ["-5", "500", "forty", "nan", "inf"])
-def test_an_age_that_is_none_is_not_known(judge, age):
-    assert judge(age_approx=age).age_approx is None
-
-
-@pytest.mark.parametrize(
-    ("text", "licence"),
-    [
-        ("CC-0", "CC-0"),
-        ("cc0", "CC-0"),
-        ("CC0 1.0 Universal", "CC-0"),
-        ("CC BY 4.0", "CC-BY"),
-        ("cc_by", "CC-BY"),
-        ("CC BY-NC 4.0 International", "CC-BY-NC"),
-        ("CC-BY-SA", None),
-        ("CC-BY-NC-ND 4.0", None),
-        ("all rights reserved", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_a_licence_is_known_however_it_is_spelt(text, licence):
-    assert licence_of(text) == licence
-
-
 def test_a_list_of_licences_is_read_or_refused():
+    spelt = ("CC-0", "cc0", "CC0 1.0 Universal", "CC BY 4.0", "CC BY-NC 4.0 International")
+    assert [licence_of(text) for text in spelt] == ["CC-0", "CC-0", "CC-0", "CC-BY", "CC-BY-NC"]
+    assert {
+        licence_of(text) for text in ("CC-BY-SA", "CC-BY-NC-ND 4.0", "all rights reserved", "", None)
+    } == {None}
     assert parse_licences(" cc-0, CC-BY ,") == {Licence.CC_0, Licence.CC_BY}
     with pytest.raises(InvalidField, match="'cc-by-sa' is none of CC-0, CC-BY, CC-BY-NC"):
         parse_licences("cc-0,cc-by-sa")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import os
 
 import pytest
 
@@ -45,12 +44,6 @@ def test_a_query_narrows_the_search(filled, pace, new_image):
     assert "collections=65%2C97" in filled.paths()[0]
 
 
-def test_a_query_that_does_not_parse_is_refused_at_once(filled, pace):
-    with Http(filled.api, pace) as http, pytest.raises(Refused, match="answered 400"):
-        list(Archive(http, base=filled.api, query='sex:"').pages(None))
-    assert len(filled.seen) == 1
-
-
 def test_an_archive_that_stays_down_ends_the_listing(filled, archive, new_fault):
     filled.always["/search/"] = new_fault(status=502)
     with pytest.raises(Transient, match=r"127\.0\.0\.1/api/v2/images/search/ answered 502"):
@@ -86,13 +79,6 @@ def test_a_file_is_only_fetched_from_where_the_archive_itself_could_be(filled, a
 def test_what_an_image_lacks_is_not_there(image):
     assert set(flatten(image)) == {"isic_id", "copyright_license", "attribution", "public", "bytes"}
     assert set(flatten(image).values()) == {None}
-
-
-def test_an_image_is_flattened_as_in_the_archives_csv(filled):
-    record = flatten(filled.image("ISIC_0000004"))
-    assert record["diagnosis_4"] == "Nevus, Spitz"
-    assert record["image_type"] == "dermoscopic"
-    assert record["bytes"] == len(filled.files["ISIC_0000004"])
 
 
 SNAPSHOT = "/snapshots/ISIC_images.zip"
@@ -213,9 +199,3 @@ def test_no_path_leads_out_of_the_folder(tmp_path, path, new_jpeg):
     (folder / "metadata.csv").write_text(f"{header}ISIC_0000001,NV,CC-0,Someone,{path}\n")
     with pytest.raises(Refused, match="has no image"):
         read(folder, "ISIC_0000001")
-
-
-def test_metadata_that_can_not_be_read_is_named(tmp_path):
-    (tmp_path / "metadata.parquet").write_bytes(os.urandom(100))
-    with pytest.raises(FetchError, match="can not be read"):
-        list(Folder(tmp_path).pages(None))
