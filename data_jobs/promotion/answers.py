@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -80,29 +80,8 @@ class CaseAnswers:
     outcome: NDArray[np.str_]
     urgency: NDArray[np.str_]
 
-    def write(self, path: Path) -> None:
-        """Write all arrays into an .npz, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-        partial.rename(path)
 
-    @classmethod
-    def read(cls, path: Path) -> CaseAnswers:
-        """Read what `write` wrote; no pickle is ever loaded."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-
-
-def answer_cases(
-    model: StoredModel, rows: Sequence[LabelledImage], archive: Path, policy: RiskPolicy, *, threads: int
-) -> CaseAnswers:
-    """Answer every row as the service would, with the model's own references and operating points.
-
-    What the archive knows of a patient (age, sex, site) is the context; nothing is known of an
-    earlier visit. Raises StageFailed when the model's output is not finite, ModelContractError
-    when it lacks what the policy asks for.
-    """
+def _answer(model: StoredModel, cases: Cases, policy: RiskPolicy, threads: int) -> CaseAnswers:
     session = InferenceSession(model, threads=threads)
     calibrator = Calibrator.from_model(model)
     space = EmbeddingSpace.from_model(model, model.manifest.live_space)
@@ -113,10 +92,10 @@ def answer_cases(
     concluded: list[Conclusion] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in tqdm(
-            range(0, len(rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
+            range(0, len(cases.rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
         ):
-            part = rows[start : start + BATCH]
-            images = list(pool.map(lambda row: _prepare(row, archive, geometry), part))
+            part = cases.rows[start : start + BATCH]
+            images = list(pool.map(lambda row: _prepare(row, cases.archive, geometry), part))
             logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
             found = calibrator.classify(logits, bottleneck)
             classified += found
@@ -163,8 +142,6 @@ HELD_OUT_FOLD = 0
 # Changed whenever answers to the same cases may change for another reason than those in the key.
 _ANSWERS_VERSION = "2"
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Cases:
@@ -201,21 +178,34 @@ def read_cases(kind: CaseKind, live: StoredModel) -> Cases:
     return Cases(kind, chosen, archive, digest.hexdigest())
 
 
-def shadow(
-    model: StoredModel, cases: Cases, policy: RiskPolicy, *, cache: Path, threads: int, say: Say
+def answer_cases(
+    model: StoredModel,
+    cases: Cases,
+    policy: RiskPolicy,
+    *,
+    cache: Path,
+    threads: int,
+    say: Callable[[str], None],
 ) -> CaseAnswers:
-    """Answer the cases with a model; answers that were given before are read from `cache`.
+    """Answer every case as the service would, with the model's own references and operating points.
 
-    What the answers depend on names the file: the model's digest, the cases, preprocess and policy.
+    What the archive knows of a patient (age, sex, site) is the context; nothing is known of an earlier visit.
+    Answers that were given before are read from `cache`: what they depend on, the model's digest, the cases,
+    preprocess and policy, names the file. Raises StageFailed when the model's output is not finite,
+    ModelContractError when it lacks what the policy asks for.
     """
     policy_digest = sha256((POLICIES / f"{policy.version}.toml").read_bytes()).hexdigest()
     parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(WEIGHED))
-    path = cache / f"{model.manifest.model_id}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     name = model.manifest.model_id
+    path = cache / f"{name}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         say(f"{name}: {len(cases.rows)} answers from {path}")
-        return CaseAnswers.read(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            return CaseAnswers(**arrays)
     cache.mkdir(parents=True, exist_ok=True)
-    answers = answer_cases(model, cases.rows, cases.archive, policy, threads=threads)
-    answers.write(path)
+    answers = _answer(model, cases, policy, threads)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **asdict(answers))
+    partial.rename(path)
     return answers

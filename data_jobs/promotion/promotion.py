@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from data_jobs.promotion.acceptance import judge, read_plan, report_json, report_text
-from data_jobs.promotion.answers import CaseKind, read_cases, shadow
+from data_jobs.promotion.answers import CaseKind, answer_cases, read_cases
 from data_jobs.promotion.candidate import (
     PromotionRefused,
     fill_space,
@@ -109,7 +109,7 @@ def _gather_evidence(
     proof = prove_references(candidate, live, threads=request.threads)
     policy = read_policy()
     before, after = (
-        shadow(model, cases, policy, cache=request.cache, threads=request.threads, say=say)
+        answer_cases(model, cases, policy, cache=request.cache, threads=request.threads, say=say)
         for model in (live, candidate)
     )
     comparison = compare(before, after, cases.rows, live_model=live, candidate_model=candidate)

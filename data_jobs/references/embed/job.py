@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_jobs.references import embed
 from data_jobs.references.catalogue import read_references
 from data_jobs.references.embed.pipeline import PrepareImages, Target, run_pipeline
-from data_jobs.references.embed.resources import Resources, check_nodes, fit_in, look_around
+from data_jobs.references.embed.resources import Resources, check_nodes, fit_in, read_nodes
 from data_jobs.references.embedder import identify_embedder, space_spec
 from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
@@ -116,7 +116,7 @@ def _start_ray(parsed: argparse.Namespace) -> Resources:
         raise StageFailed(f"Ray did not start: {error}") from error
     if not joins:
         return wanted
-    taken = fit_in(wanted, look_around(), actors=parsed.actors, actor_cpus=parsed.actor_cpus)
+    taken = fit_in(wanted, read_nodes(), actors=parsed.actors, actor_cpus=parsed.actor_cpus)
     check_nodes(parsed.folder, parsed.models)
     _say(f"{taken.actors} actors of {taken.actor_cpus:.2f} logical CPUs each, {taken.cpus:.2f} in all")
     return taken

@@ -67,7 +67,7 @@ class NodeRoom:
     free_gpus: float = 0.0
 
 
-def look_around() -> list[NodeRoom]:
+def read_nodes() -> list[NodeRoom]:
     """Say what each node of the joined cluster has. Needs `ray.init`."""
     free: Mapping[str, Mapping[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     rooms = []

@@ -155,9 +155,7 @@ class Download:
 
     def _fetch(self, entry: CatalogueEntry) -> StoredImage:
         file = self._output / entry.path
-        return self._pace.insist(
-            lambda: store_image(self._source, entry.isic_id, file), self._source.attempts
-        )
+        return self._pace.retry(lambda: store_image(self._source, entry.isic_id, file), self._source.attempts)
 
     def _take(self, isic_id: str, done: Future[StoredImage]) -> None:
         try:

@@ -80,7 +80,7 @@ class Pace:
         if self._stop.is_set():
             raise Stopped
 
-    def insist(self, attempt: Callable[[], T], attempts: int) -> T:
+    def retry(self, attempt: Callable[[], T], attempts: int) -> T:
         """The result of `attempt`, made up to `attempts` times while it raises Transient; then that is raised."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),

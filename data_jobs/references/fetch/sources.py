@@ -85,7 +85,7 @@ class Archive(Source):
         query = cursor or urlencode({name: value for name, value in asked.items() if value})
         while True:
             url = f"images/search/?{query}"
-            answer = self._http.pace.insist(partial(self._json, url), ATTEMPTS)
+            answer = self._http.pace.retry(partial(self._json, url), ATTEMPTS)
             found, after = answer.get("results"), answer.get("next")
             if not isinstance(found, list) or not (after is None or isinstance(after, str)):
                 raise FetchError("The archive's search answered with something that is no page of images.")
@@ -150,7 +150,7 @@ class _Ranges:
 
     def get(self, url: str, *, headers: Mapping[str, str], **_: object) -> SimpleNamespace:
         """One range. Raises FetchError when the file was replaced since the first one."""
-        found = self._http.pace.insist(lambda: self._http.get(url, headers=headers), ATTEMPTS)
+        found = self._http.pace.retry(lambda: self._http.get(url, headers=headers), ATTEMPTS)
         if found.status_code != httpx.codes.PARTIAL_CONTENT:
             raise Refused(f"{found.request.url.host} serves no ranges.", "no ranges")
         version = found.headers.get("etag", "")

@@ -27,11 +27,11 @@ def test_retry_after_is_a_number_or_a_date(header, seconds):
 
 def test_a_server_that_asks_to_be_left_alone_is_left_alone_by_all_threads(pace):
     with pytest.raises(Transient):
-        pace.insist(_failing(wait_s=0.3), attempts=1)
+        pace.retry(_failing(wait_s=0.3), attempts=1)
     started = time.monotonic()
     waited = []
     others = [
-        threading.Thread(target=lambda: waited.append(pace.insist(lambda: time.monotonic() - started, 1)))
+        threading.Thread(target=lambda: waited.append(pace.retry(lambda: time.monotonic() - started, 1)))
         for _ in range(3)
     ]
     for other in others:
@@ -44,14 +44,14 @@ def test_a_server_that_asks_to_be_left_alone_is_left_alone_by_all_threads(pace):
 def test_no_server_can_ask_for_more_than_the_longest_wait():
     pace = Pace(first_s=0.01, longest_asked_s=0.1)
     with pytest.raises(Transient):
-        pace.insist(_failing(wait_s=1e9), attempts=2)
+        pace.retry(_failing(wait_s=1e9), attempts=2)
 
 
 def test_a_wait_ends_when_told_to_stop():
     pace = Pace(longest_asked_s=60)
     threading.Timer(0.1, pace.stop).start()
     with pytest.raises(Stopped):
-        pace.insist(_failing(wait_s=60), attempts=2)
+        pace.retry(_failing(wait_s=60), attempts=2)
 
 
 def _failing(wait_s):
