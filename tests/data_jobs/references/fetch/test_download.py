@@ -3,11 +3,11 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from data_jobs.references.fetch import download as subject
 from data_jobs.references.fetch import http
-from data_jobs.references.fetch.download import RESERVE, Download, check_space, stored_images
+from data_jobs.references.fetch import job as subject
 from data_jobs.references.fetch.eligibility import Eligibility
 from data_jobs.references.fetch.http import FetchError
+from data_jobs.references.fetch.job import RESERVE, Download, check_space, stored_images
 from data_jobs.references.fetch.sources import Archive, flatten
 
 
