@@ -137,7 +137,7 @@ def test_a_listing_that_broke_off_goes_on_where_it_was(run, filled, tmp_path, ne
     assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["torn", "unknown cursor", "other options"])
+@pytest.mark.parametrize("damage", ["torn", "unknown cursor", "other options", "nonsense"])
 def test_a_journal_of_no_use_is_begun_anew(run, filled, tmp_path, new_fault, damage):
     filled.fail("cursor=", *[new_fault(status=503)] * 9)
     assert run("--seed", "5" if damage == "other options" else "0")[0] == 1
@@ -149,6 +149,8 @@ def test_a_journal_of_no_use_is_begun_anew(run, filled, tmp_path, new_fault, dam
     elif damage == "unknown cursor":
         page = json.loads(lines[-1]) | {"cursor": "query=image_type%3Adermoscopic&cursor=bm9uc2Vuc2U%3D"}
         journal.write_text(lines[0] + json.dumps(page) + "\n")
+    elif damage == "nonsense":
+        journal.write_text(lines[0] + "{}\n")
     assert run()[0] == 0
     run(output=tmp_path / "whole")
     assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")

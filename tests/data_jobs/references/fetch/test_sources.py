@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import pytest
 
@@ -199,3 +200,19 @@ def test_no_path_leads_out_of_the_folder(tmp_path, path, new_jpeg):
     (folder / "metadata.csv").write_text(f"{header}ISIC_0000001,NV,CC-0,Someone,{path}\n")
     with pytest.raises(Refused, match="has no image"):
         read(folder, "ISIC_0000001")
+
+
+def test_what_is_no_listing_is_named(filled, archive, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(filled, "search", lambda *_: (200, {"items": []}))
+    with pytest.raises(FetchError, match="no page of images"):
+        list(archive.pages(None))
+    monkeypatch.setattr(filled, "snapshot", lambda: b"<html>" * 1000)
+    with pytest.raises(FetchError, match=r"ISIC_images\.zip is no snapshot of the archive"):
+        records(bucket)
+    (tmp_path / "metadata.parquet").write_bytes(os.urandom(100))
+    with pytest.raises(FetchError, match="can not be read"):
+        list(Folder(tmp_path).pages(None))
+    filled.images["ISIC_0000003"]["files"] = None
+    monkeypatch.setattr(filled, "image", lambda isic_id: filled.images[isic_id])
+    with pytest.raises(Refused, match="names no file for ISIC_0000003"):
+        archive.read("ISIC_0000003")
