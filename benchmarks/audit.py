@@ -62,7 +62,7 @@ async def _run(dsn: str, events: int) -> dict[str, Any]:
         "benchmark": "audit",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "events": found.events,
+        "events": found.head.position,
         "findings": len(found.findings),
         "read_s": round(read_s, 1),
         "seal_s": round(sealed - started, 1),

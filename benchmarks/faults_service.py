@@ -25,12 +25,10 @@ from benchmarks.faults_load import Target
 from benchmarks.systems import System, running_graph
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_port
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
-from graphs.local import LocalStages
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.http.app import create_app
@@ -40,6 +38,7 @@ from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import REPOSITORY, Settings
+from tests.local_stages import LocalStages
 
 _CLINICIAN = "dr-faults"
 #: The load's own rate is not what is tested here.

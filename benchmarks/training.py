@@ -85,7 +85,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--recipe", type=Path, default=Path("data_jobs/training/recipes/tf_efficientnet_lite2.toml")
+        "--recipe", type=Path, default=Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm10.toml")
     )
     parser.add_argument("--side", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=8)

@@ -15,8 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.comparison import Comparison
-from data_jobs.training.plans import AcceptancePlan
-from data_jobs.training.recipe import read_acceptance
+from data_jobs.training.recipe import AcceptancePlan, read_acceptance
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.errors import DermError

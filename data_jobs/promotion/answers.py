@@ -22,6 +22,7 @@ from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import PreparedImage, prepare_image
 from deployments.risk.policy import POLICIES, RiskPolicy
 from deployments.risk.risk import conclude
+from deployments.risk.rules import Findings
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours, SimilarCase
@@ -99,26 +100,19 @@ def _answer(model: StoredModel, cases: Cases, policy: RiskPolicy, threads: int) 
             logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
             found = calibrator.classify(logits, bottleneck)
             classified += found
-            concluded += [
-                conclude(
-                    quality=image.quality,
-                    width=image.width,
-                    height=image.height,
-                    classification=classification,
-                    neighbours=search.nearest(vector, k=WEIGHED, lesion=row.lesion),
-                    context=ClinicalContext(
-                        anatom_site_general=_SITES.get(row.anatom_site_general or ""),
-                        age_approx=row.age_approx,
-                        sex=_SEXES.get(row.sex or ""),
-                    ),
-                    change=None,
-                    operating_points=points,
-                    policy=policy,
+            for row, image, classification, vector in zip(
+                part, images, found, space.embed(bottleneck), strict=True
+            ):
+                neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
+                context = ClinicalContext(
+                    anatom_site_general=_SITES.get(row.anatom_site_general or ""),
+                    age_approx=row.age_approx,
+                    sex=_SEXES.get(row.sex or ""),
                 )
-                for row, image, classification, vector in zip(
-                    part, images, found, space.embed(bottleneck), strict=True
+                findings = Findings(
+                    image.quality, image.width, image.height, classification, neighbours, context, change=None
                 )
-            ]
+                concluded.append(conclude(findings, policy, points))
     risks = [conclusion.risk for conclusion in concluded]
     return CaseAnswers(
         nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer in classified]),

@@ -305,7 +305,7 @@ def export_source(source: SourceFile, recipe: Recipe, request: ImportRequest, ou
     elif kind == "safetensors":
         labels = _safetensors_labels(source.path, request.label_map)
         run_step(
-            "data_jobs.training.timm_checkpoint",
+            "data_jobs.training.export",
             *("--recipe", request.recipe, "--weights", source.path, "--positions", list(labels.positions)),
             *("--side", request.side or max(recipe.serving_sides), "--output", output),
         )

@@ -24,8 +24,7 @@ import pytest
 
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_ports
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import draw_lesion

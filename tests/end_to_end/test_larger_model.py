@@ -25,11 +25,11 @@ pytestmark = [
 @pytest.fixture
 async def b4(pms, node, model_id, isic_dir, tmp_path):
     """A B4 with random weights in the node's store; the model that answered before answers again after."""
-    from data_jobs.training.timm_checkpoint import export
+    from data_jobs.training.export import export_weights
 
     recipe = replace(read_recipe(RECIPES / "efficientnet_b4.toml"), tag="random")
     weights = random_checkpoint(recipe.architecture, tmp_path / "b4.safetensors")
-    export(recipe, weights, POSITIONS, 380, tmp_path)
+    export_weights(recipe, weights, POSITIONS, 380, tmp_path)
     write_folder(node.models, recipe, tmp_path, node.models / model_id, isic_dir)
     yield recipe.model_id
     await publish_bundled(node.urls.owner, node.models, model_id)

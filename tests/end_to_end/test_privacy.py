@@ -17,8 +17,8 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from cluster.object_memory import is_memory
-from cluster.postgres_state import PostgresState
+from cluster.postgres import PostgresState
+from cluster.ray_node import is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.originals import draw_original

@@ -73,8 +73,10 @@ def pids(node) -> dict[str, set[int]]:
     return {name: {replica.pid for replica in node.replicas(name)} for name in DEPLOYMENTS}
 
 
-async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_image, capsys) -> None:
-    """Every replica is replaced by one of the file's; nobody notices."""
+async def test_other_arguments_replace_every_replica_under_load(
+    pms, node, config, lesion_image, capsys
+) -> None:
+    """The node runs serve_config.yaml; with another argument every replica is replaced, and nobody notices."""
     statuses: Counter[int] = Counter()
     patient, images, done = await pms.care(), [lesion_image(seed) for seed in range(3)], asyncio.Event()
 
@@ -86,8 +88,10 @@ async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_i
 
     before = pids(node)
     workers = [asyncio.create_task(work()) for _ in range(2)]
+    changed = json.loads(json.dumps(config))
+    changed["applications"][0]["args"]["classifier_threads"] = 2
     try:
-        await apply(node, config)
+        await apply(node, changed)
     finally:
         done.set()
         await asyncio.gather(*workers)

@@ -19,8 +19,7 @@ from data_jobs.promotion.comparison import (
     Subgroup,
     compare_pairs,
 )
-from data_jobs.training.plans import AcceptancePlan
-from data_jobs.training.recipe import read_recipe
+from data_jobs.training.recipe import AcceptancePlan, read_recipe
 from serve_app.domain.errors import DermError
 
 RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"

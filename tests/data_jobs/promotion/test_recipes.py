@@ -23,11 +23,11 @@ pytestmark = [
 
 
 def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path) -> None:
-    from data_jobs.training.timm_checkpoint import bottleneck_basis, export
+    from data_jobs.training.export import bottleneck_basis, export_weights
 
     recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     weights = random_checkpoint(recipe.architecture, tmp_path / "model.safetensors")
-    report = export(recipe, weights, POSITIONS, 64, tmp_path)
+    report = export_weights(recipe, weights, POSITIONS, 64, tmp_path)
     assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
     assert report["max_abs_logit_of_timm"] < MAX_LOGIT_DIFFERENCE
     basis = bottleneck_basis(torch.randn(8, 1280)).double()
@@ -35,20 +35,20 @@ def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    from data_jobs.training.timm_checkpoint import export
+    from data_jobs.training.export import export_weights
 
     recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     weights = random_checkpoint("tf_efficientnet_lite0", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="not the weights of mobilenetv3_large_100"):
-        export(recipe, weights, POSITIONS, 64, tmp_path)
+        export_weights(recipe, weights, POSITIONS, 64, tmp_path)
     assert not (tmp_path / "model.onnx").exists()
 
 
 def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
+    from data_jobs.training.export import export_weights
     from data_jobs.training.network import DermNetwork
-    from data_jobs.training.timm_checkpoint import export
 
     recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     torch.manual_seed(5)
@@ -57,7 +57,9 @@ def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
     assert not {"mean", "std"} & set(network.state_dict())
     save_file(network.state_dict(), tmp_path / "own.safetensors")
     assert (
-        export(recipe, tmp_path / "own.safetensors", list(range(8)), 64, tmp_path)["parity"]["max_abs_logit"]
+        export_weights(recipe, tmp_path / "own.safetensors", list(range(8)), 64, tmp_path)["parity"][
+            "max_abs_logit"
+        ]
         < 1e-4
     )
     pixels = torch.randint(0, 256, (2, 3, 64, 64)).float()
