@@ -24,7 +24,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from cluster.postgres import EmbeddedPostgres
-from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import EVERY_REFERENCE
 from serve_app.domain.errors import DermError
 from serve_app.domain.patient import ClinicalContext
@@ -174,7 +173,6 @@ async def _seal_images(records: LesionStore, keys: KeyStore, count: int) -> _Ima
             request_id="benchmark",
             idempotency_key=None,
             request_sha256=None,
-            event=AuditEvent(action="upload", actor="benchmark", outcome="success", request_id="benchmark"),
         )
         await records.admit(admission)
         images[at] = sha256(content).digest()
