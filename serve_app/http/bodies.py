@@ -53,6 +53,8 @@ async def read_form(request: Request, form: type[Form]) -> Form:
         raise InvalidField(f"{twice}: sent twice.") from twice
     except ValueError:
         raise InvalidField("The body is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidField("body: Input should be an object")
     try:
         return form.model_validate(value)
     except ValidationError as error:
