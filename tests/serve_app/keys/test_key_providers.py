@@ -15,15 +15,15 @@ from uuid import uuid4
 
 import pytest
 
-from benchmarks.key_service import KeyService
-from benchmarks.vault_server import Vault
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keyring import KeyProvider, WrappedKey
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import kms, open_key_provider, retries, vault
 from serve_app.settings import KeySettings
+from tests.serve_app.keys.key_service import KeyService
 from tests.serve_app.keys.kms_server import Kms
+from tests.serve_app.keys.vault_server import Vault
 
 KEY = bytes(range(32))
 BINDING = ImageBinding(uuid4(), "patient-1", "image/jpeg")

@@ -10,11 +10,11 @@ import time
 from pydantic import SecretStr
 import pytest
 
-from benchmarks.key_service import KeyService
-from benchmarks.vault_server import Vault
 from data_jobs.references.load import publish_bundled
 from serve_app.keys.providers import retries
 from serve_app.records.pool import Pool, open_pool
+from tests.serve_app.keys.key_service import KeyService
+from tests.serve_app.keys.vault_server import Vault
 
 
 @asynccontextmanager
