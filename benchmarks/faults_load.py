@@ -103,10 +103,10 @@ def _problem_code(response: httpx.Response) -> str | None:
 
 
 class Load:
-    """Uploads under way without a pause; each is sent again, with its key, until it is acknowledged."""
+    """Uploads under way, `pause_s` between them; each is sent again, with its key, until it is acknowledged."""
 
-    def __init__(self, target: Target, account: Account) -> None:
-        self.target, self.account = target, account
+    def __init__(self, target: Target, account: Account, *, pause_s: float = 0.0) -> None:
+        self.target, self.account, self.pause_s = target, account, pause_s
         self.sent: list[Sent] = []
         self._images = [_draw(seed) for seed in range(4)]
         self._stopping = asyncio.Event()
@@ -116,6 +116,7 @@ class Load:
         """Upload until stopped; what is under way then is still brought to its end."""
         while not self._stopping.is_set():
             await self.upload()
+            await asyncio.sleep(self.pause_s)
 
     async def upload(self, *, give_up_after_s: float = 120.0) -> Sent:
         """Send one image until it is acknowledged."""
@@ -199,9 +200,11 @@ class Load:
 
 
 @asynccontextmanager
-async def under_load(target: Target, account: Account, *, concurrency: int) -> AsyncIterator[Load]:
+async def under_load(
+    target: Target, account: Account, *, concurrency: int, pause_s: float = 0.0
+) -> AsyncIterator[Load]:
     """Keep so many uploads under way around a block; then settle the account."""
-    load = Load(target, account)
+    load = Load(target, account, pause_s=pause_s)
     workers = [asyncio.create_task(load.work()) for _ in range(concurrency)]
     try:
         await load.until_whole(time.monotonic())

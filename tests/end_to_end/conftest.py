@@ -12,20 +12,21 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from threading import Event, Thread
 import time
 from typing import Any
 from uuid import uuid4
 
 import httpx
+import numpy as np
+from PIL import Image
 import psutil
 import pytest
 
+from benchmarks.faults_load import new_home
+from benchmarks.faults_load import supervised as supervised_postgres
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_ports
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
 from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import draw_lesion
@@ -34,7 +35,6 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.settings import REPOSITORY
-from tests.end_to_end.originals import draw_original
 from tests.end_to_end.twin_model import make_twin
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
@@ -202,7 +202,7 @@ def twin_id(model_id: str) -> str:
 @pytest.fixture(scope="session")
 async def node(two_models: Path, model_id: str) -> AsyncIterator[Node]:
     """The one running node."""
-    node = Node(_new_home(), two_models, model_id)
+    node = Node(new_home("derm-e2e-"), two_models, model_id)
     try:
         await node.start()
         yield node
@@ -212,22 +212,11 @@ async def node(two_models: Path, model_id: str) -> AsyncIterator[Node]:
         shutil.rmtree(node.home, ignore_errors=True)
 
 
-def _new_home() -> Path:
-    # Short, and not pytest's tmp_path: PostgreSQL's account must be let through.
-    home = Path(tempfile.mkdtemp(prefix="derm-e2e-"))
-    home.chmod(0o711)
-    return home
-
-
 @pytest.fixture(scope="session")
 def supervised(node: Node) -> Iterator[None]:
     """PostgreSQL is started again when it dies, as `derm-cds serve` does."""
-    stop = Event()
-    thread = Thread(target=supervise, args=(node.postgres, stop))
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
+    with supervised_postgres(node.postgres):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +240,18 @@ def lesion_image() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return draw
+
+
+def draw_original(side: int, seed: int) -> bytes:
+    """A square lesion under noise, as a PNG of three bytes a pixel: it does not compress, and no two are alike."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    dark = np.exp(-4 * (x**2 + y**2))[..., None] * np.array([110.0, 100.0, 95.0])
+    skin = (np.array([205.0, 160.0, 140.0]) - dark).astype(np.uint8)
+    buffer = io.BytesIO()
+    noisy = skin + random.integers(0, 40, skin.shape, np.uint8)
+    Image.fromarray(noisy).save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")

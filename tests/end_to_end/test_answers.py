@@ -57,7 +57,7 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
     """The same image through every hop has the same probabilities as in one process."""
     stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.4")
     compared = 0
-    for seed in range(1, 5):
+    for seed in range(1, 3):
         image = lesion_image(seed, (900, 700))
         prepared = await stages.prepare(model_id, image)
         expected = (await stages.classify(model_id, prepared.pixels)).classification
@@ -75,7 +75,7 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
 
 async def test_originals_are_answered_in_full(pms, isic_dir: Path) -> None:
     patient = await pms.care()
-    for path in sorted((isic_dir / "uploads").iterdir())[:6]:
+    for path in sorted((isic_dir / "uploads").iterdir())[:2]:
         response = await pms.upload(patient, path.read_bytes())
         assert response.status_code == 201, response.text
         answer = response.json()

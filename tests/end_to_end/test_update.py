@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from serve_app.settings import REPOSITORY
+from tests.end_to_end.conftest import DEPLOYMENTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
-
-DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
 
 #: What `serve deploy` sends to the dashboard, and what that then does with it; our node runs
 #: without a dashboard.
@@ -37,15 +36,6 @@ while True:
         stages = {name: (d.status, d.message) for name, d in application.deployments.items()}
         sys.exit(f"{application.status}: {application.message} {stages}")
     time.sleep(0.25)
-"""
-
-
-_DELETE = """
-import logging, sys
-import ray
-from ray import serve
-ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
-serve.delete("triage")
 """
 
 
@@ -73,16 +63,18 @@ def pids(node) -> dict[str, set[int]]:
     return {name: {replica.pid for replica in node.replicas(name)} for name in DEPLOYMENTS}
 
 
-async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_image, capsys) -> None:
-    """Every replica is replaced by one of the file's; nobody notices."""
+async def test_the_config_file_takes_over_under_load_and_the_policy_changes_without_a_restart(
+    pms, node, config, lesion_image, isic_dir: Path, capsys
+) -> None:
+    """Every replica is replaced by one of the file's; nobody notices. Then a margin nothing can reach, and back."""
     statuses: Counter[int] = Counter()
     patient, images, done = await pms.care(), [lesion_image(seed) for seed in range(3)], asyncio.Event()
 
     async def work() -> None:
         while not done.is_set():
-            response = await pms.upload(patient, images[sum(statuses.values()) % 3])
+            response = await pms.upload(patient, images[statuses.total() % 3])
             statuses[response.status_code] += 1
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
 
     before = pids(node)
     workers = [asyncio.create_task(work()) for _ in range(2)]
@@ -100,14 +92,7 @@ async def test_the_config_file_takes_over_under_load(pms, node, config, lesion_i
         print(f"\nserve_config.yaml applied under load: {dict(statuses)}, replaced {replaced}")
     await pms.until_none_pending()
 
-
-async def test_the_policy_changes_without_a_restart(pms, node, config, lesion_image, isic_dir: Path) -> None:
-    """A margin nothing can reach sends every answer to review, and back again."""
-    await asyncio.to_thread(node.run, "-c", _DELETE, node.ray.address)
-    await apply(node, config)
-    await node.until_ready()
     image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
-    patient = await pms.care()
     before = (await pms.upload(patient, image)).json()
     assert before["outcome"] in {"decided", "review"}
     running = pids(node)
