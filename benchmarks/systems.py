@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest import mock
 import urllib.error
 import urllib.request
 
@@ -74,23 +75,24 @@ def running_graph(
 
     `settings` are further DERM_* variables of the node.
     """
-    os.environ.update(settings or {})
     # Beside another node of this machine, if there is one.
-    ports = choose_ports(5)
-    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(ports[4])
+    gcs, stats, metrics, board, fallback = choose_ports(5)
     node = RayNode(
         home,
-        port=ports[0],
-        stats_port=ports[1],
-        metrics_port=ports[2],
+        port=gcs,
+        stats_port=stats,
+        metrics_port=metrics,
         dashboard=dashboard,
-        dashboard_port=ports[3],
+        dashboard_port=board,
+        fallback_port=fallback,
     )
     started = time.monotonic()
     try:
-        node.start()
-        command = [sys.executable, "-m", "cluster.deploy", "--address", node.address, "--host", "127.0.0.1"]
-        subprocess.run([*command, "--port", str(port), "--profile", "cpu"], env=node.environment, check=True)
+        with mock.patch.dict(os.environ, settings or {}):
+            node.start()
+            command = [sys.executable, "-m", "cluster.deploy", "--address", node.address]
+            command += ["--host", "127.0.0.1", "--port", str(port), "--profile", "cpu"]
+            subprocess.run(command, env=node.environment, check=True)
         _wait_ready(port)
         ready_s = time.monotonic() - started
         yield System("graph", _url(port), ready_s, EmbeddedPostgres(home), node=node)

@@ -23,7 +23,7 @@ WHOLE_S = 60.0
 async def loaded(pms, account: Account) -> AsyncIterator[Load]:
     """A PMS that goes on uploading; afterwards every image it was promised is held against the record."""
     target = Target(pms.client, pms.token(), await pms.care(), pms.owner)
-    async with under_load(target, account, concurrency=3, pause_s=0.2) as load:
+    async with under_load(target, account, concurrency=3, pause_s=0.4) as load:
         yield load
     assert await pms.pending() == 0
     assert account.acknowledged
@@ -59,7 +59,7 @@ async def test_each_replica_killed_under_load(pms, node, capsys) -> None:
         print(f"\nkill -9, whole after s: {said}, {dict(account.answers)}")
 
 
-async def test_postgres_killed_under_load(pms, node, supervised, capsys) -> None:
+async def test_postgres_killed_under_load(pms, node, capsys) -> None:
     account = Account()
     async with loaded(pms, account) as load:
         postmaster = psutil.Process(node.postgres.pid())
