@@ -12,11 +12,11 @@ import os
 from fastapi import FastAPI
 
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from graphs.triage import TriageArgs
 from serve_app.http.app import create_app
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import load_settings
+from tests.local_stages import LocalStages
 
 
 def make_app() -> FastAPI:

@@ -28,17 +28,16 @@ from pydantic import SecretStr
 from benchmarks.systems import System, prepare_records, running_graph
 from cluster.node_files import read_service_environment
 from cluster.ports import choose_port
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from data_jobs.sample_lesion import draw_lesion
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
-from graphs.local import LocalStages
 from serve_app.http.app import create_app
 from serve_app.lesions.recovery import recover_once
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings, model_folder
+from tests.local_stages import LocalStages
 
 #: A service is whole again when this many uploads in a row, begun after the fault, were answered 201.
 WHOLE_AFTER = 4

@@ -154,7 +154,7 @@ async def _fill(owner: Pool, data: SearchData) -> dict[str, Any]:
     return {
         "fill_s": round(filled - started, 1),
         "index_s": round(indexed - filled, 1),
-        "maintenance_work_mem": await owner.fetchval(queries("references")["room_for_indexes"]),
+        "maintenance_work_mem": await owner.fetchval(queries("references")["prepare_to_load"]),
         "sizes_mib": {
             row["name"]: round(row["bytes"] / 2**20, 1) for row in await owner.fetch(_SQL["sizes"])
         },

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from cluster.node_files import write_service_environment
 from cluster.ports import choose_ports
 from cluster.postgres import DatabaseUrls
@@ -53,18 +55,24 @@ async def running_retriever(node: RayNode) -> AsyncIterator[DeploymentHandle[Any
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
 
-    from cluster.deploy import NODE_LOGGING, REPLICA_LOGGING  # noqa: PLC0415
+    from cluster.deploy import CONFIG  # noqa: PLC0415
     from deployments.retriever.deployment import RetrieverDeployment  # noqa: PLC0415
-    from graphs.profiles import deployment_options  # noqa: PLC0415
+    from graphs.profiles import actor_options  # noqa: PLC0415
     from serve_app.http.deployment import by_message  # noqa: PLC0415
 
     ray.init(address=node.address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
     try:
-        serve.start(proxy_location="Disabled", logging_config=NODE_LOGGING)
+        config = yaml.safe_load(CONFIG.read_text())
+        (application,) = config["applications"]
+        (figures,) = (found for found in application["deployments"] if found["name"] == "retriever")
+        serve.start(proxy_location="Disabled", logging_config=config["logging_config"])
         deployment: Any = RetrieverDeployment
-        deployment = deployment.options(**deployment_options("retriever", "cpu"))
+        deployment = deployment.options(**figures, ray_actor_options=actor_options("retriever", "cpu"))
         handle = serve.run(
-            deployment.bind(), name=_APPLICATION, route_prefix=None, logging_config=REPLICA_LOGGING
+            deployment.bind(),
+            name=_APPLICATION,
+            route_prefix=None,
+            logging_config=application["logging_config"],
         )
         # The router runs in this loop, as in the ingress: it ends before its node does.
         nearest = by_message(handle).nearest

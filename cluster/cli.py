@@ -28,15 +28,15 @@ COMMANDS = {
     "keys": ("keys", "the keys that wrap every image's key: status, rotate, rewrap, sweep, retire"),
     "backup": ("backup", "back up the database, or apart from it the keys, while serving"),
     "restore": ("backup", "check a backup and put it in place; what was there is kept"),
-    "hold": ("hold", "legal holds, which keep images from being erased: set, release, list"),
+    "hold": ("retention", "legal holds, which keep images from being erased: set, release, list"),
     "retention": ("retention", "close patients' records, and erase what is past its retention"),
     "audit": ("audit", "verify, sign and export the audit log"),
     "models": ("models", "list, show, verify, import, evaluate, promote and roll back models"),
-    "outbox": ("outbox", "what the PMS is still to be told of: status, list, retry"),
-    "patients": ("patients", "load the directory of patients of a node without a PMS"),
-    "environment": ("environment", "print what a shell needs to use `ray` and `serve` on this node"),
-    "token": ("token", "sign a bearer token, for development"),
-    "sample": ("sample", "draw a lesion to try the service with"),
+    "outbox": ("pms", "what the PMS is still to be told of: status, list, retry"),
+    "patients": ("pms", "load the directory of patients of a node without a PMS"),
+    "environment": ("node", "print what a shell needs to use `ray` and `serve` on this node"),
+    "token": ("node", "sign a bearer token, for development"),
+    "sample": ("node", "draw a lesion to try the service with"),
 }
 
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Secrets, patients' images, logs: nobody else's to read.
     os.umask(0o077)
     try:
-        code: int = parsed.run(parsed)
+        return parsed.run(parsed) or 0
     except ValidationError as error:
         missing = any(at["type"] == "missing" for at in error.errors())
         hint = f" Has `derm-cds serve` run in {parsed.home}?" if missing else ""
@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    return code
 
 
 def _parser(given: list[str]) -> argparse.ArgumentParser:
@@ -81,7 +80,7 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"derm-cds: {message}\n")
+    print(f"derm-cds: {message}", file=sys.stderr)
     return 1
 
 

@@ -1,35 +1,76 @@
-"""Runs in a process of its own: connect to the node, deploy the graph, leave it running.
+"""Runs in a process of its own: connect to the node, deploy its configuration, leave it running.
 
-`python -m cluster.deploy`, with the node's environment set. The applications are detached:
-they outlive this process, which would otherwise hold 150 MB for nothing.
+`python -m cluster.deploy`, with the node's environment set. The configuration is serve_config.yaml, deployed as
+`serve deploy` does; or what was deployed last in this home, where that was over the same file (cluster.deployed).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
+import os
+from pathlib import Path
 import sys
+from typing import Any
 
 import ray
-from ray import serve
+from ray.serve._private.api import serve_start
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+import yaml
 
-from graphs.triage import TriageArgs, build
+from cluster.deployed import Applications, deployed_file, keep_deployed, read_deployed
+import graphs
+from serve_app.settings import REPOSITORY
 
-APPLICATION = "triage"
+#: Beside the package in a wheel, at the root of a checkout.
+CONFIG = next(
+    path
+    for path in (Path(graphs.__file__).with_name("serve_config.yaml"), REPOSITORY / "serve_config.yaml")
+    if path.exists()
+)
 
-#: As in serve_config.yaml: access is in the audit log, and no log holds a path or a query string.
-#: The replicas say what is amiss only: Serve's line a call, kept or not, is a tenth of a small stage's work.
-NODE_LOGGING = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}
-REPLICA_LOGGING = {**NODE_LOGGING, "log_level": "WARNING"}
+
+def choose_config(home: Path, *, host: str, port: int, profile: str) -> tuple[dict[str, Any], str]:
+    """What to deploy in this home, and the digest of what serve_config.yaml alone would be."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"] |= {"host": host, "port": port}
+    for application in config["applications"]:
+        application["args"]["profile"] = profile
+    shipped = config["applications"]
+    over = hashlib.sha256(json.dumps(shipped, sort_keys=True).encode()).hexdigest()
+    kept = read_deployed(home)
+    if kept is not None and kept["over"] != over:
+        _say("serve_config.yaml or the profile has changed: what was deployed over another is not used")
+    elif kept is not None and _read(kept["applications"]) != _read(shipped):
+        config["applications"] = kept["applications"]
+        _say(f"as it was deployed last; without {deployed_file(home)}, as in serve_config.yaml")
+    return config, over
 
 
-def deploy(address: str, *, host: str, port: int, args: TriageArgs) -> None:
-    """Start Serve on a running node and run the graph on it; returns when every replica is healthy."""
+def _read(applications: Applications) -> list[ServeApplicationSchema]:
+    return [ServeApplicationSchema.model_validate(application) for application in applications]
+
+
+def deploy(address: str, config: dict[str, Any]) -> None:
+    """Start Serve on a running node and deploy; returns when every replica is healthy. RuntimeError says what is not."""
     ray.init(address=address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
-    serve.start(
-        proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=NODE_LOGGING
+    schema = ServeDeploySchema.model_validate(config)
+    client = serve_start(
+        proxy_location=schema.proxy_location,
+        http_options=schema.http_options.model_dump(),
+        global_logging_config=schema.logging_config,
     )
-    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False, logging_config=REPLICA_LOGGING)
+    # Its own `_blocking` would wait for 60 s, also for what has failed.
+    client.deploy_apps(schema)
+    for application in schema.applications:
+        client._wait_for_application_running(application.name)  # noqa: SLF001 - as `serve.run` does
+    client.wait_for_proxies_serving(wait_for_applications_running=True)
+
+
+def _say(line: str) -> None:
+    print(f"graph: {line}", flush=True)  # cluster.supervisor repeats it
 
 
 def main() -> None:
@@ -47,8 +88,10 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.wait and not sys.stdin.readline():
         sys.exit("The start was given up.")
-    args = TriageArgs(profile=parsed.profile)
-    deploy(parsed.address, host=parsed.host, port=parsed.port, args=args)
+    home = Path(os.environ["DERM_HOME"])
+    config, over = choose_config(home, host=parsed.host, port=parsed.port, profile=parsed.profile)
+    deploy(parsed.address, config)
+    keep_deployed(home, over=over, applications=config["applications"])
 
 
 if __name__ == "__main__":

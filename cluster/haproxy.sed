@@ -1,4 +1,5 @@
-# What cluster/haproxy changes in the configuration that Ray wrote.
+# What cluster/haproxy changes in the configuration that Ray 2.60 writes: each line is needed, which a test of
+# tests/cluster/test_haproxy.py proves on Ray's own template.
 
 # Metrics and statistics page: on loopback. The admin socket: for this user.
 s/^( *bind )\*?:([0-9]+) *$/\1127.0.0.1:\2/
@@ -10,8 +11,9 @@ s/^( *http-request return) .* if routes *$/\1 status 404 if routes/
 # A request id that is free text may hold a name, and Serve answers with what it gets. Elsewhere: serve_app's request_id.py.
 s/^frontend http_frontend *$/&\n    http-request del-header X-Request-ID if { req.fhdr_cnt(x-request-id) gt 1 } or !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }/
 
-# HAProxy's own 400 has no setting: headers somewhat too large or too many go on to the service, which has words for it.
-s/^( *)tune\.bufsize .*/\1tune.bufsize 65536\n\1tune.http.maxhdr 1000/
+# HAProxy's own 400 has no setting: headers somewhat too many go on to the service, which has words for it (those
+# somewhat too large as well, by RAY_SERVE_HAPROXY_TUNE_BUFSIZE).
+s/^( *)tune\.bufsize .*/&\n\1tune.http.maxhdr 1000/
 
 # An answer that no replica gave, because it died with the request or none is up: Ray's is "500 Internal Server
 # Error" in plain text. It is a problem document like every other, and says that the request may be sent again.

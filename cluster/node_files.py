@@ -1,7 +1,14 @@
-"""The state folder of one node, and the environment its processes read their settings from."""
+"""The state folder of one node: what its processes read their settings from, and which database is its own.
+
+That is the embedded PostgreSQL, unless an operator names their own: DERM_DATABASE_URL for the role that serves, and
+DERM_OWNER_DATABASE_URL for the one that owns the schema (the same URL when there is one role, which `derm-cds status`
+calls unsafe and production refuses). Both may be in the environment or in service.env.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 import os
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -9,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from cluster.postgres_state import DatabaseUrls, PostgresState
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState
 from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import DEVELOPMENT_PREFIX, OWNER_URL, make_development_secret
 
@@ -32,10 +39,7 @@ def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:
             if known.get("DERM_TOKEN_SECRET", "").startswith(DEVELOPMENT_PREFIX):
                 lines = _without(lines, "DERM_TOKEN_SECRET")
         elif not known.get("DERM_TOKEN_SECRET"):
-            lines = [
-                *_without(lines, "DERM_TOKEN_SECRET"),
-                f"DERM_TOKEN_SECRET={make_development_secret()}",
-            ]
+            lines = [*_without(lines, "DERM_TOKEN_SECRET"), f"DERM_TOKEN_SECRET={make_development_secret()}"]
         write_private(path, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -80,10 +84,40 @@ def is_production(home: Path) -> bool:
 
 def explain(error: ValidationError) -> str:
     """Say in one line which settings are missing or wrong, without their values."""
-    return "; ".join(_explain(at["loc"], at["msg"]) for at in error.errors())
+    said = []
+    for at in error.errors():
+        message, setting = at["msg"].removeprefix("Value error, "), "_".join(map(str, at["loc"])).upper()
+        # What concerns several settings names them itself.
+        said.append(f"DERM_{setting}: {message}" if setting else message)
+    return "; ".join(said)
 
 
-def _explain(location: tuple[int | str, ...], message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    # What concerns several settings names them itself.
-    return f"DERM_{'_'.join(map(str, location)).upper()}: {message}" if location else message
+def own_database(home: Path) -> DatabaseUrls | None:
+    """The operator's database; None when the embedded one is to be used."""
+    app = os.environ.get("DERM_DATABASE_URL", "")
+    if not app:
+        # The replicas find the embedded server by a line of this file, too, which we write.
+        app = read_service_environment(home).get("DERM_DATABASE_URL", "")
+        if not app or is_embedded(home, app):
+            return None
+    return DatabaseUrls(owner=setting(home, "DERM_OWNER_DATABASE_URL") or app, app=app)
+
+
+def application_role(urls: DatabaseUrls) -> str | None:
+    """The role to grant what serving needs; None when serving runs as the owner."""
+    return None if urls.owner == urls.app else urlsplit(urls.app).username
+
+
+@contextmanager
+def database(home: Path) -> Iterator[DatabaseUrls]:
+    """Have the database at hand for a command; an embedded server that was down is stopped again after."""
+    if urls := own_database(home):
+        yield urls
+        return
+    server = EmbeddedPostgres(home)
+    ran_before = server.is_running()
+    try:
+        yield server.ensure()
+    finally:
+        if not ran_before:
+            server.stop()

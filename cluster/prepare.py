@@ -2,14 +2,13 @@
 
 `python -m cluster.prepare`, with the node's environment set and the owner's URL in
 DERM_OWNER_DATABASE_URL. Each line it prints is a step done, for the person at the terminal;
-the last one is a FirstRequest as JSON. The supervisor, which stays, is spared its 60 MB.
+the last one is what a first request takes, as JSON. The supervisor, which stays, is spared its 60 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 import json
 import os
@@ -18,10 +17,8 @@ import sys
 
 from pydantic import ValidationError
 
-from cluster.database import application_role, own_database
-from cluster.database_safety import look_at, transport_findings
-from cluster.finding import Finding
-from cluster.node_files import explain
+from cluster.node_files import application_role, explain, own_database
+from cluster.safety import Finding, look_at, transport_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore
@@ -42,19 +39,12 @@ _ASSIGNED_FROM = datetime(2026, 1, 1, tzinfo=UTC)
 _LOAD_TIMEOUT_S = 60
 
 
-@dataclass(frozen=True, slots=True)
-class FirstRequest:
-    """What a first request takes: a token, a patient in the caller's care, and an image."""
+async def prepare(settings: Settings, *, model: str | None) -> dict[str, str] | None:
+    """Bring the database up to date and let a model answer; return what a first request takes.
 
-    token: str
-    patient_id: str
-    image: str
+    That is a token, a patient in the caller's care, and an image; None in production, which has no demonstration.
 
-
-async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | None:
-    """Bring the database up to date and let a model answer; None in production, which has no demonstration.
-
-    In production DermError for a database that is not safe: see database_safety.
+    In production DermError for a database that is not safe: see cluster.safety.
     """
     urls = own_database(settings.home)
     if urls is None:
@@ -62,7 +52,7 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
     if settings.env == "production":
         _refuse(transport_findings(urls))  # before a password goes that way
     applied = await migrate(urls.owner, application_role=application_role(urls))
-    _say(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date")
+    print(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date", flush=True)
     if settings.env == "production":
         _refuse(await look_at(urls))
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=_LOAD_TIMEOUT_S)
@@ -72,7 +62,10 @@ async def prepare(settings: Settings, *, model: str | None) -> FirstRequest | No
         live = await live_model(pool)
         chosen = choose_model(settings.models, wanted=model, live=live.model_id if live else None)
         loaded = await publish_bundled(urls.owner, settings.models, chosen)
-        _say(f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}")
+        print(
+            f"model: {chosen} answers; references: {f'{loaded} loaded' if loaded else 'already there'}",
+            flush=True,
+        )
         # An issuer that publishes its keys signs every token itself, the demonstration's too.
         demonstrates = settings.env == "development" and not settings.token_jwks
         return await _demonstrate(settings, pool) if demonstrates else None
@@ -90,14 +83,13 @@ def _refuse(found: list[Finding]) -> None:
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
     """The model to answer: the one asked for, else the one that answered before, else the only one there is."""
     there = list(ModelStore(models))
-    if wanted is not None or live is not None:
-        chosen = wanted or str(live)
-        if chosen not in there:
-            answered = "" if wanted else ", which answered so far: say which shall from now on, with --model"
-            raise ModelContractError(
-                f"{models} has no model {chosen}{answered}. There: {', '.join(there) or 'none'}."
-            )
-        return chosen
+    if chosen := wanted or live:
+        if chosen in there:
+            return chosen
+        answered = "" if wanted else ", which answered so far: say which shall from now on, with --model"
+        raise ModelContractError(
+            f"{models} has no model {chosen}{answered}. There: {', '.join(there) or 'none'}."
+        )
     if not there:
         raise ModelContractError(f"{models} holds no model (DERM_MODELS).")
     if len(there) > 1:
@@ -107,7 +99,7 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
     return there[0]
 
 
-async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
+async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:
     if not (await LesionStore(pool).access(CLINICIAN, PATIENT)).assigned:
         event = account_event("assign", {"subject": CLINICIAN}, patient_id=PATIENT)
         await AccessStore(pool).assign(
@@ -123,12 +115,7 @@ async def _demonstrate(settings: Settings, pool: Pool) -> FirstRequest:
         subject=CLINICIAN,
         roles=["clinician"],
     )
-    return FirstRequest(token=token, patient_id=PATIENT, image=str(image))
-
-
-def _say(step: str) -> None:
-    sys.stdout.write(f"{step}\n")
-    sys.stdout.flush()
+    return {"token": token, "patient_id": PATIENT, "image": str(image)}
 
 
 def main() -> int:
@@ -140,9 +127,9 @@ def main() -> int:
     try:
         first = asyncio.run(prepare(load_settings(), model=model))
     except (DermError, ValidationError) as error:
-        sys.stderr.write(f"{explain(error) if isinstance(error, ValidationError) else error}\n")
+        print(explain(error) if isinstance(error, ValidationError) else error, file=sys.stderr)
         return 1
-    _say(json.dumps(asdict(first) if first else None))
+    print(json.dumps(first))
     return 0
 
 

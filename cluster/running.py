@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 import fcntl
 import json
 from pathlib import Path
 import time
-from typing import IO
+from typing import IO, Any
 
 from serve_app.private_files import write_private
 
@@ -29,6 +29,13 @@ class Running:
     fallback_port: int
     dashboard_port: int | None = None
 
+    @property
+    def ports(self) -> dict[str, Any]:
+        """Its Ray node's, by RayNode's names."""
+        named = {"port": self.ray_port, "stats_port": self.stats_port, "metrics_port": self.metrics_port}
+        named |= {"fallback_port": self.fallback_port}
+        return named | ({"dashboard_port": self.dashboard_port} if self.dashboard_port else {})
+
     def describe(self) -> str:
         """Say what runs and how to stop it."""
         state = "running" if self.ready else "starting"
@@ -46,24 +53,9 @@ class AlreadyRunning(Exception):
         self.running = running
 
 
-class Tenancy:
-    """Being the one service of a home: kept until the process ends, however it ends."""
-
-    def __init__(self, home: Path) -> None:
-        self._file = home / "serve.json"
-
-    def announce(self, running: Running) -> None:
-        """Write down what runs, for `status`, `stop` and a second start."""
-        write_private(self._file, json.dumps(asdict(running), indent=1).encode())
-
-    def announce_ready(self) -> None:
-        """Say that it answers now."""
-        self.announce(replace(Running(**json.loads(self._file.read_bytes())), ready=True))
-
-
 @contextmanager
-def occupy(home: Path) -> Iterator[Tenancy]:
-    """Be the one service of this home while the block runs. Raises AlreadyRunning."""
+def occupy(home: Path) -> Iterator[None]:
+    """Be the one service of this home while the block runs, however it ends. Raises AlreadyRunning."""
     if not home.exists():
         home.mkdir(parents=True)
         home.chmod(0o711)  # PostgreSQL's account passes through, and sees nothing
@@ -72,9 +64,14 @@ def occupy(home: Path) -> Iterator[Tenancy]:
             raise AlreadyRunning(_read(home))
         (home / "serve.json").unlink(missing_ok=True)  # of one that was killed
         try:
-            yield Tenancy(home)
+            yield
         finally:
             (home / "serve.json").unlink(missing_ok=True)
+
+
+def announce(home: Path, running: Running) -> None:
+    """Write down what runs, for `status`, `stop` and a second start; only who occupies the home may."""
+    write_private(home / "serve.json", json.dumps(asdict(running), indent=1).encode())
 
 
 def _take(lock: IO[str]) -> bool:

@@ -1,47 +1,73 @@
-"""Whether a node is set up as patients' data needs it: every finding says what is wrong and what to do.
+"""Whether a node and its database are set up as patients' data needs it: every finding says what is wrong and what to do.
 
 `derm-cds status` prints them and does not call the node ready while there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import ip_address
 import os
 from pathlib import Path
 import stat
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import asyncpg
 import psutil
 
-from cluster.database_safety import access_findings, look_at
-from cluster.finding import Finding
-from cluster.kept_copies import find_kept_copies
-from cluster.listening import exposed, listeners
-from cluster.object_memory import on_disk
-from cluster.postgres_state import SUPERUSER, DatabaseUrls, PostgresState
-from cluster.ray_processes import belonging, name
+from cluster.key_backups import find_kept_copies
+from cluster.ports import exposed, listeners
+from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
+from cluster.ray_node import belonging, name, on_disk
 from serve_app.domain.errors import IntegrityError
-from serve_app.records.pool import open_pool
+from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys
 from serve_app.settings import NodeFiles, Settings, find_weakness
+from serve_app.sql import parse
+
+_SQL = parse(Path(__file__).with_suffix(".sql").read_text())
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+#: PostgreSQL's parameters that keep a committed assessment through a crash, and bad pages from going unseen.
+_SETTINGS: Mapping[str, tuple[str, str]] = {
+    "fsync": ("on", "set fsync = on (postgresql.conf, or postgres/etc/local.conf): a crash may lose records"),
+    "full_page_writes": ("on", "set full_page_writes = on: a crash may tear pages"),
+    "data_checksums": ("on", "run pg_checksums --enable on the stopped server: bad pages go unseen"),
+    "password_encryption": ("scram-sha-256", "set password_encryption = 'scram-sha-256'"),
+}
+#: Values of synchronous_commit under which an answer is on this server's disk before the caller has it.
+_DURABLE = frozenset({"on", "local", "remote_write", "remote_apply"})
+_METHODS = frozenset({"scram-sha-256", "peer", "cert", "reject"})
+#: What a node for development may be and still be ready.
+_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something unsafe: a stable name, and one line of what it is and what to do."""
+
+    name: str
+    advice: str
+
+
+def prevents_ready(finding: Finding, *, env: str) -> bool:
+    """Whether a node with this finding is not ready; a node for development may be one.
+
+    What a restore kept is there to be gone back to: it is in the way once it has expired.
+    """
+    if finding.name == "kept_copy":
+        return False
+    return env == "production" or finding.name not in _OF_DEVELOPMENT
 
 
 def file_findings(home: Path) -> list[Finding]:
     """Files of keys and secrets that another user may open, or that belong to one."""
     files = NodeFiles(home)
-    secret = [
-        *(files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints),
-        *(
-            home / "secrets" / "service.env",
-            home / "secrets" / "owner.env",
-            home / "ray" / "token",
-            home / "postgres.json",
-            home / "spill",
-        ),
-    ]
+    secret = [files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints]
+    secret += [home / "secrets" / "service.env", home / "secrets" / "owner.env"]
+    secret += [home / "ray" / "token", home / "postgres.json", home / "spill"]
     return [finding for path in secret for finding in _private(path)]
 
 
@@ -135,7 +161,7 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
 
 
 async def all_findings(
-    home: Path, urls: DatabaseUrls | None, settings: Settings | None, *, own: bool
+    home: Path, urls: DatabaseUrls | None, settings: Settings, *, own: bool
 ) -> list[Finding]:
     """Everything that can be looked at now; `urls` None while the database does not run.
 
@@ -150,8 +176,101 @@ async def all_findings(
         found += await access_findings(
             f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{state.port}/postgres?sslmode=disable"
         )
-    if settings is not None:
-        found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
-        secret = settings.token_secret.get_secret_value()
-        found += environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)
+    found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
+    secret = settings.token_secret.get_secret_value()
+    return [*found, *environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)]
+
+
+async def database_findings(pool: Pool) -> list[Finding]:
+    """What is unsafe in the database, as far as the role that serves may see; `pool` is that role's."""
+    rows = await pool.fetch(_SQL["settings"], [*_SETTINGS, "synchronous_commit"])
+    values = {row["name"]: row["setting"] for row in rows}
+    found = [
+        Finding(name, f"{name} is {values.get(name, 'unknown')}: {advice}")
+        for name, (wanted, advice) in _SETTINGS.items()
+        if values.get(name) != wanted
+    ]
+    if (durability := values["synchronous_commit"]) not in _DURABLE:
+        advice = "set it to on: a crash loses answers that were given"
+        found.append(Finding("synchronous_commit", f"synchronous_commit is {durability}: {advice}"))
+    for row in await pool.fetch(_SQL["role"]):
+        table, role = row["table_name"], row["role"]
+        if row["superuser"]:
+            said = "is a superuser"
+        elif row["owns"]:
+            said = f"owns {table} and can drop what makes it append-only"
+        elif row["changes"]:
+            said = f"may change {table}"
+        else:
+            continue
+        advice = (
+            "name a role of its own in DERM_DATABASE_URL, and the schema's owner in DERM_OWNER_DATABASE_URL"
+        )
+        said = f"{role}, the role that serves, {said}: {advice}, then derm-cds migrate"
+        return [*found, Finding("database_role", said)]
     return found
+
+
+def transport_findings(urls: DatabaseUrls) -> list[Finding]:
+    """Ways to a database on another machine that are not encrypted, or whose other end is not proven."""
+    return [
+        Finding(
+            "database_tls",
+            f"{variable} leads to {', '.join(remote)} with sslmode={sslmode(url)}: "
+            "add sslmode=verify-full&sslrootcert=/path/to/ca.pem",
+        )
+        for variable, url in (("DERM_DATABASE_URL", urls.app), ("DERM_OWNER_DATABASE_URL", urls.owner))
+        if (remote := remote_hosts(url)) and sslmode(url) != "verify-full"
+    ]
+
+
+def remote_hosts(url: str) -> list[str]:
+    """The hosts of a connection URL that are other machines: neither sockets nor loopback."""
+    parts = urlsplit(url)
+    # The network location may name several, which urlsplit's own `hostname` does not expect.
+    places = parts.netloc.rpartition("@")[2].split(",")
+    hosts = [place.rpartition("]")[0][1:] or unquote(place.partition(":")[0]) for place in places]
+    named = parse_qs(parts.query).get("host") or [os.environ.get("PGHOST", "")]
+    if not any(hosts):
+        hosts = named[0].split(",")
+    return [host for host in hosts if host and not host.startswith(("/", "@")) and not _is_here(host)]
+
+
+def sslmode(url: str) -> str:
+    """How a connection URL asks for TLS, in PostgreSQL's words."""
+    asked = parse_qs(urlsplit(url).query).get("sslmode")
+    return asked[-1] if asked else os.environ.get("PGSSLMODE", "prefer")
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def access_findings(superuser_dsn: str) -> list[Finding]:
+    """Lines of pg_hba.conf that let somebody in without a password or the operating system's word."""
+    connection = await asyncpg.connect(superuser_dsn)
+    try:
+        rows = await connection.fetch(_SQL["client_access"])
+    finally:
+        await connection.close()
+    return [
+        Finding(
+            "pg_hba",
+            f"pg_hba.conf, line {row['line_number']}, says {row['auth_method'] or 'nothing valid'}: "
+            "use scram-sha-256 or peer",
+        )
+        for row in rows
+        if row["error"] is not None or row["auth_method"] not in _METHODS
+    ]
+
+
+async def look_at(urls: DatabaseUrls) -> list[Finding]:
+    """Everything unsafe about a database and the way to it. RecordsUnavailable when it cannot be reached."""
+    pool = await open_pool(urls.app, minimum=0, maximum=1)
+    try:
+        return [*transport_findings(urls), *await database_findings(pool)]
+    finally:
+        await pool.close()

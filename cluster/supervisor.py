@@ -1,40 +1,67 @@
-"""`derm-cds serve`: brings the service up, keeps it up, and takes all of it down again."""
+"""`derm-cds serve`: brings the service up, keeps it up, and takes all of it down again.
+
+PostgreSQL and Ray start side by side; the database is prepared as soon as it answers, the
+graph deployed when both are done. Every step runs in a process that can be given up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+import json
 import os
 from pathlib import Path
 import signal
 import subprocess
 import sys
 from threading import Event, Thread
+import time
 from types import FrameType
+from typing import Any
+import urllib.request
 
-from cluster.database import own_database
+from cluster.deployed import watch_deployed
+from cluster.node_files import own_database, write_owner_environment, write_service_environment
 from cluster.ports import choose_port, is_listened_on, listener_on
-from cluster.postgres import EmbeddedPostgres
-from cluster.postgres_supervisor import supervise
-from cluster.progress import report
-from cluster.ray_node import RayFailed, RayNode
-from cluster.ray_processes import core, live
-from cluster.running import Running, Tenancy, occupy
-from cluster.startup import GivenUp, StartFailed, Startup
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
+from cluster.ray_node import RayFailed, RayNode, core, live
+from cluster.running import Running, announce, occupy
+from serve_app.domain.errors import DermError
 
-#: What a node takes if it can: GCS, HAProxy's statistics and metrics, the dashboard, Serve's proxy.
-PORTS = (6379, 8404, 9101, 8265, 8500)
+#: What a node takes if it can, by RayNode's names.
+PORTS = {
+    "port": 6379,
+    "stats_port": 8404,
+    "metrics_port": 9101,
+    "dashboard_port": 8265,
+    "fallback_port": 8500,
+}
 
 _LOOK_EVERY_S = 1.0
+_STEP_EVERY_S = 0.1
 _BACKOFF_S = (2.0, 60.0)
 _SIGN_WITHIN_S = 20.0
+_READY_TIMEOUT_S = 120
+_DEPLOY_TIMEOUT_S = 600
+_END_CHILD_S = 5
+
+_started = time.monotonic()
+
+
+class StartFailed(DermError):
+    """The service did not start."""
+
+
+class GivenUp(Exception):
+    """Somebody asked for the service to stop while it was starting."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What somebody asked `derm-cds serve` for."""
+class ServeRequest:
+    """What `derm-cds serve` was asked for."""
 
     home: Path
     host: str = "127.0.0.1"
@@ -44,25 +71,183 @@ class Wish:
     dashboard: bool = False
 
 
-def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
+def report(message: str) -> None:
+    """Print a step for the person at the terminal, with the seconds since this process started."""
+    print(f"[{time.monotonic() - _started:6.1f} s] {message}", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """How one service is to be brought up; `stop` gives it up between and within steps."""
+
+    request: ServeRequest
+    node: RayNode
+    postgres: EmbeddedPostgres | None
+    stop: Event
+
+    def bring_up(self) -> dict[str, str] | None:
+        """Start everything and wait until it answers; return what a first request takes, if anything (cluster.prepare)."""
+        with self._deploying() as deploy:
+            with ThreadPoolExecutor(max_workers=2) as threads:
+                first = threads.submit(self._start_database)
+                steps: set[Future[Any]] = {first, threads.submit(self._start_ray)}
+                try:
+                    self._await(steps)
+                except BaseException:
+                    self.node.stop()  # and with it whatever a step is waiting for: all carry its mark
+                    raise
+            self._finish(deploy)
+        return first.result()
+
+    def deploy(self) -> None:
+        """Deploy the graph on the running node, and wait until it answers."""
+        with self._deploying() as deploy:
+            self._finish(deploy)
+
+    def _await(self, steps: set[Future[Any]]) -> None:
+        while steps:
+            done, steps = wait(steps, timeout=_STEP_EVERY_S, return_when=FIRST_EXCEPTION)
+            for step in done:
+                step.result()
+            if self.stop.is_set():
+                raise GivenUp
+
+    def _start_ray(self) -> None:
+        report("Ray: starting the node")
+        self.node.start()
+        report("Ray: the node is up")
+
+    def _start_database(self) -> dict[str, str] | None:
+        own = urls = own_database(self.node.home)
+        if self.postgres is not None:
+            report("PostgreSQL: starting")
+            urls = self.postgres.ensure()
+            report("PostgreSQL: takes connections")
+        assert urls is not None  # noqa: S101  the one or the other
+        write_service_environment(self.node.home, None if own else urls)
+        write_owner_environment(self.node.home, urls)
+        return self._prepare(urls)
+
+    def _prepare(self, urls: DatabaseUrls) -> dict[str, str] | None:
+        environment = {
+            **self.node.environment,
+            "DERM_DATABASE_URL": urls.app,
+            "DERM_OWNER_DATABASE_URL": urls.owner,
+        }
+        command = [sys.executable, "-m", "cluster.prepare"]
+        command += ["--model", self.request.model] if self.request.model else []
+        log = self._log("prepare")
+        with log.open("w") as errors:
+            child = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=0
+            )
+        assert child.stdout is not None  # noqa: S101
+        said: str | None = None
+        for line in child.stdout:
+            if said is not None:
+                report(said)
+            said = line.strip()
+        if child.wait() != 0:
+            raise StartFailed(_last_words(log))
+        first: dict[str, str] | None = json.loads(said or "null")
+        return first
+
+    @contextmanager
+    def _deploying(self) -> Iterator[subprocess.Popen[str]]:
+        """Have the process that will deploy; it imports while the node starts, and is ended with the block."""
+        command = [sys.executable, "-m", "cluster.deploy", "--wait", "--address", self.node.address]
+        command += ["--host", self.request.host, "--port", str(self.request.port)]
+        command += ["--profile", self.request.profile]
+        with self._log("deploy").open("w") as log:
+            child = subprocess.Popen(
+                command,
+                env=self.node.environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                process_group=0,
+            )
+        try:
+            yield child
+        finally:
+            child.terminate()
+            try:
+                child.communicate(timeout=_END_CHILD_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.communicate()
+
+    def _finish(self, deploy: subprocess.Popen[str]) -> None:
+        """Have it deploy, and wait until the service answers."""
+        report("graph: deploying preprocess, classifier, embedder, retriever, risk and the ingress")
+        assert deploy.stdin is not None  # noqa: S101
+        with suppress(BrokenPipeError):  # it has died, and its log says why
+            deploy.stdin.write("go\n")
+            deploy.stdin.flush()
+        alive, deadline, log = core(self.node.home), time.monotonic() + _DEPLOY_TIMEOUT_S, self._log("deploy")
+        while deploy.poll() is None:
+            self._pause()
+            if not live(alive):
+                raise RayFailed("The node died while the graph was being deployed.")
+            if time.monotonic() > deadline:
+                raise RayFailed(f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {log}.")
+        if deploy.returncode != 0:
+            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith("graph: "):
+                report(line)
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        host = self.request.host
+        url = f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{self.request.port}"  # noqa: S104
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:  # noqa: S310
+                if answer.status == 200:
+                    return
+            if time.monotonic() > deadline:
+                raise StartFailed(f"/readyz did not answer 200 within {_READY_TIMEOUT_S} s.")
+            self._pause()
+
+    def _pause(self) -> None:
+        if self.stop.wait(_STEP_EVERY_S):
+            raise GivenUp
+
+    def _log(self, name: str) -> Path:
+        directory = self.node.home / "log"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory / f"{name}.log"
+
+
+def _last_words(log: Path) -> str:
+    """The last line that begins a statement: of a traceback, the exception's own."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def serve(request: ServeRequest, *, on_ready: Callable[[str, dict[str, str] | None], None]) -> None:
     """Serve until SIGINT or SIGTERM; then stop all that belongs to this home, and nothing else.
 
-    `on_ready(url, first)` is told once that the service answers, with prepare.FirstRequest's
-    fields. Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
+    `on_ready(url, first)` is told once that the service answers, with what a first request takes.
+    Raises AlreadyRunning, StartFailed, RayFailed or PostgresFailed.
     """
-    with occupy(wish.home) as tenancy, _asked_to_stop() as stop:
-        stale = RayNode(wish.home)
+    home = request.home
+    with occupy(home), _asked_to_stop() as stop:
+        stale = RayNode(home)
         if stale.processes():
             report("Ray: ending what an earlier start left behind")
             stale.stop()
-        node = _node(wish)
-        postgres = None if own_database(wish.home) else EmbeddedPostgres(wish.home)
-        startup = Startup(node, postgres, wish.host, wish.port, wish.profile, wish.model, stop)
-        url = _announce(tenancy, wish, node)
+        node = _node(request)
+        postgres = None if own_database(home) else EmbeddedPostgres(home)
+        startup = Startup(request, node, postgres, stop)
+        running = _describe(request, node)
+        announce(home, running)
         try:
             first = startup.bring_up()
-            tenancy.announce_ready()
-            on_ready(url, first)
+            announce(home, replace(running, ready=True))
+            on_ready(running.url, first)
             _keep_up(startup)
         except GivenUp:
             pass
@@ -70,43 +255,32 @@ def serve(wish: Wish, *, on_ready: Callable[[str, dict[str, str] | None], None])
             _take_down(node, postgres)
 
 
-def _node(wish: Wish) -> RayNode:
-    if is_listened_on(wish.host, wish.port):
+def _node(request: ServeRequest) -> RayNode:
+    if is_listened_on(request.host, request.port):
         raise StartFailed(
-            f"Port {wish.port} on {wish.host} is taken by {listener_on(wish.port)}; "
+            f"Port {request.port} on {request.host} is taken by {listener_on(request.port)}; "
             "stop that, or choose another with --port."
         )
-    chosen = [wish.port]
-    for wanted in PORTS:
-        chosen.append(choose_port(wanted, taken=chosen))
-    _, ray_port, stats_port, metrics_port, dashboard_port, fallback_port = chosen
-    return RayNode(
-        wish.home,
-        port=ray_port,
-        dashboard=wish.dashboard,
-        dashboard_port=dashboard_port,
-        stats_port=stats_port,
-        metrics_port=metrics_port,
-        fallback_port=fallback_port,
-    )
+    chosen: dict[str, Any] = {}
+    for name, wanted in PORTS.items():
+        chosen[name] = choose_port(wanted, taken=[request.port, *chosen.values()])
+    return RayNode(request.home, dashboard=request.dashboard, **chosen)
 
 
-def _announce(tenancy: Tenancy, wish: Wish, node: RayNode) -> str:
-    host = f"[{wish.host}]" if ":" in wish.host else wish.host
-    running = Running(
+def _describe(request: ServeRequest, node: RayNode) -> Running:
+    host = f"[{request.host}]" if ":" in request.host else request.host
+    return Running(
         pid=os.getpid(),
-        url=f"http://{host}:{wish.port}",
+        url=f"http://{host}:{request.port}",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ready=False,
-        profile=wish.profile,
+        profile=request.profile,
         ray_port=node.port,
         stats_port=node.stats_port,
         metrics_port=node.metrics_port,
         fallback_port=node.fallback_port,
         dashboard_port=node.dashboard_port if node.dashboard else None,
     )
-    tenancy.announce(running)
-    return running.url
 
 
 @contextmanager
@@ -131,6 +305,7 @@ def _keep_up(startup: Startup) -> None:
     if startup.postgres is not None:
         Thread(target=supervise, args=(startup.postgres, startup.stop), daemon=True).start()
     node, backoff_s = startup.node, _BACKOFF_S[0]
+    Thread(target=watch_deployed, args=(node, startup.stop), daemon=True).start()
     alive, up = core(node.home), True
     while not startup.stop.wait(_LOOK_EVERY_S):
         if up and live(alive):

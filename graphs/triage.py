@@ -13,7 +13,7 @@ from deployments.embedder.deployment import EmbedderDeployment
 from deployments.preprocess.deployment import PreprocessDeployment
 from deployments.retriever.deployment import RetrieverDeployment
 from deployments.risk.deployment import RiskDeployment
-from graphs.profiles import Profile, deployment_options
+from graphs.profiles import Profile, actor_options
 from serve_app.http.deployment import Ingress
 
 
@@ -31,26 +31,22 @@ class TriageArgs(BaseModel):
 
 
 def build(args: TriageArgs | Mapping[str, Any]) -> Application:
-    """Wire the graph. Serve calls this with the `args` of the config file.
+    """Wire the graph. Serve calls this with the `args` of the config file, whose figures it puts on top.
 
     As plain tables: Ray would make a model of them if it could read the annotation, but in a
     module with postponed annotations it sees a string.
     """
     args = TriageArgs.model_validate(args)
 
-    def options(deployment: Any, **user_config: object) -> Any:  # noqa: ANN401 - untyped in Ray
-        """Set a deployment up as its profile says; user_config reaches `reconfigure`."""
-        chosen = deployment_options(deployment.name, args.profile)
-        return deployment.options(**chosen, **({"user_config": user_config} if user_config else {}))
+    def on(deployment: Any) -> Any:  # noqa: ANN401 - untyped in Ray
+        return deployment.options(ray_actor_options=actor_options(deployment.name, args.profile))
 
     device = "cuda" if args.profile == "gpu" else "cpu"
-    graph: Application = options(Ingress).bind(
-        preprocess=options(PreprocessDeployment).bind(),
-        classifier=options(ClassifierDeployment, max_batch_size=4, batch_wait_timeout_s=0.0).bind(
-            threads=args.classifier_threads, device=device
-        ),
-        embedder=options(EmbedderDeployment).bind(),
-        retriever=options(RetrieverDeployment).bind(),
-        risk=options(RiskDeployment).bind(policy_version=args.policy_version),
+    graph: Application = on(Ingress).bind(
+        preprocess=on(PreprocessDeployment).bind(),
+        classifier=on(ClassifierDeployment).bind(threads=args.classifier_threads, device=device),
+        embedder=on(EmbedderDeployment).bind(),
+        retriever=on(RetrieverDeployment).bind(),
+        risk=on(RiskDeployment).bind(policy_version=args.policy_version),
     )
     return graph

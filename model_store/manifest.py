@@ -7,11 +7,13 @@ Field names follow timm's `pretrained_cfg` where it has one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+import json
 import math
 from pathlib import Path
 import tomllib
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import ModelContractError
@@ -19,8 +21,11 @@ from serve_app.domain.errors import ModelContractError
 MANIFEST_NAME = "manifest.toml"
 EMBEDDING_DIM = 512
 
+#: Neither an unknown key nor a value of another type: a text is no number.
+_EXACT = ConfigDict(extra="forbid", strict=True)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class InputSpec:
     """What the ONNX input `name` takes: uint8 N×H×W×3; mean and std (0-1 scale) are inside the graph.
 
@@ -37,7 +42,7 @@ class InputSpec:
     aspect_evidence: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class OutputSpec:
     """The two outputs of the one forward pass: logits N×8 and bottleneck N×512, float32."""
 
@@ -48,7 +53,7 @@ class OutputSpec:
     label_map: Mapping[str, Diagnosis]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class Calibration:
     """Temperature T of softmax(logits / T) (Guo et al., ICML 2017), and where it was fitted."""
 
@@ -56,7 +61,7 @@ class Calibration:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class ConformalSpec:
     """Class-conditional split conformal sets (Vovk 2012): y is in the set when p(y) >= threshold[y]."""
 
@@ -65,7 +70,7 @@ class ConformalSpec:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class OutOfDistributionSpec:
     """Distance of the bottleneck to the training classes, and its map to p(UNK).
 
@@ -81,7 +86,7 @@ class OutOfDistributionSpec:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class EmbeddingSpaceSpec:
     """A linear map of the bottleneck: unit(matrix @ (bottleneck - mean)), from an .npz of both."""
 
@@ -91,7 +96,7 @@ class EmbeddingSpaceSpec:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class OperatingPoint:
     """A named threshold on a calibrated probability, with the evidence it was chosen on.
 
@@ -107,7 +112,7 @@ class OperatingPoint:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class FileDigest:
     """A file of the folder: its size in bytes and SHA-256 in hex."""
 
@@ -115,7 +120,7 @@ class FileDigest:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_EXACT)
 class Manifest:
     """One model, ready to be verified and loaded."""
 
@@ -157,56 +162,17 @@ def read_manifest(folder: Path) -> Manifest:
     except tomllib.TOMLDecodeError as error:
         raise ModelContractError(f"{path} is not TOML: {error}.") from error
     try:
-        manifest = _from_toml(raw)
-        problems = list(_contract_problems(manifest))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelContractError(f"{path}: {type(error).__name__}: {error}.") from error
-    if problems:
+        # As JSON, whose arrays may be tuples and whose texts may be diagnoses.
+        manifest = _MANIFEST.validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ModelContractError(f"{path}: {'; '.join(found)}.") from error
+    if problems := list(_contract_problems(manifest)):
         raise ModelContractError(f"{path}: {'; '.join(problems)}.")
     return manifest
 
 
-def _from_toml(raw: dict[str, Any]) -> Manifest:
-    _refuse_unknown(raw, Manifest)
-    _refuse_unknown(raw["output"], OutputSpec)
-    _refuse_unknown(raw["conformal"], ConformalSpec)
-    output = raw["output"]
-    return Manifest(
-        **{key: str(raw[key]) for key in _SCALARS},
-        input=InputSpec(**{key: _tuple(value) for key, value in raw["input"].items()}),
-        output=OutputSpec(
-            logits=output["logits"],
-            bottleneck=output["bottleneck"],
-            embedding_dim=output["embedding_dim"],
-            label_space=tuple(output["label_space"]),
-            label_map={label: Diagnosis(value) for label, value in output["label_map"].items()},
-        ),
-        calibration=Calibration(**raw["calibration"]),
-        conformal=ConformalSpec(
-            coverage=raw["conformal"]["coverage"],
-            thresholds={Diagnosis(k): float(v) for k, v in raw["conformal"]["thresholds"].items()},
-            fitted_on=raw["conformal"]["fitted_on"],
-        ),
-        ood=OutOfDistributionSpec(**raw["ood"]),
-        spaces=tuple(EmbeddingSpaceSpec(**space) for space in raw["spaces"]),
-        operating_points={
-            name: OperatingPoint(**{**point, "diagnoses": tuple(Diagnosis(d) for d in point["diagnoses"])})
-            for name, point in raw["operating_points"].items()
-        },
-        files={name: FileDigest(**digest) for name, digest in raw["files"].items()},
-    )
-
-
-_SCALARS = ("model_id", "architecture", "tag", "modality", "created", "licence", "training_data", "onnx")
-
-
-def _refuse_unknown(table: Mapping[str, Any], kind: type) -> None:
-    if unknown := set(table) - {field.name for field in fields(kind)}:
-        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-
-
-def _tuple(value: object) -> Any:  # noqa: ANN401 - a TOML value
-    return tuple(value) if isinstance(value, list) else value
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def _contract_problems(manifest: Manifest) -> Iterator[str]:

@@ -16,13 +16,11 @@ from serve_app.domain.errors import ModelContractError
 
 Device = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-#: By default ONNX Runtime computes with TF32's 10 bits of mantissa where a GPU can, and times cuDNN's
-#: algorithms anew in every process: one image's vector would differ from process to process.
-_PROVIDER_OPTIONS: Mapping[Device, Mapping[str, str]] = {
-    "cpu": {},
-    "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"},
+#: ONNX Runtime's execution provider for a device, with the options that make its answers repeatable: by default it
+#: computes with TF32's 10 bits of mantissa where a GPU can, and times cuDNN's algorithms anew in every process.
+PROVIDERS: Mapping[Device, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}),
 }
 
 
@@ -33,7 +31,7 @@ class InferenceSession:
     """
 
     def __init__(self, model: StoredModel, *, threads: int, device: Device = "cpu") -> None:
-        provider = _PROVIDERS[device]
+        provider, _ = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise ModelContractError(
                 f"{provider} is not available; install the {'gpu' if device == 'cuda' else 'cpu'} extra."
@@ -47,7 +45,7 @@ class InferenceSession:
         manifest = model.manifest
         try:
             self._session = ort.InferenceSession(
-                model.path(manifest.onnx).read_bytes(), options, providers=[choose_provider(device)]
+                model.path(manifest.onnx).read_bytes(), options, providers=[PROVIDERS[device]]
             )
         except Exception as error:  # ONNX Runtime's have no other common base
             raise ModelContractError(f"{manifest.onnx} is no model: {type(error).__name__}.") from error
@@ -63,11 +61,6 @@ class InferenceSession:
         """Logits N×8 in the order of `TRAINED`, and bottleneck N×512."""
         logits, bottleneck = self._session.run(self._outputs, {self._input: pixels})
         return logits[:, self._order], bottleneck
-
-
-def choose_provider(device: Device) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's execution provider for a device, with the options that make its answers repeatable."""
-    return _PROVIDERS[device], dict(_PROVIDER_OPTIONS[device])
 
 
 def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:

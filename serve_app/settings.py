@@ -6,7 +6,6 @@ line, all of which Ray shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 import os
 from pathlib import Path
@@ -44,31 +43,18 @@ def find_owner_url(home: Path) -> str | None:
     return read_private(path).decode().strip().removeprefix(f"{OWNER_URL}=") if path.exists() else None
 
 
-@dataclass(frozen=True, slots=True)
 class NodeFiles:
     """Where a node keeps its keys, and what they sign: one place, for the service and for `derm-cds`."""
 
-    home: Path
-
-    @property
-    def keyring(self) -> Path:
-        """The key-encryption keys, mode 0600."""
-        return self.home / "keys" / "keyring.json"
-
-    @property
-    def keystore(self) -> Path:
-        """The wrapped data keys, apart from the clinical database."""
-        return self.home / "keys" / "keystore.sqlite"
-
-    @property
-    def audit_signing_key(self) -> Path:
-        """What signs the audit log's checkpoints, mode 0600."""
-        return self.home / "keys" / "audit-signing.key"
-
-    @property
-    def audit_checkpoints(self) -> Path:
-        """The signed checkpoints of the audit log."""
-        return self.home / "audit" / "checkpoints.jsonl"
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        #: The key-encryption keys, mode 0600.
+        self.keyring = home / "keys" / "keyring.json"
+        #: The wrapped data keys, apart from the clinical database.
+        self.keystore = home / "keys" / "keystore.sqlite"
+        #: What signs the audit log's checkpoints, mode 0600.
+        self.audit_signing_key = home / "keys" / "audit-signing.key"
+        self.audit_checkpoints = home / "audit" / "checkpoints.jsonl"
 
 
 class KeySettings(BaseSettings):
@@ -120,7 +106,7 @@ class Settings(KeySettings):
     #: In one ingress process; what comes on top is answered 503 with Retry-After.
     max_uploads_in_flight: int = Field(default=32, ge=1)
     max_upload_bytes_in_flight: int = Field(default=160 * 1024 * 1024, gt=0)
-    #: For the whole of a request's body; below HAProxy's own time limits (cluster/ray_environment.py).
+    #: For the whole of a request's body; below HAProxy's own time limits (cluster/ray_node.py).
     body_timeout_s: float = Field(default=30.0, gt=0, le=60)
     #: And after 5 s, at least so many bytes a second, on average.
     body_min_bytes_per_s: float = Field(default=16_384.0, gt=0)
@@ -163,7 +149,7 @@ class Settings(KeySettings):
     @field_validator("pms_url")
     @classmethod
     def _without_slash(cls, url: str | None) -> str | None:
-        if url is None or url == "":
+        if not url:
             return None
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
@@ -185,8 +171,7 @@ class Settings(KeySettings):
                     f"DERM_TOKEN_SECRET is refused in production: {weakness}. Set the one that the PMS's issuer"
                     " signs with, or DERM_TOKEN_JWKS"
                 )
-            parts = urlsplit(self.token_jwks)
-            if parts.scheme == "http" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}:
+            if _is_open_http(self.token_jwks):
                 raise ValueError(
                     "DERM_TOKEN_JWKS must be https or a file in production: it says who may sign"
                 )
@@ -198,11 +183,20 @@ class Settings(KeySettings):
     def _pms_is_whole(self) -> Self:
         if self.pms_url is None and (self.patient_directory == "pms" or self.pms_deliver):
             raise ValueError("DERM_PMS_URL is missing: DERM_PATIENT_DIRECTORY or DERM_PMS_DELIVER needs it")
-        if self.env == "production" and self.pms_url is not None:
-            parts = urlsplit(self.pms_url)
-            if parts.scheme != "https" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}:
-                raise ValueError("DERM_PMS_URL must be https in production: patients' data goes there")
+        if self.env == "production" and self.pms_url is not None and _is_open_http(self.pms_url):
+            raise ValueError("DERM_PMS_URL must be https in production: patients' data goes there")
         return self
+
+
+def _is_open_http(url: str) -> bool:
+    """Whether an address is asked unencrypted, on another machine than this."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Split a setting of several words at its commas."""
+    return tuple(word for part in text.split(",") if (word := part.strip()))
 
 
 @lru_cache(maxsize=1)

@@ -9,8 +9,8 @@ from time import monotonic
 from typing import Any
 
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog
+from serve_app.domain.assessment import format_time
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.answers import format_time
 from serve_app.records.audit_log import AuditChain, sign_head
 from serve_app.records.health import Violation, find_violations
 from serve_app.records.pool import Pool

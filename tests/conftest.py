@@ -14,9 +14,7 @@ import tempfile
 import asyncpg
 import pytest
 
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from cluster.postgres_account import programs
-from cluster.postgres_state import PostgresState
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState, programs
 from model_store.registry import ModelStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
@@ -24,6 +22,8 @@ from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# torch's threads spin while they wait for each other: on networks as small as the tests' two take three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -118,23 +118,27 @@ def as_superuser(postgres: EmbeddedPostgres) -> Callable[[DatabaseUrls], str]:
 def new_database(postgres: EmbeddedPostgres, as_superuser) -> Callable[..., Awaitable[DatabaseUrls]]:
     """Make one more database on the session's server, migrated unless told otherwise."""
     made = 0
+    templates = {False: "derm_empty"}
 
-    async def make(*, migrated: bool = True) -> DatabaseUrls:
-        nonlocal made
-        made += 1
-        name, first = f"derm_{made}", postgres.ensure()
+    async def copy(name: str, template: str) -> DatabaseUrls:
+        first = postgres.ensure()
         connection = await asyncpg.connect(as_superuser(first))
         try:
-            await connection.execute(f"CREATE DATABASE {name} OWNER derm_owner TEMPLATE derm_empty")
+            await connection.execute(f"CREATE DATABASE {name} OWNER derm_owner TEMPLATE {template}")
             await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
             await connection.execute(f"GRANT CONNECT ON DATABASE {name} TO derm_app")
         finally:
             await connection.close()
-        urls = (re.sub(r"/derm\?", f"/{name}?", url) for url in (first.owner, first.app))
-        database = DatabaseUrls(*urls)
-        if migrated:
-            await migrate(database.owner, application_role="derm_app")
-        return database
+        return DatabaseUrls(*(re.sub(r"/derm\?", f"/{name}?", url) for url in (first.owner, first.app)))
+
+    async def make(*, migrated: bool = True) -> DatabaseUrls:
+        nonlocal made
+        if migrated not in templates:  # migrating costs ten times what copying does
+            template = await copy("derm_migrated", templates[False])
+            await migrate(template.owner, application_role="derm_app")
+            templates[migrated] = "derm_migrated"
+        made += 1
+        return await copy(f"derm_{made}", templates[migrated])
 
     return make
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from pathlib import Path
-import sys
 from typing import TypeVar
 
-from cluster.database import database
-from serve_app.audit.events import AuditEvent, account_event, os_account
+from cluster.commands import actions_of
+from cluster.commands.records import ask_as_owner
+from serve_app.audit.events import account_event, os_account
 from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.records.access import AccessStore, RevocationKind
-from serve_app.records.pool import open_pool
 
 #: How times are given, for help and refusals.
 TIME = "RFC 3339 time with a zone (2026-12-01T08:00:00Z, 2026-12-01T09:00:00+01:00)"
@@ -26,38 +23,28 @@ _Result = TypeVar("_Result")
 def define(name: str, parser: argparse.ArgumentParser) -> None:
     """Define `access`, or `assign`, its most frequent action, by its own name."""
     if name == "assign":
+        parser.set_defaults(run=_assign)
         _define_assign(parser)
         return
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    purposes = {
-        "assign": "put a patient into somebody's care",
-        "end": "end somebody's care for a patient now",
-        "list": "list care assignments and who is locked out",
-        "revoke": "refuse a subject, or one token, from the next request on",
-        "restore": "let a subject, or one token, in again",
-    }
-    made = {
-        action: actions.add_parser(action, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        for action, purpose in purposes.items()
-    }
-    _define_assign(made["assign"])
-    _define_pair(made["end"], required=True)
-    made["end"].set_defaults(run=_end)
-    _define_pair(made["list"], required=False)
-    made["list"].add_argument("--all", action="store_true", help="assignments that have ended, too")
-    made["list"].set_defaults(run=_list)
-    for action, run in (("revoke", _revoke), ("restore", _restore)):
-        whom = made[action].add_mutually_exclusive_group(required=True)
+    action = actions_of(parser)
+    _define_assign(action("assign", _assign, "put a patient into somebody's care"))
+    _define_pair(action("end", _end, "end somebody's care for a patient now"), required=True)
+    listed = action("list", _list, "list care assignments and who is locked out")
+    _define_pair(listed, required=False)
+    listed.add_argument("--all", action="store_true", help="assignments that have ended, too")
+    for made in (
+        action("revoke", _revoke, "refuse a subject, or one token, from the next request on"),
+        action("restore", _restore, "let a subject, or one token, in again"),
+    ):
+        whom = made.add_mutually_exclusive_group(required=True)
         whom.add_argument("subject", nargs="?", help="`sub` of the tokens")
         whom.add_argument("--token", metavar="JTI", help="`jti` of the one token")
-        made[action].set_defaults(run=run)
 
 
 def _define_assign(parser: argparse.ArgumentParser) -> None:
     _define_pair(parser, required=True, patient=patient_id)
     parser.add_argument("--from", dest="since", type=instant, help=f"{TIME} the care begins (default: now)")
     parser.add_argument("--until", type=instant, help=f"{TIME} the care ends (default: open)")
-    parser.set_defaults(run=_assign)
 
 
 def _define_pair(
@@ -67,91 +54,62 @@ def _define_pair(
     parser.add_argument("--clinician", required=required, help="`sub` of the principal's tokens")
 
 
-def _assign(arguments: argparse.Namespace) -> int:
+def _assign(arguments: argparse.Namespace) -> None:
     patient, clinician = arguments.patient, arguments.clinician
-    event = _event("assign", patient_id=patient, subject=clinician)
+    since, until = arguments.since, arguments.until
+    event = account_event("assign", {"subject": clinician}, patient_id=patient)
+    starts_at = since or datetime.now(UTC)
     _ask(
-        arguments.home,
-        lambda store: store.assign(
-            patient,
-            clinician,
-            starts_at=arguments.since or datetime.now(UTC),
-            ends_at=arguments.until,
-            event=event,
-        ),
+        arguments,
+        lambda store: store.assign(patient, clinician, starts_at=starts_at, ends_at=until, event=event),
     )
-    since = f"from {arguments.since.isoformat()} " if arguments.since else ""
-    until = f"until {arguments.until.isoformat()}" if arguments.until else "until further notice"
-    sys.stdout.write(f"{patient} is in the care of {clinician} {since}{until}\n")
-    return 0
+    begin = f"from {since.isoformat()} " if since else ""
+    end = f"until {until.isoformat()}" if until else "until further notice"
+    print(f"{patient} is in the care of {clinician} {begin}{end}")
 
 
-def _end(arguments: argparse.Namespace) -> int:
+def _end(arguments: argparse.Namespace) -> None:
     patient, clinician = arguments.patient, arguments.clinician
-    event = _event("end_assignment", patient_id=patient, subject=clinician)
-    ended = _ask(arguments.home, lambda store: store.end_assignment(patient, clinician, event=event))
-    if not ended:
+    event = account_event("end_assignment", {"subject": clinician}, patient_id=patient)
+    if not _ask(arguments, lambda store: store.end_assignment(patient, clinician, event=event)):
         raise NotFound(f"{patient} is not in the care of {clinician}, now or later.")
-    sys.stdout.write(f"{patient} is no longer in the care of {clinician}\n")
-    return 0
+    print(f"{patient} is no longer in the care of {clinician}")
 
 
-def _list(arguments: argparse.Namespace) -> int:
-    assignments = _ask(
-        arguments.home,
-        lambda store: store.assignments(
-            patient_id=arguments.patient, clinician=arguments.clinician, ended_too=arguments.all
-        ),
-    )
-    for care in assignments:
+def _list(arguments: argparse.Namespace) -> None:
+    wanted = {"patient_id": arguments.patient, "clinician": arguments.clinician, "ended_too": arguments.all}
+    for care in _ask(arguments, lambda store: store.assignments(**wanted)):
         until = _utc(care.ends_at) if care.ends_at else "further notice"
-        since = _utc(care.starts_at)
-        sys.stdout.write(f"{care.patient_id}: {care.clinician}, from {since} until {until}\n")
-    for lock in _ask(arguments.home, lambda store: store.revocations()):
-        at = _utc(lock.revoked_at)
-        sys.stdout.write(f"revoked {lock.kind} {lock.value}: by {lock.revoked_by} at {at}\n")
-    return 0
+        print(f"{care.patient_id}: {care.clinician}, from {_utc(care.starts_at)} until {until}")
+    for lock in _ask(arguments, lambda store: store.revocations()):
+        print(f"revoked {lock.kind} {lock.value}: by {lock.revoked_by} at {_utc(lock.revoked_at)}")
 
 
 def _utc(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="seconds")
 
 
-def _revoke(arguments: argparse.Namespace) -> int:
+def _revoke(arguments: argparse.Namespace) -> None:
     kind, value = _whom(arguments)
-    event = _event("revoke", **{kind: value})
-    done = _ask(arguments.home, lambda store: store.revoke(kind, value, by=os_account(), event=event))
-    sys.stdout.write(f"{kind} {value} is refused{' from now on' if done else ' already'}\n")
-    return 0
+    event = account_event("revoke", {kind: value})
+    done = _ask(arguments, lambda store: store.revoke(kind, value, by=os_account(), event=event))
+    print(f"{kind} {value} is refused{' from now on' if done else ' already'}")
 
 
-def _restore(arguments: argparse.Namespace) -> int:
+def _restore(arguments: argparse.Namespace) -> None:
     kind, value = _whom(arguments)
-    event = _event("restore", **{kind: value})
-    if not _ask(arguments.home, lambda store: store.restore(kind, value, event=event)):
+    event = account_event("restore", {kind: value})
+    if not _ask(arguments, lambda store: store.restore(kind, value, event=event)):
         raise NotFound(f"The {kind} {value} is not revoked.")
-    sys.stdout.write(f"{kind} {value} is let in again\n")
-    return 0
+    print(f"{kind} {value} is let in again")
 
 
 def _whom(arguments: argparse.Namespace) -> tuple[RevocationKind, str]:
     return ("token", arguments.token) if arguments.token else ("subject", arguments.subject)
 
 
-def _event(action: str, *, patient_id: str | None = None, **detail: str) -> AuditEvent:
-    return account_event(action, detail, patient_id=patient_id)
-
-
-def _ask(home: Path, ask: Callable[[AccessStore], Awaitable[_Result]]) -> _Result:
-    async def run(dsn: str) -> _Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1)
-        try:
-            return await ask(AccessStore(pool))
-        finally:
-            await pool.close()
-
-    with database(home) as urls:
-        return asyncio.run(run(urls.owner))
+def _ask(arguments: argparse.Namespace, question: Callable[[AccessStore], Awaitable[_Result]]) -> _Result:
+    return ask_as_owner(arguments.home, lambda pool: question(AccessStore(pool)))
 
 
 def patient_id(text: str) -> str:

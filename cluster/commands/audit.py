@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 import json
 import os
 from pathlib import Path
 import socket
 import sys
-from typing import TextIO, TypeVar
 
-from cluster.database import database
+from cluster.commands import actions_of
+from cluster.commands.records import ask, record
 from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
@@ -21,7 +19,6 @@ from serve_app.audit.checkpoints import (
     read_public_key,
     write_public_key,
 )
-from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_log import (
@@ -32,22 +29,13 @@ from serve_app.records.audit_log import (
     examine,
     sign_head,
 )
-from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.settings import NodeFiles
-
-_Result = TypeVar("_Result")
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `audit`."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        made.set_defaults(run=run)
-        return made
-
+    action = actions_of(parser)
     verify = action("verify", _verify, "recompute the chain, and hold it against the signed checkpoints")
     verify.add_argument(
         "--checkpoints",
@@ -82,7 +70,7 @@ def checkpoint_log(home: Path) -> CheckpointLog:
     return CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> None:
     log = checkpoint_log(arguments.home)
     public = read_public_key(arguments.public_key) if arguments.public_key else log.public_key()
     here = log.read(public)
@@ -90,101 +78,70 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.checkpoints:
         both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
-    found = _ask(
+    found = ask(
         arguments.home, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
     )
     for checkpoint in known:
         if checkpoint.restored_after is not None:
-            sys.stdout.write(
+            print(
                 f"restored, {checkpoint.at.isoformat(timespec='seconds')}: what was signed before holds up to "
-                f"seal {checkpoint.restored_after}\n"
+                f"seal {checkpoint.restored_after}"
             )
     for finding in found.findings[:20]:
-        sys.stderr.write(f"{describe(finding)}\n")
-    sys.stdout.write(
-        f"{found.events} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
-        f"{len(found.findings) or 'nothing'} found\n"
+        print(describe(finding), file=sys.stderr)
+    print(
+        f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
+        f"{len(found.findings) or 'nothing'} found"
     )
     if found.findings:
         raise IntegrityError(
             "The audit log is not what was written: keep everything as it is, and investigate."
         )
-    return 0
 
 
-def _checkpoint(arguments: argparse.Namespace) -> int:
-    log = checkpoint_log(arguments.home)
-
-    async def sign(pool: Pool) -> Checkpoint | None:
-        if arguments.restored:
-            await LesionStore(pool).record_event(account_event("restore", {"kind": "by other means"}))
-            return await sign_restored(pool, log)
-        chain = AuditChain(pool)
-        while await chain.seal(wait=True):
-            pass
-        return await sign_head(chain, log)
-
-    kept = _ask(arguments.home, sign)
-    sys.stdout.write(f"{log.line(kept)}\n" if kept else "nothing is sealed yet\n")
-    return 0
+def _checkpoint(arguments: argparse.Namespace) -> None:
+    log, restored = checkpoint_log(arguments.home), arguments.restored
+    if restored:
+        record(arguments.home, "restore", {"kind": "by other means"})
+    kept = ask(arguments.home, lambda pool: sign(pool, log, restored=restored))
+    print(log.line(kept) if kept else "nothing is sealed yet")
 
 
-async def sign_restored(pool: Pool, log: CheckpointLog) -> Checkpoint:
-    """Seal what is new, and sign that the log goes on from where the restored database ends."""
+async def sign(pool: Pool, log: CheckpointLog, *, restored: bool) -> Checkpoint | None:
+    """Seal what is new and sign it; `restored`: the log goes on from where the restored database ends."""
     chain = AuditChain(pool)
     while await chain.seal(wait=True):
         pass
-    return await accept_restore(chain, log)
+    return await accept_restore(chain, log) if restored else await sign_head(chain, log)
 
 
-def _public_key(arguments: argparse.Namespace) -> int:
-    sys.stdout.write(write_public_key(checkpoint_log(arguments.home).public_key()))
-    return 0
+def _public_key(arguments: argparse.Namespace) -> None:
+    print(write_public_key(checkpoint_log(arguments.home).public_key()), end="")
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _export(arguments: argparse.Namespace) -> None:
     """Have it in the audit log first, then write: the export itself is among what it exports later."""
-    if arguments.start >= arguments.end:
+    start, end = arguments.start, arguments.end
+    if start >= end:
         raise Conflict("--from must be before --to.")
-    detail = {"from": arguments.start.isoformat(), "to": arguments.end.isoformat()}
-    event = account_event("export", detail)
+    record(arguments.home, "export", {"from": start.isoformat(), "to": end.isoformat()})
 
     async def write(pool: Pool) -> int:
-        await LesionStore(pool).record_event(event)
         count = 0
-        with _new_file(arguments.out) as file:
-            async for found in events_between(pool, arguments.start, arguments.end):
+        with os.fdopen(os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            async for found in events_between(pool, start, end):
+                server, at = socket.gethostname(), found.recorded_at
                 resource = audit_event_resource(
-                    found.event,
-                    event_id=found.event_id,
-                    recorded_at=found.recorded_at,
-                    server=socket.gethostname(),
+                    found.event, event_id=found.event_id, recorded_at=at, server=server
                 )
                 file.write(json.dumps(resource, separators=(",", ":")) + "\n")
                 count += 1
         return count
 
-    count = _ask(arguments.home, write)
-    sys.stdout.write(f"{count} events in {arguments.out}: it names patients, keep it as you keep them\n")
-    return 0
-
-
-def _new_file(path: Path) -> TextIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+    count = ask(arguments.home, write)
+    print(f"{count} events in {arguments.out}: it names patients, keep it as you keep them")
 
 
 def _instant(text: str) -> datetime:
     instant = datetime.fromisoformat(text)
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
-
-
-def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
-    async def run(dsn: str) -> _Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-        try:
-            return await ask(pool)
-        finally:
-            await pool.close()
-
-    with database(home) as urls:
-        return asyncio.run(run(urls.app))

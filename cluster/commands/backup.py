@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
-import sys
-from typing import TypeVar
 
-from cluster.backup import back_up
-from cluster.backup_folder import BackupFailed
-from cluster.commands.audit import checkpoint_log, sign_restored
-from cluster.database import database, own_database
-from cluster.erased_keys import read_erased, release_key_store
-from cluster.kept_copies import LIFETIME, prune_kept_copies
-from cluster.key_backup import back_up_keyring, back_up_keys, prune, restore_keys
+from cluster.backups import BackupFailed, back_up, out_of_service, read_manifest, restore
+from cluster.commands.audit import checkpoint_log, sign
+from cluster.commands.records import ask, ask_as_owner, record
+from cluster.key_backups import (
+    LIFETIME,
+    back_up_keyring,
+    back_up_keys,
+    prune,
+    prune_kept_copies,
+    read_erased,
+    release_key_store,
+    restore_keys,
+)
+from cluster.node_files import database, own_database
 from cluster.postgres import EmbeddedPostgres
-from cluster.restore import out_of_service, restore
-from serve_app.audit.events import account_event
 from serve_app.keys.providers import open_key_provider
-from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool, open_pool
 from serve_app.settings import NodeFiles, load_key_settings
-
-_Result = TypeVar("_Result")
 
 
 def define(name: str, parser: argparse.ArgumentParser) -> None:
@@ -56,86 +52,63 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_back_up)
 
 
-def _back_up(arguments: argparse.Namespace) -> int:
+def _back_up(arguments: argparse.Namespace) -> None:
     files = NodeFiles(arguments.home)
-    service_version = version("pms-derm-cds")
     if arguments.prune:
         lifetime = timedelta(days=arguments.days)
-        _record(arguments.home, "backup_prune", kind="keys")
+        record(arguments.home, "backup_prune", {"kind": "keys"})
         gone = [*prune(arguments.prune), *prune_kept_copies(arguments.home, lifetime=lifetime)]
-        sys.stdout.write(
-            "".join(f"{folder} had expired and is deleted\n" for folder in gone) or "nothing has expired\n"
-        )
+        print("\n".join(f"{folder} had expired and is deleted" for folder in gone) or "nothing has expired")
     elif arguments.keys:
-        _record(arguments.home, "backup", kind="keys")
+        record(arguments.home, "backup", {"kind": "keys"})
         made = back_up_keys(
             files,
             arguments.keys,
             provider=load_key_settings().key_provider,
             lifetime=timedelta(days=arguments.days),
-            service_version=service_version,
         )
-        sys.stdout.write(f"{arguments.keys}: the key store; delete it by {made['expires_at']}\n")
+        print(f"{arguments.keys}: the key store; delete it by {made['expires_at']}")
     elif arguments.keyring:
-        _record(arguments.home, "backup", kind="keyring")
-        back_up_keyring(files, arguments.keyring, service_version=service_version)
-        sys.stdout.write(f"{arguments.keyring}: the keyring; it opens every image, keep it in a safe\n")
+        record(arguments.home, "backup", {"kind": "keyring"})
+        back_up_keyring(files, arguments.keyring)
+        print(f"{arguments.keyring}: the keyring; it opens every image, keep it in a safe")
     else:
         server = _embedded(arguments.home)
         with database(arguments.home):
-            _record(arguments.home, "backup", kind="database")
-            made = back_up(server, arguments.folder, service_version=service_version)
-        sys.stdout.write(f"{arguments.folder}: the database, {made['bytes'] / 1e6:.0f} MB, verified\n")
-    return 0
+            record(arguments.home, "backup", {"kind": "database"})
+            made = back_up(server, arguments.folder)
+        print(f"{arguments.folder}: the database, {made['bytes'] / 1e6:.0f} MB, verified")
 
 
-def _restore(arguments: argparse.Namespace) -> int:
+def _restore(arguments: argparse.Namespace) -> None:
     if arguments.keys:
-        return _restore_keys(arguments)
+        _restore_keys(arguments)
+        return
     server = _embedded(arguments.home)
-    done = restore(server, arguments.folder)
-    _record(arguments.home, "restore", kind="database", made_at=done.manifest["made_at"])
+    there = restore(server, arguments.folder)
+    made_at = read_manifest(arguments.folder, "database")["made_at"]
+    record(arguments.home, "restore", {"kind": "database", "made_at": made_at})
     # Or the log would seem to have been cut short: what was signed after the backup is not in it.
-    _ask(arguments.home, lambda pool: sign_restored(pool, checkpoint_log(arguments.home)))
-    kept = f"; what was there is in {done.kept}: delete it when all is well" if done.kept else ""
-    sys.stdout.write(f"the database is as it was at {done.manifest['made_at']}{kept}\n")
-    return 0
+    ask(arguments.home, lambda pool: sign(pool, checkpoint_log(arguments.home), restored=True))
+    kept = f"; what was there is in {there}: delete it when all is well" if there else ""
+    print(f"the database is as it was at {made_at}{kept}")
 
 
-def _restore_keys(arguments: argparse.Namespace) -> int:
-    with out_of_service(arguments.home), database(arguments.home) as urls:
-        _record(arguments.home, "restore", kind="keys")
-        erased = asyncio.run(read_erased(urls.owner))
+def _restore_keys(arguments: argparse.Namespace) -> None:
+    with out_of_service(arguments.home), database(arguments.home):
+        record(arguments.home, "restore", {"kind": "keys"})
+        erased = ask_as_owner(arguments.home, read_erased)
         provider = open_key_provider(load_key_settings())
         kept = restore_keys(NodeFiles(arguments.home), arguments.keys, provider, erased=erased)
-        asyncio.run(release_key_store(urls.owner))
+        ask_as_owner(arguments.home, release_key_store)
     said = f"; what was there is in {kept}: delete it when images open" if kept else ""
-    sys.stdout.write(f"the key store is restored, without the keys of erased images{said}\n")
-    return 0
+    print(f"the key store is restored, without the keys of erased images{said}")
 
 
 def _embedded(home: Path) -> EmbeddedPostgres:
     if own_database(home) is not None:
         raise BackupFailed("DERM_DATABASE_URL names your own PostgreSQL: back it up with its own tools.")
     return EmbeddedPostgres(home)
-
-
-def _record(home: Path, action: str, **detail: object) -> None:
-    """Have it in the audit log: a backup before it is made, a pruning before anything is deleted, a restore in what was restored."""
-    event = account_event(action, detail)
-    _ask(home, lambda pool: LesionStore(pool).record_event(event))
-
-
-def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
-    async def run(dsn: str) -> _Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-        try:
-            return await ask(pool)
-        finally:
-            await pool.close()
-
-    with database(home) as urls:
-        return asyncio.run(run(urls.app))
 
 
 def _folder(text: str) -> Path:

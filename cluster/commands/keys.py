@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
-import sys
-from typing import TypeVar
 
-from cluster.database import database
-from cluster.key_backup import existing_keystore
-from serve_app.audit.events import AuditOutcome, account_event
+from cluster.commands import actions_of
+from cluster.commands.records import ask, record
+from cluster.key_backups import existing_keystore
 from serve_app.domain.errors import Conflict, DermError
 from serve_app.erasure.sweeping import (
     OrphanedKeys,
@@ -23,67 +19,51 @@ from serve_app.erasure.sweeping import (
 from serve_app.keys.keyring import KeyProvider
 from serve_app.keys.keystore import MAX_WRAPS, KeyStore
 from serve_app.keys.providers import open_key_provider
-from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.records.retention import Housekeeping
 from serve_app.settings import load_key_settings
-
-_Result = TypeVar("_Result")
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `keys`."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for name, run, purpose in (
-        ("status", _status, "say which versions there are and what they wrap"),
-        ("rotate", _rotate, "make a new key-encryption key, for all images from now on"),
-        ("rewrap", _rewrap, "wrap older images' data keys under the current key; started again, it goes on"),
-    ):
-        actions.add_parser(
-            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
-        ).set_defaults(run=run)
-    sweep = actions.add_parser(
-        "sweep", help="count the data keys without an image, and destroy them with --yes"
-    )
+    action = actions_of(parser)
+    action("status", _status, "say which versions there are and what they wrap")
+    action("rotate", _rotate, "make a new key-encryption key, for all images from now on")
+    action("rewrap", _rewrap, "wrap older images' data keys under the current key; started again, it goes on")
+    sweep = action("sweep", _sweep, "count the data keys without an image, and destroy them with --yes")
     sweep.add_argument("--yes", action="store_true", help="destroy them: their images never open again")
-    sweep.set_defaults(run=_sweep)
-    retire = actions.add_parser(
-        "retire", help="destroy an old key-encryption key that wraps nothing any more"
-    )
+    retire = action("retire", _retire, "destroy an old key-encryption key that wraps nothing any more")
     retire.add_argument("version", type=int)
-    retire.set_defaults(run=_retire)
 
 
-def _status(arguments: argparse.Namespace) -> int:
+def _status(arguments: argparse.Namespace) -> None:
     provider = _provider()
     with closing(_keystore(arguments, provider)) as store:
         counts = {count.key_version: count for count in store.count_versions()}
     current, versions = provider.current_version, provider.versions
-    sys.stdout.write(f"{provider}\n")
+    print(provider)
     for version in sorted({*counts, *versions}):
         count = counts.get(version)
         wraps, data_keys = (count.wraps, count.data_keys) if count else (0, 0)
         state = "current" if version == current else "old" if version in versions else "retired"
-        sys.stdout.write(
+        print(
             f"version {version} ({state}): wraps {data_keys} data keys; "
-            f"{wraps} of at most {MAX_WRAPS} wraps used\n"
+            f"{wraps} of at most {MAX_WRAPS} wraps used"
         )
-    return 0
 
 
-def _rotate(arguments: argparse.Namespace) -> int:
+def _rotate(arguments: argparse.Namespace) -> None:
     provider = _provider()
     with (
         closing(_keystore(arguments, provider)) as store,  # other keys show here, before anything changes
         _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version),
     ):
         version = provider.rotate()
-        store.verify_keys()  # so that a keyring from before is known for what it is, from now on
-    sys.stdout.write(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest\n")
-    return 0
+        store.checks.verify()  # so that a keyring from before is known for what it is, from now on
+    print(f"version {version} wraps from now on; `derm-cds keys rewrap` does the rest")
 
 
-def _rewrap(arguments: argparse.Namespace) -> int:
+def _rewrap(arguments: argparse.Namespace) -> None:
     provider = _provider()
     done = 0
     to = provider.current_version
@@ -93,13 +73,11 @@ def _rewrap(arguments: argparse.Namespace) -> int:
     ):
         while found := store.rewrap():
             done += found
-            sys.stdout.write(f"\r{done} data keys rewrapped")
-            sys.stdout.flush()
-    sys.stdout.write(f"\r{done} data keys rewrapped; all are under version {provider.current_version}\n")
-    return 0
+            print(f"\r{done} data keys rewrapped", end="", flush=True)
+    print(f"\r{done} data keys rewrapped; all are under version {provider.current_version}")
 
 
-def _retire(arguments: argparse.Namespace) -> int:
+def _retire(arguments: argparse.Namespace) -> None:
     provider = _provider()
     with closing(_keystore(arguments, provider)) as store:
         counts = {count.key_version: count.data_keys for count in store.count_versions()}
@@ -109,39 +87,35 @@ def _retire(arguments: argparse.Namespace) -> int:
         )
     with _recorded(arguments, "key_retire", provider=str(provider), version=arguments.version):
         provider.retire(arguments.version)
-    sys.stdout.write(
-        f"version {arguments.version} is destroyed; backups of the key store made under it open nothing\n"
-    )
-    return 0
+    print(f"version {arguments.version} is destroyed; backups of the key store made under it open nothing")
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+def _sweep(arguments: argparse.Namespace) -> None:
     with closing(_keystore(arguments, _provider())) as store:
 
         async def find(pool: Pool) -> OrphanedKeys:
             await stop_awaiting_stored(Housekeeping(pool), store)
             return await find_orphaned_keys(Housekeeping(pool), store)
 
-        orphaned = _ask(arguments.home, find)
-        sys.stdout.write(
-            f"{len(orphaned.failed)} data keys of uploads that failed, more than an hour ago\n"
+        orphaned = ask(arguments.home, find)
+        print(f"{len(orphaned.failed)} data keys of uploads that failed, more than an hour ago")
+        print(
             f"{len(orphaned.lost)} data keys of images that this database has no more, or whose upload failed "
-            "before this version\n"
+            "before this version"
         )
         if not arguments.yes:
             if orphaned.lost:
-                sys.stdout.write(
-                    "if an older database was restored, put the newer one back: with --yes its images are lost\n"
+                print(
+                    "if an older database was restored, put the newer one back: with --yes its images are lost"
                 )
-            return 0
+            return
         counts = {"failed": len(orphaned.failed), "lost": len(orphaned.lost)}
         with _recorded(arguments, "key_sweep", **counts):
             everything = [*orphaned.failed, *orphaned.lost]
-            done = _ask(
+            done = ask(
                 arguments.home, lambda pool: shred_orphaned_keys(Housekeeping(pool), store, everything)
             )
-    sys.stdout.write(f"{done} data keys are destroyed\n")
-    return 0
+    print(f"{done} data keys are destroyed")
 
 
 def _provider() -> KeyProvider:
@@ -155,29 +129,9 @@ def _keystore(arguments: argparse.Namespace, provider: KeyProvider) -> KeyStore:
 @contextmanager
 def _recorded(arguments: argparse.Namespace, action: str, **detail: object) -> Iterator[None]:
     """Have it in the audit log first, for what cannot be audited does not happen; and again when it fails."""
-    _record(arguments, action, "success", detail)
+    record(arguments.home, action, detail)
     try:
         yield
     except DermError:
-        _record(arguments, action, "failed", detail)
+        record(arguments.home, action, detail, outcome="failed")
         raise
-
-
-def _record(
-    arguments: argparse.Namespace, action: str, outcome: AuditOutcome, detail: dict[str, object]
-) -> None:
-    event = account_event(action, detail, outcome=outcome)
-
-    _ask(arguments.home, lambda pool: LesionStore(pool).record_event(event))
-
-
-def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
-    async def run(dsn: str) -> _Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1)
-        try:
-            return await ask(pool)
-        finally:
-            await pool.close()
-
-    with database(home) as urls:
-        return asyncio.run(run(urls.app))

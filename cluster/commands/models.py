@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import fields
+from importlib import import_module
 import json
 import os
 from pathlib import Path
 import sys
+from types import ModuleType
 
-from cluster.commands.promotion import define_promotion, load_job
+from cluster.commands import actions_of
+from cluster.commands.records import ask_as_owner
+from cluster.node_files import database
+from data_jobs.promotion.rollback import roll_back
 from model_store.registry import ModelStore, StoredModel
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import DermError, ModelContractError
+from serve_app.records.serving import Publication, live_model, publications
 from serve_app.settings import model_folder
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `models` and its actions."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        made.add_argument("--home", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        made.set_defaults(run=run)
-        return made
-
+    action = actions_of(parser)
     action("list", _list, "list the models in the store")
     for name, run, purpose in (
         ("show", _show, "show what models say of themselves"),
@@ -42,7 +43,27 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--recipe", type=Path, required=True, help="TOML file; says which fold")
     evaluate.add_argument("--report", type=Path, help="write all figures into this JSON file")
     _add_threads(evaluate)
-    define_promotion(action, _add_threads)
+    promote = action(
+        "promote", _promote, "compare a model with the one that answers, and let it answer if it may"
+    )
+    promote.add_argument("model", help="the candidate")
+    _add_approval(promote)
+    promote.add_argument("--dry-run", action="store_true", help="compare, judge and report; change nothing")
+    promote.add_argument(
+        "--cases", choices=("held-out", "references"), default="held-out", help="default: %(default)s"
+    )
+    promote.add_argument(
+        "--acceptance", type=Path, help="recipe (or JSON) to judge by, for a model that has no criteria"
+    )
+    promote.add_argument(
+        "--report", type=Path, help="where the report goes (default: beside the model's folder)"
+    )
+    _add_threads(promote)
+    _add_approval(action("rollback", _roll_back, "let the model answer that answered before"))
+    history = action(
+        "history", _history, "say which model answers, and list what was published, newest first"
+    )
+    history.add_argument("--last", type=int, default=20, help="how many (default: %(default)s)")
 
 
 def _define_import(parser: argparse.ArgumentParser) -> None:
@@ -65,65 +86,126 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
 
 
-def _list(_arguments: argparse.Namespace) -> int:
-    sys.stdout.write("".join(f"{model_id}\n" for model_id in ModelStore(model_folder())))
-    return 0
+def _add_approval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--approved-by", required=True, type=_said, help="who answers for it; kept in the history"
+    )
+    parser.add_argument(
+        "--reason",
+        default="annual model update",
+        type=_said,
+        help="kept in the history and the audit log: names no patient",
+    )
 
 
-def _show(arguments: argparse.Namespace) -> int:
-    return _open_each(arguments.model, _describe)
+def _said(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must say something")
+    return text.strip()
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    return _open_each(arguments.model, lambda model: f"{model.manifest.model_id}: verified\n")
+def _list(_arguments: argparse.Namespace) -> None:
+    for model_id in ModelStore(model_folder()):
+        print(model_id)
 
 
-def _open_each(wanted: Iterable[str], tell: Callable[[StoredModel], str]) -> int:
+def _show(arguments: argparse.Namespace) -> None:
+    _open_each(arguments.model, _describe)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    _open_each(arguments.model, lambda model: f"{model.manifest.model_id}: verified")
+
+
+def _open_each(wanted: Iterable[str], tell: Callable[[StoredModel], str]) -> None:
     store = ModelStore(model_folder())
     failures = 0
     for model_id in wanted or store:
         try:
-            sys.stdout.write(tell(store.open(model_id)))
+            print(tell(store.open(model_id)))
         except ModelContractError as error:
             failures += 1
-            sys.stderr.write(f"{model_id}: {error}\n")
+            print(f"{model_id}: {error}", file=sys.stderr)
     if failures:
         raise DermError(f"{failures} of the models must not be loaded.")
-    return 0
 
 
-def _import(arguments: argparse.Namespace) -> int:
+def _import(arguments: argparse.Namespace) -> None:
     job = load_job("data_jobs.promotion.import_model")
-    request = job.ImportRequest(
-        source=arguments.source,
-        recipe=arguments.recipe,
-        sha256=arguments.sha256,
-        label_map=arguments.label_map,
-        licence=arguments.licence,
-        training_data=arguments.training_data,
-        side=arguments.side,
-        threads=arguments.threads,
-    )
-    model = job.import_model(model_folder(), request, say)
-    say(f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {os_account()}")
-    return 0
+    names = (field.name for field in fields(job.ImportRequest))
+    request = job.ImportRequest(**{name: getattr(arguments, name) for name in names})
+    model = job.import_model(model_folder(), request, _say)
+    _say(f"Next: derm-cds models promote {model.manifest.model_id} --dry-run --approved-by {os_account()}")
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace) -> None:
     job = load_job("data_jobs.promotion.import_model")
     evaluated = job.evaluate_model(
         model_folder(), arguments.model, recipe=arguments.recipe, threads=arguments.threads
     )
     if arguments.report is not None:
         arguments.report.write_text(json.dumps(evaluated, indent=1) + "\n", encoding="utf-8")
-    say(f"{arguments.model}: {job.headline(evaluated)}")
-    return 0
+    _say(f"{arguments.model}: {job.headline(evaluated)}")
 
 
-def say(line: str) -> None:
-    """Print a line at once: these commands take minutes."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+def _promote(arguments: argparse.Namespace) -> None:
+    job = load_job("data_jobs.promotion.promotion")
+    request = job.PromotionRequest(
+        candidate=arguments.model,
+        approved_by=arguments.approved_by,
+        reason=arguments.reason,
+        cache=arguments.home / "promotion",
+        kind=arguments.cases,
+        acceptance=arguments.acceptance,
+        report=arguments.report,
+        dry_run=arguments.dry_run,
+        threads=arguments.threads,
+    )
+    with database(arguments.home) as urls:
+        asyncio.run(job.promote(urls.owner, model_folder(), request, _say))
+
+
+def _roll_back(arguments: argparse.Namespace) -> None:
+    with database(arguments.home) as urls:
+        live = asyncio.run(
+            roll_back(urls.owner, model_folder(), approved_by=arguments.approved_by, reason=arguments.reason)
+        )
+    _say(f"{live.model_id} answers again from the next request on.")
+
+
+def _history(arguments: argparse.Namespace) -> None:
+    limit = arguments.last
+    live = ask_as_owner(arguments.home, live_model)
+    published = ask_as_owner(arguments.home, lambda pool: publications(pool, limit=limit))
+    print(f"{live.model_id} answers" if live else "no model answers")
+    for publication in published:
+        print(_tell(publication))
+
+
+def _tell(publication: Publication) -> str:
+    approval, model = publication.approval, publication.model
+    report = f", report {approval.report_sha256[:12]}" if approval.report_sha256 else ""
+    return (
+        f"{publication.publication_id:>4}  {publication.published_at:%Y-%m-%d %H:%M:%S%z}  {approval.action:<8}  "
+        f"{model.model_id} ({model.model_digest[:12]})  by {approval.approved_by}: {approval.reason}{report}"
+    )
+
+
+def load_job(module: str) -> ModuleType:
+    """Import a job only when it is asked for: a node that serves lacks what most of them need.
+
+    Raises DermError when this environment does.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise DermError(
+            f"{module} needs the `jobs` extra ({error}): pip install 'pms-derm-cds[jobs,cpu]' into this environment."
+        ) from error
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # these commands take minutes
 
 
 def _describe(model: StoredModel) -> str:
@@ -142,4 +224,4 @@ def _describe(model: StoredModel) -> str:
         "operating_points": ", ".join(manifest.operating_points) or "none",
         "folder": str(model.folder),
     }
-    return "".join(f"{name:>17}  {value}\n" for name, value in lines.items()) + "\n"
+    return "".join(f"{name:>17}  {value}\n" for name, value in lines.items())

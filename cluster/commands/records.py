@@ -1,13 +1,46 @@
-"""`derm-cds migrate`: the clinical database's schema."""
+"""The clinical database as commands need it, and `derm-cds migrate`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
 
-from cluster.database import application_role, database
+from cluster.node_files import application_role, database
+from serve_app.audit.events import AuditOutcome, account_event
+from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
+from serve_app.records.pool import Pool, open_pool
+
+Result = TypeVar("Result")
+
+
+def ask(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    """Ask the node's database, as the role that serves."""
+    with database(home) as urls:
+        return asyncio.run(_ask(urls.app, question))
+
+
+def ask_as_owner(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    """Ask the node's database, as the schema's owner."""
+    with database(home) as urls:
+        return asyncio.run(_ask(urls.owner, question))
+
+
+async def _ask(dsn: str, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
+    try:
+        return await question(pool)
+    finally:
+        await pool.close()
+
+
+def record(home: Path, action: str, detail: dict[str, object], *, outcome: AuditOutcome = "success") -> None:
+    """Have it in the audit log that this account of the machine does something."""
+    event = account_event(action, detail, outcome=outcome)
+    ask(home, lambda pool: LesionStore(pool).record_event(event))
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -15,8 +48,7 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_migrate)
 
 
-def _migrate(arguments: argparse.Namespace) -> int:
+def _migrate(arguments: argparse.Namespace) -> None:
     with database(arguments.home) as urls:
         applied = asyncio.run(migrate(urls.owner, application_role=application_role(urls)))
-    sys.stdout.write("".join(f"applied {name}\n" for name in applied) or "up to date\n")
-    return 0
+    print("\n".join(f"applied {name}" for name in applied) or "up to date")

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 import os
 from pathlib import Path
 import subprocess
 import sys
-from typing import TypeVar
 
-from cluster.database import database
+from cluster.commands import actions_of
+from cluster.commands.records import ask_as_owner
+from cluster.node_files import database
 from cluster.prepare import choose_model
 from data_jobs.references.load import publish_bundled, publish_space
 from data_jobs.references.verify import verify_space
 from model_store.registry import ModelStore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict, DermError
-from serve_app.records.pool import Pool, open_pool
 from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
 from serve_app.settings import REPOSITORY, model_folder
 
-_Result = TypeVar("_Result")
-
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
     """Define `references`."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        made.set_defaults(run=run)
-        return made
-
+    action = actions_of(parser)
     load = action("load", _load, "load the references that ship with a model, and let it answer")
     load.add_argument("--model", help="default: the one that answers now, or the only one")
     embed = action("embed", _embed, "embed a folder of references into a space; started again, it goes on")
@@ -58,22 +49,13 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     drop.add_argument("space")
 
 
-def _load(arguments: argparse.Namespace) -> int:
-    with database(arguments.home) as urls:
-        model_id, loaded = asyncio.run(_publish_bundled(urls.owner, arguments.model))
-    sys.stdout.write(f"{model_id} answers; {loaded or 'no new'} references loaded\n")
-    return 0
-
-
-async def _publish_bundled(dsn: str, wanted: str | None) -> tuple[str, int]:
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
-        live = await live_model(pool)
-    finally:
-        await pool.close()
+def _load(arguments: argparse.Namespace) -> None:
     models = model_folder()
-    model_id = choose_model(models, wanted=wanted, live=live.model_id if live else None)
-    return model_id, await publish_bundled(dsn, models, model_id)
+    with database(arguments.home) as urls:
+        live = ask_as_owner(arguments.home, live_model)
+        model_id = choose_model(models, wanted=arguments.model, live=live.model_id if live else None)
+        loaded = asyncio.run(publish_bundled(urls.owner, models, model_id))
+    print(f"{model_id} answers; {loaded or 'no new'} references loaded")
 
 
 def _embed(arguments: argparse.Namespace) -> int:
@@ -91,10 +73,9 @@ def _embed(arguments: argparse.Namespace) -> int:
         return subprocess.run(command, env=environment, cwd=REPOSITORY, check=False).returncode
 
 
-def _spaces(arguments: argparse.Namespace) -> int:
-    for summary in _ask(arguments.home, lambda pool: ReferenceCache(pool).spaces()):
-        sys.stdout.write(_describe(summary))
-    return 0
+def _spaces(arguments: argparse.Namespace) -> None:
+    for summary in ask_as_owner(arguments.home, lambda pool: ReferenceCache(pool).spaces()):
+        print(_describe(summary))
 
 
 def _describe(summary: SpaceSummary) -> str:
@@ -107,24 +88,23 @@ def _describe(summary: SpaceSummary) -> str:
     )
     return (
         f"{'*' if summary.live else ' '} {summary.embedding_space}: {summary.images} references, "
-        f"{summary.failures} failures; {state}\n"
+        f"{summary.failures} failures; {state}"
     )
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> None:
     model = ModelStore(model_folder()).open(arguments.model)
-    checks = _ask(
+    checks = ask_as_owner(
         arguments.home, lambda pool: verify_space(pool, model, arguments.space, folder=arguments.folder)
     )
     for check in checks:
-        sys.stdout.write(f"{'ok' if check.passed else 'NO':>3}  {check.name}: {check.found}\n")
+        print(f"{'ok' if check.passed else 'NO':>3}  {check.name}: {check.found}")
     if not all(check.passed for check in checks):
         raise Conflict("This space must not answer yet.")
-    return 0
 
 
-def _publish(arguments: argparse.Namespace) -> int:
-    live = _ask(
+def _publish(arguments: argparse.Namespace) -> None:
+    live = ask_as_owner(
         arguments.home,
         lambda pool: publish_space(
             pool,
@@ -136,23 +116,9 @@ def _publish(arguments: argparse.Namespace) -> int:
             say=lambda line: print(line, flush=True),
         ),
     )
-    sys.stdout.write(f"{live.model_id} answers in {live.embedding_space}\n")
-    return 0
+    print(f"{live.model_id} answers in {live.embedding_space}")
 
 
-def _drop(arguments: argparse.Namespace) -> int:
-    dropped = _ask(arguments.home, lambda pool: ReferenceCache(pool).drop(arguments.space))
-    sys.stdout.write(f"{arguments.space} is gone, with {dropped} references\n")
-    return 0
-
-
-def _ask(home: Path, ask: Callable[[Pool], Awaitable[_Result]]) -> _Result:
-    async def run(dsn: str) -> _Result:
-        pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-        try:
-            return await ask(pool)
-        finally:
-            await pool.close()
-
-    with database(home) as urls:
-        return asyncio.run(run(urls.owner))
+def _drop(arguments: argparse.Namespace) -> None:
+    dropped = ask_as_owner(arguments.home, lambda pool: ReferenceCache(pool).drop(arguments.space))
+    print(f"{arguments.space} is gone, with {dropped} references")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 import os
 import shlex
 import signal
-import sys
 import time
 
-from cluster.progress import report
 from cluster.running import AlreadyRunning, running_service
-from cluster.supervisor import Wish, serve
+from cluster.supervisor import ServeRequest, report, serve
 from serve_app.domain.errors import DermError
 
 _STOP_TIMEOUT_S = 60
@@ -34,33 +33,25 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_serve)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    wish = Wish(
-        home=arguments.home,
-        host=arguments.host,
-        port=arguments.port,
-        profile=arguments.profile,
-        model=arguments.model,
-        dashboard=arguments.dashboard,
-    )
+def _serve(arguments: argparse.Namespace) -> None:
+    names = (field.name for field in fields(ServeRequest))
+    request = ServeRequest(**{name: getattr(arguments, name) for name in names})
     try:
-        serve(wish, on_ready=_welcome)
+        serve(request, on_ready=_welcome)
     except AlreadyRunning as error:
-        sys.stdout.write(f"{error}\n")
-    return 0
+        print(error)
 
 
 def _welcome(url: str, first: dict[str, str] | None) -> None:
     report(f"ready: {url}")
     if first is not None:
-        sys.stdout.write(
+        print(
             "\nA first request (the token is for development and lasts an hour):\n\n"
             f"{curl(url, first)}\n\n"
             "The image is drawn, not photographed: `review` or `refused` is the right answer to it, `decided` proves nothing.\n"
-            "Decision support for clinicians, never a diagnosis.\n"
+            "Decision support for clinicians, never a diagnosis."
         )
-    sys.stdout.write("\nCtrl-C stops everything that was started here.\n")
-    sys.stdout.flush()
+    print("\nCtrl-C stops everything that was started here.", flush=True)
 
 
 def curl(url: str, first: dict[str, str]) -> str:
@@ -78,16 +69,15 @@ def curl(url: str, first: dict[str, str]) -> str:
     return " \\\n  ".join(lines)
 
 
-def _stop(arguments: argparse.Namespace) -> int:
+def _stop(arguments: argparse.Namespace) -> None:
     running = running_service(arguments.home)
     if running is None:
-        sys.stdout.write("derm-cds is not running here.\n")
-        return 0
+        print("derm-cds is not running here.")
+        return
     os.kill(running.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while running_service(arguments.home) is not None:
         if time.monotonic() > deadline:
             raise DermError(f"pid {running.pid} has not stopped within {_STOP_TIMEOUT_S} s.")
         time.sleep(0.1)
-    sys.stdout.write("stopped\n")
-    return 0
+    print("stopped")

@@ -7,7 +7,6 @@ import asyncio
 from dataclasses import asdict
 import json
 from pathlib import Path
-import sys
 from typing import Any
 import urllib.error
 import urllib.request
@@ -16,13 +15,11 @@ import psutil
 from pydantic import ValidationError
 
 from cluster.commands.audit import checkpoint_log
-from cluster.database import own_database
-from cluster.finding import Finding, prevents_ready
-from cluster.node_files import explain
+from cluster.node_files import explain, own_database
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import running_service
-from cluster.safety import all_findings, copy_findings, file_findings
+from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
 from serve_app.domain.errors import DermError, IntegrityError
 from serve_app.records.audit_log import AuditChain, describe, examine
 from serve_app.records.health import INVARIANTS, find_violations
@@ -46,12 +43,12 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     status, code = _look(arguments.home)
     if arguments.json:
-        sys.stdout.write(json.dumps(status, indent=1) + "\n")
+        print(json.dumps(status, indent=1))
     else:
         width = max(len(part) for part in status)
         for part, found in status.items():
             said = found if isinstance(found, str) else ", ".join(f"{k} {v}" for k, v in found.items())
-            sys.stdout.write(f"{part:>{width}}  {said}\n")
+            print(f"{part:>{width}}  {said}")
     return code
 
 
@@ -115,8 +112,7 @@ def _embedded(home: Path) -> tuple[dict[str, Any] | str, DatabaseUrls | None]:
 
 
 async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
-    missing = await pending(urls.owner)
-    if missing:
+    if missing := await pending(urls.owner):
         return {"schema": f"pending: {', '.join(missing)}"}
     pool = await open_pool(urls.app, minimum=0, maximum=1)
     try:

@@ -12,8 +12,7 @@ from typing import Any
 
 from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.comparison import Comparison
-from data_jobs.training.plans import AcceptancePlan
-from data_jobs.training.recipe import read_acceptance
+from data_jobs.training.recipe import AcceptancePlan, read_acceptance
 from model_store.registry import StoredModel
 from serve_app.domain.errors import DermError
 

@@ -22,6 +22,7 @@ from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import PreparedImage, prepare_image
 from deployments.risk.policy import POLICIES, RiskPolicy
 from deployments.risk.risk import conclude
+from deployments.risk.rules import Findings
 from model_store.registry import StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.assessment import WEIGHED, Classification, Conclusion, Neighbours, SimilarCase
@@ -145,21 +146,15 @@ def _conclude(
     points: dict[str, float],
     policy: RiskPolicy,
 ) -> Conclusion:
-    return conclude(
-        quality=image.quality,
-        width=image.width,
-        height=image.height,
-        classification=classification,
-        neighbours=neighbours,
-        context=ClinicalContext(
-            anatom_site_general=_SITES.get(row.anatom_site_general or ""),
-            age_approx=row.age_approx,
-            sex=_SEXES.get(row.sex or ""),
-        ),
-        change=None,
-        operating_points=points,
-        policy=policy,
+    context = ClinicalContext(
+        anatom_site_general=_SITES.get(row.anatom_site_general or ""),
+        age_approx=row.age_approx,
+        sex=_SEXES.get(row.sex or ""),
     )
+    findings = Findings(
+        image.quality, image.width, image.height, classification, neighbours, context, change=None
+    )
+    return conclude(findings, policy, points)
 
 
 def _as_arrays(answers: Sequence[tuple[Classification, Conclusion]]) -> CaseAnswers:

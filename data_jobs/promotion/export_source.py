@@ -151,7 +151,7 @@ def export_source(
     elif kind == "safetensors":
         labels = _safetensors_labels(source.path, label_map)
         run_step(
-            "data_jobs.training.timm_checkpoint",
+            "data_jobs.training.export",
             *("--recipe", recipe_path, "--weights", source.path, "--positions", list(labels.positions)),
             *("--side", side or max(recipe.serving_sides), "--output", output),
         )

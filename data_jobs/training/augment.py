@@ -1,21 +1,32 @@
 """Augmentation: what a camera, a hand and an archive may do to an image without changing its diagnosis.
 
-Aspect and resolution go with the diagnosis in this archive, so both are hidden: every draw
-passes through a simulated capture of random resolution, softness and JPEG quality.
+Aspect and resolution go with the diagnosis in this archive, so both are hidden: every draw passes through a simulated
+capture of random resolution, softness and JPEG quality. Ink and dark corners go with it, too, and classifiers learn
+them (Winkler et al., JAMA Dermatology 2019, on ink; Sies et al., European Journal of Cancer 2021, on dark corners). So
+clutter is drawn over any image, whatever its label: a round field, ink, rulers, hair, bubbles and glare before the
+simulated capture, so that they are as sharp as the skin; a colour cast, grey and JPEG damage after it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import colorsys
+import io
 import math
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
-from data_jobs.training.clutter import as_jpeg, clutter, spoil
 from data_jobs.training.dataset import BCN84_SIDE
-from data_jobs.training.plans import AugmentPlan
+from data_jobs.training.recipe import AugmentPlan
 
+Rng = np.random.Generator
+Points = list[tuple[float, float]]
+#: What is drawn on a mask, in units of the image's side.
+Drawing = Callable[[ImageDraw.ImageDraw, float], None]
+#: Side in pixels that masks are drawn at, at least; then they are reduced to the image, which smooths their edges.
+_MASK_SIDE = 320
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 BCN84_QUALITY = 75
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -30,7 +41,7 @@ def augment(
     pixels: NDArray[np.uint8],
     side: int,
     plan: AugmentPlan,
-    rng: np.random.Generator,
+    rng: Rng,
     *,
     soft: bool = False,
     cluttered: bool = False,
@@ -61,9 +72,7 @@ def soften(image: Image.Image) -> Image.Image:
     return as_jpeg(small, BCN84_QUALITY)
 
 
-def _simulate_capture(
-    image: Image.Image, full_side: float, plan: AugmentPlan, rng: np.random.Generator
-) -> Image.Image:
+def _simulate_capture(image: Image.Image, full_side: float, plan: AugmentPlan, rng: Rng) -> Image.Image:
     """Resample to a random resolution, then soften and compress some of the time."""
     side = max(32, round(full_side * float(np.exp(rng.uniform(*np.log(plan.capture_scale))))))
     image = image.resize((side, side), _FILTERS[int(rng.integers(2))])
@@ -80,7 +89,7 @@ def _view(
     side: int,
     crop: tuple[float, float],
     small_rotation: float,
-    rng: np.random.Generator,
+    rng: Rng,
 ) -> Image.Image:
     """Crop, mirror, turn and resample in one affine map; what lies outside is mirrored in."""
     size = image.width
@@ -99,7 +108,7 @@ def _view(
     )
 
 
-def _colour(pixels: NDArray[np.uint8], plan: AugmentPlan, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _colour(pixels: NDArray[np.uint8], plan: AugmentPlan, rng: Rng) -> NDArray[np.uint8]:
     """Brightness, contrast, saturation, hue and channel gains, as one linear map of RGB."""
     brightness = 1.0 + rng.uniform(-1.0, 1.0) * plan.brightness
     contrast = 1.0 + rng.uniform(-1.0, 1.0) * plan.contrast
@@ -112,3 +121,201 @@ def _colour(pixels: NDArray[np.uint8], plan: AugmentPlan, rng: np.random.Generat
     image = pixels.astype(np.float32)
     grey = float((image @ _LUMA).mean()) * brightness * (1.0 - contrast)
     return np.clip(image @ matrix.T + (grey + 0.5), 0.0, 255.0).astype(np.uint8)
+
+
+def clutter(image: Image.Image, rng: Rng) -> Image.Image:
+    """A square image with one to three kinds of clutter over it; equal for equal `rng` states."""
+    chosen = rng.choice(len(KINDS), size=int(rng.choice((1, 2, 3), p=(0.6, 0.3, 0.1))), replace=False)
+    for kind in sorted(chosen):
+        image = list(KINDS.values())[kind](image, rng)
+    return image
+
+
+def spoil(pixels: NDArray[np.uint8], rng: Rng) -> NDArray[np.uint8]:
+    """A colour cast a third of the time, grey one in twelve, JPEG damage one in six; uint8 side×side×3."""
+    chance = rng.random(3)
+    if chance[0] < 1 / 3:
+        # Warm or cold light, and a green or magenta tinge.
+        warmth, tinge = rng.uniform(-0.2, 0.2), rng.uniform(-0.08, 0.08)
+        gains = np.exp(np.array([warmth, tinge, -warmth], dtype=np.float32))
+        pixels = np.clip(pixels * gains, 0.0, 255.0).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    if chance[1] < 1 / 12:
+        image = image.convert("L").convert("RGB")
+    if chance[2] < 1 / 6:
+        image = as_jpeg(image, int(rng.integers(8, 35)))
+    return np.array(image)
+
+
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """The image after a JPEG of this quality."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    decoded = Image.open(buffer)
+    decoded.load()
+    return decoded
+
+
+def round_field(image: Image.Image, rng: Rng) -> Image.Image:
+    """Dark round an ellipse of any size, as a dermatoscope's tube leaves it; half of the small ones hold all of it."""
+    size = image.width
+    radius = rng.uniform(0.32, 0.72)
+    # A circle, or what is left of one after 4:3 was squashed.
+    stretch = math.sqrt(float(rng.choice((1.0, 1.0, 3 / 4, 4 / 3))))
+    rx, ry = radius / stretch, radius * stretch
+    x, y = rng.uniform(0.45, 0.55, 2)
+    dark = tuple(int(v) for v in rng.integers(0, 30, 3) + (0 if rng.random() < 0.9 else 200))
+    if radius < 0.5 and rng.random() < 0.5:
+        box = [round(v * size) for v in (x - rx, y - ry, x + rx, y + ry)]
+        small = image.resize((box[2] - box[0], box[3] - box[1]))
+        image = image.copy()
+        image.paste(small, (box[0], box[1]))
+    inside = _mask(
+        size, lambda draw, s: draw.ellipse([v * s for v in (x - rx, y - ry, x + rx, y + ry)], fill=255)
+    )
+    if rng.random() < 0.5:
+        inside = inside.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.003, 0.03)))
+    return Image.composite(image, Image.new("RGB", image.size, dark), inside)
+
+
+def ink(image: Image.Image, rng: Rng) -> Image.Image:
+    """Strokes, an open ring round the middle, or an arrow that points to it, of any colour."""
+    colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 1.0), rng.uniform(0.05, 0.9))
+    width = rng.uniform(0.008, 0.045)
+    kind = int(rng.integers(3))
+    lines: list[Points] = []
+    if kind == 0:
+        lines = [_curve(rng, rng.uniform(0.1, 0.6)) for _ in range(int(rng.integers(1, 5)))]
+    elif kind == 1:
+        start, length = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(1.0, 2.0) * np.pi
+        rx, ry = rng.uniform(0.22, 0.5, 2)
+        x, y = rng.uniform(0.42, 0.58, 2)
+        angles = np.linspace(start, start + length, 40)
+        lines = [[(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]]
+    else:
+        angle, tip, tail = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.12, 0.3), rng.uniform(0.38, 0.6)
+        head = rng.uniform(0.04, 0.1)
+        end = _polar(angle, tip)
+        barbs = [
+            (end[0] + head * math.cos(angle + turn), end[1] + head * math.sin(angle + turn))
+            for turn in (0.5, -0.5)
+        ]
+        lines = [[_polar(angle, tail), end], [barbs[0], end, barbs[1]]]
+    return _paint(image, lines, width, _bytes(colour), rng.uniform(0.5, 1.0))
+
+
+def ruler(image: Image.Image, rng: Rng) -> Image.Image:
+    """A scale along one edge: ticks, every fifth longer, at times on a white strip and with numbers."""
+    offset, step = rng.uniform(0.02, 0.16), rng.uniform(0.02, 0.07)
+    long = rng.uniform(0.03, 0.07)
+    grey = int(rng.integers(0, 60)) if rng.random() < 0.8 else int(rng.integers(200, 256))
+    strip = 0.0 if rng.random() < 0.7 else rng.uniform(0.08, 0.16)
+    width = rng.uniform(0.003, 0.009)
+
+    def draw_ticks(draw: ImageDraw.ImageDraw, s: float) -> None:
+        for i in range(int(1.0 / step) + 1):
+            reach = offset + long * (1.0 if i % 5 == 0 else 0.55)
+            thick = max(1, round(width * s))
+            draw.line([(i * step * s, offset * s), (i * step * s, reach * s)], fill=255, width=thick)
+            if i % 5 == 0 and strip:
+                draw.text((i * step * s, (reach + 0.005) * s), str(i // 5), fill=255)
+
+    turns = int(rng.integers(4))
+    turned = image.rotate(90 * turns)
+    if strip:
+        white = Image.new("RGB", image.size, (235, 235, 230))
+        box = [0, max(0.0, offset - 0.02), 1, offset + strip]
+        turned = Image.composite(
+            white, turned, _mask(image.width, lambda d, s: d.rectangle([v * s for v in box], fill=255))
+        )
+        grey = 20
+    ticks = _mask(image.width, draw_ticks)
+    turned = Image.composite(Image.new("RGB", image.size, (grey,) * 3), turned, ticks)
+    return turned.rotate(-90 * turns)
+
+
+def hair(image: Image.Image, rng: Rng) -> Image.Image:
+    """Two to fifteen hairs, dark or fair."""
+    shade = rng.uniform(0.03, 0.25) if rng.random() < 0.8 else rng.uniform(0.5, 0.85)
+    colour = colorsys.hsv_to_rgb(rng.uniform(0.03, 0.12), rng.uniform(0.1, 0.6), shade)
+    lines = [_curve(rng, rng.uniform(0.3, 1.2)) for _ in range(int(rng.integers(2, 16)))]
+    return _paint(image, lines, rng.uniform(0.003, 0.012), _bytes(colour), rng.uniform(0.6, 1.0))
+
+
+def bubbles(image: Image.Image, rng: Rng) -> Image.Image:
+    """Bubbles of the gel: a bright rim, a little light within."""
+    circles = [(*rng.uniform(0.0, 1.0, 2), rng.uniform(0.008, 0.07)) for _ in range(int(rng.integers(2, 14)))]
+    inside, rim = int(rng.integers(0, 60)), int(rng.integers(110, 220))
+
+    def draw_circles(draw: ImageDraw.ImageDraw, s: float) -> None:
+        for x, y, r in circles:
+            box = [(x - r) * s, (y - r) * s, (x + r) * s, (y + r) * s]
+            draw.ellipse(box, fill=inside, outline=rim, width=max(1, round(0.2 * r * s)))
+
+    return _whiten(image, _mask(image.width, draw_circles))
+
+
+def glare(image: Image.Image, rng: Rng) -> Image.Image:
+    """Reflections: a few white spots without an edge."""
+    spots = [(*rng.uniform(0.0, 1.0, 2), *rng.uniform(0.01, 0.09, 2)) for _ in range(int(rng.integers(1, 7)))]
+    strength = int(rng.integers(120, 256))
+
+    def draw_spots(draw: ImageDraw.ImageDraw, s: float) -> None:
+        for x, y, rx, ry in spots:
+            draw.ellipse([(x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s], fill=strength)
+
+    blurred = _mask(image.width, draw_spots).filter(
+        ImageFilter.GaussianBlur(image.width * rng.uniform(0.005, 0.03))
+    )
+    return _whiten(image, blurred)
+
+
+#: The kinds that `clutter` chooses from, in the order in which they are put on: ink lies on the skin, a bubble over it.
+KINDS: dict[str, Callable[[Image.Image, Rng], Image.Image]] = {
+    "ink": ink,
+    "hair": hair,
+    "bubbles": bubbles,
+    "glare": glare,
+    "ruler": ruler,
+    "round field": round_field,
+}
+
+
+def _mask(size: int, drawing: Drawing) -> Image.Image:
+    scale = math.ceil(_MASK_SIDE / size)
+    mask = Image.new("L", (size * scale, size * scale))
+    drawing(ImageDraw.Draw(mask), float(size * scale))
+    return mask.reduce(scale) if scale > 1 else mask
+
+
+def _whiten(image: Image.Image, mask: Image.Image) -> Image.Image:
+    return Image.composite(Image.new("RGB", image.size, (255, 255, 255)), image, mask)
+
+
+def _paint(
+    image: Image.Image, lines: list[Points], width: float, colour: tuple[int, int, int], opacity: float
+) -> Image.Image:
+    def draw_lines(draw: ImageDraw.ImageDraw, s: float) -> None:
+        for line in lines:
+            points = [(x * s, y * s) for x, y in line]
+            draw.line(points, fill=round(255 * opacity), width=max(1, round(width * s)), joint="curve")
+
+    mask = _mask(image.width, draw_lines)
+    return Image.composite(Image.new("RGB", image.size, colour), image, mask)
+
+
+def _curve(rng: Rng, length: float) -> Points:
+    """A slightly bent line of this length anywhere in the frame."""
+    start, angle, bend = rng.uniform(0.0, 1.0, 2), rng.uniform(0.0, 2.0 * np.pi), rng.uniform(-1.5, 1.5)
+    directions = angle + bend * np.linspace(0.0, 1.0, 12)
+    steps = np.stack([np.cos(directions), np.sin(directions)], axis=1) * (length / 12)
+    return [(float(x), float(y)) for x, y in np.vstack([start, start + np.cumsum(steps, axis=0)])]
+
+
+def _polar(angle: float, radius: float) -> tuple[float, float]:
+    return 0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)
+
+
+def _bytes(colour: tuple[float, float, float]) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * value) for value in colour)
+    return red, green, blue

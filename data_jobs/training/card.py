@@ -38,7 +38,7 @@ def write_card(folder: Path) -> None:
         manifest=read_manifest(folder),
         exported=exported,
         calibrated=calibrated,
-        evaluated={"cross_fitted": False, **evaluated},
+        evaluated=evaluated,
         trained=TRAINED,
         diagnoses=tuple(Diagnosis),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import hashlib
 import json
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
-from data_jobs.training.plans import DataPlan
+from data_jobs.training.recipe import DataPlan
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
@@ -25,7 +25,7 @@ from serve_app.domain.diagnosis import TRAINED, Diagnosis
 ARCHIVE, BCN84 = "archive", "bcn84"
 SOURCES = (ARCHIVE, BCN84)
 BCN84_SIDE = 84
-#: What `data_jobs.training.duplicates` found.
+#: Lesions that two folds have under two names; docs/models.md says how they were found.
 EXCLUDED = Path(__file__).with_name("duplicates.json")
 
 
@@ -94,23 +94,12 @@ _BCN84_CELLS = {
 
 
 def _row(raw: dict[str, str]) -> LabelledImage:
-    return LabelledImage(
-        isic_id=raw["isic_id"],
-        diagnosis=Diagnosis(raw["diagnosis"]),
-        fold=int(raw["fold"]),
-        lesion_id=raw["lesion_id"] or None,
-        patient_id=raw["patient_id"] or None,
-        age_approx=int(float(raw["age_approx"])) if raw["age_approx"] else None,
-        sex=raw["sex"] or None,
-        anatom_site_general=raw["anatom_site_general"] or None,
-        diagnosis_confirm_type=raw["diagnosis_confirm_type"] or None,
-        copyright_license=raw["copyright_license"],
-        attribution=raw["attribution"],
-        width=int(raw["width"]),
-        height=int(raw["height"]),
-        aspect=raw["aspect"],
-        source=raw.get("source", ARCHIVE),
-    )
+    cells = {field.name: raw.get(field.name) or None for field in fields(LabelledImage)}
+    numbers = {name: int(raw[name]) for name in ("fold", "width", "height")}
+    age = int(float(raw["age_approx"])) if raw["age_approx"] else None
+    source = raw.get("source", ARCHIVE)
+    made = numbers | {"diagnosis": Diagnosis(raw["diagnosis"]), "age_approx": age, "source": source}
+    return LabelledImage(**(cells | made))  # type: ignore[arg-type]
 
 
 def fold_indices(rows: list[LabelledImage], folds: Iterable[int]) -> NDArray[np.int64]:
@@ -164,11 +153,7 @@ def training_indices(rows: list[LabelledImage], plan: DataPlan) -> NDArray[np.in
 
 
 def build_cache(
-    rows: list[LabelledImage],
-    folder: Path,
-    cache: Path,
-    geometry: InputGeometry,
-    progress: Callable[[int], None] | None = None,
+    rows: list[LabelledImage], folder: Path, cache: Path, geometry: InputGeometry
 ) -> NDArray[np.uint8]:
     """Pixels of every row, uint8 N×side×side×3, memory-mapped read-only; made once by the service's own code.
 
@@ -182,8 +167,6 @@ def build_cache(
         pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         for i, row in enumerate(rows):
             pixels[i] = read_pixels(row, folder, geometry)
-            if progress is not None:
-                progress(i + 1)
         pixels.flush()
         del pixels
         partial.rename(path)

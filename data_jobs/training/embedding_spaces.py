@@ -1,4 +1,4 @@
-"""Embedding spaces: linear maps of the bottleneck, compared by what they retrieve."""
+"""Embedding spaces: linear maps of the bottleneck, compared by what they retrieve, and what the chosen one gives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.references.load import read_bundle
-from data_jobs.training.evaluation.intervals import RESAMPLES, interval, resampled_weights, weighted_auc
+from data_jobs.training.dataset import LabelledImage, labels_of
+from data_jobs.training.evaluation.figures import RESAMPLES, interval, resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
-from data_jobs.training.probabilities import Floats, Labels, area_under_curve
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles
 from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
 from deployments.embedder.embedder import EmbeddingSpace
@@ -22,23 +23,8 @@ from serve_app.domain.diagnosis import TRAINED
 WIDTH_SHRINKAGE = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class LinearSpace:
-    """unit(matrix @ (bottleneck - mean)); mean 512, matrix 512×512, float32."""
-
-    name: str
-    mean: NDArray[np.float32]
-    matrix: NDArray[np.float32]
-
-    def embed(self, features: NDArray[np.floating]) -> NDArray[np.float32]:
-        """N×512 unit vectors."""
-        mapped = (np.asarray(features, np.float32) - self.mean) @ self.matrix.T
-        result: NDArray[np.float32] = mapped / np.linalg.norm(mapped, axis=1, keepdims=True)
-        return result
-
-
-def candidate_spaces(features: NDArray[np.floating], labels: Labels) -> list[LinearSpace]:
-    """The maps to choose from, all fitted on the training folds' bottlenecks.
+def candidate_spaces(features: NDArray[np.floating], labels: Labels) -> dict[str, EmbeddingSpace]:
+    """The maps to choose from by name, all fitted on the training folds' bottlenecks.
 
     centre  the bottleneck, centred
     white   whitened by the total covariance (shrunk)
@@ -50,29 +36,20 @@ def candidate_spaces(features: NDArray[np.floating], labels: Labels) -> list[Lin
     identity = np.eye(features.shape[1])
     total = _inverse_root(shrunk_covariance(features - mean, WIDTH_SHRINKAGE))
     within = _inverse_root(shrunk_covariance(features - means[labels], WIDTH_SHRINKAGE))
-    values, vectors = np.linalg.eigh(_between(within, means, mean))
+    # Between classes in the whitened frame. Every class weighs the same: a rare one must be as easy to find.
+    deviations = (means - mean) @ within.T
+    values, vectors = np.linalg.eigh(deviations.T @ deviations / len(means))
     stretch = vectors @ np.diag(np.sqrt(1.0 + np.clip(values, 0.0, None))) @ vectors.T
     matrices = {"centre": identity, "white": total, "within": within, "lda": stretch @ within}
-    return [
-        LinearSpace(name, mean.astype(np.float32), matrix.astype(np.float32))
+    return {
+        name: EmbeddingSpace(mean.astype(np.float32), matrix.astype(np.float32))
         for name, matrix in matrices.items()
-    ]
+    }
 
 
 def _inverse_root(covariance: Floats) -> Floats:
     values, vectors = np.linalg.eigh(covariance)
-    result: Floats = vectors @ np.diag(1.0 / np.sqrt(values)) @ vectors.T
-    return result
-
-
-def _between(whitening: Floats, means: Floats, mean: Floats) -> Floats:
-    """Between-class covariance in the whitened frame.
-
-    Every class weighs the same, however common: a rare one must be as easy to find.
-    """
-    deviations = (means - mean) @ whitening.T
-    result: Floats = deviations.T @ deviations / len(means)
-    return result
+    return np.asarray(vectors @ np.diag(1.0 / np.sqrt(values)) @ vectors.T)
 
 
 def nearest(
@@ -105,6 +82,43 @@ def balanced_precision_at(neighbours: NDArray[np.int64], labels: Labels, referen
     """The same, as the mean over diagnoses: a common one cannot carry it."""
     share = (reference_labels[neighbours] == labels[:, None]).mean(1)
     return float(np.mean([share[labels == c].mean() for c in np.unique(labels)]))
+
+
+def choose_space(
+    train: Scan, train_rows: list[LabelledImage], held: Scan, held_rows: list[LabelledImage]
+) -> tuple[str, EmbeddingSpace, dict[str, dict[str, float]]]:
+    """The space of best precision@10 (mean of plain and balanced) and its name, and the figures of all."""
+    train_labels, held_labels = labels_of(train_rows), labels_of(held_rows)
+    train_lesions, held_lesions = ([row.lesion for row in rows] for rows in (train_rows, held_rows))
+    figures = {}
+    spaces = candidate_spaces(train.bottleneck, train_labels)
+    for name, space in spaces.items():
+        queries, references = space.embed(held.bottleneck), space.embed(train.bottleneck)
+        found = nearest(queries, held_lesions, references, train_lesions, 10)
+        figures[name] = {
+            "precision_at_10": round(precision_at(found, held_labels, train_labels), 4),
+            "balanced_precision_at_10": round(balanced_precision_at(found, held_labels, train_labels), 4),
+        }
+    best = max(figures, key=lambda name: sum(figures[name].values()))
+    return best, spaces[best], figures
+
+
+PAIR_QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+def pair_figures(vectors: NDArray[np.float32], lesions: Sequence[str]) -> dict[str, dict[str, float]]:
+    """How alike two images of one lesion are, and of two: a risk policy's `same_lesion` limits are set from it.
+
+    `vectors` N×512 unit vectors. Quantiles of the cosine over all pairs.
+    """
+    _, ids = np.unique(lesions, return_inverse=True)
+    first, second = np.triu_indices(len(ids), 1)
+    similarity, same = (vectors @ vectors.T)[first, second], ids[first] == ids[second]
+    return {
+        name: quantiles(similarity[picked], PAIR_QUANTILES, 3)
+        for name, picked in (("one lesion", same), ("two lesions", ~same))
+        if picked.any()
+    }
 
 
 @dataclass(frozen=True, slots=True)

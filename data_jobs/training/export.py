@@ -1,13 +1,15 @@
-"""Export a trained network: `python -m data_jobs.training.export --recipe R --checkpoint C --output O`.
+"""Export a network: `python -m data_jobs.training.export --recipe R --checkpoint C --output O`.
 
-Chooses the serving input side and the prior shift on the calibration fold, writes
-`O/model.onnx` and proves that ONNX Runtime answers as torch does; `O/export.json` says all.
+Of a checkpoint that training wrote it chooses the serving input side and the prior shift on the fold that the recipe
+calibrates on. `--weights W --positions P --side S` takes safetensors as they are: our own network's tensors, or those
+of a timm classifier of the recipe's architecture, which gets a 512-wide layer that changes none of its logits. Either
+way it writes `O/model.onnx` and proves that ONNX Runtime answers as torch does; `O/export.json` says all.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 import onnx
 import onnxruntime as ort
+from safetensors.torch import load_file
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,38 +31,19 @@ from data_jobs.training.dataset import (
     read_rows,
     training_indices,
 )
-from data_jobs.training.network import DermNetwork
-from data_jobs.training.probabilities import (
-    area_under_curve,
-    balanced_accuracy,
-    calibration_error,
-    fit_prior_shift,
-    log_loss,
-    prior_shifts,
-    softmax,
-    top_k_accuracy,
-)
+from data_jobs.training.evaluation.figures import accuracy_figures
+from data_jobs.training.network import DermNetwork, averaged_weights, load_trunk, load_weights
+from data_jobs.training.probabilities import fit_prior_shift, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
 from deployments.preprocess.pixels import InputGeometry
-from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from model_store.manifest import EMBEDDING_DIM
+from serve_app.domain.diagnosis import TRAINED
 
 OPSET = 18
-
-
-@dataclass(frozen=True, slots=True)
-class SideFigures:
-    """What one input side gives on the calibration fold, after its own prior shift and temperature."""
-
-    side: int
-    shift: float
-    temperature: float
-    top1: float
-    top3: float
-    balanced_accuracy: float
-    melanoma_auc: float
-    ece: float
-    log_loss: float
+#: Random images that parity of foreign weights is proven on, and their seed.
+SAMPLED = 4
+_SEED = 512
 
 
 class PixelsIn(nn.Module):
@@ -74,19 +59,6 @@ class PixelsIn(nn.Module):
         return logits, bottleneck
 
 
-def load_averaged(recipe: Recipe, checkpoint: Path) -> DermNetwork:
-    """The network with its averaged weights, in evaluation mode."""
-    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    weights = {
-        name.removeprefix("module."): value
-        for name, value in state["ema"].items()
-        if name.startswith("module.")
-    }
-    network = DermNetwork(recipe.architecture, recipe.network)
-    network.load_state_dict(weights)
-    return network.eval()
-
-
 @torch.inference_mode()
 def run_torch(model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float32]:
     """Logits of uint8 N×H×W×3."""
@@ -96,29 +68,19 @@ def run_torch(model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64) -> N
 
 def side_figures(
     side: int, logits: NDArray[np.float32], labels: NDArray[np.int64], prior: NDArray[np.float64]
-) -> SideFigures:
-    """Figures of one side from raw logits."""
-    shift, temperature = fit_prior_shift(logits, labels, prior, prior_shifts())
+) -> dict[str, float]:
+    """What an input side gives on these images, from raw logits: after its own prior shift and temperature."""
+    shift, temperature = fit_prior_shift(logits, labels, prior)
     p = softmax(logits + shift * np.log(prior), temperature)
-    melanoma = TRAINED.index(Diagnosis.MEL)
-    return SideFigures(
-        side=side,
-        shift=shift,
-        temperature=round(temperature, 4),
-        top1=round(top_k_accuracy(p, labels, 1), 4),
-        top3=round(top_k_accuracy(p, labels, 3), 4),
-        balanced_accuracy=round(balanced_accuracy(p, labels, len(TRAINED)), 4),
-        melanoma_auc=round(area_under_curve(p[:, melanoma], labels == melanoma), 4),
-        ece=round(calibration_error(p, labels), 4),
-        log_loss=round(log_loss(p, labels), 4),
-    )
+    fitted = {"side": side, "shift": shift, "temperature": round(temperature, 4)}
+    return fitted | accuracy_figures(p, labels)
 
 
-def choose_side(figures: list[SideFigures], tolerance: float = 0.005) -> SideFigures:
+def choose_side(figures: list[dict[str, float]], tolerance: float = 0.005) -> dict[str, float]:
     """The smallest side within `tolerance` of the best (melanoma AUC + balanced accuracy) / 2."""
-    scores = {f.side: (f.melanoma_auc + f.balanced_accuracy) / 2.0 for f in figures}
-    best = max(scores.values())
-    return min((f for f in figures if scores[f.side] >= best - tolerance), key=lambda f: f.side)
+    scores = [(f["melanoma_auc"] + f["balanced_accuracy"]) / 2.0 for f in figures]
+    good = [f for f, score in zip(figures, scores, strict=True) if score >= max(scores) - tolerance]
+    return min(good, key=lambda f: f["side"])
 
 
 def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
@@ -152,43 +114,128 @@ def onnx_parity(network: DermNetwork, path: Path, pixels: NDArray[np.uint8]) -> 
     }
 
 
-def main() -> None:
-    """Command line: see the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    recipe = read_recipe(arguments.recipe)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    network = load_averaged(recipe, arguments.checkpoint)
+def bottleneck_basis(weight: Tensor) -> Tensor:
+    """512 orthonormal rows over the W pooled features, the first of which span a classifier's rows (C×W).
+
+    All that the classifier looks at is kept; of the rest a random projection, which keeps
+    distances about as they are (Johnson and Lindenstrauss 1984). Equal for equal weights.
+    """
+    classes, width = weight.shape
+    random = torch.randn(width, EMBEDDING_DIM - classes, generator=torch.Generator().manual_seed(_SEED))
+    rows, _ = torch.linalg.qr(torch.cat([weight.T.double(), random.double()], dim=1))
+    return rows.T.float()
+
+
+def adopt_classifier(recipe: Recipe, state: Mapping[str, Tensor], positions: list[int]) -> DermNetwork:
+    """Our network with a timm classifier's weights: the same logits, of the labels at `positions`.
+
+    Raises ValueError when the tensors are not those of the recipe's architecture.
+    """
+    network = DermNetwork(recipe.architecture, recipe.network)
+    load_trunk(network, recipe.architecture, state)
+    weight, bias = state["classifier.weight"][positions], state["classifier.bias"][positions]
+    basis = bottleneck_basis(weight)
+    normalise = network.normalise
+    with torch.no_grad():
+        network.reduce.weight.copy_(basis)
+        network.classify.weight.copy_((weight.double() @ basis.double().T).float())
+        network.classify.bias.copy_(bias)
+        # The identity: mean 0, variance 1, and a weight that undoes epsilon.
+        normalise.weight.fill_((1.0 + normalise.eps) ** 0.5)
+    return network.eval()
+
+
+@torch.inference_mode()
+def classifier_difference(
+    recipe: Recipe, state: Mapping[str, Tensor], positions: list[int], network: DermNetwork, side: int
+) -> float:
+    """Largest difference between the logits of timm's own model and our network's, on random pixels."""
+    original = timm.create_model(
+        recipe.architecture, pretrained=False, num_classes=state["classifier.weight"].shape[0]
+    )
+    original.load_state_dict(dict(state))
+    pixels = torch.randint(
+        0, 256, (SAMPLED, 3, side, side), generator=torch.Generator().manual_seed(_SEED)
+    ).float()
+    normalised = (pixels - network.mean) / network.std
+    expected = original.eval()(normalised)[:, positions]
+    return float((network(pixels)[0] - expected).abs().max())
+
+
+def export_weights(
+    recipe: Recipe, weights: Path, positions: list[int], side: int, output: Path
+) -> dict[str, Any]:
+    """Write model.onnx and export.json, and return the latter; ValueError for weights of another network."""
+    state = load_file(weights)
+    report: dict[str, Any] = {"model_id": recipe.model_id, "side": side, "source": "safetensors"}
+    network: DermNetwork
+    if "classifier.weight" in state:
+        network = adopt_classifier(recipe, state, positions)
+        report["max_abs_logit_of_timm"] = classifier_difference(recipe, state, positions, network, side)
+    else:
+        network = DermNetwork(recipe.architecture, recipe.network).eval()
+        load_weights(network, recipe.architecture, state)
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (SAMPLED, side, side, 3)).astype(np.uint8)
+    return _write(network, side, pixels, output, report | {"sides": [{"side": side}]})
+
+
+def export_checkpoint(recipe: Recipe, checkpoint: Path, output: Path) -> dict[str, Any]:
+    """Write model.onnx, at the best of the recipe's sides, and export.json, and return the latter."""
+    network = DermNetwork(recipe.architecture, recipe.network).eval()
+    load_weights(network, recipe.architecture, averaged_weights(checkpoint))
     folder = isic_folder()
     rows = read_rows(folder)
     all_labels = labels_of(rows)
     trained_on = all_labels[training_indices(rows, recipe.data)]
     prior = np.bincount(trained_on, minlength=len(TRAINED)) / len(trained_on)
-    fold = fold_indices(rows, [recipe.data.calibration_fold])
+    fold = fold_indices(rows, [recipe.data.fitted_fold])
     figures = []
     for side in recipe.serving_sides:
         pixels = load_pixels(rows, fold, folder, InputGeometry(side, recipe.data.interpolation))
         figures.append(side_figures(side, run_torch(PixelsIn(network), pixels), all_labels[fold], prior))
-        print(json.dumps(asdict(figures[-1])), flush=True)
+        print(json.dumps(figures[-1]), flush=True)
     chosen = choose_side(figures)
+    side = int(chosen["side"])
     with torch.no_grad():
-        network.classify.bias += torch.from_numpy(chosen.shift * np.log(prior)).float()
-    path = arguments.output / "model.onnx"
-    write_onnx(network, chosen.side, path)
-    sample = load_pixels(rows, fold[:64], folder, InputGeometry(chosen.side, recipe.data.interpolation))
+        network.classify.bias += torch.from_numpy(chosen["shift"] * np.log(prior)).float()
+    sample = load_pixels(rows, fold[:64], folder, InputGeometry(side, recipe.data.interpolation))
     report = {
         "model_id": recipe.model_id,
-        "side": chosen.side,
-        "prior_shift": chosen.shift,
+        "side": side,
+        "prior_shift": chosen["shift"],
         "training_images": len(trained_on),
-        "opset": OPSET,
-        "parity": onnx_parity(network, path, sample),
-        "sides": [asdict(f) for f in figures],
+        "sides": figures,
     }
-    (arguments.output / "export.json").write_text(json.dumps(report, indent=1) + "\n")
+    return _write(network, side, sample, output, report)
+
+
+def _write(
+    network: DermNetwork, side: int, pixels: NDArray[np.uint8], output: Path, report: dict[str, Any]
+) -> dict[str, Any]:
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "model.onnx"
+    write_onnx(network, side, path)
+    report |= {"opset": OPSET, "parity": onnx_parity(network, path, pixels)}
+    (output / "export.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    """Command line: see the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--checkpoint", type=Path)
+    given.add_argument("--weights", type=Path, help="safetensors; needs --positions and --side")
+    parser.add_argument("--positions", type=json.loads, help="of the eight among the logits, as a JSON list")
+    parser.add_argument("--side", type=int)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    recipe, output = read_recipe(arguments.recipe), arguments.output
+    if arguments.checkpoint:
+        report = export_checkpoint(recipe, arguments.checkpoint, output)
+    else:
+        report = export_weights(recipe, arguments.weights, arguments.positions, arguments.side, output)
     print(json.dumps(report["parity"]))
 
 

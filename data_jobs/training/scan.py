@@ -16,6 +16,8 @@ from deployments.preprocess.pixels import InputGeometry
 
 Pixels = NDArray[np.uint8]
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+#: A forward pass: uint8 N×side×side×3 to logits N×8 and bottleneck N×512.
+Run = Callable[[Pixels], Outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Scan:
         return Scan(self.logits[picked], self.bottleneck[picked])
 
 
-def open_onnx(model: Path | bytes, threads: int = 2) -> Callable[[Pixels], Outputs]:
+def open_onnx(model: Path | bytes, threads: int = 2) -> Run:
     """A forward pass of an exported graph, by its file or content, that has no manifest or needs none."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -51,14 +53,14 @@ def soften(pixels: Pixels, radius: float = 0.7) -> Pixels:
     return np.stack([np.asarray(Image.fromarray(image).filter(blur)) for image in pixels])
 
 
-def scan_pixels(run: Callable[[Pixels], Outputs], pixels: Pixels, batch: int = 32) -> Scan:
+def scan_pixels(run: Run, pixels: Pixels, batch: int = 32) -> Scan:
     """Scan uint8 N×side×side×3."""
     parts = [run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
     return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
 
 
 def scan_images(
-    run: Callable[[Pixels], Outputs],
+    run: Run,
     rows: list[LabelledImage],
     indices: Iterable[int],
     folder: Path,

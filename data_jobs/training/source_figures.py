@@ -1,21 +1,18 @@
-"""What weights are worth on one fold, source by source: `python -m data_jobs.training.source_figures`.
+"""What a graph is worth on one fold, source by source: `python -m data_jobs.training.source_figures --onnx M.onnx`.
 
-`--weights W.safetensors --recipe R --side 176` scores what `train` writes after every epoch; `--model M` an
-exported model folder, to compare with. A classifier alone: no temperature, no UNK. Both sources of the fold are
-scored, prepared as the service would prepare them; nothing is chosen or fitted on them here.
+A classifier alone: no temperature, no UNK. Both sources of the fold are scored, prepared as the service would prepare
+them; nothing is chosen or fitted on them here. What `train` writes after every epoch becomes a graph by
+`export --weights`; its logits need `--prior-shift 0.5`, say, which an export of a checkpoint has in it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 import json
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-import torch
 
 from data_jobs.training.dataset import (
     ARCHIVE,
@@ -28,18 +25,12 @@ from data_jobs.training.dataset import (
     read_rows,
     training_indices,
 )
-from data_jobs.training.draws import sampled_prior
-from data_jobs.training.machine import Machine
-from data_jobs.training.network import DermNetwork
-from data_jobs.training.probabilities import area_under_curve, balanced_accuracy, softmax, top_k_accuracy
-from data_jobs.training.recipe import Recipe, read_recipe
-from data_jobs.training.scan import Outputs, open_onnx, scan_images
-from data_jobs.training.timm_checkpoint import load_own
+from data_jobs.training.evaluation.figures import accuracy_figures
+from data_jobs.training.probabilities import area_under_curve, softmax
+from data_jobs.training.recipe import read_recipe
+from data_jobs.training.scan import open_onnx, scan_images
 from deployments.preprocess.pixels import InputGeometry
-from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
-
-#: How much of the archive's prior is given back to the logits of weights; an exported model has its own.
-PRIOR_SHIFT = 0.5
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED
 
 
 def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[str, dict[str, float]]:
@@ -48,7 +39,6 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     source = np.array([row.source for row in rows])
     ham = np.array([(row.lesion_id or "").startswith("HAM_") for row in rows])
     malignant = [i for i, d in enumerate(TRAINED) if d in MALIGNANT]
-    melanoma = TRAINED.index(Diagnosis.MEL)
     groups = {
         "archive": source == ARCHIVE,
         "HAM10000": ham,
@@ -57,11 +47,7 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     }
     return {
         name: {
-            "images": int(picked.sum()),
-            "top1": round(top_k_accuracy(p[picked], labels[picked], 1), 4),
-            "top3": round(top_k_accuracy(p[picked], labels[picked], 3), 4),
-            "balanced_accuracy": round(balanced_accuracy(p[picked], labels[picked], len(TRAINED)), 4),
-            "melanoma_auc": round(area_under_curve(p[picked, melanoma], labels[picked] == melanoma), 4),
+            **accuracy_figures(p[picked], labels[picked]),
             "malignant_auc": round(
                 area_under_curve(p[picked][:, malignant].sum(1), np.isin(labels[picked], malignant)), 4
             ),
@@ -71,48 +57,29 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     }
 
 
-def open_weights(
-    recipe: Recipe, weights: Path, log_prior: NDArray[np.float64], *, bfloat16: bool = False
-) -> Callable[[NDArray[np.uint8]], Outputs]:
-    """A forward pass of our own network's safetensors, PRIOR_SHIFT of the prior restored."""
-    machine = Machine.of("cpu", bfloat16=bfloat16)
-    network: DermNetwork = load_own(recipe, load_file(weights))
-
-    @torch.inference_mode()
-    def run(pixels: NDArray[np.uint8]) -> Outputs:
-        with machine.autocast():
-            logits, bottleneck = network(machine.as_input(torch.from_numpy(pixels)))
-        shifted = logits.float().numpy() + PRIOR_SHIFT * log_prior.astype(np.float32)
-        return shifted, bottleneck.float().numpy()
-
-    return run
-
-
 def main() -> None:
     """Command line: see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--weights", type=Path, help="safetensors, as `train` writes them")
-    given.add_argument("--model", type=Path, help="a model folder")
+    parser.add_argument("--onnx", type=Path, required=True, help="a model's graph")
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--side", type=int, required=True)
+    parser.add_argument(
+        "--prior-shift", type=float, default=0.0, help="share of log prior given back to logits"
+    )
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--stride", type=int, default=1, help="every so many images only, to try things out")
-    parser.add_argument("--bfloat16", action="store_true", help="on a CPU with AMX, where it is faster")
     arguments = parser.parse_args()
     recipe, folder = read_recipe(arguments.recipe), isic_folder()
     rows = read_rows(folder)
-    labels = labels_of(rows)
-    log_prior = np.log(sampled_prior(labels[training_indices(rows, recipe.data)], 1.0))
-    if arguments.model:
-        run = open_onnx(arguments.model / "model.onnx")
-    else:
-        run = open_weights(recipe, arguments.weights, log_prior, bfloat16=arguments.bfloat16)
+    counts = np.bincount(labels_of(rows)[training_indices(rows, recipe.data)], minlength=len(TRAINED))
     rows += read_bcn84(folder)
     picked = fold_indices(rows, [arguments.fold])[:: arguments.stride]
     geometry = InputGeometry(arguments.side, recipe.data.interpolation)
-    scan = scan_images(run, rows, picked, folder, geometry)
-    print(json.dumps(by_source(scan.logits, [rows[i] for i in picked]), indent=1))
+    scan = scan_images(open_onnx(arguments.onnx), rows, picked, folder, geometry)
+    logits = scan.logits + np.float32(arguments.prior_shift) * np.log(counts / counts.sum()).astype(
+        np.float32
+    )
+    print(json.dumps(by_source(logits, [rows[i] for i in picked]), indent=1))
 
 
 if __name__ == "__main__":

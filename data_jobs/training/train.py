@@ -13,12 +13,11 @@ is faster where that has matrix units (AMX) and much slower where it has none. A
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 import json
 import math
 from pathlib import Path
-import sys
 import time
 from typing import Any
 
@@ -26,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from data_jobs.training.dataset import (
     BCN84_SIDE,
@@ -39,7 +39,6 @@ from data_jobs.training.dataset import (
     sources_of,
     training_indices,
 )
-from data_jobs.training.distillation import Teachers
 from data_jobs.training.draws import (
     AugmentedDraws,
     Labels,
@@ -48,12 +47,10 @@ from data_jobs.training.draws import (
     draw_epoch,
     sampled_prior,
 )
-from data_jobs.training.loss import AdjustedLoss, Mixture, mix
+from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers, mix
 from data_jobs.training.machine import CPU, Machine
-from data_jobs.training.network import DermNetwork
-from data_jobs.training.plans import DistillationPlan, OptimiserPlan
-from data_jobs.training.recipe import Recipe, read_recipe
-from data_jobs.training.start import load_start
+from data_jobs.training.network import DermNetwork, load_start
+from data_jobs.training.recipe import DistillationPlan, OptimiserPlan, Recipe, read_recipe
 from deployments.preprocess.pixels import InputGeometry
 
 
@@ -92,9 +89,8 @@ def run_epoch(
     factors: Iterator[float],
     clip_norm: float,
     machine: Machine = CPU,
-    show: Callable[[int, Tensor], None] = lambda _seen, _loss: None,
 ) -> tuple[float, float]:
-    """Train over `mixtures`; returns mean loss and training accuracy. `show` hears of every batch."""
+    """Train over `mixtures`; returns mean loss and training accuracy."""
     network.train()
     # Kept where they are computed: to read one would make a GPU wait at every batch.
     losses, hits, seen = torch.zeros(()), torch.zeros(()), 0
@@ -113,30 +109,7 @@ def run_epoch(
         losses = losses.to(labels.device) + value.detach() * len(labels)
         hits = hits.to(labels.device) + (logits.detach().argmax(1) == labels).sum()
         seen += len(labels)
-        show(seen, losses / seen)
     return float(losses / seen), float(hits / seen)
-
-
-class EpochProgress:
-    """A line now and then: how far the epoch is, how fast, and how long it still takes."""
-
-    def __init__(self, epoch: int, epochs: int, images: int, every_s: float = 30.0) -> None:
-        self._epoch, self._epochs, self._images, self._every_s = epoch, epochs, images, every_s
-        self._started = self._shown = time.monotonic()
-
-    def __call__(self, seen: int, loss: Tensor) -> None:
-        """Say so, unless it was said a moment ago."""
-        now = time.monotonic()
-        if now - self._shown < self._every_s:
-            return
-        self._shown = now
-        rate = seen / (now - self._started)
-        minutes, seconds = divmod(round((self._images - seen) / rate), 60)
-        sys.stderr.write(
-            f"epoch {self._epoch + 1} of {self._epochs}: {seen} of {self._images} images, "
-            f"{rate:.1f} a second, loss {float(loss):.3f}; {minutes} min {seconds:02} s left\n"
-        )
-        sys.stderr.flush()
 
 
 def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -239,7 +212,7 @@ def train(
         )
         mixtures = (
             mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
-            for images, answers in batches
+            for images, answers in tqdm(batches, f"epoch {epoch + 1} of {len(stages)}", mininterval=30.0)
         )
         mean_loss, accuracy = run_epoch(
             network,
@@ -250,7 +223,6 @@ def train(
             factors,
             recipe.optimiser.clip_norm,
             machine,
-            EpochProgress(epoch, len(stages), len(draws)),
         )
         state = {"network": network.state_dict(), "ema": ema.state_dict()}
         state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from deployments.preprocess.preprocess import QualityMeasures
 from deployments.risk.policy import QualityLimits, QualityPolicy, ReviewPolicy
-from deployments.risk.rules import known_probabilities
+from deployments.risk.rules import IDENTITY, Findings, describe_discrepancy, known_probabilities
 from serve_app.domain.assessment import ANOTHER_LESION, Change, Classification, Neighbours, Reason
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
-from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.patient import ClinicalContext, RecordCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,88 +28,89 @@ class QualityVerdict:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
+    """`limit`, a name in QualityLimits, begins with `min_` or `max_` and goes on with the measure's name."""
+
     code: str
-    measure: str
-    is_most: bool  # the limit is the most that is allowed, else the least
+    limit: str
     what: str
     action: str
-    limit: str
     concern: str = ""  # the code of a soft limit, where it is not `limited_` and the code of the hard one
 
+    def values(self, measures: QualityMeasures, limits: QualityLimits) -> tuple[float, float]:
+        """What was measured, and what is allowed."""
+        return getattr(measures, self.limit[4:]), getattr(limits, self.limit)
 
+    def found(self, measures: QualityMeasures, limits: QualityLimits) -> bool:
+        """Whether the measure is beyond its limit; what is no number is."""
+        value, limit = self.values(measures, limits)
+        return not (value <= limit if self.limit.startswith("max_") else value >= limit)
+
+    def reason(self, measures: QualityMeasures, limits: QualityLimits, *, is_concern: bool) -> Reason:
+        """Say it of an image that is refused for it, or answered with a concern."""
+        value, limit = self.values(measures, limits)
+        end, before = (
+            (" for a reliable answer.", "Read the answer with care. ") if is_concern else (_NO_ANSWER, "")
+        )
+        code = (self.concern or f"limited_{self.code}") if is_concern else self.code
+        return Reason(code, self.what.format(value=value, limit=limit) + end, before + self.action)
+
+
+_NO_ANSWER = "; no assessment was made."
 _FAULTS = (
     _Fault(
-        code="blurred",
-        measure="sharpness",
-        is_most=False,
-        what="The image is not sharp: sharpness {value:.1f}, at least {limit:.1f} is needed",
-        action="Clean the lens, refocus, steady the dermoscope on the skin and take the image again.",
-        limit="min_sharpness",
+        "blurred",
+        "min_sharpness",
+        "The image is not sharp: sharpness {value:.1f}, at least {limit:.1f} is needed",
+        "Clean the lens, refocus, steady the dermoscope on the skin and take the image again.",
     ),
     _Fault(
-        code="underexposed",
-        measure="exposure",
-        is_most=False,
-        what="The image is dark: mean brightness {value:.0%}, at least {limit:.0%} is needed",
-        action="Switch the dermoscope's light on or raise the exposure, and take the image again.",
-        limit="min_exposure",
+        "underexposed",
+        "min_exposure",
+        "The image is dark: mean brightness {value:.0%}, at least {limit:.0%} is needed",
+        "Switch the dermoscope's light on or raise the exposure, and take the image again.",
     ),
     _Fault(
-        code="overexposed",
-        measure="exposure",
-        is_most=True,
-        what="The image is too bright: mean brightness {value:.0%}, at most {limit:.0%} is usable",
-        action="Lower the exposure or the light and take the image again.",
-        limit="max_exposure",
+        "overexposed",
+        "max_exposure",
+        "The image is too bright: mean brightness {value:.0%}, at most {limit:.0%} is usable",
+        "Lower the exposure or the light and take the image again.",
     ),
     _Fault(
-        code="low_contrast",
-        measure="contrast",
-        is_most=False,
-        what="Hardly any structure can be seen: contrast {value:.1%}, at least {limit:.1%} is needed",
-        action="Check that the lesion is in view and the lens is clear, and take the image again.",
-        limit="min_contrast",
+        "low_contrast",
+        "min_contrast",
+        "Hardly any structure can be seen: contrast {value:.1%}, at least {limit:.1%} is needed",
+        "Check that the lesion is in view and the lens is clear, and take the image again.",
     ),
     _Fault(
-        code="dark_area",
-        measure="dark",
-        is_most=True,
-        what="Much of the image is black: {value:.0%} of it, at most {limit:.0%} is usable",
-        action="Bring the lesion closer or crop the dermoscope's rim, and take the image again.",
-        limit="max_dark",
+        "dark_area",
+        "max_dark",
+        "Much of the image is black: {value:.0%} of it, at most {limit:.0%} is usable",
+        "Bring the lesion closer or crop the dermoscope's rim, and take the image again.",
     ),
     _Fault(
-        code="glare",
-        measure="bright",
-        is_most=True,
-        what="Much of the image is burnt out: {value:.0%} of it, at most {limit:.0%} is usable",
-        action="Avoid glare: use polarised light or immersion fluid, and take the image again.",
-        limit="max_bright",
+        "glare",
+        "max_bright",
+        "Much of the image is burnt out: {value:.0%} of it, at most {limit:.0%} is usable",
+        "Avoid glare: use polarised light or immersion fluid, and take the image again.",
     ),
     _Fault(
-        code="no_colour",
-        measure="colour",
-        is_most=False,
-        what="The image has no colours of its own: colour {value:.1f}, at least {limit:.1f} is needed",
-        action="Take the image in colour, and send it as the camera stored it.",
-        limit="min_colour",
+        "no_colour",
+        "min_colour",
+        "The image has no colours of its own: colour {value:.1f}, at least {limit:.1f} is needed",
+        "Take the image in colour, and send it as the camera stored it.",
         concern="no_colour",
     ),
     _Fault(
-        code="two_levels",
-        measure="two_levels",
-        is_most=True,
-        what="The image has only two levels of brightness: {value:.0%} of it, at most {limit:.0%} is usable",
-        action="Send the image in colour, as the camera stored it, and not a scan or a fax of it.",
-        limit="max_two_levels",
+        "two_levels",
+        "max_two_levels",
+        "The image has only two levels of brightness: {value:.0%} of it, at most {limit:.0%} is usable",
+        "Send the image in colour, as the camera stored it, and not a scan or a fax of it.",
     ),
     _Fault(
-        code="damaged_image",
-        measure="damaged",
-        is_most=True,
-        what="The file is damaged: {value:.1%} of the image or more is missing or wrong, at most {limit:.1%} is usable",
-        action="Send the file again from where it was first stored, or take the image again.",
-        limit="max_damaged",
+        "damaged_image",
+        "max_damaged",
+        "The file is damaged: {value:.1%} of the image or more is missing or wrong, at most {limit:.1%} is usable",
+        "Send the file again from where it was first stored, or take the image again.",
         concern="damaged_image",
     ),
 )
@@ -117,45 +118,43 @@ _FAULTS = (
 
 def judge_quality(measures: QualityMeasures, policy: QualityPolicy) -> QualityVerdict:
     """Hold the measures against the hard limits, and what passes them against the soft ones."""
-    refused = [fault for fault in _FAULTS if _is_beyond(fault, measures, policy.hard)]
-    doubtful = [f for f in _FAULTS if f not in refused and _is_beyond(f, measures, policy.soft)]
+    hard, soft = policy.hard, policy.soft
+    refused = [fault for fault in _FAULTS if fault.found(measures, hard)]
+    doubtful = [fault for fault in _FAULTS if fault not in refused and fault.found(measures, soft)]
     return QualityVerdict(
-        refusals=tuple(_reason(fault, measures, policy.hard, is_concern=False) for fault in refused),
-        concerns=tuple(_reason(fault, measures, policy.soft, is_concern=True) for fault in doubtful),
-    )
-
-
-def _is_beyond(fault: _Fault, measures: QualityMeasures, limits: QualityLimits) -> bool:
-    value: float = getattr(measures, fault.measure)
-    limit: float = getattr(limits, fault.limit)
-    return not (value <= limit if fault.is_most else value >= limit)
-
-
-def _reason(fault: _Fault, measures: QualityMeasures, limits: QualityLimits, *, is_concern: bool) -> Reason:
-    message = fault.what.format(value=getattr(measures, fault.measure), limit=getattr(limits, fault.limit))
-    return Reason(
-        code=(fault.concern or f"limited_{fault.code}") if is_concern else fault.code,
-        message=message + (" for a reliable answer." if is_concern else "; no assessment was made."),
-        action="Read the answer with care. " + fault.action if is_concern else fault.action,
+        refusals=tuple(fault.reason(measures, hard, is_concern=False) for fault in refused),
+        concerns=tuple(fault.reason(measures, soft, is_concern=True) for fault in doubtful),
     )
 
 
 _JUDGE = "Judge the lesion clinically and by dermoscopy; do not rely on the ranking."
 
 
-def find_doubts(
-    classification: Classification,
-    neighbours: Neighbours,
-    context: ClinicalContext,
-    policy: ReviewPolicy,
-) -> Iterator[Reason]:
-    """Every doubt about this answer that the policy asks a clinician to look at."""
+def find_doubts(findings: Findings, policy: ReviewPolicy, *, falls: bool) -> Iterator[Reason]:
+    """Every doubt about this answer that the policy asks a clinician to look at.
+
+    `falls`: the risk level is lower than that of the image that it was compared with.
+    """
+    classification, context = findings.classification, findings.context
+    yield from doubt_patient(context.record)
+    yield from _another_lesion(findings.change, policy, falls=falls)
     yield from _unfamiliar(classification, context, policy)
     yield from _undecided(classification, policy)
-    yield from _disagreeing(classification, neighbours, policy)
+    yield from _disagreeing(classification, findings.neighbours, policy)
 
 
-def doubt_lesion(change: Change | None, policy: ReviewPolicy, *, falls: bool) -> Iterator[Reason]:
+def doubt_patient(check: RecordCheck | None) -> Iterator[Reason]:
+    """A doubt when age or sex are not the record's: the image may be another patient's."""
+    found = [each for each in check.discrepancies if each.field in IDENTITY] if check else []
+    if found:
+        yield Reason(
+            "identity_discrepancy",
+            " ".join(map(describe_discrepancy, found)),
+            "Make sure that image and form are this patient's before the answer is used; correct the one that is wrong.",
+        )
+
+
+def _another_lesion(change: Change | None, policy: ReviewPolicy, *, falls: bool) -> Iterator[Reason]:
     """A doubt whether a follow-up shows the lesion it was sent for; sooner when its risk level `falls`."""
     limit = policy.same_lesion_if_lower if falls else policy.same_lesion
     if change is None or limit <= 0.0:

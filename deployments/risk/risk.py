@@ -7,31 +7,23 @@ from dataclasses import asdict
 import math
 from typing import Any
 
-from deployments.preprocess.preprocess import QualityMeasures
-from deployments.risk.doubts import doubt_lesion, find_doubts, judge_quality
+from deployments.risk.doubts import doubt_patient, find_doubts, judge_quality
 from deployments.risk.policy import RiskPolicy, ScorePolicy, read_policy, with_overrides
 from deployments.risk.rules import (
+    LEVELS,
+    URGENCIES,
     Effect,
     Evidence,
     Findings,
     demands_referral,
-    doubt_identity,
     expected_severity,
-    highest_level,
-    most_urgent,
-    state_record,
-    weigh_change,
-    weigh_context,
-    weigh_diagnoses,
-    weigh_neighbours,
+    weigh,
 )
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import (
     CHECKLIST_REFERS,
-    Change,
     Classification,
     Conclusion,
-    Neighbours,
     Outcome,
     Quality,
     Reason,
@@ -47,52 +39,34 @@ from serve_app.records.serving import LiveModel
 _STRENGTH = tuple(Effect)
 
 
-def conclude(
-    *,
-    quality: QualityMeasures,
-    width: int,
-    height: int,
-    classification: Classification,
-    neighbours: Neighbours,
-    context: ClinicalContext,
-    change: Change | None,
-    operating_points: Mapping[str, float],
-    policy: RiskPolicy,
-    compared_level: RiskLevel | None = None,
-) -> Conclusion:
+def conclude(findings: Findings, policy: RiskPolicy, operating_points: Mapping[str, float]) -> Conclusion:
     """Conclude one assessment; `operating_points` maps the names of the live model's to thresholds.
-
-    `compared_level` is the risk level of the image that `change` is since.
 
     When the outcome is `refused`, the answer must show neither classification nor neighbours.
     Raises StageFailed for probabilities that are none, so that nothing is concluded from them,
     and ModelContractError when the model lacks an operating point that the policy names.
     """
-    verdict = judge_quality(quality, policy.quality)
-    shown = Quality(**asdict(quality), width=width, height=height, acceptable=verdict.acceptable)
+    classification, context = findings.classification, findings.context
+    verdict = judge_quality(findings.quality, policy.quality)
+    quality = Quality(
+        **asdict(findings.quality),
+        width=findings.width,
+        height=findings.height,
+        acceptable=verdict.acceptable,
+    )
     if not verdict.acceptable:
-        return _refuse(verdict.refusals, shown, context, policy)
+        return _refuse(verdict.refusals, quality, context, policy)
     if not _is_distribution(classification):
         raise StageFailed("The classifier gave no valid probabilities.")
     unknown = classification.probabilities[Diagnosis.UNK]
     if unknown >= policy.refusal.max_unknown:
-        return _refuse((_not_dermoscopy(unknown, policy), *verdict.concerns), shown, context, policy)
-    evidence = [
-        *weigh_diagnoses(classification, context, policy.rules, operating_points),
-        *weigh_context(context, policy),
-        *state_record(context.record),
-        *weigh_neighbours(neighbours, policy),
-        *weigh_change(change, policy),
-    ]
-    risk = _risk(expected_severity(classification, policy.score.severity), evidence, policy)
-    falls = compared_level is not None and highest_level([risk.level, compared_level]) is not risk.level
-    reasons = (
-        *verdict.concerns,
-        *doubt_identity(context.record),
-        *doubt_lesion(change, policy.review, falls=falls),
-        *find_doubts(classification, neighbours, context, policy.review),
-    )
-    return Conclusion(Outcome.REVIEW if reasons else Outcome.DECIDED, reasons, shown, risk, policy.version)
+        return _refuse((_not_dermoscopy(unknown, policy), *verdict.concerns), quality, context, policy)
+    severity = expected_severity(classification, policy.score.severity)
+    risk = _risk(severity, list(weigh(findings, policy, operating_points)), policy)
+    before = findings.compared_level
+    falls = before is not None and LEVELS.index(risk.level) < LEVELS.index(before)
+    reasons = (*verdict.concerns, *find_doubts(findings, policy.review, falls=falls))
+    return Conclusion(Outcome.REVIEW if reasons else Outcome.DECIDED, reasons, quality, risk, policy.version)
 
 
 def _risk(severity: float, evidence: Sequence[Evidence], policy: RiskPolicy) -> Risk:
@@ -100,8 +74,8 @@ def _risk(severity: float, evidence: Sequence[Evidence], policy: RiskPolicy) -> 
     left = (1.0 - severity) * math.prod(1.0 - item.raises for item in evidence)
     score = 1.0 - left
     banded_level, banded_urgency = _band(score, policy.score)
-    level = highest_level([banded_level, *(item.level for item in evidence)])
-    urgency = most_urgent([banded_urgency, *(item.urgency for item in evidence)])
+    level = max(banded_level, *(item.level for item in evidence), key=LEVELS.index)
+    urgency = max(banded_urgency, *(item.urgency for item in evidence), key=URGENCIES.index)
     bands = policy.score.bands
     least = {RiskLevel.LOW: 0.0, RiskLevel.MEDIUM: bands.medium, RiskLevel.HIGH: bands.high}[level]
     ordered = sorted(evidence, key=lambda item: _STRENGTH.index(item.effect))
@@ -124,7 +98,7 @@ def _refuse(
     reasons: tuple[Reason, ...], quality: Quality, context: ClinicalContext, policy: RiskPolicy
 ) -> Conclusion:
     """No answer; but what the clinician's own checklist demands stands without an image."""
-    reasons += tuple(doubt_identity(context.record))
+    reasons += tuple(doubt_patient(context.record))
     checklist = context.checklist
     if checklist is not None and demands_referral(checklist, policy.rules.checklist):
         reasons += (
@@ -175,15 +149,5 @@ class RiskStage:
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Conclude outcome, risk and urgency at the model's own operating points."""
         points = (await self._store.opened(model_id)).manifest.operating_points
-        return conclude(
-            quality=findings.quality,
-            width=findings.width,
-            height=findings.height,
-            classification=findings.classification,
-            neighbours=findings.neighbours,
-            context=findings.context,
-            change=findings.change,
-            compared_level=findings.compared_level,
-            operating_points={name: point.threshold for name, point in points.items()},
-            policy=self._policy,
-        )
+        thresholds = {name: point.threshold for name, point in points.items()}
+        return conclude(findings, self._policy, thresholds)

@@ -1,14 +1,14 @@
-"""The rules: what probabilities, patient, site, checklist, similar cases and the patient's record demand."""
+"""The rules: what probabilities, patient, site, checklist, similar cases, change and the patient's record demand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from deployments.preprocess.preprocess import QualityMeasures
-from deployments.risk.policy import ChecklistRule, Raises, RiskPolicy, Rules, SeverityWeights, Threshold
-from serve_app.domain.assessment import Change, Classification, Factor, Neighbours, Reason, RiskLevel, Urgency
+from deployments.risk.policy import ChecklistRule, RiskPolicy, Rules, SeverityWeights, Threshold
+from serve_app.domain.assessment import Change, Classification, Factor, Neighbours, RiskLevel, Urgency
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import ModelContractError
 from serve_app.domain.patient import (
@@ -23,6 +23,31 @@ from serve_app.domain.patient import (
 
 LEVELS = tuple(RiskLevel)
 URGENCIES = tuple(Urgency)
+
+#: Most serious first. A rule compares the probability of its diagnosis *or a more serious one*,
+#: so that probability which moves from BCC to melanoma can never take a finding away.
+SERIOUSNESS = (Diagnosis.MEL, Diagnosis.SCC, Diagnosis.BCC, Diagnosis.AK, Diagnosis.UNK)
+
+_LEAST_KNOWN = 1e-9
+# A probability that misses its threshold by a rounding error has reached it.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything the other stages found; width and height of the upright original in pixels.
+
+    `compared_level` is the risk level of the image that `change` is since.
+    """
+
+    quality: QualityMeasures
+    width: int
+    height: int
+    classification: Classification
+    neighbours: Neighbours
+    context: ClinicalContext
+    change: Change | None
+    compared_level: RiskLevel | None = None
 
 
 class Effect(StrEnum):
@@ -55,40 +80,22 @@ class Evidence:
         return Factor(code=self.code, effect=self.effect.value, message=self.message)
 
 
-def highest_level(levels: Iterable[RiskLevel]) -> RiskLevel:
-    """Give the highest, low if there is none."""
-    return max(levels, key=LEVELS.index, default=RiskLevel.LOW)
+def weigh(
+    findings: Findings, policy: RiskPolicy, operating_points: Mapping[str, float]
+) -> Iterator[Evidence]:
+    """Apply every rule; what was not stated is named, never assumed.
 
-
-def most_urgent(urgencies: Iterable[Urgency]) -> Urgency:
-    """Give the most urgent, routine if there is none."""
-    return max(urgencies, key=URGENCIES.index, default=Urgency.ROUTINE)
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Everything the other stages found; width and height of the upright original in pixels.
-
-    `compared_level` is the risk level of the image that `change` is since.
+    Raises ModelContractError when the model lacks an operating point that the policy names.
     """
-
-    quality: QualityMeasures
-    width: int
-    height: int
-    classification: Classification
-    neighbours: Neighbours
-    context: ClinicalContext
-    change: Change | None
-    compared_level: RiskLevel | None = None
-
-
-#: Most serious first. A rule compares the probability of its diagnosis *or a more serious one*,
-#: so that probability which moves from BCC to melanoma can never take a finding away.
-SERIOUSNESS = (Diagnosis.MEL, Diagnosis.SCC, Diagnosis.BCC, Diagnosis.AK, Diagnosis.UNK)
-
-_LEAST_KNOWN = 1e-9
-# A probability that misses its threshold by a rounding error has reached it.
-_ROUNDING = 1e-9
+    context = findings.context
+    yield from _diagnoses(findings.classification, context, policy.rules, operating_points)
+    yield from _checklist(context.checklist, policy)
+    yield from _age(context.age_approx, policy)
+    yield from _site(context.anatom_site_general, policy)
+    yield from _history(context.history, policy)
+    yield from _record(context.record)
+    yield from _neighbours(findings.neighbours, policy)
+    yield from _change(findings.change, policy)
 
 
 def known_probabilities(classification: Classification) -> dict[Diagnosis, float]:
@@ -98,28 +105,6 @@ def known_probabilities(classification: Classification) -> dict[Diagnosis, float
     """
     known = max(1.0 - classification.probabilities[Diagnosis.UNK], _LEAST_KNOWN)
     return {d: min(p / known, 1.0) for d, p in classification.probabilities.items() if d is not Diagnosis.UNK}
-
-
-def threshold_of(threshold: Threshold, operating_points: Mapping[str, float]) -> float:
-    """Give a probability, looked up where the policy names an operating point.
-
-    Raises ModelContractError when the model has no such operating point.
-    """
-    if not isinstance(threshold, str):
-        return threshold
-    try:
-        return operating_points[threshold]
-    except KeyError as error:
-        has = ", ".join(sorted(operating_points)) or "none"
-        raise ModelContractError(
-            f"The risk policy needs the operating point {threshold!r}; the model has {has}."
-        ) from error
-
-
-def check_operating_points(rules: Rules, operating_points: Mapping[str, float]) -> None:
-    """Raise ModelContractError unless the model has each operating point that the policy names."""
-    for rule in (rules.melanoma, rules.scc, rules.bcc, rules.ak):
-        threshold_of(rule.threshold, operating_points)
 
 
 def expected_severity(classification: Classification, weights: SeverityWeights) -> float:
@@ -139,68 +124,66 @@ def expected_severity(classification: Classification, weights: SeverityWeights) 
     return min(max((1.0 - unknown) * known + unknown * max(known, weights.unk), 0.0), 1.0)
 
 
-def weigh_diagnoses(
+def demands_referral(checklist: Checklist | None, rule: ChecklistRule) -> bool:
+    """Whether the checklist alone, whatever the image shows, asks for an urgent referral (NICE NG12)."""
+    return checklist is not None and checklist.score >= rule.refer_at
+
+
+# --- What the model found
+
+
+def _diagnoses(
     classification: Classification,
     context: ClinicalContext,
     rules: Rules,
     operating_points: Mapping[str, float],
-) -> list[Evidence]:
-    """Apply the five rules on probabilities, most serious first."""
-    evidence = [_melanoma(classification, rules, threshold_of(rules.melanoma.threshold, operating_points))]
-    known = known_probabilities(classification)
-    for diagnosis, threshold, level, urgency, because in _keratinocyte_rules(context, rules):
-        mass = _or_more_serious(known, diagnosis)
-        limit = threshold_of(threshold, operating_points)
+) -> Iterator[Evidence]:
+    known, site = known_probabilities(classification), context.anatom_site_general
+    yield _melanoma(classification, rules, _limit(rules.melanoma.threshold, operating_points))
+    scc, bcc, ak = rules.scc, rules.bcc, rules.ak
+    bcc_urgency, bcc_because, ak_urgency, ak_because = bcc.urgency, "", ak.urgency, ""
+    if site in bcc.delay_harmful_sites:
+        bcc_urgency, bcc_because = bcc.delay_harmful_urgency, f"; delay may do harm at this site ({site})"
+    if context.history.immunosuppression:
+        ak_urgency, ak_because = ak.immunosuppressed_urgency, "; the patient is immunosuppressed"
+    for diagnosis, rule, urgency, because in (
+        (Diagnosis.SCC, scc, scc.urgency, ""),
+        (Diagnosis.BCC, bcc, bcc_urgency, bcc_because),
+        (Diagnosis.AK, ak, ak_urgency, ak_because),
+    ):
+        mass, limit = _or_more_serious(known, diagnosis), _limit(rule.threshold, operating_points)
         if mass + _ROUNDING >= limit:
-            message = f"{diagnosis.display_name} or more serious: probability {mass:.1%} (threshold {limit:.1%}){because}."
-            evidence.append(_demand(diagnosis.value.lower(), message, level, urgency))
+            message = (
+                f"{diagnosis.display_name} or more serious: "
+                f"probability {mass:.1%} (threshold {limit:.1%}){because}."
+            )
+            yield _demand(diagnosis.value.lower(), message, rule.level, urgency)
     mass = _or_more_serious(classification.probabilities, Diagnosis.UNK)
-    if mass + _ROUNDING >= (limit := threshold_of(rules.unknown.threshold, operating_points)):
+    if mass + _ROUNDING >= (limit := _limit(rules.unknown.threshold, operating_points)):
         message = f"Not one of the known benign diagnoses: probability {mass:.1%} (threshold {limit:.1%})."
-        evidence.append(_demand("not_benign", message, rules.unknown.level, rules.unknown.urgency))
-    return evidence
+        yield _demand("not_benign", message, rules.unknown.level, rules.unknown.urgency)
 
 
-def _keratinocyte_rules(
-    context: ClinicalContext, rules: Rules
-) -> list[tuple[Diagnosis, Threshold, RiskLevel, Urgency, str]]:
-    site = context.anatom_site_general
-    bcc, ak = rules.bcc, rules.ak
-    delay_harms = site in bcc.delay_harmful_sites
-    suppressed = context.history.immunosuppression is True
-    at_site = (
-        f"; delay may do harm at this site ({site})" if isinstance(site, AnatomSite) and delay_harms else ""
-    )
-    return [
-        (Diagnosis.SCC, rules.scc.threshold, rules.scc.level, rules.scc.urgency, ""),
-        (
-            Diagnosis.BCC,
-            bcc.threshold,
-            bcc.level,
-            bcc.delay_harmful_urgency if delay_harms else bcc.urgency,
-            at_site,
-        ),
-        (
-            Diagnosis.AK,
-            ak.threshold,
-            ak.level,
-            ak.immunosuppressed_urgency if suppressed else ak.urgency,
-            "; the patient is immunosuppressed" if suppressed else "",
-        ),
-    ]
+def _limit(threshold: Threshold, operating_points: Mapping[str, float]) -> float:
+    """Give a probability, looked up where the policy names an operating point."""
+    if not isinstance(threshold, str):
+        return threshold
+    try:
+        return operating_points[threshold]
+    except KeyError as error:
+        has = ", ".join(sorted(operating_points)) or "none"
+        raise ModelContractError(
+            f"The risk policy needs the operating point {threshold!r}; the model has {has}."
+        ) from error
 
 
 def _melanoma(classification: Classification, rules: Rules, threshold: float) -> Evidence:
-    probability = known_probabilities(classification)[Diagnosis.MEL]
+    probability, plausible = known_probabilities(classification)[Diagnosis.MEL], rules.melanoma_plausible
     numbers = f"probability {probability:.1%} (threshold {threshold:.1%})"
+    in_set = Diagnosis.MEL in classification.prediction_set
     if probability + _ROUNDING >= threshold:
-        message = f"Melanoma: {numbers}."
-        return _demand("melanoma", message, rules.melanoma.level, rules.melanoma.urgency)
-    plausible = rules.melanoma_plausible
-    if (
-        Diagnosis.MEL in classification.prediction_set
-        or probability + _ROUNDING >= plausible.fraction * threshold
-    ):
+        return _demand("melanoma", f"Melanoma: {numbers}.", rules.melanoma.level, rules.melanoma.urgency)
+    if in_set or probability + _ROUNDING >= plausible.fraction * threshold:
         message = f"Melanoma is below its threshold but not excluded: {numbers}."
         return _demand("melanoma_plausible", message, plausible.level, plausible.urgency)
     return Evidence("melanoma", Effect.NONE, f"Melanoma: {numbers}.")
@@ -215,36 +198,62 @@ def _demand(code: str, message: str, level: RiskLevel, urgency: Urgency) -> Evid
     return Evidence(code, Effect.DEMANDS, message, level=level, urgency=urgency)
 
 
-_HISTORY = {
-    "personal_melanoma": "The patient has had a melanoma.",
-    "personal_skin_cancer": "The patient has had another skin cancer.",
-    "family_melanoma": "A first-degree relative has had a melanoma.",
-    "immunosuppression": "The patient is immunosuppressed.",
-}
+def _neighbours(neighbours: Neighbours, policy: RiskPolicy) -> Iterator[Evidence]:
+    """The share of malignant cases among the nearest, and whether a malignant one is the nearest by far."""
+    rule, raises, share = policy.rules.neighbours, policy.score.raises, neighbours.malignant_share
+    if share is None:
+        yield Evidence(
+            "neighbours_not_available", Effect.NOT_AVAILABLE, "No similar confirmed cases were available."
+        )
+        return
+    raised = raises.neighbours * min(max(share, 0.0), 1.0)
+    message = f"{share:.0%} of the {len(neighbours.similar)} most similar confirmed cases are malignant"
+    if share >= rule.malignant_share:
+        message += f" (threshold {rule.malignant_share:.0%})."
+        yield Evidence("neighbours", Effect.DEMANDS, message, raised, rule.level, rule.urgency)
+    else:
+        yield Evidence("neighbours", Effect.RAISES if raised > 0 else Effect.NONE, f"{message}.", raised)
+    malignant, benign = neighbours.nearest_malignant, neighbours.nearest_benign
+    if malignant is None:
+        return
+    lead = malignant.similarity - (benign.similarity if benign else -1.0)
+    if lead >= policy.score.limits.similarity_lead:
+        message = (
+            f"The most similar malignant case ({malignant.diagnosis.display_name.lower()}, similarity "
+            f"{malignant.similarity:.2f}) is closer than the most similar benign one."
+        )
+        yield Evidence("nearest_malignant", Effect.RAISES, message, raises.nearest_malignant)
 
 
-def weigh_context(context: ClinicalContext, policy: RiskPolicy) -> list[Evidence]:
-    """Weigh checklist, age, site and history; what was not stated is named, never assumed."""
-    raises = policy.score.raises
-    return [
-        *_checklist(context.checklist, policy.rules.checklist, raises),
-        *_age(context.age_approx, policy),
-        *_site(context.anatom_site_general, raises),
-        *_history(context.history, raises),
-    ]
+def _change(change: Change | None, policy: RiskPolicy) -> Iterator[Evidence]:
+    """A rise of the melanoma probability, and a changed appearance, since the lesion's last image."""
+    if change is None:
+        return
+    rule, limit = policy.rules.change, policy.score.limits.min_similarity
+    rise, similarity = change.melanoma_probability_delta, change.similarity
+    if rise is not None and rise >= rule.melanoma_rise:
+        message = (
+            f"The melanoma probability rose by {100 * rise:.1f} percentage points since {change.since} "
+            f"(threshold {100 * rule.melanoma_rise:.1f})."
+        )
+        yield _demand("melanoma_rise", message, rule.level, rule.urgency)
+    if similarity is not None and similarity < limit:
+        message = (
+            f"The lesion looks different from its image of {change.since}: similarity {similarity:.2f} "
+            f"(expected at least {limit:.2f})."
+        )
+        yield Evidence("appearance_change", Effect.RAISES, message, policy.score.raises.appearance_change)
 
 
-def demands_referral(checklist: Checklist | None, rule: ChecklistRule) -> bool:
-    """Whether the checklist alone, whatever the image shows, asks for an urgent referral (NICE NG12)."""
-    return checklist is not None and checklist.score >= rule.refer_at
+# --- What is known of the patient
 
 
-def _checklist(checklist: Checklist | None, rule: ChecklistRule, raises: Raises) -> Iterator[Evidence]:
+def _checklist(checklist: Checklist | None, policy: RiskPolicy) -> Iterator[Evidence]:
     if checklist is None:
         yield _missing("checklist", "The 7-point checklist was not filled in.")
         return
-    score = checklist.score
-    raised = 1.0 - (1.0 - raises.checklist_point) ** score
+    rule, score = policy.rules.checklist, checklist.score
+    raised = 1.0 - (1.0 - policy.score.raises.checklist_point) ** score
     if demands_referral(checklist, rule):
         message = (
             f"7-point checklist: {score} points. NICE NG12 asks for a suspected-cancer referral "
@@ -267,133 +276,79 @@ def _age(age: int | None, policy: RiskPolicy) -> Iterator[Evidence]:
         yield Evidence("age", Effect.RAISES, message, policy.score.raises.age)
 
 
-def _site(site: AnatomSite | None, raises: Raises) -> Iterator[Evidence]:
+def _site(site: AnatomSite | None, policy: RiskPolicy) -> Iterator[Evidence]:
     if site is None:
         yield _missing("site", "The anatomical site was not available.")
     elif site is AnatomSite.HEAD_NECK:
         message = "Head or neck: skin cancer is more frequent on sun-exposed sites."
-        yield Evidence("head_neck", Effect.RAISES, message, raises.head_neck)
+        yield Evidence("head_neck", Effect.RAISES, message, policy.score.raises.head_neck)
 
 
-def _history(history: History, raises: Raises) -> Iterator[Evidence]:
+_HISTORY = {
+    "personal_melanoma": "The patient has had a melanoma.",
+    "personal_skin_cancer": "The patient has had another skin cancer.",
+    "family_melanoma": "A first-degree relative has had a melanoma.",
+    "immunosuppression": "The patient is immunosuppressed.",
+}
+
+
+def _history(history: History, policy: RiskPolicy) -> Iterator[Evidence]:
     if not history.stated:
         yield _missing("history", "History was not available.")
         return
-    for field in fields(History):
-        if getattr(history, field.name):
-            raised: float = getattr(raises, field.name)
-            yield Evidence(field.name, Effect.RAISES, _HISTORY[field.name], raised)
+    for name, message in _HISTORY.items():
+        if getattr(history, name):
+            yield Evidence(name, Effect.RAISES, message, getattr(policy.score.raises, name))
     unstated = [f.name.replace("_", " ") for f in fields(History) if getattr(history, f.name) is None]
     if unstated:
-        yield Evidence(
-            "history_incomplete",
-            Effect.NOT_AVAILABLE,
-            f"History was not available on: {', '.join(unstated)}.",
-        )
+        message = f"History was not available on: {', '.join(unstated)}."
+        yield Evidence("history_incomplete", Effect.NOT_AVAILABLE, message)
 
 
 def _missing(what: str, message: str) -> Evidence:
     return Evidence(f"{what}_not_available", Effect.NOT_AVAILABLE, f"{message} It could not be weighed.")
 
 
-def weigh_neighbours(neighbours: Neighbours, policy: RiskPolicy) -> Iterator[Evidence]:
-    """Weigh the share of malignant cases among the nearest, and whether a malignant one is the nearest by far."""
-    if neighbours.malignant_share is None:
-        yield Evidence(
-            "neighbours_not_available", Effect.NOT_AVAILABLE, "No similar confirmed cases were available."
-        )
-        return
-    rule, raises = policy.rules.neighbours, policy.score.raises
-    share = neighbours.malignant_share
-    raised = raises.neighbours * min(max(share, 0.0), 1.0)
-    message = f"{share:.0%} of the {len(neighbours.similar)} most similar confirmed cases are malignant"
-    if share >= rule.malignant_share:
-        message += f" (threshold {rule.malignant_share:.0%})."
-        yield Evidence("neighbours", Effect.DEMANDS, message, raised, rule.level, rule.urgency)
-    else:
-        yield Evidence("neighbours", Effect.RAISES if raised > 0 else Effect.NONE, f"{message}.", raised)
-    malignant, benign = neighbours.nearest_malignant, neighbours.nearest_benign
-    if malignant is None:
-        return
-    lead = malignant.similarity - (benign.similarity if benign else -1.0)
-    if lead >= policy.score.limits.similarity_lead:
-        message = (
-            f"The most similar malignant case ({malignant.diagnosis.display_name.lower()}, similarity "
-            f"{malignant.similarity:.2f}) is closer than the most similar benign one."
-        )
-        yield Evidence("nearest_malignant", Effect.RAISES, message, raises.nearest_malignant)
-
-
-def weigh_change(change: Change | None, policy: RiskPolicy) -> Iterator[Evidence]:
-    """Weigh a rise of the melanoma probability, and a changed appearance, since the lesion's last image."""
-    if change is None:
-        return
-    rule, since = policy.rules.change, change.since
-    rise = change.melanoma_probability_delta
-    if rise is not None and rise >= rule.melanoma_rise:
-        message = (
-            f"The melanoma probability rose by {100 * rise:.1f} percentage points since {since} "
-            f"(threshold {100 * rule.melanoma_rise:.1f})."
-        )
-        yield Evidence("melanoma_rise", Effect.DEMANDS, message, level=rule.level, urgency=rule.urgency)
-    limit = policy.score.limits.min_similarity
-    if change.similarity is not None and change.similarity < limit:
-        message = (
-            f"The lesion looks different from its image of {since}: similarity {change.similarity:.2f} "
-            f"(expected at least {limit:.2f})."
-        )
-        yield Evidence("appearance_change", Effect.RAISES, message, policy.score.raises.appearance_change)
-
+# --- What the patient's record adds: each discrepancy, and each thing that it could not add, as a neutral factor
 
 #: What a clinician calls the fields that tell one patient from another.
-_IDENTITY = {"age_approx": "age", "sex": "sex"}
+IDENTITY = {"age_approx": "age", "sex": "sex"}
+
+_NOT_ANSWERED = (
+    "record_not_available",
+    (
+        "The patient's record in the PMS did not answer in time: history that was not sent with the image "
+        "was not available. It could not be weighed."
+    ),
+)
+_NOT_FOUND = (
+    "record_not_found",
+    "The PMS has no record of this patient: history that was not sent with the image could not be weighed.",
+)
+_NOT_VERIFIED = (
+    "encounter_not_verified",
+    "The PMS did not answer in time whether the encounter is this patient's.",
+)
 
 
-def state_record(check: RecordCheck | None) -> Iterator[Evidence]:
-    """Each thing that the record could not add, and each discrepancy, as a neutral factor."""
+def _record(check: RecordCheck | None) -> Iterator[Evidence]:
     if check is None:
         return
-    if check.patient is Lookup.NOT_AVAILABLE:
-        yield Evidence(
-            "record_not_available",
-            Effect.NOT_AVAILABLE,
-            "The patient's record in the PMS did not answer in time: history that was not sent with the image "
-            "was not available. It could not be weighed.",
-        )
-    elif check.patient is Lookup.UNKNOWN:
-        yield Evidence(
-            "record_not_found",
-            Effect.NOT_AVAILABLE,
-            "The PMS has no record of this patient: history that was not sent with the image could not be weighed.",
-        )
-    if check.encounter is Lookup.NOT_AVAILABLE:
-        yield Evidence(
-            "encounter_not_verified",
-            Effect.NOT_AVAILABLE,
-            "The PMS did not answer in time whether the encounter is this patient's.",
-        )
+    for what, ended, (code, message) in (
+        (check.patient, Lookup.NOT_AVAILABLE, _NOT_ANSWERED),
+        (check.patient, Lookup.UNKNOWN, _NOT_FOUND),
+        (check.encounter, Lookup.NOT_AVAILABLE, _NOT_VERIFIED),
+    ):
+        if what is ended:
+            yield Evidence(code, Effect.NOT_AVAILABLE, message)
     for found in check.discrepancies:
-        name = _IDENTITY.get(found.field, "history")
-        yield Evidence(f"{name}_discrepancy", Effect.NONE, f"{_words(found)} {_weighed(found)}")
+        weighed = "The higher was weighed." if found.field == "age_approx" else "Yes was weighed."
+        weighed = "It is not weighed." if found.field == "sex" else weighed
+        code = f"{IDENTITY.get(found.field, 'history')}_discrepancy"
+        yield Evidence(code, Effect.NONE, f"{describe_discrepancy(found)} {weighed}")
 
 
-def doubt_identity(check: RecordCheck | None) -> Iterator[Reason]:
-    """A doubt when age or sex are not the record's: the image may be another patient's."""
-    found = [each for each in check.discrepancies if each.field in _IDENTITY] if check else []
-    if found:
-        yield Reason(
-            "identity_discrepancy",
-            " ".join(_words(each) for each in found),
-            "Make sure that image and form are this patient's before the answer is used; correct the one that is wrong.",
-        )
-
-
-def _words(found: Discrepancy) -> str:
-    name = _IDENTITY.get(found.field) or f"history of {found.field.replace('_', ' ')}"
+def describe_discrepancy(found: Discrepancy) -> str:
+    """Both values, in a clinician's words."""
+    name = IDENTITY.get(found.field) or f"history of {found.field.replace('_', ' ')}"
     return f"{name[0].upper()}{name[1:]}: {found.sent} was sent, the patient's record says {found.recorded}."
-
-
-def _weighed(found: Discrepancy) -> str:
-    if found.field == "sex":
-        return "It is not weighed."
-    return "The higher was weighed." if found.field == "age_approx" else "Yes was weighed."

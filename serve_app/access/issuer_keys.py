@@ -23,8 +23,9 @@ import httpx
 from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import ECKey, JWKRegistry, Key, OKPKey, RSAKey
 
-from serve_app.access.tokens import ClaimsReader, Principal
+from serve_app.access.tokens import Principal, TokenVerifier, Verifier
 from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
+from serve_app.settings import Settings, split_words
 
 #: Algorithm: the kind of key that it takes. Nothing symmetric: a public key is no secret.
 PUBLIC_ALGORITHMS: dict[str, type[RSAKey | ECKey | OKPKey]] = {
@@ -38,7 +39,6 @@ PUBLIC_ALGORITHMS: dict[str, type[RSAKey | ECKey | OKPKey]] = {
 MAX_BYTES = 256 * 1024
 #: NIST SP 800-131A rev. 2: RSA keys below 2048 bits do not sign any more.
 MIN_RSA_BITS = 2048
-_KINDS = tuple(set(PUBLIC_ALGORITHMS.values()))
 _CURVES = frozenset({"P-256", "Ed25519"})
 _PRIVATE = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 
@@ -154,13 +154,13 @@ class IssuerKeys:
 
 async def _fetch(source: str) -> bytes:
     """Read a path or an http(s) URL; OSError or httpx.HTTPError when it cannot be had, KeySetRefused when too large."""
-    content = bytearray()
-    if urllib.parse.urlsplit(source).scheme in {"http", "https"}:
+    if urllib.parse.urlsplit(source).scheme not in {"http", "https"}:
+        content = await asyncio.to_thread(Path(source.removeprefix("file://")).read_bytes)
+    else:
+        content = b""
         # Who may sign is for the configured address to say, behind no redirect; and no proxy: the issuer is on premises.
         async with (
-            httpx.AsyncClient(
-                verify=ssl.create_default_context(), trust_env=False, follow_redirects=False
-            ) as client,
+            httpx.AsyncClient(verify=ssl.create_default_context(), trust_env=False) as client,
             client.stream("GET", source) as answer,
         ):
             answer.raise_for_status()
@@ -168,16 +168,9 @@ async def _fetch(source: str) -> bytes:
                 content += chunk
                 if len(content) > MAX_BYTES:
                     break
-    else:
-        content += await asyncio.to_thread(_read_file, Path(source.removeprefix("file://")))
     if len(content) > MAX_BYTES:
         raise KeySetRefused("too large")
-    return bytes(content)
-
-
-def _read_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
+    return content
 
 
 def read_key_set(content: bytes) -> tuple[Key, ...]:
@@ -196,7 +189,7 @@ def read_key_set(content: bytes) -> tuple[Key, ...]:
     if any(_PRIVATE & entry.keys() for entry in entries):
         raise KeySetRefused("it shows a private or a shared key")
     keys = [key for entry in entries if (key := _read(entry)) is not None]
-    named = [kid for key in keys if (kid := key.get("kid")) is not None]
+    named = [key.get("kid") for key in keys if key.get("kid") is not None]
     if not keys or len(named) != len(set(named)):
         raise KeySetRefused("no key to use, or two of one kid")
     return tuple(keys)
@@ -205,9 +198,8 @@ def read_key_set(content: bytes) -> tuple[Key, ...]:
 def _read(entry: dict[str, Any]) -> Key | None:
     """Import one key; None for one that does not sign, is too weak, or of another kind."""
     operations = entry.get("key_ops", ["verify"])
-    if entry.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
-        return None
-    if not isinstance(entry.get("kid", ""), str):
+    verifies = entry.get("use", "sig") == "sig" and isinstance(operations, list) and "verify" in operations
+    if not verifies or not isinstance(entry.get("kid", ""), str):
         return None
     try:
         with warnings.catch_warnings():
@@ -216,14 +208,12 @@ def _read(entry: dict[str, Any]) -> Key | None:
             key = JWKRegistry.import_key(entry)
     except (JoseError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    if not isinstance(key, _KINDS):
-        return None
     if isinstance(key, RSAKey):
         return key if key.public_key.key_size >= MIN_RSA_BITS else None
-    return key if entry.get("crv") in _CURVES else None
+    return key if isinstance(key, ECKey | OKPKey) and entry.get("crv") in _CURVES else None
 
 
-class PublicKeyVerifier:
+class PublicKeyVerifier(Verifier):
     """Checks tokens against the issuer's public keys.
 
     ValueError for an allow-list with anything but RS256, ES256, EdDSA and Ed25519 in it.
@@ -232,9 +222,8 @@ class PublicKeyVerifier:
     def __init__(self, keys: IssuerKeys, issuer: str, audience: str, algorithms: Collection[str]) -> None:
         if not algorithms or not PUBLIC_ALGORITHMS.keys() >= set(algorithms):
             raise ValueError(f"Algorithms must be among {sorted(PUBLIC_ALGORITHMS)}")
+        super().__init__(issuer, audience, algorithms)
         self._keys = keys
-        self._algorithms = frozenset(algorithms)
-        self._reader = ClaimsReader(issuer, audience, algorithms)
 
     async def identify(self, token: str) -> Principal:
         """Say who signed in; Unauthenticated for anything but a valid token.
@@ -256,8 +245,17 @@ class PublicKeyVerifier:
             return key
 
         try:
-            return self._reader.read(token, choose)
+            return self.read(token, choose)
         except Unauthenticated:
             if not missing or not await self._keys.look_again():
                 raise
-        return self._reader.read(token, choose)
+        return self.read(token, choose)
+
+
+def token_verifier(settings: Settings) -> Verifier:
+    """Check tokens by the issuer's published keys where they are configured, else by the shared secret."""
+    issuer, audience = settings.token_issuer, settings.token_audience
+    if not settings.token_jwks:
+        return TokenVerifier(settings.token_secret.get_secret_value(), issuer, audience)
+    keys = IssuerKeys(settings.token_jwks, freshness=Freshness(refresh_s=settings.token_jwks_refresh_s))
+    return PublicKeyVerifier(keys, issuer, audience, split_words(settings.token_algorithms))

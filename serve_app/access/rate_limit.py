@@ -7,7 +7,8 @@ and no request waits for a shared store.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from time import monotonic
 
 #: How many keys are remembered; the one not seen for longest is forgotten first, and starts afresh.
@@ -85,3 +86,33 @@ class AuditBudget:
 
     def _now(self) -> int:
         return int(self._clock() // self._window_s)
+
+
+#: One subscriber has at least this much of IPv6 to choose addresses from (RFC 6177).
+_IPV6_PREFIX = 64
+
+
+def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collection[str] = ()) -> str:
+    """Name the sender's address (IPv6: its /64 network), as far as it can be believed; else `unknown`.
+
+    `forwarded`, the lines of X-Forwarded-For, is read from its right end, through `trusted_proxies` and no further:
+    what stands left of them, the sender may have made up.
+    """
+    here = _parse(peer)
+    hops = [hop.strip() for line in forwarded for hop in line.split(",")]
+    while here is not None and str(here) in trusted_proxies and hops:
+        before = _parse(hops.pop())
+        if before is None:
+            break
+        here = before
+    if isinstance(here, IPv6Address):
+        return str(ip_network((here, _IPV6_PREFIX), strict=False))
+    return "unknown" if here is None else str(here)
+
+
+def _parse(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

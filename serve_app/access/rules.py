@@ -57,7 +57,10 @@ class Reach(Enum):
     ANY = "any"
 
 
-_OPEN = {Action.VIEW_REFERENCE: Reach.ANY, Action.VIEW_MODELS: Reach.ANY, Action.DESCRIBE: Reach.ANY}
+_OPEN = dict.fromkeys((Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE), Reach.ANY)
+_LOOK = (Action.READ, Action.DOWNLOAD, Action.LIST, Action.REPLAY)
+_PMS = (Action.UPLOAD, Action.READ, Action.LIST, Action.REPLAY, Action.ERASE, Action.READ_RECEIPT)
+_REVIEW = dict.fromkeys((Action.READ_RECEIPT, Action.REVIEW_ACCESS), Reach.ANY)
 
 #: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the
 #: original image. Erasure is final, so no clinician may order it: a supervisor may, for any patient, and the PMS,
@@ -67,44 +70,18 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
         Role.CLINICIAN: {
             **_OPEN,
-            Action.UPLOAD: Reach.CARE,
-            Action.READ: Reach.CARE,
-            Action.DOWNLOAD: Reach.CARE,
-            Action.LIST: Reach.CARE,
-            Action.REPLAY: Reach.CARE,
-            Action.CONFIRM: Reach.CARE,
-            Action.READ_RECEIPT: Reach.CARE,
+            **dict.fromkeys((*_LOOK, Action.UPLOAD, Action.CONFIRM, Action.READ_RECEIPT), Reach.CARE),
             Action.BREAK_GLASS: Reach.ANY,
         },
         Role.SUPERVISOR: {
             **_OPEN,
-            Action.READ: Reach.CARE,
-            Action.DOWNLOAD: Reach.CARE,
-            Action.LIST: Reach.CARE,
-            Action.REPLAY: Reach.CARE,
-            Action.BREAK_GLASS: Reach.ANY,
-            Action.ERASE: Reach.ANY,
-            Action.READ_RECEIPT: Reach.ANY,
-            Action.HOLD: Reach.ANY,
-            Action.REVIEW_ACCESS: Reach.ANY,
+            **_REVIEW,
+            **dict.fromkeys(_LOOK, Reach.CARE),
+            **dict.fromkeys((Action.BREAK_GLASS, Action.ERASE, Action.HOLD), Reach.ANY),
         },
-        Role.AUDITOR: {
-            **_OPEN,
-            Action.READ_RECEIPT: Reach.ANY,
-            Action.REVIEW_ACCESS: Reach.ANY,
-            Action.READ_AUDIT: Reach.ANY,
-            Action.EXPORT: Reach.ANY,
-        },
-        Role.OPERATOR: {**_OPEN},
-        Role.PMS_SERVICE: {
-            **_OPEN,
-            Action.UPLOAD: Reach.ASSIGNED,
-            Action.READ: Reach.ASSIGNED,
-            Action.LIST: Reach.ASSIGNED,
-            Action.REPLAY: Reach.ASSIGNED,
-            Action.ERASE: Reach.ASSIGNED,
-            Action.READ_RECEIPT: Reach.ASSIGNED,
-        },
+        Role.AUDITOR: {**_OPEN, **_REVIEW, Action.READ_AUDIT: Reach.ANY, Action.EXPORT: Reach.ANY},
+        Role.OPERATOR: _OPEN,
+        Role.PMS_SERVICE: {**_OPEN, **dict.fromkeys(_PMS, Reach.ASSIGNED)},
     }
 )
 
@@ -148,17 +125,17 @@ def may(principal: Principal, action: Action, circumstances: Circumstances = NOT
     principal grants the action to anyone), `own`, or `assignment`. An assignment goes before an
     emergency access: only what needed the emergency is put down to it.
     """
-    granting = [
-        (role, GRANTS[role][action]) for role in Role if role in principal.roles and action in GRANTS[role]
-    ]
-    if not granting:
+    reaches = {
+        role: GRANTS[role][action] for role in Role if role in principal.roles and action in GRANTS[role]
+    }
+    if not reaches:
         return Decision(allowed=False, reason="role")
     if circumstances.own:
         return Decision(allowed=False, reason="own")
-    for role, reach in granting:
+    for role, reach in reaches.items():
         if reach is Reach.ANY or circumstances.assigned:
             return Decision(allowed=True, reason=role.value)
-    for role, reach in granting:
+    for role, reach in reaches.items():
         if reach is Reach.CARE and circumstances.emergency is not None:
             return Decision(allowed=True, reason=role.value, emergency=circumstances.emergency)
     return Decision(allowed=False, reason="assignment")
@@ -229,30 +206,15 @@ class Purpose(StrEnum):
 
 #: Actions that have one purpose in every role. The PMS is told so that the hospital's own record is complete.
 _BY_ACTION: Mapping[str, Purpose] = MappingProxyType(
-    {
-        Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT,
-        Action.REVIEW_ACCESS: Purpose.COMPLIANCE,
-        Action.READ_AUDIT: Purpose.COMPLIANCE,
-        Action.EXPORT: Purpose.COMPLIANCE,
-        "classify": Purpose.TREATMENT,
-        "disclose": Purpose.HEALTHCARE_OPERATIONS,
-        "record_close": Purpose.HEALTHCARE_OPERATIONS,
-        "record_reopen": Purpose.HEALTHCARE_OPERATIONS,
-        "hold_set": Purpose.LEGAL,
-        "hold_release": Purpose.LEGAL,
-    }
+    {Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT, "classify": Purpose.TREATMENT}
+    | dict.fromkeys((Action.REVIEW_ACCESS, Action.READ_AUDIT, Action.EXPORT), Purpose.COMPLIANCE)
+    | dict.fromkeys(("disclose", "record_close", "record_reopen"), Purpose.HEALTHCARE_OPERATIONS)
+    | dict.fromkeys(("hold_set", "hold_release"), Purpose.LEGAL)
 )
 
-#: Why an image is erased. `erase_image` in the migrations says the same of the event that it writes itself.
-_BY_REASON: Mapping[str, Purpose] = MappingProxyType(
-    {
-        ErasureReason.PATIENT_REQUEST: Purpose.PATIENT_REQUEST,
-        ErasureReason.CONSENT_WITHDRAWN: Purpose.PATIENT_REQUEST,
-        ErasureReason.WRONG_PATIENT: Purpose.HEALTHCARE_OPERATIONS,
-        ErasureReason.UPLOADED_IN_ERROR: Purpose.HEALTHCARE_OPERATIONS,
-        ErasureReason.RETENTION: Purpose.HEALTHCARE_OPERATIONS,
-    }
-)
+#: Why an image is erased where a patient wants it; everything else is the house's own business. `erase_image` in the
+#: migrations says the same of the event that it writes itself.
+_PATIENTS_WISH = frozenset({ErasureReason.PATIENT_REQUEST, ErasureReason.CONSENT_WITHDRAWN})
 _ERASURES = frozenset({Action.ERASE, "erased"})
 
 #: All other actions of a principal: by the first of these roles that it has.
@@ -276,7 +238,8 @@ def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpos
     if "emergency_access" in event.detail:
         return Purpose.EMERGENCY_TREATMENT
     if event.action in _ERASURES:
-        return _BY_REASON.get(str(event.detail.get("reason")), Purpose.HEALTHCARE_OPERATIONS)
+        wished = event.detail.get("reason") in _PATIENTS_WISH
+        return Purpose.PATIENT_REQUEST if wished else Purpose.HEALTHCARE_OPERATIONS
     if event.action in _BY_ACTION:
         return _BY_ACTION[event.action]
     if roles is not None:

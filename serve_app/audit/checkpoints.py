@@ -91,9 +91,8 @@ class CheckpointLog:
         }
         if checkpoint.restored_after is not None:
             fields["restored_after"] = checkpoint.restored_after
-        return json.dumps(
-            {**fields, "signature": b64encode(self._signer().sign(checkpoint.message)).decode()}
-        )
+        fields["signature"] = b64encode(self._signer().sign(checkpoint.message)).decode()
+        return json.dumps(fields)
 
     def read(self, public: Ed25519PublicKey | None = None) -> list[Checkpoint]:
         """Every checkpoint, oldest first, its signature checked by `public` (None: our own key).

@@ -1,15 +1,55 @@
-"""The answer: what each stage found, and what was concluded from it."""
+"""The answer: what each stage found, and what was concluded from it.
+
+Shapes are the same on the wire, on record and in memory: their docstrings and limits are the OpenAPI document's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
+import inspect
+from typing import Annotated, Any, ClassVar
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, PlainSerializer, WithJsonSchema, computed_field
 
 from serve_app.domain.diagnosis import Diagnosis
+
+
+def _describe(schema: dict[str, Any], shape: type) -> None:
+    schema["description"] = inspect.cleandoc(shape.__doc__ or "")
+
+
+def _state(schema: dict[str, Any]) -> None:
+    """A field like the others: that it is computed is nothing to its reader."""
+    del schema["readOnly"], schema["description"]
+
+
+class Shape:
+    """What one adapter reads from JSON and writes to it, and the OpenAPI document shows; it holds nothing but its fields."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "json_schema_extra": _describe}
+
+
+def format_time(moment: datetime) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def one_of(words: type[StrEnum], title: str) -> WithJsonSchema:
+    """Have the OpenAPI document list an enumeration's words where they are used."""
+    return WithJsonSchema({"type": "string", "enum": list(words), "title": title})
+
+
+#: As they are written in JSON.
+Id = Annotated[UUID, PlainSerializer(str, return_type=str)]
+Time = Annotated[datetime, PlainSerializer(format_time, return_type=str)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Outcome(StrEnum):
@@ -43,6 +83,15 @@ class Urgency(StrEnum):
     URGENT = "urgent"
 
 
+@dataclass(frozen=True, slots=True)
+class Reason(Shape):
+    """Why the outcome is not `decided`, and what to do about it."""
+
+    code: str
+    message: str
+    action: str
+
+
 #: Code of the reason by which the clinician's checklist demands a referral that the image gives no answer to.
 CHECKLIST_REFERS = "checklist_demands_referral"
 #: Code of the reason by which an image is questioned: it is not its lesion's own until a clinician confirms it.
@@ -50,19 +99,10 @@ ANOTHER_LESION = "perhaps_another_lesion"
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
-    """Why an outcome is not `decided`, and what the clinician can do about it."""
+class Quality(Shape):
+    """Measured at the model's input size; width and height are the original's, in pixels.
 
-    code: str
-    message: str
-    action: str
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Image quality at the model's input size; width and height of the upright original in pixels.
-
-    The last three are None in answers from before they were measured.
+    `colour` is 0 for grey, `two_levels` 1 for one bit, `damaged` 0 for a whole file; null in older answers.
     """
 
     sharpness: float
@@ -73,31 +113,48 @@ class Quality:
     width: int
     height: int
     acceptable: bool
-    colour: float | None = None
-    two_levels: float | None = None
-    damaged: float | None = None
+    colour: float | None
+    two_levels: float | None
+    damaged: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
-    """Calibrated probabilities over the nine (summing to 1), and the conformal set of the eight.
+class RankedDiagnosis(Shape):
+    """One of the three most probable."""
 
-    ood_score is the out-of-distribution distance that p(UNK) was calibrated from.
-    """
+    diagnosis: Diagnosis
+    name: str
+    probability: Share
 
-    probabilities: Mapping[Diagnosis, float]
+
+def _in_order(probabilities: Mapping[Diagnosis, float]) -> Mapping[Diagnosis, float]:
+    """The database keeps keys by their length: put them in the order of the diagnoses."""
+    return {diagnosis: probabilities[diagnosis] for diagnosis in Diagnosis if diagnosis in probabilities}
+
+
+Probabilities = Annotated[Mapping[Diagnosis, float], AfterValidator(_in_order)]
+
+
+@dataclass(frozen=True, slots=True)
+class Classification(Shape):
+    """Nine calibrated probabilities that sum to 1; the set holds the truth at the stated coverage."""
+
+    probabilities: Probabilities
     prediction_set: tuple[Diagnosis, ...]
     coverage: float
+    #: The out-of-distribution distance that p(UNK) was calibrated from.
     ood_score: float
 
+    @computed_field(json_schema_extra=_state)  # type: ignore[prop-decorator]
     @property
-    def top3(self) -> tuple[Diagnosis, ...]:
+    def top3(self) -> tuple[RankedDiagnosis, ...]:
         """The three most probable, most probable first."""
-        return tuple(sorted(self.probabilities, key=lambda d: -self.probabilities[d])[:3])
+        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
+        return tuple(RankedDiagnosis(d, d.display_name, probability) for d, probability in ranked)
 
 
 @dataclass(frozen=True, slots=True)
-class SimilarCase:
+class SimilarCase(Shape):
     """A confirmed reference image; similarity is the cosine, -1 to 1."""
 
     isic_id: str
@@ -118,7 +175,7 @@ WEIGHED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
+class Neighbours(Shape):
     """What the nearest references say together.
 
     malignant_share is over those in `similar`; nearest_benign and nearest_malignant are searched
@@ -130,10 +187,20 @@ class Neighbours:
     nearest_benign: SimilarCase | None
     nearest_malignant: SimilarCase | None
 
+    @property
+    def nearest(self) -> tuple[SimilarCase, ...]:
+        """The nearest of each kind, as far as there is one."""
+        return tuple(case for case in (self.nearest_benign, self.nearest_malignant) if case is not None)
+
+    @property
+    def cases(self) -> tuple[SimilarCase, ...]:
+        """All of them."""
+        return self.similar + self.nearest
+
 
 @dataclass(frozen=True, slots=True)
-class Factor:
-    """One thing that went into the risk; effect is what it did to it."""
+class Factor(Shape):
+    """One thing that went into the risk."""
 
     code: str
     effect: str
@@ -141,19 +208,38 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Risk:
-    """Risk level and referral urgency, a score of 0 to 1 and the factors behind it."""
+class RiskSummary(Shape):
+    """Level and urgency alone."""
 
-    level: RiskLevel
-    urgency: Urgency
-    score: float
+    level: Annotated[RiskLevel, one_of(RiskLevel, "Level")]
+    urgency: Annotated[Urgency, one_of(Urgency, "Urgency")]
+
+
+@dataclass(frozen=True, slots=True)
+class Risk(RiskSummary):
+    """Level, urgency, a score from 0 to 1 and the factors behind them."""
+
+    score: Share
     factors: tuple[Factor, ...]
     policy_version: str
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What moved since the lesion's previous assessed image: differences are new minus old."""
+class OpenDemand(RiskSummary):
+    """The highest level and urgency that a lesion's images demand and no clinician has answered.
+
+    `image_id` and `assessment_id` are of the first that demands the most, `since` is when it was sent. No later
+    image lowers or closes it, whatever its outcome.
+    """
+
+    image_id: Id
+    assessment_id: Id
+    since: Time
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Shape):
+    """New minus old since the lesion's previous assessed image."""
 
     since: str
     compared_image_id: str
@@ -162,8 +248,8 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Everything that made this answer, enough to make it again."""
+class Provenance(Shape):
+    """What made the answer."""
 
     model_id: str
     model_digest: str
@@ -192,6 +278,8 @@ class Assessment:
     the caller asked to be shown; no conclusion rests on them.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
     outcome: Outcome
     reasons: tuple[Reason, ...]
     quality: Quality
@@ -203,6 +291,11 @@ class Assessment:
     provenance: Provenance
     embedding: NDArray[np.float32] | None
     timings_ms: Mapping[str, float]
+
+    @property
+    def cases(self) -> tuple[SimilarCase, ...]:
+        """Every reference that its answer names."""
+        return self.similar + (self.neighbours.nearest if self.neighbours else ())
 
     @property
     def demand(self) -> tuple[RiskLevel, Urgency] | None:

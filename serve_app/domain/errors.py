@@ -1,37 +1,4 @@
-"""One error tree; each error carries its HTTP status and a stable problem code.
-
-DermError
-├── Unauthenticated                401  no or bad token
-├── Forbidden                      403  not this principal's patient, or no such patient
-├── NotFound                       404
-├── Conflict                       409
-│   ├── LegalHold                  409  must not be erased now
-│   ├── AssessmentPending          409  ask again when it has finished
-│   ├── NoEmbedding                409  refused or failed: there is nothing to search with
-│   └── ReferencesDropped          409  the space it was assessed in is gone
-├── Erased                         410  the image is destroyed, its receipt stays
-├── RejectedUpload                      nothing is stored but the audit event
-│   ├── BodyTimeout                408  the body came too slowly
-│   ├── TooLarge                   413  bytes or pixels, found before decoding
-│   ├── UnsupportedImage           415  not JPEG or PNG by content
-│   ├── UndecodableImage           422  broken or truncated
-│   ├── ImageTooSmall              422
-│   ├── InvalidField               422  unknown value, bad JSON
-│   └── WrongEncounter             422  the directory of patients has no such encounter of this patient
-├── IdempotencyMismatch            422  the same key with another body
-├── RateLimited                    429  too many requests of one caller, or of one address without a token
-├── Overloaded                     503  refused at admission, try again
-├── RecordsUnavailable             503  the database or key store cannot be reached
-│   └── KeyProviderUnavailable     503  whoever holds the key-encryption keys does not answer, or refuses
-├── DataKeyMissing                 503  this node's key store does not hold the key of an image
-├── IssuerKeysUnavailable          503  the token issuer's keys cannot be had
-├── DirectoryUnavailable           503  the directory of patients did not answer; never a caller's to see
-├── PmsUnavailable                 503  the PMS gave no usable answer; never a caller's to see
-│   └── PmsRefused                 503  the PMS says that it will not take this message
-├── StageFailed                    503  a stage of the graph did not answer
-├── IntegrityError                 500  stored data did not authenticate
-├── InvalidSetting                 500  a setting of this node cannot be used
-└── ModelContractError             500  a model folder that must not be loaded
+"""One error tree; each error carries its HTTP status and a stable problem code, its base's where it names none.
 
 A class's docstring is its default message, and is what a caller reads.
 """
@@ -88,14 +55,12 @@ class Conflict(DermError):
 class LegalHold(Conflict):
     """A legal hold is in force on this image: it cannot be erased until the hold is released."""
 
-    status = 409
     code = "legal_hold"
 
 
 class AssessmentPending(Conflict):
     """The assessment has not finished; ask again when it has."""
 
-    status = 409
     code = "assessment_pending"
     retry_after_s = 5
 
@@ -103,14 +68,12 @@ class AssessmentPending(Conflict):
 class NoEmbedding(Conflict):
     """The image was refused or could not be assessed, so it has no embedding to search with."""
 
-    status = 409
     code = "no_embedding"
 
 
 class ReferencesDropped(Conflict):
     """The references of the space that the image was assessed in are gone; a new image can be compared."""
 
-    status = 409
     code = "references_dropped"
 
 
@@ -152,28 +115,24 @@ class UnsupportedImage(RejectedUpload):
 class UndecodableImage(RejectedUpload):
     """The image is broken or truncated and cannot be decoded."""
 
-    status = 422
     code = "undecodable_image"
 
 
 class ImageTooSmall(RejectedUpload):
     """The image's short side is below the minimum."""
 
-    status = 422
     code = "image_too_small"
 
 
 class InvalidField(RejectedUpload):
     """A field has a value this service does not know."""
 
-    status = 422
     code = "invalid_field"
 
 
 class WrongEncounter(RejectedUpload):
     """encounter_id: the patient's record has no such encounter of this patient. Check both ids."""
 
-    status = 422
     code = "wrong_encounter"
 
 
@@ -216,7 +175,6 @@ class KeyProviderUnavailable(RecordsUnavailable):
     """The key provider cannot be reached; nothing was stored, try again."""
 
     code = "key_provider_unavailable"
-    retry_after_s = 5
 
 
 class DataKeyMissing(DermError):
@@ -266,19 +224,16 @@ class StageFailed(DermError):
 class IntegrityError(DermError):
     """Stored data did not authenticate; it may have been altered."""
 
-    status = 500
     code = "integrity"
 
 
 class InvalidSetting(DermError):
     """A setting of this node cannot be used."""
 
-    status = 500
     code = "invalid_setting"
 
 
 class ModelContractError(DermError):
     """The model folder does not keep its contract and must not be loaded."""
 
-    status = 500
     code = "model_contract"

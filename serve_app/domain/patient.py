@@ -41,15 +41,7 @@ class History:
     @property
     def stated(self) -> bool:
         """Whether the PMS said anything at all."""
-        return any(
-            value is not None
-            for value in (
-                self.personal_melanoma,
-                self.personal_skin_cancer,
-                self.family_melanoma,
-                self.immunosuppression,
-            )
-        )
+        return self != History()
 
 
 @dataclass(frozen=True, slots=True)

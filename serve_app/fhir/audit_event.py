@@ -69,14 +69,15 @@ def audit_event_resource(
     reason = [_concept(f"{_TERMS}/v3-ActReason", purpose)] if purpose is not None else []
     pattern = _PATTERNS.get(event.action, _OTHER)
     profiled = pattern.profile is not None and event.outcome == "success" and event.patient_id is not None
+    kind = _coding(_DCM, "110100", "Application Activity")
+    if pattern.interaction:
+        kind = _coding(f"{_TERMS}/audit-event-type", "rest", "Restful Operation")
+    elif event.action == "export":
+        kind = _coding(_DCM, "110106", "Export")
     resource: dict[str, Any] = {
         "resourceType": "AuditEvent",
         "id": str(event_id),
-        "type": _coding(f"{_TERMS}/audit-event-type", "rest", "Restful Operation")
-        if pattern.interaction
-        else _coding(_DCM, "110106", "Export")
-        if event.action == "export"
-        else _coding(_DCM, "110100", "Application Activity"),
+        "type": kind,
         "subtype": [
             *([_coding(_REST, pattern.interaction)] if pattern.interaction else []),
             _coding(f"{_OWN}:action", event.action),
@@ -104,50 +105,40 @@ def audit_event_resource(
 def _agents(
     event: AuditEvent, pattern: _Pattern, reason: list[dict[str, Any]], server: str
 ) -> list[dict[str, Any]]:
-    client_role, server_role = _machines(pattern)
+    """The client, the server and the user; what BALP calls the machines depends on where the data flow."""
+    sender = _concept(_DCM, "110153", "Source Role ID")
+    receiver = _concept(_DCM, "110152", "Destination Role ID")
+    machines = {
+        "delete": (  # no data flow
+            _concept(_DCM, "110150", "Application"),
+            _concept(f"{_TERMS}/provenance-participant-type", "custodian", "Custodian"),
+        ),
+        "read": (receiver, sender),
+    }.get(pattern.interaction or "", (sender, receiver))
     writes = pattern.interaction in {"create", "delete"}
     user = ("AUT", "author") if writes else ("IRCP", "information recipient")
-    subject = {"identifier": {"system": f"{_OWN}:subject", "value": event.actor}}
+    # A command's account, and the service where it does what is due, have no client but the node itself.
+    alone = event.actor == "retention" or event.actor.startswith("os:")
     return [
         {
-            "type": client_role,
-            "who": {"display": _client(event, server)},
+            "type": machines[0],
+            "who": {"display": server if alone else "client of the interface"},
             "requestor": False,
             "network": {"extension": [{"url": _ABSENT, "valueCode": "unknown"}]},
         },
         {
-            "type": server_role,
+            "type": machines[1],
             "who": {"display": server},
             "requestor": False,
             "network": {"address": server, "type": "1"},
         },
         {
             "type": _concept(_PARTICIPATION, *user),
-            "who": subject,
+            "who": {"identifier": {"system": f"{_OWN}:subject", "value": event.actor}},
             "requestor": True,
             **({"purposeOfUse": reason} if reason else {}),
         },
     ]
-
-
-def _machines(pattern: _Pattern) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What BALP calls the client and the server, which depends on the interaction."""
-    source, destination = ("110153", "Source Role ID"), ("110152", "Destination Role ID")
-    match pattern.interaction:
-        case "delete":  # no data flows
-            custodian = _concept(f"{_TERMS}/provenance-participant-type", "custodian", "Custodian")
-            return _concept(_DCM, "110150", "Application"), custodian
-        case "read":  # data flows from the server to the client, of everything else the other way
-            return _concept(_DCM, *destination), _concept(_DCM, *source)
-        case _:
-            return _concept(_DCM, *source), _concept(_DCM, *destination)
-
-
-def _client(event: AuditEvent, server: str) -> str:
-    """A command's account, and the service where it does what is due, have no client but the node itself."""
-    return (
-        server if event.actor == "retention" or event.actor.startswith("os:") else "client of the interface"
-    )
 
 
 def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
@@ -171,24 +162,19 @@ def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
         asked = b64encode(f"GET /api/lesions?patient_id={event.patient_id}".encode()).decode()
         role = _coding(f"{_TERMS}/object-role", "24", "Query")
         return [*entities, {"type": system_object, "role": role, "query": asked}]
+    # What the event was about: the most exact of its ids; without one, the action itself.
+    ids = {"assessment": event.assessment_id, "image": event.image_id, "lesion": event.lesion_id}
+    name, value = next(((name, found) for name, found in ids.items() if found), ("action", event.action))
     data = {
         "type": system_object,
         "role": _coding(f"{_TERMS}/object-role", "4", "Domain Resource"),
-        "what": {"identifier": {"system": f"{_OWN}:{_object(event)[0]}", "value": _object(event)[1]}},
+        "what": {"identifier": {"system": f"{_OWN}:{name}", "value": str(value)}},
     }
     rest = {name: value for name, value in event.detail.items() if name != PURPOSE}
     if rest:
         # Codes and ids, as the audit log has them: more than FHIR has a place for.
         data["detail"] = [{"type": "detail", "valueString": json.dumps(rest, sort_keys=True)}]
     return [*entities, data]
-
-
-def _object(event: AuditEvent) -> tuple[str, str]:
-    """What the event was about: the most exact of its ids; without one, the action itself."""
-    for name in ("assessment_id", "image_id", "lesion_id"):
-        if (value := getattr(event, name)) is not None:
-            return name.removesuffix("_id"), str(value)
-    return "action", event.action
 
 
 def _coding(system: str, code: str, display: str = "") -> dict[str, str]:

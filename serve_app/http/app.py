@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 import contextlib
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
@@ -16,8 +17,9 @@ from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure.eraser import Eraser
 from serve_app.erasure.sweeping import Housekeeper
 from serve_app.http import emergency_access, erasure, health, lesions, replay, similar
-from serve_app.http.access import open_door
+from serve_app.http.access import Authenticator
 from serve_app.http.admission import AdmissionGate, BodyPace
+from serve_app.http.documents import name_documents
 from serve_app.http.problems import install_problem_handlers
 from serve_app.http.request_id import RequestIdMiddleware
 from serve_app.http.services import Services
@@ -44,6 +46,12 @@ from serve_app.worker import InvariantWatch, Sealer
 
 class _App(FastAPI):
     """Answers HEAD as GET without the body: the same checks, headers and audit events."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the interface."""
+        if self.openapi_schema is None:
+            self.openapi_schema = name_documents(super().openapi())
+        return self.openapi_schema
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -104,7 +112,7 @@ async def open_services(settings: Settings, stages: Stages) -> Services:
             pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
         ),
         limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-        door=open_door(settings, pool, records),
+        authenticator=Authenticator(settings, AccessStore(pool), records),
         access=AccessStore(pool),
         emergency_limits=EmergencyLimits(
             minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
@@ -148,7 +156,7 @@ def create_app(settings: Settings, stages: Stages, *, answer_request_id: bool = 
         tasks = (
             asyncio.create_task(recover_forever(services.records, services.triage, services.live)),
             asyncio.create_task(services.invariants.check_forever()),
-            asyncio.create_task(services.door.summarise_forever()),
+            asyncio.create_task(services.authenticator.summarise_forever()),
             asyncio.create_task(_housekeeper(settings, services).keep_forever()),
             asyncio.create_task(services.sealer.seal_forever()),
             asyncio.create_task(services.live.watch_forever()),

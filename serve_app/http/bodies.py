@@ -7,7 +7,6 @@ send one without end.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import closing
 from dataclasses import dataclass, fields
 import hashlib
 import json
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -28,43 +27,44 @@ from serve_app.http.admission import Place
 from serve_app.http.services import Services
 from serve_app.logs import conceal
 
-Form = TypeVar("Form", bound=BaseModel)
-
+#: Of a JSON body.
 MAX_BYTES = 16 * 1024
 
 
-async def read_form(request: Request, form: type[Form]) -> Form:
+class Form(BaseModel):
+    """A JSON body that holds nothing but its fields."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+
+AnyForm = TypeVar("AnyForm", bound=BaseModel)
+
+
+async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
     """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
 
     BodyTimeout as Place.read says.
     """
-    body = bytearray()
     services: Services = request.app.state.services
+    chunks = Place(MAX_BYTES, services.admission.pace).read(request)
     try:
-        async for chunk in Place(MAX_BYTES, services.admission.pace).read(request):
-            body += chunk
-            if len(body) > MAX_BYTES:
-                raise TooLarge(f"The body may have {MAX_BYTES} bytes.")
+        body = b"".join(
+            [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
+        )
+        value = read_json(body)
+        if not isinstance(value, dict):
+            raise InvalidField("body: Input should be an object")
+        return form.model_validate(value)
     except ClientDisconnect as error:
         raise InvalidField("The body broke off.") from error
-    try:
-        value = read_json(bytes(body))
     except KeySentTwice as twice:
         raise InvalidField(f"{twice}: sent twice.") from twice
-    except ValueError:
-        raise InvalidField("The body is not valid JSON.") from None
-    if not isinstance(value, dict):
-        raise InvalidField("body: Input should be an object")
-    try:
-        return form.model_validate(value)
     except ValidationError as error:
         # Locations and rules only: the offending value may be patient data.
-        faults = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in error.errors())
-        raise InvalidField(faults) from None
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, location)) or "body"
+        faults = [(".".join(map(str, fault["loc"])) or "body", fault["msg"]) for fault in error.errors()]
+        raise InvalidField("; ".join(f"{place}: {rule}" for place, rule in faults)) from None
+    except ValueError:
+        raise InvalidField("The body is not valid JSON.") from None
 
 
 def body_of(form: type[BaseModel]) -> dict[str, Any]:
@@ -79,15 +79,8 @@ _MAX_AGE = 120
 
 _FIELDS = frozenset(
     {
-        "image",
-        "patient_id",
-        "encounter_id",
-        "lesion_id",
-        "anatom_site_general",
-        "age_approx",
-        "sex",
-        "history",
-        "checklist",
+        *("image", "patient_id", "encounter_id", "lesion_id", "anatom_site_general"),
+        *("age_approx", "sex", "history", "checklist"),
     }
 )
 
@@ -115,68 +108,57 @@ async def read_upload(request: Request, place: Place, *, max_image_bytes: int) -
     Raises TooLarge as soon as the body outgrows the limit, BodyTimeout as Place.read says,
     InvalidField for a body that is not such a form.
     """
-    content_type = request.headers.get("content-type", "")
-    if not content_type.lower().startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidField("The body must be multipart/form-data.")
-    limit = max_image_bytes + _FRAMING
-    declared = request.headers.get("content-length", "")
-    if _is_length(declared) and int(declared) > limit:
+    limit, declared = max_image_bytes + _FRAMING, _declared_bytes(request)
+    if declared is not None and declared > limit:
         raise TooLarge(f"The body has {declared} bytes; the image may have {max_image_bytes}.")
-    parser = _Parser(
+    parser = MultiPartParser(
         request.headers,
-        _bounded(place.read(request), limit),
+        _bounded(place.read(request), limit, f"The body is larger than {limit} bytes."),
         # As many as there are fields: what is wrong with a second one is said by name.
         max_files=len(_FIELDS),
         max_fields=len(_FIELDS),
         max_part_size=_MAX_FIELD_BYTES,
     )
     parser.spool_max_size = limit + 1
-    with closing(parser):
-        try:
-            form = await parser.parse()
-        except ClientDisconnect as error:
-            raise InvalidField("The body broke off.") from error
-        except (MultiPartException, ValueError, LookupError) as error:
-            # ValueError and LookupError: a charset that the caller made up.
-            raise InvalidField("The multipart body is malformed.") from error
-        return await _to_upload(form)
-
-
-class _Parser(MultiPartParser):
-    """Starlette's parser, which can let go of what it holds, parts that a body breaks off in too."""
-
-    def close(self) -> None:
-        """Free the memory of every file."""
-        for file in self._files_to_close_on_error:
+    try:
+        return await _to_upload(await parser.parse())
+    except ClientDisconnect as error:
+        raise InvalidField("The body broke off.") from error
+    except (MultiPartException, ValueError, LookupError) as error:
+        # ValueError and LookupError: a charset that the caller made up.
+        raise InvalidField("The multipart body is malformed.") from error
+    finally:
+        for file in parser._files_to_close_on_error:  # noqa: SLF001 - of parts that a body breaks off in, too
             file.close()
 
 
 def expected_bytes(request: Request, *, max_image_bytes: int) -> int:
     """How much memory the body may take: its declared length, or the limit if that is less or unknown."""
-    limit = max_image_bytes + _FRAMING
+    limit, declared = max_image_bytes + _FRAMING, _declared_bytes(request)
+    return limit if declared is None else min(declared, limit)
+
+
+def _declared_bytes(request: Request) -> int | None:
     declared = request.headers.get("content-length", "")
-    return min(int(declared), limit) if _is_length(declared) else limit
+    return int(declared) if declared.isascii() and declared.isdigit() and len(declared) <= 15 else None
 
 
-def _is_length(declared: str) -> bool:
-    return declared.isascii() and declared.isdigit() and len(declared) <= 15
-
-
-async def _bounded(stream: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes, None]:
+async def _bounded(stream: AsyncIterator[bytes], limit: int, message: str) -> AsyncGenerator[bytes, None]:
     received = 0
     async for chunk in stream:
         received += len(chunk)
         if received > limit:
-            raise TooLarge(f"The body is larger than {limit} bytes.")
+            raise TooLarge(message)
         yield chunk
 
 
 async def _to_upload(form: FormData) -> UploadForm:
-    for name, value in form.multi_items():
-        conceal(
-            name if name not in _FIELDS else None, value.filename if isinstance(value, UploadFile) else value
-        )
-    names = [name for name, _ in form.multi_items()]
+    sent = form.multi_items()
+    for name, value in sent:
+        conceal(None if name in _FIELDS else name, value.filename if isinstance(value, UploadFile) else value)
+    names = [name for name, _ in sent]
     if unknown := set(names) - _FIELDS:
         raise InvalidField(f"Unknown field: {', '.join(sorted(unknown))[:200]}.")
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -184,12 +166,9 @@ async def _to_upload(form: FormData) -> UploadForm:
     image = form.get("image")
     if not isinstance(image, UploadFile):
         raise InvalidField("image: a file is required.")
-    values = {}
-    for name, value in form.multi_items():
-        if name != "image":
-            if not isinstance(value, str):
-                raise InvalidField(f"{name}: a file was sent where text is expected.")
-            values[name] = value
+    values = {name: value for name, value in sent if isinstance(value, str)}
+    if file := next((name for name in names if name not in {"image", *values}), None):
+        raise InvalidField(f"{file}: a file was sent where text is expected.")
     patient_id = parse_opaque_id("patient_id", values.get("patient_id", ""))
     return UploadForm(await image.read(), patient_id, values)
 
@@ -233,11 +212,11 @@ def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers 
     except ValueError as error:
         raise InvalidField(f"{name}: not valid JSON.") from error
     known = {field.name for field in fields(kind)}
-    if not isinstance(answers, dict) or (unknown := set(answers) - known):
-        detail = (
-            f"unknown {', '.join(sorted(unknown))[:200]}" if isinstance(answers, dict) else "not an object"
-        )
-        raise InvalidField(f"{name}: {detail}; it may hold {', '.join(sorted(known))}.")
+    may_hold = f"it may hold {', '.join(sorted(known))}"
+    if not isinstance(answers, dict):
+        raise InvalidField(f"{name}: not an object; {may_hold}.")
+    if unknown := set(answers) - known:
+        raise InvalidField(f"{name}: unknown {', '.join(sorted(unknown))[:200]}; {may_hold}.")
     if any(value is not None and not isinstance(value, bool) for value in answers.values()):
         raise InvalidField(f"{name}: every answer must be true, false or null.")
     return kind(**{key: value for key, value in answers.items() if value is not None})

@@ -6,37 +6,33 @@ What is done meanwhile carries `emergency_access` in its audit events. Somebody 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, TypeAdapter
 
 from serve_app.access.rules import Action, Circumstances, RequestedAction, may
+from serve_app.domain.assessment import Id
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
 from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.http.access import rule
-from serve_app.http.bodies import body_of, read_form
+from serve_app.http.bodies import Form, body_of, read_form
 from serve_app.http.caller import Caller
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
-from serve_app.records.access import EmergencyAccess
-from serve_app.records.answers import format_time
+from serve_app.records.access import EmergencyAccess, ReviewOutcome
+from serve_app.records.answers import Document
 
 router = APIRouter(tags=["emergency access"], responses=PROBLEM_RESPONSES)
 
 _NO_STORE = {"Cache-Control": "no-store"}
-
 # NUL and other control characters are not text to PostgreSQL, nor to who reads the queue.
 _TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
-
-
-class EmergencyForm(_Form):
+class EmergencyForm(Form):
     """Whose record, why, and for how many minutes."""
 
     patient_id: str
@@ -44,65 +40,47 @@ class EmergencyForm(_Form):
     minutes: int | None = Field(default=None, ge=1)
 
 
-class ReviewForm(_Form):
+class ReviewForm(Form):
     """The judgement of an emergency access."""
 
-    outcome: Literal["justified", "not_justified", "follow_up"]
+    outcome: ReviewOutcome
     note: str | None = Field(default=None, min_length=1, max_length=1000, pattern=_TEXT)
 
 
-class EmergencyAccessDocument(BaseModel):
-    """One emergency access; `accesses` counts what was done under it so far, by action."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    emergency_id: str
-    patient_id: str
-    principal: str
-    reason: str
-    starts_at: str
-    ends_at: str
-    reviewed_at: str | None
-    reviewer: str | None
-    review_outcome: Literal["justified", "not_justified", "follow_up"] | None
-    review_note: str | None
-    accesses: dict[str, int]
-
-
-class EmergencyQueueDocument(BaseModel):
+class EmergencyQueueDocument(Document):
     """One page, oldest first; `next` goes into `after`, and is null on the last page."""
 
-    model_config = ConfigDict(extra="forbid")
+    emergency_accesses: list[EmergencyAccess]
+    next: Id | None
 
-    emergency_accesses: list[EmergencyAccessDocument]
-    next: str | None
+
+_ONE = TypeAdapter(EmergencyAccess)
 
 
 @router.post(
     "/api/emergency-access",
     status_code=201,
-    response_model=EmergencyAccessDocument,
+    response_model=EmergencyAccess,
     openapi_extra=rule(Action.BREAK_GLASS, requestBody=body_of(EmergencyForm)),
     summary="Break the glass: into a patient's record in an emergency",
 )
 async def break_glass(request: Request, caller: Caller) -> JSONResponse:
     """Give the caller the rights of a care assignment from now on, for a time; it will be reviewed."""
     services: Services = request.app.state.services
-    attempt: RequestedAction = request.state.attempt
+    requested: RequestedAction = request.state.requested
     form = await read_form(request, EmergencyForm)
-    patient_id = parse_opaque_id("patient_id", form.patient_id)
+    requested.patient_id = parse_opaque_id("patient_id", form.patient_id)
     minutes = services.emergency_limits.choose(form.minutes)
-    attempt.patient_id = patient_id
     emergency_id = new_id()
     opened = await services.access.break_glass(
         emergency_id,
-        patient_id,
+        requested.patient_id,
         caller.subject,
         form.reason,
         lasts=timedelta(minutes=minutes),
-        event=attempt.event("success", emergency_access=str(emergency_id), minutes=minutes),
+        event=requested.event("success", emergency_access=str(emergency_id), minutes=minutes),
     )
-    return JSONResponse(_describe(opened), 201, _NO_STORE)
+    return JSONResponse(_ONE.dump_python(opened, mode="json"), 201, _NO_STORE)
 
 
 @router.get(
@@ -120,39 +98,34 @@ async def list_emergencies(
 ) -> JSONResponse:
     """List what waits for a review, with what was done under each."""
     services: Services = request.app.state.services
-    attempt: RequestedAction = request.state.attempt
-    page = await services.access.emergencies(reviewed=reviewed, after=after, limit=limit + 1)
-    await services.records.record_event(attempt.event("success", listed=min(len(page), limit)))
-    more = len(page) > limit
-    page = page[:limit]
-    return JSONResponse(
-        {
-            "emergency_accesses": [_describe(access) for access in page],
-            "next": str(page[-1].emergency_id) if more else None,
-        },
-        headers=_NO_STORE,
-    )
+    requested: RequestedAction = request.state.requested
+    found = await services.access.emergencies(reviewed=reviewed, after=after, limit=limit + 1)
+    page = found[:limit]
+    await services.records.record_event(requested.event("success", listed=len(page)))
+    following = page[-1].emergency_id if len(found) > limit else None
+    document = EmergencyQueueDocument(emergency_accesses=page, next=following)
+    return JSONResponse(document.answer(), headers=_NO_STORE)
 
 
 @router.post(
     "/api/emergency-access/{emergency_id}/review",
-    response_model=EmergencyAccessDocument,
+    response_model=EmergencyAccess,
     openapi_extra=rule(Action.REVIEW_ACCESS, requestBody=body_of(ReviewForm)),
     summary="Judge an emergency access",
 )
 async def review_emergency(request: Request, caller: Caller, emergency_id: UUID) -> JSONResponse:
     """Judge an emergency access once, and never one's own."""
     services: Services = request.app.state.services
-    attempt: RequestedAction = request.state.attempt
+    requested: RequestedAction = request.state.requested
     form = await read_form(request, ReviewForm)
     found = await services.access.emergency(emergency_id)
     if found is None:
         raise NotFound
-    attempt.patient_id = found.patient_id
+    requested.patient_id = found.patient_id
     decision = may(caller, Action.REVIEW_ACCESS, Circumstances(own=found.principal == caller.subject))
     if not decision:
         await services.records.record_event(
-            attempt.event("denied", reason=decision.reason, emergency_id=str(emergency_id))
+            requested.event("denied", reason=decision.reason, emergency_id=str(emergency_id))
         )
         raise Forbidden("You may not review your own emergency access.")
     reviewed = await services.access.review(
@@ -160,26 +133,8 @@ async def review_emergency(request: Request, caller: Caller, emergency_id: UUID)
         reviewer=caller.subject,
         outcome=form.outcome,
         note=form.note,
-        event=attempt.event("success", emergency_id=str(emergency_id), outcome=form.outcome),
+        event=requested.event("success", emergency_id=str(emergency_id), outcome=form.outcome),
     )
     if reviewed is None:
-        # Nothing was written, the event neither.
-        attempt.recorded = False
         raise Conflict("This emergency access has been reviewed.")
-    return JSONResponse(_describe(reviewed), headers=_NO_STORE)
-
-
-def _describe(access: EmergencyAccess) -> dict[str, Any]:
-    return {
-        "emergency_id": str(access.emergency_id),
-        "patient_id": access.patient_id,
-        "principal": access.principal,
-        "reason": access.reason,
-        "starts_at": format_time(access.starts_at),
-        "ends_at": format_time(access.ends_at),
-        "reviewed_at": format_time(access.reviewed_at) if access.reviewed_at else None,
-        "reviewer": access.reviewer,
-        "review_outcome": access.review_outcome,
-        "review_note": access.review_note,
-        "accesses": dict(access.accesses),
-    }
+    return JSONResponse(_ONE.dump_python(reviewed, mode="json"), headers=_NO_STORE)

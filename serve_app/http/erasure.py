@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from serve_app.access.rules import Action
-from serve_app.audit.events import AuditEvent
-from serve_app.domain.errors import DataKeyMissing, LegalHold, NotFound
 from serve_app.http.access import rule
-from serve_app.http.bodies import body_of, read_form
-from serve_app.http.caller import Caller, require_lesion
+from serve_app.http.bodies import Form, body_of, read_form
+from serve_app.http.caller import Caller, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, ErasureDocument
 from serve_app.http.services import Services
 from serve_app.keys.receipts import ErasureReason, format_instant
@@ -27,10 +25,8 @@ _NO_STORE = {"Cache-Control": "no-store"}
 _RETRY_AFTER = "10"
 
 
-class ErasureForm(BaseModel):
+class ErasureForm(Form):
     """Why an image is to be erased; the note is kept with the erasure and never logged: no names in it."""
-
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
     reason: Literal["patient_request", "consent_withdrawn", "wrong_patient", "uploaded_in_error"]
     # NUL and lone surrogates are not text to PostgreSQL.
@@ -51,40 +47,21 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
     this node does not hold the image's data key.
     """
     services: Services = request.app.state.services
-    request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.ERASE, lesion_id=lesion_id, request_id=request_id
-    )
+    requested = await permit_lesion(request, Action.ERASE, lesion_id)
     form = await read_form(request, ErasureForm)
-    try:
-        erasure, accepted = await services.eraser.erase(
-            ErasureRequest(
-                lesion_id=lesion_id,
-                image_id=image_id,
-                reason=ErasureReason(form.reason),
-                note=form.note,
-                actor=caller.subject,
-                request_id=request_id,
-            )
+    requested.image_id = image_id
+    erasure, accepted = await services.eraser.erase(
+        ErasureRequest(
+            lesion_id=lesion_id,
+            image_id=image_id,
+            reason=ErasureReason(form.reason),
+            note=form.note,
+            actor=caller.subject,
+            request_id=requested.request_id,
         )
-    except (LegalHold, NotFound, DataKeyMissing) as refusal:
-        await services.records.record_event(
-            AuditEvent(
-                action=Action.ERASE,
-                actor=caller.subject,
-                outcome="failed",
-                patient_id=patient_id,
-                lesion_id=lesion_id,
-                image_id=image_id,
-                request_id=request_id,
-                detail={"code": refusal.code},
-            )
-        )
-        raise
+    )
     if not accepted:  # this request changed nothing, and is on record, too
-        await services.records.record_event(
-            _read(caller.subject, request_id, patient_id, erasure, action=Action.ERASE)
-        )
+        await services.records.record_event(requested.event("success", receipt_id=str(erasure.receipt_id)))
     return _answer(erasure)
 
 
@@ -95,36 +72,19 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
     openapi_extra=rule(Action.READ_RECEIPT),
     summary="The receipt of an erased image",
 )
-async def read_receipt(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
+async def read_receipt(request: Request, _: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
     """Answer with the receipt; 202 while the erasure is accepted and its key not yet known to be gone."""
     services: Services = request.app.state.services
-    request_id: str = request.scope["request_id"]
-    patient_id = await require_lesion(
-        services.records, caller, Action.READ_RECEIPT, lesion_id=lesion_id, request_id=request_id
-    )
+    requested = await permit_lesion(request, Action.READ_RECEIPT, lesion_id)
+    requested.image_id = image_id
     erasure = await services.eraser.find(lesion_id, image_id)
-    await services.records.record_event(
-        _read(caller.subject, request_id, patient_id, erasure, action=Action.READ_RECEIPT)
-    )
+    await services.records.record_event(requested.event("success", receipt_id=str(erasure.receipt_id)))
     return _answer(erasure)
-
-
-def _read(actor: str, request_id: str, patient_id: str, erasure: Erasure, *, action: Action) -> AuditEvent:
-    return AuditEvent(
-        action=action,
-        actor=actor,
-        outcome="success",
-        patient_id=patient_id,
-        lesion_id=erasure.lesion_id,
-        image_id=erasure.image_id,
-        request_id=request_id,
-        detail={"receipt_id": str(erasure.receipt_id)},
-    )
 
 
 def _answer(erasure: Erasure) -> JSONResponse:
     receipt = erasure.receipt
-    answer: dict[str, Any] = {
+    answer = {
         "receipt_id": str(erasure.receipt_id),
         "image_id": str(erasure.image_id),
         "erased_at": format_instant(receipt.erased_at) if receipt else None,

@@ -22,7 +22,6 @@ from serve_app.logs import begin_request, end_request
 # Short and plain: it is written back into a header.
 _SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-
 #: What the headers of a request may be; HAProxy lets more through (cluster/haproxy.sed), so that the answer is ours.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
@@ -45,8 +44,7 @@ class RequestIdMiddleware:
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if is_opaque(sent) else str(new_id())
-        answered = sent if _SANE.fullmatch(sent) else request_id
-        added = {"X-Request-ID": answered} if self._answer else {}
+        added = {"X-Request-ID": sent if _SANE.fullmatch(sent) else request_id} if self._answer else {}
         scope["request_id"], scope["request_id_headers"] = request_id, added
 
         async def send_with_id(message: Message) -> None:
@@ -55,14 +53,11 @@ class RequestIdMiddleware:
             await send(message)
 
         begin_request(request_id, _of_the_caller(scope))
-        headers = scope["headers"]
-        if (
-            len(headers) > MAX_HEADERS
-            or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES
-        ):
-            await _too_large(Request(scope))(scope, receive, send_with_id)
-        else:
-            await self._app(scope, receive, send_with_id)
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        answer = self._app
+        if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            answer = _too_large(Request(scope))
+        await answer(scope, receive, send_with_id)
         # Not after a defect: that is logged outside of here, by what surrounds every middleware.
         end_request()
 
@@ -85,5 +80,4 @@ def _of_the_caller(scope: Scope) -> Iterator[str]:
     yield headers.get("idempotency-key", "")
     query = scope.get("query_string", b"").decode("latin-1")
     yield query
-    for _, value in parse_qsl(query):
-        yield value
+    yield from (value for _, value in parse_qsl(query))

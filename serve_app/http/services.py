@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deployments.preprocess.decode import UploadLimits
 from serve_app.access.rules import EmergencyLimits
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import Door
+from serve_app.http.access import Authenticator
 from serve_app.http.admission import AdmissionGate
 from serve_app.keys.keystore import KeyStore
 from serve_app.lesions.live_model import LiveModelWatch
@@ -38,6 +38,6 @@ class Services:
     pms: PmsTies
     admission: AdmissionGate
     limits: UploadLimits
-    door: Door
+    authenticator: Authenticator
     access: AccessStore
     emergency_limits: EmergencyLimits

@@ -10,16 +10,21 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve_app.access.rules import Action
-from serve_app.audit.events import AuditEvent, AuditOutcome
 from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, Erased, NotFound, StageFailed
 from serve_app.domain.patient import AnatomSite
 from serve_app.http.access import rule
-from serve_app.http.caller import Caller, require_lesion
-from serve_app.http.documents import PROBLEM_RESPONSES, SimilarCasesDocument
+from serve_app.http.caller import Caller, permit_lesion
+from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
-from serve_app.records.answers import archive_url, references_of, similar_answer
+from serve_app.records.answers import (
+    NeighboursDocument,
+    Similar,
+    SimilarCasesDocument,
+    archive_url,
+    references_of,
+)
 from serve_app.records.references import find_picture
 
 Licence = Literal["CC-0", "CC-BY", "CC-BY-NC"]
@@ -42,8 +47,9 @@ Confirmed = Annotated[
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
-#: What the audit log calls this, beside `read`.
-_SEARCH = "similar"
+#: What the audit log says of this beside `read`; not what was asked for: which diagnosis is thought of says something
+#: of the patient.
+_SEARCH = {"search": "similar"}
 
 
 @router.get(
@@ -54,7 +60,7 @@ _SEARCH = "similar"
 )
 async def find_similar(
     request: Request,
-    caller: Caller,
+    _: Caller,
     lesion_id: UUID,
     image_id: UUID,
     *,
@@ -66,7 +72,6 @@ async def find_similar(
 ) -> JSONResponse:
     """Search again with an assessed image, in the space it was assessed in; its assessment stays as it is."""
     services: Services = request.app.state.services
-    request_id: str = request.scope["request_id"]
     reference_filter = ReferenceFilter(
         # Each once: the caller may repeat a value as often as a URL is long.
         licences=tuple(dict.fromkeys(licence or ())),
@@ -74,23 +79,8 @@ async def find_similar(
         confirmed_only=confirmed,
         diagnoses=tuple(dict.fromkeys(map(Diagnosis, diagnosis or ()))),
     )
-    patient_id = await require_lesion(
-        services.records, caller, Action.READ, lesion_id=lesion_id, request_id=request_id
-    )
-
-    def event(outcome: AuditOutcome, **detail: object) -> AuditEvent:
-        return AuditEvent(
-            action=Action.READ,
-            actor=caller.subject,
-            outcome=outcome,
-            patient_id=patient_id,
-            lesion_id=lesion_id,
-            image_id=image_id,
-            request_id=request_id,
-            # Not what was asked for: which diagnosis is thought of says something of the patient.
-            detail={"search": _SEARCH, **detail},
-        )
-
+    requested = await permit_lesion(request, Action.READ, lesion_id)
+    requested.image_id = image_id
     try:
         # Searches take places of uploads: a flood of them must not find the retriever before an image does.
         with services.admission.enter(0):
@@ -98,20 +88,18 @@ async def find_similar(
                 lesion_id, image_id, k=top_k, reference_filter=reference_filter
             )
     except (NotFound, Erased, Conflict, StageFailed) as failure:
-        await services.records.record_event(event("failed", code=failure.code))
+        await services.records.record_event(requested.event("failed", code=failure.code, **_SEARCH))
         raise
     pictured = await services.records.pictured(references_of(found.neighbours))
-    await services.records.record_event(event("success"))
-    return JSONResponse(
-        similar_answer(
-            found.neighbours,
-            lesion_id=lesion_id,
-            image_id=image_id,
-            embedding_space=found.embedding_space,
-            pictured=pictured,
-        ),
-        headers={"Cache-Control": "no-store"},
+    await services.records.record_event(requested.event("success", **_SEARCH))
+    document = SimilarCasesDocument(
+        lesion_id=lesion_id,
+        image_id=image_id,
+        embedding_space=found.embedding_space,
+        similar=[Similar.of(case, pictured) for case in found.neighbours.similar],
+        neighbours=NeighboursDocument.of(found.neighbours, pictured),
     )
+    return JSONResponse(document.answer(), headers={"Cache-Control": "no-store"})
 
 
 references_router = APIRouter(tags=["references"], responses=PROBLEM_RESPONSES)

@@ -22,6 +22,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
 from serve_app.private_files import locked_folder, read_private, write_private
 
+#: Of every data key that a provider wraps.
+DATA_KEY_BYTES = 32
+
 _NONCE_BYTES = 12
 _KEK_BYTES = 32
 
@@ -52,17 +55,26 @@ class Keys(Protocol):
 
 
 class KeyProvider(Keys, Protocol):
-    """Holds the KEKs: a file here, Vault and AWS KMS in `key_providers`.
+    """Holds the KEKs: a file here, Vault and AWS KMS in `providers`.
 
     `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
     """
 
     def now(self) -> Keys:
-        """The keys that wrap now: the same object for as long as nothing has put others in their place.
+        """The keys that wrap now: the same object until others are in their place. Who has checked it wraps under no others.
 
-        A caller that has checked these keys, and wraps with this very object, can be sure that it wraps under no others.
+        A service keeps its keys itself, so that it is this object.
         """
-        ...
+        return self
+
+    @property
+    def current_version(self) -> int:
+        """The version that wraps from now on."""
+        return self.now().current_version
+
+    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
+        """Encrypt a data key under the current KEK, bound to its id."""
+        return self.now().wrap(data_key, data_key_id)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -102,7 +114,7 @@ class _Ring:
             raise IntegrityError(f"The keyring did not wrap data key {data_key_id}") from error
 
 
-class FileKeyring:
+class FileKeyring(KeyProvider):
     """KEKs in one JSON file, mode 0600 in a folder 0700.
 
     The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
@@ -137,15 +149,6 @@ class FileKeyring:
             self._adopt(self._read())
         return self._ring
 
-    @property
-    def current_version(self) -> int:
-        """The version that wraps from now on."""
-        return self.now().current_version
-
-    def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
-        """Encrypt a data key under the current KEK, bound to its id."""
-        return self.now().wrap(data_key, data_key_id)
-
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
         """Decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
         # What this process knows already needs no file: images open while it is away.
@@ -160,9 +163,7 @@ class FileKeyring:
         with locked_folder(self._path.parent):
             self._adopt(self._read())
             version = max(self._ring.keks) + 1
-            keks = {**self._ring.keks, version: AESGCM.generate_key(_KEK_BYTES * 8)}
-            write_private(self._path, _write(version, keks))
-            self._adopt(self._read())
+            self._replace(version, {**self._ring.keks, version: AESGCM.generate_key(_KEK_BYTES * 8)})
         return version
 
     def retire(self, version: int) -> None:
@@ -177,9 +178,7 @@ class FileKeyring:
                 raise NotFound(f"The keyring has no key of version {version}.")
             if version == current:
                 raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
-            keks = {kept: kek for kept, kek in known.items() if kept != version}
-            write_private(self._path, _write(current, keks))
-            self._adopt(self._read())
+            self._replace(current, {kept: kek for kept, kek in known.items() if kept != version})
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -195,6 +194,10 @@ class FileKeyring:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # The cause could quote a key.
             raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
+
+    def _replace(self, current: int, keks: Mapping[int, bytes]) -> None:
+        write_private(self._path, _write(current, keks))
+        self._adopt(self._read())
 
     def _adopt(self, ring: _Ring) -> None:
         """Go on with what was read, unless it is no later state of what this process knows: keys never change."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import sqlite3
 from threading import Lock
+from typing import Any
 from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -49,7 +50,7 @@ class KeyVersionCount:
     data_keys: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DestroyedKey:
     """A data key that is destroyed with its image: which erasure does so, why and for whom.
 
@@ -60,7 +61,7 @@ class DestroyedKey:
     receipt_id: UUID
     reason: str
     actor: str
-    proven: bool = field(default=False, compare=False)
+    proven: bool = field(default=False, compare=False, kw_only=True)
 
 
 class KeyStore:
@@ -74,7 +75,7 @@ class KeyStore:
 
     def __init__(self, path: Path, provider: KeyProvider) -> None:
         self._provider = provider
-        self._checks = KeyChecks(provider, self._transaction)
+        self.checks = KeyChecks(provider, self._transaction)
         self._turn = Lock()
         with ExitStack() as on_failure, _sqlite_errors():
             with locked_folder(path.parent):
@@ -85,7 +86,7 @@ class KeyStore:
                 on_failure.callback(self._connection.close)
                 self._connection.executescript(_SQL["open_store"])
             # A lost or replaced keyring shows at start, not at the first download.
-            self._checks.verify()
+            self.checks.verify()
             self.store_id = _identity(self._connection)
             on_failure.pop_all()
 
@@ -96,16 +97,11 @@ class KeyStore:
         KeyProviderUnavailable while the provider's keys are not this store's.
         """
         data_key_id, material = uuid4(), AESGCM.generate_key(256)
-        wrapped_key = self._checks.wrap(material, data_key_id)
-        row = {
-            "data_key_id": data_key_id.bytes,
-            "wrapped": wrapped_key.wrapped,
-            "key_version": wrapped_key.key_version,
-        }
+        wrapped_key = self.checks.wrap(material, data_key_id)
+        row = _bind(data_key_id=data_key_id, **asdict(wrapped_key))
         with self._transaction() as connection:
-            connection.execute(_SQL["count_wrap"], row)
-            connection.execute(_SQL["insert_data_key"], row)
-            connection.execute(_SQL["insert_awaited_key"], row)
+            for name in ("count_wrap", "insert_data_key", "insert_awaited_key"):
+                connection.execute(_SQL[name], row)
         return DataKey(data_key_id, material, spent=False)
 
     def load(self, data_key_id: UUID) -> DataKey:
@@ -113,7 +109,7 @@ class KeyStore:
 
         Erased when it was destroyed with its image, DataKeyMissing when it was never here or is lost.
         """
-        row = {"data_key_id": data_key_id.bytes}
+        row = _bind(data_key_id=data_key_id)
         with self._transaction() as connection:
             found = connection.execute(_SQL["select_data_key"], row).fetchone()
             destroyed = not found and connection.execute(_SQL["select_destroyed_key"], row).fetchone()
@@ -133,9 +129,8 @@ class KeyStore:
         0 when all are under the current KEK. Stopped at any moment, it goes on where it was; images
         are opened meanwhile as ever. RecordsUnavailable as `create`.
         """
-        current = self._checks.keys().current_version
-        with self._transaction() as connection:
-            stale = connection.execute(_SQL["select_stale"], {"current": current, "limit": limit}).fetchall()
+        current = self.checks.keys().current_version
+        stale = self._fetch("select_stale", current=current, limit=limit)
         # Unwrapping and wrapping may ask a service: nobody's transaction waits for that.
         rows = [self._rewrapped(UUID(bytes=row[0]), WrappedKey(*row[1:])) for row in stale]
         with self._transaction() as connection:
@@ -144,31 +139,19 @@ class KeyStore:
         return len(rows)
 
     def _rewrapped(self, data_key_id: UUID, old: WrappedKey) -> dict[str, object]:
-        new = self._checks.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
-        return {
-            "data_key_id": data_key_id.bytes,
-            "wrapped": new.wrapped,
-            "key_version": new.key_version,
-            "old_version": old.key_version,
-        }
-
-    def verify_keys(self) -> None:
-        """See that the provider's keys are this store's, and remember a version made since. IntegrityError when not."""
-        self._checks.verify()
+        new = self.checks.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
+        return _bind(data_key_id=data_key_id, old_version=old.key_version, **asdict(new))
 
     def count_versions(self) -> list[KeyVersionCount]:
         """Say of every KEK version how many data keys it wraps, and how often it has wrapped."""
-        with self._transaction() as connection:
-            return [KeyVersionCount(*row) for row in connection.execute(_SQL["count_versions"])]
+        return [KeyVersionCount(*row) for row in self._fetch("count_versions")]
 
     def shred(self, *data_key_ids: UUID) -> None:
         """Destroy keys for good: on return no file of this store holds them. Safe to repeat.
 
         RecordsUnavailable when they may linger in the write-ahead log: then repeat.
         """
-        with self._transaction() as connection:
-            rows = [{"data_key_id": data_key_id.bytes} for data_key_id in data_key_ids]
-            connection.executemany(_SQL["delete_data_key"], rows)
+        self._forget("delete_data_key", data_key_ids)
         self._empty_log()
 
     def destroy(self, key: DestroyedKey) -> None:
@@ -177,39 +160,21 @@ class KeyStore:
         DataKeyMissing, with nothing remembered, when the key is not here and was never destroyed here: whoever
         proves an erasure by it would prove nothing. Not for one that is `proven`. RecordsUnavailable as `shred`.
         """
-        row = {
-            "data_key_id": key.data_key_id.bytes,
-            "receipt_id": key.receipt_id.bytes,
-            "reason": key.reason,
-            "actor": key.actor,
-        }
+        row = _bind(**asdict(key))
         with self._transaction() as connection:
-            was_here = connection.execute(_SQL["delete_data_key"], row).rowcount == 1
-            if not (
-                was_here or key.proven or connection.execute(_SQL["select_destroyed_key"], row).fetchone()
-            ):
+            known = key.proven or connection.execute(_SQL["select_destroyed_key"], row).fetchone()
+            if connection.execute(_SQL["delete_data_key"], row).rowcount != 1 and not known:
                 raise DataKeyMissing
             connection.execute(_SQL["insert_destroyed_key"], row)
         self._empty_log()
 
     def list_destroyed(self, *, after: int = 0, limit: int = 1000) -> list[tuple[int, DestroyedKey]]:
         """List keys that were destroyed with their images, each behind its sequence number, oldest first."""
-        with self._transaction() as connection:
-            rows = connection.execute(
-                _SQL["select_destroyed_keys"], {"after": after, "limit": limit}
-            ).fetchall()
         return [
-            (
-                sequence,
-                DestroyedKey(
-                    data_key_id=UUID(bytes=key),
-                    receipt_id=UUID(bytes=receipt),
-                    reason=reason,
-                    actor=actor,
-                    proven=True,
-                ),
+            (sequence, DestroyedKey(UUID(bytes=key), UUID(bytes=receipt), reason, actor, proven=True))
+            for sequence, key, receipt, reason, actor in self._fetch(
+                "select_destroyed_keys", after=after, limit=limit
             )
-            for sequence, key, receipt, reason, actor in rows
         ]
 
     def list_made_before(
@@ -219,26 +184,28 @@ class KeyStore:
 
         Each is behind its sequence number, and before whether its image is still awaited.
         """
-        row = {"age": f"-{age_s} seconds", "after": after, "limit": limit}
-        with self._transaction() as connection:
-            rows = connection.execute(_SQL["select_old_keys"], row).fetchall()
+        rows = self._fetch("select_old_keys", age=f"-{age_s} seconds", after=after, limit=limit)
         return [(sequence, UUID(bytes=key), bool(awaited)) for sequence, key, awaited in rows]
 
     def list_awaited(self, *, after: UUID | None = None, limit: int = 1000) -> list[UUID]:
         """List data keys whose image was not seen in the database yet, by id, from behind `after` on."""
-        row = {"after": after.bytes if after else b"", "limit": limit}
-        with self._transaction() as connection:
-            return [UUID(bytes=key) for (key,) in connection.execute(_SQL["select_awaited_keys"], row)]
+        rows = self._fetch("select_awaited_keys", after=after or b"", limit=limit)
+        return [UUID(bytes=key) for (key,) in rows]
 
     def stop_awaiting(self, data_key_ids: Iterable[UUID]) -> None:
         """Remember that the images of these keys are in the database: from now on such a key is no failed upload's."""
-        rows = [{"data_key_id": data_key_id.bytes} for data_key_id in data_key_ids]
+        self._forget("delete_awaited_key", data_key_ids)
+
+    def _fetch(self, name: str, **values: object) -> list[Any]:
         with self._transaction() as connection:
-            connection.executemany(_SQL["delete_awaited_key"], rows)
+            return connection.execute(_SQL[name], _bind(**values)).fetchall()
+
+    def _forget(self, name: str, data_key_ids: Iterable[UUID]) -> None:
+        with self._transaction() as connection:
+            connection.executemany(_SQL[name], [_bind(data_key_id=each) for each in data_key_ids])
 
     def _empty_log(self) -> None:
-        with self._transaction() as connection:
-            lingers, _, _ = connection.execute(_SQL["empty_log"]).fetchone()
+        ((lingers, _, _),) = self._fetch("empty_log")
         if lingers:
             raise RecordsUnavailable("The key is deleted but not yet overwritten; try again")
 
@@ -314,9 +281,8 @@ class KeyChecks:
     def _remember(self, keys: Keys) -> dict[int, bytes]:
         # Not counted as a wrap: it is one a version, and the bound has as much again to spare.
         mine = keys.wrap(_CONSTANT, _CONSTANT_ID)
-        row = {"key_version": mine.key_version, "wrapped": mine.wrapped}
         with self._transaction() as connection:
-            connection.execute(_SQL["insert_key_check"], row)
+            connection.execute(_SQL["insert_key_check"], asdict(mine))
             checks: dict[int, bytes] = dict(connection.execute(_SQL["select_key_checks"]).fetchall())
         # Another process may have been first, and with other keys.
         self._unwrap(keys, WrappedKey(checks[mine.key_version], mine.key_version), _CONSTANT_ID)
@@ -342,17 +308,22 @@ def look_into(path: Path, data_key_ids: Iterable[UUID]) -> tuple[UUID, bool] | N
     with _sqlite_errors(), closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
         connection.executescript(_SQL["open_store"])
         known = any(
-            connection.execute(_SQL[name], {"data_key_id": data_key_id.bytes}).fetchone()
+            connection.execute(_SQL[name], _bind(data_key_id=data_key_id)).fetchone()
             for data_key_id in data_key_ids
             for name in ("select_data_key", "select_destroyed_key")
         )
         return _identity(connection), known
 
 
+def _bind(**values: object) -> dict[str, object]:
+    """What SQLite stores: an id as its 16 bytes, be it asyncpg's own kind of UUID."""
+    return {name: value.bytes if isinstance(value, UUID) else value for name, value in values.items()}
+
+
 def _identity(connection: sqlite3.Connection) -> UUID:
     if not connection.execute(_SQL["select_identity"]).fetchone():
         with connection:
-            connection.execute(_SQL["insert_identity"], {"store_id": uuid4().bytes})
+            connection.execute(_SQL["insert_identity"], _bind(store_id=uuid4()))
     return UUID(bytes=connection.execute(_SQL["select_identity"]).fetchone()[0])
 
 

@@ -25,11 +25,11 @@ from serve_app.domain.assessment import (
     Provenance,
     ReferenceFilter,
     SimilarCase,
+    format_time,
 )
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RejectedUpload, StageFailed
 from serve_app.domain.patient import ClinicalContext
-from serve_app.records.answers import format_time
 from serve_app.records.lesion_rows import PreviousAssessment
 from serve_app.records.serving import LiveModel
 

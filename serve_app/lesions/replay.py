@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 from model_store.registry import ModelStore
-from serve_app.domain.assessment import Assessment, Neighbours, Outcome, Provenance, SimilarCase
+from serve_app.domain.assessment import Assessment, Outcome, Provenance, Shape
 from serve_app.domain.errors import Erased, ModelContractError, NotFound, RejectedUpload, StageFailed
 from serve_app.keys.envelope import ImageBinding
 from serve_app.keys.keystore import KeyStore
@@ -37,8 +37,8 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One field that did not come out as recorded; None where one side has no such field."""
+class Difference(Shape):
+    """One field that did not come out as recorded; null where one side has no such field."""
 
     field: str
     recorded: Value
@@ -77,8 +77,8 @@ def same_references(recorded: Assessment, found: Assessment) -> bool:
         return True
     then, now = list(recorded.similar), list(found.similar)
     if recorded.similar != recorded.neighbours.similar:
-        then += _weighed(recorded.neighbours)
-        now += _weighed(found.neighbours)
+        then += recorded.neighbours.cases
+        now += found.neighbours.cases
     return len(then) == len(now) and all(
         a.isic_id == b.isic_id and abs(a.similarity - b.similarity) <= TOLERANCE
         for a, b in zip(then, now, strict=True)
@@ -104,11 +104,6 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
         fields["change.similarity"] = change.similarity
         fields["change.melanoma_probability_delta"] = change.melanoma_probability_delta
     return fields
-
-
-def _weighed(neighbours: Neighbours) -> list[SimilarCase]:
-    nearest = (neighbours.nearest_benign, neighbours.nearest_malignant)
-    return [*neighbours.similar, *(case for case in nearest if case is not None)]
 
 
 class Cause(StrEnum):
@@ -164,11 +159,12 @@ class Replayed:
 
 
 class _CannotError(Exception):
-    """Ends a replay; with the version that stands in the way, where one does."""
+    """Ends a replay; `difference` is the version that stands in the way, then and now, where one does."""
 
-    def __init__(self, cause: Cause, *differences: Difference, current: Provenance | None = None) -> None:
+    def __init__(self, cause: Cause, *difference: Value, current: Provenance | None = None) -> None:
         super().__init__(cause)
-        self.cause, self.differences, self.current = cause, differences, current
+        self.cause, self.current = cause, current
+        self.differences = (Difference(str(difference[0]), *difference[1:]),) if difference else ()
 
 
 class Replayer:
@@ -218,9 +214,7 @@ class Replayer:
         except Erased as erased:  # a moment ago
             raise _CannotError(Cause.IMAGE_ERASED) from erased
         except RejectedUpload as rejection:
-            raise _CannotError(
-                Cause.IMAGE_REJECTED, Difference("rejection", None, rejection.code)
-            ) from rejection
+            raise _CannotError(Cause.IMAGE_REJECTED, "rejection", None, rejection.code) from rejection
         try:
             await _require_versions(examination, versions)
             again = await self._assessor.assess(
@@ -233,18 +227,18 @@ class Replayer:
             )
         finally:
             await examination.discard()
-        policy = again.provenance.policy_version
-        if policy != versions.policy_version:
-            difference = Difference("provenance.policy_version", versions.policy_version, policy)
-            raise _CannotError(Cause.POLICY_CHANGED, difference, current=again.provenance)
+        policies = (versions.policy_version, again.provenance.policy_version)
+        if len(set(policies)) > 1:
+            raise _CannotError(
+                Cause.POLICY_CHANGED, "provenance.policy_version", *policies, current=again.provenance
+            )
         return again
 
     def _require_model(self, recorded: Provenance) -> None:
         # A store of its own: one that verified the model earlier would not look again.
         store = ModelStore(self._models)
         if recorded.model_id not in set(store):
-            difference = Difference("provenance.model_id", recorded.model_id, None)
-            raise _CannotError(Cause.MODEL_GONE, difference)
+            raise _CannotError(Cause.MODEL_GONE, "provenance.model_id", recorded.model_id, None)
         try:
             digest: str | None = store.open(recorded.model_id).digest
         except ModelContractError:
@@ -262,10 +256,8 @@ class Replayer:
             embedding_space=recorded.provenance.embedding_space,
         )
         if previous is None or (previous.embedding is None and change.similarity is not None):
-            raise _CannotError(
-                Cause.COMPARED_IMAGE_GONE,
-                Difference("change.compared_image_id", change.compared_image_id, None),
-            )
+            compared = change.compared_image_id
+            raise _CannotError(Cause.COMPARED_IMAGE_GONE, "change.compared_image_id", compared, None)
         return previous
 
     async def _image(self, case: RecordedCase) -> bytes:
@@ -277,18 +269,13 @@ class Replayer:
 
 
 async def _require_versions(examination: Examination, recorded: Provenance) -> None:
-    version = examination.prepared.preprocess_version
-    if version != recorded.preprocess_version:
-        raise _CannotError(
-            Cause.PREPROCESS_CHANGED,
-            Difference("provenance.preprocess_version", recorded.preprocess_version, version),
-        )
+    versions = (recorded.preprocess_version, examination.prepared.preprocess_version)
+    if len(set(versions)) > 1:
+        raise _CannotError(Cause.PREPROCESS_CHANGED, "provenance.preprocess_version", *versions)
     # A classifier that has run for long may hold another model than the store does now.
     _require_digest(recorded, (await examination.classifying).model_digest)
 
 
 def _require_digest(recorded: Provenance, digest: str | None) -> None:
     if digest != recorded.model_digest:
-        raise _CannotError(
-            Cause.MODEL_CHANGED, Difference("provenance.model_digest", recorded.model_digest, digest)
-        )
+        raise _CannotError(Cause.MODEL_CHANGED, "provenance.model_digest", recorded.model_digest, digest)

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter
+from serve_app.domain.assessment import Assessment, OpenDemand, Outcome, ReferenceFilter
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
@@ -29,7 +29,6 @@ from serve_app.records.lesion_rows import (
     Admission,
     AssessmentRecord,
     ImageRecord,
-    OpenDemand,
     PendingAssessment,
     Replay,
 )

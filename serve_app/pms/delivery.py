@@ -20,7 +20,7 @@ from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailab
 from serve_app.pms.client import CircuitBreaker, PmsClient, State
 from serve_app.pms.consultation import RecordConsultation
 from serve_app.pms.directory import PmsDirectory
-from serve_app.records.answers import assessment_answer, references_of
+from serve_app.records.answers import assessment_document, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import ClaimedMessage, Outbox
@@ -133,13 +133,7 @@ class Delivery:
         self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
     ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
-        body = assessment_answer(
-            found.image,
-            lesion_id=found.lesion_id,
-            patient_id=found.patient_id,
-            pictured=pictured,
-            pms_url=self._pms_url,
-        )
+        body = assessment_document(found.image, found, pictured=pictured, pms_url=self._pms_url).answer()
         try:
             answer = await self._client.post(
                 "api",

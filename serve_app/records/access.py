@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
+import asyncpg
+
 from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Id, Shape, Time
 from serve_app.records.audit_log import event_columns
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("access")
+_RECORD_EVENT = queries("lesions")["record_event"]
 
 ReviewOutcome = Literal["justified", "not_justified", "follow_up"]
 RevocationKind = Literal["subject", "token"]
@@ -39,21 +42,21 @@ class Revocation:
     revoked_by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmergencyAccess:
-    """A principal's rights without an assignment, for a time; `accesses` counts what was done under it, by action."""
+@dataclass(frozen=True, slots=True)
+class EmergencyAccess(Shape):
+    """One emergency access; `accesses` counts what was done under it so far, by action."""
 
-    emergency_id: UUID
+    emergency_id: Id
     patient_id: str
     principal: str
     reason: str = field(repr=False)
-    starts_at: datetime
-    ends_at: datetime
-    reviewed_at: datetime | None = None
-    reviewer: str | None = None
-    review_outcome: ReviewOutcome | None = None
-    review_note: str | None = field(default=None, repr=False)
-    accesses: Mapping[str, int] = field(default_factory=dict)
+    starts_at: Time
+    ends_at: Time
+    reviewed_at: Time | None
+    reviewer: str | None
+    review_outcome: ReviewOutcome | None
+    review_note: str | None = field(repr=False)
+    accesses: dict[str, int]
 
 
 class AccessStore:
@@ -73,13 +76,11 @@ class AccessStore:
 
     async def revoke(self, kind: RevocationKind, value: str, *, by: str, event: AuditEvent) -> bool:
         """Lock out from the next request on; False, and nothing, when it was before."""
-        done: bool = await self._pool.fetchval(_SQL["revoke"], kind, value, by, *event_columns(event))
-        return done
+        return await self._change("revoke", kind, value, by, event=event) is not None
 
     async def restore(self, kind: RevocationKind, value: str, *, event: AuditEvent) -> bool:
         """Let in again; False, and nothing, when it was not locked out."""
-        done: bool = await self._pool.fetchval(_SQL["restore"], kind, value, *event_columns(event))
-        return done
+        return await self._change("restore", kind, value, event=event) is not None
 
     async def revocations(self) -> list[Revocation]:
         """List who is locked out, newest first."""
@@ -95,16 +96,12 @@ class AccessStore:
         event: AuditEvent,
     ) -> None:
         """Put a patient into somebody's care. Conflict when the end is not after the start."""
-        await self._pool.execute(
-            _SQL["assign"], patient_id, clinician, starts_at, ends_at, *event_columns(event)
-        )
+        await self._change("assign", patient_id, clinician, starts_at, ends_at, event=event)
 
     async def end_assignment(self, patient_id: str, clinician: str, *, event: AuditEvent) -> int:
         """End somebody's care for a patient now; returns how many assignments were in force or to come."""
-        ended: int = await self._pool.fetchval(
-            _SQL["end_assignment"], patient_id, clinician, *event_columns(event)
-        )
-        return ended
+        row = await self._change("end_assignment", patient_id, clinician, event=event)
+        return row["ended"] if row else 0
 
     async def assignments(
         self, *, patient_id: str | None = None, clinician: str | None = None, ended_too: bool = False
@@ -124,14 +121,14 @@ class AccessStore:
         event: AuditEvent,
     ) -> EmergencyAccess:
         """Open an emergency access from now on; the clock is the database's."""
-        row = await self._pool.fetchrow(
-            _SQL["break_glass"], emergency_id, patient_id, principal, reason, lasts, *event_columns(event)
+        row = await self._change(
+            "break_glass", emergency_id, patient_id, principal, reason, lasts, event=event
         )
         assert row is not None  # noqa: S101 - the statement returns what it inserts, or raises
         return EmergencyAccess(**row)
 
     async def emergency(self, emergency_id: UUID) -> EmergencyAccess | None:
-        """Find one emergency access, without what was done under it."""
+        """Find one emergency access, without counting what was done under it."""
         row = await self._pool.fetchrow(_SQL["emergency"], emergency_id)
         return EmergencyAccess(**row) if row else None
 
@@ -150,7 +147,13 @@ class AccessStore:
         event: AuditEvent,
     ) -> EmergencyAccess | None:
         """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own."""
-        row = await self._pool.fetchrow(
-            _SQL["review"], emergency_id, reviewer, outcome, note, *event_columns(event)
-        )
+        row = await self._change("review", emergency_id, reviewer, outcome, note, event=event)
         return EmergencyAccess(**row) if row else None
+
+    async def _change(self, query: str, *args: object, event: AuditEvent) -> asyncpg.Record | None:
+        """Run a statement that returns a row where it changes something, and record the event with that."""
+        async with self._pool.connection() as connection, connection.transaction():
+            row = await connection.fetchrow(_SQL[query], *args)
+            if row is not None:
+                await connection.execute(_RECORD_EVENT, *event_columns(event))
+            return row

@@ -1,7 +1,8 @@
-"""The chain over the audit log: an event that is edited, removed, added or moved afterwards shows.
+"""The audit log: its events, the chain over them, and whether that follows from its signed checkpoints.
 
 Events are written in the transaction of what they record, and wait for nobody. One sealer follows, moments
-later, and adds a seal to each: a hash over the event and over the seal before.
+later, and adds a seal to each: a hash over the event and over the seal before. So an event that is edited,
+removed, added or moved afterwards shows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
+from itertools import groupby
+from operator import attrgetter
 
 import asyncpg
 
@@ -26,9 +29,58 @@ GENESIS = bytes(32)
 LATE_EVENTS = 10_000
 #: An event older than this has its seal, unless nobody seals.
 SEALED_WITHIN = timedelta(minutes=2)
+#: A chain whose first seal is older has a checkpoint, unless somebody took it away: one is signed with the first seals.
+FIRST_CHECKPOINT_WITHIN = timedelta(minutes=10)
 
-_BATCH = 5_000
+_BATCH, _EVENTS_BATCH = 5_000, 1_000
 _SQL = queries("audit_chain")
+
+_POSITION = attrgetter("position")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event as it stands in the log: its number there, and the database's time of it."""
+
+    event_id: int
+    recorded_at: datetime
+    event: AuditEvent
+
+
+async def events_between(pool: Pool, start: datetime, end: datetime) -> AsyncIterator[RecordedEvent]:
+    """Yield the events from `start` on and before `end`, oldest first, a batch in memory at a time."""
+    after = 0
+    while rows := await pool.fetch(_SQL["events_between"], start, end, after, _EVENTS_BATCH):
+        for row in rows:
+            fields = {name: row[name] for name in AuditEvent.__dataclass_fields__}
+            yield RecordedEvent(row["event_id"], row["recorded_at"], AuditEvent(**fields))
+        after = rows[-1]["event_id"]
+
+
+def event_columns(event: AuditEvent) -> tuple[object, ...]:
+    """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
+
+    What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
+    statement writes itself.
+    """
+    attempt = requested_action(event.request_id)
+    if attempt is not None:
+        attempt.recorded = True
+        if attempt.emergency is not None:
+            event = replace(event, detail={**event.detail, "emergency_access": str(attempt.emergency)})
+    purpose = purpose_of(event, attempt.principal.roles if attempt is not None else None)
+    detail = dict(event.detail) if purpose is None else {**event.detail, PURPOSE: purpose}
+    return (
+        event.action,
+        event.actor,
+        event.outcome,
+        event.patient_id,
+        event.lesion_id,
+        event.image_id,
+        event.assessment_id,
+        event.request_id,
+        detail,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +102,8 @@ class Tampering:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, the chain's head, and what was found; no finding is as it should be."""
+    """The chain's head as it was checked, and what was found; no finding is as it should be."""
 
-    events: int
     head: Seal
     findings: tuple[Tampering, ...]
 
@@ -72,18 +123,14 @@ class AuditChain:
         """The newest seal."""
         return _seal(await self._pool.fetchrow(_SQL["head"]))
 
-    async def seal(self, *, limit: int = _BATCH, wait: bool = False, all_events: bool = False) -> int:
-        """Seal up to `limit` events that have none; returns how many.
-
-        0, too, while another process seals, unless `wait`. `all_events` looks for those, too, that no late commit explains.
-        """
+    async def seal(self, *, limit: int = _BATCH, wait: bool = False) -> int:
+        """Seal up to `limit` events that have none; returns how many: 0, too, while another process seals, unless `wait`."""
         async with self._pool.connection() as connection, connection.transaction():
             if wait:
                 await connection.execute(_SQL["be_the_sealer"])
             elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
                 return 0
-            late = 2**62 if all_events else LATE_EVENTS
-            events = await connection.fetch(_SQL["unsealed"], late, limit)
+            events = await connection.fetch(_SQL["unsealed"], LATE_EVENTS, limit)
             seal = _seal(await connection.fetchrow(_SQL["head"]))
             rows = []
             for event in events:
@@ -133,12 +180,9 @@ class AuditChain:
             at = Seal(position, stored)
         findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
         if since is None:
-            findings += await self._unsealed()
-        return Verification(at.position, at, tuple(findings))
-
-    async def _unsealed(self) -> list[Tampering]:
-        rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN)
-        return [Tampering("the event has no seal", 0, row["event_id"]) for row in rows]
+            rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN)
+            findings += [Tampering("the event has no seal", 0, row["event_id"]) for row in rows]
+        return Verification(at, tuple(findings))
 
     async def _links(self, position: int) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
         while rows := await self._pool.fetch(_SQL["chain"], position, _BATCH):
@@ -152,12 +196,13 @@ def _agree(known: Sequence[Seal]) -> tuple[dict[int, bytes], list[Tampering]]:
 
     Were the later one believed, it would hide what was done since the earlier one.
     """
-    hashes: dict[int, set[bytes]] = {}
-    for seal in known:
-        hashes.setdefault(seal.position, set()).add(seal.hash)
+    hashes = {
+        position: {seal.hash for seal in seals}
+        for position, seals in groupby(sorted(known, key=_POSITION), key=_POSITION)
+    }
     contradictions = [
         Tampering("two checkpoints contradict each other", position, None)
-        for position, values in sorted(hashes.items())
+        for position, values in hashes.items()
         if len(values) > 1
     ]
     return {position: min(values) for position, values in hashes.items() if len(values) == 1}, contradictions
@@ -165,58 +210,6 @@ def _agree(known: Sequence[Seal]) -> tuple[dict[int, bytes], list[Tampering]]:
 
 def _seal(row: asyncpg.Record | None) -> Seal:
     return Seal(row["position"], row["hash"]) if row else Seal(0, GENESIS)
-
-
-_AUDIT_EVENTS_BATCH = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedEvent:
-    """An event as it stands in the log: its number there, and the database's time of it."""
-
-    event_id: int
-    recorded_at: datetime
-    event: AuditEvent
-
-
-async def events_between(pool: Pool, start: datetime, end: datetime) -> AsyncIterator[RecordedEvent]:
-    """Yield the events from `start` on and before `end`, oldest first, a batch in memory at a time."""
-    after = 0
-    while rows := await pool.fetch(_SQL["events_between"], start, end, after, _AUDIT_EVENTS_BATCH):
-        for row in rows:
-            fields = {name: row[name] for name in AuditEvent.__dataclass_fields__}
-            yield RecordedEvent(row["event_id"], row["recorded_at"], AuditEvent(**fields))
-        after = rows[-1]["event_id"]
-
-
-def event_columns(event: AuditEvent) -> tuple[object, ...]:
-    """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
-
-    What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
-    statement writes itself.
-    """
-    attempt = requested_action(event.request_id)
-    if attempt is not None:
-        attempt.recorded = True
-        if attempt.emergency is not None:
-            event = replace(event, detail={**event.detail, "emergency_access": str(attempt.emergency)})
-    purpose = purpose_of(event, attempt.principal.roles if attempt is not None else None)
-    detail = dict(event.detail) if purpose is None else {**event.detail, PURPOSE: purpose}
-    return (
-        event.action,
-        event.actor,
-        event.outcome,
-        event.patient_id,
-        event.lesion_id,
-        event.image_id,
-        event.assessment_id,
-        event.request_id,
-        detail,
-    )
-
-
-#: A chain whose first seal is older has a checkpoint, unless somebody took it away: one is signed with the first seals.
-FIRST_CHECKPOINT_WITHIN = timedelta(minutes=10)
 
 
 async def examine(
@@ -228,12 +221,12 @@ async def examine(
     `kept_here`: whether this node's own file has any.
     """
     known = [Seal(checkpoint.position, checkpoint.hash) for checkpoint in in_force(checkpoints)]
-    last = max(known, key=lambda seal: seal.position, default=None)
+    last = max(known, key=_POSITION, default=None)
     found = await chain.verify(known, since=None if whole else last)
     if (known and kept_here) or await chain.age() < FIRST_CHECKPOINT_WITHIN:
         return found
     gone = Tampering("the checkpoints are gone", 0, None)
-    return Verification(found.events, found.head, (gone, *found.findings))
+    return Verification(found.head, (gone, *found.findings))
 
 
 async def sign_head(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint | None:
@@ -259,7 +252,7 @@ async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Check
 
     For after a restore, and never by the service itself: the operator answers for it.
     """
-    kept = sorted(in_force(await asyncio.to_thread(checkpoints.read)), key=lambda each: each.position)
+    kept = sorted(in_force(await asyncio.to_thread(checkpoints.read)), key=_POSITION)
     there = await chain.hashes_at([each.position for each in kept])
     agreed = 0
     for each in kept:
@@ -274,3 +267,8 @@ def describe(finding: Tampering) -> str:
     """Say a finding in words: what, and where."""
     at = f"seal {finding.position}" if finding.position else "no seal"
     return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"
+
+
+async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
+    """Write an event, in the connection's transaction."""
+    await connection.execute(queries("lesions")["record_event"], *event_columns(event))

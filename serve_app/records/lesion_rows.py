@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import asyncpg
@@ -13,12 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment, Outcome, ReferenceFilter, RiskLevel, Urgency
+from serve_app.domain.assessment import (
+    Assessment,
+    Id,
+    OpenDemand,
+    Outcome,
+    ReferenceFilter,
+    Risk,
+    RiskLevel,
+    Shape,
+    Time,
+    one_of,
+)
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
+from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
+    demand_from_json,
     probabilities_from_json,
 )
 
@@ -150,47 +163,20 @@ class ImageEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
-class ErasureNote:
-    """That an image was erased: the receipt proves it once its data key is destroyed."""
+class ErasureNote(Shape):
+    """That the image was erased: its receipt is at `/api/lesions/{lesion_id}/images/{image_id}/receipt`."""
 
-    receipt_id: UUID
-    erased_at: datetime
-    reason: str
+    receipt_id: Id
+    erased_at: Time
+    reason: Annotated[ErasureReason, one_of(ErasureReason, "Reason")]
 
 
 @dataclass(frozen=True, slots=True)
-class Confirmation:
-    """That a clinician said of an image that it is of the lesion it is filed under."""
+class Identity(Shape):
+    """That a clinician confirmed that the image is of this lesion."""
 
     confirmed_by: str
-    confirmed_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class OpenDemand:
-    """The highest level and urgency that a lesion's images demand and no clinician has answered.
-
-    The ids are of the first image that demands the most, `since` is when that was taken in.
-    """
-
-    level: RiskLevel
-    urgency: Urgency
-    image_id: UUID
-    assessment_id: UUID
-    since: datetime
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any] | None) -> OpenDemand | None:
-        """Make one of what the database's `open_demand` gives."""
-        if value is None:
-            return None
-        return cls(
-            level=RiskLevel(value["level"]),
-            urgency=Urgency(value["urgency"]),
-            image_id=UUID(value["image_id"]),
-            assessment_id=UUID(value["assessment_id"]),
-            since=datetime.fromisoformat(value["since"]),
-        )
+    confirmed_at: Time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +198,12 @@ class ImageRecord:
     assessment: Assessment | None
     failure: str | None = None
     erasure: ErasureNote | None = None
-    identity: Confirmation | None = None
+    identity: Identity | None = None
+
+    @property
+    def risk(self) -> Risk | None:
+        """What the image's answer says of it."""
+        return self.assessment.risk if self.assessment else None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
@@ -231,10 +222,10 @@ class ImageRecord:
             failure=row["failure"],
             erasure=None
             if row["receipt_id"] is None
-            else ErasureNote(row["receipt_id"], row["erased_at"], row["erasure_reason"]),
+            else ErasureNote(row["receipt_id"], row["erased_at"], ErasureReason(row["erasure_reason"])),
             identity=None
             if row["confirmed_by"] is None
-            else Confirmation(row["confirmed_by"], row["confirmed_at"]),
+            else Identity(row["confirmed_by"], row["confirmed_at"]),
         )
 
 
@@ -267,8 +258,7 @@ class RecordedCase:
         """Make one of a row of `recorded_case`."""
         values = dict(row)
         answer = values.pop("answer")
-        # Erased with the image, it is empty.
-        values["context"] = context_from_json(values["context"]) if values["context"] else ClinicalContext()
+        values["context"] = context_from_json(values["context"])
         values["reference_filter"] = _reference_filter(values)
         values["outcome"] = Outcome(values["outcome"])
         return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
@@ -287,7 +277,10 @@ def _reference_filter(values: dict[str, Any]) -> ReferenceFilter:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with all its images, newest first."""
+    """A lesion with its images, newest first; in a worklist with the newest alone.
+
+    (created_at, lesion_id) is the worklist's cursor for the lesions behind it.
+    """
 
     lesion_id: UUID
     patient_id: str
@@ -295,16 +288,17 @@ class LesionTimeline:
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
 
+    @property
+    def latest(self) -> ImageRecord:
+        """The newest image."""
+        return self.images[0]
 
-@dataclass(frozen=True, slots=True)
-class LesionSummary:
-    """A lesion with its newest image; (created_at, lesion_id) is the cursor for the lesions behind it."""
-
-    lesion_id: UUID
-    patient_id: str
-    created_at: datetime
-    latest: ImageRecord
-    open_demand: OpenDemand | None
+    @classmethod
+    def from_rows(cls, rows: Sequence[asyncpg.Record]) -> LesionTimeline:
+        """Make one of the rows of a lesion in `timeline` or `worklist`."""
+        first, images = rows[0], tuple(map(ImageRecord.from_row, rows))
+        demand = demand_from_json(first["open_demand"])
+        return cls(first["lesion_id"], first["patient_id"], first["lesion_created_at"], images, demand)
 
 
 @dataclass(frozen=True, slots=True)

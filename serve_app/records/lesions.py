@@ -7,21 +7,19 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment
+from serve_app.domain.assessment import Assessment, OpenDemand
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
 from serve_app.keys.envelope import data_key_id_of
-from serve_app.records.assessment_json import assessment_to_json, context_to_json
+from serve_app.records.assessment_json import assessment_to_json, context_to_json, demand_from_json
 from serve_app.records.audit_log import event_columns
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentCounts,
     AssessmentRecord,
-    Confirmation,
+    Identity,
     ImageEmbedding,
     ImageRecord,
-    LesionSummary,
     LesionTimeline,
-    OpenDemand,
     PatientAccess,
     PendingAssessment,
     PreviousAssessment,
@@ -166,36 +164,28 @@ class LesionStore:
 
         One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
         """
-        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space)
+        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space, None)
         return PreviousAssessment.from_row(row) if row else None
 
     async def compared(
         self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
     ) -> PreviousAssessment | None:
         """Find again the image that a later one was compared with; None when it is gone."""
-        row = await self._pool.fetchrow(_SQL["compared"], lesion_id, image_id, embedding_space)
+        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, None, embedding_space, image_id)
         return PreviousAssessment.from_row(row) if row else None
 
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""
         rows = await self._pool.fetch(_SQL["timeline"], lesion_id)
-        if not rows:
-            return None
-        return LesionTimeline(
-            lesion_id=rows[0]["lesion_id"],
-            patient_id=rows[0]["patient_id"],
-            created_at=rows[0]["lesion_created_at"],
-            images=tuple(ImageRecord.from_row(row) for row in rows),
-            open_demand=OpenDemand.from_json(rows[0]["open_demand"]),
-        )
+        return LesionTimeline.from_rows(rows) if rows else None
 
     async def open_demand(self, lesion_id: UUID) -> OpenDemand | None:
         """Say what the lesion's images demand and no clinician has answered; no later image lowers it."""
-        return OpenDemand.from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
+        return demand_from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
 
     async def confirm(
         self, lesion_id: UUID, image_id: UUID, *, confirmed_by: str, event: AuditEvent
-    ) -> Confirmation:
+    ) -> Identity:
         """Note that an image is of its lesion, with the audit event; the first word stands.
 
         NotFound when the lesion has no such image, Erased when it had: both without the event.
@@ -207,31 +197,22 @@ class LesionStore:
             raise NotFound
         if row["erased"]:
             raise Erased
-        return Confirmation(row["confirmed_by"], row["confirmed_at"])
+        return Identity(row["confirmed_by"], row["confirmed_at"])
 
     async def worklist(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
-    ) -> list[LesionSummary]:
-        """List a patient's lesions, newest first; `cursor` is the last one seen: (created_at, lesion_id)."""
+    ) -> list[LesionTimeline]:
+        """List a patient's lesions, newest first, each with its newest image; `cursor` is the last one seen: (created_at, lesion_id)."""
         created_at, lesion_id = cursor or (None, None)
         rows = await self._pool.fetch(_SQL["worklist"], patient_id, limit, created_at, lesion_id)
-        return [
-            LesionSummary(
-                lesion_id=row["lesion_id"],
-                patient_id=row["patient_id"],
-                created_at=row["lesion_created_at"],
-                latest=ImageRecord.from_row(row),
-                open_demand=OpenDemand.from_json(row["open_demand"]),
-            )
-            for row in rows
-        ]
+        return [LesionTimeline.from_rows([row]) for row in rows]
 
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:
         """Find one assessment with its image, lesion and patient."""
         row = await self._pool.fetchrow(_SQL["assessment_record"], assessment_id)
         if row is None:
             return None
-        demand = OpenDemand.from_json(row["open_demand"])
+        demand = demand_from_json(row["open_demand"])
         return AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row), demand)
 
     async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,25 +45,27 @@ async def migrate(dsn: str, *, application_role: str | None, directory: Path = M
     changed, is missing here (the database is newer than the code), was passed over, or fails.
     """
     available = read_migrations(directory)
-    with border():
-        connection = await asyncpg.connect(dsn, timeout=10)
+    async with _connection(dsn) as connection:
+        await connection.execute(_SQL["lock"])
         try:
-            await connection.execute(_SQL["lock"])
-            try:
-                return await _migrate(connection, available, application_role)
-            finally:
-                await connection.execute(_SQL["unlock"])
+            return await _migrate(connection, available, application_role)
         finally:
-            await connection.close()
+            await connection.execute(_SQL["unlock"])
 
 
 async def pending(dsn: str, *, directory: Path = MIGRATIONS) -> list[str]:
     """Name the migrations that `migrate` would apply; SchemaMismatch as there."""
     available = read_migrations(directory)
+    async with _connection(dsn) as connection:
+        return [migration.name for migration in await _pending(connection, available)]
+
+
+@asynccontextmanager
+async def _connection(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     with border():
         connection = await asyncpg.connect(dsn, timeout=10)
         try:
-            return [migration.name for migration in await _pending(connection, available)]
+            yield connection
         finally:
             await connection.close()
 
@@ -120,10 +124,8 @@ async def _pending(connection: asyncpg.Connection, available: list[Migration]) -
             raise SchemaMismatch(f"The database has {row['name']}, which this version does not know.")
         if migration.sha256 != row["sha256"]:
             raise SchemaMismatch(f"{migration.name} has changed since it was applied.")
-    newest = max((row["version"] for row in applied), default=0)
-    missing = [
-        migration for migration in available if migration.version not in {r["version"] for r in applied}
-    ]
-    if missing and missing[0].version < newest:
+    done = {row["version"] for row in applied}
+    missing = [migration for migration in available if migration.version not in done]
+    if missing and missing[0].version < max(done, default=0):
         raise SchemaMismatch(f"{missing[0].name} was passed over: the database is already past it.")
     return missing

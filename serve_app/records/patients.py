@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 
 import asyncpg
@@ -16,7 +16,7 @@ from serve_app.records.audit_log import event_columns
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("patients")
-_EVENTS = queries("lesions")
+_RECORD_EVENT = queries("lesions")["record_event"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +66,11 @@ class PatientTable:
         """
         async with self._pool.connection() as connection, connection.transaction():
             for entry in entries:
-                await _put(connection, entry)
-
-
-async def _put(connection: asyncpg.Connection, entry: PatientEntry) -> None:
-    history = entry.history
-    await connection.execute(
-        _SQL["put_patient"],
-        entry.patient_id,
-        entry.birth_date,
-        entry.sex,
-        history.personal_melanoma,
-        history.personal_skin_cancer,
-        history.family_melanoma,
-        history.immunosuppression,
-    )
-    await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
-    event = account_event("patient_load", {"encounters": len(entry.encounters)}, patient_id=entry.patient_id)
-    await connection.execute(_EVENTS["record_event"], *event_columns(event))
+                history = asdict(entry.history)
+                await connection.execute(
+                    _SQL["put_patient"], entry.patient_id, entry.birth_date, entry.sex, *history.values()
+                )
+                await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
+                known = {"encounters": len(entry.encounters)}
+                event = account_event("patient_load", known, patient_id=entry.patient_id)
+                await connection.execute(_RECORD_EVENT, *event_columns(event))

@@ -101,13 +101,10 @@ class Pool:
     async def close(self) -> None:
         """Close once all calls are done; after the timeout, close what is left by force."""
         try:
-            await self._close_in_time()
+            async with asyncio.timeout(self._timeout_s):
+                await self._pool.close()
         except TimeoutError:
             self._pool.terminate()
-
-    async def _close_in_time(self) -> None:
-        async with asyncio.timeout(self._timeout_s):
-            await self._pool.close()
 
 
 async def open_pool(dsn: str, *, minimum: int = 1, maximum: int = 4, timeout_s: float = 5.0) -> Pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 
 import asyncpg
@@ -12,20 +12,21 @@ from numpy.typing import NDArray
 
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, NotFound
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 from serve_app.records.references import (
     LOAD_TIMEOUT_S,
     ReferenceImage,
     copy_arrivals,
     index_space,
+    recount,
     take_in_arrivals,
+    wait_for_loaders,
 )
 
 _SQL = queries("reference_cache")
 _REFERENCES = queries("references")
 _SERVING = queries("serving")
-_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,7 @@ class ReferenceCache:
         """
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(_REFERENCES["take_in_space"], embedder.embedding_space)
-            known = await connection.fetchrow(
-                _SQL["claim_space"],
-                embedder.embedding_space,
-                embedder.model_id,
-                embedder.digest,
-                embedder.preprocess_version,
-                expected,
-            )
+            known = await connection.fetchrow(_SQL["claim_space"], *astuple(embedder), expected)
             if known["embedder_digest"] != embedder.digest:
                 raise Conflict(
                     f"{embedder.embedding_space} was filled by another build of {known['model_id']} "
@@ -109,16 +103,10 @@ class ReferenceCache:
     async def reassign(self, embedder: SpaceEmbedder, *, expected: int) -> None:
         """Say that all of a space was replaced by this embedder's vectors, and is complete; failures are forgotten."""
         async with self._pool.connection() as connection, connection.transaction():
-            await connection.execute(
-                _SQL["reclaim_space"],
-                embedder.embedding_space,
-                embedder.model_id,
-                embedder.digest,
-                embedder.preprocess_version,
-                expected,
-            )
             # Another embedder's failures say nothing of these.
-            await connection.execute(_SQL["drop_failures"], embedder.embedding_space)
+            for step in ("drop_embedder", "drop_failures"):
+                await connection.execute(_SQL[step], embedder.embedding_space)
+            await connection.execute(_SQL["claim_space"], *astuple(embedder), expected)
             await connection.execute(_SQL["completed"], embedder.embedding_space)
 
     async def present(self, embedding_space: str, *, with_picture: bool) -> set[str]:
@@ -146,17 +134,13 @@ class ReferenceCache:
         image lacks licence or attribution. Not indexed, nor counted, before `complete`.
         """
         async with self._pool.connection() as connection, connection.transaction():
-            await connection.execute(_REFERENCES["without_time_limits"])
-            await connection.execute(_REFERENCES["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
+            await wait_for_loaders(connection)
             await copy_arrivals(connection, images, embeddings)
             await take_in_arrivals(connection, embedding_space)
             await connection.execute(_SQL["forgive"], embedding_space)
-            await connection.executemany(
-                _SQL["take_in_picture"], [(p.isic_id, p.width, p.height, p.sha256, p.jpeg) for p in pictures]
-            )
-            await connection.executemany(
-                _SQL["take_in_failure"], [(embedding_space, f.isic_id, f.cause, f.detail) for f in failures]
-            )
+            await connection.executemany(_SQL["take_in_picture"], map(astuple, pictures))
+            rows = [(embedding_space, *astuple(failure)) for failure in failures]
+            await connection.executemany(_SQL["take_in_failure"], rows)
 
     async def failures(self, embedding_space: str) -> Mapping[str, str]:
         """Name the images that could not be embedded, each with its cause."""
@@ -167,15 +151,11 @@ class ReferenceCache:
         """Count and index what is there, and note that the space is filled; with its audit event."""
         async with self._pool.connection() as connection:
             async with connection.transaction():
-                await connection.execute(_REFERENCES["without_time_limits"])
-                await connection.execute(_REFERENCES["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
+                await wait_for_loaders(connection)
                 await index_space(connection, embedding_space)
                 await connection.execute(_SQL["completed"], embedding_space)
                 images = await connection.fetchval(_REFERENCES["count"], embedding_space)
-                event = account_event(
-                    "references_embed", {"embedding_space": embedding_space, "references": images}
-                )
-                await connection.execute(_EVENTS["record_event"], *event_columns(event))
+                await _record(connection, "references_embed", embedding_space, images)
             await connection.execute(_REFERENCES["analyze"], timeout=LOAD_TIMEOUT_S)
 
     async def spaces(self) -> list[SpaceSummary]:
@@ -199,32 +179,30 @@ class ReferenceCache:
         one, NotFound when there is no such space. Searches that have begun end as they began.
         """
         async with self._pool.connection() as connection, connection.transaction():
-            await connection.execute(_REFERENCES["without_time_limits"])
+            await connection.execute(_REFERENCES["prepare_to_load"])
             await connection.execute(_SERVING["lock_serving"])
             if await connection.fetchval(_SQL["is_live"], embedding_space):
                 raise Conflict(f"{embedding_space} is the space that the live model answers in.")
-            await connection.execute(_REFERENCES["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
+            await wait_for_loaders(connection)
             dropped = await _drop(connection, embedding_space)
-            event = account_event(
-                "references_drop", {"embedding_space": embedding_space, "references": dropped}
-            )
-            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            await _record(connection, "references_drop", embedding_space, dropped)
             return dropped
+
+
+async def _record(connection: asyncpg.Connection, action: str, embedding_space: str, references: int) -> None:
+    detail = {"embedding_space": embedding_space, "references": references}
+    await record_event(connection, account_event(action, detail))
 
 
 async def _drop(connection: asyncpg.Connection, embedding_space: str) -> int:
     for (statement,) in await connection.fetch(_SQL["drop_index_statements"], embedding_space):
         await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
-    deleted = int(
-        (await connection.execute(_SQL["drop_embeddings"], embedding_space, timeout=LOAD_TIMEOUT_S)).split()[
-            -1
-        ]
-    )
-    failures = await connection.execute(_SQL["drop_failures"], embedding_space)
-    embedder = await connection.execute(_SQL["drop_embedder"], embedding_space)
-    if not deleted and failures == "DELETE 0" and embedder == "DELETE 0":
+    deletions = []
+    for step in ("drop_embeddings", "drop_failures", "drop_embedder"):
+        said = await connection.execute(_SQL[step], embedding_space, timeout=LOAD_TIMEOUT_S)
+        deletions.append(int(said.removeprefix("DELETE ")))
+    if not any(deletions):
         raise NotFound(f"There is nothing in a space named {embedding_space!r}.")
     await connection.execute(_SQL["drop_unused_images"], timeout=LOAD_TIMEOUT_S)
-    for step in ("forget_counts", "recount"):
-        await connection.execute(_REFERENCES[step], timeout=LOAD_TIMEOUT_S)
-    return deleted
+    await recount(connection)
+    return deletions[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import asyncpg
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from serve_app.audit.events import account_event
 from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 #: Width of every embedding.
@@ -21,7 +21,6 @@ DIMENSIONS = 512
 EXACT_BELOW = 4_000
 
 _SQL = queries("references")
-_EVENTS = queries("lesions")
 _BOTH_KINDS = (True, False)
 # One step along an index takes as long as looking at so many references in a row (docs/references.md).
 _STEP = 23
@@ -83,12 +82,7 @@ class ReferenceStore:
         diagnoses there is no nearest malignant.
         """
         first = max(64, 4 * k)
-        limits = (
-            reference_filter.licences,
-            reference_filter.sites,
-            reference_filter.confirmed_only,
-            reference_filter.diagnoses,
-        )
+        limits = astuple(reference_filter)
         asked = (embedding, embedding_space, k, *limits, first)
         async with self._pool.connection() as connection:
             counted = await connection.fetch(_SQL["count_kinds"], embedding_space, *limits)
@@ -134,19 +128,21 @@ class ReferenceStore:
         """
         async with self._pool.connection() as connection:
             async with connection.transaction():
-                await connection.execute(_SQL["without_time_limits"])
-                await connection.execute(_SQL["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
+                await wait_for_loaders(connection)
                 await copy_arrivals(connection, images, embeddings)
                 if replace:
                     await connection.execute(_SQL["leave_only_arrivals"], embedding_space)
                 await take_in_arrivals(connection, embedding_space)
                 await index_space(connection, embedding_space, exact_below=self._exact_below)
-                event = account_event(
-                    "references_load",
-                    {"embedding_space": embedding_space, "references": len(images), "replaced": replace},
-                )
-                await connection.execute(_EVENTS["record_event"], *event_columns(event))
+                detail = {"embedding_space": embedding_space, "references": len(images), "replaced": replace}
+                await record_event(connection, account_event("references_load", detail))
             await connection.execute(_SQL["analyze"], timeout=60)
+
+
+async def wait_for_loaders(connection: asyncpg.Connection) -> None:
+    """Keep others from writing references until this transaction ends, however long it takes."""
+    await connection.execute(_SQL["prepare_to_load"])
+    await connection.execute(_SQL["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
 
 
 async def copy_arrivals(
@@ -155,12 +151,7 @@ async def copy_arrivals(
     """Put images and their embeddings (as `load` takes them) into this transaction's `arrivals`."""
     _check(images, embeddings)
     records = (
-        (
-            *(image.isic_id, image.lesion_id, image.diagnosis, image.diagnosis_confirm_type),
-            *(image.age_approx, image.sex, image.anatom_site_general),
-            *(image.copyright_license, image.attribution),
-            *(image.diagnosis in MALIGNANT, image.confirmed, embedding),
-        )
+        (*astuple(image), image.diagnosis in MALIGNANT, image.confirmed, embedding)
         for image, embedding in zip(images, embeddings, strict=True)
     )
     await connection.execute(_SQL["make_arrivals"], timeout=60)
@@ -170,20 +161,21 @@ async def copy_arrivals(
 async def take_in_arrivals(connection: asyncpg.Connection, embedding_space: str) -> None:
     """Add what is in `arrivals` to the images and to a space, or bring it up to date."""
     await connection.execute(_SQL["take_in_space"], embedding_space)
-    for step in ("take_in_images", "take_in_copies"):
-        await connection.execute(_SQL[step], timeout=LOAD_TIMEOUT_S)
+    await connection.execute(_SQL["take_in_images"], timeout=LOAD_TIMEOUT_S)
     await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=LOAD_TIMEOUT_S)
+
+
+async def recount(connection: asyncpg.Connection) -> None:
+    """Count the references of each sort anew, in every space."""
+    await connection.execute(_SQL["recount"], timeout=LOAD_TIMEOUT_S)
 
 
 async def index_space(
     connection: asyncpg.Connection, embedding_space: str, *, exact_below: int = EXACT_BELOW
 ) -> None:
     """Count what there is, and index each kind of a space that has `exact_below` images or more."""
-    for step in ("forget_counts", "recount"):
-        await connection.execute(_SQL[step], timeout=LOAD_TIMEOUT_S)
-    statements = await connection.fetch(_SQL["index_statements"], embedding_space, exact_below)
-    await connection.execute(_SQL["room_for_indexes"])
-    for (statement,) in statements:
+    await recount(connection)
+    for (statement,) in await connection.fetch(_SQL["index_statements"], embedding_space, exact_below):
         await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
 
 

@@ -98,4 +98,5 @@ class Clinic:
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    path.unlink()  # it may be linked to
     path.write_bytes(content)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import os
 from pathlib import Path
 import tempfile
+from typing import Any
 
 import pytest
 
 from cluster.cli import main
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.postgres import DatabaseUrls
 from serve_app.records.migrate import migrate
+from serve_app.records.pool import open_pool
 from serve_app.settings import load_settings
 from tests.cluster.clinic import Clinic
 
@@ -21,14 +23,8 @@ from tests.cluster.clinic import Clinic
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`main` sets DERM_HOME and the umask of its process, which here is everybody's."""
-    for name in (
-        "DERM_HOME",
-        "DERM_DATABASE_URL",
-        "DERM_OWNER_DATABASE_URL",
-        "DERM_TOKEN_SECRET",
-        "DERM_ENV",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "DATABASE_URL", "OWNER_DATABASE_URL", "TOKEN_SECRET", "ENV"):
+        monkeypatch.delenv(f"DERM_{name}", raising=False)
     umask = os.umask(0o022)
     load_settings.cache_clear()
     yield
@@ -50,6 +46,7 @@ def derm_cds(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
     def run(command: str, *arguments: str, home: Path) -> Said:
         capsys.readouterr()
+        load_settings.cache_clear()
         code = main([command, "--home", str(home), *arguments])
         captured = capsys.readouterr()
         return Said(code, captured.out, captured.err)
@@ -57,32 +54,39 @@ def derm_cds(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return run
 
 
-@pytest.fixture(scope="session")
-def home() -> Iterator[Path]:
-    """The home of a server of its own: the session's one is the template of other tests' databases."""
-    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
-        server = EmbeddedPostgres(Path(folder))
-        server.ensure()
-        try:
-            yield server.home
-        finally:
-            server.stop()
+@pytest.fixture
+async def own_home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home whose database is its own, on the session's server."""
+    urls = await new_database()
+    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
+    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
+    monkeypatch.setenv("DERM_TOKEN_SECRET", "a secret of the tests, long enough for HS256")
+    return tmp_path
 
 
 @pytest.fixture
-def urls(home: Path) -> DatabaseUrls:
-    return EmbeddedPostgres(home).ensure()
+def sql(own_home: Path) -> Callable[..., list[Any]]:
+    """Ask that home's database, as its owner."""
+
+    async def ask(statement: str, *values: object) -> list[Any]:
+        pool = await open_pool(os.environ["DERM_OWNER_DATABASE_URL"], minimum=0, maximum=1)
+        try:
+            return await pool.fetch(statement, *values)
+        finally:
+            await pool.close()
+
+    return lambda statement, *values: asyncio.run(ask(statement, *values))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def open_clinic() -> Iterator[Clinic]:
-    """One server for the module: every test leaves it with the images it lists, all readable."""
+    """One embedded server for the session: every test leaves it with the images it lists, all readable."""
     with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
         Path(folder).chmod(0o711)
         made = Clinic(Path(folder) / "home")
         try:
             asyncio.run(migrate(made.server.ensure().owner, application_role="derm_app"))
-            made.add_images(4)
+            made.add_images(8)
             yield made
         finally:
             made.server.stop(mode="immediate")
@@ -92,3 +96,14 @@ def open_clinic() -> Iterator[Clinic]:
 def clinic(open_clinic: Clinic) -> Clinic:
     open_clinic.server.ensure()
     return open_clinic
+
+
+@pytest.fixture
+def home(clinic: Clinic) -> Path:
+    """A home with an embedded server of its own: the session's one is the template of other tests' databases."""
+    return clinic.home
+
+
+@pytest.fixture
+def urls(clinic: Clinic) -> DatabaseUrls:
+    return clinic.server.ensure()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 import json
+import os
 from pathlib import Path
 import shutil
 import sqlite3
@@ -13,12 +14,10 @@ from uuid import uuid4
 
 import pytest
 
-from cluster import backup_folder
-from cluster.backup import back_up
-from cluster.backup_folder import BackupFailed
-from cluster.postgres import PostgresFailed
-from cluster.postgres_state import PostgresState
-from cluster.restore import restore
+from cluster import backups
+from cluster.backups import BackupFailed, back_up, restore
+from cluster.key_backups import find_kept_copies
+from cluster.postgres import PostgresFailed, PostgresState
 from cluster.running import occupy
 from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
 from serve_app.keys.envelope import data_key_id_of
@@ -32,7 +31,7 @@ def good(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backup to look at, copy and damage."""
     open_clinic.server.ensure()
     folder = tmp_path_factory.mktemp("backups") / "good"
-    back_up(open_clinic.server, folder, service_version="1")
+    back_up(open_clinic.server, folder)
     return folder
 
 
@@ -74,11 +73,12 @@ def test_the_drill(clinic: Clinic, derm_cds, tmp_path: Path) -> None:
     assert verified.out.startswith("restored, ")  # and says that what was signed meanwhile no longer holds
     assert derm_cds("audit", "checkpoint", home=home).code == 0  # the log goes on
     events = "SELECT action FROM audit_events WHERE action IN ('backup', 'restore') ORDER BY event_id"
-    assert [row["action"] for row in clinic.ask(lambda pool: pool.fetch(events))] == ["backup", "restore"]
-    assert (
-        clinic.ask(lambda pool: pool.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'amcheck'"))
-        == 0
-    )
+    assert [row["action"] for row in clinic.ask(lambda pool: pool.fetch(events))][-2:] == [
+        "backup",
+        "restore",
+    ]
+    amcheck = "SELECT count(*) FROM pg_extension WHERE extname = 'amcheck'"
+    assert clinic.ask(lambda pool: pool.fetchval(amcheck)) == 0
     assert derm_cds("migrate", home=home).out == "up to date\n"
 
 
@@ -94,13 +94,11 @@ def test_a_backup_holds_neither_keys_nor_images_in_clear(clinic: Clinic, good: P
     assert not any(secret in everything for secret in secrets)
 
 
-def test_another_machine_restores_it_with_passwords_of_its_own(clinic: Clinic, tmp_path: Path) -> None:
-    back_up(clinic.server, tmp_path / "b", service_version="1")
+def test_another_machine_restores_it_with_passwords_of_its_own(clinic: Clinic, good: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
         other = Clinic(Path(folder), dict(clinic.images))
-        done = restore(other.server, tmp_path / "b")
+        assert restore(other.server, good) is None
         try:
-            assert done.kept is None
             assert not list((other.server.directory / "setup").iterdir())
             assert other.server.ensure() != clinic.server.ensure()
             shutil.copytree(clinic.home / "keys", other.home / "keys")
@@ -111,51 +109,45 @@ def test_another_machine_restores_it_with_passwords_of_its_own(clinic: Clinic, t
             other.server.stop(mode="immediate")
 
 
-def test_what_was_there_is_kept(clinic: Clinic, tmp_path: Path) -> None:
+def test_what_was_there_is_kept_and_named(clinic: Clinic, derm_cds, good: Path) -> None:
     count = "SELECT count(*) FROM lesion_images"
     before = clinic.ask(lambda pool: pool.fetchval(count))
-    back_up(clinic.server, tmp_path / "b", service_version="1")
     clinic.add_images(1)
     clinic.server.stop()
-    kept = restore(clinic.server, tmp_path / "b").kept
-    assert clinic.ask(lambda pool: pool.fetchval(count)) == before
-    clinic.server.stop()
+    kept = restore(clinic.server, good)
     assert kept is not None
+    assert clinic.ask(lambda pool: pool.fetchval(count)) == before
+    assert kept in [copy.path for copy in find_kept_copies(clinic.home)]
+    assert "kept_copy" in derm_cds("status", home=clinic.home).out
+    clinic.server.stop()
     shutil.rmtree(clinic.server.data)
     kept.rename(clinic.server.data)
     assert clinic.ask(lambda pool: pool.fetchval(count)) == before + 1
 
 
-def test_a_folder_in_use_is_refused(clinic: Clinic, tmp_path: Path) -> None:
+def test_a_folder_in_use_or_a_full_disk_is_seen_before_anything_is_written(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").touch()
     with pytest.raises(Conflict, match="not empty"):
-        back_up(clinic.server, tmp_path / "b", service_version="1")
+        back_up(clinic.server, tmp_path / "b")
     (tmp_path / "c.partial").mkdir()
     with pytest.raises(Conflict, match="cut off"):
-        back_up(clinic.server, tmp_path / "c", service_version="1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c.partial"]
-
-
-def test_a_full_disk_is_seen_before_anything_is_written(
-    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backup_folder, "_SPARE_BYTES", 2**60)
+        back_up(clinic.server, tmp_path / "c")
+    monkeypatch.setattr(backups, "_SPARE_BYTES", 2**60)
     with pytest.raises(BackupFailed, match="are needed"):
-        back_up(clinic.server, tmp_path / "b", service_version="1")
-    assert list(tmp_path.iterdir()) == []
+        back_up(clinic.server, tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c.partial"]
 
 
 def test_a_backup_that_fails_leaves_nothing(
     clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = PostgresState.read(clinic.server.state_file)
-    assert state is not None
-    monkeypatch.setattr(
-        PostgresState, "superuser_environment", lambda _, at: {"PGHOST": str(at), "PGPORT": "1"}
-    )
+    unreachable = {"PGHOST": "/nowhere", "PGPORT": "1"}
+    monkeypatch.setattr(PostgresState, "superuser_environment", lambda *_: unreachable)
     with pytest.raises(BackupFailed, match="pg_basebackup failed"):
-        back_up(clinic.server, tmp_path / "b", service_version="1")
+        back_up(clinic.server, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,7 +172,7 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
     before = sorted(path.name for path in clinic.server.directory.iterdir())
     for number, (name, (damage, error)) in enumerate(damages.items()):
         bad = tmp_path / f"bad-{number}"
-        shutil.copytree(good, bad)
+        shutil.copytree(good, bad, copy_function=os.link)
         damage(bad / name)
         with pytest.raises(error):
             restore(clinic.server, bad)
@@ -201,12 +193,11 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
 def test_a_backup_of_another_kind_is_refused(
     clinic: Clinic, good: Path, tmp_path: Path, field_, value, error, said
 ) -> None:
-    shutil.copytree(good, tmp_path / "b")
-    clinic.server.stop()
-    manifest = tmp_path / "b" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {field_: value}))
+    (tmp_path / "data").symlink_to(good / "data")
+    manifest = json.loads((good / "manifest.json").read_text()) | {field_: value}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(error, match=said):
-        restore(clinic.server, tmp_path / "b")
+        restore(clinic.server, tmp_path)
 
 
 def test_an_operators_own_database_is_theirs_to_back_up(

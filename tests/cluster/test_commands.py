@@ -1,184 +1,33 @@
-"""The command line against a real database."""
+"""The command line: what needs no database, care assignments and revocations, tokens, status, and the audit log's export."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from pathlib import Path
+import stat
+from uuid import uuid4
 
-from PIL import Image
 import pytest
 
 from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.prepare import choose_model
-from serve_app.access.tokens import TokenVerifier
+from serve_app.access.rules import RequestedAction, begin
+from serve_app.access.tokens import Principal, TokenVerifier
 from serve_app.domain.errors import ModelContractError, Unauthenticated
+from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
+
+PAIR = ("--patient", "p-access", "--clinician", "dr-access")
+SPAN = ("--from", "2020-01-01", "--to", "2099-01-01")
 
 
-async def _assigned(dsn: str, clinician: str, patient: str) -> bool:
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
-        return (await LesionStore(pool).access(clinician, patient)).assigned
-    finally:
-        await pool.close()
+def assigned(clinic) -> bool:
+    return clinic.ask(lambda pool: LesionStore(pool).access("dr-access", "p-access")).assigned
 
 
-def test_migrate_applies_once(derm_cds, home) -> None:
-    first = derm_cds("migrate", home=home)
-    again = derm_cds("migrate", home=home)
-    assert first.code == again.code == 0
-    assert first.out.startswith(("applied 0001_", "up to date"))
-    assert again.out == "up to date\n"
-
-
-def test_assign_puts_a_patient_into_care(derm_cds, home, urls) -> None:
-    derm_cds("migrate", home=home)
-    said = derm_cds("assign", "--patient", "p-cli", "--clinician", "dr-cli", home=home)
-    assert said.code == 0
-    assert "p-cli is in the care of dr-cli until further notice" in said.out
-    assert asyncio.run(_assigned(urls.app, "dr-cli", "p-cli"))
-    assert not asyncio.run(_assigned(urls.app, "dr-cli", "p-other"))
-
-
-def test_care_may_end(derm_cds, home, urls) -> None:
-    derm_cds("migrate", home=home)
-    options = ("--patient", "p-end", "--clinician", "dr-cli", "--until", "2099-01-01T00:00:00Z")
-    assert derm_cds("assign", *options, home=home).code == 0
-    assert asyncio.run(_assigned(urls.app, "dr-cli", "p-end"))
-
-
-def test_care_cannot_end_before_it_begins(derm_cds, home) -> None:
-    derm_cds("migrate", home=home)
-    options = ("--patient", "p-past", "--clinician", "dr-cli", "--until", "2001-01-01T00:00Z")
-    said = derm_cds("assign", *options, home=home)
-    assert said.code == 1
-    assert said.err.startswith("derm-cds: ")
-    assert said.err.count("\n") == 1
-
-
-def test_token_is_signed_for_this_node(derm_cds, home, urls) -> None:
-    write_service_environment(home, urls)
-    token = derm_cds("token", "--subject", "dr-cli", "--role", "clinician", home=home).out.strip()
-    secret = read_service_environment(home)["DERM_TOKEN_SECRET"]
-    principal = TokenVerifier(secret, "derm-cds", "derm-cds").verify(token)
-    assert principal.subject == "dr-cli"
-    assert principal.roles == {"clinician"}
-    with pytest.raises(Unauthenticated):
-        TokenVerifier("x" * 32, "derm-cds", "derm-cds").verify(token)
-
-
-def test_token_is_refused_in_production(derm_cds, home, urls, monkeypatch) -> None:
-    write_service_environment(home, urls)
-    monkeypatch.setenv("DERM_ENV", "production")
-    said = derm_cds("token", home=home)
-    assert said.code == 1
-    assert said.out == ""
-    assert "production" in said.err
-
-
-def test_token_before_the_first_start_says_what_is_missing(derm_cds, tmp_path) -> None:
-    said = derm_cds("token", home=tmp_path / "nothing")
-    assert said.code == 1
-    assert "derm-cds serve" in said.err
-    assert said.err.count("\n") == 1
-
-
-def test_status_of_a_home_that_never_ran(derm_cds, tmp_path) -> None:
-    said = derm_cds("status", home=tmp_path / "nothing")
-    assert said.code == 3
-    assert "not running" in said.out
-    assert not (tmp_path / "nothing").exists()
-
-
-def test_status_for_programs(derm_cds, home) -> None:
-    derm_cds("migrate", home=home)
-    said = derm_cds("status", "--json", home=home)
-    status = json.loads(said.out)
-    assert said.code == 3
-    assert status["service"] == "not running"
-    assert status["schema"] == "up to date"
-    assert status["references"] == "0"
-
-
-def test_stop_of_what_does_not_run(derm_cds, tmp_path) -> None:
-    said = derm_cds("stop", home=tmp_path)
-    assert said.code == 0
-    assert "not running" in said.out
-
-
-def test_sample_is_a_jpeg_of_a_useful_size(derm_cds, tmp_path) -> None:
-    first, again = tmp_path / "first.jpg", tmp_path / "again.jpg"
-    for path in (first, again):
-        assert derm_cds("sample", str(path), home=tmp_path).code == 0
-    with Image.open(first) as image:
-        assert image.format == "JPEG"
-        assert image.width >= 600
-        assert image.height >= 450
-    assert first.read_bytes() == again.read_bytes()
-
-
-def test_models_of_an_empty_store(derm_cds, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DERM_MODELS", str(tmp_path))
-    assert derm_cds("models", "list", home=tmp_path).out == ""
-    said = derm_cds("models", "verify", "no.model", home=tmp_path)
-    assert said.code == 1
-    assert "no.model" in said.err
-
-
-def test_references_of_an_empty_store(derm_cds, home, tmp_path, monkeypatch) -> None:
-    derm_cds("migrate", home=home)
-    monkeypatch.setenv("DERM_MODELS", str(tmp_path))
-    said = derm_cds("references", "load", home=home)
-    assert said.code == 1
-    assert "holds no model" in said.err
-
-
-@pytest.mark.parametrize(
-    ("wanted", "live", "there", "chosen"),
-    [
-        (None, None, ["a.one"], "a.one"),
-        (None, "a.two", ["a.one", "a.two"], "a.two"),
-        ("a.one", "a.two", ["a.one", "a.two"], "a.one"),
-    ],
-)
-def test_the_model_that_answers(tmp_path, wanted, live, there, chosen) -> None:
-    """A start never takes the place of a model that somebody chose."""
-    _store(tmp_path, there)
-    assert choose_model(tmp_path, wanted=wanted, live=live) == chosen
-
-
-@pytest.mark.parametrize(
-    ("wanted", "live", "there"),
-    [
-        (None, None, []),
-        (None, None, ["a.one", "a.two"]),
-        ("a.three", None, ["a.one"]),
-        (None, "a.three", ["a.one"]),
-    ],
-)
-def test_no_model_is_guessed(tmp_path, wanted, live, there) -> None:
-    _store(tmp_path, there)
-    with pytest.raises(ModelContractError):
-        choose_model(tmp_path, wanted=wanted, live=live)
-
-
-def _store(folder: Path, models: list[str]) -> None:
-    for model in models:
-        (folder / model).mkdir()
-        (folder / model / "manifest.toml").touch()
-
-
-def test_models_that_are_shipped_verify(derm_cds, tmp_path) -> None:
-    there = derm_cds("models", "list", home=tmp_path).out.split()
-    assert there
-    said = derm_cds("models", "verify", home=tmp_path)
-    assert said.code == 0
-    assert said.out == "".join(f"{model}: verified\n" for model in there)
-    shown = derm_cds("models", "show", there[0], home=tmp_path)
-    assert f"model_id  {there[0]}" in shown.out
+def events(clinic, action: str) -> list[tuple[str, dict[str, str]]]:
+    query = "SELECT patient_id, detail FROM audit_events WHERE action = $1 ORDER BY event_id"
+    return [tuple(row) for row in clinic.ask(lambda pool: pool.fetch(query, action))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -187,3 +36,188 @@ def test_every_command_has_help(command, capsys) -> None:
         main([command, "--help"])
     assert exit_.value.code == 0
     assert "--home" in capsys.readouterr().out
+
+
+def test_care_begins_and_ends_and_is_audited(derm_cds, home, clinic) -> None:
+    said = derm_cds("access", "assign", *PAIR, home=home)
+    assert (said.code, said.out) == (0, "p-access is in the care of dr-access until further notice\n")
+    assert assigned(clinic)
+    said = derm_cds("access", "list", "--patient", "p-access", home=home)
+    assert "p-access: dr-access, from " in said.out
+    assert "until further notice" in said.out
+    assert derm_cds("access", "end", *PAIR, home=home).code == 0
+    assert not assigned(clinic)
+    assert "p-access" not in derm_cds("access", "list", home=home).out
+    assert "p-access" in derm_cds("access", "list", "--all", home=home).out
+    for action in ("assign", "end_assignment"):
+        expected = ("p-access", {"subject": "dr-access", "purpose": "HSYSADMIN"})
+        assert events(clinic, action)[-1] == expected
+
+
+@pytest.mark.parametrize("patient", ["Jane Doe", "p\n", "p" * 65, ""])
+def test_only_a_patient_id_that_the_interface_takes_is_assigned(derm_cds, tmp_path, capsys, patient) -> None:
+    for action in (("assign",), ("access", "assign")):
+        with pytest.raises(SystemExit, match="2"):
+            derm_cds(*action, f"--patient={patient}", "--clinician", "dr-access", home=tmp_path)
+        assert "argument --patient: patient: an opaque id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["2099-01-01", "2099-01-01T08:00", "tomorrow"])
+def test_a_time_without_a_zone_is_refused(derm_cds, tmp_path, capsys, moment: str) -> None:
+    for option in ("--from", "--until"):
+        with pytest.raises(SystemExit, match="2"):
+            derm_cds("assign", *PAIR, option, moment, home=tmp_path)
+        assert "time with a zone" in capsys.readouterr().err
+
+
+def test_care_to_come_is_told_in_utc_and_withdrawn_and_none_ends_before_it_begins(
+    derm_cds, home, clinic
+) -> None:
+    times = ("--from", "2099-01-01T01:00+02:00", "--until", "2099-02-01T00:00Z")
+    span = "from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00"
+    said = derm_cds("assign", *PAIR, *times, home=home)
+    assert said.out == f"p-access is in the care of dr-access {span}\n"
+    assert span in derm_cds("access", "list", "--patient", "p-access", home=home).out
+    assert not assigned(clinic)
+    assert derm_cds("access", "end", *PAIR, home=home).code == 0
+    again = derm_cds("access", "end", *PAIR, home=home)
+    assert (again.code, "is not in the care of" in again.err) == (1, True)
+    past = derm_cds("assign", *PAIR, "--until", "2001-01-01T00:00Z", home=home)
+    assert (past.code, past.err[:10], past.err.count("\n")) == (1, "derm-cds: ", 1)
+
+
+def test_a_subject_and_a_token_are_revoked_and_restored(derm_cds, home, clinic) -> None:
+    for given, principal in (
+        (("dr-out",), Principal("dr-out", frozenset())),
+        (("--token", "jti-out"), Principal("dr-other", frozenset(), "jti-out")),
+    ):
+
+        def revoked(principal: Principal = principal) -> bool:
+            return clinic.ask(lambda pool: AccessStore(pool).is_revoked(principal))
+
+        before = len(events(clinic, "revoke"))
+        assert not revoked()
+        assert "from now on" in derm_cds("access", "revoke", *given, home=home).out
+        assert "already" in derm_cds("access", "revoke", *given, home=home).out
+        assert revoked()
+        assert len(events(clinic, "revoke")) == before + 1
+        assert "revoked" in derm_cds("access", "list", home=home).out
+        assert derm_cds("access", "restore", *given, home=home).code == 0
+        assert not revoked()
+        assert derm_cds("access", "restore", *given, home=home).code == 1
+    other = Principal("dr-other", frozenset())
+    assert not clinic.ask(lambda pool: AccessStore(pool).is_revoked(other))
+
+
+def test_token_is_signed_for_this_node_and_refused_in_production(derm_cds, home, urls, monkeypatch) -> None:
+    write_service_environment(home, urls)
+    token = derm_cds("token", "--subject", "dr-cli", "--role", "clinician", home=home).out.strip()
+    secret = read_service_environment(home)["DERM_TOKEN_SECRET"]
+    principal = TokenVerifier(secret, "derm-cds", "derm-cds").verify(token)
+    assert (principal.subject, principal.roles) == ("dr-cli", {"clinician"})
+    with pytest.raises(Unauthenticated):
+        TokenVerifier("x" * 32, "derm-cds", "derm-cds").verify(token)
+    monkeypatch.setenv("DERM_ENV", "production")
+    refused = derm_cds("token", home=home)
+    assert (refused.code, refused.out, "production" in refused.err) == (1, "", True)
+
+
+def test_before_the_first_start(derm_cds, tmp_path) -> None:
+    nothing = tmp_path / "nothing"
+    token = derm_cds("token", home=nothing)
+    assert (token.code, "derm-cds serve" in token.err, token.err.count("\n")) == (1, True, 1)
+    status = derm_cds("status", home=nothing)
+    assert (status.code, "not running" in status.out) == (3, True)
+    stop = derm_cds("stop", home=nothing)
+    assert (stop.code, stop.out) == (0, "derm-cds is not running here.\n")
+    assert not nothing.exists()
+
+
+def test_status_for_programs(derm_cds, home) -> None:
+    said = derm_cds("status", "--json", home=home)
+    status = json.loads(said.out)
+    assert (said.code, status["service"], status["schema"]) == (3, "not running", "up to date")
+
+
+def test_models_and_references_of_an_empty_store(derm_cds, own_home, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DERM_MODELS", str(tmp_path))
+    assert derm_cds("models", "list", home=own_home).out == ""
+    said = derm_cds("models", "verify", "no.model", home=own_home)
+    assert (said.code, "no.model" in said.err) == (1, True)
+    said = derm_cds("references", "load", home=own_home)
+    assert (said.code, "holds no model" in said.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "live", "there", "chosen"),
+    [
+        (None, None, ["a.one"], "a.one"),
+        (None, "a.two", ["a.one", "a.two"], "a.two"),
+        ("a.one", "a.two", ["a.one", "a.two"], "a.one"),
+        (None, None, [], None),
+        (None, None, ["a.one", "a.two"], None),
+        ("a.three", None, ["a.one"], None),
+        (None, "a.three", ["a.one"], None),
+    ],
+)
+def test_a_start_takes_the_model_that_somebody_chose_and_guesses_none(
+    tmp_path, wanted, live, there, chosen
+) -> None:
+    for model in there:
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "manifest.toml").touch()
+    if chosen is None:
+        with pytest.raises(ModelContractError):
+            choose_model(tmp_path, wanted=wanted, live=live)
+    else:
+        assert choose_model(tmp_path, wanted=wanted, live=live) == chosen
+
+
+def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, own_home, tmp_path) -> None:
+    first, again = tmp_path / "first.ndjson", tmp_path / "again.ndjson"
+    for path in (first, again):
+        said = derm_cds("audit", "export", *SPAN, "--out", str(path), home=own_home)
+        assert said.code == 0, said.err
+    before, after = (path.read_text().splitlines() for path in (first, again))
+    assert len(after) == len(before) + 1
+    assert after[: len(before)] == before
+    own = json.loads(after[-1])
+    assert (own["resourceType"], own["type"]["code"]) == ("AuditEvent", "110106")
+    assert own["subtype"][-1]["code"] == "export"
+    assert own["purposeOfEvent"][0]["coding"][0]["code"] == "HCOMPL"
+    assert f"{len(after)} events" in said.out
+    assert stat.S_IMODE(first.stat().st_mode) == 0o600
+    third = derm_cds("audit", "export", *SPAN, "--out", str(first), home=own_home)
+    assert third.code == 1
+    assert first.read_text().splitlines() == before  # never written over
+    empty = ("--from", "2026-01-02", "--to", "2026-01-01", "--out", str(tmp_path / "x"))
+    assert "--from must be before --to" in derm_cds("audit", "export", *empty, home=own_home).err
+
+
+def test_an_emergency_is_exported_as_such_and_an_event_from_before_purposes_without(
+    derm_cds, home, clinic, tmp_path
+) -> None:
+    request_id = str(uuid4())
+
+    async def record(pool) -> None:
+        for emergency in (None, uuid4()):
+            attempt = RequestedAction(
+                Principal("dr", frozenset({"clinician"})), "read", request_id, patient_id="p-1"
+            )
+            attempt.emergency = emergency
+            begin(attempt)
+            await LesionStore(pool).record_event(attempt.event("success"))
+        await pool.execute(
+            "INSERT INTO audit_events (action, actor, outcome, patient_id, request_id, detail)"
+            " VALUES ('read', 'dr', 'success', 'p-1', $1, '{}')",
+            request_id,
+        )
+
+    clinic.ask(record)
+    path = tmp_path / "out.ndjson"
+    assert derm_cds("audit", "export", *SPAN, "--out", str(path), home=home).code == 0
+    found = [json.loads(line) for line in path.read_text().splitlines() if request_id in line]
+    purposes = [event.get("purposeOfEvent", [{}])[0].get("coding", [{}])[0].get("code") for event in found]
+    assert purposes == ["TREAT", "ETREAT", None]
+    assert derm_cds("audit", "checkpoint", home=home).code == 0
+    assert derm_cds("audit", "verify", home=home).code == 0

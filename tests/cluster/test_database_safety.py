@@ -10,16 +10,16 @@ import re
 import asyncpg
 import pytest
 
-from cluster.database_safety import (
+from cluster.postgres import DatabaseUrls
+from cluster.prepare import prepare
+from cluster.safety import (
+    Finding,
     access_findings,
     database_findings,
     look_at,
     remote_hosts,
     transport_findings,
 )
-from cluster.finding import Finding
-from cluster.postgres import DatabaseUrls
-from cluster.prepare import prepare
 from serve_app.domain.errors import DermError
 from serve_app.records.pool import open_pool
 from serve_app.settings import Settings
@@ -94,18 +94,14 @@ async def _said_of_the_role(urls: DatabaseUrls) -> str:
     return "".join(found)
 
 
-async def test_the_role_that_we_make_is_safe(database: DatabaseUrls) -> None:
-    assert await _said_of_the_role(database) == ""
-
-
-async def test_a_role_that_owns_the_schema_is_found(database: DatabaseUrls) -> None:
+async def test_the_role_that_we_make_is_safe_and_neither_the_owner_nor_a_superuser(
+    database: DatabaseUrls, as_superuser
+) -> None:
     """The URL of one role for everything, as an operator would write it."""
+    assert await _said_of_the_role(database) == ""
     said = await _said_of_the_role(DatabaseUrls(owner=database.owner, app=database.owner))
     assert said.startswith("derm_owner, the role that serves, owns audit_events")
     assert "DERM_OWNER_DATABASE_URL" in said
-
-
-async def test_a_superuser_is_found(database: DatabaseUrls, as_superuser) -> None:
     said = await _said_of_the_role(DatabaseUrls(owner=database.owner, app=as_superuser(database)))
     assert "is a superuser" in said
 
@@ -121,18 +117,14 @@ async def test_a_superuser_is_found(database: DatabaseUrls, as_superuser) -> Non
         ("DELETE ON audit_seals", "may change audit_seals"),
         ("pg_write_all_data", "may change audit_events"),
         ("derm_owner", "owns audit_events"),
+        ("ALTER SCHEMA public OWNER TO clerk", "owns audit_events"),  # and can drop its tables
     ],
 )
 async def test_a_right_over_the_audit_log_is_found(clerk, superuser, grant: str, said: str) -> None:
     assert await _said_of_the_role(clerk) == ""
-    await superuser.execute(f"GRANT {grant} TO clerk")
-    assert said in await _said_of_the_role(clerk)
-
-
-async def test_the_owner_of_the_schema_can_drop_its_tables_and_is_found(clerk, superuser) -> None:
-    await superuser.execute("ALTER SCHEMA public OWNER TO clerk")
+    await superuser.execute(grant if grant.startswith("ALTER") else f"GRANT {grant} TO clerk")
     try:
-        assert "owns audit_events" in await _said_of_the_role(clerk)
+        assert said in await _said_of_the_role(clerk)
     finally:
         await superuser.execute("ALTER SCHEMA public OWNER TO derm_owner")
 
@@ -160,20 +152,17 @@ def test_another_machine_is_told_from_this_one(url: str, remote: list[str], monk
     assert names(transport_findings(DatabaseUrls(owner=url, app=url))) == ["database_tls"] * 2 * len(remote)
 
 
-def test_the_environment_may_name_the_machine_and_the_mode(monkeypatch) -> None:
+def test_only_a_proven_other_end_will_do_and_the_environment_may_name_both(monkeypatch) -> None:
+    for mode in ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"):
+        url = f"{REMOTE}?sslmode={mode}&sslrootcert=/etc/ca.pem"
+        found = transport_findings(DatabaseUrls(owner=url, app=url))
+        assert bool(found) is (mode != "verify-full")
+        assert not any("secret" in finding.advice for finding in found)
     urls = DatabaseUrls(owner="postgresql:///derm", app="postgresql:///derm")
     monkeypatch.setenv("PGHOST", "db.example")
     assert names(transport_findings(urls)) == ["database_tls"] * 2
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     assert transport_findings(urls) == []
-
-
-@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
-def test_only_a_proven_other_end_will_do(mode: str) -> None:
-    url = f"{REMOTE}?sslmode={mode}&sslrootcert=/etc/ca.pem"
-    found = transport_findings(DatabaseUrls(owner=url, app=url))
-    assert bool(found) is (mode != "verify-full")
-    assert not any("secret" in finding.advice for finding in found)
 
 
 def _production(home, urls: DatabaseUrls, monkeypatch) -> Settings:
@@ -182,20 +171,13 @@ def _production(home, urls: DatabaseUrls, monkeypatch) -> Settings:
     return Settings(home=home, env="production", database_url=urls.app, token_secret=GOOD_SECRET)
 
 
-async def test_production_does_not_start_on_a_database_of_one_role(
-    database: DatabaseUrls, tmp_path, monkeypatch
-) -> None:
-    urls = DatabaseUrls(owner=database.owner, app=database.owner)
-    with pytest.raises(DermError, match=r"Refused in production.*owns audit_events"):
-        await prepare(_production(tmp_path, urls, monkeypatch), model=None)
-
-
-async def test_production_does_not_start_on_a_server_that_loses_records(
+async def test_production_does_not_start_on_one_role_or_a_server_that_loses_records(
     database: DatabaseUrls, tmp_path, monkeypatch
 ) -> None:
     """The server of these tests writes nothing through."""
-    with pytest.raises(DermError, match=r"Refused in production.*fsync is off"):
-        await prepare(_production(tmp_path, database, monkeypatch), model=None)
+    urls = DatabaseUrls(owner=database.owner, app=database.owner)
+    with pytest.raises(DermError, match=r"Refused in production.*fsync is off.*owns audit_events"):
+        await prepare(_production(tmp_path, urls, monkeypatch), model=None)
 
 
 async def test_production_sends_no_password_to_another_machine_in_clear(tmp_path, monkeypatch) -> None:
@@ -206,10 +188,9 @@ async def test_production_sends_no_password_to_another_machine_in_clear(tmp_path
 
 
 def test_status_tells_of_an_operators_own_database(
-    derm_cds, home, urls: DatabaseUrls, tmp_path, monkeypatch
+    derm_cds, urls: DatabaseUrls, tmp_path, monkeypatch
 ) -> None:
     """Another home's server, as an operator's own: the URL in service.env, and one role for everything."""
-    derm_cds("migrate", home=home)
     file = tmp_path / "secrets" / "service.env"
     file.parent.mkdir(mode=0o700)
     file.touch(mode=0o600)
@@ -221,4 +202,4 @@ def test_status_tells_of_an_operators_own_database(
     file.write_text(f"DERM_DATABASE_URL={urls.app}\nDERM_TOKEN_SECRET={GOOD_SECRET}\n")
     monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
     told = json.loads(derm_cds("status", "--json", home=tmp_path).out)
-    assert set(told["safety"]) == {"env"}
+    assert set(told["safety"]) == {"env", "keystore"}  # that home's images have their keys there

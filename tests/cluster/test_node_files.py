@@ -7,14 +7,14 @@ import stat
 
 import pytest
 
-from cluster.database import own_database
 from cluster.node_files import (
     is_embedded,
+    own_database,
     read_service_environment,
     write_owner_environment,
     write_service_environment,
 )
-from cluster.postgres_state import DatabaseUrls, PostgresState
+from cluster.postgres import DatabaseUrls, PostgresState
 from serve_app.domain.errors import IntegrityError
 from serve_app.settings import OWNER_URL, find_owner_url, load_settings, model_folder
 
@@ -22,7 +22,7 @@ from serve_app.settings import OWNER_URL, find_owner_url, load_settings, model_f
 def _embedded(home: Path, port: int) -> DatabaseUrls:
     """The URLs of a server that this home set up, wherever it listens now."""
     path = home / "postgres.json"
-    state = PostgresState.read(path) or PostgresState.fresh(port)
+    state = PostgresState.read(path) or PostgresState.fresh()
     state.port = port
     state.write(path)
     return state.urls(None)
@@ -40,13 +40,10 @@ def test_the_secret_is_made_once_and_the_url_follows(tmp_path) -> None:
     assert first["DERM_DATABASE_URL"] != second["DERM_DATABASE_URL"] == urls.app
     assert "derm_owner" not in str(second)
     assert own_database(tmp_path) is None
-
-
-def test_the_embedded_server_is_known_by_its_socket_too(tmp_path) -> None:
-    """As after its passwords were made anew."""
-    urls = PostgresState.fresh(1).urls(tmp_path / "postgres" / "socket")
-    assert is_embedded(tmp_path, urls.app)
-    assert not is_embedded(tmp_path / "other", urls.app)
+    # By its socket, too, as after its passwords were made anew.
+    by_socket = PostgresState.fresh().urls(tmp_path / "postgres" / "socket").app
+    assert is_embedded(tmp_path, by_socket)
+    assert not is_embedded(tmp_path / "other", by_socket)
 
 
 def test_an_operators_own_database_is_never_overwritten(tmp_path) -> None:
@@ -63,32 +60,22 @@ def test_an_operators_own_database_is_never_overwritten(tmp_path) -> None:
 
 
 def test_both_roles_may_be_in_the_file_and_the_environment_wins(tmp_path, monkeypatch) -> None:
-    file = tmp_path / "secrets" / "service.env"
-    file.parent.mkdir(mode=0o700)
-    file.touch(mode=0o600)
-    file.write_text(
-        "DERM_DATABASE_URL=postgresql://app@/derm\nDERM_OWNER_DATABASE_URL=postgresql://owner@/derm\n"
-    )
-    assert own_database(tmp_path) == DatabaseUrls(
-        owner="postgresql://owner@/derm", app="postgresql://app@/derm"
-    )
-    monkeypatch.setenv("DERM_DATABASE_URL", "postgresql://app@/other")
-    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", "postgresql://owner@/other")
-    assert own_database(tmp_path) == DatabaseUrls(
-        owner="postgresql://owner@/other", app="postgresql://app@/other"
-    )
-
-
-def test_a_database_of_the_environment_stays_out_of_the_file(tmp_path) -> None:
     write_service_environment(tmp_path, None)
-    assert "DERM_DATABASE_URL" not in read_service_environment(tmp_path)
-
-
-def test_nobody_else_reads_it(tmp_path) -> None:
-    write_service_environment(tmp_path, DatabaseUrls(owner="x", app="y"))
-    path = tmp_path / "secrets" / "service.env"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    file = tmp_path / "secrets" / "service.env"
+    assert "DERM_DATABASE_URL" not in file.read_text()  # the environment's stays out of it
+    here = {
+        "DERM_DATABASE_URL": "postgresql://app@/derm",
+        "DERM_OWNER_DATABASE_URL": "postgresql://owner@/derm",
+    }
+    file.write_text("".join(f"{name}={value}\n" for name, value in here.items()))
+    assert own_database(tmp_path) == DatabaseUrls(
+        app=here["DERM_DATABASE_URL"], owner="postgresql://owner@/derm"
+    )
+    for name, value in here.items():
+        monkeypatch.setenv(name, value.replace("derm", "other"))
+    assert own_database(tmp_path) == DatabaseUrls(
+        app="postgresql://app@/other", owner="postgresql://owner@/other"
+    )
 
 
 def test_settings_come_from_it_and_the_environment_wins(tmp_path, monkeypatch) -> None:
@@ -99,6 +86,8 @@ def test_settings_come_from_it_and_the_environment_wins(tmp_path, monkeypatch) -
     assert settings.database_url.get_secret_value() == "postgresql://a@/?host=/a%20b&port=1"
     assert settings.token_secret.get_secret_value() == "s" * 40
     assert settings.models == model_folder()
+    path = tmp_path / "secrets" / "service.env"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)] == [0o600, 0o700]
 
 
 def test_a_job_finds_the_owners_url_where_nobody_else_can_read_it(tmp_path, monkeypatch) -> None:

@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 import json
-import os
-from pathlib import Path
-from typing import Any
 from uuid import UUID, uuid4
 
-import pytest
-
 from serve_app.audit.events import os_account
-from serve_app.records.pool import open_pool
 
 
-@pytest.fixture
-async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home whose database is its own."""
-    urls = await new_database()
-    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
-    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
-    return tmp_path
-
-
-def _sql(statement: str, *arguments: object) -> list[Any]:
-    async def run() -> list[Any]:
-        pool = await open_pool(os.environ["DERM_OWNER_DATABASE_URL"], minimum=0, maximum=1)
-        try:
-            return await pool.fetch(statement, *arguments)
-        finally:
-            await pool.close()
-
-    return asyncio.run(run())
-
-
-def _queue(*, dead: bool) -> UUID:
+def _queue(sql, *, dead: bool) -> UUID:
     lesion, image, assessment, message = (uuid4() for _ in range(4))
     now = datetime.now(UTC)
-    _sql("INSERT INTO lesions VALUES ($1, 'p-1', $2)", lesion, now)
-    _sql(
+    sql("INSERT INTO lesions VALUES ($1, 'p-1', $2)", lesion, now)
+    sql(
         "INSERT INTO lesion_images (image_id, lesion_id, patient_id, encounter_id, created_at, content_type,"
         " width, height, data_key_id, sealed) VALUES ($1, $2, 'p-1', 'e-1', $3, 'image/png', 1, 1, $1, 'x')",
         image,
         lesion,
         now,
     )
-    _sql(
+    sql(
         "INSERT INTO assessments (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor,"
         " request_id) VALUES ($1, $2, $3, 'pending', '{}', 10, '{}', 'dr', 'r')",
         assessment,
         image,
         now,
     )
-    _sql(
+    sql(
         "INSERT INTO outbox (message_id, assessment_id, encounter_id, last_error, dead_at)"
         " VALUES ($1, $2, 'e-1', 'http_500', CASE WHEN $3 THEN now() END)",
         message,
@@ -64,60 +37,60 @@ def _queue(*, dead: bool) -> UUID:
     return message
 
 
-def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, home) -> None:
-    assert derm_cds("outbox", "status", home=home).out == "0 wait; 0 dead\n"
-    assert derm_cds("outbox", "list", home=home).out == "nothing\n"
-    waiting, dead = _queue(dead=False), _queue(dead=True)
-    status = derm_cds("outbox", "status", home=home)
+def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_home, sql) -> None:
+    assert derm_cds("outbox", "status", home=own_home).out == "0 wait; 0 dead\n"
+    assert derm_cds("outbox", "list", home=own_home).out == "nothing\n"
+    waiting, dead = _queue(sql, dead=False), _queue(sql, dead=True)
+    status = derm_cds("outbox", "status", home=own_home)
     assert status.code == 1
     assert status.out.startswith("1 wait, the oldest for ")
     assert status.out.endswith("; 1 dead\n")
-    listed = derm_cds("outbox", "list", home=home).out
+    listed = derm_cds("outbox", "list", home=own_home).out
     assert str(waiting) in listed
     assert "last error http_500" in listed
-    assert derm_cds("outbox", "list", "--dead", home=home).out.startswith(f"{dead} encounter e-1")
-    unknown = derm_cds("outbox", "retry", str(uuid4()), home=home)
+    assert derm_cds("outbox", "list", "--dead", home=own_home).out.startswith(f"{dead} encounter e-1")
+    unknown = derm_cds("outbox", "retry", str(uuid4()), home=own_home)
     assert unknown.code == 1
     assert "derm-cds outbox list" in unknown.err
-    assert derm_cds("outbox", "retry", "--dead", home=home).out == "1 will be sent at once\n"
-    assert derm_cds("outbox", "retry", str(waiting), home=home).out == "1 will be sent at once\n"
-    assert derm_cds("outbox", "status", home=home).code == 0
-    events = _sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
+    assert derm_cds("outbox", "retry", "--dead", home=own_home).out == "1 will be sent at once\n"
+    assert derm_cds("outbox", "retry", str(waiting), home=own_home).out == "1 will be sent at once\n"
+    assert derm_cds("outbox", "status", home=own_home).code == 0
+    events = sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
     assert [row["detail"]["message_id"] for row in events] == [str(dead), str(waiting)]
     assert {row["actor"] for row in events} == {os_account()}
 
 
-def test_patients_are_loaded_whole_or_not_at_all(derm_cds, home) -> None:
-    file = home / "patients.jsonl"
+def test_patients_are_loaded_whole_or_not_at_all(derm_cds, own_home, sql) -> None:
+    file = own_home / "patients.jsonl"
     patient = {"patient_id": "p-1", "birth_date": "1961-04-02", "sex": "female", "encounters": ["e-1"]}
     file.write_text(json.dumps(patient) + "\n" + json.dumps({"patient_id": "p-2", "sex": "f"}) + "\n")
-    failed = derm_cds("patients", "load", str(file), home=home)
+    failed = derm_cds("patients", "load", str(file), home=own_home)
     assert failed.code == 1
     assert "line 2" in failed.err
     assert "1961" not in failed.err
-    assert _sql("SELECT * FROM patient_records") == []
+    assert sql("SELECT * FROM patient_records") == []
     file.write_text(json.dumps(patient) + "\n")
     for _ in range(2):
-        assert derm_cds("patients", "load", str(file), home=home).out == "1 patients loaded\n"
-    (row,) = _sql("SELECT patient_id FROM patient_encounters WHERE encounter_id = 'e-1'")
+        assert derm_cds("patients", "load", str(file), home=own_home).out == "1 patients loaded\n"
+    (row,) = sql("SELECT patient_id FROM patient_encounters WHERE encounter_id = 'e-1'")
     assert row["patient_id"] == "p-1"
 
 
-def test_every_patient_that_is_loaded_is_an_event_without_what_was_written(derm_cds, home) -> None:
-    file = home / "patients.jsonl"
+def test_every_patient_that_is_loaded_is_an_event_without_what_was_written(derm_cds, own_home, sql) -> None:
+    file = own_home / "patients.jsonl"
     patients = [
         {"patient_id": "p-1", "birth_date": "1961-04-02", "sex": "female", "encounters": ["e-1", "e-2"]},
         {"patient_id": "p-2", "history": {"personal_melanoma": True}},
     ]
     file.write_text("".join(json.dumps(patient) + "\n" for patient in patients))
-    assert derm_cds("patients", "load", str(file), home=home).code == 0
-    rows = _sql("SELECT * FROM audit_events WHERE action = 'patient_load' ORDER BY event_id")
+    assert derm_cds("patients", "load", str(file), home=own_home).code == 0
+    rows = sql("SELECT * FROM audit_events WHERE action = 'patient_load' ORDER BY event_id")
     assert [(row["patient_id"], row["detail"]["encounters"]) for row in rows] == [("p-1", 2), ("p-2", 0)]
     assert {row["actor"] for row in rows} == {os_account()}
     written = json.dumps([row["detail"] for row in rows])
     assert not any(private in written for private in ("1961", "female", "melanoma", "e-1"))
     # What cannot be audited is not written, for any of them.
-    _sql("ALTER TABLE audit_events ADD CONSTRAINT no_p2 CHECK (patient_id <> 'p-2') NOT VALID")
-    _sql("DELETE FROM patient_records")
-    assert derm_cds("patients", "load", str(file), home=home).code == 1
-    assert _sql("SELECT * FROM patient_records") == []
+    sql("ALTER TABLE audit_events ADD CONSTRAINT no_p2 CHECK (patient_id <> 'p-2') NOT VALID")
+    sql("DELETE FROM patient_records")
+    assert derm_cds("patients", "load", str(file), home=own_home).code == 1
+    assert sql("SELECT * FROM patient_records") == []

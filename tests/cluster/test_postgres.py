@@ -12,15 +12,12 @@ import socket
 import subprocess
 import tempfile
 from threading import Event, Thread
-import time
 
 import asyncpg
 import psutil
 import pytest
 
-from cluster.postgres import EmbeddedPostgres, ensure_cluster
-from cluster.postgres_state import PostgresState
-from cluster.postgres_supervisor import supervise
+from cluster.postgres import EmbeddedPostgres, PostgresState, supervise
 
 AS_ROOT = os.geteuid() == 0
 
@@ -59,29 +56,26 @@ async def _superuser(server: EmbeddedPostgres, query: str):
 async def test_a_second_start_finds_the_first(server) -> None:
     pid, urls = server.pid(), server.ensure()
     again = EmbeddedPostgres(server.home)
-    assert again.ensure() == ensure_cluster(server.home) == urls
+    assert again.ensure() == urls
     assert again.pid() == pid
     assert await _value(urls.app, "SELECT current_user") == "derm_app"
     assert await _value(urls.owner, "SELECT current_user") == "derm_owner"
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("fsync", "on"),
-        ("full_page_writes", "on"),
-        ("synchronous_commit", "on"),
-        ("data_checksums", "on"),
-        ("listen_addresses", "127.0.0.1"),
-        ("password_encryption", "scram-sha-256"),
-        ("log_statement", "none"),
-        ("log_parameter_max_length", "0"),
-        ("log_parameter_max_length_on_error", "0"),
-        ("server_encoding", "UTF8"),
-    ],
-)
-async def test_settings_are_safe(server, setting: str, value: str) -> None:
-    assert await _superuser(server, f"SHOW {setting}") == value
+async def test_settings_are_safe(server) -> None:
+    wanted = {
+        "fsync": "on",
+        "full_page_writes": "on",
+        "synchronous_commit": "on",
+        "data_checksums": "on",
+        "listen_addresses": "127.0.0.1",
+        "password_encryption": "scram-sha-256",
+        "log_statement": "none",
+        "log_parameter_max_length": "0",
+        "log_parameter_max_length_on_error": "0",
+        "server_encoding": "UTF8",
+    }
+    assert {name: await _superuser(server, f"SHOW {name}") for name in wanted} == wanted
 
 
 async def test_only_passwords_open_it_and_only_from_here(server) -> None:
@@ -149,13 +143,6 @@ async def test_the_log_quotes_nobody(server) -> None:
     assert "Doe" not in text
 
 
-async def _until(condition, within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.05)
-
-
 async def test_the_supervisor_starts_a_killed_server_again(server) -> None:
     urls = server.ensure()
     connection = await asyncpg.connect(urls.owner)
@@ -164,30 +151,20 @@ async def test_the_supervisor_starts_a_killed_server_again(server) -> None:
     supervisor = Thread(target=supervise, args=(server, stop))
     supervisor.start()
     try:
-        for _ in range(2):
-            killed = server.pid()
-            os.kill(killed, signal.SIGKILL)
-            await _until(lambda killed=killed: server.pid() not in {None, killed})
-            await asyncio.to_thread(server.start)  # waits until it takes connections
-            assert server.ensure() == urls
-            assert await _value(urls.owner, "SELECT n FROM kept") == 42
+        killed = server.pid()
+        os.kill(killed, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while server.pid() in {None, killed}:  # noqa: ASYNC110 - a thread's doing
+                await asyncio.sleep(0.05)
+        await asyncio.to_thread(server.start)  # waits until it takes connections
+        assert server.ensure() == urls
+        assert await _value(urls.owner, "SELECT n FROM kept") == 42
     finally:
         stop.set()
         supervisor.join()
     assert server.is_running()
     await _value(urls.owner, "DROP TABLE kept")
     connection.terminate()
-
-
-async def test_stop_and_start(server) -> None:
-    urls = server.ensure()
-    server.stop()
-    server.stop()
-    assert not server.is_running()
-    with pytest.raises(OSError, match=r"."):
-        await _value(urls.app, "SELECT 1")
-    server.start()
-    assert await _value(urls.app, "SELECT 1") == 1
 
 
 @pytest.fixture
@@ -200,7 +177,7 @@ def bystander(server):
     process.wait()
 
 
-@pytest.mark.parametrize("content", ["{pid}\n", "99999999\n", "", "no number\n"])
+@pytest.mark.parametrize("content", ["{pid}\n", "no number\n"])
 async def test_a_stale_pid_file_does_not_keep_it_down(server, bystander, content: str) -> None:
     server.stop()
     owner = (server.data / "PG_VERSION").stat().st_uid
@@ -216,6 +193,9 @@ async def test_a_taken_port_is_given_up(server) -> None:
     before = server.ensure()
     port = _state(server).port
     server.stop()
+    assert not server.is_running()
+    with pytest.raises(OSError, match=r"."):
+        await _value(before.app, "SELECT 1")
     with socket.socket() as squatter:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("127.0.0.1", port))
@@ -252,10 +232,3 @@ async def test_two_at_once_make_one_server_even_in_a_hard_place(hard_place: Path
         assert "vector" in extensions
     finally:
         server.stop(mode="immediate")
-
-
-async def test_a_given_port_is_taken(tmp_path: Path) -> None:
-    state = PostgresState.fresh(5433)
-    state.write(tmp_path / "postgres.json")
-    assert PostgresState.read(tmp_path / "postgres.json") == state
-    assert state.urls(None).app.endswith("@127.0.0.1:5433/derm?sslmode=disable")

@@ -1,43 +1,43 @@
-"""`derm-cds keys`, `audit` and `references` against a real database."""
+"""`derm-cds keys`, `audit`, `references`, `hold` and `retention` against a real database and key store."""
 
 from __future__ import annotations
 
-import asyncio
-import os
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
 from serve_app.audit.events import os_account
+from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.records.health import INVARIANTS
-from serve_app.records.pool import open_pool
 from serve_app.settings import NodeFiles
 
-
-async def _fetch(query: str) -> list[Any]:
-    pool = await open_pool(os.environ["DERM_OWNER_DATABASE_URL"], minimum=0, maximum=1)
-    try:
-        return await pool.fetch(query)
-    finally:
-        await pool.close()
+_IMAGE = """
+WITH lesion AS (
+    INSERT INTO lesions VALUES ($1, 'p-1', '2020-01-01'::timestamptz) RETURNING lesion_id
+), image AS (
+    INSERT INTO lesion_images
+        (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
+    VALUES ($2, $1, 'p-1', '2020-01-01'::timestamptz, 'image/png', 300, 300, $3, $4) RETURNING image_id
+)
+INSERT INTO assessments (assessment_id, image_id, created_at, outcome, failure, completed_at, context, top_k, licences,
+    actor, request_id)
+VALUES ($5, $2, now(), 'failed', 'test', now(), '{}', 10, '{}', 'dr', 'r')
+"""
 
 
 @pytest.fixture
-async def home(new_database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home whose database is its own: what is published here is nobody else's live model."""
-    urls = await new_database()
-    monkeypatch.setenv("DERM_DATABASE_URL", urls.app)
-    monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
-    # What the first start makes, and no command does.
-    files = NodeFiles(tmp_path)
+def home(own_home: Path) -> Path:
+    """With what the first start makes, and no command does."""
+    files = NodeFiles(own_home)
     KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
-    return tmp_path
+    return own_home
 
 
-def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home) -> None:
+def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, sql) -> None:
     assert "version 1 (current): wraps 0 data keys; 0 of at most" in derm_cds("keys", "status", home=home).out
     rotated = derm_cds("keys", "rotate", home=home)
     assert rotated.code == 0
@@ -48,9 +48,7 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home) -> Non
     assert "rotate and rewrap first" in current.err
     assert derm_cds("keys", "retire", "1", home=home).code == 0
     assert "version 1" not in derm_cds("keys", "status", home=home).out
-    events = asyncio.run(
-        _fetch("SELECT action, outcome FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
-    )
+    events = sql("SELECT action, outcome FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
     done = [(row["action"].removeprefix("key_"), row["outcome"]) for row in events]
     assert done == [
         ("rotate", "success"),
@@ -61,8 +59,12 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home) -> Non
     ]
 
 
-def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_cds, home, model_id) -> None:
+def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(
+    derm_cds, home, model_id, sql
+) -> None:
     assert f"{model_id} answers" in derm_cds("references", "load", home=home).out
+    assert "no new references loaded" in derm_cds("references", "load", home=home).out
+    assert f"invariants  all {len(INVARIANTS)} hold" in derm_cds("status", home=home).out
     listed = derm_cds("references", "spaces", home=home).out
     assert listed.startswith("* ")
     assert "0 failures; filled by" in listed
@@ -76,15 +78,10 @@ def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(derm_c
     unknown = derm_cds("references", "drop", "no.space", home=home)
     assert unknown.code == 1
     assert "nothing in a space named" in unknown.err
-    events = asyncio.run(_fetch("SELECT action, actor, detail FROM audit_events ORDER BY event_id"))
+    events = sql("SELECT action, actor, detail FROM audit_events ORDER BY event_id")
     assert [row["action"] for row in events] == ["references_load", "model_publish"]
     assert {row["actor"] for row in events} == {os_account()}
     assert events[0]["detail"]["embedding_space"] == space
-
-
-def test_status_says_that_the_invariants_hold(derm_cds, home, model_id) -> None:
-    derm_cds("references", "load", home=home)
-    assert f"invariants  all {len(INVARIANTS)} hold" in derm_cds("status", home=home).out
 
 
 def test_the_audit_log_verifies_and_a_forged_checkpoint_does_not(derm_cds, home) -> None:
@@ -103,7 +100,7 @@ def test_the_audit_log_verifies_and_a_forged_checkpoint_does_not(derm_cds, home)
     assert "is not a checkpoint that was signed here" in forged.err
 
 
-def test_a_copy_and_the_public_key_show_what_this_machine_hides(derm_cds, home, tmp_path: Path) -> None:
+def test_a_copy_and_the_public_key_show_what_this_machine_hides(derm_cds, home, sql, tmp_path: Path) -> None:
     derm_cds("keys", "rotate", home=home)
     copy, key = tmp_path / "copy.jsonl", tmp_path / "audit.pem"
     copy.write_text(derm_cds("audit", "checkpoint", home=home).out)
@@ -112,10 +109,10 @@ def test_a_copy_and_the_public_key_show_what_this_machine_hides(derm_cds, home, 
     elsewhere = ("--checkpoints", str(copy), "--public-key", str(key))
     assert derm_cds("audit", "verify", *elsewhere, home=home).code == 0
     # Whoever holds the machine writes the log anew, and signs it with a key of their own.
-    asyncio.run(_fetch("ALTER TABLE audit_seals DISABLE TRIGGER USER"))
-    asyncio.run(_fetch("ALTER TABLE audit_events DISABLE TRIGGER USER"))
-    asyncio.run(_fetch("UPDATE audit_events SET actor = 'another'"))
-    asyncio.run(_fetch("DELETE FROM audit_seals"))
+    sql("ALTER TABLE audit_seals DISABLE TRIGGER USER")
+    sql("ALTER TABLE audit_events DISABLE TRIGGER USER")
+    sql("UPDATE audit_events SET actor = 'another'")
+    sql("DELETE FROM audit_seals")
     for path in ("audit/checkpoints.jsonl", "keys/audit-signing.key"):
         (home / path).unlink()
     assert derm_cds("audit", "checkpoint", home=home).code == 0
@@ -129,12 +126,12 @@ def test_a_copy_and_the_public_key_show_what_this_machine_hides(derm_cds, home, 
     assert "the chain was written anew: seal" in rewritten.err
 
 
-def test_checkpoints_that_are_gone_are_found_and_not_begun_anew(derm_cds, home) -> None:
+def test_checkpoints_that_are_gone_are_found_and_not_begun_anew(derm_cds, home, sql) -> None:
     derm_cds("keys", "rotate", home=home)
     derm_cds("audit", "checkpoint", home=home)
     (home / "audit" / "checkpoints.jsonl").unlink()
-    asyncio.run(_fetch("ALTER TABLE audit_seals DISABLE TRIGGER USER"))
-    asyncio.run(_fetch("UPDATE audit_seals SET sealed_at = sealed_at - interval '1 hour'"))
+    sql("ALTER TABLE audit_seals DISABLE TRIGGER USER")
+    sql("UPDATE audit_seals SET sealed_at = sealed_at - interval '1 hour'")
     found = derm_cds("audit", "verify", home=home)
     assert found.code == 1
     assert "the checkpoints are gone" in found.err
@@ -146,3 +143,53 @@ def test_checkpoints_that_are_gone_are_found_and_not_begun_anew(derm_cds, home) 
     verified = derm_cds("audit", "verify", home=home)
     assert verified.code == 0, verified.err
     assert "holds up to seal 0" in verified.out
+
+
+@pytest.fixture
+def image(home: Path, sql) -> UUID:
+    """One sealed image of patient p-1, of 2020; its data key's id."""
+    files, image_id = NodeFiles(home), uuid4()
+    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+        key = keys.create()
+        sealed = seal(b"image", data_key=key, binding=ImageBinding(image_id, "p-1", "image/png"))
+    sql(_IMAGE, uuid4(), image_id, key.id, sealed, uuid4())
+    return image_id
+
+
+def test_a_closed_record_is_erased_when_its_hold_is_released(derm_cds, home, image, sql) -> None:
+    assert derm_cds("retention", "close", "p-1", "--at", "2021-01-01T00:00:00Z", home=home).code == 0
+    held = derm_cds("hold", "set", "--image", str(image), "--reason", "case 1", home=home)
+    assert held.code == 0, held.err
+    hold = held.out.split()[0]
+    assert f"{hold} image {image}: case 1" in derm_cds("hold", "list", home=home).out
+    said = derm_cds("retention", "run", "--days", "365", "--dry-run", home=home)
+    assert (
+        said.out == "1 closed records; 1 images are more than 365 days past, 1 of them under a legal hold\n"
+    )
+    assert "0 images erased" in derm_cds("retention", "run", "--days", "365", "--yes", home=home).out
+    assert derm_cds("hold", "release", hold, home=home).code == 0
+    again = derm_cds("hold", "release", hold, home=home)
+    assert (again.code, "is in force" in again.err) == (1, True)
+    assert derm_cds("hold", "list", home=home).out == ""
+    assert "released" in derm_cds("hold", "list", "--all", home=home).out
+    run = derm_cds("retention", "run", "--days", "365", "--yes", home=home)
+    assert "1 images erased" in run.out, run.err
+    (row,) = sql(
+        "SELECT sealed, data_key_id, reason FROM lesion_images JOIN erasures USING (image_id, data_key_id)"
+        " JOIN erasure_receipts USING (receipt_id)"
+    )
+    assert (row["sealed"], row["reason"]) == (None, "retention")
+    files = b"".join(file.read_bytes() for file in (home / "keys").glob("keystore.sqlite*"))
+    assert b"retention" in files  # what it remembers of the destroyed key
+    events = sql("SELECT action FROM audit_events ORDER BY event_id")
+    assert [event["action"] for event in events] == [
+        *("record_close", "hold_set", "hold_release", "erase", "erased")
+    ]
+
+
+def test_nothing_expires_without_a_retention_or_a_closed_record(derm_cds, home, image) -> None:
+    unset = derm_cds("retention", "run", "--yes", home=home)
+    assert (unset.code, "Nothing expires" in unset.err) == (1, True)
+    assert "0 images erased" in derm_cds("retention", "run", "--days", "0", "--yes", home=home).out
+    missing = derm_cds("hold", "set", "--lesion", str(uuid4()), "--reason", "case", home=home)
+    assert (missing.code, "nothing by that id" in missing.err) == (1, True)

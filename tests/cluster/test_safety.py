@@ -11,9 +11,15 @@ import sys
 
 import pytest
 
-from cluster.finding import Finding, prevents_ready
-from cluster.listening import Listener, exposed, listeners
-from cluster.safety import environment_findings, file_findings, key_findings, process_findings
+from cluster.ports import Listener, exposed, listeners
+from cluster.safety import (
+    Finding,
+    environment_findings,
+    file_findings,
+    key_findings,
+    prevents_ready,
+    process_findings,
+)
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.records.pool import open_pool

@@ -23,13 +23,12 @@ import pytest
 import yaml
 
 from cluster.commands.audit import checkpoint_log
-from cluster.ports import choose_port
+from cluster.deployed import deployed_file
+from cluster.ports import choose_port, listeners
 from cluster.postgres import EmbeddedPostgres
-from cluster.ray_node import RayNode
+from cluster.ray_node import RayNode, core
 from cluster.running import running_service
-from model_store.registry import ModelStore
-from serve_app.settings import REPOSITORY, model_folder
-from tests.cluster.drawn_references import draw_references
+from serve_app.settings import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -65,10 +64,6 @@ class Service:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.2)
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-        assert self.process.wait(_STOP_S) == 0, self.said
-
     @property
     def said(self) -> str:
         return (self.home.parent / "said.txt").read_text()
@@ -93,7 +88,7 @@ def service() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="derm start ") as folder:
         service = Service(Path(folder) / "home")
         try:
-            service.start()
+            service.start("--dashboard")
             yield service
         finally:
             if service.process.poll() is None:
@@ -114,13 +109,10 @@ def first_answer(service: Service) -> dict:
     return json.loads(body)
 
 
-def test_the_printed_request_is_answered(first_answer) -> None:
+def test_the_printed_request_is_answered(service: Service, first_answer) -> None:
     assert first_answer["patient_id"] == "demo-patient"
     assert first_answer["outcome"] in {"decided", "review", "refused"}
     assert first_answer["provenance"]["model_id"]
-
-
-def test_it_says_that_a_drawing_is_no_photograph(service: Service) -> None:
     assert "drawn, not photographed" in service.said
     assert "never a diagnosis" in service.said
 
@@ -152,32 +144,30 @@ def test_status_is_ready(service: Service) -> None:
     assert int(status["references"]) > 0
 
 
-def test_the_supervisor_is_small(service: Service) -> None:
-    assert psutil.Process(service.process.pid).memory_full_info().pss < 60e6
+def test_the_supervisor_is_small_and_no_part_runs_behind_other_programs(service: Service) -> None:
+    supervisor = psutil.Process(service.process.pid)
+    assert supervisor.memory_full_info().pss < 60e6
+    assert {process.nice() for process in RayNode(service.home).processes()} == {supervisor.nice()}
 
 
-def test_no_part_of_it_runs_behind_other_programs(service: Service) -> None:
-    own = psutil.Process(service.process.pid).nice()
-    assert {process.nice() for process in RayNode(service.home).processes()} == {own}
-
-
-def test_ports_are_those_of_the_documentation(service: Service) -> None:
+def test_ports_are_those_of_the_documentation_and_none_is_on_every_interface(service: Service) -> None:
     documented = _documented_ports()
-    undocumented = []
-    for process, address, port in _listening(service):
-        if not any(
-            process.startswith(name) and (low <= port <= high) and (loopback is (address != "all"))
-            for name, low, high, loopback in documented
-        ):
-            undocumented.append((process, address, port))
+    listening = _listening(service)
+    assert [found for found in listening if found[1] == "all"] == []
+    assert any(process.startswith("ray::ServeRepl") for process, _, _ in listening), listening
+    undocumented = [
+        (process, address, port)
+        for process, address, port in listening
+        if not any(process.startswith(name) and low <= port <= high for name, low, high in documented)
+    ]
     assert undocumented == []
 
 
-def _documented_ports() -> list[tuple[str, int, int, bool]]:
-    """The rows of docs/operations.md: process, lowest and highest port, whether on loopback."""
+def _documented_ports() -> list[tuple[str, int, int]]:
+    """The rows of docs/operations.md: process, lowest and highest port."""
     rows = []
     text = (REPOSITORY / "docs" / "operations.md").read_text()
-    for process, port, address in re.findall(r"^\| `([\w:*]+)` \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE):
+    for process, port in re.findall(r"^\| `([\w:*-]+)` \| ([^|]+) \| [^|]+ \|", text, re.MULTILINE):
         numbers = [int(number) for number in re.findall(r"\d{4,}", port)]
         low, high = 1, 65535
         if numbers and "up" in port:
@@ -185,31 +175,20 @@ def _documented_ports() -> list[tuple[str, int, int, bool]]:
         elif len(numbers) == 2:
             low, high = numbers
         # One number is what is taken when it is free: on a test's machine it may not be.
-        name = process.replace("ray::ServeReplica", "ray::ServeRepli").removesuffix("*")[:15]
-        rows.append((name, low, high, "all" not in address))
+        rows.append((process.replace("ServeReplica", "ServeRepli").removesuffix("*")[:15], low, high))
     assert len(rows) >= 10
     return rows
 
 
 def _listening(service: Service) -> list[tuple[str, str, int]]:
-    ours = {process.pid: process.name() for process in RayNode(service.home).processes()}
-    ours[EmbeddedPostgres(service.home).pid()] = "postgres"
-    found = []
-    for connection in psutil.net_connections(kind="tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.pid in ours:
-            loopback = (
-                connection.laddr.ip.removeprefix("::ffff:").startswith("127.") or connection.laddr.ip == "::1"
-            )
-            found.append((ours[connection.pid], "loopback" if loopback else "all", connection.laddr.port))
+    processes = {process.pid: process.name() for process in RayNode(service.home).processes()}
+    processes[EmbeddedPostgres(service.home).pid()] = "postgres"
+    found = [
+        (listener.process, "loopback" if listener.loopback else "all", listener.port)
+        for listener in listeners(processes)
+    ]
     assert {"haproxy", "gcs_server", "raylet", "postgres"} <= {process for process, _, _ in found}
     return found
-
-
-def test_nothing_listens_on_every_interface(service: Service) -> None:
-    listening = _listening(service)
-    assert [found for found in listening if found[1] == "all"] == []
-    replicas = {process for process, _, port in listening if process.startswith("ray::ServeRepl")}
-    assert replicas, listening
 
 
 def test_a_dead_database_comes_back(service: Service) -> None:
@@ -218,32 +197,6 @@ def test_a_dead_database_comes_back(service: Service) -> None:
     while service.send("GET", "/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-
-
-def test_stop_and_start_again(service: Service, first_answer: dict) -> None:
-    """A stop leaves no process of ours and ends nobody else's; records, references and keys stay."""
-    path = f"/api/lesions/{first_answer['lesion_id']}"
-    image = f"{path}/images/{first_answer['image_id']}"
-    before = service.send("GET", image).content
-    with subprocess.Popen(["/bin/sleep", "600"], env={"DERM_NODE": str(service.home) + "x"}) as stranger:
-        service.stop()
-        assert stranger.poll() is None
-        stranger.kill()
-    assert RayNode(service.home).processes() == []
-    assert not EmbeddedPostgres(service.home).is_running()
-    assert running_service(service.home) is None
-    assert service.run("status").returncode == 3
-    # The audit log is signed to its very end: nothing of this run is left to be written anew unseen.
-    signed = checkpoint_log(service.home).read()[-1].position
-    assert service.run("audit", "verify").stdout.startswith(f"{signed} events, ")
-
-    service.start("--dashboard")
-    assert "schema: up to date" in service.said
-    assert "references: already there" in service.said
-    timeline = service.send("GET", path)
-    assert timeline.status_code == 200
-    assert first_answer["assessment_id"] in timeline.text
-    assert service.send("GET", image).content == before
 
 
 def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> None:
@@ -267,19 +220,37 @@ def test_serve_deploy(service: Service, first_answer: dict, tmp_path: Path) -> N
         assert time.monotonic() < deadline, version
 
 
-def test_a_submitted_job_embeds_beside_it(service: Service, tmp_path: Path) -> None:
-    """As docs/references.md has it: the job finds the database and the models, and room for itself, on its own."""
-    folder = draw_references(tmp_path / "references", 6)
-    exports = service.run("environment").stdout
-    (model_id,) = ModelStore(model_folder())
-    job = f"python -m data_jobs.references.embed {shlex.quote(str(folder))} --model {model_id}"
-    script = f"{exports}\n{shlex.quote(sys.executable)} -m ray.scripts.scripts job submit -- {job}"
+def test_a_submitted_job_finds_what_it_needs_on_its_own(service: Service) -> None:
+    """As docs/references.md has it: this Python, the node's home, the database as its owner, and the models."""
+    program = (
+        "import pandas; from serve_app.settings import *; from model_store.registry import ModelStore;"
+        " assert find_owner_url(default_home()) and list(ModelStore(model_folder()));"
+        f" assert default_home() == Path({str(service.home)!r})"
+    )
+    submit = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts job submit -- python -c"
+    script = f"{service.run('environment').stdout}\n{submit} {shlex.quote(shlex.quote(program))}"
     done = subprocess.run([_BASH, "-c", script], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith('{"embedding_space"'))
-    report = json.loads(line)
-    assert (report["expected"], report["embedded"], report["failures"]) == (6, 6, {})
-    assert service.send("GET", "/readyz").status_code == 200
+
+
+def test_a_dead_node_comes_back_as_it_was_deployed_last(service: Service, first_answer: dict) -> None:
+    """The operator's threshold is in force again, with no hand put to it; records and images are there."""
+    path = f"/api/lesions/{first_answer['lesion_id']}"
+    image = f"{path}/images/{first_answer['image_id']}"
+    before = service.send("GET", image).content
+    deadline = time.monotonic() + 60
+    while "0.11" not in deployed_file(service.home).read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for process in core(service.home):
+        process.kill()
+    deadline = time.monotonic() + 300
+    while "ready again" not in service.said:
+        assert time.monotonic() < deadline, service.said
+        time.sleep(0.5)
+    assert _policy_version(service).startswith("2026-11.4+")
+    assert first_answer["assessment_id"] in service.send("GET", path).text
+    assert service.send("GET", image).content == before
 
 
 def _policy_version(service: Service) -> str:
@@ -290,7 +261,16 @@ def _policy_version(service: Service) -> str:
     return answer.json()["provenance"]["policy_version"] if answer.status_code == 201 else ""
 
 
-def test_ctrl_c_stops_it_too(service: Service) -> None:
-    service.stop(signal.SIGINT)
+def test_a_stop_leaves_nothing_of_ours_and_ends_nobody_elses(service: Service) -> None:
+    with subprocess.Popen(["/bin/sleep", "600"], env={"DERM_NODE": str(service.home) + "x"}) as stranger:
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(_STOP_S) == 0, service.said
+        assert stranger.poll() is None
+        stranger.kill()
     assert RayNode(service.home).processes() == []
     assert not EmbeddedPostgres(service.home).is_running()
+    assert running_service(service.home) is None
+    assert service.run("status").returncode == 3
+    # The audit log is signed to its very end: nothing of this run is left to be written anew unseen.
+    signed = checkpoint_log(service.home).read()[-1].position
+    assert service.run("audit", "verify").stdout.startswith(f"{signed} events, ")

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 import pytest
 
 from cluster.ports import choose_port
-from cluster.ray_environment import ray_environment
+from cluster.ray_node import ray_environment
 from serve_app.settings import REPOSITORY
 
 CONFIGURATION = REPOSITORY / "cluster" / "on_prem" / "tls.cfg"

@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.domain.diagnosis import Diagnosis
+from tests.local_stages import LocalStages
 
 pytestmark = pytest.mark.ray
 

@@ -21,8 +21,8 @@ import httpx
 import numpy as np
 import pytest
 
-from cluster.object_memory import is_memory
-from cluster.postgres_state import PostgresState
+from cluster.postgres import PostgresState
+from cluster.ray_node import is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.conftest import draw_original

@@ -60,10 +60,10 @@ def pids(node) -> dict[str, set[int]]:
     return {name: {replica.pid for replica in node.replicas(name)} for name in DEPLOYMENTS}
 
 
-async def test_the_config_file_takes_over_under_load_and_the_policy_changes_without_a_restart(
+async def test_other_arguments_replace_every_replica_under_load_and_the_policy_changes_without_a_restart(
     pms, node, config, lesion_image, isic_dir: Path, capsys
 ) -> None:
-    """Every replica is replaced by one of the file's; nobody notices. Then a margin nothing can reach, and back."""
+    """With another argument every replica is replaced, and nobody notices. Then a margin nothing can reach, and back."""
     statuses: Counter[int] = Counter()
     patient, images, done = await pms.care(), [lesion_image(seed) for seed in range(3)], asyncio.Event()
 
@@ -75,6 +75,7 @@ async def test_the_config_file_takes_over_under_load_and_the_policy_changes_with
 
     before = pids(node)
     workers = [asyncio.create_task(work()) for _ in range(2)]
+    config["applications"][0]["args"]["classifier_threads"] = 2
     try:
         await apply(node, config)
     finally:

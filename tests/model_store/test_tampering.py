@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from data_jobs.training.manifest_file import seal
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore, digest_file
+from model_store.registry import ModelStore, verify_files
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
 
@@ -22,9 +23,9 @@ TAG = "tampered"
 
 @pytest.fixture
 def beside(altered, model_id: str):
-    """Put a copy of the live model beside it under another name, then change it; `(change) -> (store, name)`."""
+    """Put a copy of the live model beside it under another name; `() -> (store, name)`."""
 
-    def make(change=None) -> tuple[Path, str]:
+    def make() -> tuple[Path, str]:
         store = altered()
         architecture = model_id.partition(".")[0]
         other = f"{architecture}.{TAG}"
@@ -35,7 +36,7 @@ def beside(altered, model_id: str):
         text = (folder / MANIFEST_NAME).read_text()
         text = text.replace(f'model_id = "{model_id}"', f'model_id = "{other}"')
         text = text.replace(f'tag = "{model_id.partition(".")[2]}"', f'tag = "{TAG}"')
-        rewrite(folder / MANIFEST_NAME, (change or str)(text).encode())
+        rewrite(folder / MANIFEST_NAME, text.encode())
         return store, other
 
     return make
@@ -61,82 +62,32 @@ def assert_live_goes_on(store: Path, live: str, other: str, message: str) -> Non
     )
 
 
-def test_a_whole_copy_is_loaded(beside, model_id: str) -> None:
-    store, other = beside()
-    models = ModelStore(store)
-    side = models.open(other).manifest.input.input_size[1]
-    image = np.zeros((side, side, 3), np.uint8)
-    first, second = (Classifier(models, threads=1).classify(name, [image])[0] for name in (model_id, other))
-    assert first.classification == second.classification
-    assert first.model_digest != second.model_digest
-
-
 def test_one_bit_of_any_file_is_refused(beside, models: Path, model_id: str) -> None:
-    """Every file, first, middle and last byte: whatever the folder holds."""
+    """Every file, whatever the folder holds."""
     store, other = beside()
     live = ModelStore(store).open(model_id)
     checked = 0
     for name in live.manifest.files:
         path = store / other / name
         whole = path.read_bytes()
-        for at in {0, len(whole) // 2, len(whole) - 1}:
-            changed = bytearray(whole)
-            changed[at] ^= 1
-            rewrite(path, bytes(changed))
-            with pytest.raises(ModelContractError, match=f"{name} is not the file its manifest names"):
-                ModelStore(store).open(other)
-            checked += 1
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 1
+        rewrite(path, bytes(changed))
+        with pytest.raises(ModelContractError, match=f"{name} is not the file its manifest names"):
+            verify_files(store / other, replace(live.manifest, files={name: live.manifest.files[name]}))
+        checked += 1
         rewrite(path, whole)
-    assert checked >= 3 * 4
+    assert checked >= 4
     assert ModelStore(store).open(other)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("kept", [0.0, 0.999])
 def test_a_truncated_graph_is_refused_and_the_live_model_goes_on(beside, model_id: str, kept: float) -> None:
     store, other = beside()
     path = store / other / "model.onnx"
     whole = path.read_bytes()
     rewrite(path, whole[: int(kept * len(whole))])
     assert_live_goes_on(store, model_id, other, "model.onnx is not the file")
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-def test_a_truncated_graph_with_a_true_digest_is_refused(
-    beside, model_id: str, kept: float, tmp_path: Path
-) -> None:
-    whole = {}
-
-    def change(text: str) -> str:
-        path = tmp_path / "models" / f"{model_id.partition('.')[0]}.{TAG}" / "model.onnx"
-        content = path.read_bytes()
-        short = content[: int(kept * len(content))]
-        whole.update(size=len(content), digest=digest_file(path))
-        rewrite(path, short)
-        text = text.replace(str(len(content)), str(len(short)))
-        return text.replace(whole["digest"], digest_file(path))
-
-    store, other = beside(change)
-    classifier = Classifier(ModelStore(store), threads=1)
-    with pytest.raises(ModelContractError, match="is no model"):
-        classifier.load(other)
-    classifier.load(model_id)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('[\n    "MEL",\n    "NV",', '[\n    "MEL",\n    "MEL",', "each label once"),
-        ('MEL = "MEL"\nNV = "NV"', 'MEL = "NV"\nNV = "NV"', "one to one"),
-        ('MEL = "MEL"\n', 'MEL = "UNK"\n', "one to one"),
-        ('modality = "dermoscopic"', 'modality = "clinical"', "not dermoscopic"),
-        ('"CC-BY-NC-4.0"', '"CC-BY-NC-4.0', "not TOML"),
-    ],
-)
-def test_a_label_space_that_is_none_is_refused(
-    beside, model_id: str, old: str, new: str, message: str
-) -> None:
-    store, other = beside(lambda text: text.replace(old, new, 1))
-    assert_live_goes_on(store, model_id, other, message)
 
 
 def _with_labels(content: bytes, labels: str) -> bytes:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 import io
 import json
+import logging
 from pathlib import Path
+import threading
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +25,6 @@ import pytest
 from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.access.tokens import mint_token
 from serve_app.domain.identifiers import is_opaque
 from serve_app.http.app import create_app
@@ -33,6 +34,7 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
+from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"
@@ -41,6 +43,18 @@ TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
     "audit_events",
 )
+
+
+@pytest.fixture
+def logging_put_back(outside_serve: None) -> Iterator[None]:
+    """Whatever is changed of the process's logging is as before after the test."""
+    root, factory, hook = logging.getLogger(), logging.getLogRecordFactory(), threading.excepthook
+    level, handlers = root.level, root.handlers[:]
+    yield
+    logging.setLogRecordFactory(factory)
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    threading.excepthook = hook
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("DERM_BUILD_COMMIT", raising=False)
     git(tmp_path, "init", "--quiet")
     (tmp_path / "code.py").write_text("one\n")
-    (tmp_path / "serve_app").mkdir()
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "first")
     return tmp_path

@@ -1,35 +1,51 @@
 """Build, certify and ship a model's edge copies: `python -m data_jobs.training.edge.build --model M`.
 
-For each kind of copy the first setting that passes the gate on the recipe's calibration fold is
-measured once on its test fold, where that is another one, and on outliers. What passes is written into the model folder with `edge.json` (the
-certificates) and `golden.json` (test vectors), and the folder is sealed anew; what fails is
-left out, and `edge.json` says why. Files that were made already are read from `--work`.
+For each kind of copy the first setting that passes the gate on the fold that the recipe calibrates on is measured once
+on its test fold and on outliers. What passes is written into the model folder with `edge.json` (the certificates) and
+`golden.json` (test vectors), and the folder is sealed anew; what fails is left out, and `edge.json` says why. Files
+that were made already are read from `--work`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 import json
 from pathlib import Path
 import re
 import shutil
+import statistics
+import time
 from typing import Any
 
 import numpy as np
+import onnx
 
-from data_jobs.training.edge.candidates import KINDS, Candidate, Kind, Source, latency_ratio
-from data_jobs.training.edge.certificate import Judge, compare_fold, compare_outliers, gate_problems
-from data_jobs.training.edge.fold_images import Archive, Run
+from data_jobs.training.dataset import (
+    LabelledImage,
+    build_cache,
+    fold_indices,
+    isic_folder,
+    labels_of,
+    read_rows,
+)
+from data_jobs.training.edge.certificate import (
+    FoldImages,
+    Judge,
+    compare_fold,
+    compare_outliers,
+    gate_problems,
+)
 from data_jobs.training.edge.golden import golden_document
-from data_jobs.training.edge.onnx_copies import plain_graph
+from data_jobs.training.edge.onnx_copies import Ranges, measure_ranges, plain_graph, write_float16, write_int8
 from data_jobs.training.manifest_file import seal
-from data_jobs.training.outliers import make_outliers
-from data_jobs.training.plans import DataPlan
-from data_jobs.training.recipe import read_recipe
-from data_jobs.training.scan import Pixels, open_onnx, scan_pixels
+from data_jobs.training.recipe import DataPlan, read_recipe
+from data_jobs.training.scan import Pixels, Run, open_onnx, scan_pixels
+from data_jobs.training.unknown import make_outliers
 from deployments.preprocess.pixels import InputGeometry
-from model_store.edge_copies import EDGE_NAME, GOLDEN_NAME, server_contract
+from model_store.edge_copies import EDGE_NAME, GOLDEN_NAME, Runtime, server_contract
 from model_store.registry import ModelStore, StoredModel, digest_file
 
 #: Images of each diagnosis that activations are measured on.
@@ -39,89 +55,212 @@ SEED = 20261126
 MOST_BYTES = 15_000_000
 
 
+@dataclass(frozen=True)
+class Source:
+    """What every candidate is made from: the plain graph and the calibration images; `work` keeps files."""
+
+    graph: onnx.ModelProto
+    images: Pixels
+    work: Path
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """How far every tensor reaches on the calibration images."""
+        return measure_ranges(self.graph, self.images)
+
+
+#: Writes the file of one setting of one kind of copy.
+Make = Callable[[Source, Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A copy's name, its file in the model folder, what runs it, and the settings to try for it, best first."""
+
+    name: str
+    file: str
+    runtime: Runtime
+    precision: str
+    settings: dict[str, Make]
+
+    def open(self, path: Path, threads: int) -> Run:
+        """A forward pass."""
+        if self.runtime == "onnxruntime":
+            return open_onnx(path, threads)
+        # Only who builds or tests this copy needs the package.
+        from data_jobs.training.edge.litert import open_litert  # noqa: PLC0415
+
+        return open_litert(path, threads)
+
+
+def _int8(float_nodes: tuple[str, ...]) -> Make:
+    return lambda source, path: write_int8(source.graph, source.ranges, float_nodes, path)
+
+
+def _litert_float16(source: Source, path: Path) -> None:
+    # torch, litert-torch and AI Edge Quantizer: an environment of their own.
+    from data_jobs.training.edge.litert import convert, halve_weights  # noqa: PLC0415
+
+    float32 = source.work / "litert.float32.tflite"
+    if not float32.exists():
+        partial = float32.with_suffix(".partial")
+        convert(source.graph, source.images.shape[1], partial)
+        partial.rename(float32)
+    halve_weights(float32, path)
+
+
+#: More than half of the error of quantised weights comes from here, and few of the weights are here.
+_EARLY = ("/conv_stem/", "/blocks.0/", "/blocks.1/", "/blocks.2/blocks.2.0/")
+_HEAD = ("/reduce/", "/classify/")
+
+#: The order of settings was found on fold 4; docs/edge-copies.md has the figures.
+KINDS = (
+    Kind(
+        "float16",
+        "model.float16.onnx",
+        "onnxruntime",
+        "float16",
+        {"float16 weights": lambda source, path: write_float16(source.graph, path)},
+    ),
+    Kind(
+        "int8",
+        "model.int8.onnx",
+        "onnxruntime",
+        "int8",
+        {
+            "7-bit weights, early blocks and head float": _int8(_EARLY + _HEAD),
+            "7-bit weights, head float": _int8(_HEAD),
+        },
+    ),
+    Kind("litert", "model.tflite", "litert", "float16", {"float16 weights": _litert_float16}),
+)
+
+
+ROUNDS = 30
+_WARM_UP = 3
+
+
+def latency_ratio(server: Run, copy: Run, pixels: Pixels) -> dict[str, float]:
+    """Medians in milliseconds and their ratio; turns alternate, so that a busy machine slows both."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(_WARM_UP + ROUNDS):
+        image = pixels[round_ % len(pixels)][None]
+        for run, times in zip((server, copy), taken, strict=True):
+            start = time.perf_counter()
+            run(image)
+            if round_ >= _WARM_UP:
+                times.append(1e3 * (time.perf_counter() - start))
+    medians = [statistics.median(times) for times in taken]
+    return {
+        "rounds": ROUNDS,
+        "server_ms": round(medians[0], 2),
+        "copy_ms": round(medians[1], 2),
+        "ratio": round(medians[1] / medians[0], 3),
+    }
+
+
 class Proof:
     """The server's answers on the images that copies are proven on, and the comparison with them."""
 
-    def __init__(
-        self, model: StoredModel, plan: DataPlan, archive: Archive, threads: int, sample: int | None
-    ) -> None:
-        self.calibration_fold = plan.calibration_fold
-        self.other_folds = sorted({plan.test_fold} - {plan.calibration_fold})
-        self._judge = Judge.from_model(model)
-        outliers = [o.pixels for o in make_outliers(archive.geometry, SEED) if o.part == "test"]
+    def __init__(self, model: StoredModel, plan: DataPlan, cache: Path, threads: int) -> None:
+        """Prepare every labelled image unless `cache` has them: a minute or two."""
+        geometry = InputGeometry.from_manifest(model.manifest.input)
+        folder = isic_folder()
+        rows = read_rows(folder)
+        pixels = build_cache(rows, folder, cache, geometry)
+        self._judge, self.threads = Judge.from_model(model), threads
+        self.calibration_images = _sample(rows, pixels, plan.train_folds)
+        self.choosing, self.confirming = (
+            fold_images(rows, pixels, fold) for fold in (plan.fitted_fold, plan.test_fold)
+        )
+        outliers = [o.pixels for o in make_outliers(geometry, SEED) if o.part == "test"]
         self._outliers = np.stack(outliers)
-        self._folds = {
-            number: archive.fold(number, sample) for number in (plan.calibration_fold, *self.other_folds)
-        }
         self._server = model.path(model.manifest.onnx)
-        self.threads = threads
         self.run_server = open_onnx(self._server, threads)
-        self._answers = {n: scan_pixels(self.run_server, images.pixels) for n, images in self._folds.items()}
+        self._answers = {
+            images.name: scan_pixels(self.run_server, images.pixels)
+            for images in (self.choosing, self.confirming)
+        }
         self._answers_to_outliers = scan_pixels(self.run_server, self._outliers)
 
-    def fold(self, number: int, run: Run) -> tuple[dict[str, Any], list[str]]:
+    def compare(self, images: FoldImages, run: Run) -> tuple[dict[str, Any], list[str]]:
         """Figures of a copy on a fold, and what the gate has against them."""
-        images = self._folds[number]
-        found = scan_pixels(run, images.pixels)
-        figures = compare_fold(self._judge, images, self._answers[number], found)
+        figures = compare_fold(
+            self._judge, images, self._answers[images.name], scan_pixels(run, images.pixels)
+        )
         return figures, gate_problems(images.name, figures)
 
     def outliers(self, run: Run) -> dict[str, float]:
         """Figures on photographs, text, noise and plain colours that p(UNK) was not fitted on."""
         return compare_outliers(self._judge, self._answers_to_outliers, scan_pixels(run, self._outliers))
 
-    def latency(self, kind: Kind, path: Path, pixels: Pixels) -> dict[str, float]:
+    def latency(self, kind: Kind, path: Path) -> dict[str, float]:
         """A copy's time against the server's model, both on one core."""
-        return latency_ratio(open_onnx(self._server, threads=1), kind.open(path, threads=1), pixels)
+        server, copy = open_onnx(self._server, threads=1), kind.open(path, threads=1)
+        return latency_ratio(server, copy, self.calibration_images)
+
+
+def fold_images(rows: list[LabelledImage], pixels: Pixels, fold: int) -> FoldImages:
+    """One fold of the archive, in the order of the file."""
+    indices = fold_indices(rows, [fold])
+    found = [rows[i] for i in indices]
+    return FoldImages(f"fold{fold}", found, labels_of(found), pixels[indices])
+
+
+def _sample(rows: list[LabelledImage], pixels: Pixels, folds: Iterable[int]) -> Pixels:
+    """CALIBRATION_IMAGES of every diagnosis (or all there are), drawn from these folds."""
+    rng = np.random.default_rng(SEED)
+    indices = fold_indices(rows, folds)
+    labels = labels_of([rows[i] for i in indices])
+    picked = [rng.permutation(indices[labels == label])[:CALIBRATION_IMAGES] for label in np.unique(labels)]
+    return np.asarray(pixels[np.sort(np.concatenate(picked))])
 
 
 def certify(kind: Kind, source: Source, proof: Proof) -> tuple[dict[str, Any], Path | None]:
     """A kind's certificate, and its file when it may be shipped."""
     tried: list[dict[str, Any]] = []
-    for candidate in kind.candidates:
-        path = make(kind, candidate, source)
-        run = kind.open(path, proof.threads)
-        figures, problems = proof.fold(proof.calibration_fold, run)
-        if path.stat().st_size > MOST_BYTES:
-            problems.append(f"{path.stat().st_size} bytes; {MOST_BYTES} are allowed")
-        tried.append({"setting": candidate.setting, "bytes": path.stat().st_size, "problems": problems})
-        tell(kind, candidate, figures, problems)
+    for setting in kind.settings:
+        path = make(kind, setting, source)
+        run, size = kind.open(path, proof.threads), path.stat().st_size
+        figures, problems = proof.compare(proof.choosing, run)
+        if size > MOST_BYTES:
+            problems.append(f"{size} bytes; {MOST_BYTES} are allowed")
+        tried.append({"setting": setting, "bytes": size, "problems": problems})
+        tell(kind, setting, figures, problems)
         if problems:
             continue
-        confirmed = {}
-        for number in proof.other_folds:
-            confirmed[f"fold{number}"], problems = proof.fold(number, run)
-            tell(kind, candidate, confirmed[f"fold{number}"], problems)
+        confirmed, problems = proof.compare(proof.confirming, run)
+        tell(kind, setting, confirmed, problems)
         certificate = {
-            "setting": candidate.setting,
+            "setting": setting,
             "tried": tried,
             "shipped": not problems,
             "problems": problems,
-            f"fold{proof.calibration_fold}": figures,
-            **confirmed,
+            proof.choosing.name: figures,
+            proof.confirming.name: confirmed,
             "outliers": proof.outliers(run),
-            "latency": proof.latency(kind, path, source.images),
+            "latency": proof.latency(kind, path),
         }
         return certificate, None if problems else path
     return {"tried": tried, "shipped": False, "problems": ["No setting passed the gate."]}, None
 
 
-def make(kind: Kind, candidate: Candidate, source: Source) -> Path:
-    """The candidate's file in the working folder, made unless it is there."""
-    path = source.work / f"{re.sub('[^a-z0-9]+', '-', candidate.setting)}.{kind.file}"
+def make(kind: Kind, setting: str, source: Source) -> Path:
+    """The setting's file in the working folder, made unless it is there."""
+    path = source.work / f"{re.sub('[^a-z0-9]+', '-', setting)}.{kind.file}"
     if not path.exists():
-        print(f"{kind.name}: making {candidate.setting}", flush=True)
+        print(f"{kind.name}: making {setting}", flush=True)
         partial = path.with_name(f"partial.{path.name}")
-        candidate.make(source, partial)
+        kind.settings[setting](source, partial)
         partial.rename(path)
     return path
 
 
-def tell(kind: Kind, candidate: Candidate, figures: Mapping[str, Any], problems: list[str]) -> None:
+def tell(kind: Kind, setting: str, figures: Mapping[str, Any], problems: list[str]) -> None:
     """One line of progress."""
     point = figures["operating_points"]["melanoma"]
     print(
-        f"{kind.name}, {candidate.setting}: {figures['images']} images, top-1 agreement "
+        f"{kind.name}, {setting}: {figures['images']} images, top-1 agreement "
         f"{figures['top1_agreement']}, melanoma {point['sensitivity_server']:.4f} -> {point['sensitivity']:.4f}, "
         f"specificity {point['specificity_server']:.4f} -> {point['specificity']:.4f}, "
         f"bottleneck cosine {figures['bottleneck_cosine']['median']}; {'; '.join(problems) or 'passes'}",
@@ -130,29 +269,22 @@ def tell(kind: Kind, candidate: Candidate, figures: Mapping[str, Any], problems:
 
 
 def build(
-    model: StoredModel,
-    plan: DataPlan,
-    cache: Path,
-    work: Path,
-    kinds: list[Kind],
-    threads: int,
-    sample: int | None,
+    model: StoredModel, plan: DataPlan, cache: Path, work: Path, kinds: list[Kind], threads: int
 ) -> dict[str, Any]:
     """Build all copies and return `edge.json`; the model folder changes only when all is done."""
-    geometry = InputGeometry.from_manifest(model.manifest.input)
-    graph = plain_graph(model.path(model.manifest.onnx), geometry.side)
+    served = model.path(model.manifest.onnx)
+    graph = plain_graph(served, InputGeometry.from_manifest(model.manifest.input).side)
     work = work / model.manifest.files[model.manifest.onnx].sha256[:16]
     work.mkdir(parents=True, exist_ok=True)
-    archive = Archive.open(cache, geometry)
-    source = Source(graph, archive.sample(plan.train_folds, CALIBRATION_IMAGES, SEED), work)
-    proof = Proof(model, plan, archive, threads, sample)
-    copies, left_out, files = {}, {}, {}
+    proof = Proof(model, plan, cache, threads)
+    source = Source(graph, proof.calibration_images, work)
+    copies, left_out, files, runs = {}, {}, {}, {}
     for kind in kinds:
         certificate, path = certify(kind, source, proof)
         if path is None:
             left_out[kind.name] = certificate
             continue
-        files[kind.name] = path
+        files[kind.name], runs[kind.name] = path, (kind.precision, kind.open(path, threads))
         copies[kind.name] = {
             "file": kind.file,
             "runtime": kind.runtime,
@@ -161,19 +293,10 @@ def build(
             "sha256": digest_file(path),
             "certificate": certificate,
         }
-    golden = golden_document(
-        model,
-        proof.run_server,
-        {
-            kind.name: (kind.precision, kind.open(files[kind.name], threads))
-            for kind in kinds
-            if kind.name in files
-        },
-    )
+    golden = golden_document(model, proof.run_server, runs)
     edge = {"server": server_contract(model), "copies": copies, "left_out": left_out}
-    ship(model.folder if sample is None else work / "trial", files, {EDGE_NAME: edge, GOLDEN_NAME: golden})
-    if sample is None:
-        seal(model.folder)
+    ship(model.folder, files, {EDGE_NAME: edge, GOLDEN_NAME: golden})
+    seal(model.folder)
     return edge
 
 
@@ -201,12 +324,11 @@ def main() -> None:
         "--copies", nargs="+", choices=[k.name for k in KINDS], default=[k.name for k in KINDS]
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sample", type=int, help="a trial on so many images a fold; ships nothing")
     arguments = parser.parse_args()
     model = ModelStore(arguments.models).open(arguments.model)
     kinds = [kind for kind in KINDS if kind.name in arguments.copies]
     plan = read_recipe(arguments.recipe).data
-    edge = build(model, plan, arguments.cache_dir, arguments.work, kinds, arguments.threads, arguments.sample)
+    edge = build(model, plan, arguments.cache_dir, arguments.work, kinds, arguments.threads)
     if edge["left_out"]:
         parser.exit(1, f"Not shipped: {', '.join(edge['left_out'])}; {EDGE_NAME} says why.\n")
 

@@ -1,30 +1,45 @@
 """Does a copy answer as the server does? Figures on the same images, and the gate.
 
-Fold 4 chooses between settings, fold 0 confirms the chosen one; the images that p(UNK) must
-find (photographs, text, noise) are those that nothing was fitted on.
+The calibration fold chooses between settings, the test fold confirms the chosen one; the images that p(UNK) must find
+(photographs, text, noise) are those that nothing was fitted on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.edge.fold_images import FoldImages
+from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.embedding_spaces import ShippedReferences, nearest, precision_at
 from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
 from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats, area_under_curve, calibration_error
-from data_jobs.training.scan import Scan
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, calibration_error
+from data_jobs.training.scan import Pixels, Scan
 from deployments.classifier.calibration import Calibrator
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import TRAINED
 
 NEIGHBOURS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class FoldImages:
+    """Labelled images of one fold; `name` is the fold's, `pixels` uint8 N×side×side×3."""
+
+    name: str
+    rows: list[LabelledImage]
+    labels: Labels
+    pixels: Pixels
+
+    @property
+    def lesions(self) -> list[str]:
+        """The lesion of every image."""
+        return [row.lesion for row in self.rows]
 
 
 def compare_search(
@@ -76,23 +91,6 @@ class Judge:
         return cls(Calibrator.from_model(model), ShippedReferences.from_model(model), points)
 
 
-@dataclass(frozen=True, slots=True)
-class PointFigures:
-    """One operating point by lesion, server against copy, at the server's threshold.
-
-    `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
-    """
-
-    threshold: float
-    positives: int
-    sensitivity_server: float
-    sensitivity: float
-    newly_missed: int
-    newly_found: int
-    specificity_server: float
-    specificity: float
-
-
 def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> dict[str, Any]:
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, _ = served(judge.calibrator, server)
@@ -115,8 +113,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
         "bottleneck_cosine": cosines(server.bottleneck, copy.bottleneck),
         "search": compare_search(judge.references, images, server.bottleneck, copy.bottleneck),
         "operating_points": {
-            name: asdict(point_figures(point, eight_server, eight, images))
-            for name, point in judge.points.items()
+            name: point_figures(point, eight_server, eight, images) for name, point in judge.points.items()
         },
     }
 
@@ -128,24 +125,29 @@ def compare_outliers(judge: Judge, server: Scan, copy: Scan) -> dict[str, float]
     return {"images": len(nine), **unknown_figures(nine_server, nine)}
 
 
-def point_figures(point: OperatingPoint, server: Floats, copy: Floats, images: FoldImages) -> PointFigures:
-    """An operating point from N×8 probabilities of server and copy."""
+def point_figures(
+    point: OperatingPoint, server: Floats, copy: Floats, images: FoldImages
+) -> dict[str, float]:
+    """One operating point by lesion from N×8 probabilities, server against copy, at the server's threshold.
+
+    `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
+    """
     positive = np.isin(images.labels, [TRAINED.index(d) for d in point.diagnoses])
     scores_server, is_positive = by_lesion(point_score(server, point.diagnoses), positive, images.lesions)
     scores, _ = by_lesion(point_score(copy, point.diagnoses), positive, images.lesions)
     before = measure_threshold(scores_server, is_positive, point.threshold)
     after = measure_threshold(scores, is_positive, point.threshold)
     flagged_server, flagged = scores_server >= point.threshold, scores >= point.threshold
-    return PointFigures(
-        threshold=point.threshold,
-        positives=before.positives,
-        sensitivity_server=_rounded(before.sensitivity, 6),
-        sensitivity=_rounded(after.sensitivity, 6),
-        newly_missed=int((is_positive & flagged_server & ~flagged).sum()),
-        newly_found=int((is_positive & ~flagged_server & flagged).sum()),
-        specificity_server=_rounded(before.specificity),
-        specificity=_rounded(after.specificity),
-    )
+    return {
+        "threshold": point.threshold,
+        "positives": before.positives,
+        "sensitivity_server": _rounded(before.sensitivity, 6),
+        "sensitivity": _rounded(after.sensitivity, 6),
+        "newly_missed": int((is_positive & flagged_server & ~flagged).sum()),
+        "newly_found": int((is_positive & ~flagged_server & flagged).sum()),
+        "specificity_server": _rounded(before.specificity),
+        "specificity": _rounded(after.specificity),
+    }
 
 
 def unknown_figures(server: Floats, copy: Floats) -> dict[str, float]:

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from data_jobs.sample_lesion import draw_lesion
-from data_jobs.training.edge.fold_images import Run
-from data_jobs.training.scan import Pixels
+from data_jobs.training.scan import Pixels, Run
 from deployments.classifier.calibration import Calibrator
 from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_jobs.training.edge.onnx_copies import initializers
-from data_jobs.training.scan import Outputs, Pixels
+from data_jobs.training.scan import Outputs, Pixels, Run
 from serve_app.domain.errors import ModelContractError
 
 
@@ -107,7 +107,7 @@ def halve_weights(float32: Path, path: Path) -> None:
     path.write_bytes(bytes(quantizer.quantize().quantized_model))
 
 
-def open_litert(path: Path, threads: int) -> Callable[[Pixels], Outputs]:
+def open_litert(path: Path, threads: int) -> Run:
     """Pixels uint8 N×side×side×3 to logits N×8 and bottleneck N×512, by XNNPACK's kernels."""
     from ai_edge_litert.interpreter import Interpreter  # noqa: PLC0415 - with the `edge` extra
 

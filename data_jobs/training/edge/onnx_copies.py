@@ -47,14 +47,22 @@ def plain_graph(path: Path, side: int) -> onnx.ModelProto:
 
 def _evaluate(model: onnx.ModelProto, names: list[str], side: int) -> list[NDArray[np.int64]]:
     """What these tensors hold for one grey image of `side`."""
+    session = _probe(model, names)
+    pixels = np.full((1, side, side, 3), 127, np.uint8)
+    found: list[NDArray[np.int64]] = session.run(names, {session.get_inputs()[0].name: pixels})
+    return found
+
+
+def _probe(model: onnx.ModelProto, names: list[str]) -> ort.InferenceSession:
+    """A session that gives these tensors, too. Not optimised: fused nodes would not give what is between them."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     known = {output.name for output in probe.graph.output}
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    pixels = np.full((1, side, side, 3), 127, np.uint8)
-    found: list[NDArray[np.int64]] = session.run(names, {session.get_inputs()[0].name: pixels})
-    return found
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _fold_into_convolution(graph: onnx.GraphProto, pad: onnx.NodeProto, amount: NDArray[np.int64]) -> None:
@@ -142,15 +150,7 @@ def measure_ranges(model: onnx.ModelProto, pixels: Pixels) -> Ranges:
     The widest of the images' ranges that hold 99.99 % of the values; of large tensors every eighth value is looked at.
     """
     names = [name for node in model.graph.node for name in node.output]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    known = {output.name for output in model.graph.output}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    # Fused nodes would not give the tensors between them.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = _probe(model, names)
     source = session.get_inputs()[0].name
     low, high = np.zeros(len(names)), np.zeros(len(names))
     for image in pixels:

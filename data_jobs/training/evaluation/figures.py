@@ -1,12 +1,14 @@
-"""Accuracy over all, by diagnosis, by lesion, by subgroup and as the ISIC challenges count; the curves that the card draws."""
+"""Accuracy over all, by diagnosis, lesion and subgroup and as the ISIC challenges count; sets, curves, and 95 % intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import betabinom
 from sklearn import metrics
 
 from data_jobs.training.evaluation.predictions import MELANOMA, UNKNOWN, Predictions
@@ -260,3 +262,145 @@ def scored(known: Floats, labels: Labels, refused: np.ndarray, names: tuple[str,
         "auc": {name: round(value, 4) for name, value in auc.items()},
         "mean_auc": round(float(np.nanmean(list(auc.values()))), 4),
     }
+
+
+def set_figures(
+    predictions: Predictions, thresholds: Floats, coverage: float, calibration_images: Mapping[str, int]
+) -> dict[str, Any]:
+    """Coverage of every class beside the range that chance allows, and the sizes of the sets.
+
+    `calibration_images` are those that each class's threshold was found on.
+    """
+    labels = predictions.labels
+    sets = predictions.eight >= thresholds
+    size = sets.sum(1)
+    classes = {}
+    for index, diagnosis in enumerate(TRAINED):
+        images, covered = int((labels == index).sum()), int(sets[labels == index, index].sum())
+        low, high = coverage_range(calibration_images[diagnosis.value], images, coverage)
+        classes[diagnosis.value] = {
+            "calibration_images": calibration_images[diagnosis.value],
+            "images": images,
+            "covered": covered,
+            "coverage": round(covered / images, 4) if images else float("nan"),
+            "range": [low, high],
+            "within_range": low <= covered <= high,
+        }
+    return {
+        "nominal_coverage": coverage,
+        "coverage": round(float(sets[np.arange(len(labels)), labels].mean()), 4),
+        "classes": classes,
+        "mean_size": round(float(size.mean()), 3),
+        "share_of_one": round(float((size == 1).mean()), 4),
+        "share_empty": round(float((size == 0).mean()), 4),
+    }
+
+
+def coverage_range(
+    calibration_images: int, images: int, coverage: float, share: float = 0.95
+) -> tuple[int, int]:
+    """Fewest and most of `images` new ones that are covered, in the middle `share` of all splits.
+
+    With the k-th smallest of n calibration scores as threshold, coverage over splits is
+    Beta(n + 1 - k, k) and the count of covered images beta-binomial (Vovk, ACML 2012, prop. 2a;
+    Angelopoulos and Bates 2023, 3.2): a class of few calibration images may fall far from its
+    promise by chance alone. It takes images as independent, which those of one lesion are not.
+    """
+    k = math.floor((1.0 - coverage) * (calibration_images + 1) + 1e-9)
+    if k == 0:
+        return images, images
+    found = betabinom(images, calibration_images + 1 - k, k)
+    tail = (1.0 - share) / 2.0
+    return int(found.ppf(tail)), int(found.ppf(1.0 - tail))
+
+
+#: Lesions are drawn again, not images, for images of one lesion are alike.
+RESAMPLES = 1000
+Interval = tuple[float, float]
+
+
+def bootstrap_intervals(predictions: Predictions, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Percentile intervals (Efron and Tibshirani 1993, 13.3) of the figures of the nine classes.
+
+    Keys: top1, top3, balanced_accuracy, melanoma_auc, ece, and by diagnosis recall, precision
+    and auc. A diagnosis without a first answer in a resample has no precision there, and one
+    without any image no recall: such resamples are left out of its interval. The ECE is a sum of
+    absolute values, to which every resample adds noise: its interval lies high.
+    """
+    labels, nine = predictions.labels, predictions.nine
+    weights = resampled_weights(predictions.lesions, resamples, seed)
+    best = np.argsort(-nine, axis=1, kind="stable")
+    answer, hit = best[:, 0], best[:, 0] == labels
+    in_three = (best[:, :3] == labels[:, None]).any(1)
+    total = weights.sum(1)
+    recall = np.stack([_share(weights, hit, labels == c) for c in range(len(TRAINED))])
+    precision = np.stack([_share(weights, hit, answer == c) for c in range(len(TRAINED))])
+    eight = predictions.eight
+    auc = [weighted_auc(eight[:, c], labels == c, weights) for c in range(len(TRAINED))]
+    return {
+        "resamples": resamples,
+        "top1": interval(weights @ hit / total),
+        "top3": interval(weights @ in_three / total),
+        "balanced_accuracy": interval(np.nanmean(recall, axis=0)),
+        "melanoma_auc": interval(weighted_auc(nine[:, MELANOMA], labels == MELANOMA, weights)),
+        "ece": interval(weighted_calibration_error(nine, labels, weights)),
+        "recall": _by_diagnosis(recall),
+        "precision": _by_diagnosis(precision),
+        "auc": _by_diagnosis(auc),
+    }
+
+
+def resampled_weights(lesions: list[str], resamples: int, seed: int) -> Floats:
+    """R×N: how often each image is in each resample, as its lesion was drawn."""
+    _, inverse = np.unique(lesions, return_inverse=True)
+    count = int(inverse.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
+    return np.asarray(drawn[:, inverse], np.float64)
+
+
+def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """AUROC of every resample, ties counted half; NaN where one kind was not drawn."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) > 0.0)
+    ordered, kind = weights[:, order], positive[order]
+    up = np.add.reduceat(ordered * kind, starts, axis=1)
+    down = np.add.reduceat(ordered * ~kind, starts, axis=1)
+    below = np.cumsum(down, axis=1) - down / 2.0
+    pairs = up.sum(1) * down.sum(1)
+    result: Floats = np.where(pairs > 0, (up * below).sum(1) / np.where(pairs > 0, pairs, 1.0), np.nan)
+    return result
+
+
+def weighted_calibration_error(
+    probabilities: Floats, labels: Labels, weights: Floats, bins: int = 15
+) -> Floats:
+    """`probabilities.calibration_error` of every resample."""
+    confidence = probabilities.max(1)
+    gap = (probabilities.argmax(1) == labels) - confidence
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    error = np.zeros(len(weights))
+    for b in range(bins):
+        inside = index == b
+        error += np.abs(weights[:, inside] @ gap[inside])
+    result: Floats = error / weights.sum(1)
+    return result
+
+
+def interval(values: Floats) -> Interval:
+    """The middle 95 % of the resampled values; NaN when there is none."""
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, (0.025, 0.975))
+    return round(float(low), 4), round(float(high), 4)
+
+
+def _share(weights: Floats, hit: NDArray[np.bool_], among: NDArray[np.bool_]) -> Floats:
+    """Share of hits among some images in every resample; NaN where none of them was drawn."""
+    drawn = weights @ among
+    result: Floats = np.where(drawn > 0, weights @ (hit & among) / np.where(drawn > 0, drawn, 1.0), np.nan)
+    return result
+
+
+def _by_diagnosis(values: NDArray[np.float64] | list[Floats]) -> dict[str, Interval]:
+    return {d.value: interval(v) for d, v in zip(TRAINED, values, strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,18 +90,3 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
         columns[diagnosis.value] = pa.array(predictions.nine[:, index].astype(np.float32))
     columns["ood_score"] = pa.array(predictions.scores.astype(np.float32))
     pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def read_predictions(path: Path, rows: Mapping[str, LabelledImage]) -> Predictions:
-    """Read them back; `rows` are the archive's, by isic_id.
-
-    Raises KeyError for an image that the archive does not have, and ValueError where its
-    diagnosis there is another.
-    """
-    table = pq.read_table(path)
-    found = [rows[isic_id] for isic_id in table["isic_id"].to_pylist()]
-    for row, truth in zip(found, table["truth"].to_pylist(), strict=True):
-        if row.diagnosis != truth:
-            raise ValueError(f"{path}: {row.isic_id} is {row.diagnosis} in the archive and not {truth}.")
-    nine = np.stack([table[d.value].to_numpy() for d in Diagnosis], axis=1)
-    return Predictions(found, nine.astype(np.float64), table["ood_score"].to_numpy().astype(np.float64))

@@ -24,18 +24,20 @@ def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> Ke
         path = Path(rest) if rest else settings.files.keyring
         return FileKeyring.make(path) if first_start else FileKeyring(path)
     # Neither package is imported where nobody uses it: 30 MB a process.
-    if scheme in {"vault", "vault+http"}:
-        try:
+    try:
+        if scheme in {"vault", "vault+http"}:
             from serve_app.keys.providers.vault import VaultAddress, VaultTransit  # noqa: PLC0415
-        except ModuleNotFoundError as error:
-            raise _not_installed("vault", error) from error
-        return VaultTransit(VaultAddress.parse(url), partial(_vault_token, settings))
-    if scheme == "kms" and rest:
-        try:
+
+            return VaultTransit(VaultAddress.parse(url), partial(_vault_token, settings))
+        if scheme == "kms" and rest:
             from serve_app.keys.providers.kms import AwsKms  # noqa: PLC0415
-        except ModuleNotFoundError as error:
-            raise _not_installed("kms", error) from error
-        return AwsKms(rest)
+
+            return AwsKms(rest)
+    except ModuleNotFoundError as error:
+        extra = scheme.removesuffix("+http")
+        raise InvalidSetting(
+            f"{error.name} is not installed: pip install 'pms-derm-cds[{extra}]'."
+        ) from error
     raise InvalidSetting("DERM_KEY_PROVIDER is none of file:, vault://HOST/MOUNT/KEY and kms:KEY.")
 
 
@@ -51,7 +53,3 @@ def _vault_token(settings: KeySettings) -> str:
     if not token:
         raise KeyProviderUnavailable("Vault's token is missing: set DERM_VAULT_TOKEN_FILE or VAULT_TOKEN.")
     return token
-
-
-def _not_installed(extra: str, error: ModuleNotFoundError) -> InvalidSetting:
-    return InvalidSetting(f"{error.name} is not installed: pip install 'pms-derm-cds[{extra}]'.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import logging
 import os
-from typing import Any, Self
+from typing import Any
 from uuid import UUID
 
 import boto3
@@ -21,40 +21,22 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NotConnected
 
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
-from serve_app.keys.keyring import WrappedKey
-from serve_app.keys.providers.retries import (
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    RetryPolicy,
-    Unanswered,
-)
+from serve_app.keys.keyring import DATA_KEY_BYTES, KeyProvider, WrappedKey
+from serve_app.keys.providers.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RetryPolicy, Unanswered
 
 #: KMS chooses the key material by what the ciphertext says; to us there is one version.
 _VERSION = 1
-_DATA_KEY_BYTES = 32
-_CONTEXT = "derm-cds:data-key-id"
 
 #: Not this key's, not this context's, or altered.
 _FOREIGN = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
-#: Asking again may help.
-_COME_BACK = frozenset(
-    {
-        "DependencyTimeoutException",
-        "InternalFailure",
-        "KMSInternalException",
-        "KeyUnavailableException",
-        "RequestTimeout",
-        "ServiceUnavailable",
-        "ServiceUnavailableException",
-        "ThrottlingException",
-    }
-)
+#: Asking again may help, as it may after any 5xx.
+_COME_BACK = frozenset({"RequestTimeout", "ThrottlingException"})
 
 # At level DEBUG botocore logs every request's body: here, data keys.
 logging.getLogger("botocore").setLevel(logging.INFO)
 
 
-class AwsKms:
+class AwsKms(KeyProvider):
     """One symmetric KMS key. A wrapped key is KMS's ciphertext; the data key's id is its encryption context.
 
     The context is written to CloudTrail in clear: the id is a random number, and says nothing of
@@ -82,10 +64,6 @@ class AwsKms:
     def __str__(self) -> str:
         return f"AWS KMS key {self._key_id}"
 
-    def now(self) -> Self:
-        """This object: KMS keeps its keys, so that no file here could be exchanged for another."""
-        return self
-
     @property
     def current_version(self) -> int:
         """Always 1: KMS rotates its key material inside the key."""
@@ -105,12 +83,10 @@ class AwsKms:
         """Have KMS decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
         if wrapped_key.key_version != _VERSION:
             raise IntegrityError(f"AWS KMS has no version {wrapped_key.key_version}")
-        context = _context(data_key_id)
-        answer = self._ask(
-            self._client.decrypt, CiphertextBlob=wrapped_key.wrapped, EncryptionContext=context
-        )
+        blob, context = wrapped_key.wrapped, _context(data_key_id)
+        answer = self._ask(self._client.decrypt, CiphertextBlob=blob, EncryptionContext=context)
         data_key = bytes(answer["Plaintext"])
-        if len(data_key) != _DATA_KEY_BYTES:
+        if len(data_key) != DATA_KEY_BYTES:
             raise IntegrityError(f"AWS KMS did not wrap data key {data_key_id}")
         return data_key
 
@@ -161,4 +137,4 @@ def _answer(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _context(data_key_id: UUID) -> dict[str, str]:
-    return {_CONTEXT: str(data_key_id)}
+    return {"derm-cds:data-key-id": str(data_key_id)}

@@ -13,10 +13,11 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 import os
 import re
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
@@ -25,19 +26,13 @@ from hvac import exceptions
 import requests
 
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
-from serve_app.keys.keyring import WrappedKey
-from serve_app.keys.providers.retries import (
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    RetryPolicy,
-    Unanswered,
-)
+from serve_app.keys.keyring import DATA_KEY_BYTES, KeyProvider, WrappedKey
+from serve_app.keys.providers.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RetryPolicy, Unanswered
 
 _PORT = 8200
 _CIPHERTEXT = re.compile(rb"vault:v([1-9][0-9]{0,9}):[A-Za-z0-9+/]+={0,2}")
 #: Vault's ciphers that authenticate associated data.
 _CIPHERS = frozenset({"aes128-gcm96", "aes256-gcm96", "chacha20-poly1305"})
-_DATA_KEY_BYTES = 32
 
 # Vault in trouble, sealed, standing by, throttling or not yet caught up; nothing that we asked wrongly.
 _COME_BACK = (
@@ -83,7 +78,7 @@ class VaultAddress:
         )
 
 
-class VaultTransit:
+class VaultTransit(KeyProvider):
     """One key of a transit engine, versioned by Vault; `token` is asked before every request.
 
     A wrapped key is Vault's own ciphertext ("vault:v1:…"). The data key's id is its associated
@@ -104,10 +99,6 @@ class VaultTransit:
     def __str__(self) -> str:
         return f"Vault transit key {self._address.mount}/{self._address.key} at {self._address.url}"
 
-    def now(self) -> Self:
-        """This object: Vault keeps its keys, so that no file here could be exchanged for another."""
-        return self
-
     @property
     def current_version(self) -> int:
         """The version that wraps from now on."""
@@ -121,11 +112,7 @@ class VaultTransit:
 
     def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
         """Have Vault encrypt a data key under its newest version, bound to its id."""
-        answer = self._ask(
-            "encrypt",
-            lambda transit, key: transit.encrypt_data(plaintext=_text(data_key), **key),
-            data_key_id,
-        )
+        answer = self._ask("encrypt_data", data_key_id, plaintext=_text(data_key))
         wrapped = str(answer["ciphertext"]).encode()
         return WrappedKey(wrapped, _version_of(wrapped))
 
@@ -133,18 +120,15 @@ class VaultTransit:
         """Have Vault decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
         if _version_of(wrapped_key.wrapped) != wrapped_key.key_version:
             raise IntegrityError(f"Data key {data_key_id} was wrapped under another version than it says")
-        ciphertext = wrapped_key.wrapped.decode()
-        answer = self._ask(
-            "decrypt", lambda transit, key: transit.decrypt_data(ciphertext=ciphertext, **key), data_key_id
-        )
+        answer = self._ask("decrypt_data", data_key_id, ciphertext=wrapped_key.wrapped.decode())
         data_key = b64decode(answer["plaintext"])
-        if len(data_key) != _DATA_KEY_BYTES:
+        if len(data_key) != DATA_KEY_BYTES:
             raise IntegrityError(f"Vault did not wrap data key {data_key_id}")
         return data_key
 
     def rotate(self) -> int:
         """Have Vault make a new version, which wraps from now on; returns it."""
-        self._ask("rotate", lambda transit, key: transit.rotate_key(**key))
+        self._ask("rotate_key")
         return self.current_version
 
     def retire(self, version: int) -> None:
@@ -162,15 +146,9 @@ class VaultTransit:
         # Vault trims only what it may neither encrypt nor decrypt under any more. Two calls, for hvac
         # takes both limits at once only where they differ.
         oldest = version + 1
-        self._ask(
-            "config",
-            lambda transit, key: transit.update_key_configuration(min_encryption_version=oldest, **key),
-        )
-        self._ask(
-            "config",
-            lambda transit, key: transit.update_key_configuration(min_decryption_version=oldest, **key),
-        )
-        self._ask("trim", lambda transit, key: transit.trim_key(min_version=oldest, **key))
+        self._ask("update_key_configuration", min_encryption_version=oldest)
+        self._ask("update_key_configuration", min_decryption_version=oldest)
+        self._ask("trim_key", min_version=oldest)
 
     def _check_key(self) -> bool:
         key = self._read()
@@ -181,15 +159,14 @@ class VaultTransit:
         return bool(key.get("derived"))
 
     def _read(self) -> dict[str, Any]:
-        return self._ask("read", lambda transit, key: transit.read_key(**key))
+        return self._ask("read_key")
 
-    def _ask(
-        self, operation: str, question: Callable[..., Any], data_key_id: UUID | None = None
-    ) -> dict[str, Any]:
-        key = {"name": self._address.key, "mount_point": self._address.mount}
+    def _ask(self, method: str, data_key_id: UUID | None = None, **fields: object) -> dict[str, Any]:
+        """Call a method of hvac's Transit on our key; `data_key_id` binds what is encrypted or decrypted."""
+        fields |= {"name": self._address.key, "mount_point": self._address.mount}
         if data_key_id is not None:
             binding = _text(b"derm-cds data key " + data_key_id.bytes)
-            key |= {"associated_data": binding, **({"context": binding} if self._derives else {})}
+            fields |= {"associated_data": binding, **({"context": binding} if self._derives else {})}
 
         def attempt() -> dict[str, Any]:
             client = hvac.Client(
@@ -200,7 +177,9 @@ class VaultTransit:
                 timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
                 allow_redirects=False,  # the token would go along
             )
-            return _answer(operation, lambda: question(client.secrets.transit, key))
+            return _answer(
+                method.partition("_")[0], partial(getattr(client.secrets.transit, method), **fields)
+            )
 
         return self._retries.ask(attempt)
 

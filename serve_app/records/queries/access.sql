@@ -6,33 +6,17 @@ SELECT EXISTS (
 );
 
 -- name: revoke
--- Lock a subject or a token out, with the audit event; again, it stays as it was first.
-WITH revoked AS (
-    INSERT INTO revocations (kind, value, revoked_by)
-    VALUES ($1, $2, $3)
-    ON CONFLICT (kind, value) DO NOTHING
-    RETURNING kind
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM revoked
-)
-SELECT EXISTS (SELECT FROM revoked);
+-- Lock a subject or a token out; again, it stays as it was first.
+INSERT INTO revocations (kind, value, revoked_by)
+VALUES ($1, $2, $3)
+ON CONFLICT (kind, value) DO NOTHING
+RETURNING kind;
 
 -- name: restore
--- Let a subject or a token in again, with the audit event.
-WITH restored AS (
-    DELETE FROM revocations
-    WHERE kind = $1 AND value = $2
-    RETURNING kind
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM restored
-)
-SELECT EXISTS (SELECT FROM restored);
+-- Let a subject or a token in again.
+DELETE FROM revocations
+WHERE kind = $1 AND value = $2
+RETURNING kind;
 
 -- name: revocations
 -- List who is locked out, newest first.
@@ -41,19 +25,14 @@ FROM revocations
 ORDER BY revoked_at DESC, kind, value;
 
 -- name: assign
--- Put a patient into somebody's care, with the audit event; again with the same start, change the end.
-WITH assigned AS (
-    INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
-    VALUES ($1, $2, $3, $4)
-    ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at
-    RETURNING patient_id
-)
-INSERT INTO audit_events
-    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-SELECT $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM assigned;
+-- Put a patient into somebody's care; again with the same start, change the end.
+INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
+VALUES ($1, $2, $3, $4)
+ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at
+RETURNING patient_id;
 
 -- name: end_assignment
--- End what is in force of somebody's care for a patient, and withdraw what has not begun; with the audit event.
+-- End what is in force of somebody's care for a patient, and withdraw what has not begun.
 WITH ended AS (
     UPDATE care_assignments
     SET ends_at = now()
@@ -66,19 +45,10 @@ withdrawn AS (
     DELETE FROM care_assignments
     WHERE patient_id = $1 AND clinician = $2 AND starts_at >= now()
     RETURNING starts_at
-),
-stopped AS (
-    SELECT starts_at FROM ended
-    UNION ALL
-    SELECT starts_at FROM withdrawn
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11
-    WHERE EXISTS (SELECT FROM stopped)
 )
-SELECT count(*) FROM stopped;
+SELECT count(*) AS ended
+FROM (SELECT starts_at FROM ended UNION ALL SELECT starts_at FROM withdrawn) AS stopped
+HAVING count(*) > 0;
 
 -- name: assignments
 -- List care assignments of a patient, a principal, or all: those in force or to come, or ($3) every one.
@@ -90,24 +60,18 @@ WHERE ($1::text IS NULL OR patient_id = $1)
 ORDER BY patient_id, clinician, starts_at;
 
 -- name: break_glass
--- Let a principal into a patient's record for a time, with the audit event.
-WITH opened AS (
-    INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
-    VALUES ($1, $2, $3, $4, now() + $5::interval)
-    RETURNING emergency_id, patient_id, principal, reason, starts_at, ends_at
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM opened
-)
-SELECT * FROM opened;
+-- Let a principal into a patient's record for a time.
+INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
+VALUES ($1, $2, $3, $4, now() + $5::interval)
+RETURNING
+    emergency_id, patient_id, principal, reason, starts_at, ends_at,
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;
 
 -- name: emergency
 -- Find one emergency access.
 SELECT
     emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses
 FROM emergency_accesses
 WHERE emergency_id = $1;
 
@@ -137,18 +101,10 @@ ORDER BY e.emergency_id
 LIMIT $3;
 
 -- name: review
--- Judge an emergency access that nobody has judged, with the audit event.
-WITH reviewed AS (
-    UPDATE emergency_accesses
-    SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
-    WHERE emergency_id = $1 AND reviewed_at IS NULL
-    RETURNING
-        emergency_id, patient_id, principal, reason, starts_at, ends_at,
-        reviewed_at, reviewer, review_outcome, review_note
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM reviewed
-)
-SELECT * FROM reviewed;
+-- Judge an emergency access that nobody has judged.
+UPDATE emergency_accesses
+SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
+WHERE emergency_id = $1 AND reviewed_at IS NULL
+RETURNING
+    emergency_id, patient_id, principal, reason, starts_at, ends_at,
+    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;

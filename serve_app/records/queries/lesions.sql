@@ -173,7 +173,7 @@ SELECT
 
 -- name: previous
 -- Find the lesion's newest assessment before a time that holds a classification, of an image that counts as the
--- lesion's own: not questioned, or confirmed.
+-- lesion's own: not questioned, or confirmed. Or that of the image $4, with which a later one was compared.
 SELECT
     i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding,
     a.demand_level::text AS level
@@ -181,26 +181,17 @@ FROM lesion_images AS i
 INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
 WHERE i.lesion_id = $1
-    AND i.created_at < $2
     AND a.answer #> '{classification,probabilities}' IS NOT NULL
     AND (
-        NOT a.answer -> 'reasons' @> '[{"code": "perhaps_another_lesion"}]'
-        OR a.confirmed_at IS NOT NULL
+        i.image_id = $4::uuid
+        OR i.created_at < $2
+        AND (
+            NOT a.answer -> 'reasons' @> '[{"code": "perhaps_another_lesion"}]'
+            OR a.confirmed_at IS NOT NULL
+        )
     )
 ORDER BY i.created_at DESC, i.image_id DESC
 LIMIT 1;
-
--- name: compared
--- Find one image of the lesion with what a later image of it was compared with.
-SELECT
-    i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding,
-    a.demand_level::text AS level
-FROM lesion_images AS i
-INNER JOIN assessments AS a USING (image_id)
-LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
-WHERE i.lesion_id = $1
-    AND i.image_id = $2
-    AND a.answer #> '{classification,probabilities}' IS NOT NULL;
 
 -- name: timeline
 -- List a lesion's images, newest first.

@@ -11,18 +11,6 @@ SET
     END
 RETURNING model_id, embedder_digest;
 
--- name: reclaim_space
--- Say what fills space $1 from now on, whatever filled it before.
-INSERT INTO space_embedders AS known (embedding_space, model_id, embedder_digest, preprocess_version, images_expected)
-VALUES ($1, $2, $3, $4, $5)
-ON CONFLICT (embedding_space) DO UPDATE
-SET
-    model_id = excluded.model_id,
-    embedder_digest = excluded.embedder_digest,
-    preprocess_version = excluded.preprocess_version,
-    images_expected = excluded.images_expected,
-    begun_at = now();
-
 -- name: embedder
 -- What fills space $1.
 SELECT embedding_space, model_id, embedder_digest, preprocess_version

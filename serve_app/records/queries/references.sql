@@ -38,57 +38,37 @@ SELECT
 -- $8 how many images to look at first, $9 the kinds (malignant: true or false) to look through one by one; the others
 -- are found by their index. K lesions nearly always show among the first $8 images; when many images of one lesion
 -- crowd them out, `thorough` looks at all that were looked through.
-WITH looked_through AS MATERIALIZED (
-    SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
+WITH passing AS NOT MATERIALIZED (
+    SELECT isic_id, lesion_key, malignant, embedding, embedding <=> $1 AS distance
     FROM reference_embeddings
     WHERE embedding_space = $2
-        AND malignant = ANY($9::boolean[])
         AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
         AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
         AND (NOT $6::boolean OR confirmed)
         AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
 ),
+looked_through AS MATERIALIZED (
+    SELECT isic_id, lesion_key, malignant, distance
+    FROM passing
+    WHERE malignant = ANY($9::boolean[])
+),
 near AS MATERIALIZED (
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM looked_through
-        WHERE malignant
-        ORDER BY distance, isic_id
-        LIMIT $8
-    )
+    (SELECT * FROM looked_through WHERE malignant ORDER BY distance, isic_id LIMIT $8)
+    UNION ALL
+    (SELECT * FROM looked_through WHERE NOT malignant ORDER BY distance, isic_id LIMIT $8)
     UNION ALL
     (
         SELECT isic_id, lesion_key, malignant, distance
-        FROM looked_through
-        WHERE NOT malignant
-        ORDER BY distance, isic_id
-        LIMIT $8
-    )
-    UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
-        FROM reference_embeddings
-        WHERE embedding_space = $2
-            AND malignant
-            AND true <> ALL($9)
-            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
-            AND (NOT $6::boolean OR confirmed)
-            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
+        FROM passing
+        WHERE malignant AND true <> ALL($9)
         ORDER BY embedding <=> $1
         LIMIT $8
     )
     UNION ALL
     (
-        SELECT isic_id, lesion_key, malignant, embedding <=> $1 AS distance
-        FROM reference_embeddings
-        WHERE embedding_space = $2
-            AND NOT malignant
-            AND false <> ALL($9)
-            AND (cardinality($4::text[]) = 0 OR copyright_license = ANY($4))
-            AND (cardinality($5::text[]) = 0 OR anatom_site_general = ANY($5))
-            AND (NOT $6::boolean OR confirmed)
-            AND (cardinality($7::text[]) = 0 OR diagnosis = ANY($7))
+        SELECT isic_id, lesion_key, malignant, distance
+        FROM passing
+        WHERE NOT malignant AND false <> ALL($9)
         ORDER BY embedding <=> $1
         LIMIT $8
     )
@@ -176,7 +156,7 @@ WHERE e.embedding_space = $1 AND NOT EXISTS (SELECT FROM arrivals AS a WHERE a.i
 INSERT INTO embedding_spaces (embedding_space) VALUES ($1) ON CONFLICT DO NOTHING;
 
 -- name: take_in_images
--- Add the arrived images, or bring them up to date.
+-- Add the arrived images, or bring them up to date, wherever they are.
 INSERT INTO reference_images
     (isic_id, lesion_id, diagnosis, diagnosis_confirm_type, age_approx, sex, anatom_site_general,
      copyright_license, attribution)
@@ -196,8 +176,7 @@ SET
     copyright_license = excluded.copyright_license,
     attribution = excluded.attribution;
 
--- name: take_in_copies
--- Bring the copies up to date that other spaces hold of what changed.
+-- Other spaces hold copies of what changed.
 UPDATE reference_embeddings AS e
 SET
     lesion_key = coalesce(a.lesion_id, a.isic_id),
@@ -233,21 +212,14 @@ SET
     confirmed = excluded.confirmed,
     embedding = excluded.embedding;
 
--- name: forget_counts
--- Forget how many references there are of each sort.
-DELETE FROM reference_counts;
-
 -- name: recount
 -- Count the sorts of reference anew, in every space: loading changes the copies of others too.
+DELETE FROM reference_counts;
 INSERT INTO reference_counts
     (embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed, images)
 SELECT embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed, count(*)
 FROM reference_embeddings
 GROUP BY embedding_space, malignant, diagnosis, copyright_license, anatom_site_general, confirmed;
-
--- name: room_for_indexes
--- Let this transaction build its indexes in memory: a limit, of which a graph takes what it needs.
-SELECT set_config('maintenance_work_mem', '1GB', true);
 
 -- name: index_statements
 -- Write the statement that indexes each kind of which space $1 holds at least $2 images.
@@ -269,6 +241,10 @@ ORDER BY malignant;
 -- Let the planner know what is there now.
 ANALYZE reference_images, reference_embeddings, reference_counts;
 
--- name: without_time_limits
--- Lift the time limits that a request has, for this transaction: loaders wait for each other.
-SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true);
+-- name: prepare_to_load
+-- Lift the time limits that a request has, for this transaction: loaders wait for each other. Its indexes are built in
+-- memory: a limit, of which a graph takes what it needs.
+SELECT
+    set_config('maintenance_work_mem', '1GB', true),
+    set_config('statement_timeout', '0', true),
+    set_config('lock_timeout', '0', true);

@@ -20,8 +20,7 @@ from data_jobs.promotion.comparison import (
     compare_pairs,
 )
 from data_jobs.promotion.report import report_content, to_json, to_text
-from data_jobs.training.plans import AcceptancePlan
-from data_jobs.training.recipe import read_recipe
+from data_jobs.training.recipe import AcceptancePlan, read_recipe
 from serve_app.domain.errors import DermError
 
 RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"

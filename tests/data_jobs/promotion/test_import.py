@@ -249,6 +249,6 @@ def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, req
 
 
 def test_a_recipe_without_criteria_is_refused(tmp_path: Path) -> None:
-    recipe = RECIPES / "tf_efficientnet_lite0.toml"
+    recipe = RECIPES / "tf_efficientnet_lite2_derm10.toml"
     with pytest.raises(ImportRefused, match=r"\[acceptance\]"):
         import_model(tmp_path, ImportRequest("m.onnx", recipe), print)

@@ -11,7 +11,6 @@ from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
 from data_jobs.references.load import publish_bundled
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.decode import UploadLimits
-from graphs.local import LocalStages
 from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
@@ -19,6 +18,7 @@ from serve_app.lesions.assess import Assessor
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
+from tests.local_stages import LocalStages
 from tests.random_model import POSITIONS, RECIPES, random_checkpoint, write_folder
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -33,13 +33,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "tf_efficientnet_lite0_derm7"])
 def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path, name: str) -> None:
-    from data_jobs.training.timm_checkpoint import bottleneck_basis, export
+    from data_jobs.training.export import bottleneck_basis, export_weights
 
     recipe = read_recipe(RECIPES / f"{name}.toml")
-    weights = random_checkpoint(name, tmp_path / "model.safetensors")
-    report = export(recipe, weights, POSITIONS, 64, tmp_path)
+    weights = random_checkpoint(recipe.architecture, tmp_path / "model.safetensors")
+    report = export_weights(recipe, weights, POSITIONS, 64, tmp_path)
     assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
     assert report["max_abs_logit_of_timm"] < MAX_LOGIT_DIFFERENCE
     basis = bottleneck_basis(torch.randn(8, 1280)).double()
@@ -47,20 +47,20 @@ def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path, name: str) -> None:
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    from data_jobs.training.timm_checkpoint import export
+    from data_jobs.training.export import export_weights
 
     recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     weights = random_checkpoint("tf_efficientnet_lite0", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="not the weights of mobilenetv3_large_100"):
-        export(recipe, weights, POSITIONS, 64, tmp_path)
+        export_weights(recipe, weights, POSITIONS, 64, tmp_path)
     assert not (tmp_path / "model.onnx").exists()
 
 
 def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
+    from data_jobs.training.export import export_weights
     from data_jobs.training.network import DermNetwork
-    from data_jobs.training.timm_checkpoint import export
 
     recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     torch.manual_seed(5)
@@ -69,7 +69,9 @@ def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
     assert not {"mean", "std"} & set(network.state_dict())
     save_file(network.state_dict(), tmp_path / "own.safetensors")
     assert (
-        export(recipe, tmp_path / "own.safetensors", list(range(8)), 64, tmp_path)["parity"]["max_abs_logit"]
+        export_weights(recipe, tmp_path / "own.safetensors", list(range(8)), 64, tmp_path)["parity"][
+            "max_abs_logit"
+        ]
         < 1e-4
     )
     pixels = torch.randint(0, 256, (2, 3, 64, 64)).float()
@@ -89,13 +91,13 @@ async def test_b4_answers_through_the_whole_graph(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All five stages on a real image, with real references in a real database."""
-    from data_jobs.training.timm_checkpoint import export
+    from data_jobs.training.export import export_weights
 
     recipe = replace(read_recipe(RECIPES / "efficientnet_b4.toml"), tag="random")
     export_folder = tmp_path / "export"
     export_folder.mkdir()
     weights = random_checkpoint(recipe.architecture, tmp_path / "b4.safetensors")
-    report = export(recipe, weights, POSITIONS, 380, export_folder)
+    report = export_weights(recipe, weights, POSITIONS, 380, export_folder)
     assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
     store = tmp_path / "models"
     folder = write_folder(store, recipe, export_folder, models / model_id, isic_dir)

@@ -41,22 +41,16 @@ def figures(predictions: Predictions) -> dict[str, Any]:
 @pytest.fixture
 def report(folder: Path, predictions: Predictions, figures: dict[str, Any]) -> dict[str, Any]:
     """Every figure that predictions give; the rest, which needs images, as another job measured it."""
-    from data_jobs.training.conformal import set_figures
-    from data_jobs.training.cross_fitting import Judged
-    from data_jobs.training.evaluate import point_figures
+    from data_jobs.training.evaluate import point_figures, set_figures
 
     manifest = read_manifest(folder)
-    points = {
-        name: np.full(len(predictions), point.threshold) for name, point in manifest.operating_points.items()
-    }
-    judged = Judged(predictions, np.full((len(predictions), 8), 0.1), points)
     calibrated = json.loads((folder / "calibration.json").read_text())
     return {
         "model_id": folder.name,
         "fold": 0,
         **figures,
-        "operating_points": point_figures(judged, manifest),
-        "sets": set_figures(predictions, judged.thresholds, 0.95, calibrated["images_a_class"]),
+        "operating_points": point_figures(predictions, manifest),
+        "sets": set_figures(predictions, np.full(8, 0.1), 0.95, calibrated["images_a_class"]),
         "unk_share": 0.01,
         "median_p_unk": 0.0001,
         "outliers": calibrated["outliers"],
@@ -98,14 +92,3 @@ def test_evidence_is_written_and_vouched_for(
     digests = dict(manifest.files)
     write_evidence(folder, report, predictions[half], predictions[~half])
     assert read_manifest(folder).files == digests
-
-
-def test_the_card_says_where_figures_are_cross_fitted(folder: Path, report: dict[str, Any]) -> None:
-    from data_jobs.training.card import write_card
-    from data_jobs.training.evaluate import without_nan
-
-    for cross_fitted, told in ((False, "was used for nothing but the figures"), (True, "are cross-fitted")):
-        found = without_nan(report | {"cross_fitted": cross_fitted})
-        (folder / "evaluation.json").write_text(json.dumps(found))
-        write_card(folder)
-        assert told in (folder / "MODEL_CARD.md").read_text()

@@ -1,16 +1,30 @@
+"""What a network starts from, what it becomes as ONNX, and what an epoch draws."""
+
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_jobs.training.recipe import read_recipe
+from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
+from tests.random_model import RECIPES, random_checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 pytest.importorskip("timm", reason="needs the train extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu or gpu extra")
+safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
+
+from data_jobs.training.draws import class_counts, draw_epoch  # noqa: E402
+from data_jobs.training.network import (  # noqa: E402
+    DermNetwork,
+    averaged_weights,
+    load_imagenet,
+    load_start,
+    wheel_weights,
+)
 
 pytestmark = [
     pytest.mark.torch,
@@ -18,15 +32,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-RECIPE = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite0.toml"))
+RECIPE = replace(read_recipe(RECIPES / "tf_efficientnet_lite0_derm7.toml"), start=None)
+OTHER = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
 
 
 @pytest.mark.parametrize(
     ("architecture", "tensors"), [("tf_efficientnet_lite0", 296), ("tf_efficientnet_lite2", 386)]
 )
 def test_a_wheel_maps_onto_its_trunk(architecture: str, tensors: int) -> None:
-    from data_jobs.training.network import DermNetwork, load_imagenet, wheel_weights
-
     network = DermNetwork(architecture, RECIPE.network)
     weights = wheel_weights(architecture)
     assert load_imagenet(network, weights) == tensors
@@ -40,12 +53,10 @@ def test_a_wheel_maps_onto_its_trunk(architecture: str, tensors: int) -> None:
 
 
 def test_frozen_parts_stay_as_they_are() -> None:
-    from data_jobs.training.network import DermNetwork
-
     torch.manual_seed(1)
     network = DermNetwork(RECIPE.architecture, replace(RECIPE.network, frozen_groups=2)).train()
     before = network.trunk.bn1.running_mean.clone()
-    logits, _ = network(torch.rand(4, 3, 64, 64) * 255.0)
+    logits, _ = network(torch.rand(4, 3, 32, 32) * 255.0)
     logits.sum().backward()
     assert torch.equal(network.trunk.bn1.running_mean, before)
     assert network.trunk.blocks[1][0].conv_pw.weight.grad is None
@@ -56,7 +67,6 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
     import onnxruntime as ort
 
     from data_jobs.training.export import onnx_parity, write_onnx
-    from data_jobs.training.network import DermNetwork
 
     torch.manual_seed(2)
     network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
@@ -73,10 +83,6 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_an_epoch_draws_rare_classes_more_often() -> None:
-    from data_jobs.training.draws import class_counts, draw_epoch
-    from data_jobs.training.plans import Stage
-    from data_jobs.training.train import learning_rate
-
     labels = np.repeat(np.arange(8), [20, 500, 60, 20, 40, 20, 20, 30])
     indices = np.arange(0, len(labels), 2)
     sources = np.zeros_like(labels)
@@ -88,21 +94,14 @@ def test_an_epoch_draws_rare_classes_more_often() -> None:
     natural = np.bincount(labels[indices], minlength=8) / len(indices)
     assert share[1] < natural[1]
     assert share[0] > natural[0]
-    assert learning_rate(0, 100, 0.1) == pytest.approx(0.1)
-    assert learning_rate(10, 100, 0.1) == pytest.approx(1.0)
-    assert learning_rate(100, 100, 0.1) == pytest.approx(0.0)
 
 
 def test_neither_hospital_nor_softness_tells_the_class() -> None:
     """Every class has the other hospital's share, also one that there are too few images of to be drawn in full."""
-    from data_jobs.training.draws import class_counts, draw_epoch
-    from data_jobs.training.plans import Stage
-
     labels = np.repeat(np.arange(8), 2 * np.array([200, 900, 60, 10, 40, 20, 20, 30]))
     sources = np.random.default_rng(1).permutation(np.arange(len(labels)) % 4 == 0).astype(np.int64)
     sources[labels == 7] = 0
-    stage = Stage(64, 1, bcn84=0.4, repeats=2)
-    counts = class_counts(labels, sources, 0.3, stage, 1500)
+    counts = class_counts(labels, sources, 0.3, Stage(64, 1, bcn84=0.4, repeats=2), 1500)
     shares = counts[:7, 1] / counts[:7].sum(1)
     assert shares == pytest.approx(0.4, abs=0.02)
     assert tuple(counts[7] > 0) == (True, False), "a class without such images is drawn from the others"
@@ -113,25 +112,83 @@ def test_neither_hospital_nor_softness_tells_the_class() -> None:
     assert np.array_equal(found, counts)
 
 
-def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_path: Path) -> None:
-    import hashlib
+def start(recipe: Recipe, given: Path | None) -> DermNetwork:
+    network = DermNetwork(recipe.architecture, recipe.network)
+    load_start(network, recipe, given)
+    return network
 
+
+def naming(path: Path) -> Recipe:
+    return replace(OTHER, weights=WeightsPlan("timm.safetensors", sha256(path.read_bytes()).hexdigest()))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """timm's own network with its 1000-class head, seeded instead of trained."""
+    path = tmp_path_factory.mktemp("timm") / "timm.safetensors"
+    return random_checkpoint(OTHER.architecture, path, classes=1000)
+
+
+def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_path: Path) -> None:
     from torch.optim.swa_utils import AveragedModel
 
-    from data_jobs.training.network import DermNetwork
-    from data_jobs.training.plans import StartPlan
-    from data_jobs.training.start import load_start
-
-    torch.manual_seed(3)
     earlier = AveragedModel(DermNetwork(RECIPE.architecture, RECIPE.network), use_buffers=True)
     checkpoint = tmp_path / "checkpoint.pt"
     torch.save({"ema": earlier.state_dict()}, checkpoint)
-    plan = StartPlan("m.one", hashlib.sha256(checkpoint.read_bytes()).hexdigest())
-    network = DermNetwork(RECIPE.architecture, RECIPE.network)
-    load_start(network, replace(RECIPE, start=plan), checkpoint)
+    assert averaged_weights(checkpoint).keys() == earlier.module.state_dict().keys()
+    plan = StartPlan("m.one", sha256(checkpoint.read_bytes()).hexdigest())
+    network = start(replace(RECIPE, start=plan), checkpoint)
     for mine, theirs in zip(network.parameters(), earlier.module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     with pytest.raises(ValueError, match="--start"):
-        load_start(network, replace(RECIPE, start=plan), None)
+        start(replace(RECIPE, start=plan), None)
     with pytest.raises(ValueError, match="not the checkpoint"):
-        load_start(network, replace(RECIPE, start=StartPlan("m.one", "0" * 64)), checkpoint)
+        start(replace(RECIPE, start=StartPlan("m.one", "0" * 64)), checkpoint)
+
+
+def test_the_trunk_is_timms_and_the_head_is_not(weights: Path) -> None:
+    state = safetensors.load_file(weights)
+    network = start(naming(weights), weights)
+    trunk = network.trunk.state_dict()
+    assert set(state) - set(trunk) == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in trunk.items())
+
+
+def test_another_file_or_none_is_refused(weights: Path, tmp_path: Path) -> None:
+    recipe = naming(weights)
+    with pytest.raises(
+        ValueError, match=r"starts from timm's timm\.safetensors: give that file with --start"
+    ):
+        start(recipe, None)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not timm's timm\.safetensors that the recipe names"):
+        start(recipe, other)
+    with pytest.raises(ValueError, match=r"No weights of mobilenetv3_large_100 are installed.*\[weights\]"):
+        start(OTHER, None)
+    with pytest.raises(ValueError, match="names nothing to start from"):
+        start(RECIPE, weights)
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "timm.safetensors"
+    torch.save({"conv_stem.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        start(naming(path), path)
+
+
+@pytest.mark.parametrize("change", ["missing", "one too many", "another shape"])
+def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path, change: str) -> None:
+    state = safetensors.load_file(weights)
+    if change == "missing":
+        del state["conv_head.weight"]
+    elif change == "one too many":
+        state["conv_tail.weight"] = torch.zeros(3)
+    else:
+        state["conv_head.weight"] = torch.zeros(3, 3)
+    path = tmp_path / "changed.safetensors"
+    safetensors.save_file(state, path)
+    with pytest.raises(ValueError, match="not the weights of mobilenetv3_large_100"):
+        start(naming(path), path)

@@ -1,22 +1,35 @@
-"""A run that was stopped goes on as if it had not been, and under no other recipe."""
+"""A run that was stopped goes on as if it had not been, under no other recipe; and a student learns from its teachers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_jobs.training.plans import Stage
-from data_jobs.training.recipe import read_recipe
+from data_jobs.training.dataset import BCN84, LabelledImage
+from data_jobs.training.recipe import DistillationPlan, LossPlan, Stage, TeacherPlan, read_recipe
 from serve_app.domain.diagnosis import TRAINED
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 pytest.importorskip("timm", reason="needs the train extra")
+safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
+
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
+
+from data_jobs.training import train as training  # noqa: E402
+from data_jobs.training.export import export_weights, write_onnx  # noqa: E402
+from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers  # noqa: E402
+from data_jobs.training.machine import Machine  # noqa: E402
+from data_jobs.training.network import DermNetwork  # noqa: E402
+from data_jobs.training.scan import open_onnx  # noqa: E402
+from data_jobs.training.source_figures import by_source  # noqa: E402
+from data_jobs.training.train import learning_rate, train, write_weights  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,
@@ -24,42 +37,47 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-RECIPE = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite0_derm4.toml"))
+ENSEMBLE = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm10.toml"))
+#: Small enough to train here.
 RECIPE = replace(
-    RECIPE,
-    start=None,
-    optimiser=replace(RECIPE.optimiser, batch_size=8),
+    ENSEMBLE,
+    architecture="tf_efficientnet_lite0",
+    optimiser=replace(ENSEMBLE.optimiser, batch_size=8),
     stages=(Stage(side=32, epochs=1), Stage(side=40, epochs=1)),
 )
+SIDE = 48
+PRIOR = np.arange(1.0, len(TRAINED) + 1.0) / 36.0
 
 
-class StoppedError(Exception):
-    """The process dies here."""
+def drawn(count: int = 24) -> tuple[Any, Any, Any]:
+    """Images of noise, their labels, and that all are trained on."""
+    pixels = np.random.default_rng(3).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+    return pixels, np.arange(count) % len(TRAINED), np.arange(count)
 
 
-def drawn(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    """24 images of noise, their labels, and that all are trained on."""
-    pixels = rng.integers(0, 256, (24, 48, 48, 3), dtype=np.uint8)
-    return pixels, np.arange(24) % len(TRAINED), np.arange(24)
+def state_of(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch, *, bfloat16: bool
-) -> None:
-    from safetensors.torch import load_file
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
-    from data_jobs.training import train as training
-    from data_jobs.training.machine import Machine
 
-    rng = np.random.default_rng(3)
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    assert [learning_rate(step, 100, 0.1) for step in (0, 10, 100)] == pytest.approx([0.1, 1.0, 0.0])
+
+
+def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, monkeypatch) -> None:
     second = replace(RECIPE.stages[1], draws=16, bcn84=0.5, soft=0.5, clutter=0.5)
-    arguments = (replace(RECIPE, stages=(RECIPE.stages[0], second)), *drawn(rng))
-    machine = Machine.of("cpu", bfloat16=bfloat16)
+    arguments = (replace(RECIPE, stages=(RECIPE.stages[0], second)), *drawn())
+    machine = Machine.of("cpu", bfloat16=True)
 
-    training.train(*arguments, tmp_path / "whole", machine=machine)
+    train(*arguments, tmp_path / "whole", machine=machine)
 
     real, begun = training.run_epoch, []
+
+    class StoppedError(Exception):
+        """The process dies here."""
 
     def stopping(*given: object) -> tuple[float, float]:
         begun.append(1)
@@ -70,37 +88,33 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     with monkeypatch.context() as patch:
         patch.setattr(training, "run_epoch", stopping)
         with pytest.raises(StoppedError):
-            training.train(*arguments, tmp_path / "stopped", machine=machine)
-    training.train(*arguments, tmp_path / "stopped", machine=machine)
+            train(*arguments, tmp_path / "stopped", machine=machine)
+    train(*arguments, tmp_path / "stopped", machine=machine)
 
-    whole, stopped = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped")
-    )
+    whole, stopped = (state_of(tmp_path / name) for name in ("whole", "stopped"))
     assert stopped["epochs_done"] == whole["epochs_done"] == 2
     for part in ("network", "ema"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in stopped[part].items())
-    for stage in (1, 2):
-        weights = load_file(tmp_path / "stopped" / f"stage-{stage}.safetensors")
-        assert weights["reduce.weight"].dtype == torch.float16
     averaged = {k.removeprefix("module."): v for k, v in whole["ema"].items() if k.startswith("module.")}
+    assert (tmp_path / "stopped" / "stage-1.safetensors").exists()
+    weights = safetensors.load_file(tmp_path / "stopped" / "stage-2.safetensors")
+    assert weights["reduce.weight"].dtype == torch.float16
     assert weights.keys() == averaged.keys()
     assert all(
         torch.allclose(weights[k].float(), v.float(), rtol=1e-3, atol=1e-6) for k, v in averaged.items()
     )
-    log = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    log = logged(tmp_path / "stopped")
     assert [line["side"] for line in log] == [32, 40]
     assert all(np.isfinite(line["loss"]) and 0.0 <= line["train_accuracy"] <= 1.0 for line in log)
 
 
 def test_a_run_goes_on_under_its_own_recipe_only(tmp_path: Path) -> None:
-    from data_jobs.training.train import train
-
     begun = replace(RECIPE, stages=RECIPE.stages[:1])
-    arguments = drawn(np.random.default_rng(3))
+    arguments = drawn(8)
     train(begun, *arguments, tmp_path)
     checkpoint = tmp_path / "checkpoint.pt"
     before = checkpoint.read_bytes()
-    state = torch.load(checkpoint, weights_only=True)
+    state = state_of(tmp_path)
     assert state["recipe"] == begun.training_digest
 
     other = replace(begun, optimiser=replace(begun.optimiser, trunk_lr=1e-5))
@@ -119,22 +133,117 @@ def test_a_run_goes_on_under_its_own_recipe_only(tmp_path: Path) -> None:
         train(begun, *arguments, tmp_path)
 
 
-def test_a_gpu_is_fed_by_every_core() -> None:
-    from data_jobs.training.machine import Machine
-
-    assert (Machine.of("cpu").workers, Machine.of("cuda").workers) == (1, os.cpu_count())
-    assert (Machine.of("cpu").bfloat16, Machine.of("cuda").bfloat16) == (False, True)
-    assert (Machine.of("cpu", 3).workers, Machine.of("cuda", 0).workers) == (3, 0)
-
-
 def test_a_run_may_augment_in_its_own_process(tmp_path: Path) -> None:
-    from data_jobs.training.machine import Machine
-    from data_jobs.training.train import train
-
-    recipe, arguments = replace(RECIPE, stages=RECIPE.stages[:1]), drawn(np.random.default_rng(3))
+    recipe, arguments = replace(RECIPE, stages=RECIPE.stages[:1]), drawn(16)
     for workers in (0, 1):
         train(recipe, *arguments, tmp_path / str(workers), machine=Machine.of("cpu", workers))
-    own, other = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"] for name in ("0", "1")
-    )
+    own, other = (state_of(tmp_path / name)["network"] for name in ("0", "1"))
     assert all(torch.equal(own[name], tensor) for name, tensor in other.items())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two model folders, each a network of seeded weights that does not answer evenly."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        network = DermNetwork("tf_efficientnet_lite0", RECIPE.network).eval()
+        torch.nn.init.normal_(network.classify.weight, std=0.5)
+        (folder / name).mkdir()
+        write_onnx(network, SIDE, folder / name / "model.onnx")
+    return folder
+
+
+def plan_of(models: Path, shares: dict[str, float], shift: float = 0.0) -> DistillationPlan:
+    teachers = (
+        TeacherPlan(name, sha256((models / name / "model.onnx").read_bytes()).hexdigest(), share, shift)
+        for name, share in shares.items()
+    )
+    return DistillationPlan(SIDE, 0.8, tuple(teachers))
+
+
+def test_teachers_answer_together_without_the_restored_prior_and_the_student_sees_what_they_see(
+    models: Path,
+) -> None:
+    pixels = drawn(4)[0]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    first, second = (open_onnx(models / name / "model.onnx")(pixels)[0] for name in ("first", "second"))
+    assert np.abs(first - second).max() > 0.1
+    teachers = Teachers(plan_of(models, {"first": 0.3, "second": 0.7}, shift=0.4), models, PRIOR)
+    expected = 0.3 * first + 0.7 * second - 0.4 * np.log(PRIOR)
+    np.testing.assert_allclose(teachers.logits(images).numpy(), expected, atol=1e-4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    for side in (SIDE, 32):
+        (taught,) = teachers.teach(iter([Mixture(images, labels, labels, 1.0)]), side)
+        assert taught.images.shape == (4, 3, side, side)
+        np.testing.assert_allclose(taught.taught.numpy(), expected, atol=1e-4)
+        torch.testing.assert_close(taught.images.mean((2, 3)), images.mean((2, 3)), atol=3.0, rtol=0.0)
+
+
+def test_the_loss_is_least_where_the_student_answers_as_its_teachers() -> None:
+    images, labels = torch.zeros(4, 3, 8, 8), torch.arange(4)
+    taught = torch.randn(4, len(TRAINED), generator=torch.Generator().manual_seed(1))
+    loss = AdjustedLoss(PRIOR, LossPlan(0.0, 1.0, 0.5), 1.0)
+    student = taught.clone().requires_grad_()
+    value = loss(student, Mixture(images, labels, labels, 1.0, taught))
+    value.backward()
+    torch.testing.assert_close(student.grad, torch.zeros_like(taught), atol=1e-6, rtol=0.0)
+    # What is left is the entropy of the teachers' own probabilities, under the prior that is sampled.
+    p = (taught + 0.5 * torch.from_numpy(np.log(PRIOR)).float()).softmax(1)
+    torch.testing.assert_close(value.detach(), -(p * p.log()).sum(1).mean())
+    half = AdjustedLoss(PRIOR, LossPlan(0.0, 1.0, 0.5), 0.25)
+    from_labels = half(student, Mixture(images, labels, labels, 1.0))
+    torch.testing.assert_close(
+        half(student, Mixture(images, labels, labels, 1.0, taught)), 0.75 * from_labels + 0.25 * value
+    )
+
+
+def test_a_student_comes_nearer_to_its_teachers_and_is_not_trained_without_them(
+    models: Path, tmp_path: Path
+) -> None:
+    plan = replace(plan_of(models, {"first": 0.5, "second": 0.5}), loss_share=1.0)
+    network = replace(RECIPE.network, dropout=0.0, drop_path=0.0)
+    recipe = replace(RECIPE, network=network, distillation=plan, stages=(Stage(side=32, epochs=5),))
+    train(recipe, *drawn(), tmp_path, models=models)
+    losses = [line["loss"] for line in logged(tmp_path)]
+    assert len(losses) == 5
+    assert min(losses[-2:]) < losses[0]
+    with pytest.raises(ValueError, match=r"taught by first and second: .*--teachers"):
+        train(recipe, *drawn(), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"There is no .*model\.onnx: the recipe is taught by first"):
+        Teachers(plan, tmp_path, PRIOR)
+    wrong = replace(plan, teachers=(replace(plan.teachers[0], model_sha256="0" * 64), plan.teachers[1]))
+    with pytest.raises(ValueError, match="SHA-256 is another"):
+        Teachers(wrong, models, PRIOR)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_every_source_is_told_by_itself(make_row: Callable[..., LabelledImage]) -> None:
+    rows = [make_row(i, i % 8) for i in range(80)]
+    rows += [replace(make_row(100 + i, i % 8), source=BCN84, lesion_id=f"BCN_{i}") for i in range(40)]
+    logits = np.eye(8, dtype=np.float32)[[row.label for row in rows]]
+    logits[80:] = logits[[80 + (i + 1) % 8 for i in range(40)]]
+    figures = by_source(logits, rows)
+    assert (figures["archive"]["images"], figures[BCN84]["images"]) == (80, 40)
+    ham, rest = figures["HAM10000"]["images"], figures["archive without HAM10000"]["images"]
+    assert ham + rest == 80
+    assert min(ham, rest) > 0
+    assert figures["archive"]["top1"] == figures["archive"]["melanoma_auc"] == 1.0
+    assert figures[BCN84]["top1"] == 0.0
+
+
+def test_what_training_writes_is_what_is_exported_to_be_scored(tmp_path: Path) -> None:
+    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    write_weights(AveragedModel(network), tmp_path / "stage-1.safetensors")
+    export_weights(RECIPE, tmp_path / "stage-1.safetensors", list(range(8)), SIDE, tmp_path)
+    pixels = drawn(3)[0]
+    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())[0].numpy()
+    assert bottleneck.shape == (3, 512)
+    assert logits == pytest.approx(expected, abs=0.02)
+    with torch.no_grad():
+        network.reduce.weight[0, 0] = 1e9
+    with pytest.raises(ValueError, match="beyond what float16 can hold"):
+        write_weights(AveragedModel(network), tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()

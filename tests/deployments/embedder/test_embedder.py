@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 import math
 from pathlib import Path
 
@@ -47,13 +46,6 @@ def test_vectors_are_float32_and_unit(embedder: Embedder, model_id: str, space: 
         assert np.linalg.norm(found.astype(np.float64)) == pytest.approx(1, abs=1e-6)
 
 
-def test_many_are_as_good_as_one_by_one(embedder: Embedder, model_id: str, space: str) -> None:
-    bottlenecks = np.random.default_rng(0).normal(0, 3, (5, 512)).astype(np.float32)
-    together = embedder.load(model_id, space).embed(bottlenecks)
-    alone = [embedder.embed(model_id, space, bottleneck) for bottleneck in bottlenecks]
-    assert np.abs(together - np.stack(alone)).max() < 1e-6
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bottleneck_that_is_not_finite_fails_the_stage(
     embedder: Embedder, model_id: str, space: str, bad: float
@@ -92,10 +84,3 @@ def test_a_transform_of_another_shape_is_refused(tmp_path: Path, models: Path, m
 
     with pytest.raises(ModelContractError, match="shapes"):
         EmbeddingSpace.from_model(Elsewhere(), model.manifest.live_space)
-
-
-def test_threads_load_a_space_once(models: Path, model_id: str, space: str) -> None:
-    fresh = Embedder(ModelStore(models))
-    with ThreadPoolExecutor(4) as threads:
-        loaded = list(threads.map(lambda _: fresh.load(model_id, space), range(8)))
-    assert all(one is loaded[0] for one in loaded)

@@ -70,15 +70,6 @@ def test_a_reduction_with_a_rest_does_not_shift_the_picture(lesion, encode, diff
     assert difference(Image.fromarray(prepared.pixels), expected) < 1.0
 
 
-@pytest.mark.parametrize("orientation", STORED)
-def test_jpeg_comes_upright_in_all_eight_orientations(lesion, encode, difference, orientation):
-    upright = lesion(768, 576)
-    how = STORED[orientation]
-    stored = upright if how is None else upright.transpose(how)
-    data = encode(stored, "JPEG", quality=95, exif=exif(orientation))
-    assert difference(decode(data), upright) < 1.5
-
-
 @pytest.mark.parametrize("picture", ["Landscape", "Portrait"])
 def test_orientation_corpus_comes_upright(corpora_dir, difference, picture):
     folder = corpora_dir / "images" / "exif"
@@ -115,20 +106,6 @@ def test_broken_exif_does_not_cost_a_good_photograph(lesion, encode, junk):
         assert decode(data).size == (300, 240)
 
 
-def test_content_decides_the_type():
-    assert sniff_content_type(b"\xff\xd8\xff\xe0") == "image/jpeg"
-    assert sniff_content_type(b"\x89PNG\r\n\x1a\n") == "image/png"
-    for data in (b"", b"\xff\xd8", b"GIF89a", b"BM", b"RIFF\x00\x00\x00\x00WEBP", b"%PDF-1.7", b"\x89PNG"):
-        with pytest.raises(UnsupportedImage):
-            sniff_content_type(data)
-
-
-def test_a_name_means_nothing(tmp_path, lesion):
-    path = tmp_path / "lesion.png"
-    lesion(300, 240).save(path, "JPEG")
-    assert prepare_image(path.read_bytes(), InputGeometry(TARGET), LIMITS).content_type == "image/jpeg"
-
-
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WebP", "AVIF", "PDF", "JPEG 2000"])
 def test_other_formats_are_unsupported_by_name(lesion, encode, kind):
     with pytest.raises(UnsupportedImage, match=f"content is {kind};"):
@@ -143,6 +120,7 @@ def test_other_formats_are_unsupported_by_name(lesion, encode, kind):
         (b"\xff\x0a\xfa", "JPEG XL"),
         (b"\xff\x4f\xff\x51\0", "JPEG 2000"),
         (b"PK\x03\x04", "ZIP"),
+        (b"\xff\xd8", "JPEG"),
         (b"\0\0\0\x18ftypmp42", "MPEG-4"),
     ],
 )
@@ -354,22 +332,3 @@ def test_size_limits_are_inclusive(lesion, encode):
         decode_image(data, UploadLimits(len(data), 300 * 240 - 1, 240))
     with pytest.raises(ImageTooSmall):
         decode_image(data, UploadLimits(len(data), 300 * 240, 241))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (2, 3)])
-def test_tiny_images_give_whole_pixels_where_they_are_allowed(encode, size):
-    prepared = prepare_image(
-        encode(Image.new("RGB", size, (90, 60, 50)), "PNG"), InputGeometry(TARGET), UploadLimits(min_side=1)
-    )
-    assert prepared.pixels.shape == (TARGET, TARGET, 3)
-    assert (prepared.width, prepared.height) == size
-    assert (prepared.pixels == (90, 60, 50)).all()
-
-
-@pytest.mark.parametrize("size", [(400, 300), (900, 675), (1600, 1200), (2049, 1537)])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_reducing_early_changes_hardly_a_pixel(lesion, encode, difference, size, kind):
-    data = encode(lesion(*size), kind, **({"quality": 95} if kind == "JPEG" else {}))
-    full = decode(data).resize((TARGET, TARGET), Image.Resampling.BICUBIC)
-    early = prepare_image(data, InputGeometry(TARGET), LIMITS).pixels
-    assert difference(full, Image.fromarray(early)) < 1.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 import io
+from pathlib import Path
+from random import Random
 import struct
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import zlib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -21,12 +24,15 @@ from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from serve_app.domain.errors import (
     ImageTooSmall,
+    RejectedUpload,
     TooLarge,
     UndecodableImage,
     UnsupportedImage,
 )
 
 GEOMETRY = InputGeometry(192)
+#: Images whose bytes are changed at random, and how long one may take, seconds.
+MUTATED, HANG_S = 1_000, 10.0
 REJECTIONS = (TooLarge, UnsupportedImage, ImageTooSmall, UndecodableImage)
 
 
@@ -50,9 +56,8 @@ def jpeg_claiming(width: int, height: int, original: bytes) -> bytes:
     return original[: at + 5] + struct.pack(">HH", height, width) + original[at + 9 :]
 
 
-@pytest.mark.parametrize("min_side", [224, 1])
-def test_every_corpus_file_is_an_image_or_one_of_our_errors(corpora_dir, min_side):
-    limits = UploadLimits(min_side=min_side)
+def test_every_corpus_file_is_an_image_or_one_of_our_errors(corpora_dir):
+    limits = UploadLimits(min_side=1)
     outcomes: Counter[str] = Counter()
     for path in sorted((corpora_dir / "images").rglob("*")):
         if not path.is_file():
@@ -65,7 +70,6 @@ def test_every_corpus_file_is_an_image_or_one_of_our_errors(corpora_dir, min_sid
         else:
             outcomes["accepted"] += 1
             assert prepared.pixels.shape == (192, 192, 3), path.name
-            assert min(prepared.width, prepared.height) >= min_side, path.name
         assert time.perf_counter() - started < 2.0, path.name
     assert outcomes.total() > 1000
     assert {"accepted", "unsupported_image", "undecodable_image"} <= set(outcomes), outcomes
@@ -106,13 +110,6 @@ def test_a_truncated_image_is_undecodable(lesion, encode, kind, share):
             decode_image(data[: int(share * len(data))], UploadLimits(), target_side=target)
 
 
-@pytest.mark.parametrize("magic", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_a_magic_number_alone_is_undecodable(magic):
-    for tail in (b"", b"\x00", b"\xff" * 1000, b"\x00" * 1000):
-        with pytest.raises(UndecodableImage):
-            decode_image(magic + tail, UploadLimits(min_side=1))
-
-
 def _sample(kind: str) -> bytes:
     image = Image.radial_gradient("L").resize((40, 32)).convert("RGB")
     tags = Image.Exif()
@@ -127,7 +124,7 @@ SAMPLES = {kind: _sample(kind) for kind in ("JPEG", "PNG")}
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_changed_bytes_raise_nothing_else(kind, data):
     sample = bytearray(SAMPLES[kind])
@@ -139,18 +136,7 @@ def test_changed_bytes_raise_nothing_else(kind, data):
     _accept_or_reject(bytes(sample))
 
 
-@pytest.mark.parametrize("kind", SAMPLES)
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_cut_doubled_and_spliced_bytes_raise_nothing_else(kind, data):
-    sample = SAMPLES[kind]
-    start = data.draw(st.integers(8, len(sample)))
-    end = data.draw(st.integers(start, len(sample)))
-    middle = data.draw(st.sampled_from([b"", sample[start:end] * 2])) + data.draw(st.binary(max_size=16))
-    _accept_or_reject(sample[:start] + middle + sample[end:])
-
-
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from([b"eXIf", b"iCCP", b"tRNS", b"PLTE", b"iTXt", b"zTXt", b"acTL", b"fcTL", b"pHYs"]),
     body=st.binary(max_size=64),
@@ -160,7 +146,7 @@ def test_any_chunk_with_a_right_checksum_raises_nothing_else(kind, body):
     _accept_or_reject(sample[:33] + chunk(kind, body) + sample[33:])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     marker=st.integers(0xE0, 0xEF),
     body=st.binary(max_size=64),
@@ -193,6 +179,93 @@ def _accept_or_reject(data: bytes) -> None:
         assert prepared.pixels.shape == (32, 32, 3)
 
 
+def seeds() -> list[bytes]:
+    """Small images of every kind of encoding."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8))
+    ways = [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"subsampling": 0, "quality": 30}),
+    ]
+    found = []
+    for mode in ("RGB", "L", "P", "RGBA", "CMYK"):
+        for kind, options in ways:
+            if (kind, mode) not in {("PNG", "CMYK"), ("JPEG", "P"), ("JPEG", "RGBA")}:
+                buffer = io.BytesIO()
+                picture.convert(mode).save(buffer, kind, **options)
+                found.append(buffer.getvalue())
+    return found
+
+
+def mutate(image: bytes, other: bytes, dice: Random) -> bytes:
+    """Change some bytes, or cut, remove, repeat, insert or join a run of them."""
+    data = bytearray(image)
+    start = dice.randrange(len(data))
+    end = min(len(data), start + dice.choice((1, 4, 64, 1024)))
+    match dice.randrange(6):
+        case 0:
+            for _ in range(dice.choice((1, 3, 30))):
+                data[dice.randrange(len(data))] = dice.choice((0, 0xFF, dice.randrange(256)))
+        case 1:
+            del data[start:]
+        case 2:
+            del data[start:end]
+        case 3:
+            data[start:start] = data[start:end]
+        case 4:
+            data[start:start] = dice.randbytes(end - start)
+        case _:
+            data[start:] = other[dice.randrange(len(other)) :]
+    return bytes(data)
+
+
+def test_mutated_images_are_images_or_rejections() -> None:
+    dice, images, outcomes = Random(20261124), seeds(), Counter[str]()  # noqa: S311 - no secret
+    geometry, limits = InputGeometry(64), UploadLimits(min_side=1)
+    for _ in range(MUTATED):
+        image = mutate(dice.choice(images), dice.choice(images), dice)
+        since = time.perf_counter()
+        try:
+            prepare_image(image, geometry, limits)
+            outcomes["accepted"] += 1
+        except RejectedUpload as rejection:
+            outcomes[rejection.code] += 1
+        assert time.perf_counter() - since < HANG_S
+    # Both are tried: what is still a picture, and what is none any more.
+    assert outcomes["accepted"] > MUTATED / 50
+    assert outcomes["undecodable_image"] > MUTATED / 5
+
+
+THREADS = """
+    from concurrent.futures import ThreadPoolExecutor
+    import sys, warnings
+    from deployments.preprocess.decode import UploadLimits, decode_image
+    data = open(sys.argv[1], "rb").read()
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: decode_image(data, UploadLimits(min_side=1)), range(200)))
+    assert warnings.filters == before
+    warnings.warn("ours is still heard", stacklevel=1)
+"""
+
+
+def test_threads_hear_nothing_of_broken_metadata_and_everything_else(tmp_path):
+    """What one decoder does must not change the warnings that another goes by."""
+    entry = b"\x0e\x01\x02\x00\xff\xff\x00\x00\xff\xff\xff\x00"  # points behind the end of the data
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0"
+    Image.radial_gradient("L").resize((60, 48)).convert("RGB").save(tmp_path / "image", "JPEG", exif=exif)
+    done = program(THREADS, tmp_path / "image")
+    assert "ours is still heard" in done.stderr
+    assert done.stderr.count("Warning") == 1, done.stderr
+
+
+def program(code: str, image: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which the image's path is given to."""
+    command = [sys.executable, "-c", textwrap.dedent(code), str(image)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
 MEMORY = """
     import resource, sys
     from deployments.preprocess.decode import UploadLimits
@@ -216,11 +289,4 @@ def test_forty_megapixels_stay_in_bounded_memory(tmp_path, mode, kind, most):
     options = {"transparency": 3} if mode == "P" else {}
     image.convert(mode).save(path, kind, **({"compress_level": 1} | options if kind == "PNG" else {}))
     del image
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY), str(path)],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert float(done.stdout) < most
+    assert float(program(MEMORY, path).stdout) < most

@@ -23,18 +23,12 @@ def test_plain_images():
     assert (white.dark, white.bright) == (0.0, 1.0)
     assert white.exposure == pytest.approx(1.0)
     assert grey.exposure == pytest.approx(128 / 255)
-    assert all(
-        m.sharpness == pytest.approx(0.0, abs=1e-6) and m.contrast == pytest.approx(0.0, abs=1e-6)
-        for m in (black, grey, white)
-    )
-
-
-def test_half_black_half_white():
-    image = plain(0)
-    image[:, SIDE // 2 :] = 255
-    measures = measure_quality(image)
-    assert measures.contrast == pytest.approx(0.5)
-    assert (measures.dark, measures.bright) == (0.5, 0.5)
+    for measured in (black, grey, white):
+        assert (measured.sharpness, measured.contrast) == pytest.approx((0.0, 0.0), abs=1e-6)
+    half = plain(0)
+    half[:, SIDE // 2 :] = 255
+    measured = measure_quality(half)
+    assert (measured.contrast, measured.dark, measured.bright) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_sharpness_is_the_variance_of_the_laplacian():
@@ -70,26 +64,13 @@ def test_sharpness_does_not_depend_on_the_camera(lesion, encode, kind):
         prepare_image(
             encode(lesion(width, width * 3 // 4), kind, **options), InputGeometry(SIDE), UploadLimits()
         ).quality
-        for width in (600, 1200, 3000)
+        for width in (600, 3000)
     ]
     sharpness = [m.sharpness for m in measured]
     assert max(sharpness) < 1.1 * min(sharpness), sharpness
     for name in ("exposure", "contrast"):
         values = [getattr(m, name) for m in measured]
         assert max(values) - min(values) < 0.01
-
-
-def test_camera_originals_are_as_sharp_as_their_small_copies(isic_dir):
-    """Real captures of 600 to 3,000 pixels against the archive's 320: nine of ten within a quarter."""
-    ratios = []
-    for path in sorted((isic_dir / "uploads").glob("*.jpg")):
-        original, small = (
-            prepare_image(p.read_bytes(), InputGeometry(SIDE), UploadLimits(min_side=100)).quality.sharpness
-            for p in (path, isic_dir / "images" / path.name)
-        )
-        ratios.append(original / small)
-    assert len(ratios) >= 20
-    assert np.mean([0.75 < ratio < 1.25 for ratio in ratios]) >= 0.9
 
 
 def test_colour_is_what_brightness_does_not_say(lesion, encode):
@@ -112,7 +93,7 @@ def test_colour_is_what_brightness_does_not_say(lesion, encode):
     assert measure_quality(plain(128)).colour < 0.1
 
 
-@pytest.mark.parametrize("side", [300, 1600])
+@pytest.mark.parametrize("side", [300, 1000])
 def test_one_bit_is_known_however_it_is_stored(lesion, encode, side):
     def share(image: Image.Image) -> float:
         data = encode(image, "PNG", compress_level=1)
@@ -128,14 +109,9 @@ def test_one_bit_is_known_however_it_is_stored(lesion, encode, side):
 
 
 def test_real_images_have_colours_and_many_levels_and_are_whole(isic_dir):
-    """Every hundredth of the archive; `data_jobs.training.quality_quantiles` measures all."""
-    for path in sorted((isic_dir / "images").glob("*.jpg"))[::100]:
+    """Every two hundredth of the archive; a model's `calibration.json` has the quantiles of a whole fold."""
+    for path in sorted((isic_dir / "images").glob("*.jpg"))[::200]:
         quality = prepare_image(path.read_bytes(), InputGeometry(176), UploadLimits(min_side=100)).quality
         assert (quality.colour >= 2.4, quality.two_levels < 0.7, quality.damaged) == (True, True, 0.0), (
             path.name
         )
-
-
-def test_the_smallest_image_can_be_measured():
-    pixels = np.asarray(Image.new("RGB", (3, 3), (10, 20, 30)))
-    assert measure_quality(pixels).sharpness == 0.0

@@ -11,6 +11,7 @@ import pytest
 from deployments.preprocess.preprocess import QualityMeasures
 from deployments.risk.policy import RiskPolicy, read_policy, with_overrides
 from deployments.risk.risk import conclude
+from deployments.risk.rules import Findings
 from serve_app.domain.assessment import Classification, Conclusion, Neighbours, SimilarCase
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import Checklist, ClinicalContext, History
@@ -95,10 +96,9 @@ def assess(policy, classification, neighbours) -> Callable[..., Conclusion]:
             "neighbours": neighbours(0.0, malignant=None),
             "context": NOTHING_OF_NOTE,
             "change": None,
-            "operating_points": POINTS,
         }
-        return conclude(
-            **{**given, **changes}, policy=with_overrides(policy, overrides) if overrides else policy
-        )
+        points = changes.pop("operating_points", POINTS)
+        in_force = with_overrides(policy, overrides) if overrides else policy
+        return conclude(Findings(**{**given, **changes}), in_force, points)
 
     return run

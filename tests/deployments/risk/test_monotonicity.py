@@ -12,7 +12,7 @@ from serve_app.domain.assessment import Change, Classification, Outcome
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History
 
-FEW = settings(max_examples=300, deadline=None)
+FEW = settings(max_examples=100, deadline=None)
 RANK = {d: len(SERIOUSNESS) - i for i, d in enumerate(SERIOUSNESS)}
 
 

@@ -14,10 +14,7 @@ from deployments.risk.doubts import judge_quality
 from deployments.risk.policy import read_policy
 from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
 from serve_app.domain.patient import AnatomSite, Checklist
-
-GOOD = QualityMeasures(
-    sharpness=60.0, exposure=0.6, contrast=0.1, dark=0.0, bright=0.0, colour=6.0, two_levels=0.1, damaged=0.0
-)
+from tests.deployments.risk.conftest import GOOD
 
 
 def codes(conclusion) -> list[str]:
@@ -47,20 +44,20 @@ def test_quality(assess, measure, hard, soft, fine, code):
 
 
 @pytest.mark.parametrize(
-    ("measure", "beyond", "fine", "code"),
-    [("colour", 2.39, 2.4, "no_colour"), ("damaged", 0.001, 0.0, "damaged_image")],
+    ("measure", "beyond", "fine", "outcome", "code"),
+    [
+        ("colour", 2.39, 2.4, Outcome.REVIEW, "no_colour"),
+        ("damaged", 0.001, 0.0, Outcome.REVIEW, "damaged_image"),
+        ("two_levels", 0.981, 0.98, Outcome.REFUSED, "two_levels"),
+        ("sharpness", float("nan"), 9.0, Outcome.REFUSED, "blurred"),
+    ],
 )
-def test_what_is_only_ever_a_concern(assess, measure, beyond, fine, code):
-    review = assess(quality=replace(GOOD, **{measure: beyond}))
-    assert (review.outcome, codes(review)) == (Outcome.REVIEW, [code])
-    assert review.risk is not None
+def test_what_is_only_ever_reviewed_or_refused(assess, measure, beyond, fine, outcome, code):
+    found = assess(quality=replace(GOOD, **{measure: beyond}))
+    assert (found.outcome, codes(found)) == (outcome, [code])
+    assert all(reason.action.endswith(".") for reason in found.reasons)
+    assert (found.risk is None) == (outcome is Outcome.REFUSED)
     assert assess(quality=replace(GOOD, **{measure: fine})).outcome is Outcome.DECIDED
-
-
-def test_one_bit_is_refused(assess):
-    refused = assess(quality=replace(GOOD, two_levels=0.981, colour=0.0))
-    assert (refused.outcome, codes(refused)) == (Outcome.REFUSED, ["two_levels"])
-    assert assess(quality=replace(GOOD, two_levels=0.98)).outcome is Outcome.DECIDED
 
 
 def test_files_without_colour_that_were_answered(failing_dir, policy):
@@ -87,10 +84,6 @@ def test_an_older_policy_asks_nothing_of_what_was_measured_later(version):
 def test_a_black_image_is_refused_for_all_that_is_wrong_with_it(assess):
     conclusion = assess(quality=QualityMeasures(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0))
     assert codes(conclusion) == ["blurred", "underexposed", "low_contrast", "dark_area", "two_levels"]
-
-
-def test_a_measure_that_is_no_number_is_refused(policy):
-    assert not judge_quality(replace(GOOD, sharpness=float("nan")), policy.quality).acceptable
 
 
 def test_clearly_not_dermoscopy_is_refused(assess, classification):
@@ -190,24 +183,10 @@ def test_uncertain_and_melanoma_plausible_is_never_low(assess, classification, d
     assert conclusion.risk.urgency is not Urgency.ROUTINE
 
 
-def test_every_reason_has_numbers_and_an_action(assess, classification, neighbours, context):
-    conclusion = assess(
-        quality=replace(GOOD, sharpness=5.0, bright=0.5),
-        classification=classification(UNK=0.6, MEL=0.05, BKL=0.17, members="NV MEL BKL DF"),
-        neighbours=neighbours(0.9),
-        context=context(anatom_site_general=AnatomSite.PALMS_SOLES),
-    )
-    assert len(conclusion.reasons) == 7
-    assert len(set(codes(conclusion))) == 7
-    for reason in conclusion.reasons:
-        assert reason.action.endswith(".")
-        assert reason.code == "unfamiliar_site" or any(c.isdigit() for c in reason.message)
-
-
 def test_fold_0_is_hardly_ever_refused(isic_dir, policy):
-    """The issue allows 1 %; a tenth of fold 0 here, all of it in the evaluation of a model."""
+    """The issue allows 1 %; a twentieth of fold 0 here, all of it in the evaluation of a model."""
     with (isic_dir / "train.csv").open(newline="", encoding="utf-8") as file:
-        ids = [row["isic_id"] for row in csv.DictReader(file) if row["fold"] == "0"][::10]
+        ids = [row["isic_id"] for row in csv.DictReader(file) if row["fold"] == "0"][::20]
     geometry, limits = InputGeometry(policy.quality.input_side), UploadLimits(min_side=128)
     verdicts = [
         judge_quality(
@@ -216,6 +195,6 @@ def test_fold_0_is_hardly_ever_refused(isic_dir, policy):
         )
         for i in ids
     ]
-    assert len(verdicts) > 200
+    assert len(verdicts) > 100
     assert sum(not v.acceptable for v in verdicts) <= 0.01 * len(verdicts)
     assert sum(bool(v.concerns) for v in verdicts) <= 0.03 * len(verdicts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import urlsafe_b64encode
+from contextlib import suppress
 import hashlib
 import hmac
 import json
@@ -22,7 +23,7 @@ SECRET = "a development secret of 32 bytes"
 ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
 VERIFIER = TokenVerifier(SECRET, ISSUER, AUDIENCE)
 HS256 = {"alg": "HS256", "typ": "JWT"}
-DIGESTS = {"HS256": hashlib.sha256, "HS384": hashlib.sha384, "HS512": hashlib.sha512}
+DIGESTS = {"HS384": hashlib.sha384, "HS512": hashlib.sha512}
 
 
 def claims(**changed: Any) -> dict[str, Any]:
@@ -35,16 +36,18 @@ def b64(content: bytes) -> str:
     return urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-def forge(header: Any, payload: Any, *, secret: str = SECRET, digest: str = "HS256") -> str:
-    """Make a token by hand: any header and payload, honestly signed."""
+def forge(header: Any, payload: Any, *, secret: str = SECRET) -> str:
+    """Make a token by hand: any header and payload, honestly signed, as HS384 and HS512 where it says so."""
     parts = (part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload))
     signed = ".".join(b64(part) for part in parts)
-    return f"{signed}.{b64(hmac.digest(secret.encode(), signed.encode(), DIGESTS[digest]))}"
+    algorithm = header.get("alg") if isinstance(header, dict) else None
+    digest = DIGESTS.get(algorithm if isinstance(algorithm, str) else "", hashlib.sha256)
+    return f"{signed}.{b64(hmac.digest(secret.encode(), signed.encode(), digest))}"
 
 
-def refuse(token: str, verifier: TokenVerifier = VERIFIER) -> None:
+def refuse(token: str) -> None:
     with pytest.raises(Unauthenticated) as raised:
-        verifier.verify(token)
+        VERIFIER.verify(token)
     assert str(raised.value) == "A valid bearer token is required."
 
 
@@ -66,16 +69,14 @@ def test_a_minted_token_says_who_it_is() -> None:
         {"sub": "Ärztin 1"},
         {"sub": "x" * 255},
         {"jti": "7", "scope": "lesions", "nested": {"a": [1, None]}},
+        {"roles": None},
+        {"roles": []},
     ],
 )
 def test_good_claims_get_in(changed: dict[str, Any]) -> None:
-    token = forge(HS256, claims(**changed))
-    assert VERIFIER.verify(token).subject == changed.get("sub", "dr-1")
-
-
-@pytest.mark.parametrize("roles", [None, []])
-def test_no_roles_is_a_principal_without_any(roles: list[str] | None) -> None:
-    assert VERIFIER.verify(forge(HS256, claims(roles=roles))).roles == frozenset()
+    principal = VERIFIER.verify(forge(HS256, claims(**changed)))
+    assert (principal.subject, principal.token_id) == (changed.get("sub", "dr-1"), changed.get("jti"))
+    assert principal.roles == frozenset(changed.get("roles", ["clinician"]) or [])
 
 
 NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
@@ -84,17 +85,12 @@ NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
 @pytest.mark.parametrize(
     "changed",
     [
-        *({"iss": value} for value in (None, "", "derm-cds", ISSUER + "/", ISSUER.upper(), [ISSUER], 7, {})),
-        *(
-            {"aud": value}
-            for value in (None, "", "other", [], ["other"], [AUDIENCE, 7], 7, {AUDIENCE: 1}, "derm")
-        ),
-        *(
-            {"exp": value}
-            for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, -INFINITY, [9999999999])
-        ),
-        *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY, [0])),
+        *({"iss": value} for value in (None, "", "derm-cds", ISSUER + "/", [ISSUER], 7)),
+        *({"aud": value} for value in (None, "", "other", [], ["other"], [AUDIENCE, 7], {AUDIENCE: 1})),
+        *({"exp": value} for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, [9999999999])),
+        *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY)),
         *({"iat": value} for value in (YEAR_2096, "0", True, NAN)),
+        *({"jti": value} for value in ("", 7, "x" * 256, "a\nb")),
         *({"sub": value} for value in (None, "", " ", "\t", 7, True, ["dr-1"], {"a": 1}, "x" * 256)),
         *(
             {"sub": value}
@@ -128,33 +124,22 @@ def test_a_signed_payload_that_is_no_claims_stays_out(payload: bytes) -> None:
     "header",
     [
         {},
-        {"typ": "JWT"},
-        *({"alg": alg} for alg in ("", "none", "None", "NONE", "nOnE", "hs256", "HS1", "dir", "A256KW")),
         *(
             {"alg": alg}
-            for alg in ("HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519", "ES256K")
+            for alg in ("", "none", "None", "NONE", "hs256", "HS384", "HS512", "RS256", "EdDSA", "dir")
         ),
         *({"alg": alg} for alg in (None, True, 7, ["HS256"], {"HS256": 1})),
         *({"alg": "HS256", "crit": crit} for crit in (["x"], "alg", 7, None, [7], [[]], ["exp"])),
-        *({"alg": "HS256", "b64": b64_, "crit": ["b64"]} for b64_ in (False, 0, "false")),
+        *({"alg": "HS256", "b64": b64_, "crit": ["b64"]} for b64_ in (False, "false")),
         {"alg": "HS256", "b64": False},
         {"alg": "HS256", "unknown": 1},
-        {"alg": "HS256", "enc": "A128GCM"},
         {"alg": "HS256", "kid": 7},
-        *("alg", ["alg"], ["alg", "crit"], 7, None, True),
-        *(b"", b"{", b"\xff", b'{"alg":"none","alg":"none"}', b"[" * 380),
+        *("alg", ["alg"], 7, None, b"", b"{", b"\xff", b'{"alg":"none","alg":"none"}', b"[" * 380),
     ],
     ids=repr,
 )
 def test_odd_headers_stay_out_although_signed(header: Any) -> None:
     refuse(forge(header, claims()))
-
-
-@pytest.mark.parametrize("digest", ["HS384", "HS512"])
-def test_only_allowed_algorithms_get_in(digest: str) -> None:
-    token = forge({"alg": digest}, claims(), digest=digest)
-    refuse(token)
-    assert TokenVerifier(SECRET, ISSUER, AUDIENCE, ("HS256", digest)).verify(token).subject == "dr-1"
 
 
 def test_none_stays_out_with_and_without_signature() -> None:
@@ -197,24 +182,8 @@ def test_parts_of_two_tokens_do_not_mix() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "",
-        ".",
-        "..",
-        "...",
-        "a.b.c",
-        "Bearer {0}",
-        " {0}",
-        "{0} ",
-        "{0}\n",
-        "{0}\x00",
-        "{0}=",
-        "{0}.",
-        ".{0}",
-        "{0}.{0}",
-        "{0}é",
-        "{0}\ud800",
-        "٣.٣.٣",
-        "null",
+        *("", ".", "..", "...", "a.b.c", "Bearer {0}", " {0}", "{0} ", "{0}\n", "{0}\x00", "{0}="),
+        *("{0}.", ".{0}", "{0}.{0}", "{0}é", "{0}\ud800", "٣.٣.٣", "null"),
     ],
     ids=repr,
 )
@@ -226,25 +195,13 @@ def test_an_oversized_token_is_not_even_looked_at() -> None:
     refuse(forge(HS256, claims(padding="x" * 8192)))
 
 
-@pytest.mark.parametrize("secret", ["", "x", "x" * 31])
-def test_a_short_secret_is_refused(secret: str) -> None:
+def test_a_short_secret_is_refused_and_none_is_shown() -> None:
+    short = "x" * 31
     with pytest.raises(ValueError, match="32 bytes"):
-        TokenVerifier(secret, ISSUER, AUDIENCE)
+        TokenVerifier(short, ISSUER, AUDIENCE)
     with pytest.raises(ValueError, match="32 bytes"):
-        mint_token(secret=secret, issuer=ISSUER, audience=AUDIENCE, subject="dr", roles=[])
-
-
-@pytest.mark.parametrize(
-    "algorithms", [(), ("none",), ("HS256", "none"), ("RS256",), ("HS256", "ES256"), "HS256"]
-)
-def test_an_allow_list_that_makes_no_sense_is_refused(algorithms: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="Algorithms"):
-        TokenVerifier(SECRET, ISSUER, AUDIENCE, algorithms)
-
-
-def test_a_verifier_does_not_show_its_secret() -> None:
-    assert SECRET not in repr(VERIFIER)
-    assert SECRET not in repr(vars(VERIFIER))
+        mint_token(secret=short, issuer=ISSUER, audience=AUDIENCE, subject="dr", roles=[])
+    assert SECRET not in repr(VERIFIER) + repr(vars(VERIFIER))
 
 
 JSON = st.recursive(
@@ -256,29 +213,23 @@ CLAIM = st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "jti", "roles
 HEADER = st.sampled_from(["alg", "typ", "kid", "crit", "b64", "jwk", "jku", "x5c", "cty", "zip"])
 
 
-def verdict(token: str) -> None:
-    try:
-        principal = VERIFIER.verify(token)
-    except Unauthenticated:
-        return
-    assert principal.subject.isprintable()
-    assert all(isinstance(role, str) for role in principal.roles)
-
-
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(changed=st.dictionaries(CLAIM, JSON, max_size=3), header=st.dictionaries(HEADER, JSON, max_size=2))
 def test_any_signed_json_gets_in_or_gets_our_error(changed: dict[str, Any], header: dict[str, Any]) -> None:
-    verdict(forge({**HS256, **header}, claims(**changed)))
-    verdict(forge(header, changed))
+    for token in (forge({**HS256, **header}, claims(**changed)), forge(header, changed)):
+        with suppress(Unauthenticated):
+            principal = VERIFIER.verify(token)
+            assert principal.subject.isprintable()
+            assert all(isinstance(role, str) for role in principal.roles)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(header=JSON, payload=st.binary(max_size=64) | JSON)
 def test_any_signed_value_gets_our_error(header: Any, payload: Any) -> None:
     refuse(forge(header, payload))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=100)
 @given(token=st.text() | st.from_regex(r"[\w-]{0,40}\.[\w-]{0,40}\.[\w-]{0,40}"))
 def test_noise_gets_our_error(token: str) -> None:
     refuse(token)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import pwd
-import re
 import subprocess
 import sys
 
@@ -38,11 +37,3 @@ def test_an_account_without_a_name_is_its_number() -> None:
         check=False,
     )
     assert said.stdout.strip() == "os:54321", said.stderr
-
-
-def test_nothing_asks_the_environment_who_acts() -> None:
-    """Neither getpass nor os.getlogin, nor the variables themselves."""
-    forged = re.compile(r"\bgetpass\b|\bgetlogin\b|[\"'](?:LOGNAME|USER|SUDO_USER|SUDO_UID)[\"']")
-    for folder in ("cluster", "data_jobs", "serve_app"):
-        for path in (REPOSITORY / folder).rglob("*.py"):
-            assert not forged.search(path.read_text()), path

@@ -44,14 +44,14 @@ def entities(made: dict) -> dict[str, dict]:
     return {entity["type"]["code"]: entity for entity in made["entity"]}
 
 
-@pytest.mark.parametrize("outcome", ["success", "denied", "failed"])
-@pytest.mark.parametrize("patient", ["PAT-1", None])
 @pytest.mark.parametrize("action", _ACTIONS)
-def test_every_event_is_valid_r4b(action: str, patient: str | None, outcome: str) -> None:
+def test_every_event_is_valid_r4b(action: str) -> None:
     fhir = pytest.importorskip("fhir.resources.R4B.auditevent", reason="fhir.resources is not installed")
-    made = resource(action, outcome=outcome, patient=patient, code="x")
-    parsed = fhir.AuditEvent.model_validate(made)
-    assert json.loads(parsed.model_dump_json())["resourceType"] == "AuditEvent"
+    for patient, outcome in (("PAT-1", "success"), ("PAT-1", "failed"), (None, "success"), (None, "denied")):
+        made = resource(action, outcome=outcome, patient=patient, code="x")
+        assert (
+            json.loads(fhir.AuditEvent.model_validate(made).model_dump_json())["resourceType"] == "AuditEvent"
+        )
 
 
 @pytest.mark.parametrize("action", _PROFILES)
@@ -87,14 +87,19 @@ def test_a_success_is_of_its_profile(action: str) -> None:
         assert found["2"]["role"]["code"] == "4"
 
 
-@pytest.mark.parametrize(("outcome", "code"), [("denied", "8"), ("failed", "4")])
-def test_what_did_not_succeed_claims_no_profile_and_says_why(outcome: str, code: str) -> None:
-    made = resource("read", outcome=outcome, reason="assignment")
-    assert "meta" not in made
-    assert (made["outcome"], made["outcomeDesc"]) == (code, "assignment")
+def test_what_claims_no_profile_says_why_it_did_not_succeed() -> None:
+    for outcome, code in (("denied", "8"), ("failed", "4")):
+        made = resource("read", outcome=outcome, reason="assignment")
+        assert "meta" not in made
+        assert (made["outcome"], made["outcomeDesc"]) == (code, "assignment")
+    without_patient = resource("read", patient=None)
+    assert "meta" not in without_patient
+    assert "1" not in entities(without_patient)
+    for action in ("erased", "disclose", "hold_set", "replay", "review_access", "assign"):
+        assert "meta" not in resource(action, purpose="HOPERAT")
 
 
-@pytest.mark.parametrize("action", ["break_glass", *_PROFILES])
+@pytest.mark.parametrize("action", ["break_glass", "read"])
 def test_what_rests_on_an_emergency_says_so_as_its_purpose(action: str) -> None:
     """Of those, too, that were recorded before events had a purpose."""
     made = resource(action, emergency_access="0198a3c0-0000-7000-8000-000000000001")
@@ -102,12 +107,6 @@ def test_what_rests_on_an_emergency_says_so_as_its_purpose(action: str) -> None:
     for (purpose,) in (user["purposeOfUse"], made["purposeOfEvent"]):
         (coding,) = purpose["coding"]
         assert coding == {"system": "http://terminology.hl7.org/CodeSystem/v3-ActReason", "code": "ETREAT"}
-
-
-def test_without_a_patient_there_is_no_profile() -> None:
-    made = resource("read", patient=None)
-    assert "meta" not in made
-    assert "1" not in entities(made)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +131,3 @@ def test_an_event_from_before_there_was_a_purpose_claims_none() -> None:
     assert "purposeOfEvent" not in made
     assert all("purposeOfUse" not in agent for agent in made["agent"])
     assert made["meta"]["profile"]  # where a purpose is asked for, and not demanded
-
-
-@pytest.mark.parametrize("action", ["erased", "disclose", "hold_set", "replay", "review_access", "assign"])
-def test_what_is_of_no_pattern_names_no_profile(action: str) -> None:
-    assert "meta" not in resource(action, purpose="HOPERAT")

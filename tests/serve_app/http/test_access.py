@@ -1,15 +1,153 @@
-"""Who may: tokens, care assignments, and that a stranger learns nothing."""
+"""Who may: each route asks the one decision, with one audit event; tokens, care, emergencies, what a stranger learns.
+
+What is decided, for all roles, actions and circumstances, is tests/serve_app/access/test_access.py's. The routes come from
+the OpenAPI document: one that is new and has no row here fails.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 import time
+from typing import Any
 from uuid import uuid4
 
+from fastapi import APIRouter
+import httpx
 from joserfc import jwt
 from joserfc.jwk import OctKey
 import pytest
 
-SECRET = "a secret of the tests, long enough for HS256"
+from serve_app.access.rules import Action, Role
+from serve_app.audit.events import AuditEvent
+from serve_app.http.caller import Caller
+from serve_app.records.access import AccessStore
+from serve_app.records.lesions import LesionStore
+from tests.serve_app.conftest import SECRET
+
+ANONYMOUS = {"/healthz", "/readyz"}
+
+#: Method and path, `{patient}` where the patient is in the query or the form: the action that it is.
+ROUTES: dict[tuple[str, str], str] = {
+    ("POST", "/api/lesions"): "upload",
+    ("GET", "/api/lesions"): "list",
+    ("GET", "/api/lesions/{lesion_id}"): "read",
+    ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
+    ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
+    ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
+    ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
+    ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
+    ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
+    ("GET", "/api/references/{isic_id}/image"): "view_reference",
+    ("POST", "/api/emergency-access"): "break_glass",
+    ("GET", "/api/emergency-access"): "review_access",
+    ("POST", "/api/emergency-access/{emergency_id}/review"): "review_access",
+}
+#: Who is let in by a care assignment; and who is denied, of the same action, and why.
+LET_IN = {"erase": "supervisor", "review_access": "supervisor"}
+DENIED = {
+    "erase": ("pms_service", "assignment"),
+    "view_reference": ("porter", "role"),
+    "break_glass": ("auditor", "role"),
+    "review_access": ("clinician", "role"),
+}
+READ = ("GET", "/api/lesions/{lesion_id}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One patient's lesion, with an image for each that may be erased."""
+
+    patient: str
+    lesion: str
+    image: str
+    assessment: str
+
+
+async def ask(service, method: str, path: str, record: Record, headers: dict[str, str]) -> httpx.Response:
+    """Ask a route about the record, with a body that is all right but for erasures, which must not happen."""
+    url = path.format(
+        lesion_id=record.lesion,
+        # Nothing is erased here: an image that is not there says as well whether one may.
+        image_id=uuid4() if method == "DELETE" or path.endswith("receipt") else record.image,
+        assessment_id=record.assessment,
+        isic_id="ISIC_0000000",
+        emergency_id=uuid4(),
+    )
+    if (method, path) == ("POST", "/api/lesions"):
+        return await service.client.post(
+            url, data={"patient_id": record.patient}, files={"image": b"no image"}, headers=headers
+        )
+    bodies: dict[str, Any] = {
+        "erase": {"reason": "patient_request"},
+        "confirm": {"image_id": record.image},
+        "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
+        "review_access": {"outcome": "justified"},
+    }
+    action = ROUTES[method, path]
+    params = {"patient_id": record.patient} if action == "list" else None
+    body = bodies.get(action) if method != "GET" else None
+    return await service.client.request(method, url, params=params, json=body, headers=headers)
+
+
+async def one_event(service, response: httpx.Response, action: str) -> Any:
+    """The request's only event; an upload that was let in may have its classification's beside it."""
+    (event,) = [event for event in await service.events(response) if event["action"] != "classify"]
+    assert event["action"] == action
+    return event
+
+
+@pytest.fixture(scope="module")
+async def record(service) -> Record:
+    patient = await service.care("dr-matrix-owner")
+    answer = (await service.upload(patient, subject="dr-matrix-owner")).json()
+    return Record(patient, answer["lesion_id"], answer["image_id"], answer["assessment_id"])
+
+
+def test_every_route_of_the_document_has_its_row(service) -> None:
+    found = {
+        (method.upper(), path): operation.get("x-action")
+        for path, operations in service.document["paths"].items()
+        for method, operation in operations.items()
+        if path not in ANONYMOUS
+    }
+    assert found == ROUTES
+    assert set(found.values()) <= set(Action)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_who_may_is_let_in_and_who_may_not_is_denied(
+    service, record: Record, method: str, path: str
+) -> None:
+    action, subject = ROUTES[method, path], f"dr-{uuid4().hex[:8]}"
+    await service.care(subject, record.patient)
+    headers = service.token(subject, (LET_IN.get(action, "clinician"),))
+    response = await ask(service, method, path, record, headers)
+    assert response.status_code != 403, response.text
+    if response.status_code < 300 and action == "view_reference":
+        assert await service.events(response) == []
+    else:
+        event = await one_event(service, response, action)
+        assert event["outcome"] == ("success" if response.status_code < 300 else "failed")
+        assert event["actor"] == subject
+
+    role, reason = DENIED.get(action, ("clinician", "assignment"))
+    headers = service.token(f"dr-{uuid4().hex[:8]}", (role,))
+    response = await ask(service, method, path, record, headers)
+    service.hold_to_problem(response, 403, "forbidden")
+    event = await one_event(service, response, action)
+    assert (event["outcome"], event["detail"]) == ("denied", {"reason": reason})
+
+
+async def test_care_is_for_its_time_and_its_patient(service, record: Record) -> None:
+    """Ended, not yet started, another patient's."""
+    now, subject = datetime.now(UTC), f"dr-{uuid4().hex[:8]}"
+    for starts, ends, patient in ((-2, -1, record.patient), (1, None, record.patient), (-1, None, "another")):
+        until = None if ends is None else now + timedelta(hours=ends)
+        since = now + timedelta(hours=starts)
+        await LesionStore(service.owner).assign(patient, subject, starts_at=since, ends_at=until)
+    response = await ask(service, *READ, record, service.token(subject))
+    service.hold_to_problem(response, 403, "forbidden")
 
 
 def signed(*, secret: str = SECRET, algorithm: str = "HS256", **changed: object) -> str:
@@ -47,65 +185,42 @@ def signed(*, secret: str = SECRET, algorithm: str = "HS256", **changed: object)
 async def test_without_a_valid_token_there_is_no_answer(service, authorization: str | None) -> None:
     headers = {} if authorization is None else {"Authorization": authorization}
     before = await service.counts()
-    posted = await service.client.post(
-        "/api/lesions", files={"image": service.image}, data={"patient_id": "p"}, headers=headers
-    )
-    read = await service.client.get(f"/api/lesions/{uuid4()}", headers=headers)
-    for response in (posted, read):
-        service.hold_to_problem(response, 401, "unauthenticated")
-        assert response.headers["www-authenticate"] == "Bearer"
-        (event,) = await service.events(response)
-        assert (event["action"], event["actor"], event["outcome"]) == (
-            *("authenticate", "unauthenticated", "denied"),
-        )
-        assert event["detail"] == {"code": "unauthenticated", "client": "127.0.0.1"}
-    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 2}
+    response = await service.client.post("/api/lesions", files={"image": service.image}, headers=headers)
+    service.hold_to_problem(response, 401, "unauthenticated")
+    assert response.headers["www-authenticate"] == "Bearer"
+    event = await one_event(service, response, "authenticate")
+    assert (event["actor"], event["outcome"]) == ("unauthenticated", "denied")
+    assert event["detail"] == {"code": "unauthenticated", "client": "127.0.0.1"}
+    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
 
 
 async def test_anothers_patient_and_no_patient_look_alike(service) -> None:
-    foreign = await service.care("dr-other")
-    responses = [await service.upload(patient) for patient in (foreign, "nobody-at-all")]
-    bodies = [service.hold_to_problem(response, 403, "forbidden") for response in responses]
-    for body in bodies:
-        del body["request_id"]
-    assert bodies[0] == bodies[1]
-    sizes = {response.headers["content-length"] for response in responses}
-    assert len(sizes) == 1
-
-
-async def test_a_denial_is_on_record_and_nothing_else_is(service) -> None:
+    """Whatever else is wrong with what was sent; the denial is on record, and nothing else is."""
     foreign = await service.care("dr-other")
     before = await service.counts()
-    response = await service.upload(foreign)
-    after = await service.counts()
-    assert after == {**before, "audit_events": before["audit_events"] + 1}
-    (event,) = await service.events(response)
-    assert (event["action"], event["actor"], event["outcome"]) == ("upload", "dr", "denied")
-    assert event["patient_id"] == foreign
+    wrong = {"image": b"not an image", "age_approx": "-1", "history": "{"}
+    responses = [await service.upload(patient, **wrong) for patient in (foreign, "nobody-at-all")]
+    bodies = [service.hold_to_problem(response, 403, "forbidden") for response in responses]
+    assert len({body.pop("request_id") for body in bodies}) == 2
+    assert bodies[0] == bodies[1]
+    assert len({response.headers["content-length"] for response in responses}) == 1
+    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 2}
+    event = await one_event(service, responses[0], "upload")
+    assert (event["actor"], event["outcome"], event["patient_id"]) == ("dr", "denied", foreign)
     assert event["detail"] == {"reason": "assignment"}
 
 
-async def test_a_stranger_is_not_told_which_field_is_wrong(service) -> None:
-    foreign = await service.care("dr-other")
-    response = await service.upload(foreign, image=b"not an image", age_approx="-1", history="{")
-    service.hold_to_problem(response, 403, "forbidden")
-
-
-async def test_an_ended_assignment_is_none(service) -> None:
-    patient = await service.care()
-    await service.owner.execute(
-        "UPDATE care_assignments SET ends_at = now() - interval '1 second' WHERE patient_id = $1", patient
-    )
-    service.hold_to_problem(await service.upload(patient), 403, "forbidden")
-
-
-async def test_a_role_that_is_not_known_grants_nothing(service) -> None:
-    patient = await service.care("porter")
-    headers = service.token("porter", ("porter",))
-    response = await service.upload(patient, subject="porter", headers=headers)
-    service.hold_to_problem(response, 403, "forbidden")
-    (event,) = await service.events(response)
-    assert event["detail"] == {"reason": "role"}
+async def test_an_unknown_lesion_looks_like_a_strangers(service, record: Record) -> None:
+    details = set()
+    for lesion, image in ((record.lesion, record.image), (uuid4(), uuid4())):
+        for url, action in (
+            (f"/api/lesions/{lesion}", "read"),
+            (f"/api/lesions/{lesion}/images/{image}", "download"),
+        ):
+            response = await service.client.get(url, headers=service.token("stranger"))
+            details.add(service.hold_to_problem(response, 403, "forbidden")["detail"])
+            assert (await one_event(service, response, action))["outcome"] == "denied"
+    assert len(details) == 1
 
 
 async def test_another_patients_lesion_is_not_found(service) -> None:
@@ -115,46 +230,103 @@ async def test_another_patients_lesion_is_not_found(service) -> None:
     responses = [await service.upload(mine, lesion_id=sent) for sent in (lesion, str(uuid4()))]
     bodies = [service.hold_to_problem(response, 404, "not_found") for response in responses]
     assert bodies[0]["detail"] == bodies[1]["detail"]
-    after = await service.counts()
-    assert after == {**before, "audit_events": before["audit_events"] + 2}
+    assert await service.counts() == {**before, "audit_events": before["audit_events"] + 2}
     for response in responses:
-        (event,) = await service.events(response)
-        assert (event["action"], event["outcome"]) == ("upload", "failed")
-        assert event["patient_id"] == mine
+        event = await one_event(service, response, "upload")
+        assert (event["outcome"], event["patient_id"]) == ("failed", mine)
         assert event["detail"] == {"code": "not_found"}
 
 
-async def test_reading_needs_the_assignment_too(service) -> None:
-    patient = await service.care("dr-other")
-    headers = service.token("dr-other")
-    answer = (await service.upload(patient, subject="dr-other")).json()
-    lesion, image = answer["lesion_id"], answer["image_id"]
-    ways = {
-        f"/api/lesions/{lesion}": "read",
-        f"/api/lesions/{lesion}/images/{image}": "download",
-        f"/api/lesions?patient_id={patient}": "list",
-    }
-    unknown = {
-        f"/api/lesions/{uuid4()}": "read",
-        f"/api/lesions/{uuid4()}/images/{uuid4()}": "download",
-        "/api/lesions?patient_id=nobody": "list",
-    }
-    for way in ways:
-        assert (await service.client.get(way, headers=headers)).status_code == 200
-    details = set()
-    for way, action in [*ways.items(), *unknown.items()]:
-        response = await service.client.get(way, headers=service.token("dr"))
-        details.add(service.hold_to_problem(response, 403, "forbidden")["detail"])
-        (event,) = await service.events(response)
-        assert (event["action"], event["outcome"], event["actor"]) == (action, "denied", "dr")
-    assert len(details) == 1
+def operators(action: str) -> AuditEvent:
+    return AuditEvent(action=action, actor="operator", outcome="success", request_id=str(uuid4()))
 
 
-async def test_the_pms_reads_answers_but_not_originals(service) -> None:
-    patient = await service.care("pms")
-    headers = service.token("pms", ("pms_service",))
-    answer = (await service.upload(patient, subject="pms", headers=headers)).json()
-    lesion = f"/api/lesions/{answer['lesion_id']}"
-    assert (await service.client.get(lesion, headers=headers)).status_code == 200
-    response = await service.client.get(f"{lesion}/images/{answer['image_id']}", headers=headers)
+@pytest.mark.parametrize("kind", ["subject", "token"])
+async def test_revoked_from_the_next_request_on(service, record: Record, kind: str) -> None:
+    subject, token_id = f"dr-{uuid4().hex[:8]}", str(uuid4())
+    await service.care(subject, record.patient)
+    headers = service.token(subject, token_id=token_id)
+    assert (await ask(service, *READ, record, headers)).status_code == 200
+    store = AccessStore(service.owner)
+    value = subject if kind == "subject" else token_id
+    assert await store.revoke(kind, value, by="operator", event=operators("revoke"))
+    response = await ask(service, *READ, record, headers)
+    service.hold_to_problem(response, 401, "unauthenticated")
+    event = await one_event(service, response, "read")
+    assert (event["actor"], event["outcome"]) == (subject, "denied")
+    assert event["detail"] == {"reason": "revoked"}
+    other = await ask(service, *READ, record, service.token(subject))
+    assert other.status_code == (401 if kind == "subject" else 200)
+    assert await store.restore(kind, value, event=operators("restore"))
+    assert (await ask(service, *READ, record, headers)).status_code == 200
+
+
+@pytest.mark.parametrize("action", ["list", "read", "replay", "erase"])
+async def test_what_rests_on_an_emergency_is_put_down_to_it(service, record: Record, action: str) -> None:
+    (route,) = (route for route, found in ROUTES.items() if found == action and "similar" not in route[1])
+    headers = service.token(f"dr-{uuid4().hex[:8]}", (LET_IN.get(action, "clinician"),))
+    opened = await ask(service, "POST", "/api/emergency-access", record, headers)
+    assert opened.status_code == 201
+    response = await ask(service, *route, record, headers)
+    assert response.status_code != 403, response.text
+    event = await one_event(service, response, action)
+    if action == "erase":  # a supervisor needs none for it
+        assert "emergency_access" not in event["detail"]
+    else:
+        assert event["detail"]["emergency_access"] == opened.json()["emergency_id"]
+
+
+async def test_an_emergency_is_for_its_time_one_patient_and_one_principal(service, record: Record) -> None:
+    mine, other = f"dr-{uuid4().hex[:8]}", f"dr-{uuid4().hex[:8]}"
+    for subject, patient in ((mine, "somebody-else"), (other, record.patient)):
+        asked = replace(record, patient=patient)
+        opened = await ask(service, "POST", "/api/emergency-access", asked, service.token(subject))
+        assert opened.status_code == 201
+    await service.owner.execute(
+        "INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, starts_at, ends_at)"
+        " VALUES ($1, $2, $3, 'unconscious in casualty', now() - interval '5 hours', now() - interval '1 hour')",
+        uuid4(),
+        record.patient,
+        mine,
+    )
+    response = await ask(service, *READ, record, service.token(mine))
     service.hold_to_problem(response, 403, "forbidden")
+
+
+NOWHERE = "00000000-0000-7000-8000-000000000000"
+BAD_QUERIES = (
+    ("GET", "/api/lesions?patient_id=p&limit=0", "list"),
+    ("GET", "/api/lesions?patient_id=a%20b", "list"),
+    ("GET", "/api/lesions?patient_id=p&cursor=x", "list"),
+    ("GET", "/api/lesions/7", "read"),
+    ("GET", "/api/lesions/7/images/8", "download"),
+    ("GET", f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar?diagnosis=UNK", "read"),
+    ("POST", "/api/lesions?top_k=51", "upload"),
+    ("POST", "/api/lesions?licence=GPL", "upload"),
+    ("POST", "/api/lesions?confirmed=histo", "upload"),
+    ("POST", "/api/lesions/7/assessments/8/replay", "replay"),
+)
+
+
+@pytest.mark.parametrize(("method", "url", "action"), BAD_QUERIES)
+async def test_a_bad_parameter_is_one_event(service, method: str, url: str, action: str) -> None:
+    response = await service.client.request(method, url, headers=service.token("dr"))
+    service.hold_to_problem(response, 422, "invalid_field")
+    event = await one_event(service, response, action)
+    assert (event["actor"], event["outcome"]) == ("dr", "failed")
+    assert event["detail"] == {"code": "invalid_field"}
+
+
+async def test_a_route_without_a_rule_is_denied_to_all(service, start_service, local_stages) -> None:
+    router = APIRouter()
+
+    @router.get("/api/new")
+    async def new(_: Caller) -> str:
+        return "in"
+
+    async with start_service(local_stages()) as fresh:
+        fresh.app.include_router(router)
+        response = await fresh.client.get("/api/new", headers=fresh.token("dr", tuple(Role)))
+        fresh.hold_to_problem(response, 403, "forbidden")
+        event = await one_event(fresh, response, "undeclared")
+    assert event["detail"] == {"reason": "no_rule"}

@@ -21,15 +21,12 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis (test ex
 ROLES = ("clinician", "supervisor", "auditor", "operator", "pms_service")
 
 
-def _document() -> dict[str, Any]:
-    """The published document; nothing is opened for it."""
-    unused = Settings(database_url=SecretStr("postgresql://unused"), token_secret=SecretStr("unused" * 8))
-    return create_app(unused, stages=None).openapi()  # type: ignore[arg-type]
-
-
-DOCUMENT = _document()
+#: Nothing is opened for the document.
+_UNUSED = Settings(database_url=SecretStr("postgresql://unused"), token_secret=SecretStr("unused" * 8))
+DOCUMENT = create_app(_UNUSED, stages=None).openapi()  # type: ignore[arg-type]
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
+assert OPERATIONS
 #: What takes nothing has nothing to be sent wrongly.
 TRIES = [
     pytest.param(operation, mode, id=f"{operation.method} {operation.path} {mode.value}")
@@ -43,24 +40,15 @@ TRIES = [
 
 @pytest.fixture(scope="module")
 async def known(service) -> dict[str, str]:
-    """Ids that exist: with them, what is made up gets behind the door."""
+    """Ids that exist: with them, what is made up gets past the first refusal."""
     patient = await service.care("fuzz", "fuzzed-document")
     answer = (await service.upload(patient, subject="fuzz")).json()
     return {name: answer[name] for name in ("lesion_id", "image_id", "assessment_id", "patient_id")}
 
 
-def test_the_document_is_the_services(service) -> None:
-    tried = {(operation.method.upper(), operation.path) for operation in OPERATIONS}
-    published = {
-        (method.upper(), path) for path, methods in service.document["paths"].items() for method in methods
-    }
-    assert tried == published
-    assert len(tried) >= 9
-
-
 @pytest.mark.parametrize(("operation", "mode"), TRIES)
 @settings(
-    max_examples=25,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,

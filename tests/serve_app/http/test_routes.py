@@ -7,103 +7,74 @@ import re
 from fastapi.routing import APIRoute
 import pytest
 
-ANONYMOUS = {"/healthz", "/readyz"}
+from tests.serve_app.http.test_access import ANONYMOUS, ROUTES
+
 NOWHERE = "00000000-0000-7000-8000-000000000000"
+#: Every route but the two anonymous ones.
+GUARDED = [("GET", "/api/openapi.json"), *ROUTES]
 
 
-def routes(app) -> list[APIRoute]:
-    """Find every route, those of included routers too."""
-    found, waiting = [], list(app.routes)
-    while waiting:
-        route = waiting.pop()
-        if isinstance(route, APIRoute):
-            found.append(route)
-        else:
-            waiting += getattr(route, "routes", None) or route.original_router.routes
-    return found
+def url_of(path: str) -> str:
+    return re.sub(r"\{\w+_id\}", NOWHERE, path)
 
 
 async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
-    asked = set()
-    for route in routes(service.app):
-        for method in route.methods:
-            path = re.sub(r"\{\w+_id\}", NOWHERE, route.path)
-            response = await service.client.request(method, path)
-            if route.path in ANONYMOUS:
-                assert response.status_code == 200, path
-            else:
-                service.hold_to_problem(response, 401, "unauthenticated")
-            asked.add((method, route.path))
-    assert asked == {
-        ("GET", "/healthz"),
-        ("GET", "/readyz"),
-        ("GET", "/api/openapi.json"),
-        ("POST", "/api/lesions"),
-        ("GET", "/api/lesions"),
-        ("GET", "/api/lesions/{lesion_id}"),
-        ("GET", "/api/lesions/{lesion_id}/images/{image_id}"),
-        ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"),
-        ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"),
-        ("POST", "/api/lesions/{lesion_id}/confirm"),
-        ("GET", "/api/references/{isic_id}/image"),
-        ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"),
-        ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"),
-        ("POST", "/api/emergency-access"),
-        ("GET", "/api/emergency-access"),
-        ("POST", "/api/emergency-access/{emergency_id}/review"),
-    }
+    found, waiting = set(), list(service.app.routes)
+    while waiting:  # those of included routers, too
+        route = waiting.pop()
+        if isinstance(route, APIRoute):
+            found |= {(method, route.path) for method in route.methods}
+        else:
+            waiting += getattr(route, "routes", None) or route.original_router.routes
+    assert found == {*GUARDED, *(("GET", path) for path in ANONYMOUS)}
+    for method, path in found:
+        response = await service.client.request(method, url_of(path))
+        if path in ANONYMOUS:
+            assert response.status_code == 200, path
+        else:
+            service.hold_to_problem(response, 401, "unauthenticated")
+        if path in service.document["paths"]:
+            secured = "security" in service.document["paths"][path][method.lower()]
+            assert secured is (path not in ANONYMOUS), path
 
 
 async def test_the_document_names_the_contract(service) -> None:
-    paths = service.document["paths"]
-    post = paths["/api/lesions"]["post"]
-    assert {"201", "202", "401", "403", "404", "413", "415", "422", "429", "503"} <= set(post["responses"])
+    post = service.document["paths"]["/api/lesions"]["post"]
+    problems = ("401", "403", "404", "408", "409", "410", "413", "415", "422", "429", "431", "503")
+    assert {"201", "202", *problems} <= set(post["responses"])
     form = post["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert set(form["properties"]) == {
         *("image", "patient_id", "encounter_id", "lesion_id", "anatom_site_general"),
         *("age_approx", "sex", "history", "checklist"),
     }
-    for path, operations in paths.items():
-        for operation in operations.values():
-            secured = bool(operation.get("security"))
-            assert secured == (path not in ANONYMOUS), path
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/api/nothing", "/api/lesions/"])
-async def test_what_is_not_there_is_a_problem_too(service, path: str) -> None:
-    response = await service.client.get(path, headers=service.token("dr"))
-    service.hold_to_problem(response, 404, "not_found")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
+async def test_what_is_not_there_and_what_is_not_allowed_are_problems_too(service) -> None:
+    for path in ("/", "/docs", "/openapi.json", "/api/lesions/"):
+        response = await service.client.get(path, headers=service.token("dr"))
+        service.hold_to_problem(response, 404, "not_found")
+    for method, path, allowed in (
         ("PUT", "/api/lesions", "GET, HEAD, POST"),
         ("HEAD", f"/api/lesions/{NOWHERE}/assessments/{NOWHERE}/replay", "POST"),
         ("PATCH", f"/api/lesions/{NOWHERE}/images/{NOWHERE}", "DELETE, GET, HEAD"),
-        ("POST", "/healthz", "GET, HEAD"),
         ("OPTIONS", "/api/openapi.json", "GET, HEAD"),
-    ],
-)
-async def test_a_method_that_is_not_allowed_is_a_problem_that_names_those_that_are(
-    service, method: str, path: str, allowed: str
-) -> None:
-    response = await service.client.request(method, path, headers=service.token("dr"))
-    assert (response.status_code, response.headers["allow"]) == (405, allowed)
-    if method == "HEAD":
-        assert response.content == b""
-    else:
-        service.hold_to_problem(response, 405, "method_not_allowed")
+    ):
+        response = await service.client.request(method, path, headers=service.token("dr"))
+        assert (response.status_code, response.headers["allow"]) == (405, allowed)
+        if method == "HEAD":
+            assert response.content == b""
+        else:
+            service.hold_to_problem(response, 405, "method_not_allowed")
 
 
 async def test_head_answers_as_get_without_a_body(service) -> None:
     answer = (await service.upload(await service.care())).json()
     lesion, headers = f"/api/lesions/{answer['lesion_id']}", service.token("dr")
-    for path in (
-        *("/healthz", "/readyz", "/api/openapi.json", "/nothing"),
-        *(lesion, f"{lesion}/images/{answer['image_id']}", f"{lesion}/images/{answer['image_id']}/similar"),
-        *(f"/api/lesions?patient_id={answer['patient_id']}", "/api/lesions", "/api/emergency-access"),
-    ):
+    image, worklist = (
+        f"{lesion}/images/{answer['image_id']}",
+        f"/api/lesions?patient_id={answer['patient_id']}",
+    )
+    for path in ("/readyz", "/api/openapi.json", "/nothing", lesion, image, worklist, "/api/lesions"):
         get, head = [
             await service.client.request(method, path, headers=headers) for method in ("GET", "HEAD")
         ]
@@ -120,72 +91,53 @@ async def test_head_answers_as_get_without_a_body(service) -> None:
         assert told == told_again
 
 
-@pytest.mark.parametrize("query", ["unheard_of=1", "Top_K=3", "unheard_of", "=1", "a%20b=1"])
-async def test_an_unknown_query_parameter_is_rejected_on_every_route(service, query: str) -> None:
-    asked = [(method, route.path) for route in routes(service.app) for method in route.methods]
-    asked = [(method, path) for method, path in asked if path not in ANONYMOUS]
-    assert len(asked) > 10
-    for method, path in asked:
-        url = f"{re.sub(r'{[a-z]+_id}', NOWHERE, path)}?{query}"
-        response = await service.client.request(
-            method, url, headers=service.token("dr", ("clinician", "supervisor"))
-        )
+async def test_an_unknown_query_parameter_is_rejected_on_every_route(service) -> None:
+    headers = service.token("dr", ("clinician", "supervisor"))
+    asked = [(method, path, "unheard_of=1") for method, path in GUARDED]
+    asked += [("GET", "/api/lesions", query) for query in ("Top_K=3", "unheard_of", "=1", "a%20b=1")]
+    for method, path, query in asked:
+        response = await service.client.request(method, f"{url_of(path)}?{query}", headers=headers)
         body = service.hold_to_problem(response, 422, "invalid_field")
         assert body["detail"].startswith("query: no such parameter"), (method, path)
         (event,) = await service.events(response)
         assert (event["outcome"], event["detail"]) == ("failed", {"code": "invalid_field"})
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
+async def test_a_single_query_parameter_sent_twice_is_rejected(service) -> None:
+    similar = f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar"
+    for url in (
         "/api/lesions?patient_id=p&patient_id=q",
-        "/api/lesions?patient_id=p&limit=1&limit=1",
-        f"/api/lesions/{NOWHERE}/images/{NOWHERE}/similar?licence=CC-0&licence=CC-BY&confirmed=true&confirmed=false",
-    ],
-)
-async def test_a_single_query_parameter_sent_twice_is_rejected(service, url: str) -> None:
-    response = await service.client.get(url, headers=service.token("dr"))
-    body = service.hold_to_problem(response, 422, "invalid_field")
-    assert body["detail"] in {f"{name}: sent twice" for name in ("patient_id", "limit", "confirmed")}
+        f"{similar}?licence=CC-0&licence=CC-BY&confirmed=true&confirmed=false",
+    ):
+        response = await service.client.get(url, headers=service.token("dr"))
+        body = service.hold_to_problem(response, 422, "invalid_field")
+        assert body["detail"] in {"patient_id: sent twice", "confirmed: sent twice"}
+
+
+async def test_headers_too_large_or_too_many_are_a_problem_too(service) -> None:
+    for headers in ({"X-A": "a" * 17_000}, {f"X-{number}": "a" for number in range(101)}):
+        for path in ("/healthz", "/api/lesions?patient_id=p"):
+            response = await service.client.get(path, headers={**headers, **service.token("dr")})
+            service.hold_to_problem(response, 431, "headers_too_large")
 
 
 @pytest.mark.parametrize(
-    "headers",
-    [{"X-A": "a" * 17_000}, {f"X-{number}": "a" for number in range(101)}],
-    ids=["large", "many"],
+    "sent", ["pms-7.a_b", "x" * 64, "", "a b", "x" * 65, "a:b", "a\tb", "{}", "é".encode()], ids=repr
 )
-async def test_headers_too_large_or_too_many_are_a_problem_too(service, headers: dict[str, str]) -> None:
-    for path in ("/healthz", "/api/lesions?patient_id=p"):
-        response = await service.client.get(path, headers={**headers, **service.token("dr")})
-        service.hold_to_problem(response, 431, "headers_too_large")
+async def test_a_request_id_is_kept_where_it_is_short_and_plain_else_replaced(service, sent) -> None:
+    plain = isinstance(sent, str) and re.fullmatch(r"[\w.-]{1,64}", sent) is not None
+    for path in ("/healthz", "/nothing"):
+        response = await service.client.get(path, headers={"X-Request-ID": sent})
+        (given,) = response.headers.get_list("x-request-id")
+        assert given == sent if plain else len(given) == 36 != sent
 
 
-async def test_the_callers_request_id_is_kept(service) -> None:
-    for sent in ("pms-7.a_b", "x" * 64):
-        for path in ("/healthz", "/nothing"):
-            response = await service.client.get(path, headers={"X-Request-ID": sent})
-            assert response.headers.get_list("x-request-id") == [sent]
-
-
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "a:b", "a\tb", "{}", "é".encode()])
-async def test_a_request_id_that_is_not_short_and_plain_is_replaced(service, sent) -> None:
-    response = await service.client.get("/healthz", headers={"X-Request-ID": sent})
-    (given,) = response.headers.get_list("x-request-id")
-    assert given != sent
-    assert len(given) == 36
-
-
-async def test_ready_names_the_live_model(service, model_id) -> None:
-    response = await service.client.get("/readyz")
-    assert response.json()["status"] == "ready"
-    assert response.json()["model_id"] == model_id
-
-
-async def test_ready_reports_which_invariants_do_not_hold(service) -> None:
+async def test_ready_names_the_live_model_and_the_invariants_that_do_not_hold(service, model_id) -> None:
     services = service.app.state.services
     await services.invariants.check()
-    found = (await service.client.get("/readyz")).json()["invariants"]
+    ready = (await service.client.get("/readyz")).json()
+    assert (ready["status"], ready["model_id"]) == ("ready", model_id)
+    found = ready["invariants"]
     assert found["violated"] == []
     assert found["checked_at"].endswith("Z")
     await service.owner.execute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import time
 import zlib
@@ -57,8 +58,6 @@ async def test_what_a_camera_appends_or_describes_at_length_is_no_harm(
     service, drawn_lesion, options: dict[str, bool]
 ) -> None:
     """A moving picture behind the image, and 3 MB of metadata in front of it."""
-    import os
-
     image = drawn_lesion(kind="JPEG", **options)
     segment = b"\xff\xe2" + struct.pack(">H", 65_535) + os.urandom(65_533)
     long = image[:2] + segment * 48 + image[2:] + os.urandom(3_000_000)

@@ -63,10 +63,8 @@ async def test_a_body_that_takes_too_long_is_refused_and_frees_its_place(
         service.hold_to_problem(response, 408, "body_timeout")
         assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
         (event,) = await service.events(response)
-        assert (event["action"], event["outcome"], event["detail"]) == (
-            *("upload", "failed"),
-            {"code": "body_timeout"},
-        )
+        assert (event["action"], event["outcome"]) == ("upload", "failed")
+        assert event["detail"] == {"code": "body_timeout"}
         assert (await service.upload(await service.care())).status_code == 201
 
 

@@ -49,21 +49,19 @@ class Kms:
 
     def answer(self, path: str, headers: Mapping[str, str], body: dict[str, Any]) -> Answer:
         self.seen.append({"path": path, "headers": dict(headers), "body": body})
+        operation = headers.get("X-Amz-Target", "").removeprefix("TrentService.")
+        operations = {"Encrypt": self._encrypt, "Decrypt": self._decrypt, "DescribeKey": self._describe}
         try:
-            return 200, self._operate(headers, body)
+            self._check(operation, headers)
+            return 200, operations[operation](body)
         except Refusal as refusal:
             return 400, {"__type": str(refusal), "message": "refused"}
 
-    def _operate(self, headers: Mapping[str, str], body: dict[str, Any]) -> dict[str, Any]:
-        service, _, operation = headers.get("X-Amz-Target", "").partition(".")
+    def _check(self, operation: str, headers: Mapping[str, str]) -> None:
         if not _SIGNED.fullmatch(headers.get("Authorization", "")) or "X-Amz-Date" not in headers:
             raise Refusal("MissingAuthenticationTokenException")
-        if service != "TrentService" or operation not in {"Encrypt", "Decrypt", "DescribeKey"}:
-            raise Refusal("UnknownOperationException")
         if operation in self.denied:
             raise Refusal("AccessDeniedException")
-        answer: dict[str, Any] = getattr(self, f"_{operation.lower()}")(body)
-        return answer
 
     def _key(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         name = body["KeyId"].removeprefix(_ACCOUNT)
@@ -78,27 +76,24 @@ class Kms:
             raise Refusal("DisabledException")
         return key_id, key
 
-    def _describekey(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _describe(self, body: dict[str, Any]) -> dict[str, Any]:
         key_id, key = self._key(body)
         metadata = {
             "KeyId": key_id,
             "Arn": _ACCOUNT + key_id,
             "Enabled": key["enabled"],
             "KeySpec": key["spec"],
+            "KeyUsage": "ENCRYPT_DECRYPT",
+            "KeyState": "Enabled" if key["enabled"] else "Disabled",
         }
-        state = "Enabled" if key["enabled"] else "Disabled"
-        return {"KeyMetadata": {**metadata, "KeyUsage": "ENCRYPT_DECRYPT", "KeyState": state}}
+        return {"KeyMetadata": metadata}
 
     def _encrypt(self, body: dict[str, Any]) -> dict[str, Any]:
         key_id, key = self._enabled(body)
         nonce = os.urandom(12)
         sealed = AESGCM(key["material"]).encrypt(nonce, b64decode(body["Plaintext"]), _context(body))
         blob = len(key_id).to_bytes(2, "big") + key_id.encode() + nonce + sealed
-        return {
-            "CiphertextBlob": b64encode(blob).decode(),
-            "KeyId": _ACCOUNT + key_id,
-            "EncryptionAlgorithm": "SYMMETRIC_DEFAULT",
-        }
+        return {"CiphertextBlob": b64encode(blob).decode(), "KeyId": _ACCOUNT + key_id}
 
     def _decrypt(self, body: dict[str, Any]) -> dict[str, Any]:
         blob = b64decode(body["CiphertextBlob"])
@@ -113,11 +108,7 @@ class Kms:
             plaintext = AESGCM(key["material"]).decrypt(sealed[:12], sealed[12:], _context(body))
         except (InvalidTag, ValueError):
             raise Refusal("InvalidCiphertextException") from None
-        return {
-            "KeyId": _ACCOUNT + key_id,
-            "Plaintext": b64encode(plaintext).decode(),
-            "EncryptionAlgorithm": "SYMMETRIC_DEFAULT",
-        }
+        return {"KeyId": _ACCOUNT + key_id, "Plaintext": b64encode(plaintext).decode()}
 
 
 def _context(body: dict[str, Any]) -> bytes:

@@ -5,31 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 import random
-import sqlite3
 from uuid import UUID, uuid4
 
 import pytest
 
 from serve_app.domain.errors import DataKeyMissing, Erased
-from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.envelope import seal
 from serve_app.keys.keystore import DestroyedKey, KeyStore
-
-BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+from tests.serve_app.keys.key_files import BINDING, bytes_on_disk, sqlite
 
 
 def destroyed(data_key_id: UUID) -> DestroyedKey:
     return DestroyedKey(data_key_id=data_key_id, receipt_id=uuid4(), reason="retention", actor="ops")
-
-
-def bytes_on_disk(keys: Path) -> bytes:
-    return b"".join(file.read_bytes() for file in sorted(keys.iterdir()))
-
-
-def wrapped(keys: Path) -> dict[UUID, bytes]:
-    with sqlite3.connect(keys / "keystore.sqlite") as connection:
-        rows = connection.execute("SELECT data_key_id, wrapped FROM data_keys").fetchall()
-    connection.close()
-    return {UUID(bytes=key): value for key, value in rows}
 
 
 def test_a_destroyed_key_says_so_and_stays_destroyed(store: KeyStore) -> None:
@@ -61,9 +48,10 @@ def test_only_a_key_that_was_here_is_destroyed(store: KeyStore) -> None:
 
 def test_of_many_destroyed_keys_no_file_holds_any(store: KeyStore, keys: Path) -> None:
     """Pages merge as keys go: neither the live page nor what moved may keep a copy."""
-    made = [store.create().id for _ in range(300)]
-    on_disk = wrapped(keys)
-    gone = random.Random(7).sample(made, 240)  # noqa: S311 - no secret
+    made = [store.create().id for _ in range(60)]
+    rows = sqlite(keys / "keystore.sqlite", "SELECT data_key_id, wrapped FROM data_keys")
+    on_disk = {UUID(bytes=key): wrapped for key, wrapped in rows}
+    gone = random.Random(7).sample(made, 48)  # noqa: S311 - no secret
     for data_key_id in gone:
         store.destroy(destroyed(data_key_id))
     found = bytes_on_disk(keys)
@@ -82,16 +70,11 @@ def test_destroyed_keys_are_listed_page_by_page(store: KeyStore) -> None:
     assert seen == ids
 
 
-def test_only_keys_of_an_age_are_listed(store: KeyStore) -> None:
+def test_keys_are_listed_by_age_and_awaited_until_their_image_was_seen(store: KeyStore) -> None:
     ids = [store.create().id for _ in range(3)]
     assert store.list_made_before(3600) == []
-    assert [key for _, key, _ in store.list_made_before(0)] == ids
     (first,) = store.list_made_before(0, limit=1)
     assert [key for _, key, _ in store.list_made_before(0, after=first[0])] == ids[1:]
-
-
-def test_a_key_is_awaited_until_its_image_was_seen(store: KeyStore) -> None:
-    ids = [store.create().id for _ in range(3)]
     assert store.list_awaited() == sorted(ids)
     assert store.list_awaited(after=min(ids), limit=1) == [sorted(ids)[1]]
     store.stop_awaiting(ids[:2])

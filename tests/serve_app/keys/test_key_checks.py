@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-import sqlite3
 from uuid import uuid4
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import DestroyedKey, KeyStore, look_into
+from tests.serve_app.keys.key_files import count_keys, put_in_place, sqlite
 
 
 @pytest.fixture
@@ -21,21 +21,8 @@ def foreign(tmp_path: Path) -> FileKeyring:
     return FileKeyring.make(tmp_path / "other" / "keyring.json")
 
 
-def put_in_place(keys: Path, content: bytes) -> None:
-    """Put a keyring in the place of the one that is there, as an operator does."""
-    copied = keys / "copied"
-    copied.touch(mode=0o600)
-    copied.write_bytes(content)
-    copied.replace(keys / "keyring.json")
-
-
-def count_keys(keys: Path) -> int:
-    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection:
-        return int(connection.execute("SELECT count(*) FROM data_keys").fetchone()[0])
-
-
 def test_the_first_start_settles_whose_store_it_is(store: KeyStore, keys: Path, foreign: FileKeyring) -> None:
-    assert count_keys(keys) == 0
+    assert count_keys(keys / "keystore.sqlite") == 0
     with pytest.raises(IntegrityError, match="did not wrap what is in this key store"):
         KeyStore(keys / "keystore.sqlite", foreign)
 
@@ -49,8 +36,9 @@ def _rotated_and_retired(foreign: FileKeyring) -> None:
     foreign.retire(1)
 
 
-@pytest.mark.parametrize("change", [lambda _: None, _rotated, _rotated_and_retired])
-@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    ("change", "used"), [(lambda _: None, True), (_rotated, False), (_rotated_and_retired, True)]
+)
 def test_a_foreign_keyring_wraps_nothing(
     store: KeyStore,
     keys: Path,
@@ -63,15 +51,15 @@ def test_a_foreign_keyring_wraps_nothing(
     made = [store.create() for _ in range(used)]
     right = (keys / "keyring.json").read_bytes()
     change(foreign)
-    put_in_place(keys, (tmp_path / "other" / "keyring.json").read_bytes())
+    put_in_place(keys / "keyring.json", (tmp_path / "other" / "keyring.json").read_bytes())
     for _ in range(2):
         with pytest.raises(KeyProviderUnavailable, match="nothing was stored") as raised:
             store.create()
         assert raised.value.status == 503
     with pytest.raises(KeyProviderUnavailable):
         store.rewrap()
-    assert count_keys(keys) == len(made)
-    put_in_place(keys, right)
+    assert count_keys(keys / "keystore.sqlite") == len(made)
+    put_in_place(keys / "keyring.json", right)
     made.append(store.create())
     with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as again:
         assert [again.load(key.id).id for key in made] == [key.id for key in made]
@@ -82,14 +70,14 @@ def test_a_keyring_from_before_a_rotation_wraps_nothing(
 ) -> None:
     before = (keys / "keyring.json").read_bytes()
     keyring.rotate()
-    store.verify_keys()
+    store.checks.verify()
     after = (keys / "keyring.json").read_bytes()
-    put_in_place(keys, before)
+    put_in_place(keys / "keyring.json", before)
     with pytest.raises(KeyProviderUnavailable, match="no key of version 2"):
         store.create()
     with pytest.raises(IntegrityError, match="no key of version 2"):
         KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))
-    put_in_place(keys, after)
+    put_in_place(keys / "keyring.json", after)
     assert store.load(store.create().id)
 
 
@@ -97,13 +85,11 @@ def test_a_store_from_before_there_were_checks_is_known_by_its_newest_key(
     store: KeyStore, keys: Path, foreign: FileKeyring
 ) -> None:
     store.create()
-    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection, connection:
-        connection.execute("DROP TABLE key_checks")
+    sqlite(keys / "keystore.sqlite", "DROP TABLE key_checks")
     with pytest.raises(IntegrityError, match="did not wrap what is in this key store"):
         KeyStore(keys / "keystore.sqlite", foreign)
     KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json")).close()
-    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection:
-        assert connection.execute("SELECT key_version FROM key_checks").fetchall() == [(1,)]
+    assert sqlite(keys / "keystore.sqlite", "SELECT key_version FROM key_checks") == [(1,)]
 
 
 def test_a_store_is_known_by_its_id_and_its_keys_without_opening_it(store: KeyStore, keys: Path) -> None:

@@ -32,8 +32,14 @@ def two_versions(current: int) -> bytes:
 
 
 def test_the_first_start_makes_a_private_keyring_and_the_second_keeps_it(keys: Path) -> None:
+    """Whatever the umask is, and a start that crashed half way has left."""
     path, key_id = keys / "keyring.json", uuid4()
-    wrapped = FileKeyring.make(path).wrap(KEY, key_id)
+    write_keyring(keys / "keyring.json.partial", b'{"current": 1, "ke')
+    umask = os.umask(0)
+    try:
+        wrapped = FileKeyring.make(path).wrap(KEY, key_id)
+    finally:
+        os.umask(umask)
     assert (mode(keys), mode(path)) == (0o700, 0o600)
     assert [file.name for file in keys.iterdir()] == ["keyring.json"]
     assert FileKeyring.make(path).unwrap(wrapped, key_id) == KEY
@@ -46,29 +52,14 @@ def test_no_other_start_makes_one(keys: Path) -> None:
     assert list(keys.iterdir()) == []
 
 
-def test_the_umask_does_not_open_the_keyring(keys: Path) -> None:
-    umask = os.umask(0)
-    try:
-        FileKeyring.make(keys / "keyring.json")
-    finally:
-        os.umask(umask)
-    assert (mode(keys), mode(keys / "keyring.json")) == (0o700, 0o600)
-
-
-def test_a_start_that_crashed_half_way_is_made_good(keys: Path) -> None:
-    write_keyring(keys / "keyring.json.partial", b'{"current": 1, "ke')
-    FileKeyring.make(keys / "keyring.json")
-    assert [file.name for file in keys.iterdir()] == ["keyring.json"]
-
-
-@pytest.mark.parametrize("wider", [0o604, 0o640, 0o620, 0o602, 0o644, 0o660, 0o777, 0o601, 0o610])
+@pytest.mark.parametrize("wider", [0o604, 0o640, 0o602, 0o610])
 def test_a_keyring_open_to_others_is_refused(keys: Path, keyring: FileKeyring, wider: int) -> None:
     (keys / "keyring.json").chmod(wider)
     with pytest.raises(IntegrityError, match="chmod go-rwx"):
         FileKeyring(keys / "keyring.json")
 
 
-@pytest.mark.parametrize("wider", [0o701, 0o710, 0o750, 0o755, 0o777])
+@pytest.mark.parametrize("wider", [0o701, 0o710, 0o755])
 def test_a_folder_open_to_others_is_refused(keys: Path, wider: int) -> None:
     keys.mkdir()
     keys.chmod(wider)
@@ -92,18 +83,12 @@ def test_a_keyring_of_another_user_is_refused(
     "content",
     [
         b"",
-        b"\xff\xfe",
         b"null",
-        b"[]",
         b"{}",
-        b'{"current": 1}',
         b'{"current": 1, "keys": {}}',
-        b'{"current": 1, "keys": []}',
         b'{"keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
         b'{"current": 2, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
         b'{"current": 1, "keys": {"one": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"1": "c2VjcmV0"}}',
-        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I"}}',
         b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZQ=="}}',
         b'{"current": 1, "keys": {"1": "!c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
         b'{"current": 1, "keys": {"1": 7}}',
@@ -174,17 +159,6 @@ def test_the_keys_of_now_are_the_same_until_the_file_is_another(keyring: FileKey
     assert "keks" not in repr(first)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 40, -1])
-def test_a_keyring_cut_short_is_damaged_and_not_away(keys: Path, keyring: FileKeyring, kept: int) -> None:
-    path = keys / "keyring.json"
-    cut = path.read_bytes()[:kept]
-    path.unlink()
-    path.touch(mode=0o600)
-    path.write_bytes(cut)
-    with pytest.raises(IntegrityError, match="is not a keyring"):
-        keyring.wrap(KEY, uuid4())
-
-
 def test_wrapping_hides_the_key_and_never_repeats(keyring: FileKeyring) -> None:
     key_id = uuid4()
     first, second = keyring.wrap(KEY, key_id), keyring.wrap(KEY, key_id)
@@ -211,30 +185,6 @@ def test_a_wrapped_key_serves_no_other_id(keyring: FileKeyring) -> None:
         keyring.unwrap(keyring.wrap(KEY, uuid4()), uuid4())
 
 
-def test_another_keyring_does_not_unwrap(keyring: FileKeyring, tmp_path: Path) -> None:
-    key_id = uuid4()
-    with pytest.raises(IntegrityError):
-        FileKeyring.make(tmp_path / "other" / "keyring.json").unwrap(keyring.wrap(KEY, key_id), key_id)
-
-
-def test_old_versions_unwrap_and_the_current_one_wraps(keys: Path) -> None:
-    path, key_id = keys / "keyring.json", uuid4()
-    write_keyring(path, two_versions(current=1))
-    old = FileKeyring(path).wrap(KEY, key_id)
-    path.write_bytes(two_versions(current=2))
-    rotated = FileKeyring(path)
-    assert (old.key_version, rotated.wrap(KEY, key_id).key_version) == (1, 2)
-    assert rotated.unwrap(old, key_id) == KEY
-
-
-@pytest.mark.parametrize("claimed", [0, 2, 3, -1, 2**40])
-def test_a_wrapped_key_under_a_false_version_is_refused(keys: Path, claimed: int) -> None:
-    write_keyring(keys / "keyring.json", two_versions(current=1))
-    keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
-    with pytest.raises(IntegrityError):
-        keyring.unwrap(WrappedKey(keyring.wrap(KEY, key_id).wrapped, claimed), key_id)
-
-
 def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
     document = json.loads(two_versions(current=1))
     document["keys"]["2"] = document["keys"]["1"]
@@ -242,5 +192,6 @@ def test_the_version_is_bound_even_where_the_keys_are_alike(keys: Path) -> None:
     keyring, key_id = FileKeyring(keys / "keyring.json"), uuid4()
     wrapped = keyring.wrap(KEY, key_id).wrapped
     assert keyring.unwrap(WrappedKey(wrapped, 1), key_id) == KEY
-    with pytest.raises(IntegrityError):
-        keyring.unwrap(WrappedKey(wrapped, 2), key_id)
+    for claimed in (0, 2, 2**40):
+        with pytest.raises(IntegrityError):
+            keyring.unwrap(WrappedKey(wrapped, claimed), key_id)

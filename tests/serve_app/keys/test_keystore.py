@@ -8,35 +8,18 @@ from contextlib import closing
 from pathlib import Path
 import sqlite3
 import subprocess
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 
 from serve_app.domain.errors import DataKeyMissing, IntegrityError, RecordsUnavailable
 from serve_app.keys import keystore
-from serve_app.keys.envelope import ImageBinding, open_sealed, seal
+from serve_app.keys.envelope import open_sealed, seal
 from serve_app.keys.keyring import FileKeyring, WrappedKey
 from serve_app.keys.keystore import KeyStore
+from tests.serve_app.keys.key_files import BINDING, bytes_on_disk, sqlite
 
 Started = Callable[[str], subprocess.Popen[str]]
-
-BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
-
-
-def sqlite(keys: Path, statement: str, *values: object) -> list[tuple[bytes, int]]:
-    """Look at the file, or tamper with it, from outside."""
-    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection, connection:
-        return connection.execute(statement, values).fetchall()
-
-
-def bytes_on_disk(keys: Path) -> bytes:
-    return b"".join(file.read_bytes() for file in sorted(keys.iterdir()))
-
-
-def test_a_key_made_is_a_key_found(store: KeyStore) -> None:
-    key = store.create()
-    sealed = seal(b"image", data_key=key, binding=BINDING)
-    assert open_sealed(sealed, data_key=store.load(key.id), binding=BINDING) == b"image"
 
 
 def test_every_file_is_private(store: KeyStore, keys: Path) -> None:
@@ -53,7 +36,7 @@ def test_a_commit_is_on_disk_before_it_returns(store: KeyStore) -> None:
 
 
 def test_restart_keeps_the_keys(store: KeyStore, keys: Path) -> None:
-    made = [store.create() for _ in range(20)]
+    made = [store.create() for _ in range(5)]
     images = [seal(str(key.id).encode(), data_key=key, binding=BINDING) for key in made]
     store.close()
     with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as again:
@@ -67,15 +50,14 @@ def test_a_key_read_back_never_seals(store: KeyStore) -> None:
         seal(b"image", data_key=store.load(store.create().id), binding=BINDING)
 
 
-def test_an_unknown_key_is_not_found(store: KeyStore) -> None:
-    with pytest.raises(DataKeyMissing):
-        store.load(uuid4())
-
-
 def test_a_shredded_key_is_gone_from_every_file(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
     kept, key = store.create(), store.create()
     sealed = seal(b"image", data_key=kept, binding=BINDING)
-    row = sqlite(keys, "SELECT wrapped, key_version FROM data_keys WHERE data_key_id = ?", key.id.bytes)[0]
+    row = sqlite(
+        keys / "keystore.sqlite",
+        "SELECT wrapped, key_version FROM data_keys WHERE data_key_id = ?",
+        key.id.bytes,
+    )[0]
     assert row[0] in bytes_on_disk(keys)
     assert keyring.unwrap(WrappedKey(*row), key.id) not in bytes_on_disk(keys)
     store.shred(key.id)
@@ -105,7 +87,7 @@ def test_a_shred_that_may_linger_says_so(
 def test_a_wrapped_key_moved_to_another_row_is_refused(store: KeyStore, keys: Path) -> None:
     first, second = store.create(), store.create()
     sqlite(
-        keys,
+        keys / "keystore.sqlite",
         "UPDATE data_keys SET wrapped = (SELECT wrapped FROM data_keys WHERE data_key_id = ?) WHERE data_key_id = ?",
         first.id.bytes,
         second.id.bytes,
@@ -117,12 +99,12 @@ def test_a_wrapped_key_moved_to_another_row_is_refused(store: KeyStore, keys: Pa
 def test_wraps_are_counted_and_bounded(store: KeyStore, keys: Path) -> None:
     for _ in range(3):
         store.shred(store.create().id)
-    assert sqlite(keys, "SELECT key_version, wraps FROM wrap_counts") == [(1, 3)]
-    sqlite(keys, "UPDATE wrap_counts SET wraps = 2147483647")
+    assert sqlite(keys / "keystore.sqlite", "SELECT key_version, wraps FROM wrap_counts") == [(1, 3)]
+    sqlite(keys / "keystore.sqlite", "UPDATE wrap_counts SET wraps = 2147483647")
     store.create()
     with pytest.raises(RecordsUnavailable, match="rotate"):
         store.create()
-    assert sqlite(keys, "SELECT count(*) FROM data_keys") == [(1,)]
+    assert sqlite(keys / "keystore.sqlite", "SELECT count(*) FROM data_keys") == [(1,)]
 
 
 def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys: Path) -> None:
@@ -134,18 +116,12 @@ def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys:
         except RecordsUnavailable:
             return None
 
-    for _ in range(5):
-        sqlite(keys, "UPDATE wrap_counts SET wraps = 2147483648 - 10")
+    for _ in range(2):
+        sqlite(keys / "keystore.sqlite", "UPDATE wrap_counts SET wraps = 2147483648 - 10")
         with ThreadPoolExecutor(8) as threads:
             made = [key_id for key_id in threads.map(make, range(40)) if key_id]
         assert len(made) == 10
         assert [store.load(key_id).id for key_id in made] == made
-
-
-def test_another_keyring_shows_at_start(store: KeyStore, keys: Path, tmp_path: Path) -> None:
-    store.create()
-    with pytest.raises(IntegrityError, match="did not wrap"):
-        KeyStore(keys / "keystore.sqlite", FileKeyring.make(tmp_path / "other" / "keyring.json"))
 
 
 def test_a_store_open_to_others_is_refused(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
@@ -185,16 +161,16 @@ def make(_):
     store.load(key.id)
     return str(key.id)
 with ThreadPoolExecutor(8) as threads:
-    print(*threads.map(make, range(80)))
+    print(*threads.map(make, range(20)))
 """
     ids = _run_together([start(body) for _ in range(2)])
-    assert len(set(ids)) == 160
+    assert len(set(ids)) == 40
     assert [store.load(key_id).id for key_id in ids] == ids
 
 
-def test_eight_first_starts_at_once_make_one_keyring(start: Started, keys: Path) -> None:
-    ids = _run_together([start("print(store.create().id)") for _ in range(8)])
-    assert len(set(ids)) == 8
+def test_first_starts_at_once_make_one_keyring(start: Started, keys: Path) -> None:
+    ids = _run_together([start("print(store.create().id)") for _ in range(3)])
+    assert len(set(ids)) == 3
     with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as store:
         assert [store.load(key_id).id for key_id in ids] == ids
     assert {file.name for file in keys.iterdir()} == {"keyring.json", "keystore.sqlite"}

@@ -1,23 +1,30 @@
-"""The keyring is lost, or another one is in its place, or the key store is: nothing goes on as if it were not."""
+"""The keyring or the key store is lost, another is in its place, or the provider is down: nothing goes on as if not."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 import os
 from pathlib import Path
-import sqlite3
-import subprocess
-import sys
+import time
 
 from pydantic import SecretStr
 import pytest
 
+from cluster import cli
+from model_store.registry import ModelStore
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
-from serve_app.settings import REPOSITORY, NodeFiles
+from serve_app.keys.providers import retries
+from serve_app.records.pool import open_pool
+from serve_app.records.serving import LiveModel, publish
+from serve_app.settings import NodeFiles
+from tests.serve_app.keys.key_files import count_keys, put_in_place
+from tests.serve_app.keys.key_service import KeyService
+from tests.serve_app.keys.vault_server import Vault
 
 
 @pytest.fixture
@@ -26,30 +33,7 @@ def files(service, settings) -> Iterator[NodeFiles]:
     files = NodeFiles(settings.home)
     right = files.keyring.read_bytes()
     yield files
-    _put(files, right)
-
-
-def _put(files: NodeFiles, content: bytes) -> None:
-    copied = files.keyring.with_name("copied")
-    copied.touch(mode=0o600)
-    copied.write_bytes(content)
-    copied.replace(files.keyring)
-
-
-def _data_keys(files: NodeFiles) -> int:
-    with closing(sqlite3.connect(files.keystore)) as connection:
-        return int(connection.execute("SELECT count(*) FROM data_keys").fetchone()[0])
-
-
-def _run_keys(files: NodeFiles, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "keys", "--home", str(files.home), *command],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if not name.startswith("DERM_")},
-    )
+    put_in_place(files.keyring, right)
 
 
 async def _opens(service, answer: dict) -> bool:
@@ -59,9 +43,9 @@ async def _opens(service, answer: dict) -> bool:
 
 
 async def _is_refused(service, files: NodeFiles, patient: str) -> None:
-    before = await service.counts(), _data_keys(files)
+    before = await service.counts(), count_keys(files.keystore)
     service.hold_to_problem(await service.upload(patient), 503, "key_provider_unavailable")
-    after = await service.counts(), _data_keys(files)
+    after = await service.counts(), count_keys(files.keystore)
     # A refusal is an audit event; nothing else was stored.
     assert after[1] == before[1]
     assert {t: n for t, n in after[0].items() if t != "audit_events"} == {
@@ -69,17 +53,21 @@ async def _is_refused(service, files: NodeFiles, patient: str) -> None:
     }
 
 
-@pytest.mark.parametrize("command", [("status",), ("rotate",), ("rewrap",), ("retire", "1")])
-async def test_no_command_makes_a_keyring_in_a_lost_ones_place(service, files, command) -> None:
+async def test_no_command_makes_a_keyring_in_a_lost_ones_place(service, files, monkeypatch, capsys) -> None:
+    for name in [name for name in os.environ if name.startswith("DERM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DERM_HOME", str(files.home))
     patient = await service.care()
     answer = (await service.upload(patient)).json()
     away = files.keyring.with_suffix(".away")
     files.keyring.rename(away)
     try:
-        said = await asyncio.to_thread(_run_keys, files, *command)
-        assert (said.returncode, said.stderr.count("\n")) == (1, 1), said.stderr
-        assert "cannot be read (FileNotFoundError)" in said.stderr
-        assert not files.keyring.exists()
+        for command in (["status"], ["rotate"], ["rewrap"], ["retire", "1"]):
+            code = await asyncio.to_thread(cli.main, ["keys", "--home", str(files.home), *command])
+            said = capsys.readouterr().err
+            assert (code, said.count("\n")) == (1, 1), said
+            assert "cannot be read (FileNotFoundError)" in said
+            assert not files.keyring.exists()
         await _is_refused(service, files, patient)
     finally:
         away.rename(files.keyring)
@@ -97,10 +85,10 @@ async def test_a_foreign_keyring_wraps_no_image(service, files, tmp_path: Path, 
     if rotated:  # and so without any version that is known here
         foreign.rotate()
         foreign.retire(1)
-    _put(files, (tmp_path / "other" / "keyring.json").read_bytes())
+    put_in_place(files.keyring, (tmp_path / "other" / "keyring.json").read_bytes())
     await _is_refused(service, files, patient)
     await _is_refused(service, files, patient)
-    _put(files, right)
+    put_in_place(files.keyring, right)
     again = await service.upload(patient)
     assert again.status_code == 201
     assert await _opens(service, answer)
@@ -123,14 +111,14 @@ async def test_an_empty_key_store_beside_a_full_database_is_refused_at_start(
     assert lost.keystore.exists() == there
 
 
-async def test_a_second_node_with_keys_of_its_own_is_refused(
+async def test_the_first_start_makes_both_and_no_later_one_nor_a_second_nodes_does(
     new_database, start_service, local_stages, tmp_path: Path
 ) -> None:
     """A key store belongs to a database from the first start on: no image need be there yet."""
     urls, first, second = await new_database(), NodeFiles(tmp_path / "1"), NodeFiles(tmp_path / "2")
     url = SecretStr(urls.app)
     async with start_service(local_stages(), home=first.home, database_url=url):
-        made = first.keystore.exists()
+        made = first.keyring.read_bytes()
     for used in (False, True):
         if used:  # the key store of another database
             with closing(KeyStore(second.keystore, FileKeyring.make(second.keyring))) as keys:
@@ -140,7 +128,12 @@ async def test_a_second_node_with_keys_of_its_own_is_refused(
                 pass
         assert second.keystore.exists() == used
     async with start_service(local_stages(), home=first.home, database_url=url):
-        assert made
+        assert first.keyring.read_bytes() == made
+    first.keyring.unlink()
+    with pytest.raises(KeyProviderUnavailable, match="cannot be read"):
+        async with start_service(local_stages(), home=first.home, database_url=url):
+            pass
+    assert not first.keyring.exists()
 
 
 async def test_a_key_store_that_knows_none_of_the_images_is_refused(
@@ -161,17 +154,44 @@ async def test_a_key_store_that_knows_none_of_the_images_is_refused(
         await service.owner.execute("INSERT INTO key_stores VALUES ($1, $2, $3)", *claim)
 
 
-async def test_a_first_start_makes_both_and_a_second_one_no_keyring(
-    new_database, start_service, local_stages, tmp_path: Path
+async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
+    new_database, models, model_id, start_service, local_stages, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    urls, files = await new_database(), NodeFiles(tmp_path)
-    changed = {"home": tmp_path, "database_url": SecretStr(urls.app)}
-    async with start_service(local_stages(), **changed):
-        made = files.keyring.read_bytes()
-    async with start_service(local_stages(), **changed):
-        assert files.keyring.read_bytes() == made
-    files.keyring.unlink()
-    with pytest.raises(KeyProviderUnavailable, match="cannot be read"):
-        async with start_service(local_stages(), **changed):
-            pass
-    assert not files.keyring.exists()
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_REST_S", 0.05)
+    vault = Vault()
+    vault.make_key("derm")
+    transit = KeyService(vault)
+    urls = await new_database()  # one of this node's own, as its keys are
+    changed = {
+        "home": tmp_path,
+        "database_url": SecretStr(urls.app),
+        "key_provider": f"vault+http://127.0.0.1:{transit.port}/transit/derm",
+        "vault_token": SecretStr(vault.token),
+    }
+    async with start_service(local_stages(), **changed) as started:
+        owner = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
+        manifest = (model := ModelStore(models).open(model_id)).manifest
+        await publish(owner, LiveModel(model_id, model.digest, manifest.live_space.embedding_space))
+        service = replace(started, owner=owner)
+        patient = await service.care()
+        answer = (await service.upload(patient)).json()
+        images = await service.owner.fetchval("SELECT count(*) FROM lesion_images")
+        image_id = answer["image_id"]
+        path = f"/api/lesions/{answer['lesion_id']}/images/{image_id}"
+        transit.down()
+        for response in (
+            await service.upload(patient),
+            await service.client.get(path, headers=service.token("dr")),
+        ):
+            body = service.hold_to_problem(response, 503, "key_provider_unavailable")
+            assert response.headers["retry-after"] == "5"
+            assert "s.right" not in response.text
+            assert "try again" in body["detail"]
+        assert await service.owner.fetchval("SELECT count(*) FROM lesion_images") == images
+        transit.up()
+        time.sleep(0.06)  # noqa: ASYNC251 - nothing else runs
+        assert (await service.client.get(path, headers=service.token("dr"))).content == service.image
+        assert (await service.upload(patient)).status_code == 201
+        await owner.close()
+    transit.down()

@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-import sqlite3
 from threading import Event
 from uuid import UUID
 
 import pytest
 
 from serve_app.domain.errors import Conflict, DataKeyMissing, NotFound, RecordsUnavailable
-from serve_app.keys.envelope import ImageBinding, seal
+from serve_app.keys.envelope import seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
-
-BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+from tests.serve_app.keys.key_files import BINDING, sqlite
 
 
 @pytest.fixture
@@ -35,16 +33,6 @@ def versions(store: KeyStore) -> dict[int, int]:
     return {count.key_version: count.data_keys for count in store.count_versions()}
 
 
-def test_after_a_rotation_every_process_wraps_under_the_new_key(store, keyring, elsewhere) -> None:
-    old = sealed_images(elsewhere, 2)
-    assert keyring.rotate() == 2
-    new = sealed_images(elsewhere, 3)
-    assert versions(store) == {1: 2, 2: 3}
-    for number, sealed in enumerate(old):
-        assert store.open_image(sealed, BINDING) == b"image %d" % number
-    assert elsewhere.open_image(new[2], BINDING) == b"image 2"
-
-
 def test_rewrapping_is_resumable_and_leaves_every_image_readable(store, keyring) -> None:
     images = sealed_images(store, 25)
     keyring.rotate()
@@ -60,7 +48,7 @@ def test_rewrapping_is_resumable_and_leaves_every_image_readable(store, keyring)
 
 
 def test_no_read_fails_while_keys_rotate_and_rewrap(store, keyring, elsewhere) -> None:
-    images = sealed_images(store, 200)
+    images = sealed_images(store, 40)
     over = Event()
 
     def read(start: int) -> int:
@@ -74,28 +62,28 @@ def test_no_read_fails_while_keys_rotate_and_rewrap(store, keyring, elsewhere) -
     with ThreadPoolExecutor(5) as readers:
         reading = [readers.submit(read, start) for start in range(5)]
         try:
-            for _ in range(3):
+            for _ in range(2):
                 keyring.rotate()
-                while store.rewrap(20):
+                while store.rewrap(8):
                     pass
         finally:
             over.set()
         assert all(task.result() >= 50 for task in reading)
-    assert versions(store)[4] == 200
+    assert versions(store)[3] == 40
 
 
 def test_a_key_shredded_while_others_are_rewrapped_stays_gone(store, keyring, monkeypatch) -> None:
     key = store.create()
     sealed = seal(b"image", data_key=key, binding=BINDING)
     keyring.rotate()
-    wrap = store._checks.wrap
+    wrap = store.checks.wrap
 
     def shred_then_wrap(data_key: bytes, data_key_id: UUID):
-        monkeypatch.setattr(store._checks, "wrap", wrap)
+        monkeypatch.setattr(store.checks, "wrap", wrap)
         store.shred(data_key_id)
         return wrap(data_key, data_key_id)
 
-    monkeypatch.setattr(store._checks, "wrap", shred_then_wrap)
+    monkeypatch.setattr(store.checks, "wrap", shred_then_wrap)
     store.rewrap()
     with pytest.raises(DataKeyMissing):
         store.open_image(sealed, BINDING)
@@ -120,8 +108,7 @@ def test_a_retired_key_opens_nothing_and_the_current_one_cannot_be_retired(store
 def test_rewrapping_counts_towards_the_bound(store, keyring, keys) -> None:
     sealed_images(store, 3)
     keyring.rotate()
-    with closing(sqlite3.connect(keys / "keystore.sqlite")) as connection, connection:
-        connection.execute("INSERT INTO wrap_counts VALUES (2, 2147483647)")
+    sqlite(keys / "keystore.sqlite", "INSERT INTO wrap_counts VALUES (2, 2147483647)")
     with pytest.raises(RecordsUnavailable, match="rotate it"):
         store.rewrap()
     # All or nothing: the three are under the old key, none half way.

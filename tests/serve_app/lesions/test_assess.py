@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import io
 import json
-import random
 
+from PIL import Image
 import pytest
 
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.patient import Sex
 from serve_app.version import service_version
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk", "store", "total"}
@@ -24,7 +22,7 @@ async def test_an_image_is_answered_with_everything_the_contract_names(service, 
         encounter_id="e-1",
         anatom_site_general="posterior torso",
         age_approx="54",
-        sex="female",
+        sex="other",
         history=json.dumps({"personal_melanoma": True, "immunosuppression": None}),
         checklist=json.dumps({"irregular_shape": True}),
     )
@@ -38,33 +36,24 @@ async def test_an_image_is_answered_with_everything_the_contract_names(service, 
     assert bool(answer["reasons"]) == (answer["outcome"] == "review")
     assert all(reason["message"] and reason["action"] for reason in answer["reasons"])
     assert (answer["quality"]["width"], answer["quality"]["height"]) == (400, 300)
-    assert answer["change"] is None
-    assert answer["risk"]["policy_version"] == answer["provenance"]["policy_version"]
-    assert answer["risk"]["factors"]
-    assert answer["provenance"]["model_id"] == model_id
-    assert all(answer["provenance"].values())
-    assert set(answer["timings_ms"]) == STAGES
-    assert all(0 <= value <= answer["timings_ms"]["total"] for value in answer["timings_ms"].values())
-
-
-@pytest.mark.parametrize("sex", list(Sex))
-async def test_every_administrative_gender_is_taken(service, sex) -> None:
-    assert (await service.upload(await service.care(), sex=sex)).status_code == 201
-
-
-async def test_probabilities_sum_to_one_and_agree_with_the_top_three(service) -> None:
-    response = await service.upload(await service.care())
-    found = response.json()["classification"]
+    found = answer["classification"]
     probabilities = found["probabilities"]
     assert list(probabilities) == list(Diagnosis)
     assert abs(sum(probabilities.values()) - 1) < 1e-9
-    assert all(0 <= p <= 1 for p in probabilities.values())
     best = sorted(probabilities.values(), reverse=True)[:3]
     assert [entry["probability"] for entry in found["top3"]] == best
     assert all(probabilities[entry["diagnosis"]] == entry["probability"] for entry in found["top3"])
     assert all(entry["name"] == Diagnosis(entry["diagnosis"]).display_name for entry in found["top3"])
     assert Diagnosis.UNK not in found["prediction_set"]
-    assert 0.5 < found["coverage"] < 1
+    assert answer["change"] is None
+    assert answer["risk"]["policy_version"] == answer["provenance"]["policy_version"]
+    assert answer["risk"]["factors"]
+    assert answer["provenance"]["model_id"] == model_id
+    assert all(answer["provenance"].values())
+    assert answer["provenance"]["service_version"] == service_version()
+    assert service_version().startswith(f"{service.document['info']['version']}+g")
+    assert set(answer["timings_ms"]) == STAGES
+    assert all(0 <= value <= answer["timings_ms"]["total"] for value in answer["timings_ms"].values())
 
 
 async def test_ten_confirmed_cases_come_with_their_licence(service) -> None:
@@ -92,13 +81,6 @@ async def test_ten_confirmed_cases_come_with_their_licence(service) -> None:
     assert similar[0]["isic_id"] in nearest
 
 
-@pytest.mark.parametrize("top_k", [1, 50])
-async def test_top_k_says_how_many(service, top_k: int) -> None:
-    response = await service.upload(await service.care(), params={"top_k": top_k})
-    assert response.status_code == 201
-    assert len(response.json()["similar"]) == top_k
-
-
 async def test_the_licence_filter_holds_for_the_cases_shown(service) -> None:
     wanted = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
     others = await service.owner.fetch("SELECT DISTINCT copyright_license FROM reference_images")
@@ -113,70 +95,45 @@ async def test_the_licence_filter_holds_for_the_cases_shown(service) -> None:
 
 
 async def test_what_is_asked_to_be_shown_changes_nothing_that_is_concluded(service, drawn_lesion) -> None:
-    draw = random.Random(13)  # noqa: S311 - no secret
-    licences = ["CC-0", "CC-BY", "CC-BY-NC"]
-    for seed in (0, 5):
-        concluded, image = [], drawn_lesion(seed=seed)
-        asked = [{}, *({"top_k": k} for k in (1, 16, 17, 50))]
-        asked += [
-            {
-                "top_k": draw.randint(1, 50),
-                "licence": draw.sample(licences, draw.randint(0, 2)),
-                "confirmed": draw.choice(["true", "false"]),
-            }
-            for _ in range(6)
-        ]
-        for params in asked:
-            answer = (await service.upload(await service.care(), image=image, params=params)).json()
-            concluded.append({part: answer[part] for part in ("outcome", "reasons", "risk", "neighbours")})
-        assert concluded == concluded[:1] * len(asked)
+    image, concluded = drawn_lesion(seed=5), []
+    for params in (
+        {},
+        {"top_k": 1},
+        {"top_k": 17},
+        {"top_k": 50, "confirmed": "true"},
+        {"top_k": 9, "licence": ["CC-0", "CC-BY-NC"]},
+    ):
+        answer = (await service.upload(await service.care(), image=image, params=params)).json()
+        assert len(answer["similar"]) == params.get("top_k", 10)
+        concluded.append({part: answer[part] for part in ("outcome", "reasons", "risk", "neighbours")})
+    assert concluded == concluded[:1] * 5
 
 
-@pytest.fixture
-def unconfirmed(service) -> Callable[[list[str]], AbstractAsyncContextManager[None]]:
-    """Let these references, for a while, be ones of which nobody knows how they were confirmed."""
-
-    async def note(isic_id: str, confirm_type: str | None) -> None:
-        await service.owner.execute(
-            "UPDATE reference_images SET diagnosis_confirm_type = $2 WHERE isic_id = $1",
-            isic_id,
-            confirm_type,
-        )
-        await service.owner.execute(
-            "UPDATE reference_embeddings SET confirmed = $2 WHERE isic_id = $1", isic_id, bool(confirm_type)
-        )
-
-    @asynccontextmanager
-    async def forget(isic_ids: list[str]) -> AsyncIterator[None]:
-        known = await service.owner.fetch(
-            "SELECT isic_id, diagnosis_confirm_type FROM reference_images WHERE isic_id = ANY($1)", isic_ids
-        )
-        for isic_id in isic_ids:
-            await note(isic_id, None)
-        yield
-        for isic_id, confirm_type in known:
-            await note(isic_id, confirm_type)
-
-    return forget
-
-
-async def test_only_confirmed_references_are_shown_when_asked_for(service, unconfirmed) -> None:
+async def test_only_confirmed_references_are_shown_when_asked_for(service) -> None:
     patient = await service.care()
     nearest = [case["isic_id"] for case in (await service.upload(patient)).json()["similar"][:3]]
-    async with unconfirmed(nearest):
-        every = (await service.upload(patient, params={"confirmed": "false"})).json()
-        assert [case["isic_id"] for case in every["similar"][:3]] == nearest
-        assert [case["diagnosis_confirm_type"] for case in every["similar"][:3]] == [None] * 3
-        response = await service.upload(patient, params={"confirmed": "true"})
-        assert response.status_code == 201, response.text
-        answer = response.json()
-        assert len(answer["similar"]) == 10
-        assert not {case["isic_id"] for case in answer["similar"]} & set(nearest)
-        assert all(case["diagnosis_confirm_type"] for case in answer["similar"])
-        assert answer["neighbours"] == every["neighbours"]
-        # A replay asks the same again: without the filter, its references would be others.
-        replayed = (await service.replay(answer)).json()
-        assert (replayed["verdict"], replayed["notes"]) == ("identical", [])
+    query = "SELECT isic_id, diagnosis_confirm_type FROM reference_images WHERE isic_id = ANY($1)"
+    confirmed = [tuple(row) for row in await service.owner.fetch(query, nearest)]
+
+    async def note(cases: list[tuple[str, str | None]]) -> None:
+        for isic_id, kind in cases:
+            query = "UPDATE reference_images SET diagnosis_confirm_type = $2 WHERE isic_id = $1"
+            await service.owner.execute(query, isic_id, kind)
+            query = "UPDATE reference_embeddings SET confirmed = $2 WHERE isic_id = $1"
+            await service.owner.execute(query, isic_id, bool(kind))
+
+    await note([(isic_id, None) for isic_id in nearest])
+    every = (await service.upload(patient, params={"confirmed": "false"})).json()
+    answer = (await service.upload(patient, params={"confirmed": "true"})).json()
+    # A replay asks the same again: without the filter, its references would be others.
+    replayed = (await service.replay(answer)).json()
+    await note(confirmed)
+    assert [case["isic_id"] for case in every["similar"][:3]] == nearest
+    assert len(answer["similar"]) == 10
+    assert not {case["isic_id"] for case in answer["similar"]} & set(nearest)
+    assert all(case["diagnosis_confirm_type"] for case in answer["similar"])
+    assert answer["neighbours"] == every["neighbours"]
+    assert (replayed["verdict"], replayed["notes"]) == ("identical", [])
 
 
 async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:
@@ -195,32 +152,18 @@ async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:
     # Among the known eight: doubt about one of the images must not look like a change.
     moved = now["MEL"] / (1 - now["UNK"]) - then["MEL"] / (1 - then["UNK"])
     assert change["melanoma_probability_delta"] == pytest.approx(moved, abs=1e-9)
-
-
-async def test_the_same_image_as_a_follow_up_has_not_changed(service) -> None:
-    patient = await service.care()
-    first = (await service.upload(patient)).json()
-    second = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    same = await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=first["lesion_id"])
     # The stored embedding is of half precision.
-    assert second["change"]["similarity"] == pytest.approx(1, abs=2e-3)
-    assert second["change"]["melanoma_probability_delta"] == pytest.approx(0, abs=1e-6)
-
-
-async def test_the_same_image_has_the_same_probabilities(service, drawn_lesion) -> None:
-    image = drawn_lesion(seed=5, kind="JPEG", quality=92)
-    answers = [
-        (await service.upload(await service.care(), image=image)).json()["classification"]["probabilities"]
-        for _ in range(2)
-    ]
-    assert answers[0] == pytest.approx(answers[1], abs=1e-6)
+    assert same.json()["change"]["similarity"] == pytest.approx(1, abs=2e-3)
+    assert same.json()["change"]["melanoma_probability_delta"] == pytest.approx(0, abs=1e-6)
 
 
 async def test_the_answer_does_not_depend_on_company(service, drawn_lesion) -> None:
-    images = [drawn_lesion(seed=seed) for seed in range(5)]
+    images = [drawn_lesion(seed=seed) for seed in range(3)]
     patient = await service.care()
     alone = [(await service.upload(patient, image=image)).json() for image in images]
     responses = await asyncio.gather(*(service.upload(patient, image=image) for image in images))
-    assert [response.status_code for response in responses] == [201] * 5
+    assert [response.status_code for response in responses] == [201] * 3
     for one, other in zip(alone, responses, strict=True):
         expected = one["classification"]["probabilities"]
         assert other.json()["classification"]["probabilities"] == pytest.approx(expected, abs=1e-6)
@@ -260,10 +203,6 @@ async def test_the_stored_image_is_sealed(service) -> None:
 
 
 async def test_a_black_image_is_refused_and_kept(service) -> None:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (300, 300)).save(buffer, "PNG")
     patient = await service.care()
@@ -281,9 +220,3 @@ async def test_a_black_image_is_refused_and_kept(service) -> None:
     seen = (await service.client.get(response.headers["location"], headers=service.token("dr"))).json()
     assert answer.pop("open_demand") is seen["open_demand"] is None
     assert seen["assessments"] == [answer]
-
-
-async def test_every_answer_names_the_build_that_made_it(service) -> None:
-    answer = (await service.upload(await service.care())).json()
-    assert answer["provenance"]["service_version"] == service_version()
-    assert service_version().startswith(f"{service.document['info']['version']}+g")

@@ -38,62 +38,44 @@ async def test_the_same_key_and_body_is_one_record(service) -> None:
     assert event["detail"] == {"repeated": "upload"}
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
+async def test_the_same_key_with_another_body_is_refused(service, drawn_lesion) -> None:
+    patient = await service.care()
+    assert (await service.upload(patient, headers=key("other"))).status_code == 201
+    for changed in (
         {"age_approx": "41"},
         {"encounter_id": "e-2"},
         {"params": {"top_k": 3}},
         {"params": {"licence": "CC-0"}},
         {"params": {"confirmed": "true"}},
         {"history": json.dumps({"family_melanoma": True})},
-        {"image": 9},
-    ],
-    ids=lambda changed: next(iter(changed)),
-)
-async def test_the_same_key_with_another_body_is_refused(service, drawn_lesion, changed) -> None:
-    patient = await service.care()
-    used = f"other-{json.dumps(changed)}".replace(" ", "")
-    first = await service.upload(patient, headers=key(used))
-    assert first.status_code == 201
-    if "image" in changed:
-        changed = {"image": drawn_lesion(seed=changed["image"])}
-    before = await service.counts()
-    response = await service.upload(patient, headers=key(used), **changed)
-    service.hold_to_problem(response, 422, "idempotency_mismatch")
-    after = await service.counts()
-    assert after == {**before, "audit_events": before["audit_events"] + 1}
-    (event,) = await service.events(response)
-    assert (event["action"], event["outcome"]) == ("upload", "failed")
-    assert event["detail"] == {"code": "idempotency_mismatch"}
+        {"image": drawn_lesion(seed=9)},
+    ):
+        before = await service.counts()
+        response = await service.upload(patient, headers=key("other"), **changed)
+        service.hold_to_problem(response, 422, "idempotency_mismatch")
+        assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
+        (event,) = await service.events(response)
+        assert (event["action"], event["outcome"]) == ("upload", "failed")
+        assert event["detail"] == {"code": "idempotency_mismatch"}
 
 
-async def test_ten_at_once_with_one_key_are_one_record(service) -> None:
+async def test_six_at_once_with_one_key_are_one_record(service) -> None:
     patient = await service.care()
     before = await service.counts()
     responses = await asyncio.gather(
-        *(service.upload(patient, headers=key("at-once"), age_approx="30") for _ in range(10))
+        *(service.upload(patient, headers=key("at-once"), age_approx="30") for _ in range(6))
     )
     assert {response.status_code for response in responses} <= {201, 202}
     assert len({response.json()["assessment_id"] for response in responses}) == 1
     after = await service.counts()
     for table in ("lesions", "lesion_images", "assessments", "idempotency_keys", "lesion_embeddings"):
         assert after[table] - before[table] == 1, table
-    # One upload with its classification, and nine looks at it.
-    assert after["audit_events"] - before["audit_events"] == 2 + 9
+    # One upload with its classification, and five looks at it.
+    assert after["audit_events"] - before["audit_events"] == 2 + 5
     events = [event for response in responses for event in await service.events(response)]
-    assert Counter(event["action"] for event in events) == {"upload": 1, "classify": 1, "read": 9}
+    assert Counter(event["action"] for event in events) == {"upload": 1, "classify": 1, "read": 5}
     again = await service.upload(patient, headers=key("at-once"), age_approx="30")
     assert again.status_code == 201
-
-
-async def test_another_callers_key_is_another_key(service) -> None:
-    patient = await service.care("dr")
-    await service.care("dr-two", patient)
-    first = await service.upload(patient, headers=key("shared"))
-    second = await service.upload(patient, headers=key("shared"), subject="dr-two", age_approx="20")
-    assert (first.status_code, second.status_code) == (201, 201)
-    assert first.json()["assessment_id"] != second.json()["assessment_id"]
 
 
 @pytest.mark.parametrize("value", ["", " ", "a b", "x" * 256, "a\tb"])

@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.serve_app.erasure.erasing import erase
 
 CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
 
@@ -20,17 +21,11 @@ CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
 def asking(stages, below: float) -> Iterator[None]:
     """Question each follow-up that is less like the image before than this."""
     everything = {"refusal": {"max_unknown": 1.0}}
-    stages._risk.override({**everything, "review": {"same_lesion": below, "same_lesion_if_lower": below}})
+    stages.real._risk.override(
+        {**everything, "review": {"same_lesion": below, "same_lesion_if_lower": below}}
+    )
     yield
-    stages._risk.override(everything)
-
-
-@pytest.fixture(scope="module")
-async def asked(start_service, local_stages):
-    """The service and its stages, whose policy a test changes."""
-    stages = local_stages()
-    async with start_service(stages) as service:
-        yield service, stages
+    stages.real._risk.override(everything)
 
 
 def codes(answer: dict[str, Any]) -> set[str]:
@@ -44,12 +39,9 @@ async def timeline(service, lesion: str) -> dict[str, Any]:
     return response.json()
 
 
-async def confirm(service, lesion: str, image: str, **headers: str):
-    return await service.client.post(
-        f"/api/lesions/{lesion}/confirm",
-        json={"image_id": image},
-        headers={**service.token("dr"), **headers},
-    )
+async def confirm(service, lesion: str, image: str):
+    url = f"/api/lesions/{lesion}/confirm"
+    return await service.client.post(url, json={"image_id": image}, headers=service.token("dr"))
 
 
 async def test_two_lesions_under_one_id_are_questioned(start_service, local_stages) -> None:
@@ -80,9 +72,9 @@ async def test_two_lesions_under_one_id_are_questioned(start_service, local_stag
 
 
 async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_not(
-    asked, drawn_lesion
+    alterable, drawn_lesion
 ) -> None:
-    service, stages = asked
+    service, stages = alterable
     patient = await service.care()
     first = (await service.upload(patient)).json()
     lesion = first["lesion_id"]
@@ -108,8 +100,8 @@ async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_n
         assert (await service.replay(second)).json()["verdict"] == "identical"
 
 
-async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(asked) -> None:
-    service, _ = asked
+async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(alterable) -> None:
+    service, _ = alterable
     patient = await service.care()
     answer = (await service.upload(patient)).json()
     lesion, image = answer["lesion_id"], answer["image_id"]
@@ -132,8 +124,8 @@ async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(a
     assert after == before
 
 
-async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(asked) -> None:
-    service, _ = asked
+async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(alterable) -> None:
+    service, _ = alterable
     patient = await service.care()
     one, other = [(await service.upload(patient)).json() for _ in range(2)]
     for image in (other["image_id"], str(uuid4())):
@@ -145,17 +137,12 @@ async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(asked) -> N
     for body in ({}, {"image_id": "7"}, {"image_id": one["image_id"], "why": "x"}):
         response = await service.client.post(url, json=body, headers=service.token("dr"))
         service.hold_to_problem(response, 422, "invalid_field")
-    await service.client.request(
-        "DELETE",
-        f"/api/lesions/{one['lesion_id']}/images/{one['image_id']}",
-        json={"reason": "patient_request"},
-        headers=service.token("boss", ("supervisor",)),
-    )
+    assert (await erase(service, one)).status_code == 200
     service.hold_to_problem(await confirm(service, one["lesion_id"], one["image_id"]), 410, "erased")
 
 
-async def test_an_image_of_another_models_space_could_not_be_checked(asked, drawn_lesion) -> None:
-    service, _ = asked
+async def test_an_image_of_another_models_space_could_not_be_checked(alterable, drawn_lesion) -> None:
+    service, _ = alterable
     patient = await service.care()
     first = (await service.upload(patient)).json()
     await service.owner.execute("INSERT INTO embedding_spaces VALUES ('of.before') ON CONFLICT DO NOTHING")
@@ -173,8 +160,8 @@ async def test_an_image_of_another_models_space_could_not_be_checked(asked, draw
     assert "identity_not_checked" not in codes(third)
 
 
-async def test_no_later_image_hides_what_an_earlier_one_demands(asked, drawn_lesion) -> None:
-    service, stages = asked
+async def test_no_later_image_hides_what_an_earlier_one_demands(alterable, drawn_lesion) -> None:
+    service, stages = alterable
     patient = await service.care()
     first = (await service.upload(patient, checklist=CHECKLIST)).json()
     lesion = first["lesion_id"]
@@ -188,49 +175,25 @@ async def test_no_later_image_hides_what_an_earlier_one_demands(asked, drawn_les
     assert first["open_demand"] == demand
     plain = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
     repeated = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
-    stages._risk.override(
-        {
-            "refusal": {"max_unknown": 0.0},
-            "review": {"max_unknown": 0.0},
-            "rules": {"unknown": {"threshold": 0.0}},
-        }
-    )
+    refusing = {"refusal": {"max_unknown": 0.0}, "review": {"max_unknown": 0.0}}
+    stages.real._risk.override({**refusing, "rules": {"unknown": {"threshold": 0.0}}})
     refused = await service.upload(patient, lesion_id=lesion)
-    stages._risk.override({"refusal": {"max_unknown": 1.0}})
+    alone = (await service.upload(patient)).json()
+    checked = (await service.upload(patient, checklist=CHECKLIST)).json()
+    stages.real._risk.override({"refusal": {"max_unknown": 1.0}})
+    # Of a refused image, what its checklist demands stands.
+    assert (alone["outcome"], alone["open_demand"], checked["risk"]) == ("refused", None, None)
+    assert (checked["open_demand"]["level"], checked["open_demand"]["urgency"]) == ("high", "urgent")
     assert refused.json()["outcome"] == "refused"
     for later in (plain, repeated, refused):
         assert later.json()["open_demand"] == demand
         service.hold_to("AssessmentDocument", later.json())
     assert plain.json()["risk"]["level"] != "high"
-    erased = await service.client.request(
-        "DELETE",
-        f"/api/lesions/{lesion}/images/{first['image_id']}",
-        json={"reason": "patient_request"},
-        headers=service.token("boss", ("supervisor",)),
-    )
-    assert erased.status_code == 200, erased.text
+    assert (await erase(service, first)).status_code == 200
     assert (await timeline(service, lesion))["open_demand"] == demand
     listed = await service.client.get(
         "/api/lesions", params={"patient_id": patient}, headers=service.token("dr")
     )
     service.hold_to("WorklistDocument", listed.json())
-    (entry,) = listed.json()["lesions"]
+    (entry,) = [entry for entry in listed.json()["lesions"] if entry["lesion_id"] == lesion]
     assert entry["open_demand"] == demand
-
-
-async def test_a_refused_image_demands_what_its_checklist_does(asked) -> None:
-    service, stages = asked
-    patient = await service.care()
-    stages._risk.override(
-        {
-            "refusal": {"max_unknown": 0.0},
-            "review": {"max_unknown": 0.0},
-            "rules": {"unknown": {"threshold": 0.0}},
-        }
-    )
-    bare = (await service.upload(patient)).json()
-    refused = (await service.upload(patient, checklist=CHECKLIST)).json()
-    stages._risk.override({"refusal": {"max_unknown": 1.0}})
-    assert (bare["outcome"], bare["open_demand"]) == ("refused", None)
-    assert refused["risk"] is None
-    assert (refused["open_demand"]["level"], refused["open_demand"]["urgency"]) == ("high", "urgent")

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
 import shutil
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from serve_app.domain.errors import Overloaded, StageFailed
-from serve_app.http.documents import ReplayCauseDocument
 from serve_app.lesions import replay as replayer
 from serve_app.lesions.replay import Cause
-
-
-class Altered:
-    """The real stages, but one of them passes through `change`, which awaits its answer or not."""
-
-    def __init__(self, stages: Any, stage: str, change: Callable[[Awaitable[Any]], Awaitable[Any]]) -> None:
-        self._stages, self._stage, self._change = stages, stage, change
-        self.altering = True
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self._stages, name)
-        if name != self._stage or not self.altering:
-            return real
-        return lambda *arguments: self._change(real(*arguments))
-
-
-def failing(error: Exception) -> Callable[[Any], Awaitable[Any]]:
-    async def fail(answer: Any) -> Any:
-        answer.close()
-        raise error
-
-    return fail
-
-
-async def hang(answer: Any) -> Any:
-    answer.close()
-    await asyncio.Event().wait()
+from tests.serve_app.lesions.conftest import AlteredStages, failing, hang
+from tests.serve_app.lesions.test_similar import ask
 
 
 async def replay(service, answer: dict[str, Any]) -> dict[str, Any]:
@@ -57,30 +31,29 @@ def hold_to_cannot(body: dict[str, Any], cause: Cause) -> None:
     assert body["notes"] == []
 
 
-async def test_the_risk_is_drawn_from_the_recorded_references(start_service, local_stages) -> None:
+async def test_the_risk_is_drawn_from_the_recorded_references(alterable) -> None:
     async def other(answer: Awaitable[Any]) -> Any:
         found = await answer
         return replace(found, similar=found.similar[1:], malignant_share=1.0, nearest_benign=None)
 
-    stages = Altered(local_stages(), "nearest", other)
-    stages.altering = False
-    async with start_service(stages) as service:
-        patient = await service.care()
-        answer = (await service.upload(patient)).json()
-        stages.altering = True
+    service, stages = alterable
+    patient = await service.care()
+    answer = (await service.upload(patient)).json()
+    with stages.altered("nearest", other):
         assert (await service.upload(patient)).json()["risk"] != answer["risk"]
         body = await replay(service, answer)
-        assert (body["verdict"], body["differences"]) == ("identical", [])
-        assert [note["code"] for note in body["notes"]] == ["references_changed"]
+    assert (body["verdict"], body["differences"]) == ("identical", [])
+    assert [note["code"] for note in body["notes"]] == ["references_changed"]
 
 
-async def test_a_pending_assessment_cannot_be_replayed(start_service, local_stages) -> None:
-    async with start_service(Altered(local_stages(), "classify", failing(StageFailed()))) as service:
+async def test_a_pending_assessment_cannot_be_replayed(alterable) -> None:
+    service, stages = alterable
+    with stages.altered("classify", failing(StageFailed())):
         response = await service.upload(await service.care())
-        assert response.status_code == 202
-        body = await replay(service, response.json())
-        hold_to_cannot(body, Cause.ASSESSMENT_PENDING)
-        assert body["provenance"] == {"recorded": None, "current": None}
+    assert response.status_code == 202
+    body = await replay(service, response.json())
+    hold_to_cannot(body, Cause.ASSESSMENT_PENDING)
+    assert body["provenance"] == {"recorded": None, "current": None}
 
 
 async def test_a_model_that_is_gone_or_altered_is_named(
@@ -113,31 +86,29 @@ async def test_a_model_that_is_gone_or_altered_is_named(
         assert body["provenance"] == {"recorded": answer["provenance"], "current": None}
 
 
-async def test_a_classifier_with_another_model_is_named(start_service, local_stages) -> None:
+async def test_a_classifier_with_another_model_is_named(alterable) -> None:
     async def other(answer: Awaitable[Any]) -> Any:
         return replace(await answer, model_digest="another")
 
-    stages = Altered(local_stages(), "classify", other)
-    stages.altering = False
-    async with start_service(stages) as service:
-        answer = (await service.upload(await service.care())).json()
-        stages.altering = True
+    service, stages = alterable
+    answer = (await service.upload(await service.care())).json()
+    with stages.altered("classify", other):
         body = await replay(service, answer)
-        hold_to_cannot(body, Cause.MODEL_CHANGED)
-        assert body["differences"][0]["recomputed"] == "another"
+    hold_to_cannot(body, Cause.MODEL_CHANGED)
+    assert body["differences"][0]["recomputed"] == "another"
 
 
-async def test_another_policy_is_named(start_service, local_stages) -> None:
-    stages = local_stages()
-    async with start_service(stages) as service:
-        answer = (await service.upload(await service.care())).json()
-        stages._risk.override({})
-        body = await replay(service, answer)
-        hold_to_cannot(body, Cause.POLICY_CHANGED)
-        recorded, current = body["provenance"]["recorded"], body["provenance"]["current"]
-        assert recorded == answer["provenance"]
-        assert current["policy_version"] == recorded["policy_version"].partition("+")[0]
-        assert [difference["field"] for difference in body["differences"]] == ["provenance.policy_version"]
+async def test_another_policy_is_named(alterable) -> None:
+    service, stages = alterable
+    answer = (await service.upload(await service.care())).json()
+    stages.real._risk.override({})
+    body = await replay(service, answer)
+    stages.real._risk.override({"refusal": {"max_unknown": 1.0}})
+    hold_to_cannot(body, Cause.POLICY_CHANGED)
+    recorded, current = body["provenance"]["recorded"], body["provenance"]["current"]
+    assert recorded == answer["provenance"]
+    assert current["policy_version"] == recorded["policy_version"].partition("+")[0]
+    assert [difference["field"] for difference in body["differences"]] == ["provenance.policy_version"]
 
 
 async def test_an_image_that_the_limits_keep_out_now_is_named(service, start_service, local_stages) -> None:
@@ -148,64 +119,56 @@ async def test_an_image_that_the_limits_keep_out_now_is_named(service, start_ser
         assert body["differences"][0]["recomputed"] == "image_too_small"
 
 
-def test_the_document_names_every_cause() -> None:
-    assert set(get_args(ReplayCauseDocument.model_fields["code"].annotation)) == set(Cause)
-    assert all(cause.message for cause in Cause)
+async def test_a_stage_that_fails_is_a_problem_and_stores_nothing(alterable) -> None:
+    service, stages = alterable
+    answer = (await service.upload(await service.care())).json()
+    before = await service.counts()
+    for stage in ("prepare", "classify", "embed", "nearest", "conclude"):
+        for error in (StageFailed(), Overloaded()):
+            with stages.altered(stage, failing(error)):
+                response = await service.replay(answer)
+            service.hold_to_problem(response, 503, error.code)
+            assert int(response.headers["retry-after"]) > 0
+    assert {**await service.counts(), "audit_events": 0} == {**before, "audit_events": 0}
+    assert (await replay(service, answer))["verdict"] == "identical"
 
 
-@pytest.mark.parametrize("stage", ["prepare", "classify", "embed", "nearest", "conclude"])
-@pytest.mark.parametrize(
-    ("error", "code"), [(StageFailed(), "stage_failed"), (Overloaded(), "overloaded")], ids=["failed", "full"]
-)
-async def test_a_stage_that_fails_is_a_problem_and_stores_nothing(
-    start_service, local_stages, stage: str, error: Exception, code: str
-) -> None:
-    stages = Altered(local_stages(), stage, failing(error))
-    stages.altering = False
-    async with start_service(stages) as service:
-        answer = (await service.upload(await service.care())).json()
-        before = await service.counts()
-        stages.altering = True
+async def test_a_replay_holds_an_uploads_deadline(alterable, monkeypatch) -> None:
+    service, stages = alterable
+    answer = (await service.upload(await service.care())).json()
+    monkeypatch.setattr(replayer, "DEADLINE_S", 0.5)
+    with stages.altered("nearest", hang):
         response = await service.replay(answer)
-        service.hold_to_problem(response, 503, code)
-        assert int(response.headers["retry-after"]) > 0
-        assert {**await service.counts(), "audit_events": 0} == {**before, "audit_events": 0}
-        stages.altering = False
-        assert (await replay(service, answer))["verdict"] == "identical"
+    service.hold_to_problem(response, 503, "stage_failed")
+    (event,) = await service.events(response)
+    assert (event["outcome"], event["detail"]) == ("failed", {"code": "stage_failed"})
 
 
-async def test_a_replay_holds_an_uploads_deadline(start_service, local_stages, monkeypatch) -> None:
-    stages = Altered(local_stages(), "nearest", hang)
-    stages.altering = False
-    async with start_service(stages) as service:
-        answer = (await service.upload(await service.care())).json()
-        stages.altering = True
-        monkeypatch.setattr(replayer, "DEADLINE_S", 0.5)
-        response = await service.replay(answer)
-        service.hold_to_problem(response, 503, "stage_failed")
-        (event,) = await service.events(response)
-        assert (event["outcome"], event["detail"]) == ("failed", {"code": "stage_failed"})
-
-
-async def test_a_replay_takes_an_uploads_place(start_service, local_stages) -> None:
+async def test_replays_and_searches_take_an_uploads_place(start_service, local_stages) -> None:
     reached = asyncio.Event()
 
     async def hang_there(answer: Any) -> Any:
         reached.set()
         await hang(answer)
 
-    stages = Altered(local_stages(), "prepare", hang_there)
-    stages.altering = False
+    stages = AlteredStages(local_stages())
     async with start_service(stages, max_uploads_in_flight=1) as service:
         patient = await service.care()
         answer = (await service.upload(patient)).json()
-        stages.altering = True
-        first = asyncio.create_task(service.replay(answer))
-        await asyncio.wait_for(reached.wait(), 20)
-        service.hold_to_problem(await service.replay(answer), 503, "overloaded")
-        service.hold_to_problem(await service.upload(patient), 503, "overloaded")
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        stages.altering = False
+        for stage, first in (("prepare", service.replay(answer)), ("nearest", ask(service, answer))):
+            with stages.altered(stage, hang_there):
+                reached.clear()
+                waiting = asyncio.create_task(first)
+                await asyncio.wait_for(reached.wait(), 20)
+                for response in (
+                    await service.replay(answer),
+                    await ask(service, answer),
+                    await service.upload(patient),
+                ):
+                    service.hold_to_problem(response, 503, "overloaded")
+                    assert int(response.headers["retry-after"]) > 0
+                    assert await service.events(response) == []
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
         assert (await replay(service, answer))["verdict"] == "identical"

@@ -12,7 +12,7 @@ from serve_app.domain.errors import RecordsUnavailable
 from serve_app.pms import delivery as delivery_module
 from serve_app.pms.client import CircuitBreaker
 from serve_app.pms.delivery import DEAD_AFTER_SETBACKS, LONGEST_WAIT_S, wait_s
-from serve_app.records.answers import assessment_answer
+from serve_app.records.answers import assessment_document
 from serve_app.records.outbox import Outbox
 
 
@@ -241,12 +241,12 @@ async def test_a_message_that_fails_while_others_get_through_is_set_aside_and_it
     def fails(request) -> str | None:
         return fault if "/e-1/" in request.url.path and fault != "defect" else None
 
-    def make_answer(image, **named):
+    def make_document(image, lesion, **named):
         if image.assessment_id == poisoned and fault == "defect":
             raise KeyError("a document of a time before")
-        return assessment_answer(image, **named)
+        return assessment_document(image, lesion, **named)
 
-    monkeypatch.setattr(delivery_module, "assessment_answer", make_answer)
+    monkeypatch.setattr(delivery_module, "assessment_document", make_document)
     pms.fault = fails
     delivery = queue.delivery(timeout_s=0.05 if fault == "slow" else 2.0)
     behind = await queue.finish("e-1")

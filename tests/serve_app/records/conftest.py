@@ -116,7 +116,9 @@ def assessment(unit_vectors) -> Callable[..., Assessment]:
         values: dict[str, object] = {
             "outcome": Outcome.REVIEW,
             "reasons": (Reason("low_margin", "Two are close.", "Look."),),
-            "quality": Quality(0.5, 1.0, 0.25, 0.0, 0.125, 600, 450, acceptable=True),
+            "quality": Quality(
+                0.5, 1.0, 0.25, 0.0, 0.125, 600, 450, acceptable=True, colour=6.0, two_levels=0.0, damaged=0.0
+            ),
             "classification": Classification(probabilities, (Diagnosis.MEL, Diagnosis.NV), 0.95, 3.0),
             "risk": Risk(RiskLevel.HIGH, Urgency.URGENT, 1.0, (Factor("mel", "raises", "Why"),), "policy-1"),
             "neighbours": Neighbours((case, other), 0.5, other, case),

@@ -74,15 +74,6 @@ async def test_a_key_belongs_to_its_caller(lesions, admission, request_digest) -
     assert await lesions.find_replay("dr-c", "mine") is None
 
 
-async def test_a_follow_up_joins_its_lesion(lesions, admission, growth) -> None:
-    first = admission()
-    await lesions.admit(first)
-    second = admission(lesion_id=first.lesion_id, new_lesion=False)
-    assert await growth(lesions.admit(second)) == (0, 1, 1, 1, 0)
-    timeline = await lesions.timeline(first.lesion_id)
-    assert [image.image_id for image in timeline.images] == [second.image_id, first.image_id]
-
-
 async def test_no_image_under_another_patients_or_no_lesion(lesions, admission, growth) -> None:
     first = admission()
     await lesions.admit(first)

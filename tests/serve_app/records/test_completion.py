@@ -37,18 +37,6 @@ async def test_an_assessment_is_completed_once(
     np.testing.assert_array_equal(kept, done.embedding.astype(np.float16))
 
 
-async def test_a_refusal_has_no_embedding(lesions, assessment, event, pending, space, owner_pool) -> None:
-    refused = assessment(
-        outcome=Outcome.REFUSED, classification=None, risk=None, neighbours=None, change=None, embedding=None
-    )
-    assert await lesions.complete(
-        pending.assessment_id, refused, embedding_space=space, event=event("assess")
-    )
-    query = "SELECT count(*) FROM lesion_embeddings WHERE image_id = $1"
-    assert await owner_pool.fetchval(query, pending.image_id) == 0
-    assert (await lesions.assessment_record(pending.assessment_id)).image.assessment == refused
-
-
 async def test_claimers_never_share_an_assessment(lesions, admission, space) -> None:
     await lesions.claim_pending(lease_s=3600, limit=1000)
     new = [admission() for _ in range(30)]
@@ -101,16 +89,12 @@ async def test_a_failed_try_counts_only_when_another_image_was_answered_meanwhil
     assert (after.pending, after.failed) == (before.pending - 1, before.failed + 1)
 
 
-async def test_completed_assessments_are_left_alone(lesions, assessment, event, pending, space) -> None:
-    await lesions.complete(pending.assessment_id, assessment(), embedding_space=space, event=event("assess"))
-    assert await lesions.claim_pending(lease_s=1, limit=10) == []
-
-
 async def test_a_late_claimer_cannot_overwrite(lesions, assessment, event, pending, space) -> None:
     (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     done = {"embedding_space": space, "event": event("assess")}
     assert await lesions.complete(pending.assessment_id, assessment(), **done)
     late = assessment(outcome=Outcome.DECIDED)
     assert not await lesions.complete(claim.assessment_id, late, **done)
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     record = await lesions.assessment_record(pending.assessment_id)
     assert record.image.assessment.outcome is Outcome.REVIEW

@@ -29,6 +29,8 @@ async def test_the_audit_log_is_append_only_for_all(connections, statement: str)
     "statement",
     [
         "DELETE FROM lesion_images",
+        "UPDATE audit_seals SET position = 99",
+        "DELETE FROM audit_seals",
         "UPDATE lesion_images SET sealed = ''",
         "DELETE FROM assessments",
         "UPDATE lesion_images SET sealed = NULL, erased_at = now()",

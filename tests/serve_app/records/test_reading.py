@@ -22,23 +22,6 @@ def desk(owner_pool) -> LesionStore:
     return LesionStore(owner_pool)
 
 
-@pytest.mark.parametrize(
-    ("starts", "ends", "assigned"),
-    [
-        (-HOUR, None, True),
-        (-HOUR, HOUR, True),
-        (HOUR, None, False),
-        (-2 * HOUR, -HOUR, False),
-    ],
-)
-async def test_care_is_for_its_time(lesions, desk, starts, ends, assigned) -> None:
-    patient = str(uuid4())
-    await desk.assign(patient, "dr", starts_at=NOW + starts, ends_at=None if ends is None else NOW + ends)
-    assert (await lesions.access("dr", patient)).assigned is assigned
-    assert not (await lesions.access("other", patient)).assigned
-    assert not (await lesions.access("dr", "another")).assigned
-
-
 async def test_care_can_be_ended(lesions, desk) -> None:
     patient = str(uuid4())
     await desk.assign(patient, "dr", starts_at=NOW - HOUR)
@@ -60,11 +43,6 @@ async def test_access_says_whose_lesion_it_is(lesions, desk, admission) -> None:
     own = await lesions.access("dr", None, new.lesion_id)
     assert (own.assigned, own.lesion_patient) == (True, patient)
     assert not (await lesions.access("dr", None, uuid4())).assigned
-
-
-async def test_an_unknown_lesion_has_no_timeline(lesions) -> None:
-    assert await lesions.timeline(uuid4()) is None
-    assert await lesions.assessment_record(uuid4()) is None
 
 
 async def test_the_worklist_pages_in_a_stable_order(lesions, admission) -> None:

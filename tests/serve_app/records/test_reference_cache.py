@@ -10,6 +10,7 @@ import pytest
 
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import Conflict, NotFound
+from serve_app.records.pool import open_pool
 from serve_app.records.reference_cache import (
     FailedReference,
     ReferenceCache,
@@ -44,8 +45,6 @@ def picture(image: ReferenceImage, jpeg: bytes = b"\xff\xd8\xff") -> ReferencePi
 @pytest.fixture
 async def cache(new_database):
     """An owner's cache in a database of its own."""
-    from serve_app.records.pool import open_pool
-
     urls = await new_database()
     pool = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
     yield ReferenceCache(pool), pool
@@ -123,31 +122,26 @@ async def test_dropping_refuses_the_live_space_and_leaves_the_others(cache, unit
         await references.drop("filled.1")
 
 
-async def test_dropping_takes_the_indexes_along(cache, unit_vectors) -> None:
-    _, pool = cache
-    images = [reference(n) for n in range(40)]
-    await ReferenceStore(pool, exact_below=5).load(images, unit_vectors(40), embedding_space="indexed")
-    names = "SELECT count(*) FROM pg_indexes WHERE indexname LIKE 'reference\\_hnsw\\_%'"
-    assert await pool.fetchval(names) == 2
-    await ReferenceCache(pool).drop("indexed")
-    assert await pool.fetchval(names) == 0
-
-
-async def test_what_is_loaded_embedded_and_dropped_is_on_record(cache, unit_vectors) -> None:
+async def test_what_is_loaded_embedded_and_dropped_is_on_record_and_dropped_with_its_indexes(
+    cache, unit_vectors
+) -> None:
     references, pool = cache
     newest = await pool.fetchval("SELECT coalesce(max(event_id), 0) FROM audit_events")
-    await ReferenceStore(pool).load(
-        [reference(n) for n in range(3)], unit_vectors(3), embedding_space="told", replace=True
-    )
+    names = "SELECT count(*) FROM pg_indexes WHERE indexname LIKE 'reference\\_hnsw\\_%'"
+    images = [reference(n) for n in range(40)]
+    store = ReferenceStore(pool, exact_below=5)
+    await store.load(images, unit_vectors(40), embedding_space="told", replace=True)
+    assert await pool.fetchval(names) == 2
     await references.complete("told")
     await references.drop("told")
+    assert await pool.fetchval(names) == 0
     with pytest.raises(NotFound):
         await references.drop("told")  # changes nothing, and is no event
     rows = await pool.fetch(
         "SELECT action, detail FROM audit_events WHERE event_id > $1 ORDER BY event_id", newest
     )
     assert [row["action"] for row in rows] == ["references_load", "references_embed", "references_drop"]
-    assert {(row["detail"]["embedding_space"], row["detail"]["references"]) for row in rows} == {("told", 3)}
+    assert {(row["detail"]["embedding_space"], row["detail"]["references"]) for row in rows} == {("told", 40)}
 
 
 async def test_a_load_that_replaces_leaves_nothing_else(cache, unit_vectors) -> None:

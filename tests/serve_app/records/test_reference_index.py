@@ -16,16 +16,16 @@ from serve_app.records.pool import queries
 from serve_app.records.references import ReferenceImage, ReferenceStore, search_breadth
 
 SPACE = "large"
-EXACT_BELOW = 500
+EXACT_BELOW = 300
 THREE_MALIGNANT = (Diagnosis.MEL, Diagnosis.BCC, Diagnosis.SCC)
 SQL = queries("references")
 
 
 @pytest.fixture(scope="module")
 async def loaded(owner_pool, unit_vectors):
-    """6000 images, half of them malignant, in clusters, two a lesion; nine in ten under CC-0."""
+    """4000 images, half of them malignant, in clusters, two a lesion; nine in ten under CC-0."""
     rng = np.random.default_rng(3)
-    vectors = unit_vectors(6000, seed=1) + np.repeat(unit_vectors(300, seed=2), 20, axis=0)
+    vectors = unit_vectors(4000, seed=1) + np.repeat(unit_vectors(200, seed=2), 20, axis=0)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     images = [
         ReferenceImage(
@@ -39,7 +39,7 @@ async def loaded(owner_pool, unit_vectors):
             copyright_license="CC-BY" if number % 10 == 0 else "CC-0",
             attribution="Anonymous",
         )
-        for number in range(6000)
+        for number in range(4000)
     ]
     store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
     await store.load(images, vectors, embedding_space=SPACE)
@@ -47,7 +47,9 @@ async def loaded(owner_pool, unit_vectors):
 
 
 @pytest.fixture
-def indexed(pool) -> ReferenceStore:
+def indexed(pool, monkeypatch: pytest.MonkeyPatch) -> ReferenceStore:
+    """As in a space twice as large, where an index pays for the same filters."""
+    monkeypatch.setattr(references, "_STEP", references._STEP / 2)
     return ReferenceStore(pool, exact_below=EXACT_BELOW)
 
 
@@ -65,13 +67,7 @@ async def _indexes(pool) -> list[str]:
 
 
 def test_a_larger_index_is_walked_wider() -> None:
-    assert [search_breadth(images) for images in (0, 4_000, 38_400, 100_000, 400_000)] == [
-        150,
-        150,
-        150,
-        391,
-        1_000,
-    ]
+    assert [search_breadth(images) for images in (0, 38_400, 100_000, 400_000)] == [150, 150, 391, 1_000]
 
 
 async def _scanned(
@@ -96,12 +92,8 @@ async def _scanned(
         {},
         {"licences": ("CC-0",)},
         {"licences": ("CC-BY",)},
-        {"sites": ("torso",)},
-        {"licences": ("CC-BY", "CC-0")},
         {"confirmed_only": True},
-        {"licences": ("CC-0",), "confirmed_only": True},
         # One diagnosis is looked through, three of a kind are found by its index.
-        {"diagnoses": (Diagnosis.NV,)},
         {"diagnoses": (Diagnosis.MEL,)},
         {"diagnoses": THREE_MALIGNANT},
         {"diagnoses": (Diagnosis.NV, Diagnosis.BKL, Diagnosis.DF, Diagnosis.MEL)},
@@ -111,7 +103,7 @@ async def _scanned(
 async def test_an_index_finds_what_looking_at_all_finds(loaded, indexed, exact, unit_vectors, limits) -> None:
     asked_for = {"embedding_space": SPACE, "k": 10, "reference_filter": ReferenceFilter(**limits)}
     found_again = asked = kinds = 0
-    for query in (*unit_vectors(20, seed=8), *loaded[1][::300]):
+    for query in (*unit_vectors(6, seed=8), *loaded[1][::500]):
         found = await indexed.nearest(query, **asked_for)
         wanted = await exact.nearest(query, **asked_for)
         assert len(found.similar) == len({case.lesion_id for case in found.similar}) == 10
@@ -186,21 +178,20 @@ async def test_of_a_rare_diagnosis_k_are_found_whichever_way(
         for image in images
         if image.diagnosis is Diagnosis.VASC and image.copyright_license == "CC-BY"
     }
-    assert 50 < len(there) < 100
+    assert 25 < len(there) < 75
     if counts == "wrong":
         await owner_pool.execute("UPDATE reference_counts SET images = 90000 WHERE diagnosis = 'VASC'")
     try:
-        for query in unit_vectors(10, seed=12):
-            asked_for = {"embedding_space": SPACE, "k": 50, "reference_filter": rare}
+        for query in unit_vectors(4, seed=12):
+            asked_for = {"embedding_space": SPACE, "k": 25, "reference_filter": rare}
             found = await indexed.nearest(query, **asked_for)
-            assert len({case.lesion_id for case in found.similar}) == len(found.similar) == 50
+            assert len({case.lesion_id for case in found.similar}) == len(found.similar) == 25
             assert {case.diagnosis for case in found.similar} == {Diagnosis.VASC}
             assert {case.copyright_license for case in found.similar} == {"CC-BY"}
             assert (found.nearest_benign, found.nearest_malignant) == (found.similar[0], None)
             assert counts == "wrong" or found == await exact.nearest(query, **asked_for)
     finally:
-        for step in ("forget_counts", "recount"):
-            await owner_pool.execute(SQL[step])
+        await owner_pool.execute(SQL["recount"])
 
 
 async def test_a_crowd_of_one_lesion_hides_no_other(loaded, owner_pool, indexed, unit_vectors) -> None:
@@ -228,22 +219,11 @@ async def test_only_large_spaces_are_indexed_and_once(loaded, owner_pool) -> Non
     assert await _indexes(owner_pool) == before
 
 
-async def test_wrong_counts_change_no_answer(loaded, owner_pool, indexed, exact, unit_vectors) -> None:
-    images, vectors = loaded
-    few = [replace(image, isic_id=f"FEW_{n}", diagnosis=Diagnosis.NV) for n, image in enumerate(images[:30])]
-    await ReferenceStore(owner_pool).load(few, vectors[:30], embedding_space="few")
-    await owner_pool.execute("UPDATE reference_counts SET images = 10000 WHERE embedding_space = 'few'")
-    (query,) = unit_vectors(1, seed=8)
-    found = await indexed.nearest(query, embedding_space="few", k=50)
-    assert found == await exact.nearest(query, embedding_space="few", k=50)
-    assert (len(found.similar), found.nearest_malignant) == (15, None)
-
-
 async def test_two_loaders_may_both_index(loaded, owner_pool, indexed) -> None:
     images, vectors = loaded
-    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
+    store = ReferenceStore(owner_pool, exact_below=100)
     await asyncio.gather(
-        *(store.load(images[:1200], vectors[:1200], embedding_space=space) for space in ("one", "two"))
+        *(store.load(images[:300], vectors[:300], embedding_space=space) for space in ("one", "two"))
     )
     assert len(await _indexes(owner_pool)) == 6
     for space in ("one", "two"):

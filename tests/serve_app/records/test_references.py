@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from serve_app.domain.assessment import ReferenceFilter
+from serve_app.domain.assessment import Neighbours, ReferenceFilter
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import Conflict
 from serve_app.records.references import ReferenceImage, ReferenceStore
@@ -68,7 +67,7 @@ def _expected(images, vectors, query, k, limits):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 @given(
     seed=st.integers(0, 2**31),
@@ -110,18 +109,6 @@ async def test_the_search_is_exact(
         assert found.malignant_share == pytest.approx(share)
 
 
-async def test_a_kind_that_the_diagnoses_leave_out_has_no_nearest(loaded, references) -> None:
-    _, vectors = loaded
-    for kinds, other in ((MALIGNANT, "nearest_benign"), (set(TRAINED) - MALIGNANT, "nearest_malignant")):
-        limits = ReferenceFilter(diagnoses=tuple(kinds))
-        found = await references.nearest(vectors[7], embedding_space="exact", k=10, reference_filter=limits)
-        assert len(found.similar) == 10
-        assert {case.diagnosis for case in found.similar} <= set(kinds)
-        assert found.malignant_share == (1 if kinds is MALIGNANT else 0)
-        assert getattr(found, other) is None
-        assert {found.nearest_benign, found.nearest_malignant} == {None, found.similar[0]}
-
-
 async def test_equals_come_in_the_order_of_their_ids(loaded, references) -> None:
     images, vectors = loaded
     found = await references.nearest(vectors[100], embedding_space="exact", k=10)
@@ -133,18 +120,14 @@ async def test_equals_come_in_the_order_of_their_ids(loaded, references) -> None
     assert again == found
 
 
-async def test_metadata_comes_along(loaded, references) -> None:
+async def test_metadata_comes_along_and_an_empty_space_has_no_neighbours(loaded, references) -> None:
     images, vectors = loaded
     found = await references.nearest(vectors[33], embedding_space="exact", k=1)
     (case,) = found.similar
     assert all(getattr(case, name) == getattr(images[33], name) for name in images[33].__dataclass_fields__)
-    assert case.similarity == pytest.approx(1, abs=1e-6)
-
-
-async def test_an_empty_space_has_no_neighbours(references, unit_vectors) -> None:
-    found = await references.nearest(unit_vectors(1)[0], embedding_space="nowhere", k=10)
-    assert found.similar == ()
-    assert (found.malignant_share, found.nearest_benign, found.nearest_malignant) == (None, None, None)
+    assert await references.nearest(vectors[33], embedding_space="nowhere", k=1) == Neighbours(
+        (), None, None, None
+    )
 
 
 async def test_a_crowd_of_one_lesion_hides_no_other(owner_pool, references, loaded, unit_vectors) -> None:
@@ -198,14 +181,6 @@ async def test_loading_again_updates_and_reaches_other_spaces(
             vectors[0], embedding_space=space, k=2, reference_filter=ReferenceFilter(confirmed_only=True)
         )
         assert sorted(case.isic_id for case in found.similar) == ["TWO_0", "TWO_1"]
-
-
-async def test_two_loaders_at_once_wait_for_each_other(owner_pool, references, unit_vectors, loaded) -> None:
-    images = [replace(image, isic_id=f"BOTH_{n}") for n, image in enumerate(loaded[0])]
-    vectors, store = unit_vectors(len(images)), ReferenceStore(owner_pool)
-    loads = (store.load(images, vectors, embedding_space="both") for _ in range(2))
-    await asyncio.gather(*loads)
-    assert await references.count("both") == len(images)
 
 
 async def test_bad_references_are_refused_whole(owner_pool, references, loaded, unit_vectors) -> None:

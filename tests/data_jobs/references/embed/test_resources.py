@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from data_jobs.references.embed.resources import SURGE_CPUS, NodeRoom, Resources, find_lacking, fit_in
-from graphs.profiles import DEPLOYMENT_OPTIONS, deployment_options
+from graphs.profiles import NUM_CPUS
 from serve_app.domain.errors import StageFailed
 
-SERVED = sum(deployment_options(name, "cpu")["ray_actor_options"]["num_cpus"] for name in DEPLOYMENT_OPTIONS)
+SERVED = sum(NUM_CPUS.values())
 #: The default node, of two cores, with one replica of each deployment.
 SMALL = NodeRoom(cpus=2.0, free_cpus=2.0 - SERVED)
 ANYTHING = {"actors": None, "actor_cpus": None}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_jobs.training.dataset import LabelledImage
-from data_jobs.training.edge.certificate import cosines, gate_problems, point_figures, unknown_figures
-from data_jobs.training.edge.fold_images import FoldImages
+from data_jobs.training.edge.certificate import (
+    FoldImages,
+    gate_problems,
+    point_figures,
+)
 from model_store.manifest import OperatingPoint
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
@@ -41,15 +47,15 @@ def eight(melanoma: list[float]) -> np.ndarray:
 
 def test_a_lesion_counts_by_its_less_favourable_image(images: FoldImages) -> None:
     found = point_figures(POINT, eight([0.9, 0.2, 0.5, 0.05]), eight([0.9, 0.05, 0.5, 0.2]), images)
-    assert (found.positives, found.newly_missed, found.newly_found) == (2, 1, 0)
-    assert (found.sensitivity_server, found.sensitivity) == (1.0, 0.5)
-    assert (found.specificity_server, found.specificity) == (1.0, 0.0)
+    assert (found["positives"], found["newly_missed"], found["newly_found"]) == (2, 1, 0)
+    assert (found["sensitivity_server"], found["sensitivity"]) == (1.0, 0.5)
+    assert (found["specificity_server"], found["specificity"]) == (1.0, 0.0)
 
 
 def test_one_found_makes_up_for_one_missed_but_both_are_told(images: FoldImages) -> None:
     found = point_figures(POINT, eight([0.9, 0.2, 0.05, 0.0]), eight([0.9, 0.05, 0.5, 0.0]), images)
-    assert found.sensitivity == found.sensitivity_server == 0.5
-    assert (found.newly_missed, found.newly_found) == (1, 1)
+    assert found["sensitivity"] == found["sensitivity_server"] == 0.5
+    assert (found["newly_missed"], found["newly_found"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +74,18 @@ def test_a_sensitivity_that_is_no_number_does_not_pass() -> None:
     assert gate_problems("fold4", figures)
 
 
-def test_equal_answers_agree() -> None:
-    nine = np.array([[0.5, 0.4, 0, 0, 0, 0, 0, 0, 0.1], [0, 0.2, 0, 0, 0, 0, 0, 0, 0.8]])
-    found = unknown_figures(nine, nine)
-    assert (found["over_half"], found["agreement"], found["max"]) == (0.5, 1.0, 0.0)
-    vectors = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
-    assert cosines(vectors, 3 * vectors)["min"] == pytest.approx(1)
+@pytest.mark.torch
+def test_a_copy_that_no_longer_passes_leaves_the_folder(tmp_path: Path) -> None:
+    build = pytest.importorskip("data_jobs.training.edge.build", reason="needs the train extra")
+    folder, made = tmp_path / "model", tmp_path / "made.onnx"
+    made.write_bytes(b"new")
+    folder.mkdir()
+    for name in ("model.onnx", "model.int8.onnx", "model.float16.onnx"):
+        (folder / name).write_bytes(b"old")
+    build.ship(folder, {"float16": made}, {"edge.json": {"naïve": 1}})
+    assert sorted(path.name for path in folder.iterdir()) == ["edge.json", "model.float16.onnx", "model.onnx"]
+    assert (folder / "model.float16.onnx").read_bytes() == b"new"
+    assert (folder / "model.onnx").read_bytes() == b"old"
+    assert json.loads((folder / "edge.json").read_text()) == {"naïve": 1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        build.ship(folder, {}, {"edge.json": {"ece": float("nan")}})

@@ -73,13 +73,6 @@ def test_the_uploads_become_the_expected_pixels(golden: dict) -> None:
         assert np.array_equal(prepared[None], pixels_of(vector))
 
 
-def test_no_picture_carries_more_than_its_orientation(golden: dict) -> None:
-    for vector in golden["images"]:
-        upload = picture(vector["upload_png"])
-        assert set(upload.getexif()) <= {0x0112}
-        assert set(upload.info) <= {"exif"}
-
-
 @pytest.mark.parametrize("name", ["server", "float16", "int8"])
 def test_onnx_runtime_answers_as_expected(golden: dict, folder: Path, name: str) -> None:
     if name != "server" and name not in golden["images"][0]["copies"]:

@@ -78,11 +78,6 @@ def test_an_operator_without_a_twin_is_refused(plain, pixels) -> None:
         GraphModule(odd.graph)(torch.from_numpy(pixels[:1]))
 
 
-def test_another_side_is_refused(model: StoredModel) -> None:
-    with pytest.raises(Exception, match=r"pixels|INVALID_ARGUMENT|Got invalid"):
-        plain_graph(model.path(model.manifest.onnx), 64)
-
-
 def test_half_float_weights_halve_the_file(plain, pixels, served, tmp_path: Path) -> None:
     path = tmp_path / "half.onnx"
     write_float16(plain, path)

@@ -1,0 +1,44 @@
+"""Hooks that run inside Ray's own processes, for what its options cannot say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray._common import tls_utils
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray.util import get_node_ip_address
+
+#: How a replica of Ray Serve 2.60 asks for its port for calls between deployments: any, on every interface.
+EVERYWHERE = "[::]:0"
+
+_add_port = tls_utils.add_port_to_grpc_server
+
+
+def leave_out_the_needless(parameters: RayParams, _head: bool) -> None:  # noqa: FBT001
+    """Start no Ray Client server, and no dashboard where none was asked for: runs in `ray start` (RAY_START_HOOK).
+
+    The former would be a second way in, and 55 MB. The latter `ray start` runs even when told not to,
+    to collect usage statistics, and waits for it: 2 s of every start, and 60 MB.
+    """
+    parameters.ray_client_server_port = None
+    if not parameters.include_dashboard:
+        Node.start_api_server = lambda *_, **_options: None  # type: ignore[method-assign]
+
+
+def bind_to_the_node() -> None:
+    """Have the port of calls between deployments on the node's address alone: runs in every worker, before it works.
+
+    Needed with Ray 2.60, which asks for EVERYWHERE and has no setting for it (tests/cluster/test_ray_hooks.py); a
+    Ray that asks in other words is left as it is, and `derm-cds status` then reports the port.
+    """
+    tls_utils.add_port_to_grpc_server = add_port
+
+
+def add_port(server: Any, address: str) -> int:  # noqa: ANN401 - gRPC's server, synchronous or not
+    """Open a port of a gRPC server as Ray does, but on the node's address rather than everywhere; return it."""
+    if address == EVERYWHERE:
+        node: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+        address = f"[{node}]:0" if ":" in node else f"{node}:0"
+    port: int = _add_port(server, address)  # type: ignore[no-untyped-call]
+    return port

@@ -1,0 +1,221 @@
+"""The graph: what serve_config.yaml says of it, how it is wired, and what becomes of a stage's failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import copy
+import importlib.util
+from typing import Any
+
+from pydantic import ValidationError
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import Application, schema
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+import yaml
+
+from cluster.deploy import CONFIG, choose_config
+from cluster.deployed import deployed_file, keep_deployed
+from deployments.risk.policy import CURRENT_VERSION, read_policy, with_overrides
+from graphs.profiles import NUM_CPUS
+from graphs.triage import TriageArgs, build
+from serve_app.domain.errors import ModelContractError, Overloaded, StageFailed
+from serve_app.http.deployment import ServeStages, _answer
+
+STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
+
+
+def unknown_keys(found: Any, read: Any, at: str = "") -> Iterator[str]:
+    """The paths of all keys that Ray, which ignores what it does not know, has not read: a misspelt limit is none."""
+    if isinstance(found, list):
+        for number, (inner, read_inner) in enumerate(zip(found, read, strict=True)):
+            yield from unknown_keys(inner, read_inner, f"{at}[{number}]")
+    elif isinstance(found, dict):
+        known = AutoscalingConfig.model_fields if at.endswith("autoscaling_config") else read
+        for key, inner in found.items():
+            if key not in known:
+                yield f"{at}.{key}"
+            elif not at.endswith("user_config"):
+                yield from unknown_keys(inner, read[key], f"{at}.{key}")
+
+
+def _unread(config: dict) -> list[str]:
+    read = schema.ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
+    return list(unknown_keys(config, read))
+
+
+@pytest.fixture
+def config() -> dict:
+    return yaml.safe_load(CONFIG.read_text())
+
+
+@pytest.fixture
+def application(config) -> dict:
+    (application,) = config["applications"]
+    return application
+
+
+@pytest.fixture
+def configured(application) -> dict[str, dict]:
+    """What is said of each deployment, by its name."""
+    return {deployment["name"]: deployment for deployment in application["deployments"]}
+
+
+def _deployments(profile: str) -> dict:
+    """The graph's deployments by name, as built."""
+    graph = build({"profile": profile})  # as `serve deploy` hands `args` over
+    assert isinstance(graph, Application)
+    ingress = graph._bound_deployment
+    return {"ingress": ingress} | {
+        name: bound._bound_deployment for name, bound in ingress.init_kwargs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "right"),
+    [
+        ((), "logging_config"),
+        (("http_options",), "host"),
+        (("applications", 0), "route_prefix"),
+        (("applications", 0, "deployments", 0), "max_surge_percent"),
+        (("applications", 0, "deployments", 2, "autoscaling_config"), "max_replicas"),
+    ],
+)
+def test_every_key_is_known_to_ray_and_a_misspelt_one_is_found(config, place, right) -> None:
+    assert _unread(config) == []
+    inner = config = copy.deepcopy(config)
+    for step in place:
+        inner = inner[step]
+    inner[f"{right}x"] = inner.pop(right)
+    found = _unread(config)  # several where an anchor is shared
+    assert found
+    assert all(path.endswith(f".{right}x") for path in found)
+
+
+def test_the_api_listens_on_loopback_and_no_log_holds_a_request(config) -> None:
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    assert config["proxy_location"] == "HeadOnly"
+    assert config["logging_config"]["enable_access_log"] is False
+
+
+def test_every_deployment_has_figures_and_leaves_resources_to_the_profile(application, configured) -> None:
+    assert list(configured) == list(NUM_CPUS)
+    assert importlib.util.find_spec(application["import_path"].partition(":")[0])
+    for deployment in configured.values():
+        assert not {"ray_actor_options", "num_replicas"} & set(deployment)
+        assert deployment["max_queued_requests"] > 0
+        assert deployment["max_surge_percent"] == 100
+    classifier = configured["classifier"]
+    assert classifier["user_config"]["max_batch_size"] <= classifier["max_ongoing_requests"]
+
+
+def test_arguments_and_policy_are_the_graphs(application, configured) -> None:
+    assert TriageArgs.model_validate(application["args"]) == TriageArgs()
+    assert set(application["args"]) == set(TriageArgs.model_fields)
+    policy = read_policy(application["args"]["policy_version"])
+    assert with_overrides(policy, configured["risk"]["user_config"]).version == CURRENT_VERSION
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"profil": "gpu"}, {"profile": "tpu"}, {"classifier_threads": 0}, {"model_id": "a.b"}], ids=str
+)
+def test_an_argument_that_is_not_known_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        build(wrong)
+
+
+@pytest.mark.parametrize(("profile", "device", "gpus"), [("cpu", "cpu", 0), ("gpu", "cuda", 0.5)])
+def test_the_ingress_holds_a_handle_to_every_stage(profile: str, device: str, gpus: float) -> None:
+    built = _deployments(profile)
+    assert {name: deployment.name for name, deployment in built.items()} == {name: name for name in NUM_CPUS}
+    assert built["classifier"].init_kwargs["device"] == device
+    found = {name: deployment.ray_actor_options.get("num_gpus", 0) for name, deployment in built.items()}
+    assert found == dict.fromkeys(built, 0) | {"classifier": gpus}
+
+
+def test_the_smallest_machine_has_room_for_two_of_each() -> None:
+    needed = [deployment.ray_actor_options["num_cpus"] for deployment in _deployments("cpu").values()]
+    assert 2 * sum(needed) <= 2
+
+
+def test_what_was_deployed_last_is_deployed_again_over_the_same_file_and_profile(tmp_path, capsys) -> None:
+    at = {"host": "127.0.0.1", "port": 8123}
+    shipped, over = choose_config(tmp_path, profile="cpu", **at)
+    assert (shipped["http_options"]["port"], shipped["applications"][0]["args"]["profile"]) == (8123, "cpu")
+    changed = copy.deepcopy(shipped["applications"])
+    changed[0]["deployments"][5]["user_config"] = {"review": {"min_margin": 0.15}}
+    keep_deployed(tmp_path, over=over, applications=changed)
+    assert deployed_file(tmp_path).stat().st_mode & 0o777 == 0o600
+    assert choose_config(tmp_path, profile="cpu", **at) == (shipped | {"applications": changed}, over)
+    assert "as it was deployed last" in capsys.readouterr().out
+    chosen, _ = choose_config(tmp_path, profile="gpu", **at)
+    assert chosen["applications"][0]["args"]["profile"] == "gpu"
+    assert chosen["applications"][0]["deployments"] == shipped["applications"][0]["deployments"]
+    assert "not used" in capsys.readouterr().out
+
+
+async def _raise(error: BaseException) -> Any:
+    raise error
+
+
+async def test_what_serve_sheds_is_overload() -> None:
+    with pytest.raises(Overloaded):
+        await _answer(_raise(BackPressureError(num_queued_requests=9, max_queued_requests=8)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        RayTaskError("prepare", "Traceback", ValueError("a defect")),
+        RayServeException("gone"),
+        DeploymentUnavailableError.__new__(DeploymentUnavailableError),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_ray_raises_is_a_failed_stage(error: BaseException) -> None:
+    with pytest.raises(StageFailed):
+        await _answer(_raise(error))
+
+
+class _Broadcast:
+    """What a handle gives when every replica is asked: an answer of each, or what it raised."""
+
+    def __init__(self, answers: list[object]) -> None:
+        self._answers = answers
+
+    def options(self, **_: object) -> _Broadcast:
+        return self
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+    def broadcast(self, method: str, models: object) -> _Broadcast:
+        assert (method, models) == ("warm", ("model",))
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        assert return_exceptions
+        if timeout_s <= 0:
+            raise TimeoutError
+        return self._answers
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ModelContractError("a.b does not exist."), r"classifier .*: a\.b does not exist\."),
+        (RayTaskError("warm", "Traceback", ModelContractError("a.b is altered.")), r": a\.b is altered\."),
+        (RayActorError(), "RayActorError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_every_replica_of_every_stage_is_asked_and_one_that_fails_is_named(
+    failure: BaseException, said: str
+) -> None:
+    whole = {name: _Broadcast([{"a.b": "digest"}] * 2) for name in STAGES}
+    assert len(await ServeStages(**whole).warm(["model"])) == 2 * len(STAGES)
+    broken = {**whole, "classifier": _Broadcast([{"a.b": "digest"}, failure])}
+    with pytest.raises(StageFailed, match=said):
+        await ServeStages(**broken).warm(["model"])
