@@ -25,6 +25,7 @@ import httpx
 import psutil
 from pydantic import SecretStr
 
+from benchmarks.baseline import LocalStages
 from benchmarks.systems import System, prepare_records, running_graph
 from cluster.node_files import read_service_environment
 from cluster.ports import choose_port
@@ -37,7 +38,6 @@ from serve_app.lesions.recovery import recover_once
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings, model_folder
-from tests.local_stages import LocalStages
 
 #: A service is whole again when this many uploads in a row, begun after the fault, were answered 201.
 WHOLE_AFTER = 4

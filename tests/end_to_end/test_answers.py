@@ -9,9 +9,9 @@ import httpx
 import jsonschema
 import pytest
 
+from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
-from tests.local_stages import LocalStages
 
 pytestmark = pytest.mark.ray
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.baseline import LocalStages
 from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
 from data_jobs.references.load import publish_bundled
 from data_jobs.training.recipe import read_recipe
@@ -18,7 +19,6 @@ from serve_app.lesions.assess import Assessor
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
-from tests.local_stages import LocalStages
 from tests.random_model import POSITIONS, RECIPES, random_checkpoint, write_folder
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
