@@ -90,7 +90,7 @@ async def test_from_the_emergency_to_its_review(service) -> None:
 
 async def test_nobody_reviews_their_own(service) -> None:
     subject = f"dr-{uuid4().hex[:8]}"
-    opened = await break_glass(service, subject, "p-own")
+    opened = await break_glass(service, subject, "p-own", minutes=30)
     emergency_id = opened.json()["emergency_id"]
     own = await review(service, emergency_id, subject)
     service.hold_to_problem(own, 403, "forbidden")
