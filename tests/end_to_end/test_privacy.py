@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from cluster.postgres import PostgresState
-from cluster.ray_node import is_memory
+from cluster.ray_node import SHARED, is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.conftest import draw_original
@@ -312,7 +312,7 @@ def _held(node, mark: bytes) -> Iterator[Callable[[], None]]:
 
 def test_what_does_not_fit_into_the_object_store_is_spilled_into_memory(node) -> None:
     """200 MB in a store of 150: Ray writes some to its spill directory, which no disk sees."""
-    if node.ray.objects.parent != node.ray.memory or not node.ray.objects.is_dir():
+    if node.ray.objects.parent != SHARED or not node.ray.objects.is_dir():
         pytest.skip("this machine has no room in /dev/shm")
     mark = secrets.token_bytes(64)
     needles, since = Needles({mark: "object"}), time.time() - 1
