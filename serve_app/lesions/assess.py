@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -35,11 +36,9 @@ from serve_app.records.serving import LiveModel
 
 
 class Stages(Protocol):
-    """The way of one lesion, a method a stage.
+    """The way of one lesion, a method a stage: on Ray Serve a deployment, in tests a plain function of this process.
 
-    On Ray Serve each is a deployment; in the benchmark's baseline and in unit tests each is
-    the same plain function in this process. Every method raises Overloaded when its stage
-    refused the work, and StageFailed when it did not answer.
+    Every method raises Overloaded when its stage refused the work, and StageFailed when it did not answer.
     """
 
     async def warm(self, models: Sequence[LiveModel]) -> Sequence[Mapping[str, str]]:
@@ -80,13 +79,16 @@ class Timings(dict[str, float]):
         super().__init__()
         self._started = perf_counter()
 
-    def lap(self, stage: str, since: float) -> None:
-        """Note how long a stage took."""
-        self[stage] = round((perf_counter() - since) * 1000.0, 2)
+    @contextmanager
+    def lap(self, stage: str) -> Iterator[None]:
+        """Add how long this takes to a stage's time."""
+        since = perf_counter()
+        yield
+        self[stage] = round(self.get(stage, 0.0) + (perf_counter() - since) * 1000.0, 2)
 
     def stop(self) -> None:
         """Note the whole time up to now."""
-        self.lap("total", self._started)
+        self["total"] = round((perf_counter() - self._started) * 1000.0, 2)
 
 
 @dataclass(slots=True)
@@ -113,20 +115,18 @@ class Assessor:
         self._service_version = service_version
 
     async def examine(self, image: bytes, live: LiveModel) -> Examination:
-        """Prepare an image and start classifying it.
-
-        Raises RejectedUpload for an image that this service does not take.
-        """
+        """Prepare an image and start classifying it; RejectedUpload for one that this service does not take."""
         timings = Timings()
-        since = perf_counter()
-        prepared = await self._stages.prepare(live.model_id, image)
-        timings.lap("preprocess", since)
+        with timings.lap("preprocess"):
+            prepared = await self._stages.prepare(live.model_id, image)
         if isinstance(prepared, RejectedUpload):
             raise prepared
-        since = perf_counter()
-        classifying = asyncio.create_task(self._stages.classify(live.model_id, prepared.pixels))
-        classifying.add_done_callback(lambda _: timings.lap("classifier", since))
+        classifying = asyncio.create_task(self._classify(live.model_id, prepared.pixels, timings))
         return Examination(live, prepared, classifying, timings)
+
+    async def _classify(self, model_id: str, pixels: NDArray[np.uint8], timings: Timings) -> ClassifierOutput:
+        with timings.lap("classifier"):
+            return await self._stages.classify(model_id, pixels)
 
     async def assess(
         self,
@@ -150,28 +150,24 @@ class Assessor:
         output = await examination.classifying
         if output.model_digest != live.model_digest:
             raise StageFailed("The classifier's model is not the one that was published.")
-        since = perf_counter()
-        embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
-        timings.lap("embedder", since)
-        since = perf_counter()
-        neighbours, similar = await self._search(embedding, live.embedding_space, top_k, reference_filter)
-        timings.lap("retriever", since)
+        space = live.embedding_space
+        with timings.lap("embedder"):
+            embedding = await self._stages.embed(live.model_id, space, output.bottleneck)
+        with timings.lap("retriever"):
+            neighbours, similar = await self._search(embedding, space, top_k, reference_filter)
         change = None if previous is None else _compare(previous, output, embedding)
-        since = perf_counter()
-        conclusion = await self._stages.conclude(
-            live.model_id,
-            Findings(
-                quality=prepared.quality,
-                width=prepared.width,
-                height=prepared.height,
-                classification=output.classification,
-                neighbours=recorded or neighbours,
-                context=context,
-                change=change,
-                compared_level=previous.level if previous else None,
-            ),
+        findings = Findings(
+            quality=prepared.quality,
+            width=prepared.width,
+            height=prepared.height,
+            classification=output.classification,
+            neighbours=recorded or neighbours,
+            context=context,
+            change=change,
+            compared_level=previous.level if previous else None,
         )
-        timings.lap("risk", since)
+        with timings.lap("risk"):
+            conclusion = await self._stages.conclude(live.model_id, findings)
         timings.stop()
         answered = conclusion.outcome is not Outcome.REFUSED
         return Assessment(
@@ -186,7 +182,7 @@ class Assessor:
             provenance=Provenance(
                 model_id=output.model_id,
                 model_digest=output.model_digest,
-                embedding_space=live.embedding_space,
+                embedding_space=space,
                 preprocess_version=prepared.preprocess_version,
                 policy_version=conclusion.policy_version,
                 service_version=self._service_version,

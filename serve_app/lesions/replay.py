@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Literal
 from uuid import UUID
 
 from model_store.registry import ModelStore
-from serve_app.domain.assessment import Assessment, Outcome, Provenance, Shape
-from serve_app.domain.errors import Erased, ModelContractError, NotFound, RejectedUpload, StageFailed
-from serve_app.keys.envelope import ImageBinding
+from serve_app.domain.assessment import Assessment, Id, Outcome, Provenance, Shape, one_of
+from serve_app.domain.errors import Erased, ModelContractError, RejectedUpload, StageFailed
 from serve_app.keys.keystore import KeyStore
-from serve_app.lesions.assess import Assessor, Examination
-from serve_app.lesions.triage import DEADLINE_S
+from serve_app.lesions.assess import Assessor
+from serve_app.lesions.triage import DEADLINE_S, read_original
+from serve_app.records.answers import Document
 from serve_app.records.lesion_rows import PreviousAssessment, RecordedCase
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
@@ -107,35 +109,40 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
 
 
 class Cause(StrEnum):
-    """Why an assessment cannot be replayed."""
+    """Why an assessment cannot be replayed: its code, and the same in plain words."""
 
-    ASSESSMENT_PENDING = "assessment_pending"
-    ASSESSMENT_FAILED = "assessment_failed"
-    IMAGE_ERASED = "image_erased"
-    MODEL_GONE = "model_gone"
-    MODEL_CHANGED = "model_changed"
-    IMAGE_REJECTED = "image_rejected"
-    PREPROCESS_CHANGED = "preprocess_changed"
-    COMPARED_IMAGE_GONE = "compared_image_gone"
-    POLICY_CHANGED = "policy_changed"
+    message: str
 
-    @property
-    def message(self) -> str:
-        """The cause in plain words."""
-        return _MESSAGES[self]
+    ASSESSMENT_PENDING = (
+        "assessment_pending",
+        "The assessment has not finished: there is no answer to make again.",
+    )
+    ASSESSMENT_FAILED = (
+        "assessment_failed",
+        "The image could not be assessed: there is no answer to make again.",
+    )
+    IMAGE_ERASED = "image_erased", "The image was erased, and what was found on it, too."
+    MODEL_GONE = "model_gone", "The model that answered is no longer in the model store."
+    MODEL_CHANGED = (
+        "model_changed",
+        "The model store holds another model under the id of the one that answered.",
+    )
+    IMAGE_REJECTED = "image_rejected", "The image is outside the limits that this service has today."
+    PREPROCESS_CHANGED = (
+        "preprocess_changed",
+        "Images are prepared by another version than the one that answered.",
+    )
+    COMPARED_IMAGE_GONE = (
+        "compared_image_gone",
+        "The earlier image that this one was compared with is no longer on record.",
+    )
+    POLICY_CHANGED = "policy_changed", "The risk policy in force is another than the one that answered."
 
-
-_MESSAGES = {
-    Cause.ASSESSMENT_PENDING: "The assessment has not finished: there is no answer to make again.",
-    Cause.ASSESSMENT_FAILED: "The image could not be assessed: there is no answer to make again.",
-    Cause.IMAGE_ERASED: "The image was erased, and what was found on it, too.",
-    Cause.MODEL_GONE: "The model that answered is no longer in the model store.",
-    Cause.MODEL_CHANGED: "The model store holds another model under the id of the one that answered.",
-    Cause.IMAGE_REJECTED: "The image is outside the limits that this service has today.",
-    Cause.PREPROCESS_CHANGED: "Images are prepared by another version than the one that answered.",
-    Cause.COMPARED_IMAGE_GONE: "The earlier image that this one was compared with is no longer on record.",
-    Cause.POLICY_CHANGED: "The risk policy in force is another than the one that answered.",
-}
+    def __new__(cls, value: str, message: str = "") -> Cause:
+        """Make a member of its code and message."""
+        cause = str.__new__(cls, value)
+        cause._value_, cause.message = value, message
+        return cause
 
 
 _NO_ANSWER = {
@@ -146,78 +153,129 @@ _NO_ANSWER = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What came of it; `current` is what made the answer again, None when none was made."""
+class ReplayCauseDocument(Document):
+    """Why an assessment could not be replayed; `code` is stable, `message` is for people."""
 
-    verdict: Verdict
+    code: Annotated[Cause, one_of(Cause, "Code")]
+    message: str
+
+
+class ReplayToleranceDocument(Document):
+    """How far two numbers may be apart and still count as the same, absolutely; the score is rounded."""
+
+    probability: float
+    score: float
+
+
+class ReplayNoteDocument(Document):
+    """Something that is other than then without being a difference of the answer."""
+
+    field: Literal["similar"]
+    code: Literal["references_changed"]
+    message: str
+
+
+class ReplayProvenanceDocument(Document):
+    """What made the recorded answer, and the one made again; null where there is none."""
+
     recorded: Provenance | None
-    current: Provenance | None = None
-    cause: Cause | None = None
-    differences: tuple[Difference, ...] = ()
-    references_changed: bool = False
+    current: Provenance | None
+
+
+class ReplayDocument(Document):
+    """A past answer, made again: `cannot` has a cause, `within_tolerance` and `differs` have differences."""
+
+    assessment_id: Id
+    verdict: Annotated[Verdict, one_of(Verdict, "Verdict")]
+    cause: ReplayCauseDocument | None
+    tolerance: ReplayToleranceDocument
+    differences: list[Difference]
+    notes: list[ReplayNoteDocument]
+    provenance: ReplayProvenanceDocument
+
+
+_REFERENCES_CHANGED = ReplayNoteDocument(
+    field="similar",
+    code="references_changed",
+    message="The most similar references are others than then; the risk was drawn from the recorded ones.",
+)
 
 
 class _CannotError(Exception):
     """Ends a replay; `difference` is the version that stands in the way, then and now, where one does."""
 
-    def __init__(self, cause: Cause, *difference: Value, current: Provenance | None = None) -> None:
+    def __init__(
+        self, cause: Cause, difference: Difference | None = None, current: Provenance | None = None
+    ) -> None:
         super().__init__(cause)
-        self.cause, self.current = cause, current
-        self.differences = (Difference(str(difference[0]), *difference[1:]),) if difference else ()
+        self.cause, self.difference, self.current = cause, difference, current
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replayer:
     """Makes recorded answers again."""
 
-    def __init__(self, *, assessor: Assessor, records: LesionStore, keys: KeyStore, models: Path) -> None:
-        self._assessor = assessor
-        self._records = records
-        self._keys = keys
-        self._models = models
+    assessor: Assessor
+    records: LesionStore
+    keys: KeyStore
+    models: Path
 
-    async def replay(self, case: RecordedCase) -> Replayed:
+    async def replay(self, case: RecordedCase) -> ReplayDocument:
         """Make one answer again and compare.
 
         Raises StageFailed when that takes longer than an upload may, or a stage fails;
         Overloaded, RecordsUnavailable, IntegrityError; NotFound when the image is gone.
         """
-        if case.assessment is None:
-            return Replayed(Verdict.CANNOT, None, cause=_NO_ANSWER[case.outcome])
         recorded = case.assessment
+        differences: Sequence[Difference] = ()
+        current = cause = None
+        same = True
         try:
+            if recorded is None:
+                raise _CannotError(_NO_ANSWER[case.outcome])
             async with asyncio.timeout(DEADLINE_S):
                 again = await self._again(case, recorded)
         except _CannotError as cannot:
-            return Replayed(
-                Verdict.CANNOT, recorded.provenance, cannot.current, cannot.cause, cannot.differences
-            )
+            verdict, cause, current = Verdict.CANNOT, cannot.cause, cannot.current
+            differences = [cannot.difference] if cannot.difference else []
         except TimeoutError as error:
             raise StageFailed("The replay took too long; nothing was stored, try again.") from error
-        verdict, differences = compare(recorded, again)
-        return Replayed(
-            verdict,
-            recorded.provenance,
-            again.provenance,
-            differences=differences,
-            references_changed=not same_references(recorded, again),
+        else:
+            verdict, differences = compare(recorded, again)
+            current, same = again.provenance, same_references(recorded, again)
+        return ReplayDocument(
+            assessment_id=case.assessment_id,
+            verdict=verdict,
+            cause=ReplayCauseDocument(code=cause, message=cause.message) if cause else None,
+            tolerance=ReplayToleranceDocument(probability=TOLERANCE, score=SCORE_TOLERANCE),
+            differences=list(differences),
+            notes=[] if same else [_REFERENCES_CHANGED],
+            provenance=ReplayProvenanceDocument(
+                recorded=recorded.provenance if recorded else None, current=current
+            ),
         )
 
     async def _again(self, case: RecordedCase, recorded: Assessment) -> Assessment:
-        versions = recorded.provenance
+        then = recorded.provenance
         # First, because a stage on another node can only say that it failed, not why.
-        await asyncio.to_thread(self._require_model, versions)
+        await asyncio.to_thread(self._require_model, then)
         previous = await self._previous(case, recorded)
-        model = LiveModel(versions.model_id, versions.model_digest, versions.embedding_space)
+        model = LiveModel(then.model_id, then.model_digest, then.embedding_space)
         try:
-            examination = await self._assessor.examine(await self._image(case), model)
+            image, _ = await read_original(self.records, self.keys, case.lesion_id, case.image_id)
+            examination = await self.assessor.examine(image, model)
         except Erased as erased:  # a moment ago
             raise _CannotError(Cause.IMAGE_ERASED) from erased
         except RejectedUpload as rejection:
-            raise _CannotError(Cause.IMAGE_REJECTED, "rejection", None, rejection.code) from rejection
+            difference = Difference("rejection", None, rejection.code)
+            raise _CannotError(Cause.IMAGE_REJECTED, difference) from rejection
         try:
-            await _require_versions(examination, versions)
-            again = await self._assessor.assess(
+            prepared = examination.prepared.preprocess_version
+            _require(Cause.PREPROCESS_CHANGED, "preprocess_version", then, prepared)
+            # A classifier that has run for long may hold another model than the store does now.
+            digest = (await examination.classifying).model_digest
+            _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
+            again = await self.assessor.assess(
                 examination,
                 context=case.context,
                 top_k=case.top_k,
@@ -227,55 +285,38 @@ class Replayer:
             )
         finally:
             await examination.discard()
-        policies = (versions.policy_version, again.provenance.policy_version)
-        if len(set(policies)) > 1:
-            raise _CannotError(
-                Cause.POLICY_CHANGED, "provenance.policy_version", *policies, current=again.provenance
-            )
+        policy = again.provenance.policy_version
+        _require(Cause.POLICY_CHANGED, "policy_version", then, policy, current=again.provenance)
         return again
 
-    def _require_model(self, recorded: Provenance) -> None:
+    def _require_model(self, then: Provenance) -> None:
         # A store of its own: one that verified the model earlier would not look again.
-        store = ModelStore(self._models)
-        if recorded.model_id not in set(store):
-            raise _CannotError(Cause.MODEL_GONE, "provenance.model_id", recorded.model_id, None)
+        store = ModelStore(self.models)
+        there = then.model_id in set(store)
+        _require(Cause.MODEL_GONE, "model_id", then, then.model_id if there else None)
         try:
-            digest: str | None = store.open(recorded.model_id).digest
+            digest: str | None = store.open(then.model_id).digest
         except ModelContractError:
             digest = None
-        _require_digest(recorded, digest)
+        _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
 
     async def _previous(self, case: RecordedCase, recorded: Assessment) -> PreviousAssessment | None:
         """The very image that it was compared with then: a newer one may have been finished since."""
         change = recorded.change
         if change is None:
             return None
-        previous = await self._records.compared(
-            case.lesion_id,
-            UUID(change.compared_image_id),
-            embedding_space=recorded.provenance.embedding_space,
-        )
+        compared, space = change.compared_image_id, recorded.provenance.embedding_space
+        previous = await self.records.compared(case.lesion_id, UUID(compared), embedding_space=space)
         if previous is None or (previous.embedding is None and change.similarity is not None):
-            compared = change.compared_image_id
-            raise _CannotError(Cause.COMPARED_IMAGE_GONE, "change.compared_image_id", compared, None)
+            difference = Difference("change.compared_image_id", compared, None)
+            raise _CannotError(Cause.COMPARED_IMAGE_GONE, difference)
         return previous
 
-    async def _image(self, case: RecordedCase) -> bytes:
-        found = await self._records.sealed_image(case.lesion_id, case.image_id)
-        if found is None:
-            raise NotFound
-        binding = ImageBinding(case.image_id, found.patient_id, found.content_type)
-        return await asyncio.to_thread(self._keys.open_image, found.sealed, binding)
 
-
-async def _require_versions(examination: Examination, recorded: Provenance) -> None:
-    versions = (recorded.preprocess_version, examination.prepared.preprocess_version)
-    if len(set(versions)) > 1:
-        raise _CannotError(Cause.PREPROCESS_CHANGED, "provenance.preprocess_version", *versions)
-    # A classifier that has run for long may hold another model than the store does now.
-    _require_digest(recorded, (await examination.classifying).model_digest)
-
-
-def _require_digest(recorded: Provenance, digest: str | None) -> None:
-    if digest != recorded.model_digest:
-        raise _CannotError(Cause.MODEL_CHANGED, "provenance.model_digest", recorded.model_digest, digest)
+def _require(
+    cause: Cause, version: str, then: Provenance, now: str | None, *, current: Provenance | None = None
+) -> None:
+    """Refuse to replay with another version of something than the one that answered."""
+    recorded: str = getattr(then, version)
+    if now != recorded:
+        raise _CannotError(cause, Difference(f"provenance.{version}", recorded, now), current)

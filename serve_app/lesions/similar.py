@@ -10,45 +10,31 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from serve_app.domain.assessment import Neighbours, Outcome, ReferenceFilter
-from serve_app.domain.errors import (
-    AssessmentPending,
-    NoEmbedding,
-    NotFound,
-    ReferencesDropped,
-    StageFailed,
-)
+from serve_app.domain.errors import AssessmentPending, NoEmbedding, NotFound, ReferencesDropped, StageFailed
 from serve_app.lesions.assess import Stages
 from serve_app.lesions.triage import DEADLINE_S
 from serve_app.records.lesions import LesionStore
 from serve_app.records.references import ReferenceStore
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The nearest references, and the space in which they are: that of the image's own assessment."""
-
-    embedding_space: str
-    neighbours: Neighbours
-
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Searcher:
     """Searches with the embeddings on record; they are patients' data, so access is decided before."""
 
-    def __init__(self, *, stages: Stages, records: LesionStore, references: ReferenceStore) -> None:
-        self._stages = stages
-        self._records = records
-        self._references = references
+    stages: Stages
+    records: LesionStore
+    references: ReferenceStore
 
     async def search(
         self, lesion_id: UUID, image_id: UUID, *, k: int, reference_filter: ReferenceFilter
-    ) -> Found:
-        """Find the K references that are most similar to an image and pass the filter.
+    ) -> tuple[str, Neighbours]:
+        """Find the space that an image was assessed in, and the K references there that are most similar.
 
         NotFound when the lesion has no such image, Erased when it had; AssessmentPending, or NoEmbedding
         where its assessment left none; ReferencesDropped when nothing is left of the space that it was
         assessed in. StageFailed when the search takes longer than an upload may; Overloaded, RecordsUnavailable.
         """
-        image = await self._records.image_embedding(lesion_id, image_id)
+        image = await self.records.image_embedding(lesion_id, image_id)
         if image is None:
             raise NotFound
         if image.outcome is Outcome.PENDING:
@@ -58,10 +44,10 @@ class Searcher:
         space = image.embedding_space
         try:
             async with asyncio.timeout(DEADLINE_S):
-                neighbours = await self._stages.nearest(image.embedding, space, k, reference_filter)
+                neighbours = await self.stages.nearest(image.embedding, space, k, reference_filter)
         except TimeoutError as error:
             raise StageFailed("The search took too long; try again.") from error
         # Asked afterwards, and only where it matters: a space may be dropped while it is searched.
-        if not neighbours.similar and not await self._references.count(space):
+        if not neighbours.similar and not await self.references.count(space):
             raise ReferencesDropped
-        return Found(space, neighbours)
+        return space, neighbours
