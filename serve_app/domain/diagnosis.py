@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class Diagnosis(StrEnum):
@@ -21,7 +22,7 @@ class Diagnosis(StrEnum):
     SCC = "SCC", "Squamous cell carcinoma"
     UNK = "UNK", "Unknown"
 
-    def __new__(cls, value: str, display_name: str = "") -> Diagnosis:
+    def __new__(cls, value: str, display_name: str = "") -> Self:
         """Make a member of its value and name."""
         diagnosis = str.__new__(cls, value)
         diagnosis._value_, diagnosis.display_name = value, display_name

@@ -1,4 +1,8 @@
-"""One image through the stages: what is asked of each, and what is found, in the order it is found."""
+"""One image through the stages: what is asked of each, and what is found, in the order it is found.
+
+And a search with an image that was assessed: nothing is concluded from it and nothing is stored, so it may be
+limited in any way.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +34,21 @@ from serve_app.domain.assessment import (
     format_time,
 )
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.errors import RejectedUpload, StageFailed
-from serve_app.domain.patient import ClinicalContext
-from serve_app.records.lesion_rows import PreviousAssessment
+from serve_app.domain.errors import (
+    AssessmentPending,
+    NoEmbedding,
+    NotFound,
+    ReferencesDropped,
+    RejectedUpload,
+    StageFailed,
+)
+from serve_app.records.lesion_rows import AdmittedImage, PreviousAssessment, RecordedCase
+from serve_app.records.lesions import LesionStore
+from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel
+
+#: How long the stages may take, seconds; for an upload from T1 on. A later answer finds nobody waiting.
+DEADLINE_S = 15.0
 
 
 class Stages(Protocol):
@@ -131,16 +147,13 @@ class Assessor:
     async def assess(
         self,
         examination: Examination,
+        case: AdmittedImage | RecordedCase,
         *,
-        context: ClinicalContext,
-        top_k: int,
-        reference_filter: ReferenceFilter,
         previous: PreviousAssessment | None,
         recorded: Neighbours | None = None,
     ) -> Assessment:
         """Wait for the classifier, and conclude from everything.
 
-        `top_k` and `reference_filter` say which similar cases to show; no conclusion depends on them.
         With `recorded` neighbours the conclusion is drawn from them, not from those found now:
         a replay must not depend on which references came or went since.
         Raises StageFailed when a stage does not answer, or the classifier ran another model
@@ -154,7 +167,7 @@ class Assessor:
         with timings.lap("embedder"):
             embedding = await self._stages.embed(live.model_id, space, output.bottleneck)
         with timings.lap("retriever"):
-            neighbours, similar = await self._search(embedding, space, top_k, reference_filter)
+            neighbours, similar = await self._search(embedding, space, case)
         change = None if previous is None else _compare(previous, output, embedding)
         findings = Findings(
             quality=prepared.quality,
@@ -162,7 +175,7 @@ class Assessor:
             height=prepared.height,
             classification=output.classification,
             neighbours=recorded or neighbours,
-            context=context,
+            context=case.context,
             change=change,
             compared_level=previous.level if previous else None,
         )
@@ -192,16 +205,16 @@ class Assessor:
         )
 
     async def _search(
-        self, embedding: NDArray[np.float32], space: str, top_k: int, reference_filter: ReferenceFilter
+        self, embedding: NDArray[np.float32], space: str, case: AdmittedImage | RecordedCase
     ) -> tuple[Neighbours, tuple[SimilarCase, ...]]:
-        """Find the neighbours to weigh, and the similar cases to show."""
+        """Find the neighbours to weigh, and the similar cases to show: no conclusion depends on those."""
         weigh = self._stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
-        if top_k <= WEIGHED and not reference_filter:
+        if case.top_k <= WEIGHED and not case.reference_filter:
             weighed = await weigh
-            return weighed, weighed.similar[:top_k]
+            return weighed, weighed.similar[: case.top_k]
         # Two searches: one for more than WEIGHED may walk an index further, and find others among the nearest.
         weighed, shown = await asyncio.gather(
-            weigh, self._stages.nearest(embedding, space, top_k, reference_filter)
+            weigh, self._stages.nearest(embedding, space, case.top_k, case.reference_filter)
         )
         return weighed, shown.similar
 
@@ -223,3 +236,39 @@ def _melanoma(probabilities: Mapping[Diagnosis, float]) -> float:
     """p(MEL) among the known eight: more doubt in one of two images must not hide a rise."""
     known = 1.0 - probabilities[Diagnosis.UNK]
     return probabilities[Diagnosis.MEL] / known if known > 0.0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searcher:
+    """Searches with the embeddings on record; they are patients' data, so access is decided before."""
+
+    stages: Stages
+    records: LesionStore
+    references: ReferenceStore
+
+    async def search(
+        self, lesion_id: UUID, image_id: UUID, *, k: int, reference_filter: ReferenceFilter
+    ) -> tuple[str, Neighbours]:
+        """Find the space that an image was assessed in, and the K references there that are most similar.
+
+        NotFound when the lesion has no such image, Erased when it had; AssessmentPending, or NoEmbedding
+        where its assessment left none; ReferencesDropped when nothing is left of the space that it was
+        assessed in. StageFailed when the search takes longer than an upload may; Overloaded, RecordsUnavailable.
+        """
+        image = await self.records.image_embedding(lesion_id, image_id)
+        if image is None:
+            raise NotFound
+        if image.outcome is Outcome.PENDING:
+            raise AssessmentPending
+        if image.embedding is None or image.embedding_space is None:
+            raise NoEmbedding
+        space = image.embedding_space
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                neighbours = await self.stages.nearest(image.embedding, space, k, reference_filter)
+        except TimeoutError as error:
+            raise StageFailed("The search took too long; try again.") from error
+        # Asked afterwards, and only where it matters: a space may be dropped while it is searched.
+        if not neighbours.similar and not await self.references.count(space):
+            raise ReferencesDropped
+        return space, neighbours

@@ -14,8 +14,8 @@ from model_store.registry import ModelStore
 from serve_app.domain.assessment import Assessment, Id, Outcome, Provenance, Shape, one_of
 from serve_app.domain.errors import Erased, ModelContractError, RejectedUpload, StageFailed
 from serve_app.keys.keystore import KeyStore
-from serve_app.lesions.assess import Assessor
-from serve_app.lesions.triage import DEADLINE_S, read_original
+from serve_app.lesions.assess import DEADLINE_S, Assessor
+from serve_app.lesions.triage import read_original
 from serve_app.records.answers import Document
 from serve_app.records.lesion_rows import PreviousAssessment, RecordedCase
 from serve_app.records.lesions import LesionStore
@@ -97,53 +97,39 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
             fields[f"probabilities.{diagnosis}"] = probability
         fields["prediction_set"] = list(classification.prediction_set)
     if (risk := assessment.risk) is not None:
-        fields["risk.level"] = risk.level
-        fields["risk.urgency"] = risk.urgency
-        fields["risk.score"] = risk.score
+        fields |= {f"risk.{name}": getattr(risk, name) for name in ("level", "urgency", "score")}
         fields["risk.factors"] = [f"{factor.code}: {factor.effect}" for factor in risk.factors]
     if (change := assessment.change) is not None:
-        fields["change.compared_image_id"] = change.compared_image_id
-        fields["change.similarity"] = change.similarity
-        fields["change.melanoma_probability_delta"] = change.melanoma_probability_delta
+        compared = ("compared_image_id", "similarity", "melanoma_probability_delta")
+        fields |= {f"change.{name}": getattr(change, name) for name in compared}
     return fields
 
 
 class Cause(StrEnum):
-    """Why an assessment cannot be replayed: its code, and the same in plain words."""
+    """Why an assessment cannot be replayed; each has its message in MESSAGES."""
 
-    message: str
+    ASSESSMENT_PENDING = "assessment_pending"
+    ASSESSMENT_FAILED = "assessment_failed"
+    IMAGE_ERASED = "image_erased"
+    MODEL_GONE = "model_gone"
+    MODEL_CHANGED = "model_changed"
+    IMAGE_REJECTED = "image_rejected"
+    PREPROCESS_CHANGED = "preprocess_changed"
+    COMPARED_IMAGE_GONE = "compared_image_gone"
+    POLICY_CHANGED = "policy_changed"
 
-    ASSESSMENT_PENDING = (
-        "assessment_pending",
-        "The assessment has not finished: there is no answer to make again.",
-    )
-    ASSESSMENT_FAILED = (
-        "assessment_failed",
-        "The image could not be assessed: there is no answer to make again.",
-    )
-    IMAGE_ERASED = "image_erased", "The image was erased, and what was found on it, too."
-    MODEL_GONE = "model_gone", "The model that answered is no longer in the model store."
-    MODEL_CHANGED = (
-        "model_changed",
-        "The model store holds another model under the id of the one that answered.",
-    )
-    IMAGE_REJECTED = "image_rejected", "The image is outside the limits that this service has today."
-    PREPROCESS_CHANGED = (
-        "preprocess_changed",
-        "Images are prepared by another version than the one that answered.",
-    )
-    COMPARED_IMAGE_GONE = (
-        "compared_image_gone",
-        "The earlier image that this one was compared with is no longer on record.",
-    )
-    POLICY_CHANGED = "policy_changed", "The risk policy in force is another than the one that answered."
 
-    def __new__(cls, value: str, message: str = "") -> Cause:
-        """Make a member of its code and message."""
-        cause = str.__new__(cls, value)
-        cause._value_, cause.message = value, message
-        return cause
-
+MESSAGES = {
+    Cause.ASSESSMENT_PENDING: "The assessment has not finished: there is no answer to make again.",
+    Cause.ASSESSMENT_FAILED: "The image could not be assessed: there is no answer to make again.",
+    Cause.IMAGE_ERASED: "The image was erased, and what was found on it, too.",
+    Cause.MODEL_GONE: "The model that answered is no longer in the model store.",
+    Cause.MODEL_CHANGED: "The model store holds another model under the id of the one that answered.",
+    Cause.IMAGE_REJECTED: "The image is outside the limits that this service has today.",
+    Cause.PREPROCESS_CHANGED: "Images are prepared by another version than the one that answered.",
+    Cause.COMPARED_IMAGE_GONE: "The earlier image that this one was compared with is no longer on record.",
+    Cause.POLICY_CHANGED: "The risk policy in force is another than the one that answered.",
+}
 
 _NO_ANSWER = {
     Outcome.PENDING: Cause.ASSESSMENT_PENDING,
@@ -227,33 +213,18 @@ class Replayer:
         Overloaded, RecordsUnavailable, IntegrityError; NotFound when the image is gone.
         """
         recorded = case.assessment
-        differences: Sequence[Difference] = ()
-        current = cause = None
-        same = True
+        if recorded is None:
+            return _document(case, Verdict.CANNOT, cause=_NO_ANSWER[case.outcome])
         try:
-            if recorded is None:
-                raise _CannotError(_NO_ANSWER[case.outcome])
             async with asyncio.timeout(DEADLINE_S):
                 again = await self._again(case, recorded)
         except _CannotError as cannot:
-            verdict, cause, current = Verdict.CANNOT, cannot.cause, cannot.current
             differences = [cannot.difference] if cannot.difference else []
+            return _document(case, Verdict.CANNOT, differences, cannot.current, cause=cannot.cause)
         except TimeoutError as error:
             raise StageFailed("The replay took too long; nothing was stored, try again.") from error
-        else:
-            verdict, differences = compare(recorded, again)
-            current, same = again.provenance, same_references(recorded, again)
-        return ReplayDocument(
-            assessment_id=case.assessment_id,
-            verdict=verdict,
-            cause=ReplayCauseDocument(code=cause, message=cause.message) if cause else None,
-            tolerance=ReplayToleranceDocument(probability=TOLERANCE, score=SCORE_TOLERANCE),
-            differences=list(differences),
-            notes=[] if same else [_REFERENCES_CHANGED],
-            provenance=ReplayProvenanceDocument(
-                recorded=recorded.provenance if recorded else None, current=current
-            ),
-        )
+        notes = [] if same_references(recorded, again) else [_REFERENCES_CHANGED]
+        return _document(case, *compare(recorded, again), again.provenance, notes=notes)
 
     async def _again(self, case: RecordedCase, recorded: Assessment) -> Assessment:
         then = recorded.provenance
@@ -276,12 +247,7 @@ class Replayer:
             digest = (await examination.classifying).model_digest
             _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
             again = await self.assessor.assess(
-                examination,
-                context=case.context,
-                top_k=case.top_k,
-                reference_filter=case.reference_filter,
-                previous=previous,
-                recorded=recorded.neighbours,
+                examination, case, previous=previous, recorded=recorded.neighbours
             )
         finally:
             await examination.discard()
@@ -320,3 +286,24 @@ def _require(
     recorded: str = getattr(then, version)
     if now != recorded:
         raise _CannotError(cause, Difference(f"provenance.{version}", recorded, now), current)
+
+
+def _document(
+    case: RecordedCase,
+    verdict: Verdict,
+    differences: Sequence[Difference] = (),
+    current: Provenance | None = None,
+    *,
+    cause: Cause | None = None,
+    notes: Sequence[ReplayNoteDocument] = (),
+) -> ReplayDocument:
+    recorded = case.assessment.provenance if case.assessment else None
+    return ReplayDocument(
+        assessment_id=case.assessment_id,
+        verdict=verdict,
+        cause=ReplayCauseDocument(code=cause, message=MESSAGES[cause]) if cause else None,
+        tolerance=ReplayToleranceDocument(probability=TOLERANCE, score=SCORE_TOLERANCE),
+        differences=list(differences),
+        notes=list(notes),
+        provenance=ReplayProvenanceDocument(recorded=recorded, current=current),
+    )

@@ -1,9 +1,8 @@
 """The use case: one image in, one recorded assessment out.
 
-Two commits carry it. T1 stores the sealed image with a pending assessment and its audit
-event, while the classifier already runs; T2 stores the answer. Until T1 nothing is kept,
-and every failure is an error to the caller. After T1 nothing is lost: whatever fails, the
-caller is told `pending`, and recovery completes the record.
+T1 commits the sealed image with a pending assessment and its audit event, while the classifier already runs; T2
+the answer. Until T1 nothing is kept, and every failure is an error to the caller. After T1 nothing is lost:
+whatever fails, the caller is told `pending`, and recovery completes the record.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
-from serve_app.lesions.assess import Assessor, Examination
+from serve_app.lesions.assess import DEADLINE_S, Assessor, Examination
 from serve_app.pms.directory import RecordConsultation
 from serve_app.records.lesion_rows import (
     Admission,
@@ -39,8 +38,6 @@ logger = logging.getLogger("derm.triage")
 
 #: How long everything before T1 may take, seconds: the image prepared, the directory asked, the image sealed.
 PREPARE_S = 15.0
-#: How long the stages may take after T1, seconds. A later answer finds nobody waiting.
-DEADLINE_S = 15.0
 #: How long an image is its request's own from T1 on: the deadline, and the way of T1's answer back (the pool's timeout).
 LEASE_S = DEADLINE_S + 5.0
 
@@ -153,10 +150,7 @@ class Triage:
         binding = ImageBinding(pending.image_id, pending.patient_id, pending.content_type)
         image = await asyncio.to_thread(self.keys.open_image, pending.sealed, binding)
         examination = await self.assessor.examine(image, live)
-        try:
-            return await self._complete(examination, pending, follow_up=True)
-        finally:
-            await examination.discard()
+        return await self._complete(examination, pending, follow_up=True)
 
     async def give_up(self, pending: PendingAssessment, code: str) -> bool:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
@@ -208,8 +202,6 @@ class Triage:
         except Exception as error:  # noqa: BLE001 - the image is on record: whatever failed, recovery retries
             logger.warning("Assessment %s stays pending: %s", case.assessment_id, type(error).__name__)
             return None
-        finally:
-            await examination.discard()
 
     async def _complete(
         self, examination: Examination, case: AdmittedImage, *, follow_up: bool
@@ -217,17 +209,14 @@ class Triage:
         """T2; when another replica was faster, its answer is the one on record."""
         live = examination.live
         previous = None
-        if follow_up:
-            previous = await self.records.previous(
-                case.lesion_id, before=case.created_at, embedding_space=live.embedding_space
-            )
-        assessment = await self.assessor.assess(
-            examination,
-            context=case.context,
-            top_k=case.top_k,
-            reference_filter=case.reference_filter,
-            previous=previous,
-        )
+        try:
+            if follow_up:
+                previous = await self.records.previous(
+                    case.lesion_id, before=case.created_at, embedding_space=live.embedding_space
+                )
+            assessment = await self.assessor.assess(examination, case, previous=previous)
+        finally:
+            await examination.discard()
         detail = {"outcome": assessment.outcome, "model_id": live.model_id}
         if await self.records.complete(
             case.assessment_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,9 +119,8 @@ async def test_b4_answers_through_the_whole_graph(
         image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
         examination = await assessor.examine(image, live)
         assert examination.prepared.pixels.shape == (380, 380, 3)
-        answer = await assessor.assess(
-            examination, context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE, previous=None
-        )
+        case = SimpleNamespace(context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE)
+        answer = await assessor.assess(examination, case, previous=None)
     finally:
         await pool.close()
     assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}

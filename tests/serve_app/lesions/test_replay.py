@@ -14,7 +14,7 @@ import pytest
 
 from serve_app.domain.errors import Overloaded, StageFailed
 from serve_app.lesions import replay as replayer
-from serve_app.lesions.replay import Cause
+from serve_app.lesions.replay import MESSAGES, Cause
 from tests.serve_app.erasure.erasing import change, damage, uploaded
 from tests.serve_app.lesions.conftest import AlteredStages, failing, hang
 from tests.serve_app.lesions.test_similar import ask
@@ -30,7 +30,7 @@ async def replay(service, answer: dict[str, Any], cause: Cause | None = None) ->
     body: dict[str, Any] = response.json()
     service.hold_to("ReplayDocument", body)
     assert body["tolerance"] == {"probability": 1e-6, "score": 1e-4}
-    assert body["cause"] == (None if cause is None else {"code": cause, "message": cause.message})
+    assert body["cause"] == (None if cause is None else {"code": cause, "message": MESSAGES[cause]})
     assert (body["verdict"] == "cannot") == (cause is not None)
     (event,) = await service.events(response)
     assert (event["action"], event["outcome"], event["actor"]) == ("replay", "success", "dr")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import httpx
 import numpy as np
 import pytest
 
-from serve_app.domain.assessment import EVERY_REFERENCE, ReferenceFilter, SimilarCase
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
-from serve_app.lesions import similar as searcher
+from serve_app.lesions import assess
 from serve_app.records.reference_cache import ReferenceCache
 from serve_app.records.references import ReferenceImage, ReferenceStore
 from tests.serve_app.erasure.erasing import change, erase, path, uploaded
@@ -31,28 +29,6 @@ async def found(service, answer: dict[str, Any], params: Any = None) -> dict[str
     body: dict[str, Any] = response.json()
     service.hold_to("SimilarCasesDocument", body)
     return body
-
-
-async def nearest(service, answer: dict[str, Any], k: int, limits: ReferenceFilter) -> dict[str, Any]:
-    """What the store finds, exactly, of the same references."""
-    row = await service.owner.fetchrow(
-        "SELECT embedding, embedding_space FROM lesion_embeddings WHERE image_id = $1",
-        UUID(answer["image_id"]),
-    )
-    store = ReferenceStore(service.owner, exact_below=10**9)
-    neighbours = await store.nearest(
-        row["embedding"].to_numpy().astype(np.float32),
-        embedding_space=row["embedding_space"],
-        k=k,
-        reference_filter=limits,
-    )
-    return asdict(neighbours)
-
-
-def same(shown: dict[str, Any] | None, case: dict[str, Any] | None) -> bool:
-    if shown is None or case is None:
-        return shown is case
-    return {name: shown[name] for name in SimilarCase.__dataclass_fields__} == case
 
 
 @pytest.fixture(scope="module")
@@ -88,45 +64,44 @@ async def test_without_a_filter_it_is_what_the_assessment_found(service, assesse
     assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
 
 
+BENIGN = [diagnosis for diagnosis in TRAINED if diagnosis not in MALIGNANT]
+FIELDS = {"licence": "copyright_license"}
+
+
 @pytest.mark.parametrize(
-    ("params", "limits"),
+    "limits",
     [
-        ({"top_k": "3"}, EVERY_REFERENCE),
-        ({"diagnosis": ["NV", "BKL", "NV"]}, ReferenceFilter(diagnoses=(Diagnosis.NV, Diagnosis.BKL))),
-        (
-            {"anatom_site_general": ["anterior torso", "palms/soles"], "diagnosis": "NV"},
-            ReferenceFilter(sites=("anterior torso", "palms/soles"), diagnoses=(Diagnosis.NV,)),
-        ),
-        ({"licence": ["CC-0", "CC-BY-NC"]}, ReferenceFilter(licences=("CC-0", "CC-BY-NC"))),
-        (
-            {"confirmed": "true", "diagnosis": "AK"},
-            ReferenceFilter(confirmed_only=True, diagnoses=(Diagnosis.AK,)),
-        ),
+        {"diagnosis": ["NV", "BKL", "NV"]},
+        {"anatom_site_general": ["head/neck"]},
+        {"anatom_site_general": ["anterior torso", "lower extremity"], "diagnosis": ["NV"]},
+        {"licence": ["CC-0", "CC-BY-NC"]},
+        {"confirmed": ["true"], "diagnosis": BENIGN},
+        {"diagnosis": sorted(MALIGNANT)},
     ],
     ids=str,
 )
-async def test_every_filter_limits_all_that_is_shown(service, assessed, params, limits) -> None:
-    k = int(params.get("top_k", 10))
-    body, wanted = await found(service, assessed, params), await nearest(service, assessed, k, limits)
+async def test_every_filter_limits_all_that_is_shown(service, assessed, limits: dict[str, list[str]]) -> None:
+    def passes(case: dict[str, Any]) -> bool:
+        sent = {FIELDS.get(name, name): values for name, values in limits.items() if name != "confirmed"}
+        confirmed = "confirmed" not in limits or case["diagnosis_confirm_type"] is not None
+        return confirmed and all(case[field] in values for field, values in sent.items())
+
+    every = await found(service, assessed, {"top_k": 50})
+    body = await found(service, assessed, {**limits, "top_k": 50})
+    nearest = list(filter(passes, every["similar"]))
+    assert nearest or limits["diagnosis"] == sorted(MALIGNANT)
     assert body["similar"]
-    assert len(body["similar"]) == len(wanted["similar"]) <= k
-    assert all(map(same, body["similar"], wanted["similar"]))
+    assert body["similar"][: len(nearest)] == nearest
+    assert all(map(passes, body["similar"]))
+    kinds = [case["diagnosis"] in MALIGNANT for case in body["similar"]]
     shown = body["neighbours"]
-    assert shown["malignant_share"] == wanted["malignant_share"]
-    assert same(shown["nearest_benign"], wanted["nearest_benign"])
-    assert same(shown["nearest_malignant"], wanted["nearest_malignant"])
-
-
-async def test_a_filter_of_one_kind_leaves_no_nearest_of_the_other(service, assessed) -> None:
-    benign = [diagnosis for diagnosis in TRAINED if diagnosis not in MALIGNANT]
-    for kinds, share, none in (
-        (benign, 0.0, "nearest_malignant"),
-        (list(MALIGNANT), 1.0, "nearest_benign"),
-    ):
-        body = await found(service, assessed, {"diagnosis": kinds})
-        assert len(body["similar"]) == 10
-        assert body["neighbours"]["malignant_share"] == share
-        assert body["neighbours"][none] is None
+    assert shown["malignant_share"] == pytest.approx(sum(kinds) / len(kinds))
+    for name, malignant in (("nearest_benign", False), ("nearest_malignant", True)):
+        kinds_sent = limits.get("diagnosis", list(TRAINED))
+        possible = any((kind in MALIGNANT) is malignant for kind in kinds_sent)
+        assert (shown[name] is not None) == possible
+        if malignant in kinds:
+            assert shown[name] == body["similar"][kinds.index(malignant)]
 
 
 async def test_the_upload_knows_no_filter_by_diagnosis_or_site(service) -> None:
@@ -211,7 +186,7 @@ async def test_it_is_searched_in_the_space_it_was_assessed_in_while_that_is_ther
 async def test_a_stage_that_fails_or_hangs_is_said_so_and_is_on_record(alterable, monkeypatch) -> None:
     service, stages = alterable
     answer = await uploaded(service)
-    monkeypatch.setattr(searcher, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(assess, "DEADLINE_S", 0.2)
     for change_of_stage in (failing(StageFailed()), hang):
         with stages.altered("nearest", change_of_stage):
             await one_failure(service, await ask(service, answer), 503, "stage_failed")
