@@ -95,11 +95,7 @@ class ServeStages:
         return await _answer(self._embed.remote(model_id, embedding_space, bottleneck))
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """Search the references."""
         return await _answer(self._nearest.remote(embedding, embedding_space, k, reference_filter))

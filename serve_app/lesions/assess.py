@@ -76,11 +76,7 @@ class Stages(Protocol):
         """Bottleneck (512) to a unit vector (512) of one embedding space."""
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """A unit vector to the nearest references of its space, among those that pass the filter."""
 
