@@ -30,11 +30,14 @@ async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> N
             assert str(event[name]) == answer[name]
 
 
-async def test_an_image_that_this_lesion_does_not_have_is_not_found(service) -> None:
+async def test_what_is_not_there_is_not_found_and_what_is_no_id_is_invalid(service) -> None:
     first, second = [await uploaded(service) for _ in range(2)]
     for image in (str(uuid4()), second["image_id"]):
         response = await service.client.get(path({**first, "image_id": image}), headers=service.token("dr"))
         service.hold_to_problem(response, 404, "not_found")
+    for url in ("/api/lesions/7", "/api/lesions/7/images/8", "/api/lesions/%00"):
+        response = await service.client.get(url, headers=service.token("dr"))
+        service.hold_to_problem(response, 422, "invalid_field")
 
 
 async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion) -> None:
@@ -101,9 +104,3 @@ async def test_a_bad_query_is_a_clear_problem(service, params: dict[str, str]) -
     response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
     body = service.hold_to_problem(response, 422, "invalid_field")
     assert not any(value in body["detail"] for value in params.values() if len(value) > 3)
-
-
-@pytest.mark.parametrize("path", ["/api/lesions/7", "/api/lesions/7/images/8", "/api/lesions/%00"])
-async def test_a_path_that_holds_no_id_is_a_clear_problem(service, path: str) -> None:
-    response = await service.client.get(path, headers=service.token("dr"))
-    service.hold_to_problem(response, 422, "invalid_field")
