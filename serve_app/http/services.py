@@ -19,10 +19,9 @@ from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
-from serve_app.lesions.assess import Assessor, Stages
+from serve_app.lesions.assess import Assessor, Searcher, Stages
 from serve_app.lesions.live_model import LiveModelWatch
 from serve_app.lesions.replay import Replayer
-from serve_app.lesions.similar import Searcher
 from serve_app.lesions.triage import Triage
 from serve_app.pms import delivery
 from serve_app.pms.delivery import PmsConnection, open_pms
