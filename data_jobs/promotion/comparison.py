@@ -97,7 +97,7 @@ def measure(
         images=len(labels),
         top1=top_k_accuracy(nine, labels, 1),
         top3=top_k_accuracy(nine, labels, 3),
-        balanced_accuracy=balanced_accuracy(nine, labels, len(TRAINED)),
+        balanced_accuracy=balanced_accuracy(nine, labels),
         melanoma_auc=area_under_curve(nine[:, MELANOMA], labels == MELANOMA),
         ece=calibration_error(nine, labels),
         melanoma_lesions=found.positives,

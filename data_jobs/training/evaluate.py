@@ -24,7 +24,6 @@ from data_jobs.training.evaluation.figures import (
     bootstrap_intervals,
     challenge_figures,
     diagnosis_figures,
-    lesion_diagnosis_figures,
     lesion_figures,
     melanoma_curve,
     reliability,
@@ -40,7 +39,8 @@ from data_jobs.training.evaluation.predictions import (
     write_predictions,
 )
 from data_jobs.training.manifest_file import seal
-from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
+from data_jobs.training.probabilities import rounded
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import scan_images, scan_pixels, soften
 from data_jobs.training.unknown import SPOILT, unknown_figures
@@ -49,7 +49,6 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import Manifest
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
-from serve_app.domain.diagnosis import TRAINED
 
 
 def evaluate(
@@ -82,7 +81,7 @@ def evaluate(
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
         "softened": {
-            "top1_agreement": round(float((softened.argmax(1) == predictions.nine.argmax(1)).mean()), 4),
+            "top1_agreement": rounded((softened.argmax(1) == predictions.nine.argmax(1)).mean()),
             **accuracy_figures(softened, predictions.labels),
         },
     }
@@ -97,8 +96,7 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
         "with_unk": accuracy_figures(nine, labels),
         "without_unk": accuracy_figures(predictions.eight, labels),
         "ham10000": accuracy_figures(ham.nine, ham.labels),
-        "by_lesion": lesion_figures(predictions),
-        "diagnosis_by_lesion": lesion_diagnosis_figures(predictions),
+        **lesion_figures(predictions),
         "intervals": bootstrap_intervals(predictions, seed),
         "ham10000_intervals": bootstrap_intervals(ham, seed),
         **diagnosis_figures(predictions),
@@ -111,12 +109,11 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
 
 def point_figures(predictions: Predictions, manifest: Manifest) -> dict[str, Any]:
     """What the manifest's thresholds give on these lesions."""
-    points = {}
-    for name, point in manifest.operating_points.items():
-        positive = np.isin(predictions.labels, [TRAINED.index(d) for d in point.diagnoses])
-        scores = by_lesion(point_score(predictions.eight, point.diagnoses), positive, predictions.lesions)
-        points[name] = asdict(measure_threshold(*scores, point.threshold))
-    return points
+    known = predictions.eight, predictions.labels, predictions.lesions
+    return {
+        name: asdict(measure_threshold(*lesion_scores(*known, point.diagnoses), point.threshold))
+        for name, point in manifest.operating_points.items()
+    }
 
 
 def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any
