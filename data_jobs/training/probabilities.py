@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
-def rounded(value: float, digits: int = 4) -> float:
+def rounded(value: float | np.floating, digits: int = 4) -> float:
     """A figure for reading."""
     return round(float(value), digits)
 

@@ -21,12 +21,7 @@ from benchmarks.decode_fuzz import HANG_S, fuzz
 from deployments.preprocess.decode import UploadLimits, decode_image
 from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
-from serve_app.domain.errors import (
-    ImageTooSmall,
-    TooLarge,
-    UndecodableImage,
-    UnsupportedImage,
-)
+from serve_app.domain.errors import ImageTooSmall, TooLarge, UndecodableImage, UnsupportedImage
 
 GEOMETRY = InputGeometry(192)
 REJECTIONS = (TooLarge, UnsupportedImage, ImageTooSmall, UndecodableImage)

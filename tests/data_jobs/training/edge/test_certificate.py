@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 
 from data_jobs.training.dataset import LabelledImage
-from data_jobs.training.edge.certificate import (
-    FoldImages,
-    gate_problems,
-    point_figures,
-)
+from data_jobs.training.edge.certificate import FoldImages, gate_problems, point_figures
 from model_store.manifest import OperatingPoint
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
