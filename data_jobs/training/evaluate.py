@@ -20,6 +20,7 @@ from data_jobs.training.card import write_card
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
 from data_jobs.training.embedding_spaces import retrieval_figures
 from data_jobs.training.evaluation.figures import (
+    RESAMPLES,
     accuracy_figures,
     bootstrap_intervals,
     challenge_figures,
@@ -88,7 +89,7 @@ def evaluate(
     return report, predictions, Predictions([rows[i] for i in fitted], *served(calibrator, other))
 
 
-def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
+def figures_of(predictions: Predictions, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
     """The figures that need nothing but predictions: anyone can compute them again from the file."""
     nine, labels = predictions.nine, predictions.labels
     ham = predictions[predictions.of_ham10000]
@@ -97,8 +98,8 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
         "without_unk": accuracy_figures(predictions.eight, labels),
         "ham10000": accuracy_figures(ham.nine, ham.labels),
         **lesion_figures(predictions),
-        "intervals": bootstrap_intervals(predictions, seed),
-        "ham10000_intervals": bootstrap_intervals(ham, seed),
+        "intervals": bootstrap_intervals(predictions, seed, resamples),
+        "ham10000_intervals": bootstrap_intervals(ham, seed, resamples),
         **diagnosis_figures(predictions),
         "melanoma_curve": melanoma_curve(predictions),
         "reliability": reliability(predictions),

@@ -314,8 +314,8 @@ IDENTITY = {"age_approx": "age", "sex": "sex"}
 _LOOKUPS = (
     (
         "patient", Lookup.NOT_AVAILABLE, "record_not_available",
-        "The patient's record in the PMS did not answer in time: history that was not sent with the image was not "
-         "available. It could not be weighed.",
+        ("The patient's record in the PMS did not answer in time: history that was not sent with the image was not "
+         "available. It could not be weighed."),
     ),
     (
         "patient", Lookup.UNKNOWN, "record_not_found",

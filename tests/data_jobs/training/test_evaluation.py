@@ -19,13 +19,9 @@ from data_jobs.training.evaluation.figures import (
     challenge_figures,
     coverage_range,
     diagnosis_figures,
-    lesion_figures,
     lesion_predictions,
-    melanoma_curve,
-    reliability,
     resampled_weights,
     set_figures,
-    subgroup_figures,
     weighted_auc,
 )
 from data_jobs.training.evaluation.predictions import (
@@ -165,31 +161,27 @@ def evidence(models: Path, rows: dict[str, LabelledImage]) -> list[tuple[StoredM
     return [(model, read_predictions(model.path(PREDICTIONS_NAME), rows)) for model in found]
 
 
+@pytest.mark.torch
 def test_the_shipped_figures_follow_from_the_shipped_predictions(
     evidence: list[tuple[StoredModel, Predictions]], rows: dict[str, LabelledImage]
 ) -> None:
     """All of `evaluation.json` that needs nothing but answers to the whole of the test fold."""
+    pytest.importorskip("matplotlib", reason="needs the train extra")
+    from data_jobs.training.evaluate import figures_of, point_figures
+
     for model, test in evidence:
         told = json.loads(model.path("evaluation.json").read_text())
         fold = {row.isic_id for row in rows.values() if row.fold == told["fold"]}
         assert {row.isic_id for row in test.rows} == fold
-        calibrated = json.loads(model.path("calibration.json").read_text())
         thresholds = Calibrator.from_model(model).thresholds
-        ham = test[test.of_ham10000]
-        challenge = told.pop("challenge")
-        for name, found in challenge_figures(test).items():
-            assert_near({key: challenge[name][key] for key in found}, found)
-        found = {
-            "with_unk": accuracy_figures(test.nine, test.labels),
-            "without_unk": accuracy_figures(test.eight, test.labels),
-            "ham10000": accuracy_figures(ham.nine, ham.labels),
-            **lesion_figures(test),
-            **diagnosis_figures(test),
-            "melanoma_curve": melanoma_curve(test),
-            "reliability": reliability(test),
-            "subgroups": subgroup_figures(test),
-            "sets": set_figures(test, thresholds, 0.95, calibrated["images_a_class"]),
-        }
+        calibrated = json.loads(model.path("calibration.json").read_text())
+        found = figures_of(test, seed=0, resamples=10)
+        for name in ("intervals", "ham10000_intervals"):
+            assert found.pop(name).keys() == told[name].keys()
+        for name, challenge in found.pop("challenge").items():
+            assert_near({key: told["challenge"][name][key] for key in challenge}, challenge)
+        found["operating_points"] = point_figures(test, model.manifest)
+        found["sets"] = set_figures(test, thresholds, 0.95, calibrated["images_a_class"])
         assert_near({name: told[name] for name in found}, found)
 
 
