@@ -49,10 +49,15 @@ def misses_allowed(positives: int, sensitivity: float = 0.95, confidence: float 
     return next(fail, positives) - 1
 
 
-def by_lesion(
-    scores: Floats, positive: NDArray[np.bool_], lesions: Sequence[str]
+def lesion_scores(
+    probabilities: Floats, labels: Labels, lesions: Sequence[str], diagnoses: Sequence[Diagnosis]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """One score a lesion, the less favourable: a positive's lowest image, a negative's highest."""
+    """One score a lesion, and whether it is one of `diagnoses`, whose calibrated probabilities (N×8) the score sums.
+
+    The less favourable image counts: a positive's lowest, a negative's highest.
+    """
+    indices = [TRAINED.index(d) for d in diagnoses]
+    scores, positive = probabilities[:, indices].sum(1), np.isin(labels, indices)
     worst: dict[tuple[str, bool], float] = {}
     for score, is_positive, lesion in zip(scores.tolist(), positive.tolist(), lesions, strict=True):
         key = (lesion, is_positive)
@@ -96,19 +101,6 @@ def measure_threshold(
         negatives=negatives,
         specificity=float((~flagged & ~positive).sum() / max(1, negatives)),
     )
-
-
-def point_score(probabilities: Floats, diagnoses: Sequence[Diagnosis]) -> Floats:
-    """Sum of the calibrated probabilities of `diagnoses`."""
-    return np.asarray(probabilities[:, [TRAINED.index(d) for d in diagnoses]].sum(1))
-
-
-def lesion_scores(
-    probabilities: Floats, labels: Labels, lesions: Sequence[str], diagnoses: Sequence[Diagnosis]
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """`by_lesion` of the summed probabilities of `diagnoses`, N×8, which are the positive ones."""
-    positive = np.isin(labels, [TRAINED.index(d) for d in diagnoses])
-    return by_lesion(point_score(probabilities, diagnoses), positive, lesions)
 
 
 def choose_points(

@@ -12,7 +12,7 @@ from scipy.stats import betabinom
 from sklearn import metrics
 
 from data_jobs.training.evaluation.predictions import MELANOMA, UNKNOWN, Predictions
-from data_jobs.training.operating_points import by_lesion, measure_threshold
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
 from data_jobs.training.probabilities import (
     Floats,
     Labels,
@@ -147,7 +147,7 @@ def melanoma_curve(predictions: Predictions) -> dict[str, Any]:
     highest. It describes the fold it is measured on; no threshold is taken from it.
     """
     labels = predictions.labels
-    scores, positive = by_lesion(predictions.eight[:, MELANOMA], labels == MELANOMA, predictions.lesions)
+    scores, positive = lesion_scores(predictions.eight, labels, predictions.lesions, (Diagnosis.MEL,))
     false_alarms, sensitivity, thresholds = metrics.roc_curve(positive, scores, drop_intermediate=False)
     # One threshold for every distinct score of a melanoma.
     rises = np.flatnonzero(np.diff(sensitivity) > 0.0) + 1
