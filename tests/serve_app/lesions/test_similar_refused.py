@@ -14,8 +14,7 @@ import pytest
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import StageFailed
 from serve_app.lesions import similar as searcher
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore
 from tests.serve_app.erasure.erasing import erase, uploaded
 from tests.serve_app.lesions.conftest import failing, hang
 from tests.serve_app.lesions.test_similar import ask, found
