@@ -6,8 +6,7 @@ import pytest
 
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.pool import open_pool, queries
-from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore, SpaceEmbedder
 from serve_app.records.serving import LiveModel, publish
 
 #: An erased image of a patient, of which nothing is left.
