@@ -171,7 +171,7 @@ async def test_idempotency_keys_expire_but_for_pending_ones(service, housekeepin
                 "UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = $1",
                 headers["Idempotency-Key"],
             )
-    assert await housekeeping.expire_idempotency_keys(older_than_s=7 * 86_400) >= 1
+    assert await housekeeping.expire_idempotency_keys(days=7) >= 1
     left = await service.owner.fetch(
         "SELECT key FROM idempotency_keys WHERE key LIKE 'expiry-%' ORDER BY key"
     )
