@@ -31,9 +31,10 @@ from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
+from serve_app.audit.events import account_event
 from serve_app.http.app import create_app
 from serve_app.lesions.recovery import recover_once
-from serve_app.records.lesions import LesionStore
+from serve_app.records.access import AccessStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
@@ -179,7 +180,9 @@ def _headers(secret: str) -> dict[str, str]:
 
 async def _assign(owner: Pool) -> str:
     patient = f"p-{uuid4().hex[:12]}"
-    await LesionStore(owner).assign(patient, _CLINICIAN, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    event = account_event("assign", patient_id=patient)
+    await AccessStore(owner).assign(patient, _CLINICIAN, starts_at=since, ends_at=None, event=event)
     return patient
 
 

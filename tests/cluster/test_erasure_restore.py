@@ -20,7 +20,6 @@ from serve_app.erasure.eraser import Eraser
 from serve_app.http.app import create_app
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
-from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
@@ -144,9 +143,9 @@ async def _await_receipt(client: httpx.AsyncClient, at: tuple[UUID, UUID]) -> di
 async def _assign_all(clinic: Clinic) -> None:
     owner: Pool = await open_pool(clinic.server.ensure().owner, minimum=0, maximum=1, timeout_s=20)
     try:
-        patients = await owner.fetch("SELECT DISTINCT patient_id, now() AS since FROM lesions")
-        for row in patients:
-            await LesionStore(owner).assign(row["patient_id"], "dr", starts_at=row["since"])
+        await owner.execute(
+            "INSERT INTO care_assignments SELECT DISTINCT patient_id, 'dr', now(), NULL::timestamptz FROM lesions"
+        )
     finally:
         await owner.close()
 

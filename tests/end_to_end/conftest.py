@@ -29,7 +29,6 @@ from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import draw_lesion
 from serve_app.access.tokens import mint_token
-from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
 from serve_app.settings import REPOSITORY
@@ -147,7 +146,9 @@ class Pms:
     async def care(self, subject: str = "dr") -> str:
         """A new patient in the caller's care."""
         patient_id = f"p-{uuid4().hex[:12]}"
-        await LesionStore(self.owner).assign(patient_id, subject, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        since = datetime(2026, 1, 1, tzinfo=UTC)
+        care = "INSERT INTO care_assignments VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
+        await self.owner.execute(care, patient_id, subject, since)
         return patient_id
 
     async def upload(

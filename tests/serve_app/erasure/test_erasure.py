@@ -74,26 +74,6 @@ async def test_an_erasure_is_recorded_with_the_purpose_of_its_reason(service, an
     assert [event["purpose"] for event in events] == [purpose, purpose]
 
 
-async def test_who_may_read_a_receipt_may_not_read_the_record_for_it(service, answer) -> None:
-    await erase(service, answer)
-    lesion = f"/api/lesions/{answer['lesion_id']}"
-    for role in ("supervisor", "auditor"):
-        for url in (lesion, path(answer)):
-            seen = await service.client.get(url, headers=service.token("chief", (role,)))
-            service.hold_to_problem(seen, 403, "forbidden")
-    for stranger in (
-        service.token("dr-other"),
-        service.token("pms", ("pms_service",)),
-        service.token("op", ("operator",)),
-    ):
-        unread = await service.client.get(f"{path(answer)}/receipt", headers=stranger)
-        service.hold_to_problem(unread, 403, "forbidden")
-    other = await service.client.get(
-        f"{lesion}/images/{answer['assessment_id']}/receipt", headers=service.token("a", ("auditor",))
-    )
-    service.hold_to_problem(other, 404, "not_found")
-
-
 async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> None:
     receipt = (await erase(service, answer)).json()
     gone = await service.client.get(path(answer), headers=service.token("dr"))
