@@ -51,17 +51,11 @@ async def test_a_second_delete_and_a_reader_get_the_same_receipt(service, answer
     again = await erase(service, answer, reason="wrong_patient")
     assert (again.status_code, again.json()) == (200, first)
     assert [event["action"] for event in await service.events(again)] == ["erase"]
-    for reader, purpose in (
-        (service.token("dr"), "TREAT"),
-        (service.token("chief", ("supervisor",)), "HOPERAT"),
-        (service.token("a", ("auditor",)), "HCOMPL"),
-    ):
-        read = await service.client.get(f"{path(answer)}/receipt", headers=reader)
-        assert (read.status_code, read.json()) == (200, first)
-        (event,) = await service.events(read)
-        assert (event["action"], event["outcome"]) == ("read_receipt", "success")
-        assert event["detail"] == {"receipt_id": first["receipt_id"]}
-        assert event["purpose"] == purpose
+    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("a", ("auditor",)))
+    assert (read.status_code, read.json()) == (200, first)
+    (event,) = await service.events(read)
+    assert (event["action"], event["outcome"], event["purpose"]) == ("read_receipt", "success", "HCOMPL")
+    assert event["detail"] == {"receipt_id": first["receipt_id"]}
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ErasureReason if reason != "retention"])

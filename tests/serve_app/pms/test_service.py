@@ -88,6 +88,7 @@ async def test_the_record_is_weighed_and_the_encounter_is_told(tied, pms) -> Non
         while (disclosed := await tied.owner.fetchval(query, answer["assessment_id"])) == 0:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.02)
     assert disclosed == 1
+    assert (await tied.client.get("/readyz")).json()["outbox"]["dead"] == 0
     seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
     assert seen.json()["assessments"] == [answer]
 
