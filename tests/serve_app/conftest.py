@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 from pydantic import SecretStr
 import pytest
 
+from benchmarks.baseline import LocalStages
 from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
@@ -33,7 +34,6 @@ from serve_app.lesions.assess import Stages
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
-from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"

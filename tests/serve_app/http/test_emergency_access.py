@@ -155,6 +155,8 @@ async def test_a_body_that_is_no_form_is_refused(service, body: bytes) -> None:
     assert answer.status_code == (413 if len(body) > 16_384 else 422)
     assert (answer.json()["detail"] == "patient_id: sent twice.") is (body == TWICE)
     assert len(await service.events(answer)) == 1
+    if body == b"[]":
+        assert answer.json()["detail"] == "body: Input should be an object"
 
 
 async def test_the_service_cannot_widen_an_emergency(service) -> None:

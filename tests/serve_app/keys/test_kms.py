@@ -7,10 +7,10 @@ from uuid import uuid4
 
 import pytest
 
-from benchmarks.key_service import KeyService
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
 from serve_app.keys.providers import retries
 from serve_app.keys.providers.kms import AwsKms
+from tests.serve_app.keys.key_service import KeyService
 from tests.serve_app.keys.kms_server import Kms
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"

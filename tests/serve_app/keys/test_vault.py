@@ -9,8 +9,6 @@ from uuid import uuid4
 
 import pytest
 
-from benchmarks.key_service import KeyService
-from benchmarks.vault_server import Vault
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
 from serve_app.keys.envelope import seal
 from serve_app.keys.keyring import KeyProvider, WrappedKey
@@ -19,6 +17,8 @@ from serve_app.keys.providers import open_key_provider, retries
 from serve_app.keys.providers.vault import VaultAddress, VaultTransit
 from serve_app.settings import KeySettings
 from tests.serve_app.keys.key_files import BINDING
+from tests.serve_app.keys.key_service import KeyService
+from tests.serve_app.keys.vault_server import Vault
 
 
 @pytest.fixture
