@@ -32,7 +32,9 @@ from cluster.running import Running, announce, occupy
 from serve_app.domain.errors import DermError
 
 #: What a node takes if it can, by RayNode's names.
-PORTS = {field.name: field.default for field in fields(RayNode) if field.name.endswith("port")}
+PORTS: dict[str, int] = {
+    field.name: int(field.default) for field in fields(RayNode) if field.name.endswith("port")
+}
 
 _LOOK_EVERY_S = 1.0
 _STEP_EVERY_S = 0.1
@@ -255,7 +257,7 @@ def _node(request: ServeRequest) -> RayNode:
             f"Port {request.port} on {request.host} is taken by {listener_on(request.port)}; "
             "stop that, or choose another with --port."
         )
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, int] = {}
     for name, wanted in PORTS.items():
         chosen[name] = choose_port(wanted, taken=[request.port, *chosen.values()])
     return RayNode(request.home, dashboard=request.dashboard, **chosen)

@@ -137,7 +137,7 @@ def _loops(
     housekeeping, keys = Housekeeping(services.pool), services.keys
     rest: list[Callable[[], Awaitable[object]]] = [
         eraser.erase_restored,
-        partial(sweeping.expire_idempotency_keys, housekeeping, days=settings.idempotency_days),
+        partial(housekeeping.expire_idempotency_keys, days=settings.idempotency_days),
         partial(sweeping.sweep_orphaned_keys, housekeeping, keys),
     ]
     if settings.retention_days is not None:
