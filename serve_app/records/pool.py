@@ -37,10 +37,9 @@ UNAVAILABLE = (
 def border() -> Iterator[None]:
     """Turn what PostgreSQL and asyncpg raise into domain errors.
 
-    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether
-    a write was committed is then not known. Conflict: a constraint refuses it. InvalidField: no
-    database text can hold it (NUL, lone surrogates). The latter two drop their cause, which
-    quotes rows, and those are patients' data.
+    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether a write was committed
+    is then not known. Conflict: a constraint refuses it. InvalidField: no database text can hold it (NUL, lone
+    surrogates). The latter two drop their cause, which quotes rows, and those are patients' data.
     """
     try:
         yield
@@ -149,10 +148,7 @@ async def _leave(_connection: asyncpg.Connection) -> None:
     """Leave the session as it is."""
 
 
-_QUERIES = Path(__file__).parent / "queries"
-
-
 @cache
 def queries(file: str) -> Mapping[str, str]:
     """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does."""
-    return parse((_QUERIES / f"{file}.sql").read_text())
+    return parse(Path(__file__).with_name("queries").joinpath(f"{file}.sql").read_text())

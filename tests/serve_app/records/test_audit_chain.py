@@ -221,7 +221,7 @@ async def test_what_was_signed_falsely_before_does_not_hide_the_genuine_one(log)
     await sign_head(chain, checkpoints)
     await log.rewrite()
     head = await chain.head()
-    checkpoints.add(head.position, head.hash)
+    checkpoints.add(head)
     assert await log.kinds() == {"two checkpoints contradict each other"}
     with pytest.raises(IntegrityError, match="contradict each other"):
         await sign_head(chain, checkpoints)
