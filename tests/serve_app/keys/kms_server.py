@@ -35,7 +35,7 @@ class Kms:
     def __init__(self) -> None:
         self.keys: dict[str, dict[str, Any]] = {}
         self.aliases: dict[str, str] = {}
-        self.denied: set[str] = set()
+        self.forbidden: set[str] = set()
         self.seen: list[dict[str, Any]] = []
 
     def make_key(self, key_id: str, *, alias: str | None = None, spec: str = "SYMMETRIC_DEFAULT") -> None:
@@ -60,7 +60,7 @@ class Kms:
     def _check(self, operation: str, headers: Mapping[str, str]) -> None:
         if not _SIGNED.fullmatch(headers.get("Authorization", "")) or "X-Amz-Date" not in headers:
             raise Refusal("MissingAuthenticationTokenException")
-        if operation in self.denied:
+        if operation in self.forbidden:
             raise Refusal("AccessDeniedException")
 
     def _key(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:

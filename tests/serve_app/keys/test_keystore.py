@@ -5,28 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+import random
 import sqlite3
 import subprocess
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
-from serve_app.domain.errors import DataKeyMissing, IntegrityError, RecordsUnavailable
+from serve_app.domain.errors import DataKeyMissing, Erased, IntegrityError, RecordsUnavailable
 from serve_app.keys import keystore
 from serve_app.keys.envelope import open_sealed, seal
 from serve_app.keys.keyring import FileKeyring, WrappedKey
-from serve_app.keys.keystore import KeyStore
+from serve_app.keys.keystore import DestroyedKey, KeyStore
 from tests.serve_app.keys.key_files import BINDING, bytes_on_disk, sqlite
 
 Started = Callable[[str], subprocess.Popen[str]]
 
 
-def test_every_file_is_private(store: KeyStore, keys: Path) -> None:
+def test_every_file_is_private_or_refused(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
     store.create()
     modes = {file.name: file.stat().st_mode & 0o777 for file in keys.iterdir()}
     names = ("keyring.json", "keystore.sqlite", "keystore.sqlite-shm", "keystore.sqlite-wal")
     assert modes == dict.fromkeys(names, 0o600)
+    (keys / "keystore.sqlite").chmod(0o640)
+    with pytest.raises(IntegrityError, match="chmod go-rwx"):
+        KeyStore(keys / "keystore.sqlite", keyring)
 
 
 def test_a_commit_is_on_disk_before_it_returns(store: KeyStore) -> None:
@@ -41,13 +46,9 @@ def test_restart_keeps_the_keys(store: KeyStore, keys: Path) -> None:
     store.close()
     with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as again:
         for key, sealed in zip(made, images, strict=True):
-            opened = open_sealed(sealed, data_key=again.load(key.id), binding=BINDING)
-            assert opened == str(key.id).encode()
-
-
-def test_a_key_read_back_never_seals(store: KeyStore) -> None:
-    with pytest.raises(IntegrityError):
-        seal(b"image", data_key=store.load(store.create().id), binding=BINDING)
+            assert again.open_image(sealed, BINDING) == str(key.id).encode()
+            with pytest.raises(IntegrityError):  # what was read back never seals
+                seal(b"image", data_key=again.load(key.id), binding=BINDING)
 
 
 def test_a_shredded_key_is_gone_from_every_file(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
@@ -124,12 +125,6 @@ def test_a_refused_thread_takes_no_neighbours_key_with_it(store: KeyStore, keys:
         assert [store.load(key_id).id for key_id in made] == made
 
 
-def test_a_store_open_to_others_is_refused(store: KeyStore, keys: Path, keyring: FileKeyring) -> None:
-    (keys / "keystore.sqlite").chmod(0o640)
-    with pytest.raises(IntegrityError, match="chmod go-rwx"):
-        KeyStore(keys / "keystore.sqlite", keyring)
-
-
 def test_a_damaged_store_is_refused(keys: Path, keyring: FileKeyring) -> None:
     (keys / "keystore.sqlite").touch(mode=0o600)
     (keys / "keystore.sqlite").write_bytes(b"not a database, and long enough to say so" * 100)
@@ -152,6 +147,68 @@ def test_a_store_that_cannot_be_written_is_unavailable(
         store.create()
     with pytest.raises(RecordsUnavailable):
         store.create()
+
+
+def destroyed(data_key_id: UUID) -> DestroyedKey:
+    return DestroyedKey(data_key_id=data_key_id, receipt_id=uuid4(), reason="retention", actor="ops")
+
+
+def test_a_destroyed_key_says_so_and_stays_destroyed(store: KeyStore) -> None:
+    key = store.create()
+    sealed = seal(b"image", data_key=key, binding=BINDING)
+    gone = destroyed(key.id)
+    store.destroy(gone)
+    store.destroy(destroyed(key.id))  # a second try is the first one's
+    with pytest.raises(Erased):
+        store.open_image(sealed, BINDING)
+    store.destroy(destroyed(second := store.create().id))
+    ((first, found),) = store.list_destroyed(limit=1)
+    assert found == gone
+    assert [found.data_key_id for _, found in store.list_destroyed(after=first)] == [second]
+
+
+def test_only_a_key_that_was_here_is_destroyed(store: KeyStore) -> None:
+    """Another node's, or one that a restore has lost: nothing is remembered that nobody has seen gone."""
+    elsewhere, swept = destroyed(uuid4()), destroyed(store.create().id)
+    store.shred(swept.data_key_id)
+    for key in (elsewhere, swept):
+        with pytest.raises(DataKeyMissing):
+            store.destroy(key)
+        with pytest.raises(DataKeyMissing):
+            store.load(key.data_key_id)
+    assert store.list_destroyed() == []
+    store.destroy(replace(elsewhere, proven=True))  # a receipt says so
+    with pytest.raises(Erased):
+        store.load(elsewhere.data_key_id)
+    store.destroy(elsewhere)  # and so it is known
+
+
+def test_of_many_destroyed_keys_no_file_holds_any(store: KeyStore, keys: Path) -> None:
+    """Pages merge as keys go: neither the live page nor what moved may keep a copy."""
+    made = [store.create().id for _ in range(60)]
+    rows = sqlite(keys / "keystore.sqlite", "SELECT data_key_id, wrapped FROM data_keys")
+    on_disk = {UUID(bytes=key): wrapped for key, wrapped in rows}
+    gone = random.Random(7).sample(made, 48)  # noqa: S311 - no secret
+    for data_key_id in gone:
+        store.destroy(destroyed(data_key_id))
+    found = bytes_on_disk(keys)
+    assert [key for key in gone if on_disk[key] in found or on_disk[key][12:44] in found] == []
+    assert all(on_disk[key] in found for key in set(made) - set(gone))
+
+
+def test_keys_are_listed_by_age_and_awaited_until_their_image_was_seen(store: KeyStore) -> None:
+    ids = [store.create().id for _ in range(3)]
+    assert store.list_made_before(3600) == []
+    (first,) = store.list_made_before(0, limit=1)
+    assert [key for _, key, _ in store.list_made_before(0, after=first[0])] == ids[1:]
+    assert store.list_awaited() == sorted(ids)
+    assert store.list_awaited(after=min(ids), limit=1) == [sorted(ids)[1]]
+    store.stop_awaiting(ids[:2])
+    store.stop_awaiting(ids[:2])
+    assert store.list_awaited() == ids[2:]
+    assert [awaited for _, _, awaited in store.list_made_before(0)] == [False, False, True]
+    store.shred(ids[2])
+    assert store.list_awaited() == []
 
 
 def test_two_processes_of_eight_threads(store: KeyStore, start: Started) -> None:
