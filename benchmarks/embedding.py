@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from benchmarks.load import default_archive, images_in
-from benchmarks.processes import measure_pss
+from benchmarks.systems import measure_pss
 from cluster.postgres import EmbeddedPostgres
 from data_jobs.references.catalogue import CatalogueEntry, read_catalogue, write_catalogue
 from data_jobs.references.embedder import (
@@ -42,7 +42,7 @@ from model_store.registry import ModelStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
 from serve_app.records.reference_cache import FailedReference
-from serve_app.settings import REPOSITORY
+from serve_app.settings import REPOSITORY, model_folder
 
 _PROCESSES = 2
 #: Reading the PSS of all of Ray's processes takes a tenth of a second of a core: seldom enough to cost the job nothing.
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
     images_in(parsed.isic / "images")
-    models = Path(os.environ.get("DERM_MODELS", REPOSITORY / "model_store" / "models"))
+    models = model_folder()
     model_id = parsed.model or next(iter(ModelStore(models)))
     with tempfile.TemporaryDirectory(prefix="derm-embedding-") as scratch:
         folder = repeat_archive(parsed.isic.resolve(), Path(scratch) / "references", parsed.count)

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.search_data import SearchData, describe, make_search_data
+from benchmarks.search_data import SearchData, Truth, describe, make_search_data, search_exactly
 from benchmarks.search_retriever import running_node, running_retriever
-from benchmarks.search_truth import Truth, search_exactly
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter
 from serve_app.records.migrate import migrate

@@ -18,8 +18,7 @@ import tempfile
 from typing import Any
 
 from benchmarks.load import LoadResult, Upload, default_archive, drive, images_in, make_upload
-from benchmarks.records import prepare_records
-from benchmarks.systems import CORES, System, running_baseline, running_graph
+from benchmarks.systems import CORES, System, prepare_records, running_baseline, running_graph
 from cluster.postgres import EmbeddedPostgres
 
 _CLINICIAN = "dr-benchmark"
@@ -52,7 +51,7 @@ def main() -> None:
 def run(home: Path, parsed: argparse.Namespace) -> dict[str, Any]:
     """Start each system in turn, drive it, and compare."""
     postgres = EmbeddedPostgres(home)
-    token = prepare_records(home, postgres, clinician=_CLINICIAN, patient=PATIENT)
+    token = prepare_records(home, postgres.ensure(), clinician=_CLINICIAN, patient=PATIENT)
     uploads = _uploads(images_in(parsed.images))
     measured: dict[str, list[dict[str, Any]]] = {"graph": [], "baseline": []}
     try:

@@ -1,25 +1,39 @@
-"""The two systems under test, started and stopped by the benchmark: the graph and its baseline."""
+"""The two systems under test, started and stopped by the benchmark: the graph and its baseline.
+
+Also the records that they run on, and the memory and processor time that they take. Memory is PSS: a shared page is
+counted once, split among its sharers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 import os
 from pathlib import Path
 import subprocess
 import sys
 import time
 from typing import Any
+from unittest import mock
 import urllib.error
 import urllib.request
 
 import psutil
 
-from benchmarks.processes import measure_cpu, measure_pss
+from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_ports
-from cluster.postgres import EmbeddedPostgres
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
+from data_jobs.references.load import publish_bundled
+from model_store.registry import ModelStore
+from serve_app.access.tokens import mint_token
+from serve_app.records.lesions import LesionStore
+from serve_app.records.migrate import migrate
+from serve_app.records.pool import open_pool
+from serve_app.settings import model_folder
 
 CORES = os.cpu_count() or 1
 _READY_TIMEOUT_S = 180
@@ -61,23 +75,24 @@ def running_graph(
 
     `settings` are further DERM_* variables of the node.
     """
-    os.environ.update(settings or {})
     # Beside another node of this machine, if there is one.
-    ports = choose_ports(5)
-    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(ports[4])
+    gcs, stats, metrics, board, fallback = choose_ports(5)
     node = RayNode(
         home,
-        port=ports[0],
-        stats_port=ports[1],
-        metrics_port=ports[2],
+        port=gcs,
+        stats_port=stats,
+        metrics_port=metrics,
         dashboard=dashboard,
-        dashboard_port=ports[3],
+        dashboard_port=board,
+        fallback_port=fallback,
     )
     started = time.monotonic()
     try:
-        node.start()
-        command = [sys.executable, "-m", "cluster.deploy", "--address", node.address, "--host", "127.0.0.1"]
-        subprocess.run([*command, "--port", str(port), "--profile", "cpu"], env=node.environment, check=True)
+        with mock.patch.dict(os.environ, settings or {}):
+            node.start()
+            command = [sys.executable, "-m", "cluster.deploy", "--address", node.address]
+            command += ["--host", "127.0.0.1", "--port", str(port), "--profile", "cpu"]
+            subprocess.run(command, env=node.environment, check=True)
         _wait_ready(port)
         ready_s = time.monotonic() - started
         yield System("graph", _url(port), ready_s, EmbeddedPostgres(home), node=node)
@@ -122,3 +137,74 @@ def _wait_ready(port: int) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise TimeoutError(f"Nothing ready on port {port}.")
+
+
+def prepare_records(home: Path, urls: DatabaseUrls, *, clinician: str, patient: str) -> str:
+    """Migrate, load the model's references, make it live, assign the patient; returns a day's token for the clinician."""
+    write_service_environment(home, urls)
+    models = model_folder()
+
+    async def fill() -> None:
+        await migrate(urls.owner, application_role="derm_app")
+        await publish_bundled(urls.owner, models, next(iter(ModelStore(models))))
+        pool = await open_pool(urls.owner, minimum=0, maximum=1)
+        await LesionStore(pool).assign(patient, clinician, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        await pool.close()
+
+    asyncio.run(fill())
+    return mint_token(
+        secret=read_service_environment(home)["DERM_TOKEN_SECRET"],
+        issuer="derm-cds",
+        audience="derm-cds",
+        subject=clinician,
+        roles=["clinician"],
+        lifetime_s=86_400,
+    )
+
+
+def with_descendants(roots: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
+    """Each process and everything below it, by pid."""
+    found: dict[int, psutil.Process] = {}
+    for root in roots:
+        try:
+            for process in (root, *root.children(recursive=True)):
+                found[process.pid] = process
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def measure_pss(roots: Iterable[psutil.Process]) -> dict[str, Any]:
+    """Sum the PSS of the processes and their descendants, in MB, with the parts by name."""
+    parts: dict[str, float] = {}
+    processes = with_descendants(roots)
+    for process in processes.values():
+        try:
+            parts[_name(process)] = process.memory_full_info().pss / 1e6
+        except psutil.Error:
+            continue
+    return {
+        "total_mb": round(sum(parts.values()), 1),
+        "processes": len(parts),
+        "parts_mb": {name: round(mb, 1) for name, mb in sorted(parts.items(), key=lambda part: -part[1])},
+    }
+
+
+def measure_cpu(roots: Iterable[psutil.Process]) -> dict[str, float]:
+    """Processor seconds, user and system, that each process has used so far."""
+    used: dict[str, float] = {}
+    for process in with_descendants(roots).values():
+        try:
+            times = process.cpu_times()
+            used[_name(process)] = times.user + times.system
+        except psutil.Error:
+            continue
+    return used
+
+
+def _name(process: psutil.Process) -> str:
+    command = process.cmdline() or [process.name()]
+    name = command[0].strip() or process.name()
+    if "python" in name:
+        name = " ".join(command)[-60:]
+    return f"{name[:60]} {process.pid}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 import re
 from types import MappingProxyType
+from typing import Any
 
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+#: A parameter, and not PostgreSQL's cast (`::text`).
+_PARAMETER = re.compile(r"(?<!:):([a-z]\w*)")
 
 
 def parse(text: str) -> Mapping[str, str]:
@@ -20,3 +24,16 @@ def parse(text: str) -> Mapping[str, str]:
             raise ValueError(f"The query {name} does not say what it does")
         found[name] = body.strip().rstrip(";")
     return MappingProxyType(found)
+
+
+def bind(query: str, values: Mapping[str, object]) -> tuple[Any, ...]:
+    """Give a query with named parameters (`:name`) PostgreSQL's numbered ones; returns it and its arguments."""
+    text, names = numbered(query)
+    return (text, *(values[name] for name in names))
+
+
+@cache
+def numbered(query: str) -> tuple[str, tuple[str, ...]]:
+    """Number a query's named parameters; returns their names in that order, too."""
+    names = list(dict.fromkeys(_PARAMETER.findall(query)))
+    return _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", query), tuple(names)

@@ -1,10 +1,19 @@
-"""What runs beside answering: the record's invariants checked, the audit log's new events sealed and signed."""
+"""Every background loop of an ingress replica, in one supervised task group: none ends unnoticed.
+
+Every replica runs all of them (http/services.py lists them). What keeps two replicas from doing one thing twice is
+each loop's own: a lease on a row, an advisory lock, or work that is safe to repeat.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import contextlib
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 import logging
+import random
 from time import monotonic
 from typing import Any
 
@@ -15,12 +24,143 @@ from serve_app.records.audit_log import AuditChain, sign_head
 from serve_app.records.health import Violation, find_violations
 from serve_app.records.pool import Pool
 
-#: A check reads the live space through: 50 ms of the database for 50,000 references.
-CHECK_EVERY_S = 600.0
-#: Not while the service starts.
-FIRST_CHECK_AFTER_S = 20.0
+#: Seconds before a loop that ended is started again: doubled each time, until one has run for STEADY_S.
+FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 120.0, 300.0
+#: A loop that ended so often in a row is a finding.
+KEEPS_ENDING_AFTER = 3
+#: How long a shutdown waits for all loops, and each loop for its last act.
+STOP_WITHIN_S, LAST_WITHIN_S = 10.0, 3.0
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("derm.worker")
+
+Loop = Callable[[], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _State:
+    running: bool = False
+    restarts: int = 0
+    in_a_row: int = 0
+    last_error: str | None = None
+
+
+class Worker:
+    """Runs loops that are meant to run for ever; one that returns or raises is logged and started again."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, _State] = {}
+
+    @asynccontextmanager
+    async def running(self, loops: Mapping[str, Loop]) -> AsyncIterator[None]:
+        """Run these loops meanwhile; then cancel them, and wait for STOP_WITHIN_S at most."""
+        self._states = {name: _State() for name in loops}
+        group = asyncio.create_task(self._run(loops))
+        try:
+            yield
+        finally:
+            group.cancel()
+            await asyncio.wait({group}, timeout=STOP_WITHIN_S)
+            if left := [name for name, state in self._states.items() if state.running]:
+                _log.error("Not stopped in time: %s", ", ".join(left))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """For /readyz, by loop: whether it runs, how often it was started again, and what ended it last."""
+        return {
+            name: {"running": state.running, "restarts": state.restarts, "last_error": state.last_error}
+            for name, state in self._states.items()
+        }
+
+    def findings(self) -> list[str]:
+        """Name the loops that keep ending."""
+        return [
+            f"the loop {name} keeps ending: {state.last_error}"
+            for name, state in self._states.items()
+            if state.in_a_row >= KEEPS_ENDING_AFTER
+        ]
+
+    async def _run(self, loops: Mapping[str, Loop]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for name, loop in loops.items():
+                group.create_task(self._keep_running(name, loop), name=name)
+
+    async def _keep_running(self, name: str, loop: Loop) -> None:
+        state, task = self._states[name], asyncio.current_task()
+        while True:
+            since, state.running = monotonic(), True
+            state.last_error = await _ending(loop)
+            state.running = False
+            if task is not None and task.cancelling():  # by whoever stops the worker, and not within the loop
+                raise asyncio.CancelledError
+            if monotonic() - since >= STEADY_S:
+                state.in_a_row = 0
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**state.in_a_row)
+            state.in_a_row += 1
+            _log.error("The loop %s ended (%s) and starts again in %.0f s", name, state.last_error, pause)
+            await asyncio.sleep(pause)
+            state.restarts += 1
+
+
+async def _ending(loop: Loop) -> str:
+    """Run a loop until it ends; say by which kind of error."""
+    try:
+        await loop()
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever ended it, it starts again
+        return type(error).__name__
+    return "returned"
+
+
+def every(
+    period_s: float,
+    *work: Callable[[], Awaitable[object]],
+    first_after_s: float | None = None,
+    within_s: float | None = None,
+    last: Callable[[], Awaitable[object]] | None = None,
+) -> Loop:
+    """Make a loop of rounds: about every `period_s`, do each piece of `work`, none for longer than `within_s`.
+
+    What fails holds up no other piece. An error of ours (the database does not answer) is logged, and the next
+    round tries again; any other is a defect and ends the loop after the round. `last` is done when the loop is
+    cancelled.
+    """
+
+    async def loop() -> None:
+        # Jittered, so that replicas do not work in step.
+        wait = period_s if first_after_s is None else first_after_s
+        try:
+            while True:
+                await asyncio.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+                wait = period_s
+                await _do_each(work, within_s)
+        except asyncio.CancelledError:
+            if last is not None:
+                await _attempt(last, LAST_WITHIN_S)
+            raise
+
+    return loop
+
+
+async def _do_each(work: tuple[Callable[[], Awaitable[object]], ...], within_s: float | None) -> None:
+    defects = []
+    for piece in work:
+        try:
+            await _attempt(piece, within_s)
+        except Exception as defect:  # noqa: BLE001 - raised below, once the others are done
+            defects.append(defect)
+    if defects:
+        raise defects[0]
+
+
+async def _attempt(piece: Callable[[], Awaitable[object]], within_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(within_s):
+            await piece()
+    except (DermError, TimeoutError) as error:
+        task = asyncio.current_task()
+        _log.warning("%s waits: %s", task.get_name() if task else "?", type(error).__name__)
+
+
+#: A check reads the live space through: 50 ms of the database for 50,000 references. Not while the service starts.
+CHECK_EVERY_S, FIRST_CHECK_AFTER_S = 600.0, 20.0
 
 
 class InvariantWatch:
@@ -28,7 +168,7 @@ class InvariantWatch:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._violations: list[Violation] | None = None
+        self._violations: list[Violation] = []
         self._checked_at: datetime | None = None
 
     async def check(self) -> None:
@@ -38,57 +178,43 @@ class InvariantWatch:
         for violation in self._violations:
             _log.error("violated: %s (%d rows)", violation.invariant, violation.count)
 
-    async def check_forever(self) -> None:
-        """Check now and then until cancelled."""
-        await asyncio.sleep(FIRST_CHECK_AFTER_S)
-        while True:
-            try:
-                await self.check()
-            except DermError as error:
-                _log.warning("invariants not checked: %s", error)
-            await asyncio.sleep(CHECK_EVERY_S)
-
     def describe(self) -> dict[str, Any]:
         """For /readyz: when the last check was (null before the first), and the invariants that do not hold."""
         return {
             "checked_at": format_time(self._checked_at) if self._checked_at else None,
-            "violated": [violation.invariant for violation in self._violations or ()],
+            "violated": [violation.invariant for violation in self._violations],
         }
 
 
-SEAL_EVERY_S = 2.0
-CHECKPOINT_EVERY_S = 600.0
+#: How often new events are sealed, how long that may take, and how often the chain's head is signed.
+SEAL_EVERY_S, SEAL_WITHIN_S, CHECKPOINT_EVERY_S = 2.0, 120.0, 600.0
 _BATCH = 1_000
-#: How long one round may take; what is not sealed by then is the next one's.
-_ATTEMPT_S = 120.0
-#: How long a shutdown waits for the last checkpoint.
-_LAST_WITHIN_S = 3.0
 
 _sealing_log = logging.getLogger("derm.audit")
 
 
 class Sealer:
-    """Seals and signs; every ingress replica has one. One at a time seals, the others find nothing to do."""
+    """Seals and signs the audit log. One replica at a time seals; the others find nothing to do."""
 
     def __init__(self, chain: AuditChain, checkpoints: CheckpointLog) -> None:
         self._chain, self._checkpoints = chain, checkpoints
         self._newest: Checkpoint | None = None
         self._fault: str | None = None
+        self._sign_at = 0.0
 
-    async def seal_forever(self) -> None:
-        """Seal until cancelled; sign with the first seals, every ten minutes, and once more at the end."""
-        next_checkpoint = monotonic()
-        try:
-            while True:
-                await asyncio.sleep(SEAL_EVERY_S)
-                if await self._attempt(sign=monotonic() >= next_checkpoint):
-                    next_checkpoint = monotonic() + CHECKPOINT_EVERY_S
-        finally:
-            try:
-                async with asyncio.timeout(_LAST_WITHIN_S):
-                    await self._attempt(sign=True)
-            except TimeoutError:
-                _sealing_log.warning("The last events wait for their checkpoint until the next start")
+    async def work(self) -> None:
+        """Seal; sign with the first seals, and every ten minutes."""
+        await self.seal()
+        if monotonic() >= self._sign_at:
+            with contextlib.suppress(IntegrityError):  # said by `sign`, and by /readyz
+                await self.sign()
+            if self._newest is not None or self._fault is not None:
+                self._sign_at = monotonic() + CHECKPOINT_EVERY_S
+
+    async def finish(self) -> None:
+        """Seal and sign what came last; without it, that waits for the next start."""
+        self._sign_at = 0.0
+        await self.work()
 
     async def seal(self) -> None:
         """Seal every event that has none."""
@@ -116,17 +242,3 @@ class Sealer:
             "checkpoint_at": format_time(self._newest.at) if self._newest else None,
             "sound": self._fault is None if looked else None,
         }
-
-    async def _attempt(self, *, sign: bool) -> bool:
-        """Do one round; says whether it signed, or found out that it must not."""
-        try:
-            async with asyncio.timeout(_ATTEMPT_S):
-                await self.seal()
-                if sign:
-                    await self.sign()
-        except IntegrityError:
-            return sign
-        except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
-            _sealing_log.warning("Sealing waits: %s", type(error).__name__)
-            return False
-        return sign and self._newest is not None

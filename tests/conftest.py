@@ -49,29 +49,21 @@ def outside_serve() -> Iterator[None]:
             serve.addHandler(handler)
 
 
-@pytest.fixture(scope="session")
-def isic_dir() -> Path:
-    """The labelled dermoscopic images (train.csv, images/, uploads/)."""
-    return _data_set("DERM_ISIC_DIR", "isic")
+def _data_set(name: str, what: str) -> Callable[[], Path]:
+    """A fixture: the folder of shared data that $DERM_<NAME>_DIR or the folder beside the repository holds."""
+
+    def find() -> Path:
+        directory = Path(os.environ.get(f"DERM_{name.upper()}_DIR", REPOSITORY.parent / "shared" / name))
+        if not directory.is_dir():
+            pytest.skip(f"DERM_{name.upper()}_DIR names no data set ({what}), and {directory} is not there")
+        return directory
+
+    return pytest.fixture(scope="session", name=f"{name}_dir")(find)
 
 
-@pytest.fixture(scope="session")
-def corpora_dir() -> Path:
-    """The malformed images and the crypto vectors."""
-    return _data_set("DERM_CORPORA_DIR", "corpora")
-
-
-@pytest.fixture(scope="session")
-def failing_dir() -> Path:
-    """Files that an earlier version answered wrongly."""
-    return _data_set("DERM_FAILING_DIR", "failing")
-
-
-def _data_set(variable: str, name: str) -> Path:
-    directory = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
-    if not directory.is_dir():
-        pytest.skip(f"{variable} names no data set, and {directory} is not there")
-    return directory
+isic_dir = _data_set("isic", "labelled dermoscopic images: train.csv, images/, uploads/")
+corpora_dir = _data_set("corpora", "malformed images and crypto vectors")
+failing_dir = _data_set("failing", "files that an earlier version answered wrongly")
 
 
 @pytest.fixture(scope="session")

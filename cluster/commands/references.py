@@ -14,8 +14,7 @@ from cluster.commands import actions_of
 from cluster.commands.records import ask_as_owner
 from cluster.node_files import database
 from cluster.prepare import choose_model
-from data_jobs.references.load import publish_bundled, publish_space
-from data_jobs.references.verify import verify_space
+from data_jobs.references.load import publish_bundled, publish_space, verify_space
 from model_store.registry import ModelStore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict, DermError

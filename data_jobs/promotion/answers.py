@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -35,8 +35,7 @@ class ReferenceSearch:
     """Exact cosine search over a bundle; `ReferenceStore.nearest` is its twin in the database."""
 
     def __init__(self, bundle: ReferenceBundle) -> None:
-        self._images = bundle.images
-        self._embeddings = bundle.embeddings
+        self._images, self._embeddings = bundle.images, bundle.embeddings
         lesions = [image.lesion_id or image.isic_id for image in bundle.images]
         # Numbers for lesions: comparing 4,000 strings for every case takes longer than the model.
         self._numbers = {lesion: i for i, lesion in enumerate(dict.fromkeys(lesions))}
@@ -50,18 +49,17 @@ class ReferenceSearch:
         order = order[self._lesion[order] != self._numbers.get(lesion, -1)]
         _, firsts = np.unique(self._lesion[order], return_index=True)
         distinct = order[np.sort(firsts)]
-        cases = [self._case(int(i), float(similarity[i])) for i in distinct[:k]]
-        malignant = distinct[self._malignant[distinct]][:1]
-        benign = distinct[~self._malignant[distinct]][:1]
-        return Neighbours(
-            similar=tuple(cases),
-            malignant_share=sum(c.diagnosis in MALIGNANT for c in cases) / len(cases) if cases else None,
-            nearest_benign=next((self._case(int(i), float(similarity[i])) for i in benign), None),
-            nearest_malignant=next((self._case(int(i), float(similarity[i])) for i in malignant), None),
+        malignant = self._malignant[distinct]
+        similar, nearest_benign, nearest_malignant = (
+            [SimilarCase(**asdict(self._images[i]), similarity=float(similarity[i])) for i in found]
+            for found in (distinct[:k], distinct[~malignant][:1], distinct[malignant][:1])
         )
-
-    def _case(self, index: int, similarity: float) -> SimilarCase:
-        return SimilarCase(**asdict(self._images[index]), similarity=similarity)
+        return Neighbours(
+            similar=tuple(similar),
+            malignant_share=float(malignant[:k].mean()) if similar else None,
+            nearest_benign=next(iter(nearest_benign), None),
+            nearest_malignant=next(iter(nearest_malignant), None),
+        )
 
 
 BATCH = 16
@@ -74,107 +72,69 @@ class CaseAnswers:
     """One model's answers to N cases.
 
     nine: N×9 probabilities in the order of `Diagnosis`. sets: N×8 membership of the prediction
-    set in the order of `TRAINED`. outcome, level and urgency: N strings; the latter two are
-    empty where the image was refused.
+    set in the order of `TRAINED`. outcome and urgency: N strings; the latter is empty where the
+    image was refused.
     """
 
     nine: NDArray[np.float64]
     sets: NDArray[np.bool_]
     outcome: NDArray[np.str_]
-    level: NDArray[np.str_]
     urgency: NDArray[np.str_]
 
-    def write(self, path: Path) -> None:
-        """Write all arrays into an .npz, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-        partial.rename(path)
 
-    @classmethod
-    def read(cls, path: Path) -> CaseAnswers:
-        """Read what `write` wrote; no pickle is ever loaded."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-
-
-def answer_cases(
-    model: StoredModel, rows: Sequence[LabelledImage], archive: Path, policy: RiskPolicy, *, threads: int
-) -> CaseAnswers:
-    """Answer every row as the service would, with the model's own references and operating points.
-
-    What the archive knows of a patient (age, sex, site) is the context; nothing is known of an
-    earlier visit. Raises StageFailed when the model's output is not finite, ModelContractError
-    when it lacks what the policy asks for.
-    """
+def _answer(model: StoredModel, cases: Cases, policy: RiskPolicy, threads: int) -> CaseAnswers:
     session = InferenceSession(model, threads=threads)
     calibrator = Calibrator.from_model(model)
     space = EmbeddingSpace.from_model(model, model.manifest.live_space)
     search = ReferenceSearch(read_bundle(model, model.manifest.live_space))
     geometry = InputGeometry.from_manifest(model.manifest.input)
     points = {name: point.threshold for name, point in model.manifest.operating_points.items()}
-    answers: list[tuple[Classification, Conclusion]] = []
+    classified: list[Classification] = []
+    concluded: list[Conclusion] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in tqdm(
-            range(0, len(rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
+            range(0, len(cases.rows), BATCH), model.manifest.model_id, unit=" batches", mininterval=5.0
         ):
-            part = rows[start : start + BATCH]
-            images = list(pool.map(lambda row: _prepare(row, archive, geometry), part))
+            part = cases.rows[start : start + BATCH]
+            images = list(pool.map(lambda row: _prepare(row, cases.archive, geometry), part))
             logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
-            classified = calibrator.classify(logits, bottleneck)
-            vectors = space.embed(bottleneck)
-            for row, image, classification, vector in zip(part, images, classified, vectors, strict=True):
+            found = calibrator.classify(logits, bottleneck)
+            classified += found
+            for row, image, classification, vector in zip(
+                part, images, found, space.embed(bottleneck), strict=True
+            ):
                 neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
-                conclusion = _conclude(row, image, classification, neighbours, points, policy)
-                answers.append((classification, conclusion))
-    return _as_arrays(answers)
+                context = ClinicalContext(
+                    anatom_site_general=_SITES.get(row.anatom_site_general or ""),
+                    age_approx=row.age_approx,
+                    sex=_SEXES.get(row.sex or ""),
+                )
+                findings = Findings(
+                    image.quality, image.width, image.height, classification, neighbours, context, change=None
+                )
+                concluded.append(conclude(findings, policy, points))
+    risks = [conclusion.risk for conclusion in concluded]
+    return CaseAnswers(
+        nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer in classified]),
+        sets=np.array([[d in answer.prediction_set for d in TRAINED] for answer in classified]),
+        outcome=np.array([conclusion.outcome.value for conclusion in concluded]),
+        urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
+    )
 
 
 def _prepare(row: LabelledImage, archive: Path, geometry: InputGeometry) -> PreparedImage:
-    path = archive / "images" / f"{row.isic_id}.jpg"
+    path = archive / row.path
     try:
         return prepare_image(path.read_bytes(), geometry, ARCHIVE_LIMITS)
     except RejectedUpload as error:
         raise DermError(f"{path}: {error}") from error
 
 
-def _conclude(
-    row: LabelledImage,
-    image: PreparedImage,
-    classification: Classification,
-    neighbours: Neighbours,
-    points: dict[str, float],
-    policy: RiskPolicy,
-) -> Conclusion:
-    context = ClinicalContext(
-        anatom_site_general=_SITES.get(row.anatom_site_general or ""),
-        age_approx=row.age_approx,
-        sex=_SEXES.get(row.sex or ""),
-    )
-    findings = Findings(
-        image.quality, image.width, image.height, classification, neighbours, context, change=None
-    )
-    return conclude(findings, policy, points)
-
-
-def _as_arrays(answers: Sequence[tuple[Classification, Conclusion]]) -> CaseAnswers:
-    risks = [conclusion.risk for _, conclusion in answers]
-    return CaseAnswers(
-        nine=np.array([[answer.probabilities[d] for d in Diagnosis] for answer, _ in answers]),
-        sets=np.array([[d in answer.prediction_set for d in TRAINED] for answer, _ in answers]),
-        outcome=np.array([conclusion.outcome.value for _, conclusion in answers]),
-        level=np.array([risk.level.value if risk else "" for risk in risks]),
-        urgency=np.array([risk.urgency.value if risk else "" for risk in risks]),
-    )
-
-
 CaseKind = Literal["held-out", "references"]
 #: The fold that no recipe trains, calibrates or chooses on.
 HELD_OUT_FOLD = 0
 # Changed whenever answers to the same cases may change for another reason than those in the key.
-_ANSWERS_VERSION = "1"
-
-Say = Callable[[str], None]
+_ANSWERS_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,21 +172,34 @@ def read_cases(kind: CaseKind, live: StoredModel) -> Cases:
     return Cases(kind, chosen, archive, digest.hexdigest())
 
 
-def shadow(
-    model: StoredModel, cases: Cases, policy: RiskPolicy, *, cache: Path, threads: int, say: Say
+def answer_cases(
+    model: StoredModel,
+    cases: Cases,
+    policy: RiskPolicy,
+    *,
+    cache: Path,
+    threads: int,
+    say: Callable[[str], None],
 ) -> CaseAnswers:
-    """Answer the cases with a model; answers that were given before are read from `cache`.
+    """Answer every case as the service would, with the model's own references and operating points.
 
-    What the answers depend on names the file: the model's digest, the cases, preprocess and policy.
+    What the archive knows of a patient (age, sex, site) is the context; nothing is known of an earlier visit.
+    Answers that were given before are read from `cache`: what they depend on, the model's digest, the cases,
+    preprocess and policy, names the file. Raises StageFailed when the model's output is not finite,
+    ModelContractError when it lacks what the policy asks for.
     """
     policy_digest = sha256((POLICIES / f"{policy.version}.toml").read_bytes()).hexdigest()
     parts = (_ANSWERS_VERSION, model.digest, cases.digest, PREPROCESS_VERSION, policy_digest, str(WEIGHED))
-    path = cache / f"{model.manifest.model_id}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     name = model.manifest.model_id
+    path = cache / f"{name}-{sha256(' '.join(parts).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         say(f"{name}: {len(cases.rows)} answers from {path}")
-        return CaseAnswers.read(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            return CaseAnswers(**arrays)
     cache.mkdir(parents=True, exist_ok=True)
-    answers = answer_cases(model, cases.rows, cases.archive, policy, threads=threads)
-    answers.write(path)
+    answers = _answer(model, cases, policy, threads)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **asdict(answers))
+    partial.rename(path)
     return answers

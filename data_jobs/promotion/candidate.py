@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_jobs.references.embedder import embed_rows, identify_embedder
-from data_jobs.references.load import ReferenceBundle, read_bundle
-from data_jobs.references.verify import verify_space
+from data_jobs.references.load import read_bundle, verify_space
 from data_jobs.training.dataset import isic_folder, read_rows
 from deployments.classifier.calibration import Calibrator
 from deployments.embedder.embedder import EmbeddingSpace
@@ -81,32 +80,23 @@ def prove_references(candidate: StoredModel, live: StoredModel, *, threads: int)
             f"{candidate.manifest.model_id} ships no references: "
             f"run `python -m data_jobs.references.bundle --model {candidate.manifest.model_id}`."
         )
-    sampled, least = _embed_again(candidate, bundle, threads)
-    if not least >= LEAST_COSINE:
-        raise PromotionRefused(
-            f"The references of {candidate.manifest.model_id} are not embedded by this model: of {sampled} "
-            f"embedded anew one differs (cosine {least:.4f}). Bundle them again."
-        )
-    live_ids = {image.isic_id for image in live_bundle.images}
-    shared = sum(image.isic_id in live_ids for image in bundle.images)
-    return ReferenceProof(len(bundle.images), shared, sampled, least)
-
-
-def _embed_again(candidate: StoredModel, bundle: ReferenceBundle, threads: int) -> tuple[int, float]:
     archive = isic_folder()
     rows = {row.isic_id: row for row in read_rows(archive)}
     there = [i for i, image in enumerate(bundle.images) if image.isic_id in rows]
     if not there:
         raise PromotionRefused(f"{archive} holds none of the references of {candidate.manifest.model_id}.")
     picked = there[:: max(1, len(there) // SAMPLED)][:SAMPLED]
-    fresh = embed_rows(
-        [rows[bundle.images[i].isic_id] for i in picked],
-        archive,
-        candidate,
-        candidate.manifest.live_space,
-        threads=threads,
-    )
-    return len(picked), float((fresh * bundle.embeddings[picked]).sum(1).min())
+    sample = [rows[bundle.images[i].isic_id] for i in picked]
+    fresh = embed_rows(sample, archive, candidate, space, threads=threads)
+    least = float((fresh * bundle.embeddings[picked]).sum(1).min())
+    if not least >= LEAST_COSINE:
+        raise PromotionRefused(
+            f"The references of {candidate.manifest.model_id} are not embedded by this model: of {len(picked)} "
+            f"embedded anew one differs (cosine {least:.4f}). Bundle them again."
+        )
+    live_ids = {image.isic_id for image in live_bundle.images}
+    shared = sum(image.isic_id in live_ids for image in bundle.images)
+    return ReferenceProof(len(bundle.images), shared, len(picked), least)
 
 
 #: A candidate may find a tenth fewer references than the live model; fewer still is a loss for the clinician.
@@ -137,7 +127,8 @@ async def fill_space(pool: Pool, candidate: StoredModel) -> str:
     references, cache, space = ReferenceStore(pool), ReferenceCache(pool), candidate.manifest.live_space
     own = await _is_own(pool, candidate)
     there = await references.count(space.embedding_space)
-    if own and (there > space.count or not await _is_complete(cache, space.embedding_space)):
+    complete = {summary.embedding_space for summary in await cache.spaces() if summary.completed_at}
+    if own and (there > space.count or space.embedding_space not in complete):
         return f"{space.embedding_space} holds {there} references"
     bundle = read_bundle(candidate, space)
     # Vectors first: a stop in between leaves a space that is still known as another's, and is filled again.
@@ -163,11 +154,3 @@ async def _is_own(pool: Pool, candidate: StoredModel) -> bool:
     space = candidate.manifest.live_space
     known = await ReferenceCache(pool).embedder(space.embedding_space)
     return known is not None and known.digest == identify_embedder(candidate, space).digest
-
-
-async def _is_complete(cache: ReferenceCache, embedding_space: str) -> bool:
-    return any(
-        summary.completed_at is not None
-        for summary in await cache.spaces()
-        if summary.embedding_space == embedding_space
-    )

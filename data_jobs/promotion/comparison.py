@@ -22,11 +22,13 @@ from data_jobs.training.probabilities import (
     calibration_error,
     top_k_accuracy,
 )
-from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
 from serve_app.domain.assessment import Urgency
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, ModelContractError
+
+#: Refused, with no referral of its own, counts as less than routine.
+_URGENCIES = ("", *(urgency.value for urgency in Urgency))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,6 @@ class PairedCounts:
     lost: int
     gained: int
     p_value: float
-
-
-def compare_pairs(live: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> PairedCounts:
-    """Count the discordant of N pairs of right (true) and wrong answers.
-
-    The p-value is McNemar's exact, two-sided: twice the tail of Binomial(lost + gained, 1/2), at
-    most 1 (McNemar, Psychometrika 1947; exact form in Fagerland et al., BMC Med Res Methodol 2013).
-    """
-    lost, gained = int((live & ~candidate).sum()), int((~live & candidate).sum())
-    discordant = lost + gained
-    p_value = float(binomtest(lost, discordant).pvalue) if discordant else 1.0
-    return PairedCounts(len(live), lost, gained, p_value)
-
-
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """Which lesions an operating point flags, in the same order for every model: L booleans each."""
-
-    flagged: NDArray[np.bool_]
-    positive: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,56 +56,6 @@ class Figures:
     melanoma_sensitivity: float
     melanoma_sensitivity_bound: float
     melanoma_specificity: float
-
-
-def flag_lesions(
-    nine: Floats, labels: Labels, rows: Sequence[LabelledImage], point: OperatingPoint
-) -> tuple[Floats, Flags]:
-    """One score a lesion, and whether the point flags it."""
-    positive = np.isin(labels, [TRAINED.index(d) for d in point.diagnoses])
-    scores, positives = by_lesion(
-        point_score(known_eight(nine), point.diagnoses), positive, [row.lesion for row in rows]
-    )
-    return scores, Flags(scores >= point.threshold, positives)
-
-
-def measure(
-    nine: Floats, labels: Labels, rows: Sequence[LabelledImage], point: OperatingPoint
-) -> tuple[Figures, Flags]:
-    """Figures of N×9 probabilities; the rows must have melanomas and others."""
-    scores, flags = flag_lesions(nine, labels, rows, point)
-    found = measure_threshold(scores, flags.positive, point.threshold)
-    figures = Figures(
-        images=len(labels),
-        top1=top_k_accuracy(nine, labels, 1),
-        top3=top_k_accuracy(nine, labels, 3),
-        balanced_accuracy=balanced_accuracy(nine, labels, len(TRAINED)),
-        melanoma_auc=area_under_curve(nine[:, MELANOMA], labels == MELANOMA),
-        ece=calibration_error(nine, labels),
-        melanoma_lesions=found.positives,
-        melanoma_misses=found.misses,
-        melanoma_sensitivity=found.sensitivity,
-        melanoma_sensitivity_bound=found.lower_bound,
-        melanoma_specificity=found.specificity,
-    )
-    return figures, flags
-
-
-def subgroups(rows: Sequence[LabelledImage]) -> dict[str, NDArray[np.bool_]]:
-    """Which rows belong to which sex, age band, body site and source."""
-    return split(
-        {
-            "sex": [row.sex or "unknown" for row in rows],
-            "age": [age_band(row.age_approx) for row in rows],
-            "site": [row.anatom_site_general or "unknown" for row in rows],
-            "source": ["HAM10000" if row.lesion.startswith("HAM_") else "other" for row in rows],
-        }
-    )
-
-
-#: Refused, with no referral of its own, counts as less than routine.
-_URGENCIES = ("", *(urgency.value for urgency in Urgency))
-_ALL = tuple(Diagnosis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +104,6 @@ class Subgroup:
     live_melanoma_auc: float
     candidate_melanoma_auc: float
 
-    @property
-    def top1_loss(self) -> float:
-        """Live minus candidate."""
-        return self.live_top1 - self.candidate_top1
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -214,15 +141,29 @@ def compare(
     melanoma = labels == MELANOMA
     if melanoma.all() or not melanoma.any():
         raise DermError("The cases must hold melanomas and other lesions; nothing can be compared on these.")
-    live_figures, live_flags = measure(live.nine, labels, rows, melanoma_point(live_model))
-    figures, flags = measure(candidate.nine, labels, rows, melanoma_point(candidate_model))
+    live_figures, was_flagged, positive = _measure(live.nine, labels, rows, live_model)
+    figures, is_flagged, _ = _measure(candidate.nine, labels, rows, candidate_model)
+    was_right, is_right = live.nine.argmax(1) == labels, candidate.nine.argmax(1) == labels
     changed = tuple(_changed(live, candidate, rows))
     malignant = [case for case in changed if Diagnosis(case.truth) in MALIGNANT]
     return Comparison(
         live=live_figures,
         candidate=figures,
-        paired=_paired(live, candidate, labels, live_flags, flags),
-        subgroups=_subgroups(live, candidate, labels, rows),
+        paired={
+            "first answer right": compare_pairs(was_right, is_right),
+            "melanoma flagged": compare_pairs(was_flagged[positive], is_flagged[positive]),
+            "other lesion not flagged": compare_pairs(~was_flagged[~positive], ~is_flagged[~positive]),
+        },
+        subgroups={
+            name: Subgroup(
+                images=int(picked.sum()),
+                live_top1=float(was_right[picked].mean()),
+                candidate_top1=float(is_right[picked].mean()),
+                live_melanoma_auc=area_under_curve(live.nine[picked, MELANOMA], melanoma[picked]),
+                candidate_melanoma_auc=area_under_curve(candidate.nine[picked, MELANOMA], melanoma[picked]),
+            )
+            for name, picked in _split(rows).items()
+        },
         changed=changed,
         malignant_images=sum(row.diagnosis in MALIGNANT for row in rows),
         malignant_downgrades=sum(case.downgraded for case in malignant),
@@ -230,48 +171,59 @@ def compare(
     )
 
 
-def melanoma_point(model: StoredModel) -> OperatingPoint:
-    """Give the operating point that melanomas are flagged at."""
-    try:
-        return model.manifest.operating_points["melanoma"]
-    except KeyError:
+def compare_pairs(live: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> PairedCounts:
+    """Count the discordant of N pairs of right (true) and wrong answers.
+
+    The p-value is McNemar's exact, two-sided: twice the tail of Binomial(lost + gained, 1/2), at
+    most 1 (McNemar, Psychometrika 1947; exact form in Fagerland et al., BMC Med Res Methodol 2013).
+    """
+    lost, gained = int((live & ~candidate).sum()), int((~live & candidate).sum())
+    p_value = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return PairedCounts(len(live), lost, gained, p_value)
+
+
+def _measure(
+    nine: Floats, labels: Labels, rows: Sequence[LabelledImage], model: StoredModel
+) -> tuple[Figures, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Figures of N×9 probabilities; which lesions the model's melanoma point flags, and which are melanomas.
+
+    The lesions come in the same order for every model.
+    """
+    point = model.manifest.operating_points.get("melanoma")
+    if point is None:
         raise ModelContractError(
             f"{model.manifest.model_id} has no operating point `melanoma`: calibrate it anew."
-        ) from None
-
-
-def _paired(
-    live: CaseAnswers, candidate: CaseAnswers, labels: Labels, live_flags: Flags, flags: Flags
-) -> dict[str, PairedCounts]:
-    positive = flags.positive
-    return {
-        "first answer right": compare_pairs(
-            live.nine.argmax(1) == labels, candidate.nine.argmax(1) == labels
-        ),
-        "melanoma flagged": compare_pairs(live_flags.flagged[positive], flags.flagged[positive]),
-        "other lesion not flagged": compare_pairs(~live_flags.flagged[~positive], ~flags.flagged[~positive]),
-    }
-
-
-def _subgroups(
-    live: CaseAnswers, candidate: CaseAnswers, labels: Labels, rows: Sequence[LabelledImage]
-) -> dict[str, Subgroup]:
-    right = [answers.nine.argmax(1) == labels for answers in (live, candidate)]
-    melanoma = labels == MELANOMA
-
-    def auc(answers: CaseAnswers, picked: NDArray[np.bool_]) -> float:
-        return area_under_curve(answers.nine[picked, MELANOMA], melanoma[picked])
-
-    return {
-        name: Subgroup(
-            images=int(picked.sum()),
-            live_top1=float(right[0][picked].mean()),
-            candidate_top1=float(right[1][picked].mean()),
-            live_melanoma_auc=auc(live, picked),
-            candidate_melanoma_auc=auc(candidate, picked),
         )
-        for name, picked in subgroups(rows).items()
-    }
+    positive = np.isin(labels, [TRAINED.index(d) for d in point.diagnoses])
+    lesions = [row.lesion for row in rows]
+    scores, positives = by_lesion(point_score(known_eight(nine), point.diagnoses), positive, lesions)
+    found = measure_threshold(scores, positives, point.threshold)
+    figures = Figures(
+        images=len(labels),
+        top1=top_k_accuracy(nine, labels, 1),
+        top3=top_k_accuracy(nine, labels, 3),
+        balanced_accuracy=balanced_accuracy(nine, labels, len(TRAINED)),
+        melanoma_auc=area_under_curve(nine[:, MELANOMA], labels == MELANOMA),
+        ece=calibration_error(nine, labels),
+        melanoma_lesions=found.positives,
+        melanoma_misses=found.misses,
+        melanoma_sensitivity=found.sensitivity,
+        melanoma_sensitivity_bound=found.lower_bound,
+        melanoma_specificity=found.specificity,
+    )
+    return figures, scores >= point.threshold, positives
+
+
+def _split(rows: Sequence[LabelledImage]) -> dict[str, NDArray[np.bool_]]:
+    """Which rows belong to which sex, age band, body site and source."""
+    return split(
+        {
+            "sex": [row.sex or "unknown" for row in rows],
+            "age": [age_band(row.age_approx) for row in rows],
+            "site": [row.anatom_site_general or "unknown" for row in rows],
+            "source": ["HAM10000" if row.lesion.startswith("HAM_") else "other" for row in rows],
+        }
+    )
 
 
 def _changed(live: CaseAnswers, candidate: CaseAnswers, rows: Sequence[LabelledImage]) -> list[ChangedCase]:
@@ -284,7 +236,7 @@ def _changed(live: CaseAnswers, candidate: CaseAnswers, rows: Sequence[LabelledI
 
 def _view(answers: CaseAnswers, index: int) -> CaseView:
     return CaseView(
-        top1=_ALL[int(answers.nine[index].argmax())].value,
+        top1=tuple(Diagnosis)[int(answers.nine[index].argmax())].value,
         prediction_set=tuple(d.value for d, held in zip(TRAINED, answers.sets[index], strict=True) if held),
         outcome=str(answers.outcome[index]),
         urgency=str(answers.urgency[index]),

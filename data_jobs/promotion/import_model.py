@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 import json
@@ -14,8 +13,14 @@ import tomllib
 from typing import Any
 
 from data_jobs.promotion.candidate import ImportRefused, open_whole
-from data_jobs.promotion.export_source import ExportedSource, export_source, run_step
-from data_jobs.promotion.source import SourceFile, take_source
+from data_jobs.promotion.source import (
+    ExportedSource,
+    ImportRequest,
+    SourceFile,
+    export_source,
+    run_step,
+    take_source,
+)
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe, read_recipe
 from model_store.manifest import MANIFEST_NAME
@@ -36,24 +41,6 @@ def evaluate_model(models: Path, model_id: str, *, recipe: Path, threads: int) -
         )
         evaluated: dict[str, Any] = json.loads((Path(scratch) / model_id / "evaluation.json").read_text())
     return evaluated
-
-
-@dataclass(frozen=True, slots=True)
-class ImportRequest:
-    """What to import, and what its file cannot say of itself.
-
-    `source`: a path, an https URL or `hf-hub:ORG/NAME`. `licence` and `training_data` go into
-    the manifest and the card; our own checkpoint needs neither.
-    """
-
-    source: str
-    recipe: Path
-    sha256: str | None = None
-    label_map: Path | None = None
-    licence: str | None = None
-    training_data: str | None = None
-    side: int | None = None
-    threads: int = 1
 
 
 def import_model(models: Path, request: ImportRequest, say: Callable[[str], None]) -> StoredModel:
@@ -100,16 +87,8 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
     store.mkdir()
     source = take_source(request.source, request.sha256, staging)
     say(f"source: {source.origin}, SHA-256 {source.sha256}")
-    exported = export_source(
-        source,
-        recipe,
-        recipe_path=request.recipe,
-        digest_stated=request.sha256 is not None,
-        label_map=request.label_map,
-        side=request.side,
-        output=export,
-    )
-    say(f"export: {exported.kind}, {exported.told}")
+    exported = export_source(source, recipe, request, export)
+    say(f"export: {exported.kind}, {exported.parity}")
     if exported.kind != "checkpoint" and not (request.licence and request.training_data):
         raise ImportRefused(
             "State the licence of the weights and what they were trained on, with --licence and --training-data."
@@ -135,8 +114,8 @@ def _complete(
         "source": source.origin,
         "sha256": source.sha256,
         "kind": exported.kind,
-        "label_space": list(exported.labels.label_space),
-        "ignored_labels": list(exported.labels.ignored),
+        "label_space": exported.labels.label_space,
+        "ignored_labels": exported.labels.ignored,
         "recipe_sha256": sha256(request.recipe.read_bytes()).hexdigest(),
         "imported": datetime.now(UTC).isoformat(timespec="seconds"),
     }

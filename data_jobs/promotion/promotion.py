@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from data_jobs.promotion.acceptance import judge, read_plan
-from data_jobs.promotion.answers import CaseKind, Cases, read_cases, shadow
+from data_jobs.promotion.acceptance import judge, read_plan, report_json, report_text
+from data_jobs.promotion.answers import CaseKind, answer_cases, read_cases
 from data_jobs.promotion.candidate import (
     PromotionRefused,
-    ReferenceProof,
     fill_space,
     open_whole,
     prove_references,
@@ -20,9 +19,8 @@ from data_jobs.promotion.candidate import (
     require_verified,
 )
 from data_jobs.promotion.comparison import compare
-from data_jobs.promotion.report import report_content, to_json, to_text
 from deployments.preprocess.pixels import PREPROCESS_VERSION
-from deployments.risk.policy import RiskPolicy, read_policy
+from deployments.risk.policy import read_policy
 from model_store.registry import ModelStore, StoredModel
 from serve_app.records.pool import open_pool
 from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
@@ -66,7 +64,12 @@ async def promote(
             )
         store = ModelStore(models)
         candidate = open_whole(store, request.candidate)
-        live = _open_live(store, answering)
+        live = store.open(answering.model_id)
+        if live.digest != answering.model_digest:
+            raise PromotionRefused(
+                f"{live.folder} is not the {answering.model_id} that answers (its manifest has another digest): "
+                "nothing can be compared with it."
+            )
         if candidate.digest == live.digest:
             raise PromotionRefused(f"{request.candidate} answers already.")
         await require_references(pool, candidate, answering)
@@ -93,16 +96,6 @@ async def promote(
         await pool.close()
 
 
-def _open_live(store: ModelStore, answering: LiveModel) -> StoredModel:
-    live = store.open(answering.model_id)
-    if live.digest != answering.model_digest:
-        raise PromotionRefused(
-            f"{live.folder} is not the {answering.model_id} that answers (its manifest has another digest): "
-            "nothing can be compared with it."
-        )
-    return live
-
-
 def _gather_evidence(
     models: Path,
     candidate: StoredModel,
@@ -116,28 +109,12 @@ def _gather_evidence(
     proof = prove_references(candidate, live, threads=request.threads)
     policy = read_policy()
     before, after = (
-        shadow(model, cases, policy, cache=request.cache, threads=request.threads, say=say)
+        answer_cases(model, cases, policy, cache=request.cache, threads=request.threads, say=say)
         for model in (live, candidate)
     )
     comparison = compare(before, after, cases.rows, live_model=live, candidate_model=candidate)
     verdicts = judge(plan, comparison)
-    circumstances = _circumstances(candidate, live, cases, policy, proof, request)
-    text = to_json(report_content(comparison, verdicts, circumstances))
-    path = request.report or models / f"{request.candidate}.promotion.json"
-    path.write_text(text, encoding="utf-8")
-    say(to_text(comparison, verdicts))
-    return path, text, all(verdict.kept for verdict in verdicts)
-
-
-def _circumstances(
-    candidate: StoredModel,
-    live: StoredModel,
-    cases: Cases,
-    policy: RiskPolicy,
-    proof: ReferenceProof,
-    request: PromotionRequest,
-) -> dict[str, object]:
-    return {
+    circumstances = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "approved_by": request.approved_by,
         "reason": request.reason,
@@ -149,3 +126,8 @@ def _circumstances(
         "preprocess_version": PREPROCESS_VERSION,
         "references": asdict(proof),
     }
+    text = report_json(comparison, verdicts, circumstances)
+    path = request.report or models / f"{request.candidate}.promotion.json"
+    path.write_text(text, encoding="utf-8")
+    say(report_text(comparison, verdicts))
+    return path, text, all(verdict.kept for verdict in verdicts)

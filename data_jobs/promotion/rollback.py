@@ -7,7 +7,7 @@ from pathlib import Path
 from data_jobs.promotion.candidate import PromotionRefused, open_whole
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import Approval, LiveModel, live_model, publications, publish_when_ready
 
@@ -28,7 +28,13 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
             raise PromotionRefused(f"{name} answers, and nothing was published before it to go back to.")
         current, earlier = standing
         model = _open_unchanged(models, earlier.model)
-        await _find_references(pool, model, earlier.model)
+        expected = model.manifest.live_space.count
+        found = await ReferenceStore(pool).count(earlier.model.embedding_space)
+        if found < expected:
+            raise PromotionRefused(
+                f"{earlier.model.embedding_space} holds {found} references of {expected}: load them with "
+                f"`derm-cds references load --model {earlier.model.model_id}`, which also lets it answer."
+            )
         approval = Approval("rollback", approved_by, reason, takes_back=current.publication_id)
         await publish_when_ready(pool, earlier.model, approval, over=answering)
         return earlier.model
@@ -47,13 +53,3 @@ def _open_unchanged(models: Path, earlier: LiveModel) -> StoredModel:
             "Put the folder back as it was, or promote it as a model of its own."
         )
     return model
-
-
-async def _find_references(pool: Pool, model: StoredModel, earlier: LiveModel) -> None:
-    expected = model.manifest.live_space.count
-    found = await ReferenceStore(pool).count(earlier.embedding_space)
-    if found < expected:
-        raise PromotionRefused(
-            f"{earlier.embedding_space} holds {found} references of {expected}: "
-            f"load them with `derm-cds references load --model {earlier.model_id}`, which also lets it answer."
-        )

@@ -8,6 +8,7 @@ model folder and seals it anew.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +27,17 @@ TARGET = 4000
 FOLDS = frozenset({1, 2, 3, 4})
 SEED = 4000
 
-SCHEMA = pa.schema(
+_OPTIONAL = {"lesion_id", "patient_id", "age_approx", "sex", "anatom_site_general"}
+_NAMES = ["isic_id", "lesion_id", "patient_id", "diagnosis", "diagnosis_confirm_type", "age_approx", "sex"]
+_NAMES += ["anatom_site_general", "image_type", "copyright_license", "attribution"]
+#: All but the embedding, which comes last.
+_DESCRIBED = pa.schema(
     [
-        pa.field("isic_id", pa.string(), nullable=False),
-        pa.field("lesion_id", pa.string()),
-        pa.field("patient_id", pa.string()),
-        pa.field("diagnosis", pa.string(), nullable=False),
-        pa.field("diagnosis_confirm_type", pa.string(), nullable=False),
-        pa.field("age_approx", pa.int16()),
-        pa.field("sex", pa.string()),
-        pa.field("anatom_site_general", pa.string()),
-        pa.field("image_type", pa.string(), nullable=False),
-        pa.field("copyright_license", pa.string(), nullable=False),
-        pa.field("attribution", pa.string(), nullable=False),
-        pa.field("embedding", pa.list_(pa.float16(), EMBEDDING_DIM), nullable=False),
+        pa.field(name, pa.int16() if name == "age_approx" else pa.string(), nullable=name in _OPTIONAL)
+        for name in _NAMES
     ]
 )
+_EMBEDDING = pa.field("embedding", pa.list_(pa.float16(), EMBEDDING_DIM), nullable=False)
 
 
 def choose_references(rows: list[LabelledImage], target: int = TARGET) -> list[LabelledImage]:
@@ -55,12 +51,11 @@ def choose_references(rows: list[LabelledImage], target: int = TARGET) -> list[L
         row = rows[position]
         if row.fold in FOLDS and row.diagnosis_confirm_type is not None and row.lesion not in excluded:
             lesions.setdefault(row.lesion, row)
-    by_diagnosis = {d: [row for row in lesions.values() if row.diagnosis is d] for d in TRAINED}
-    chosen: list[LabelledImage] = []
-    for diagnosis, found in by_diagnosis.items():
-        if diagnosis is not Diagnosis.NV:
-            chosen += found
-    chosen += spread_over_sites(by_diagnosis[Diagnosis.NV], max(0, target - len(chosen)))
+    chosen = [
+        row for row in lesions.values() if row.diagnosis in TRAINED and row.diagnosis is not Diagnosis.NV
+    ]
+    naevi = [row for row in lesions.values() if row.diagnosis is Diagnosis.NV]
+    chosen += spread_over_sites(naevi, max(0, target - len(chosen)))
     return sorted(chosen, key=lambda row: row.isic_id)
 
 
@@ -76,12 +71,9 @@ def spread_over_sites(rows: list[LabelledImage], count: int) -> list[LabelledIma
 def write_references(path: Path, rows: list[LabelledImage], embeddings: NDArray[np.float32]) -> None:
     """Write rows and their N×512 embeddings as Parquet (zstd), embeddings as half floats."""
     halves = pa.array(embeddings.astype(np.float16).ravel(), pa.float16())
-    names = [name for name in SCHEMA.names if name not in {"image_type", "embedding"}]
-    described = [
-        {**{name: getattr(row, name) for name in names}, "image_type": "dermoscopic"} for row in rows
-    ]
-    table = pa.Table.from_pylist(described, schema=SCHEMA.remove(len(SCHEMA) - 1)).append_column(
-        SCHEMA.field("embedding"), pa.FixedSizeListArray.from_arrays(halves, EMBEDDING_DIM)
+    described = [{**asdict(row), "image_type": "dermoscopic"} for row in rows]
+    table = pa.Table.from_pylist(described, schema=_DESCRIBED).append_column(
+        _EMBEDDING, pa.FixedSizeListArray.from_arrays(halves, EMBEDDING_DIM)
     )
     pq.write_table(table, path, compression="zstd", compression_level=12)
 

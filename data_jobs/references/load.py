@@ -1,4 +1,4 @@
-"""Which space answers: a model's shipped references loaded, or a filled and verified space, and the row that says so."""
+"""Which space answers: the references that ship with a model loaded, or a filled space verified, and the row that says so."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 import pyarrow.parquet as pq
 
-from data_jobs.references.embedder import identify_embedder, space_spec
-from data_jobs.references.verify import verify_space
+from data_jobs.references.catalogue import read_references
+from data_jobs.references.embedder import ReferenceEmbedder, identify_embedder, prepare_reference, space_spec
+from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.reference_cache import ReferenceCache
+from serve_app.records.reference_cache import FailedReference, ReferenceCache, SpaceSummary
 from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
+
+#: Share of a catalogue that may have failed: more is a broken fetch, not a few bad files.
+MAX_FAILED_SHARE = 0.01
+MIN_RECALL = 0.99
+K = 10
+SAMPLE = 200
+CANARIES = 8
+#: A halfvec keeps 11 bits of each of 512 coordinates: cosines are right to a few times 1e-4.
+MIN_CANARY_SIMILARITY = 0.999
+_NOISE = 0.02
+_TIE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +116,100 @@ async def publish_space(
     target = LiveModel(model_id, model.digest, spec.embedding_space)
     await publish_when_ready(pool, target, approval, over=before)
     return target
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One named check of a space."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+async def verify_space(
+    pool: Pool, model: StoredModel, embedding_space: str | None = None, *, folder: Path | None = None
+) -> list[Check]:
+    """Check a model's space (its first unless one is named) before it may answer; needs the owner's role.
+
+    `folder`: where the images are, for the canaries: a few of those that the embed job takes are embedded again
+    and must find themselves. Raises what `read_references` does.
+    """
+    spec = space_spec(model, embedding_space)
+    cache = ReferenceCache(pool)
+    summaries = {summary.embedding_space: summary for summary in await cache.spaces()}
+    summary = summaries.get(spec.embedding_space)
+    if summary is None or not summary.images:
+        return [Check("filled", passed=False, found=f"{spec.embedding_space} holds no reference")]
+    digest, known = identify_embedder(model, spec).digest, summary.embedder_digest or "nobody knows what"
+    unfit = await cache.count_unfit(spec.embedding_space)
+    checks = [
+        *_counts(summary),
+        Check("embedder", known == digest, f"filled by {known[:12]}, the model is {digest[:12]}"),
+        Check("unit norms", unfit == 0, f"{unfit} vectors are not of unit norm"),
+        await _recall(pool, cache, spec.embedding_space),
+    ]
+    if folder is not None:
+        checks.append(await _canaries(pool, model, spec.embedding_space, folder))
+    return checks
+
+
+def _counts(summary: SpaceSummary) -> list[Check]:
+    if summary.completed_at is None or summary.images_expected is None:
+        return [Check("filled", passed=False, found="a job began to fill it and has not come to its end")]
+    images, failures, expected = summary.images, summary.failures, summary.images_expected
+    found, failed = f"{images} references and {failures} failures of {expected} images", failures / expected
+    return [
+        Check("filled", images + failures >= expected, found),
+        Check("failures", failed <= MAX_FAILED_SHARE, f"{failed:.2%} failed; {MAX_FAILED_SHARE:.0%} may"),
+    ]
+
+
+async def _recall(pool: Pool, cache: ReferenceCache, embedding_space: str) -> Check:
+    """recall@10 of the search as served against an exact one, by distance, near stored vectors."""
+    rng = np.random.default_rng(SAMPLE)
+    served, exact = ReferenceStore(pool), ReferenceStore(pool, exact_below=10**9)
+    found = wanted = 0
+    sample = await cache.sample(embedding_space, SAMPLE)
+    for _, vector in sample:
+        query = vector + _NOISE * rng.normal(size=vector.shape).astype(np.float32)
+        query /= np.linalg.norm(query)
+        truth = await exact.nearest(query, embedding_space=embedding_space, k=K)
+        answer = await served.nearest(query, embedding_space=embedding_space, k=K)
+        worst = min(case.similarity for case in truth.similar)
+        found += sum(case.similarity >= worst - _TIE for case in answer.similar)
+        wanted += len(truth.similar)
+    recall = found / wanted
+    return Check("recall", recall >= MIN_RECALL, f"recall@{K} {recall:.4f} over {len(sample)} queries")
+
+
+async def _canaries(pool: Pool, model: StoredModel, embedding_space: str, folder: Path) -> Check:
+    """Images of the folder, embedded anew as an upload would be, must find themselves first.
+
+    One that cannot be read now says nothing of the space; where none can be, nothing was checked.
+    """
+    entries = read_references(folder)
+    entries = entries[:: max(1, len(entries) // CANARIES)][:CANARIES]
+    geometry = InputGeometry.from_manifest(model.manifest.input)
+    embedder = ReferenceEmbedder(model, space_spec(model, embedding_space))
+    store = ReferenceStore(pool)
+    embedded, lost, unread = 0, [], set()
+    for entry in entries:
+        prepared = prepare_reference(
+            folder / entry.path, entry.isic_id, geometry, sha256=entry.sha256, picture=False
+        )
+        if isinstance(prepared, FailedReference):
+            unread.add(prepared.cause)
+            continue
+        embedded += 1
+        query = embedder.embed(prepared.pixels[np.newaxis])[0]
+        similar = (await store.nearest(query, embedding_space=embedding_space, k=K)).similar
+        itself = [case for case in similar if case.isic_id == entry.isic_id or case.lesion_id == entry.lesion]
+        if not itself or itself[0].similarity < MIN_CANARY_SIMILARITY:
+            lost.append(entry.isic_id)
+    found = f"{embedded} of {len(entries)} embedded anew"
+    if unread:
+        found += f" (the others: {', '.join(sorted(unread))})"
+    if embedded:
+        found += f", {', '.join(lost)} lost" if lost else ", all found"
+    return Check("canaries", bool(embedded) and not lost, found)

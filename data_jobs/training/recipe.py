@@ -40,7 +40,7 @@ class DataPlan:
         fold = self.calibration_fold if self.left_out is None else self.left_out
         if fold == self.test_fold:
             raise ValueError(
-                f"Fold {fold} is the test fold: a recipe of one network needs another calibration_fold."
+                f"Fold {fold} is the test fold: a recipe of one network needs another calibration_fold, a member left_out."
             )
         return fold
 

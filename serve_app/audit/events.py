@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import os
 import pwd
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 AuditOutcome = Literal["success", "denied", "failed"]
@@ -36,6 +36,14 @@ class AuditEvent:
     detail: Mapping[str, object] = field(default_factory=dict)
 
 
+def event_about(
+    record: object, action: str, outcome: AuditOutcome = "success", detail: Mapping[str, object] | None = None
+) -> AuditEvent:
+    """Say what was done with a record: its fields of the event's names (`actor` and `request_id` at least) are it."""
+    ids: dict[str, Any] = {name: getattr(record, name, None) for name in AuditEvent.__dataclass_fields__}
+    return AuditEvent(**ids | {"action": action, "outcome": outcome, "detail": detail or {}})
+
+
 def os_account() -> str:
     """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
 
@@ -54,14 +62,19 @@ def account_event(
     detail: Mapping[str, object] | None = None,
     *,
     outcome: AuditOutcome = "success",
+    actor: str | None = None,
     patient_id: str | None = None,
+    lesion_id: UUID | None = None,
+    image_id: UUID | None = None,
 ) -> AuditEvent:
-    """Say that this account did something; `detail` as in AuditEvent."""
+    """Say what a command did in the name of `actor` (None: this account); `detail` as in AuditEvent."""
     return AuditEvent(
         action=action,
-        actor=os_account(),
+        actor=os_account() if actor is None else actor,
         outcome=outcome,
         patient_id=patient_id,
+        lesion_id=lesion_id,
+        image_id=image_id,
         request_id=str(uuid4()),
         detail=detail or {},
     )

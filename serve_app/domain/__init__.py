@@ -1,1 +1,1 @@
-"""The vocabulary: frozen types and errors. Standard library and numpy only."""
+"""The vocabulary: frozen types, which are also what is kept and what is answered, and errors. Numpy and pydantic only."""

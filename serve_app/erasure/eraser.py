@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from serve_app.domain.errors import DataKeyMissing, DermError, LegalHold, NotFound
 from serve_app.domain.identifiers import new_id
@@ -108,7 +108,6 @@ class Eraser:
             image_id=image_id,
             reason=ErasureReason(key.reason),
             actor=key.actor,
-            request_id=str(uuid4()),
             receipt_id=key.receipt_id,
         )
         try:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 import logging
-import random
-from time import monotonic
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from serve_app.domain.errors import DataKeyMissing, LegalHold
 from serve_app.erasure.eraser import Eraser
@@ -20,73 +18,9 @@ from serve_app.records.retention import Housekeeping, RetentionStore
 logger = logging.getLogger("derm.housekeeping")
 
 #: How often accepted erasures and new images' keys are looked after, and everything else.
-ERASURES_EVERY_S = 10.0
-REST_EVERY_S = 3600.0
+ERASURES_EVERY_S, REST_EVERY_S = 10.0, 3600.0
 #: How long one part may take: each can be broken off anywhere, and goes on from there in its next round.
 ATTEMPT_S = 600.0
-
-_DAY_S = 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Housekeeper:
-    """Every ingress replica has one; all they do is safe to do at once, and twice.
-
-    `retention_days`: how long images are kept after their patient's record was closed; None: for good.
-    """
-
-    eraser: Eraser
-    housekeeping: Housekeeping
-    retention: RetentionStore
-    keys: KeyStore
-    idempotency_days: int
-    retention_days: int | None
-
-    async def keep_forever(self) -> None:
-        """Work until cancelled; what fails is logged and tried again in the next round."""
-        rest_at = monotonic()
-        while True:
-            # Jittered, so that replicas do not work in step.
-            await asyncio.sleep(ERASURES_EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-            await _attempt(self.eraser.finish_accepted)
-            await _attempt(lambda: stop_awaiting_stored(self.housekeeping, self.keys))
-            if monotonic() >= rest_at:
-                rest_at = monotonic() + REST_EVERY_S
-                await self.do_the_rest()
-
-    async def do_the_rest(self) -> None:
-        """Do once what has time: each part on its own, so that one that fails holds up no other."""
-        await _attempt(self.eraser.erase_restored)
-        await _attempt(self.expire_idempotency_keys)
-        await _attempt(lambda: sweep_orphaned_keys(self.housekeeping, self.keys))
-        await _attempt(self.erase_expired)
-
-    async def expire_idempotency_keys(self) -> int:
-        """Let go of the keys that no caller repeats any more; returns how many."""
-        expired, batch = 0, 1000
-        while found := await self.housekeeping.expire_idempotency_keys(
-            older_than_s=self.idempotency_days * _DAY_S, limit=batch
-        ):
-            expired += found
-            if found < batch:
-                break
-        return expired
-
-    async def erase_expired(self) -> int:
-        """Erase what is past its retention, where one is set; returns how many."""
-        if self.retention_days is None:
-            return 0
-        return await erase_expired(self.retention, self.eraser, days=self.retention_days, actor="retention")
-
-
-async def _attempt(work: Callable[[], Awaitable[int]]) -> None:
-    try:
-        async with asyncio.timeout(ATTEMPT_S):
-            await work()
-    except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
-        logger.warning("Housekeeping waits: %s", type(error).__name__)
-
-
 #: Far longer than an upload lasts. Only courtesy: an upload that is slower still is refused, and loses nothing.
 ORPHANED_AFTER_S = 3600
 #: From so many lost images on the database is not trusted in what it says of failed uploads either.
@@ -96,7 +30,7 @@ MAX_LOST = 100
 #: No image comes in while a batch is condemned: so a batch is short.
 _BATCH = 100
 
-orphaned_keys_logger = logging.getLogger("derm.keys")
+logger = logging.getLogger("derm.keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +93,7 @@ async def sweep_orphaned_keys(
     await stop_awaiting_stored(housekeeping, keys)
     orphaned = await find_orphaned_keys(housekeeping, keys, age_s=age_s)
     if orphaned.lost:
-        orphaned_keys_logger.error(
+        logger.error(
             "%d data keys have lost their image: was an older database restored? They are kept: "
             "put the newer database back, or give them up with `derm-cds keys sweep`",
             len(orphaned.lost),
@@ -168,8 +102,16 @@ async def sweep_orphaned_keys(
         return 0
     swept = await shred_orphaned_keys(housekeeping, keys, orphaned.failed)
     if swept:
-        orphaned_keys_logger.warning("Swept %d data keys whose image never came", swept)
+        logger.warning("Swept %d data keys whose image never came", swept)
     return swept
+
+
+async def expire_idempotency_keys(housekeeping: Housekeeping, *, days: int) -> int:
+    """Let go of the keys that no caller repeats any more; returns how many."""
+    expired = 0
+    while found := await housekeeping.expire_idempotency_keys(older_than_s=days * 86_400, limit=1000):
+        expired += found
+    return expired
 
 
 async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int, actor: str) -> int:
@@ -186,14 +128,13 @@ async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int,
                 image_id=image_id,
                 reason=ErasureReason.RETENTION,
                 actor=actor,
-                request_id=str(uuid4()),
             )
             try:
                 await eraser.erase(request)
             except (
                 LegalHold,
                 DataKeyMissing,
-            ):  # a hold set since the list was made; a key to be destroyed elsewhere
+            ):  # held since the list was made; a key to be destroyed elsewhere
                 continue
             erased += 1
         if erased == before:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from math import ceil
 from typing import Any, NoReturn
@@ -16,7 +14,7 @@ from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_addres
 from serve_app.access.rules import Action, RequestedAction, begin, may
 from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.errors import DermError, Forbidden, RateLimited, Unauthenticated
+from serve_app.domain.errors import Forbidden, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
@@ -122,19 +120,6 @@ class Authenticator:
         for code, budget in self._budgets.items():
             if count := budget.drain():
                 await self._records.record_event(_nobodys_event(str(new_id()), code=code, not_listed=count))
-
-    async def summarise_forever(self) -> None:
-        """Do so once a window until cancelled, and then once more."""
-        try:
-            while True:
-                await asyncio.sleep(WINDOW_S)
-                try:
-                    await self.summarise()
-                except DermError as error:
-                    _log.warning("A summary of refusals was not written: %s", type(error).__name__)
-        finally:
-            with contextlib.suppress(DermError):
-                await self.summarise()
 
 
 def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:

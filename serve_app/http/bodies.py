@@ -51,7 +51,10 @@ async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
         body = b"".join(
             [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
         )
-        return form.model_validate(read_json(body))
+        value = read_json(body)
+        if not isinstance(value, dict):
+            raise InvalidField("body: Input should be an object")
+        return form.model_validate(value)
     except ClientDisconnect as error:
         raise InvalidField("The body broke off.") from error
     except KeySentTwice as twice:

@@ -13,6 +13,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Gauge
 
 from deployments.classifier.classifier import ClassifierOutput
 from deployments.preprocess.preprocess import PreparedImage
@@ -20,6 +21,7 @@ from deployments.risk.rules import Findings
 from serve_app.domain.assessment import Conclusion, Neighbours, ReferenceFilter
 from serve_app.domain.errors import DermError, Overloaded, RejectedUpload, StageFailed
 from serve_app.http.app import create_app
+from serve_app.http.services import Counts
 from serve_app.logs import ProcessLog
 from serve_app.records.serving import LiveModel
 from serve_app.settings import load_settings
@@ -32,6 +34,7 @@ BY_REFERENCE_FROM_BYTES = 1_500_000
 
 #: How long every replica of a stage may take to load a model, seconds.
 WARM_WITHIN_S = 60.0
+STAGES = ("preprocess", "classifier", "embedder", "retriever", "risk")
 
 
 class ServeStages:
@@ -50,19 +53,14 @@ class ServeStages:
         retriever: DeploymentHandle[Any],
         risk: DeploymentHandle[Any],
     ) -> None:
-        self._handles = {
-            "preprocess": by_message(preprocess),
-            "classifier": by_message(classifier),
-            "embedder": by_message(embedder),
-            "retriever": by_message(retriever),
-            "risk": by_message(risk),
-        }
-        self._prepare_small = by_message(preprocess).prepare
+        stages = (preprocess, classifier, embedder, retriever, risk)
+        self._handles = dict(zip(STAGES, map(by_message, stages), strict=True))
+        self._prepare_small = self._handles["preprocess"].prepare
         self._prepare_large = preprocess.options(_by_reference=True).prepare
-        self._classify = by_message(classifier).classify
-        self._embed = by_message(embedder).embed
-        self._nearest = by_message(retriever).nearest
-        self._conclude = by_message(risk).conclude
+        self._classify = self._handles["classifier"].classify
+        self._embed = self._handles["embedder"].embed
+        self._nearest = self._handles["retriever"].nearest
+        self._conclude = self._handles["risk"].conclude
 
     async def warm(self, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
         """Have every replica of every stage load these models: a broadcast, where a call reaches one replica."""
@@ -93,22 +91,17 @@ class ServeStages:
         """Prepare one upload."""
         large = len(data) >= BY_REFERENCE_FROM_BYTES
         handle = self._prepare_large if large else self._prepare_small
-        prepared: PreparedImage | RejectedUpload = await _answer(handle.remote(model_id, data))
-        return prepared
+        return await _answer(handle.remote(model_id, data))
 
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
         """Classify prepared pixels."""
-        output: ClassifierOutput = await _answer(self._classify.remote(model_id, pixels))
-        return output
+        return await _answer(self._classify.remote(model_id, pixels))
 
     async def embed(
         self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Embed a bottleneck."""
-        embedding: NDArray[np.float32] = await _answer(
-            self._embed.remote(model_id, embedding_space, bottleneck)
-        )
-        return embedding
+        return await _answer(self._embed.remote(model_id, embedding_space, bottleneck))
 
     async def nearest(
         self,
@@ -118,15 +111,11 @@ class ServeStages:
         reference_filter: ReferenceFilter,
     ) -> Neighbours:
         """Search the references."""
-        neighbours: Neighbours = await _answer(
-            self._nearest.remote(embedding, embedding_space, k, reference_filter)
-        )
-        return neighbours
+        return await _answer(self._nearest.remote(embedding, embedding_space, k, reference_filter))
 
     async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
         """Conclude from everything found."""
-        conclusion: Conclusion = await _answer(self._conclude.remote(model_id, findings))
-        return conclusion
+        return await _answer(self._conclude.remote(model_id, findings))
 
 
 def by_message(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
@@ -146,10 +135,33 @@ async def _answer(response: Awaitable[Answer]) -> Answer:
         raise StageFailed(f"A stage failed: {type(error).__name__}.") from error
 
 
+#: The counts of /readyz that are metrics, and what each says.
+GAUGES = {
+    ("assessments", "pending"): "Assessments without an answer yet",
+    ("assessments", "failed"): "Assessments that were given up",
+    ("assessments", "oldest_pending_s"): "Age of the oldest pending assessment, seconds; 0: none",
+    ("outbox", "waiting"): "Messages that the PMS is still to be told",
+    ("outbox", "dead"): "Messages that were given up",
+    ("outbox", "oldest_waiting_s"): "Age of the oldest waiting message, seconds; 0: none",
+}
+
+
+class Gauges:
+    """The counts of /readyz as metrics, for an alarm: each gauge is set by every replica, to the same value."""
+
+    def __init__(self) -> None:
+        self._gauges = {names: Gauge("derm_" + "_".join(names), said) for names, said in GAUGES.items()}
+
+    def set(self, counts: Counts) -> None:
+        """Set every gauge; to 0 where nothing waits, or nothing is delivered."""
+        for (kind, name), gauge in self._gauges.items():
+            gauge.set((counts[kind] or {}).get(name) or 0.0)
+
+
 @serve.deployment(name="ingress")
 @serve.ingress()
 class Ingress:
-    """Serves the application; each replica has its own pool, key store and recovery loop."""
+    """Serves the application; each replica has its own pool, key store and background loops."""
 
     def __init__(self, **stages: DeploymentHandle[Any]) -> None:
         self._stages = ServeStages(**stages)
@@ -161,4 +173,4 @@ class Ingress:
         """
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
-        return create_app(settings, self._stages, answer_request_id=False)
+        return create_app(settings, self._stages, answer_request_id=False, observe=Gauges().set)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,7 +28,8 @@ async def readyz(request: Request) -> JSONResponse:
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
     (null otherwise), the invariants of what is stored, whether the audit log is what was signed, how many
-    assessments are pending or have failed, and how many messages to the PMS wait or are dead.
+    assessments are pending or have failed, how many messages to the PMS wait or are dead, and how each background
+    loop fares, with a finding for one that keeps ending.
     """
     services: Services = request.app.state.services
     await live_model(services.pool)
@@ -42,8 +42,9 @@ async def readyz(request: Request) -> JSONResponse:
             "refused_model": services.live.refused,
             "invariants": services.invariants.describe(),
             "audit": services.sealer.describe(),
-            "assessments": asdict(await services.records.counts()),
-            "outbox": await services.pms.describe(),
+            "loops": services.worker.describe(),
+            "findings": services.worker.findings(),
+            **await services.counts(),
         }
     )
 

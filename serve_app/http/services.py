@@ -1,24 +1,47 @@
-"""What the routes work with, made once a process."""
+"""What the routes work with, made once a process, and the loops that run beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from deployments.preprocess.decode import UploadLimits
+from serve_app import worker
 from serve_app.access.rules import EmergencyLimits
+from serve_app.audit.checkpoints import CheckpointLog
+from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import Authenticator
-from serve_app.http.admission import AdmissionGate
+from serve_app.http.access import WINDOW_S, Authenticator
+from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
+from serve_app.keys.providers import open_key_provider
+from serve_app.lesions import live_model, recovery
+from serve_app.lesions.assess import Assessor, Stages
 from serve_app.lesions.live_model import LiveModelWatch
 from serve_app.lesions.replay import Replayer
 from serve_app.lesions.similar import Searcher
 from serve_app.lesions.triage import Triage
-from serve_app.pms.delivery import PmsTies
+from serve_app.pms import delivery
+from serve_app.pms.delivery import PmsConnection, open_pms
+from serve_app.records import serving
 from serve_app.records.access import AccessStore
+from serve_app.records.audit_log import AuditChain
+from serve_app.records.erasures import ErasureStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool
-from serve_app.worker import InvariantWatch, Sealer
+from serve_app.records.pool import Pool, open_pool
+from serve_app.records.references import ReferenceStore
+from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
+from serve_app.settings import Settings
+from serve_app.version import service_version
+from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
+
+#: What waits and what came to nothing, by kind: for /readyz and for the metrics.
+Counts = Mapping[str, Mapping[str, float | None] | None]
+#: How often the counts are handed on as metrics.
+COUNT_EVERY_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +58,140 @@ class Services:
     replayer: Replayer
     searcher: Searcher
     eraser: Eraser
-    pms: PmsTies
+    pms: PmsConnection
     admission: AdmissionGate
     limits: UploadLimits
     authenticator: Authenticator
     access: AccessStore
     emergency_limits: EmergencyLimits
+    worker: Worker
+
+    async def counts(self) -> Counts:
+        """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
+        return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+
+
+@asynccontextmanager
+async def open_services(
+    settings: Settings, stages: Stages, *, observe: Callable[[Counts], None] | None = None
+) -> AsyncIterator[Services]:
+    """Open pool and key store, put the parts together, and run the loops; `observe` is told the counts now and then.
+
+    IntegrityError when the key store is another keyring's or another database's, or lost; KeyProviderUnavailable
+    when the keyring is.
+    """
+    async with AsyncExitStack() as closing:
+        pool = await open_pool(
+            settings.database_url.get_secret_value(),
+            minimum=settings.database_pool_min,
+            maximum=settings.database_pool_max,
+            timeout_s=settings.database_timeout_s,
+        )
+        closing.push_async_callback(pool.close)
+        keys = await _open_keys(settings, pool)
+        closing.callback(keys.close)
+        records, access, files = LesionStore(pool), AccessStore(pool), settings.files
+        pms = open_pms(settings, pool, records)
+        closing.push_async_callback(pms.close)
+        assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
+        tells_pms = pms.delivery is not None
+        services = Services(
+            pool=pool,
+            records=records,
+            keys=keys,
+            live=LiveModelWatch(pool, settings.models, stages.warm),
+            invariants=InvariantWatch(pool),
+            sealer=Sealer(AuditChain(pool), CheckpointLog(files.audit_checkpoints, files.audit_signing_key)),
+            triage=Triage(
+                assessor=assessor,
+                records=records,
+                keys=keys,
+                consultation=pms.consultation,
+                tells_pms=tells_pms,
+            ),
+            replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
+            searcher=Searcher(stages=stages, records=records, references=ReferenceStore(pool)),
+            eraser=Eraser(ErasureStore(pool), keys, tells_pms=tells_pms),
+            pms=pms,
+            admission=AdmissionGate(
+                max_requests=settings.max_uploads_in_flight,
+                max_bytes=settings.max_upload_bytes_in_flight,
+                pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
+            ),
+            limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
+            authenticator=Authenticator(settings, access, records),
+            access=access,
+            emergency_limits=EmergencyLimits(
+                minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
+            ),
+            worker=Worker(),
+        )
+        async with services.worker.running(_loops(settings, services, observe)):
+            yield services
+
+
+def _loops(
+    settings: Settings, services: Services, observe: Callable[[Counts], None] | None
+) -> dict[str, Loop]:
+    """Every loop of this replica, by the name that /readyz shows."""
+    records, live, eraser = services.records, services.live, services.eraser
+    housekeeping, keys = Housekeeping(services.pool), services.keys
+    rest: list[Callable[[], Awaitable[object]]] = [
+        eraser.erase_restored,
+        partial(sweeping.expire_idempotency_keys, housekeeping, days=settings.idempotency_days),
+        partial(sweeping.sweep_orphaned_keys, housekeeping, keys),
+    ]
+    if settings.retention_days is not None:
+        retention, days = RetentionStore(services.pool), settings.retention_days
+        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor="retention"))
+    loops = {
+        "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
+        "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
+        "recovery": every(recovery.PERIOD_S, partial(recovery.recover_once, records, services.triage, live)),
+        "sealing": every(
+            worker.SEAL_EVERY_S,
+            services.sealer.work,
+            within_s=worker.SEAL_WITHIN_S,
+            last=services.sealer.finish,
+        ),
+        "refusal_summaries": every(
+            WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
+        ),
+        "invariants": every(
+            worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
+        ),
+        "erasures": every(
+            sweeping.ERASURES_EVERY_S,
+            eraser.finish_accepted,
+            partial(sweeping.stop_awaiting_stored, housekeeping, keys),
+            within_s=sweeping.ATTEMPT_S,
+        ),
+        "sweeping": every(
+            sweeping.REST_EVERY_S,
+            *rest,
+            first_after_s=sweeping.ERASURES_EVERY_S,
+            within_s=sweeping.ATTEMPT_S,
+        ),
+    }
+    if services.pms.delivery is not None:
+        loops["delivery"] = every(delivery.PERIOD_S, services.pms.delivery.deliver_due)
+    if observe is not None:
+        tell = observe
+
+        async def count() -> None:
+            tell(await services.counts())
+
+        loops["counts"] = every(COUNT_EVERY_S, count, first_after_s=0)
+    return loops
+
+
+async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
+    keystore = settings.files.keystore
+    await refuse_lost_keys(pool, keystore)
+    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
+    try:
+        await claim_key_store(pool, keys, keystore)
+    except BaseException:
+        keys.close()
+        raise
+    return keys

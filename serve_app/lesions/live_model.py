@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-import contextlib
 import logging
 from pathlib import Path
 from time import monotonic
@@ -13,14 +12,7 @@ from uuid import UUID, uuid4
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, ModelContractError, StageFailed
 from serve_app.records.pool import Pool
-from serve_app.records.serving import (
-    REPORT_EVERY_S,
-    LiveModel,
-    announced,
-    forget_replica,
-    live_model,
-    report_replica,
-)
+from serve_app.records.serving import LiveModel, announced, forget_replica, live_model, report_replica
 
 #: How long a model's folder may take to be read through.
 VERIFY_S = 60.0
@@ -76,28 +68,17 @@ class LiveModelWatch:
                 raise ModelContractError(self.refused or "")
             return self._live
 
-    async def watch_forever(self) -> None:
-        """Follow the row, and what is announced for it, until cancelled."""
-        while True:
-            try:
-                await self._look_after(await self.refresh())
-            except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
-                _log.warning("The live model waits: %s", type(error).__name__)
-            await asyncio.sleep(PERIOD_S)
+    async def report(self) -> None:
+        """Say that this replica is up and what it found ready; apart from `follow`, which may wait."""
+        await report_replica(self._pool, self._replica_id, ready=self._ready, fault=self._fault)
 
-    async def report_forever(self) -> None:
-        """Say that this replica is up and what it found ready, until cancelled; apart from the watch, which may wait."""
-        try:
-            while True:
-                with contextlib.suppress(DermError):
-                    await report_replica(self._pool, self._replica_id, ready=self._ready, fault=self._fault)
-                await asyncio.sleep(REPORT_EVERY_S)
-        finally:
-            with contextlib.suppress(DermError):
-                await forget_replica(self._pool, self._replica_id)
+    async def leave(self) -> None:
+        """Say that this replica stops."""
+        await forget_replica(self._pool, self._replica_id)
 
-    async def _look_after(self, live: LiveModel) -> None:
-        """Have the stages hold the live model, and the candidate, if one is announced."""
+    async def follow(self) -> None:
+        """Follow the row; have the stages hold the live model, and the candidate, if one is announced."""
+        live = await self.refresh()
         candidate = await announced(self._pool)
         held = (live,) if candidate is None or candidate.model == live else (live, candidate.model)
         due = monotonic() - self._told_at > TELL_AGAIN_AFTER_S

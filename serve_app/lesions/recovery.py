@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 import logging
-import random
 
 from serve_app.domain.errors import (
     DataKeyMissing,
@@ -44,30 +43,16 @@ FAILED_AFTER_TRIES = 5
 #: Tries that count before a failure that others do not share is the image's own: more than half an hour of them.
 FAILED_AFTER_SETBACKS = 10
 FAILED_AFTER = timedelta(days=7)
-_PERIOD_S = 5.0
+PERIOD_S = 5.0
 #: Enough to catch up after an outage; what is left is the next round's.
 _MOST_A_ROUND = 100
-
-
-async def recover_forever(records: LesionStore, triage: Triage, live: LiveModelWatch) -> None:
-    """Look for pending assessments every few seconds, until cancelled.
-
-    Every ingress replica runs this; claims skip locked rows and carry a lease, so each
-    assessment is worked on once at a time, and T2's condition completes it exactly once.
-    """
-    while True:
-        # Jittered, so that replicas do not ask in step.
-        await asyncio.sleep(_PERIOD_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-        try:
-            await recover_once(records, triage, live)
-        except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
-            logger.warning("Recovery waits: %s", type(error).__name__)
 
 
 async def recover_once(records: LesionStore, triage: Triage, live: LiveModelWatch) -> int:
     """Complete what can be completed now; returns how many were.
 
-    Leased one at a time: what waits behind one that hangs is anybody's.
+    Every ingress replica does this every few seconds. Claims skip locked rows and carry a lease, one image at a time
+    (what waits behind one that hangs is anybody's), and T2's condition completes each exactly once.
     """
     completed = 0
     for _ in range(_MOST_A_ROUND):

@@ -16,17 +16,18 @@ from time import perf_counter
 from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
-from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment, OpenDemand, Outcome, ReferenceFilter
+from serve_app.audit.events import event_about
+from serve_app.domain.assessment import Assessment, OpenDemand, ReferenceFilter
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.lesions.assess import Assessor, Examination
-from serve_app.pms.consultation import RecordConsultation
+from serve_app.pms.directory import RecordConsultation
 from serve_app.records.lesion_rows import (
     Admission,
+    AdmittedImage,
     AssessmentRecord,
     ImageRecord,
     PendingAssessment,
@@ -119,22 +120,8 @@ class Triage:
                 open_demand = await self._open_demand(admission, assessment)
             except RecordsUnavailable:  # it is on record: as with a pending one, the answer is at Location
                 assessment = None
-        return AssessmentRecord(
-            admission.lesion_id,
-            admission.patient_id,
-            ImageRecord(
-                image_id=admission.image_id,
-                assessment_id=admission.assessment_id,
-                encounter_id=admission.encounter_id,
-                created_at=admission.created_at,
-                content_type=admission.content_type,
-                width=admission.width,
-                height=admission.height,
-                outcome=Outcome.PENDING if assessment is None else assessment.outcome,
-                assessment=assessment,
-            ),
-            open_demand,
-        )
+        image = ImageRecord.of(admission, assessment)
+        return AssessmentRecord(admission.lesion_id, admission.patient_id, image, open_demand)
 
     async def _open_demand(self, admission: Admission, assessment: Assessment) -> OpenDemand | None:
         """What the lesion demands now; a new lesion's is known without asking."""
@@ -159,17 +146,7 @@ class Triage:
 
     async def give_up(self, pending: PendingAssessment, code: str) -> bool:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
-        event = AuditEvent(
-            action="classify",
-            actor=pending.actor,
-            outcome="failed",
-            patient_id=pending.patient_id,
-            lesion_id=pending.lesion_id,
-            image_id=pending.image_id,
-            assessment_id=pending.assessment_id,
-            request_id=pending.request_id,
-            detail={"code": code, "attempts": pending.attempts},
-        )
+        event = event_about(pending, "classify", "failed", {"code": code, "attempts": pending.attempts})
         return await self._records.fail(
             pending.assessment_id, code, event=event, message_id=self._message_id()
         )
@@ -190,37 +167,26 @@ class Triage:
     ) -> Admission:
         """Seal the image. Key first, then ciphertext: a crash leaves an orphan key, no unreadable image."""
         image_id, assessment_id = new_id(), new_id()
-        lesion_id = submission.lesion_id or new_id()
         binding = ImageBinding(image_id, submission.patient_id, prepared.content_type)
         return Admission(
-            assessment_id=assessment_id,
-            lesion_id=lesion_id,
-            image_id=image_id,
             patient_id=submission.patient_id,
             encounter_id=submission.encounter_id,
+            context=context,
+            top_k=submission.top_k,
+            reference_filter=submission.reference_filter,
+            actor=submission.actor,
+            request_id=submission.request_id,
+            assessment_id=assessment_id,
+            lesion_id=submission.lesion_id or new_id(),
+            image_id=image_id,
             new_lesion=submission.lesion_id is None,
             created_at=datetime.now(UTC),
             sealed=await asyncio.to_thread(self._seal, submission.image, binding),
             content_type=prepared.content_type,
             width=prepared.width,
             height=prepared.height,
-            context=context,
-            top_k=submission.top_k,
-            reference_filter=submission.reference_filter,
-            actor=submission.actor,
-            request_id=submission.request_id,
             idempotency_key=submission.idempotency_key,
             request_sha256=submission.request_sha256,
-            event=AuditEvent(
-                action="upload",
-                actor=submission.actor,
-                outcome="success",
-                patient_id=submission.patient_id,
-                lesion_id=lesion_id,
-                image_id=image_id,
-                assessment_id=assessment_id,
-                request_id=submission.request_id,
-            ),
         )
 
     async def _finish(
@@ -237,7 +203,7 @@ class Triage:
             await examination.discard()
 
     async def _complete(
-        self, examination: Examination, case: Admission | PendingAssessment, *, follow_up: bool
+        self, examination: Examination, case: AdmittedImage, *, follow_up: bool
     ) -> Assessment | None:
         """T2; when another replica was faster, its answer is the one on record."""
         live = examination.live
@@ -253,22 +219,12 @@ class Triage:
             reference_filter=case.reference_filter,
             previous=previous,
         )
-        event = AuditEvent(
-            action="classify",
-            actor=case.actor,
-            outcome="success",
-            patient_id=case.patient_id,
-            lesion_id=case.lesion_id,
-            image_id=case.image_id,
-            assessment_id=case.assessment_id,
-            request_id=case.request_id,
-            detail={"outcome": assessment.outcome, "model_id": live.model_id},
-        )
+        detail = {"outcome": assessment.outcome, "model_id": live.model_id}
         if await self._records.complete(
             case.assessment_id,
             assessment,
             embedding_space=live.embedding_space,
-            event=event,
+            event=event_about(case, "classify", detail=detail),
             message_id=self._message_id(),
         ):
             return assessment

@@ -18,8 +18,7 @@ from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
 from serve_app.pms.client import CircuitBreaker, PmsClient, State
-from serve_app.pms.consultation import RecordConsultation
-from serve_app.pms.directory import PmsDirectory
+from serve_app.pms.directory import PatientDirectory, PmsDirectory, RecordConsultation
 from serve_app.records.answers import assessment_document, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
@@ -45,7 +44,7 @@ DEAD_AFTER_SETBACKS = 12
 #: Answers of 4xx that say nothing about the message: our token, our pace, or an attempt still running.
 _NOT_THE_MESSAGE = frozenset({401, 403, 407, 408, 409, 425, 429})
 _BATCH = 16
-_PERIOD_S = 1.0
+PERIOD_S = 1.0
 #: Who discloses, in the audit log.
 ACTOR = "derm-cds:outbox"
 
@@ -92,15 +91,6 @@ class Delivery:
             if not any(outcomes):
                 break
         return delivered
-
-    async def deliver_forever(self) -> None:
-        """Look for what is due every second, until cancelled."""
-        while True:
-            await asyncio.sleep(_PERIOD_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-            try:
-                await self.deliver_due()
-            except Exception as error:  # noqa: BLE001 - whatever fails now, the next round must come
-                logger.warning("Delivery waits: %s", type(error).__name__)
 
     async def _deliver(self, message: ClaimedMessage) -> bool:
         try:
@@ -198,7 +188,7 @@ def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class PmsTies:
+class PmsConnection:
     """Each part is None where it is not configured."""
 
     url: str | None
@@ -206,10 +196,6 @@ class PmsTies:
     consultation: RecordConsultation | None
     outbox: Outbox | None
     delivery: Delivery | None
-
-    def start(self) -> tuple[asyncio.Task[None], ...]:
-        """Start delivering, where there is something to deliver; whoever starts it cancels it."""
-        return () if self.delivery is None else (asyncio.create_task(self.delivery.deliver_forever()),)
 
     async def describe(self) -> dict[str, int | float | None] | None:
         """For /readyz: what waits for the PMS and what is dead; None where nothing is delivered."""
@@ -221,28 +207,25 @@ class PmsTies:
             await self.client.close()
 
 
-def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsTies:
+def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnection:
     """Put together what the settings ask for; nothing connects before its first use."""
     url, client = settings.pms_url, None
+    directory: PatientDirectory | None = None
+    outbox = delivery = None
+    if settings.patient_directory == "local":
+        directory = PatientTable(pool, timeout_s=settings.pms_timeout_s)
     if url is not None:
         client = PmsClient(url, token_file=settings.pms_token_file, ca_file=settings.pms_ca_file)
-    outbox = delivery = None
-    if url is not None and client is not None and settings.pms_deliver:
-        outbox = Outbox(pool)
-        delivery = Delivery(
-            outbox=outbox,
-            records=records,
-            client=client,
-            pms_url=url,
-            dead_after=timedelta(days=settings.pms_dead_after_days),
-        )
-    return PmsTies(url, client, _consultation(settings, pool, client), outbox, delivery)
-
-
-def _consultation(settings: Settings, pool: Pool, client: PmsClient | None) -> RecordConsultation | None:
-    if settings.patient_directory == "local":
-        return RecordConsultation(PatientTable(pool, timeout_s=settings.pms_timeout_s))
-    if settings.patient_directory == "pms" and client is not None:
-        directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
-        return RecordConsultation(directory)
-    return None
+        if settings.patient_directory == "pms":
+            directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
+        if settings.pms_deliver:
+            outbox = Outbox(pool)
+            delivery = Delivery(
+                outbox=outbox,
+                records=records,
+                client=client,
+                pms_url=url,
+                dead_after=timedelta(days=settings.pms_dead_after_days),
+            )
+    consultation = None if directory is None else RecordConsultation(directory)
+    return PmsConnection(url, client, consultation, outbox, delivery)

@@ -1,19 +1,35 @@
-"""The directory of patients: what is asked of it, the PMS's JSON read with little trust, and a brief cache."""
+"""The directory of patients: the PMS's JSON read with little trust, and joined with what the caller sent.
+
+It is asked while the image is prepared. Of the caller's word and the record's neither wins as such: what is weighed
+is the more cautious of the two, so that asking the directory can raise a risk and never lower it, and every difference
+is stated. A different sex or age is how an image filed under the wrong patient shows.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import fields, replace
 from datetime import UTC, date, datetime
+from functools import partial
+import logging
 import random
 from time import monotonic
 from typing import Any, Generic, Protocol, TypeVar
 
-from serve_app.domain.errors import DirectoryUnavailable, PmsUnavailable
-from serve_app.domain.patient import History, PatientRecord, Sex
+from serve_app.domain.errors import DirectoryUnavailable, PmsUnavailable, WrongEncounter
+from serve_app.domain.patient import (
+    ClinicalContext,
+    Discrepancy,
+    History,
+    Lookup,
+    PatientRecord,
+    RecordCheck,
+    Sex,
+)
 from serve_app.pms.client import CircuitBreaker, PmsAnswer, PmsClient
+
+_log = logging.getLogger("derm.pms")
 
 
 class PatientDirectory(Protocol):
@@ -30,48 +46,38 @@ class PatientDirectory(Protocol):
         """Say whose an encounter is; None when the directory knows none by that id."""
 
 
-_Value = TypeVar("_Value")
+_Value = TypeVar("_Value", PatientRecord, str)
 
 
 class BriefCache(Generic[_Value]):
-    """Values by id, at most `entries`, none older than `max_age_s`; 0 keeps nothing.
+    """Values by id, at most `entries`, none older than `max_age_s` (0 keeps nothing); the oldest goes first.
 
-    The one not used for longest goes first. `clock` gives seconds that never go back.
+    `clock` gives seconds that never go back.
     """
 
     def __init__(
         self, *, max_age_s: float, entries: int = 2_000, clock: Callable[[], float] = monotonic
     ) -> None:
-        self._max_age_s = max_age_s
-        self._limit = entries
-        self._clock = clock
-        self._kept: OrderedDict[str, tuple[float, _Value]] = OrderedDict()
+        self._max_age_s, self._limit, self._clock = max_age_s, entries, clock
+        self._kept: dict[str, tuple[float, _Value]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: str) -> _Value | None:
         """Find a value that is young enough."""
-        found = self._kept.get(key)
-        if found is None:
-            return None
-        kept_at, value = found
-        if self._clock() - kept_at >= self._max_age_s:
-            del self._kept[key]
-            return None
-        self._kept.move_to_end(key)
-        return value
+        kept_at, value = self._kept.get(key, (0.0, None))
+        return None if self._clock() - kept_at >= self._max_age_s else value
 
     def put(self, key: str, value: _Value) -> None:
         """Keep a value; whatever is too old, or too much, is forgotten."""
-        now = self._clock()
         self._kept.pop(key, None)
-        for old in [name for name, (at, _) in self._kept.items() if now - at >= self._max_age_s]:
+        self._kept[key] = (now := self._clock()), value
+        # In the order in which they were kept.
+        for old, (kept_at, _) in list(self._kept.items()):
+            if now - kept_at < self._max_age_s and len(self._kept) <= self._limit:
+                break
             del self._kept[old]
-        if self._max_age_s > 0:
-            self._kept[key] = now, value
-        while len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
 
 
 #: Years; an age beyond is a wrong date.
@@ -155,57 +161,53 @@ class PmsDirectory:
 
     async def patient(self, patient_id: str) -> PatientRecord | None:
         """Find a patient."""
-        if (kept := self._patients.get(patient_id)) is not None:
-            return kept
-        answer = await self._ask("patients", patient_id)
-        if answer.body is None:
-            return None
-        try:
-            record = read_patient(patient_id, answer.body, today=datetime.now(UTC).date())
-        except ValueError as error:
-            raise DirectoryUnavailable(f"bad_record: {error}") from None
-        self._patients.put(patient_id, record)
-        return record
+        read = partial(read_patient, today=datetime.now(UTC).date())
+        return await self._find(self._patients, "patients", patient_id, read)
 
     async def patient_of(self, encounter_id: str) -> str | None:
         """Say whose an encounter is."""
-        if (kept := self._encounters.get(encounter_id)) is not None:
-            return kept
-        answer = await self._ask("encounters", encounter_id)
-        if answer.body is None:
-            return None
-        try:
-            patient_id = read_encounter(encounter_id, answer.body)
-        except ValueError as error:
-            raise DirectoryUnavailable(f"bad_record: {error}") from None
-        self._encounters.put(encounter_id, patient_id)
-        return patient_id
+        return await self._find(self._encounters, "encounters", encounter_id, read_encounter)
 
-    async def _ask(self, kind: str, identifier: str) -> PmsAnswer:
-        """Ask, in time; an answer without a body is "none such"."""
+    async def _find(
+        self,
+        cache: BriefCache[_Value],
+        kind: str,
+        identifier: str,
+        read: Callable[[str, Mapping[str, Any]], _Value],
+    ) -> _Value | None:
+        if (kept := cache.get(identifier)) is not None:
+            return kept
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._ask_again(kind, identifier)
+                answer = await self._ask(kind, identifier)
         except TimeoutError:
             self._breaker.fail()
             raise DirectoryUnavailable("timeout") from None
+        if answer.body is None:  # none such
+            return None
+        try:
+            value = read(identifier, answer.body)
+        except ValueError as error:
+            raise DirectoryUnavailable(f"bad_record: {error}") from None
+        cache.put(identifier, value)
+        return value
 
-    async def _ask_again(self, kind: str, identifier: str) -> PmsAnswer:
-        attempt = 0
-        while True:
-            attempt += 1
+    async def _ask(self, kind: str, identifier: str) -> PmsAnswer:
+        code = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(PAUSE_S * random.uniform(0.2, 1.0))  # noqa: S311 - no secret
             if not self._breaker.enter():
                 raise DirectoryUnavailable("circuit_open")
             try:
                 answer = await self._try(kind, identifier)
             except PmsUnavailable as fault:
                 self._breaker.fail()
-                if attempt == ATTEMPTS:
-                    raise DirectoryUnavailable(str(fault)) from None
+                code = str(fault)
             else:
                 self._breaker.succeed()
                 return answer
-            await asyncio.sleep(PAUSE_S * random.uniform(0.2, 1.0))  # noqa: S311 - no secret
+        raise DirectoryUnavailable(code)
 
     async def _try(self, kind: str, identifier: str) -> PmsAnswer:
         answer = await self._client.get("api", kind, identifier, timeout_s=self._timeout_s)
@@ -220,3 +222,96 @@ class PmsDirectory:
         if answer.status != 200:
             raise PmsUnavailable(f"http_{answer.status}")
         return answer
+
+
+#: Years by which two ages may differ and still be the same: `age_approx` is rounded to 5 years in
+#: ISIC's data, which is 2.5 either way, and a birthday may lie between.
+SAME_AGE_WITHIN = 3
+
+
+def reconcile(
+    context: ClinicalContext, record: PatientRecord | None, *, encounter: Lookup | None = None
+) -> ClinicalContext:
+    """Add a patient's record to what was sent; None is a patient that the directory does not know."""
+    if record is None:
+        return replace(context, record=RecordCheck(Lookup.UNKNOWN, encounter))
+    return replace(
+        context,
+        age_approx=_older(context.age_approx, record.age),
+        sex=record.sex if context.sex in {None, Sex.UNKNOWN} and record.sex else context.sex,
+        history=_join(context.history, record.history),
+        record=RecordCheck(Lookup.FOUND, encounter, _discrepancies(context, record)),
+    )
+
+
+def _older(sent: int | None, recorded: int | None) -> int | None:
+    """The higher age: the policy's risk rises with it."""
+    return max((age for age in (sent, recorded) if age is not None), default=None)
+
+
+def _join(sent: History, recorded: History) -> History:
+    """Yes if either says yes, no if one says no and the other nothing else."""
+    joined = {}
+    for item in fields(History):
+        answers = {getattr(sent, item.name), getattr(recorded, item.name)} - {None}
+        joined[item.name] = any(answers) if answers else None
+    return History(**joined)
+
+
+def _discrepancies(context: ClinicalContext, record: PatientRecord) -> tuple[Discrepancy, ...]:
+    found = []
+    age = context.age_approx
+    if age is not None and record.age is not None and abs(age - record.age) > SAME_AGE_WITHIN:
+        found.append(Discrepancy("age_approx", str(age), str(record.age)))
+    if {context.sex, record.sex}.isdisjoint({None, Sex.UNKNOWN}) and context.sex is not record.sex:
+        found.append(Discrepancy("sex", str(context.sex), str(record.sex)))
+    for item in fields(History):
+        sent, recorded = getattr(context.history, item.name), getattr(record.history, item.name)
+        if sent is not None and recorded is not None and sent is not recorded:
+            found.append(Discrepancy(item.name, _yes_or_no(sent), _yes_or_no(recorded)))
+    return tuple(found)
+
+
+def _yes_or_no(answer: object) -> str:
+    return "yes" if answer else "no"
+
+
+class RecordConsultation:
+    """Asks one directory about the patient and the encounter of an upload, both at once.
+
+    It takes the directory's own time limit at most: an upload never waits longer for the record.
+    """
+
+    def __init__(self, directory: PatientDirectory) -> None:
+        self._directory = directory
+
+    async def consult(
+        self, context: ClinicalContext, *, patient_id: str, encounter_id: str | None
+    ) -> ClinicalContext:
+        """Reconcile what was sent with the patient's record; without an answer, say so in the context.
+
+        Raises WrongEncounter when the directory has no such encounter of this patient.
+        """
+        asked = None if encounter_id is None else self._directory.patient_of(encounter_id)
+        (patient, record), (encounter, owner) = await asyncio.gather(
+            _look_up("patient", self._directory.patient(patient_id)), _look_up("encounter", asked)
+        )
+        # The same whether it is another patient's or nobody's: the caller learns nothing of others.
+        if encounter in {Lookup.FOUND, Lookup.UNKNOWN} and owner != patient_id:
+            raise WrongEncounter
+        if patient is Lookup.NOT_AVAILABLE:
+            return replace(context, record=RecordCheck(Lookup.NOT_AVAILABLE, encounter))
+        return reconcile(context, record, encounter=encounter)
+
+
+async def _look_up(
+    what: str, question: Awaitable[_Value | None] | None
+) -> tuple[Lookup | None, _Value | None]:
+    if question is None:
+        return None, None
+    try:
+        found = await question
+    except DirectoryUnavailable as error:
+        _log.warning("The %s was not looked up: %s", what, error)  # how it failed, never about whom
+        return Lookup.NOT_AVAILABLE, None
+    return (Lookup.UNKNOWN if found is None else Lookup.FOUND), found

@@ -12,11 +12,10 @@ import asyncpg
 from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Id, Shape, Time
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("access")
-_RECORD_EVENT = queries("lesions")["record_event"]
 
 ReviewOutcome = Literal["justified", "not_justified", "follow_up"]
 RevocationKind = Literal["subject", "token"]
@@ -155,5 +154,5 @@ class AccessStore:
         async with self._pool.connection() as connection, connection.transaction():
             row = await connection.fetchrow(_SQL[query], *args)
             if row is not None:
-                await connection.execute(_RECORD_EVENT, *event_columns(event))
+                await record_event(connection, event)
             return row

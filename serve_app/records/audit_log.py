@@ -22,6 +22,7 @@ from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal, in_forc
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.pool import Pool, queries
+from serve_app.sql import bind
 
 #: What is before the first seal.
 GENESIS = bytes(32)
@@ -36,9 +37,6 @@ _BATCH = 5_000
 _SQL = queries("audit_chain")
 
 _POSITION = attrgetter("position")
-_COLUMNS = attrgetter(
-    *("action", "actor", "outcome", "patient_id", "lesion_id", "image_id", "assessment_id", "request_id")
-)
 
 
 async def events_between(
@@ -53,20 +51,29 @@ async def events_between(
         after = rows[-1]["event_id"]
 
 
-def event_columns(event: AuditEvent) -> tuple[object, ...]:
-    """Action, actor, outcome, patient, lesion, image, assessment, request id and detail.
+def event_parameters(event: AuditEvent) -> dict[str, object]:
+    """The named parameters of a statement that writes the event, with what it records or alone.
 
     Added is what the event was for, and an emergency access that it rests on; all but the few events pass here that a
     statement writes itself.
     """
-    attempt = requested_action(event.request_id)
-    if attempt is not None:
-        attempt.recorded = True
-        if attempt.emergency is not None:
-            event = replace(event, detail={**event.detail, "emergency_access": str(attempt.emergency)})
-    purpose = purpose_of(event, attempt.principal.roles if attempt is not None else None)
-    detail = dict(event.detail) if purpose is None else {**event.detail, PURPOSE: purpose}
-    return (*_COLUMNS(event), detail)
+    requested = requested_action(event.request_id)
+    detail = dict(event.detail)
+    if requested is not None:
+        requested.recorded = True
+        if requested.emergency is not None:
+            detail["emergency_access"] = str(requested.emergency)
+            event = replace(event, detail=detail)
+    purpose = purpose_of(event, requested.principal.roles if requested is not None else None)
+    if purpose is not None:
+        detail[PURPOSE] = purpose
+    values = {name: getattr(event, name) for name in AuditEvent.__dataclass_fields__}
+    return {f"event_{name}": value for name, value in (values | {"detail": detail}).items()}
+
+
+async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
+    """Write an event, in the connection's transaction."""
+    await connection.execute(*bind(queries("lesions")["record_event"], event_parameters(event)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +251,3 @@ def describe(finding: Tampering) -> str:
     """Say a finding in words: what, and where."""
     at = f"seal {finding.position}" if finding.position else "no seal"
     return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"
-
-
-async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
-    """Write an event, in the connection's transaction."""
-    await connection.execute(queries("lesions")["record_event"], *event_columns(event))

@@ -7,19 +7,20 @@ proven in a second one, once its data key is gone. What was accepted and not pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from uuid import UUID, uuid4
 
 import asyncpg
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import account_event, event_about
 from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
 from serve_app.domain.identifiers import new_id
 from serve_app.keys.receipts import ErasureReason, Receipt
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.pool import Pool, queries
+from serve_app.sql import bind
 
 _SQL = queries("erasures")
 _FIRST = UUID(int=0)
@@ -46,7 +47,7 @@ class ErasureRequest:
     reason: ErasureReason
     note: str | None = None
     actor: str
-    request_id: str
+    request_id: str = field(default_factory=lambda: str(uuid4()))
     receipt_id: UUID | None = None
 
 
@@ -67,15 +68,8 @@ class Erasure:
 
     def prove(self, erased_at: datetime) -> Receipt:
         """Make the receipt; only for whoever has seen the data key destroyed."""
-        return Receipt(
-            receipt_id=self.receipt_id,
-            image_id=self.image_id,
-            erased_at=erased_at,
-            actor=self.actor,
-            reason=self.reason,
-            ciphertext_sha256=self.ciphertext_sha256,
-            data_key_id=self.data_key_id,
-        )
+        shared = {item.name: getattr(self, item.name) for item in fields(Receipt) if item.name != "erased_at"}
+        return Receipt(**shared, erased_at=erased_at)
 
 
 class ErasureStore:
@@ -125,30 +119,21 @@ class ErasureStore:
         same commit; it keeps the id of the assessment's message where that was delivered before.
         """
         receipt = erasure.prove(datetime.now(UTC))
-        event = AuditEvent(
-            action="erased",
-            actor=erasure.actor,
-            outcome="success",
-            patient_id=erasure.patient_id,
-            lesion_id=erasure.lesion_id,
-            image_id=erasure.image_id,
-            request_id=erasure.request_id,
-            detail={
-                "receipt_id": str(receipt.receipt_id),
-                "reason": receipt.reason,
-                "ciphertext_sha256": receipt.ciphertext_sha256.hex(),
-                "data_key_id": str(receipt.data_key_id),
-                "record_hash": receipt.record_hash.hex(),
-            },
-        )
-        await self._pool.execute(
-            _SQL["prove"],
-            receipt.receipt_id,
-            receipt.erased_at,
-            receipt.record_hash,
-            *event_columns(event),
-            message_id,
-        )
+        detail = {
+            "receipt_id": str(receipt.receipt_id),
+            "reason": receipt.reason,
+            "ciphertext_sha256": receipt.ciphertext_sha256.hex(),
+            "data_key_id": str(receipt.data_key_id),
+            "record_hash": receipt.record_hash.hex(),
+        }
+        values = {
+            "receipt_id": receipt.receipt_id,
+            "erased_at": receipt.erased_at,
+            "record_hash": receipt.record_hash,
+            "message_id": message_id,
+            **event_parameters(event_about(erasure, "erased", detail=detail)),
+        }
+        await self._pool.execute(*bind(_SQL["prove"], values))
         found = await self.find(erasure.lesion_id, erasure.image_id)
         if found is None or found.receipt is None:
             raise IntegrityError(f"The receipt {erasure.receipt_id} was recorded and is not there.")
@@ -169,7 +154,6 @@ def _erasure(row: asyncpg.Record) -> Erasure:
 
 
 _HOLDS_SQL = queries("holds")
-_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +205,9 @@ class HoldStore:
             await connection.execute(
                 _HOLDS_SQL["set"], hold_id, held.patient_id, held.lesion_id, held.image_id, reason, actor
             )
-            event = _event("hold_set", actor, found["patient_id"], held.lesion_id, held.image_id, hold_id)
-            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            about = asdict(held) | {"patient_id": found["patient_id"]}
+            event = account_event("hold_set", {"hold_id": str(hold_id)}, actor=actor, **about)
+            await record_event(connection, event)
         return hold_id
 
     async def release(self, hold_id: UUID, *, actor: str) -> None:
@@ -231,26 +216,9 @@ class HoldStore:
             row = await connection.fetchrow(_HOLDS_SQL["release"], hold_id, actor)
             if row is None:
                 raise Conflict(f"No hold {hold_id} is in force.")
-            event = _event(
-                "hold_release", actor, row["patient_id"], row["lesion_id"], row["image_id"], hold_id
-            )
-            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            event = account_event("hold_release", {"hold_id": str(hold_id)}, actor=actor, **row)
+            await record_event(connection, event)
 
     async def find(self, *, released: bool = False) -> list[Hold]:
         """List the holds in force, newest first; with `released`, those that were, too."""
         return [Hold(**row) for row in await self._pool.fetch(_HOLDS_SQL["list"], released)]
-
-
-def _event(
-    action: str, actor: str, patient_id: str, lesion_id: UUID | None, image_id: UUID | None, hold_id: UUID
-) -> AuditEvent:
-    return AuditEvent(
-        action=action,
-        actor=actor,
-        outcome="success",
-        patient_id=patient_id,
-        lesion_id=lesion_id,
-        image_id=image_id,
-        request_id=str(uuid4()),
-        detail={"hold_id": str(hold_id)},
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -12,7 +12,7 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import event_about
 from serve_app.domain.assessment import (
     Assessment,
     Id,
@@ -27,13 +27,16 @@ from serve_app.domain.assessment import (
 )
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
+from serve_app.keys.envelope import data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import (
     assessment_from_json,
     context_from_json,
+    context_to_json,
     demand_from_json,
     probabilities_from_json,
 )
+from serve_app.records.audit_log import event_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,53 +62,59 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
-    """An image the service takes responsibility for; the ids are the caller's UUIDv7, times aware.
+class ImageFacts:
+    """An image and its assessment, without what was made of it; times are aware."""
+
+    image_id: UUID
+    assessment_id: UUID
+    encounter_id: str | None
+    created_at: datetime
+    content_type: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmittedImage(ImageFacts):
+    """A sealed image, what it is to be assessed with, and for whom."""
+
+    lesion_id: UUID
+    patient_id: str
+    sealed: bytes = field(repr=False)
+    context: ClinicalContext
+    top_k: int
+    reference_filter: ReferenceFilter
+    actor: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission(AdmittedImage):
+    """An image the service takes responsibility for; the ids are the caller's UUIDv7.
 
     Without `new_lesion`, the lesion must be there and be this patient's. `request_sha256`
     (32 bytes) comes with an idempotency key.
     """
 
-    assessment_id: UUID
-    lesion_id: UUID
-    image_id: UUID
-    patient_id: str
-    encounter_id: str | None
     new_lesion: bool
-    created_at: datetime
-    sealed: bytes = field(repr=False)
-    content_type: str
-    width: int
-    height: int
-    context: ClinicalContext
-    top_k: int
-    reference_filter: ReferenceFilter
-    actor: str
-    request_id: str
     idempotency_key: str | None
     request_sha256: bytes | None
-    event: AuditEvent
+
+    def parameters(self) -> dict[str, object]:
+        """The parameters of `admit`: these fields by name, and what is taken out of them."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {
+            "context": context_to_json(self.context),
+            "licences": self.reference_filter.licences,
+            "confirmed_only": self.reference_filter.confirmed_only,
+            "data_key_id": data_key_id_of(self.sealed),
+            **event_parameters(event_about(self, "upload")),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PendingAssessment:
+class PendingAssessment(AdmittedImage):
     """A claimed pending assessment with all that is needed to run it again; `attempts` counts this claim."""
 
-    assessment_id: UUID
-    lesion_id: UUID
-    image_id: UUID
-    patient_id: str
-    encounter_id: str | None
-    created_at: datetime
-    sealed: bytes = field(repr=False)
-    content_type: str
-    width: int
-    height: int
-    context: ClinicalContext
-    top_k: int
-    reference_filter: ReferenceFilter
-    actor: str
-    request_id: str
     attempts: int
 
     @classmethod
@@ -180,20 +189,13 @@ class Identity(Shape):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRecord:
+class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
     clinician has confirmed it.
     """
 
-    image_id: UUID
-    assessment_id: UUID
-    encounter_id: str | None
-    created_at: datetime
-    content_type: str
-    width: int
-    height: int
     outcome: Outcome
     assessment: Assessment | None
     failure: str | None = None
@@ -206,17 +208,18 @@ class ImageRecord:
         return self.assessment.risk if self.assessment else None
 
     @classmethod
+    def of(cls, image: AdmittedImage, assessment: Assessment | None) -> ImageRecord:
+        """Make one of an image just taken in, and its assessment; None: pending."""
+        facts = {item.name: getattr(image, item.name) for item in fields(ImageFacts)}
+        outcome = Outcome.PENDING if assessment is None else assessment.outcome
+        return cls(**facts, outcome=outcome, assessment=assessment)
+
+    @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
         """Make one of a row of `timeline`, `worklist` or `assessment_record`."""
         answer = row["answer"]
         return cls(
-            image_id=row["image_id"],
-            assessment_id=row["assessment_id"],
-            encounter_id=row["encounter_id"],
-            created_at=row["created_at"],
-            content_type=row["content_type"],
-            width=row["width"],
-            height=row["height"],
+            **{item.name: row[item.name] for item in fields(ImageFacts)},
             outcome=Outcome(row["outcome"]),
             assessment=None if answer is None else assessment_from_json(answer),
             failure=row["failure"],

@@ -9,9 +9,8 @@ from uuid import UUID
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Assessment, OpenDemand
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
-from serve_app.keys.envelope import data_key_id_of
-from serve_app.records.assessment_json import assessment_to_json, context_to_json, demand_from_json
-from serve_app.records.audit_log import event_columns
+from serve_app.records.assessment_json import assessment_to_json, demand_from_json
+from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.lesion_rows import (
     Admission,
     AssessmentCounts,
@@ -28,6 +27,7 @@ from serve_app.records.lesion_rows import (
     SealedImageRecord,
 )
 from serve_app.records.pool import Pool, queries
+from serve_app.sql import bind
 
 _SQL = queries("lesions")
 
@@ -65,31 +65,8 @@ class LesionStore:
         Replay returned. Conflict when the lesion is not there or not this patient's, or an id or
         data key is taken; IntegrityError when `sealed` is no sealed image.
         """
-        admitted = await self._pool.fetchval(
-            _SQL["admit"],
-            admission.assessment_id,
-            admission.lesion_id,
-            admission.image_id,
-            admission.patient_id,
-            admission.encounter_id,
-            admission.new_lesion,
-            admission.created_at,
-            admission.sealed,
-            admission.content_type,
-            admission.width,
-            admission.height,
-            context_to_json(admission.context),
-            admission.top_k,
-            admission.reference_filter.licences,
-            admission.actor,
-            admission.request_id,
-            admission.idempotency_key,
-            admission.request_sha256,
-            data_key_id_of(admission.sealed),
-            *event_columns(admission.event),
-            admission.reference_filter.confirmed_only,
-            timedelta(seconds=lease_s),
-        )
+        values = admission.parameters() | {"lease": timedelta(seconds=lease_s)}
+        admitted = await self._pool.fetchval(*bind(_SQL["admit"], values))
         if admitted or admission.idempotency_key is None:
             return None
         # The statement's snapshot is older than the winner's commit it waited for: look again.
@@ -113,18 +90,17 @@ class LesionStore:
         PMS is part of the same commit.
         """
         level, urgency = assessment.demand or (None, None)
-        completed: bool = await self._pool.fetchval(
-            _SQL["complete"],
-            assessment_id,
-            assessment.outcome,
-            assessment_to_json(assessment),
-            embedding_space,
-            assessment.embedding,
-            *event_columns(event),
-            message_id,
-            level,
-            urgency,
-        )
+        values = {
+            "assessment_id": assessment_id,
+            "outcome": assessment.outcome,
+            "answer": assessment_to_json(assessment),
+            "embedding_space": embedding_space,
+            "embedding": assessment.embedding,
+            "message_id": message_id,
+            "demand_level": level,
+            "demand_urgency": urgency,
+        }
+        completed: bool = await self._pool.fetchval(*bind(_SQL["complete"], values | event_parameters(event)))
         return completed
 
     async def fail(
@@ -134,9 +110,8 @@ class LesionStore:
 
         False, and nothing, when it is no longer pending. `message_id` as for `complete`.
         """
-        failed: bool = await self._pool.fetchval(
-            _SQL["fail"], assessment_id, failure, *event_columns(event), message_id
-        )
+        values = {"assessment_id": assessment_id, "failure": failure, "message_id": message_id}
+        failed: bool = await self._pool.fetchval(*bind(_SQL["fail"], values | event_parameters(event)))
         return failed
 
     async def claim_pending(self, *, lease_s: float, limit: int) -> list[PendingAssessment]:
@@ -190,9 +165,8 @@ class LesionStore:
 
         NotFound when the lesion has no such image, Erased when it had: both without the event.
         """
-        row = await self._pool.fetchrow(
-            _SQL["confirm"], lesion_id, image_id, confirmed_by, *event_columns(event)
-        )
+        values = {"lesion_id": lesion_id, "image_id": image_id, "confirmed_by": confirmed_by}
+        row = await self._pool.fetchrow(*bind(_SQL["confirm"], values | event_parameters(event)))
         if row is None:
             raise NotFound
         if row["erased"]:
@@ -243,7 +217,7 @@ class LesionStore:
 
     async def record_event(self, event: AuditEvent) -> None:
         """Commit an audit event on its own."""
-        await self._pool.execute(_SQL["record_event"], *event_columns(event))
+        await record_event(self._pool, event)
 
     async def assign(
         self, patient_id: str, clinician: str, *, starts_at: datetime, ends_at: datetime | None = None

@@ -14,8 +14,9 @@ from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import event_parameters
 from serve_app.records.pool import Pool, queries
+from serve_app.sql import bind
 
 _SQL = queries("outbox")
 
@@ -78,11 +79,11 @@ class Outbox:
         `told` is the outcome that was sent. False, too, when the image was erased meanwhile: the disclosure is on
         record, and the erasure is still to be told.
         """
-        arguments = (message_id, told, *event_columns(event))
-        delivered: bool = await self._pool.fetchval(_SQL["deliver"], *arguments)
+        values = {"message_id": message_id, "told": told, **event_parameters(event)}
+        delivered: bool = await self._pool.fetchval(*bind(_SQL["deliver"], values))
         if not delivered:
             # A statement of its own: that one's snapshot may be older than the erasure it waited for.
-            await self._pool.execute(_SQL["note_overtaken"], *arguments)
+            await self._pool.execute(*bind(_SQL["note_overtaken"], values))
         return delivered
 
     async def postpone(self, message_id: UUID, *, delay_s: float, error: str, counts: bool) -> None:

@@ -12,11 +12,10 @@ import asyncpg
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import DirectoryUnavailable, RecordsUnavailable
 from serve_app.domain.patient import History, PatientRecord, Sex
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("patients")
-_RECORD_EVENT = queries("lesions")["record_event"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +72,4 @@ class PatientTable:
                 await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
                 known = {"encounters": len(entry.encounters)}
                 event = account_event("patient_load", known, patient_id=entry.patient_id)
-                await connection.execute(_RECORD_EVENT, *event_columns(event))
+                await record_event(connection, event)

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.keys.keystore import KeyStore, look_into
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("retention")
-_EVENTS = queries("lesions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +57,12 @@ class RetentionStore:
         return RetentionCount(**row)
 
     async def _change(self, change: str, patient_id: str, actor: str, refusal: str, *values: object) -> None:
-        event = AuditEvent(
-            action=f"record_{change}",
-            actor=actor,
-            outcome="success",
-            patient_id=patient_id,
-            request_id=str(uuid4()),
-        )
         async with self._pool.connection() as connection, connection.transaction():
             if not await connection.fetchval(_SQL[change], patient_id, *values):
                 raise Conflict(refusal)
-            await connection.execute(_EVENTS["record_event"], *event_columns(event))
+            await record_event(
+                connection, account_event(f"record_{change}", actor=actor, patient_id=patient_id)
+            )
 
 
 _HOUSEKEEPING_SQL = queries("housekeeping")

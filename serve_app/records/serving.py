@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import datetime
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
-from serve_app.audit.events import AuditEvent, account_event
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict
-from serve_app.records.audit_log import event_columns
+from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, queries
 
 _SQL = queries("serving")
-_EVENTS = queries("lesions")
 
 #: How often an ingress replica reports, and after how long without a report it is taken to be gone, seconds.
 REPORT_EVERY_S = 2.0
@@ -63,6 +62,9 @@ class Approval:
     reason: str = "started or loaded by the service's own commands"
     report_sha256: str | None = None
     takes_back: int | None = None
+
+
+_Part = TypeVar("_Part", LiveModel, Approval)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,7 @@ async def publish_when_ready(
     Raises Conflict as `publish` does, when not every replica has it ready in time, and when another model is
     announced meanwhile; nothing was changed then.
     """
-    announcement = await pool.fetchval(
-        _SQL["announce"], model.model_id, model.model_digest, model.embedding_space
-    )
+    announcement = await pool.fetchval(_SQL["announce"], *astuple(model))
     try:
         await _until_ready(pool, model, announcement, within_s)
         await publish(pool, model, approval, over=over)
@@ -152,7 +152,6 @@ async def publish(
     or when `over` is given and another model than that answers by now.
     """
     given = approval or Approval()
-    values = (model.model_id, model.model_digest, model.embedding_space)
     async with pool.connection() as connection, connection.transaction():
         await connection.execute(_SQL["lock_serving"])
         row = await connection.fetchrow(_SQL["live_model"])
@@ -164,33 +163,18 @@ async def publish(
             )
         if answering == model:
             return
-        await connection.execute(_SQL["publish"], *values)
+        await connection.execute(_SQL["publish"], *astuple(model))
         publication_id = await connection.fetchval(
-            _SQL["record_publication"],
-            *values,
-            given.action,
-            given.approved_by,
-            given.reason,
-            given.report_sha256,
-            given.takes_back,
+            _SQL["record_publication"], *astuple(model), *astuple(given)
         )
-        event = _event(publication_id, answering, model, given)
-        await connection.execute(_EVENTS["record_event"], *event_columns(event))
-
-
-def _event(publication_id: int, before: LiveModel | None, after: LiveModel, given: Approval) -> AuditEvent:
-    return account_event(
-        f"model_{given.action}",
-        {
+        detail = {
+            **asdict(given),
             "publication_id": publication_id,
-            "before": asdict(before) if before else None,
-            "after": asdict(after),
-            "approved_by": given.approved_by,
-            "reason": given.reason,
-            "report_sha256": given.report_sha256,
-            "takes_back": given.takes_back,
-        },
-    )
+            "before": asdict(answering) if answering else None,
+            "after": asdict(model),
+        }
+        action = detail.pop("action")
+        await record_event(connection, account_event(f"model_{action}", detail))
 
 
 async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -> list[Publication]:
@@ -198,19 +182,12 @@ async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -
 
     The first two that stand are the publication in force and the one that a rollback returns to.
     """
-    return [_publication(row) for row in await pool.fetch(_SQL["publications"], limit, standing)]
+    rows = await pool.fetch(_SQL["publications"], limit, standing)
+    return [
+        Publication(row["publication_id"], row["published_at"], _part(LiveModel, row), _part(Approval, row))
+        for row in rows
+    ]
 
 
-def _publication(row: Mapping[str, Any]) -> Publication:
-    return Publication(
-        publication_id=row["publication_id"],
-        published_at=row["published_at"],
-        model=LiveModel(row["model_id"], row["model_digest"], row["embedding_space"]),
-        approval=Approval(
-            action=row["action"],
-            approved_by=row["approved_by"],
-            reason=row["reason"],
-            report_sha256=row["report_sha256"],
-            takes_back=row["takes_back"],
-        ),
-    )
+def _part(kind: type[_Part], row: Mapping[str, Any]) -> _Part:
+    return kind(*(row[name] for name in kind.__dataclass_fields__))

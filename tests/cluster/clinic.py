@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from cluster.postgres import EmbeddedPostgres
-from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import ImageBinding, seal
@@ -78,7 +77,6 @@ class Clinic:
                 request_id="r",
                 idempotency_key=None,
                 request_sha256=None,
-                event=AuditEvent(action="upload", actor="dr", outcome="success", request_id="r"),
             )
             assert await records.admit(admission) is None
             self.images[lesion_id, image_id] = content

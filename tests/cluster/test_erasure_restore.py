@@ -12,6 +12,7 @@ import httpx
 from pydantic import SecretStr
 import pytest
 
+from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.access.tokens import mint_token
 from serve_app.domain.errors import Erased
@@ -25,7 +26,6 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
 from tests.cluster.clinic import Clinic
-from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 

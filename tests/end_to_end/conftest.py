@@ -3,85 +3,76 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 import io
 from pathlib import Path
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from threading import Event, Thread
 import time
+import tomllib
 from typing import Any
 from uuid import uuid4
 
 import httpx
+import numpy as np
+from PIL import Image
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cluster.node_files import read_service_environment, write_service_environment
-from cluster.ports import choose_ports
-from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
+from benchmarks.faults_load import GraphService, graph_service, new_home
+from cluster.node_files import read_service_environment
+from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
-from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import draw_lesion
+from data_jobs.training.manifest_file import write_manifest
+from model_store.manifest import MANIFEST_NAME
 from serve_app.access.tokens import mint_token
 from serve_app.records.lesions import LesionStore
-from serve_app.records.migrate import migrate
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
-from tests.end_to_end.originals import draw_original
-from tests.end_to_end.twin_model import make_twin
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
 _WHOLE_S = 60.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Node:
     """The service as an operator starts it: same environment, same processes."""
 
     home: Path
     models: Path
-    model_id: str
-    port: int = field(init=False)
-    urls: DatabaseUrls = field(init=False)
-    postgres: EmbeddedPostgres = field(init=False)
-    ray: RayNode = field(init=False)
+    urls: DatabaseUrls
+    service: GraphService
 
-    def __post_init__(self) -> None:
-        names = ("port", "stats_port", "metrics_port", "dashboard_port", "fallback_port")
-        self.postgres = EmbeddedPostgres(self.home)
-        self.port, *ports = choose_ports(1 + len(names))
-        self.ray = RayNode(self.home, **dict(zip(names, ports, strict=True)))
+    @property
+    def ray(self) -> RayNode:
+        assert self.service.system.node is not None
+        return self.service.system.node
 
-    async def start(self) -> None:
-        """Start everything that is not running."""
-        self.urls = self.postgres.ensure()
-        await migrate(self.urls.owner, application_role="derm_app")
-        await publish_bundled(self.urls.owner, self.models, self.model_id)
-        write_service_environment(self.home, self.urls)
-        # Replicas find the models where their node was told to look.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DERM_MODELS", str(self.models))
-            # Logical ones: room for a second replica of each deployment during an update, on any machine.
-            patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
-            self.ray.start()
-        command = [sys.executable, "-m", "cluster.deploy", "--address", self.ray.address]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--profile", "cpu"]
-        self.run(*command[1:])
-        await self.until_ready()
+    @property
+    def postgres(self) -> EmbeddedPostgres:
+        return self.service.system.postgres
+
+    @property
+    def port(self) -> int:
+        port = self.service.target.client.base_url.port
+        assert port is not None
+        return port
 
     def run(self, *arguments: str) -> str:
-        """Run Python with the node's environment."""
+        """Run Python with the node's environment; what it said."""
         environment = {**self.ray.environment, "DERM_MODELS": str(self.models), "PYTHONWARNINGS": ""}
         log = self.home / f"run-{uuid4().hex[:6]}.log"
         with log.open("w") as output:
+            command = [sys.executable, *arguments]
             done = subprocess.run(
-                [sys.executable, *arguments],
+                command,
                 env=environment,
                 cwd=REPOSITORY,
                 stdout=output,
@@ -93,39 +84,9 @@ class Node:
         assert done.returncode == 0, said[-4000:]
         return said
 
-    async def until_ready(self) -> None:
-        """Wait for the service to say that it is."""
-        deadline = time.monotonic() + _WHOLE_S
-        async with httpx.AsyncClient() as client:
-            while True:
-                try:
-                    response = await client.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5)
-                    if response.status_code == 200:
-                        return
-                except httpx.HTTPError:
-                    pass
-                assert time.monotonic() < deadline, "the service did not become ready"
-                await asyncio.sleep(0.25)
-
-    def stop(self) -> None:
-        """Stop everything; leave the home as it is."""
-        self.ray.stop()
-        self.postgres.stop()
-
     def replicas(self, deployment: str) -> list[psutil.Process]:
-        """The replicas of one deployment, found by the title that Ray gives them."""
-        return [
-            process
-            for process in self.ray.processes()
-            if re.match(rf"ray::.*\btriage[:#]{deployment}\b", _title(process))
-        ]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+        """The replicas of one deployment."""
+        return self.service.replicas(deployment)
 
 
 @dataclass(frozen=True)
@@ -183,6 +144,40 @@ class Pms:
         return time.monotonic() - since
 
 
+def make_twin(original: Path, models: Path) -> None:
+    """A second model to publish: the one in `original` in another embedding space, turned by a random rotation.
+
+    Neighbours and similarities are those of the original as long as query and references are of one space; across
+    the two they are noise, so an answer that mixed them would be seen.
+    """
+    content = tomllib.loads((original / MANIFEST_NAME).read_text())
+    content.pop("files")
+    content["tag"] += "twin"
+    content["model_id"] += "twin"
+    folder = models / content["model_id"]
+    shutil.copytree(original, folder)
+    (space,) = content["spaces"]
+    transform = folder / space["transform"]
+    rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(512, 512)))[0].astype(np.float32)
+    with np.load(transform) as arrays:
+        mean, matrix = arrays["mean"], arrays["matrix"]
+    np.savez(transform, mean=mean, matrix=rotation @ matrix)
+    _turn_references(folder / space["references"], rotation)
+    space["embedding_space"] += ".turned"
+    write_manifest(folder, content)
+
+
+def _turn_references(path: Path, rotation: np.ndarray) -> None:
+    table = pq.read_table(path)
+    flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    turned = flat.astype(np.float32).reshape(-1, 512) @ rotation.T
+    halves = pa.array(turned.astype(np.float16).ravel(), pa.float16())
+    column = pa.FixedSizeListArray.from_arrays(halves, 512)
+    position = table.schema.get_field_index("embedding")
+    field = table.schema.field(position)
+    pq.write_table(table.set_column(position, field, column.cast(field.type)), path)
+
+
 @pytest.fixture(scope="session")
 def two_models(models: Path, model_id: str, tmp_path_factory) -> Path:
     """A store with the shipped model and its twin."""
@@ -194,50 +189,31 @@ def two_models(models: Path, model_id: str, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def twin_id(model_id: str) -> str:
-    """The twin's id: see twin_model.py."""
+    """The twin's id."""
     return f"{model_id}twin"
 
 
 @pytest.fixture(scope="session")
-async def node(two_models: Path, model_id: str) -> AsyncIterator[Node]:
+async def node(two_models: Path) -> AsyncIterator[Node]:
     """The one running node."""
-    node = Node(_new_home(), two_models, model_id)
-    try:
-        await node.start()
+    home = new_home("derm-e2e-")
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            # Replicas find the models where their node was told to look.
+            patch.setenv("DERM_MODELS", str(two_models))
+            # Logical ones: room for a second replica of each deployment during an update, on any machine.
+            patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+            service = await stack.enter_async_context(graph_service(home))
+        node = Node(home, two_models, await asyncio.to_thread(service.system.postgres.ensure), service)
         yield node
-    finally:
-        node.stop()
-        shutil.rmtree(node.ray.directory, ignore_errors=True)
-        shutil.rmtree(node.home, ignore_errors=True)
-
-
-def _new_home() -> Path:
-    # Short, and not pytest's tmp_path: PostgreSQL's account must be let through.
-    home = Path(tempfile.mkdtemp(prefix="derm-e2e-"))
-    home.chmod(0o711)
-    return home
+    shutil.rmtree(node.ray.directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def supervised(node: Node) -> Iterator[None]:
-    """PostgreSQL is started again when it dies, as `derm-cds serve` does."""
-    stop = Event()
-    thread = Thread(target=supervise, args=(node.postgres, stop))
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
-
-
-@pytest.fixture(scope="session")
-async def pms(node: Node) -> AsyncIterator[Pms]:
+def pms(node: Node) -> Pms:
     """A caller."""
-    owner = await open_pool(node.urls.owner, minimum=0, maximum=2, timeout_s=20)
-    limits = httpx.Limits(max_connections=100, max_keepalive_connections=100)
-    base = f"http://127.0.0.1:{node.port}"
-    async with httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as client:
-        yield Pms(node, client, owner)
-    await owner.close()
+    return Pms(node, node.service.target.client, node.service.target.owner)
 
 
 @pytest.fixture(scope="session")
@@ -250,6 +226,18 @@ def lesion_image() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return draw
+
+
+def draw_original(side: int, seed: int) -> bytes:
+    """A square lesion under noise, as a PNG of three bytes a pixel: it does not compress, and no two are alike."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    dark = np.exp(-4 * (x**2 + y**2))[..., None] * np.array([110.0, 100.0, 95.0])
+    skin = (np.array([205.0, 160.0, 140.0]) - dark).astype(np.uint8)
+    buffer = io.BytesIO()
+    noisy = skin + random.integers(0, 40, skin.shape, np.uint8)
+    Image.fromarray(noisy).save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")

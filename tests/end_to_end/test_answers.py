@@ -9,9 +9,9 @@ import httpx
 import jsonschema
 import pytest
 
+from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
-from tests.local_stages import LocalStages
 
 pytestmark = pytest.mark.ray
 
@@ -46,18 +46,11 @@ async def test_a_follow_up_and_a_retry(pms, lesion_image) -> None:
         assert second.json()["change"]["compared_image_id"] == first["image_id"]
 
 
-async def test_an_answer_made_again_is_identical(pms, lesion_image) -> None:
-    answer = (await pms.upload(await pms.care(), lesion_image(3), age_approx="40")).json()
-    path = f"/api/lesions/{answer['lesion_id']}/assessments/{answer['assessment_id']}/replay"
-    response = await pms.client.post(path, headers=pms.token())
-    assert (response.status_code, response.json()["verdict"]) == (200, "identical"), response.text
-
-
 async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, model_id: str) -> None:
     """The same image through every hop has the same probabilities as in one process."""
     stages = LocalStages(models=models, limits=UploadLimits(), threads=1, policy_version="2026-11.4")
     compared = 0
-    for seed in range(1, 5):
+    for seed in range(1, 3):
         image = lesion_image(seed, (900, 700))
         prepared = await stages.prepare(model_id, image)
         expected = (await stages.classify(model_id, prepared.pixels)).classification
@@ -73,25 +66,13 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
     assert compared
 
 
-async def test_originals_are_answered_in_full(pms, isic_dir: Path) -> None:
-    patient = await pms.care()
-    for path in sorted((isic_dir / "uploads").iterdir())[:6]:
-        response = await pms.upload(patient, path.read_bytes())
-        assert response.status_code == 201, response.text
-        answer = response.json()
-        assert abs(sum(answer["classification"]["probabilities"].values()) - 1) < 1e-9
-        assert len(answer["similar"]) == 10
-
-
-@pytest.mark.parametrize("side", [800, 2000])
-async def test_a_large_original_travels_by_reference(pms, large_original, side: int) -> None:
-    """1.9 and 12 MB: above the 1.5 MB from which an argument goes through the object store."""
-    image = large_original(side)
-    assert len(image) > 1_500_000
+async def test_a_large_original_travels_by_reference(pms, large_original) -> None:
+    """12 MB: above the 1.5 MB from which an argument goes through the object store."""
+    image = large_original(2000)
     response = await pms.upload(await pms.care(), image)
     assert response.status_code == 201, response.text
     answer = response.json()
-    assert (answer["quality"]["width"], answer["quality"]["height"]) == (side, side)
+    assert (answer["quality"]["width"], answer["quality"]["height"]) == (2000, 2000)
     assert await pms.original(answer) == image
 
 

@@ -4,37 +4,118 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+import os
 from pathlib import Path
 import secrets
+import stat
 import subprocess
 import sys
 import time
 from uuid import uuid4
 
 import asyncpg
+import httpx
+import numpy as np
 import pytest
 
 from cluster.postgres import PostgresState
-from cluster.ray_node import is_memory
+from cluster.ray_node import SHARED, is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
-from tests.end_to_end.originals import draw_original
-from tests.end_to_end.plaintext import Needles, files, parts
+from tests.end_to_end.conftest import draw_original
 
 pytestmark = pytest.mark.ray
 
 #: More than Serve keeps back before it writes its request log (RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE).
 _FLUSH = 1_100
+_AT_ONCE = 4
 _TEMPORARY = Path("/tmp")
 _GONE_S = 60.0
 
 
-def _noise(side: int) -> bytes:
-    """An original of three bytes a pixel that nobody else has: a lesion under noise, as PNG."""
-    return draw_original(side, secrets.randbits(64))
+_CHUNK = 16 * 1024 * 1024
+_PREFIX = 2
+
+
+class Needles:
+    """Byte strings, each with the name under which a find is told."""
+
+    def __init__(self, names: Mapping[bytes, str]) -> None:
+        self._longest = max(map(len, names))
+        self._by_beginning: dict[bytes, list[tuple[bytes, str]]] = {}
+        # One search a needle is too slow: the first two bytes tell nearly all places apart, and their table
+        # fits a processor's cache.
+        self._begins = np.zeros(1 << 8 * _PREFIX, dtype=bool)
+        for needle, name in names.items():
+            assert len(needle) >= _PREFIX
+            self._by_beginning.setdefault(needle[:_PREFIX], []).append((needle, name))
+            self._begins[int.from_bytes(needle[:_PREFIX], "little")] = True
+
+    def of(self, content: bytes) -> set[str]:
+        """Name those that stand in `content`."""
+        return {
+            name
+            for odd in range(_PREFIX)
+            for place in self._candidates(content, odd)
+            for needle, name in self._by_beginning[content[place : place + _PREFIX]]
+            if content.startswith(needle, place)
+        }
+
+    def _candidates(self, content: bytes, odd: int) -> list[int]:
+        pairs = max(0, len(content) - odd) // _PREFIX
+        data = np.frombuffer(content, "<u2", count=pairs, offset=odd if pairs else 0)
+        places: list[int] = (np.flatnonzero(self._begins[data]) * _PREFIX + odd).tolist()
+        return places
+
+    def inside(self, path: Path) -> set[str]:
+        """Name those that stand in a file; none when it goes while it is being read."""
+        found: set[str] = set()
+        try:
+            with path.open("rb") as file:
+                kept = b""
+                while chunk := file.read(_CHUNK):
+                    content = kept + chunk
+                    found |= self.of(content)
+                    kept = content[-self._longest :]
+        except FileNotFoundError:
+            pass
+        return found
+
+    def among(self, paths: Iterable[Path]) -> dict[str, set[str]]:
+        """Path: what was found in it, for all that hold anything."""
+        return {str(path): found for path in paths if (found := self.inside(path))}
+
+
+def parts(image: bytes, name: str) -> dict[bytes, str]:
+    """Needles from an image's beginning (past what every image of its kind begins with), middle and end.
+
+    The middle also in the hexadecimal form that PostgreSQL and Python print.
+    """
+    middle = image[len(image) // 2 :][:64]
+    return {
+        image[1024:1088]: f"{name}, beginning",
+        image[len(image) // 4 :][:64]: f"{name}, first quarter",
+        middle: f"{name}, middle",
+        middle[:24].hex().encode(): f"{name}, in hexadecimal",
+        image[-80:-16]: f"{name}, end",
+    }
+
+
+def files(root: Path, *, since: float = 0.0, without: Path | None = None) -> Iterator[Path]:
+    """Every regular file below `root` that was changed at `since` (epoch, s) or later and may be read by us."""
+    for folder, names, found in os.walk(root):
+        names[:] = [name for name in names if Path(folder, name) != without]
+        for name in found:
+            path = Path(folder, name)
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode) and status.st_ctime >= since and os.access(path, os.R_OK):
+                yield path
 
 
 @dataclass
@@ -60,26 +141,31 @@ class Load:
 
 @pytest.fixture(scope="module")
 async def load(pms, node, lesion_image) -> Load:
-    """Some dozens of uploads, six at once; originals of every way of travel; refusals; everything read again."""
+    """Uploads, some at once; originals of every way of travel; refusals; everything read again."""
     load = Load()
-    patients = [load.patient(await pms.care(f"dr-{n}")) for n in range(6)]
+    patients = [load.patient(await pms.care(f"dr-{n}")) for n in range(_AT_ONCE)]
     # The clocks of files tick more slowly than ours.
     load.since -= 1
 
     async def visit(n: int) -> None:
         images = [
-            load.image(lesion_image(secrets.randbits(31)), f"photograph {n}.{turn}") for turn in range(6)
+            load.image(lesion_image(secrets.randbits(31)), f"photograph {n}.{turn}") for turn in range(2)
         ]
         # Over 1 MB a form's parser may put a file on disk; over 1.5 MB an argument goes through Ray's store.
-        images += [load.image(_noise(side), f"original {n} of {side}") for side in (620, 800)[: n % 3]]
+        images += [
+            load.image(draw_original(side, secrets.randbits(64)), f"original {n} of {side}")
+            for side in (620, 800)[: n % 3]
+        ]
         for image in images:
             await _upload_and_read(pms, load, f"dr-{n}", patients[n], image)
 
-    await asyncio.gather(*(visit(n) for n in range(6)))
-    # More than Ray's object store holds at once.
-    large = [load.image(_noise(2000), f"large original {n}") for n in range(6)]
+    await asyncio.gather(*(visit(n) for n in range(_AT_ONCE)))
+    # So large that they travel through Ray's object store.
+    large = [
+        load.image(draw_original(2000, secrets.randbits(64)), f"large original {n}") for n in range(_AT_ONCE)
+    ]
     for found in await asyncio.gather(*(_upload(pms, "dr-0", patients[0], image) for image in large)):
-        load.statuses[f"large {found}"] += 1
+        load.statuses[f"large {found.status_code}"] += 1
     await _be_refused(pms, load, patients[0])
     await _flush(pms, patients)
     await pms.until_none_pending()
@@ -93,50 +179,53 @@ async def load(pms, node, lesion_image) -> Load:
     )
     await connection.execute("CHECKPOINT")  # or the images are in the write-ahead log alone
     await connection.close()
+    # Or nothing would be shown by finding nothing.
+    assert load.statuses["upload 201"] >= 8
+    assert load.statuses["read 200"] >= 16
+    assert load.statuses["large 201"] + load.statuses["large 202"] >= 1
+    assert {key.split()[1] for key in load.statuses} <= {"200", "201", "202", "429", "503"}
     return load
 
 
-async def _upload(pms, subject: str, patient: str, image: bytes, **fields: str) -> int:
-    response = await pms.client.post(
+async def _upload(pms, subject: str, patient: str, image: bytes, **fields: str) -> httpx.Response:
+    return await pms.client.post(
         "/api/lesions",
         data={"patient_id": patient, **fields},
         files={"image": ("lesion.jpg", image)},
         headers={**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"},
     )
-    return response.status_code
 
 
 async def _upload_and_read(pms, load: Load, subject: str, patient: str, image: bytes) -> None:
-    headers = {**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"}
-    files = {"image": ("lesion.jpg", image)}
-    response = await pms.client.post(
-        "/api/lesions", data={"patient_id": patient}, files=files, headers=headers
-    )
+    response = await _upload(pms, subject, patient, image)
     load.statuses[f"upload {response.status_code}"] += 1
     if response.status_code not in {201, 202}:
         return
-    answer = response.json()
-    path = f"/api/lesions/{answer['lesion_id']}"
-    original = await pms.client.get(f"{path}/images/{answer['image_id']}", headers=headers)
+    headers = {name: response.request.headers[name] for name in ("authorization", "x-request-id")}
+    path = f"/api/lesions/{response.json()['lesion_id']}"
+    original = await pms.client.get(f"{path}/images/{response.json()['image_id']}", headers=headers)
     assert original.content == image
-    assert original.headers["x-request-id"] == headers["X-Request-ID"]
-    for params in ({}, {"patient_id": patient}):
-        read = await pms.client.get(path if not params else "/api/lesions", params=params, headers=headers)
-        load.statuses[f"read {read.status_code}"] += 1
+    assert original.headers["x-request-id"] == headers["x-request-id"]
+    for url in (path, f"/api/lesions?patient_id={patient}"):
+        load.statuses[f"read {(await pms.client.get(url, headers=headers)).status_code}"] += 1
 
 
 async def _be_refused(pms, load: Load, patient: str) -> None:
     marked = f"marked-{uuid4().hex}"
     load.words |= {marked.encode(): "encounter", b"no-such-patient-": "stranger", b"patient_id=": "query"}
-    image = load.image(_noise(620), "refused original")
+    image = load.image(draw_original(620, secrets.randbits(64)), "refused original")
     broken = load.image(b"\xff\xd8\xff\xe0" + secrets.token_bytes(1_200_000), "broken original")
     bomb = load.image(b"\x89PNG\r\n\x1a\n" + secrets.token_bytes(21 * 1024 * 1024), "original over the limit")
-    assert await _upload(pms, "dr-0", f"no-such-patient-{marked[:20]}", image, encounter_id=marked) == 403
-    assert await _upload(pms, "dr-1", patient, image, encounter_id=marked) == 403
-    assert await _upload(pms, "dr-0", patient, image, encounter_id=marked, sex=marked) == 422
-    assert await _upload(pms, "dr-0", patient, broken, encounter_id=marked) in {415, 422}
-    assert await _upload(pms, "dr-0", patient, bomb, encounter_id=marked) == 413
-    assert await _upload(pms, "dr-0", patient, image, encounter_id=marked) == 201
+    for subject, whose, sent, fields, statuses in (
+        ("dr-0", f"no-such-patient-{marked[:20]}", image, {}, {403}),
+        ("dr-1", patient, image, {}, {403}),
+        ("dr-0", patient, image, {"sex": marked}, {422}),
+        ("dr-0", patient, broken, {}, {415, 422}),
+        ("dr-0", patient, bomb, {}, {413}),
+        ("dr-0", patient, image, {}, {201}),
+    ):
+        response = await _upload(pms, subject, whose, sent, encounter_id=marked, **fields)
+        assert response.status_code in statuses, response.text
     for params in ({"patient_id": patient, "limit": "x"}, {"patient_id": "a b"}):
         await pms.client.get("/api/lesions", params=params, headers=pms.token("dr-0"))
 
@@ -144,38 +233,22 @@ async def _be_refused(pms, load: Load, patient: str) -> None:
 async def _flush(pms, patients: list[str]) -> None:
     async def read(n: int) -> None:
         for turn in range(_FLUSH // 20):
-            headers = pms.token(f"dr-{n % 6}") if turn < 5 else {}
-            await pms.client.get("/api/lesions", params={"patient_id": patients[n % 6]}, headers=headers)
+            headers = pms.token(f"dr-{n % _AT_ONCE}") if turn < 5 else {}
+            await pms.client.get(
+                "/api/lesions", params={"patient_id": patients[n % _AT_ONCE]}, headers=headers
+            )
 
     await asyncio.gather(*(read(n) for n in range(20)))
 
 
-@pytest.fixture(scope="module")
-def in_database(load: Load, node) -> dict[str, set[str]]:
-    """What stands in clear in the database's files, the write-ahead log among them."""
+def test_of_patients_and_images_the_database_holds_only_ids_in_clear(load: Load, node) -> None:
+    """The write-ahead log too. Patients' ids are found in both: so an image would be."""
     looked = list(files(node.home / "postgres" / "data"))
     assert sum(path.stat().st_size for path in looked) > 50e6
-    return Needles(load.images | load.patients).among(looked)
-
-
-def test_the_load_was_one(load: Load) -> None:
-    """Or nothing would be shown by finding nothing."""
-    assert load.statuses["upload 201"] >= 36
-    assert load.statuses["read 200"] >= 72
-    assert load.statuses["large 201"] + load.statuses["large 202"] >= 1
-    assert {key.split()[1] for key in load.statuses} <= {"200", "201", "202", "429", "503"}
-
-
-def test_what_stands_in_the_database_in_clear_is_found_there(load: Load, in_database) -> None:
-    """Patients' ids do, in tables and in the write-ahead log: so an image would be found."""
-    assert any("/base/" in path for path in in_database)
-    assert any("/pg_wal/" in path for path in in_database)
-    assert set(load.patients.values()) <= set().union(*in_database.values())
-
-
-def test_no_image_is_in_the_database_in_clear(load: Load, in_database) -> None:
-    patients = set(load.patients.values())
-    assert {path: images for path, found in in_database.items() if (images := found - patients)} == {}
+    found = Needles(load.images | load.patients).among(looked)
+    assert any("/base/" in path for path in found)
+    assert any("/pg_wal/" in path for path in found)
+    assert set().union(*found.values()) == set(load.patients.values())
 
 
 async def test_the_audit_log_keeps_no_id_that_could_name_somebody(load: Load, pms) -> None:
@@ -194,21 +267,13 @@ def test_no_file_of_the_node_holds_an_image_or_a_patient_or_a_query(load: Load, 
     assert needles.among(looked) == {}
 
 
-def test_no_temporary_file_holds_an_image_or_a_patient(load: Load, node) -> None:
-    """Whoever made it: the service, a library of it, PostgreSQL or Ray."""
-    data = node.home / "postgres" / "data"
-    looked = list(files(_TEMPORARY, since=load.since, without=data))
-    assert looked
-    assert Needles(load.images | load.patients).among(looked) == {}
-
-
-def test_ray_keeps_nothing_of_a_request(load: Load, node) -> None:
-    """What went through its store is gone, from its spill directory too, once the request is over."""
+def test_no_temporary_file_and_no_object_of_ray_holds_an_image_or_a_patient(load: Load, node) -> None:
+    """Whoever made it. What went through Ray's store is gone, from its spill directory too, once the request is over."""
     needles = Needles(load.images | load.patients)
-    deadline = time.monotonic() + _GONE_S
-    while found := needles.among(files(node.ray.objects)):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.5)
+    looked = list(files(_TEMPORARY, since=load.since, without=node.home / "postgres" / "data"))
+    assert looked
+    assert needles.among(looked) == {}
+    assert _until(lambda: not needles.among(files(node.ray.objects)))
 
 
 _HOLDING = """
@@ -216,12 +281,9 @@ import sys
 import numpy as np
 import ray
 ray.init(address=sys.argv[1], namespace="held", log_to_driver=False)
-mark = bytes.fromhex(sys.argv[2])
-held = []
-for n in range(int(sys.argv[3])):
-    pixels = np.zeros(20_000_000, np.uint8)
-    pixels[:len(mark)] = np.frombuffer(mark, np.uint8)
-    held.append(ray.put(pixels))
+pixels = np.zeros(20_000_000, np.uint8)
+pixels[:64] = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8)
+held = [ray.put(pixels) for _ in range(10)]
 print("held", flush=True)
 sys.stdin.readline()
 held.clear()
@@ -230,38 +292,33 @@ sys.stdin.readline()
 
 
 @contextmanager
-def _held(node, mark: bytes, count: int) -> Iterator[Callable[[], None]]:
-    """Have a process hold as many objects of 20 MB, which begin with `mark`, until it is told to let go."""
-    command = [sys.executable, "-c", _HOLDING, node.ray.address, mark.hex(), str(count)]
+def _held(node, mark: bytes) -> Iterator[Callable[[], None]]:
+    """Have a process hold ten objects of 20 MB, which begin with `mark`, until it is told to let go."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-c", _HOLDING, node.ray.address, mark.hex()],
         env={**node.ray.environment, "PYTHONWARNINGS": ""},
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        bufsize=0,
     ) as process:
         try:
             assert process.stdout.readline() == b"held\n"
-
-            def let_go() -> None:
-                process.stdin.write(b"\n")
-                process.stdin.flush()
-
-            yield let_go
+            yield lambda: process.stdin.write(b"\n")
         finally:
             process.communicate(b"\n\n")
 
 
 def test_what_does_not_fit_into_the_object_store_is_spilled_into_memory(node) -> None:
     """200 MB in a store of 150: Ray writes some to its spill directory, which no disk sees."""
-    if node.ray.objects.parent != node.ray.memory or not node.ray.objects.is_dir():
+    if node.ray.objects.parent != SHARED or not node.ray.objects.is_dir():
         pytest.skip("this machine has no room in /dev/shm")
     mark = secrets.token_bytes(64)
     needles, since = Needles({mark: "object"}), time.time() - 1
     assert is_memory(node.ray.objects)
     assert "object_memory" not in {finding.name for finding in process_findings(node.home)}
-    with _held(node, mark, count=10) as let_go:
+    with _held(node, mark) as let_go:
         assert _until(lambda: needles.among(files(node.ray.objects)))
         on_disk = [*files(node.home), *files(node.ray.directory), *files(_TEMPORARY, since=since)]
         assert needles.among(on_disk) == {}

@@ -16,7 +16,7 @@ from serve_app.records.references import ReferenceStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-AT_ONCE = 5
+AT_ONCE = 3
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +45,18 @@ async def test_publishing_and_rolling_back_under_load(
             response = await pms.upload(patient, images[turn])
             statuses[response.status_code] += 1
             answers.append((turn, response.json()))
+            await asyncio.sleep(0.2)
 
     workers = [asyncio.create_task(work(turn)) for turn in range(AT_ONCE)]
     try:
         await _until(answers, lambda answer: answer["provenance"]["model_id"] == model_id)
         await publish_space(pms.owner, node.models, twin_id)
         await _until(answers, lambda answer: answer["provenance"]["model_id"] == twin_id)
-        await asyncio.sleep(3)
+        await asyncio.sleep(1)
         back = await roll_back(node.urls.owner, node.models, approved_by="operator", reason="drill")
         assert back.model_id == model_id
         await _until(answers, lambda answer: answer["provenance"]["model_id"] == model_id)
-        await asyncio.sleep(3)
+        await asyncio.sleep(1)
     finally:
         over.set()
         await asyncio.gather(*workers)

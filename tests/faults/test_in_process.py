@@ -10,28 +10,26 @@ import shutil
 
 import pytest
 
-from benchmarks.faults import WHOLE_S, report_kind
-from benchmarks.faults_disk import NoSmallDisk, fill, small_disk
-from benchmarks.faults_keys import running_vault
-from benchmarks.faults_kinds import (
+from benchmarks.faults import (
+    WHOLE_S,
+    NoSmallDisk,
     Outcome,
     full_disk,
     lost_keys,
     lost_statements,
-    lost_vault,
     own_database,
+    report_kind,
+    small_disk,
 )
-from benchmarks.faults_service import LocalService, local_service, new_home
-from data_jobs.references.load import publish_bundled
+from benchmarks.faults_load import LocalService, local_service, new_home
 
 CONCURRENCY = 3
 
 
 @pytest.fixture(scope="module")
-async def service(new_database, models, model_id) -> AsyncIterator[LocalService]:
+async def service(new_database) -> AsyncIterator[LocalService]:
     """The application on a database of its own."""
     urls = await new_database()
-    await publish_bundled(urls.owner, models, model_id)
     home = new_home("derm-test-")
     try:
         async with local_service(home, urls) as service:
@@ -70,21 +68,6 @@ async def test_the_keys_away(service, capsys) -> None:
     assert felt == {"503 key_provider_unavailable", "503 records_unavailable"}
 
 
-async def test_vault_in_trouble(new_database, models, model_id, capsys) -> None:
-    urls = await new_database()
-    await publish_bundled(urls.owner, models, model_id)
-    home = new_home("derm-test-")
-    outcome = Outcome("vault")
-    try:
-        with running_vault(home) as (vault, settings):
-            async with local_service(home, urls, **settings) as service:
-                await lost_vault(outcome, 2, CONCURRENCY, service, vault)
-    finally:
-        shutil.rmtree(home)
-    report = hold_to_promises(outcome, capsys)
-    assert {answer for answer in report["answers"] if answer[0] == "5"} == {"503 key_provider_unavailable"}
-
-
 async def test_a_full_disk(capsys) -> None:
     outcome = Outcome("disk")
     try:
@@ -95,16 +78,3 @@ async def test_a_full_disk(capsys) -> None:
         pytest.skip(str(missing))
     report = hold_to_promises(outcome, capsys)
     assert any(answer.startswith("503 ") for answer in report["answers"]), report
-
-
-def test_the_ballast_leaves_no_room() -> None:
-    try:
-        with small_disk("8m") as disk:
-            ballast = fill(disk)
-            with pytest.raises(OSError, match="No space left"):
-                (disk / "another").write_bytes(b"\0" * 4096)
-            (disk / "another").unlink()
-            ballast.unlink()
-            (disk / "another").write_bytes(b"\0" * 4096)
-    except NoSmallDisk as missing:
-        pytest.skip(str(missing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import copy
+from dataclasses import asdict
 import importlib.util
 from typing import Any
 
@@ -21,7 +22,9 @@ from deployments.risk.policy import CURRENT_VERSION, read_policy, with_overrides
 from graphs.profiles import NUM_CPUS
 from graphs.triage import TriageArgs, build
 from serve_app.domain.errors import ModelContractError, Overloaded, StageFailed
-from serve_app.http.deployment import ServeStages, _answer
+from serve_app.http.deployment import Gauges, ServeStages, _answer
+from serve_app.records.lesion_rows import AssessmentCounts
+from serve_app.records.outbox import OutboxCounts
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk"}
 
@@ -219,3 +222,29 @@ async def test_every_replica_of_every_stage_is_asked_and_one_that_fails_is_named
     broken = {**whole, "classifier": _Broadcast([{"a.b": "digest"}, failure])}
     with pytest.raises(StageFailed, match=said):
         await ServeStages(**broken).warm(["model"])
+
+
+def test_a_gauge_is_set_for_every_count(monkeypatch) -> None:
+    values: dict[str, float] = {}
+
+    class Recorder:
+        def __init__(self, name: str, description: str) -> None:
+            assert description
+            self.set = lambda value: values.update({name: value})
+
+    monkeypatch.setattr("serve_app.http.deployment.Gauge", Recorder)
+    gauges = Gauges()
+    gauges.set(
+        {
+            "assessments": asdict(AssessmentCounts(pending=3, failed=1, oldest_pending_s=60.5)),
+            "outbox": asdict(OutboxCounts(waiting=2, dead=1, oldest_waiting_s=None)),
+        }
+    )
+    pms = {"derm_outbox_waiting": 2, "derm_outbox_dead": 1, "derm_outbox_oldest_waiting_s": 0}
+    assert values == pms | {
+        "derm_assessments_pending": 3,
+        "derm_assessments_failed": 1,
+        "derm_assessments_oldest_pending_s": 60.5,
+    }
+    gauges.set({"assessments": asdict(AssessmentCounts(0, 0, None)), "outbox": None})
+    assert set(values.values()) == {0}

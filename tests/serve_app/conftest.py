@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 from pydantic import SecretStr
 import pytest
 
+from benchmarks.baseline import LocalStages
 from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
@@ -34,7 +35,6 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
-from tests.local_stages import LocalStages
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"
@@ -77,7 +77,7 @@ async def service_owner(service_urls: DatabaseUrls) -> AsyncIterator[Pool]:
 def recovery_when_asked() -> Iterator[None]:
     """What a test leaves pending is finished when it says so, and not by another application in the background."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "_PERIOD_S", 86_400.0)
+        patch.setattr(recovery, "PERIOD_S", 86_400.0)
         yield
 
 
@@ -227,9 +227,9 @@ def start_service(
 
     @asynccontextmanager
     async def start(
-        stages: Stages, *, raise_app_exceptions: bool = True, **changed: object
+        stages: Stages, *, raise_app_exceptions: bool = True, observe: Any = None, **changed: object
     ) -> AsyncIterator[Service]:
-        app = create_app(settings.model_copy(update=changed), stages)
+        app = create_app(settings.model_copy(update=changed), stages, observe=observe)
         transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions)
         async with (
             app.router.lifespan_context(app),

@@ -1,4 +1,4 @@
-"""`python -m data_jobs.references.embed FOLDER --model M`."""
+"""`python -m data_jobs.references.embed FOLDER --model M`: what must be set before Ray is imported, then the job."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
-
-def set_up_ray_environment() -> None:
-    """Before `import ray`: nothing leaves the premises, and a Ray of this job's own has a token of its own."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
-
-
 if __name__ == "__main__":
     if find_spec("pandas") is None:
         sys.exit("Embedding needs Ray Data: pip install 'pms-derm-cds[jobs]' into this environment.")
-    set_up_ray_environment()
-    sys.exit(import_module("data_jobs.references.embed.command").main())
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of the job's own has a token of its own.
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    sys.exit(import_module("data_jobs.references.embed.job").main())

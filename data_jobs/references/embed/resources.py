@@ -67,17 +67,16 @@ class NodeRoom:
     free_gpus: float = 0.0
 
 
-def look_around() -> list[NodeRoom]:
+def read_nodes() -> list[NodeRoom]:
     """Say what each node of the joined cluster has. Needs `ray.init`."""
     free: Mapping[str, Mapping[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [
-        NodeRoom(
-            node["Resources"].get("CPU", 0.0),
-            free.get(node["NodeID"], {}).get("CPU", 0.0),
-            free.get(node["NodeID"], {}).get("GPU", 0.0),
+    rooms = []
+    for node in _live_nodes():
+        there = free.get(node["NodeID"], {})
+        rooms.append(
+            NodeRoom(node["Resources"].get("CPU", 0.0), there.get("CPU", 0.0), there.get("GPU", 0.0))
         )
-        for node in _live_nodes()
-    ]
+    return rooms
 
 
 def fit_in(
@@ -89,14 +88,14 @@ def fit_in(
     """
     free = sum(node.free_cpus for node in nodes)
     room = free - SURGE_CPUS
-    taken = replace(wanted, write_cpus=max(_STEP, min(wanted.write_cpus, _down(room / 4))))
-    if actors is None and wanted.actor_gpus:
-        actors = max(1, sum(math.floor(node.free_gpus / wanted.actor_gpus + 1e-6) for node in nodes))
-    taken = replace(taken, actors=max(1, int(sum(node.cpus for node in nodes)) if actors is None else actors))
+    if actors is None:
+        gpus = wanted.actor_gpus
+        shares = [math.floor(node.free_gpus / gpus + 1e-6) if gpus else node.cpus for node in nodes]
+        actors = max(1, int(sum(shares)))
+    write_cpus = max(_STEP, min(wanted.write_cpus, _down(room / 4)))
     if actor_cpus is None:
-        share = _down((room - taken.write_cpus - taken.prepare_cpus) / taken.actors)
-        actor_cpus = max(_STEP, min(1.0, share))
-    taken = replace(taken, actor_cpus=actor_cpus)
+        actor_cpus = max(_STEP, min(1.0, _down((room - write_cpus - wanted.prepare_cpus) / actors)))
+    taken = replace(wanted, actors=actors, actor_cpus=actor_cpus, write_cpus=write_cpus)
     if taken.cpus > room + 1e-6:
         raise StageFailed(
             f"The job needs {taken.cpus:.2f} logical CPUs. {free:.2f} are free, and an update of the service needs "
@@ -106,18 +105,16 @@ def fit_in(
     if taken.prepare_cpus:
         spare = room - taken.cpus
         taken = replace(taken, prepare_tasks=1 + math.floor(spare / taken.prepare_cpus + 1e-6))
-    if (there := sum(_places(node, taken) for node in nodes)) < taken.actors:
+    by_cpu = [math.floor(n.free_cpus / actor_cpus + 1e-6) if actor_cpus else actors for n in nodes]
+    by_gpu = [
+        math.floor(n.free_gpus / taken.actor_gpus + 1e-6) if taken.actor_gpus else actors for n in nodes
+    ]
+    if (there := sum(map(min, by_cpu, by_gpu))) < actors:
         raise StageFailed(
-            f"Only {there} of {taken.actors} actors find {taken.actor_cpus:.2f} logical CPUs and "
+            f"Only {there} of {actors} actors find {actor_cpus:.2f} logical CPUs and "
             f"{taken.actor_gpus:.2f} GPUs free on one node."
         )
     return taken
-
-
-def _places(node: NodeRoom, taken: Resources) -> int:
-    """How many actors one node has room for."""
-    by_cpu = math.floor(node.free_cpus / taken.actor_cpus + 1e-6) if taken.actor_cpus else taken.actors
-    return min(by_cpu, math.floor(node.free_gpus / taken.actor_gpus + 1e-6)) if taken.actor_gpus else by_cpu
 
 
 def _down(share: float) -> float:
@@ -126,13 +123,14 @@ def _down(share: float) -> float:
 
 def check_nodes(folder: Path, models: Path) -> None:
     """Raise StageFailed unless every node that may run a part of the job has Ray Data, images and models."""
-    nodes = [node for node in _live_nodes() if node["Resources"].get("CPU")]
-    asked = {node["NodeManagerAddress"]: _ask(node["NodeID"], folder, models) for node in nodes}
-    lacking = [
-        f"{address}: {', '.join(lacks)}"
-        for address, lacks in zip(asked, ray.get(list(asked.values())), strict=True)
-        if lacks
-    ]
+    asked = {}
+    for node in _live_nodes():
+        if node["Resources"].get("CPU"):
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(find_lacking).options(num_cpus=0, scheduling_strategy=where)
+            asked[node["NodeManagerAddress"]] = task.remote(folder.resolve(), models.resolve())
+    found = zip(asked, ray.get(list(asked.values())), strict=True)
+    lacking = [f"{address}: {', '.join(lacks)}" for address, lacks in found if lacks]
     if lacking:
         raise StageFailed(
             f"Not every node can do a part of the job. There is lacking at {'; '.join(lacking)}."
@@ -141,15 +139,6 @@ def check_nodes(folder: Path, models: Path) -> None:
 
 def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def _ask(node_id: str, folder: Path, models: Path) -> Any:  # noqa: ANN401 - a reference to what find_lacking gives
-    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return (
-        ray.remote(find_lacking)
-        .options(num_cpus=0, scheduling_strategy=where)
-        .remote(folder.resolve(), models.resolve())
-    )
 
 
 def find_lacking(folder: Path, models: Path) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 import signal
 import sys
@@ -16,8 +17,17 @@ import sys
 from data_jobs.references.catalogue import Licence, parse_licences
 from data_jobs.references.fetch.eligibility import Eligibility
 from data_jobs.references.fetch.http import Http, Pace
-from data_jobs.references.fetch.job import Outcome, Selection, fetch, summary
-from data_jobs.references.fetch.sources import ARCHIVE_BASE, BUCKET_BASE, QUERY, Archive, Bucket, Folder
+from data_jobs.references.fetch.job import Outcome, fetch, summary
+from data_jobs.references.fetch.selection import Selection
+from data_jobs.references.fetch.sources import (
+    ARCHIVE_BASE,
+    BUCKET_BASE,
+    QUERY,
+    Archive,
+    Bucket,
+    Folder,
+    Source,
+)
 from serve_app.domain.errors import DermError, InvalidField
 
 
@@ -44,19 +54,18 @@ def _fetch(options: argparse.Namespace) -> Outcome:
     excluded = options.exclude.read_text(encoding="utf-8").split() if options.exclude else []
     eligibility = Eligibility(options.licence, options.unconfirmed, frozenset(excluded))
     selection = Selection(options.count, options.seed, options.minimum, options.several_per_lesion)
-    ask = {"threads": options.threads, "say": lambda line: print(line, file=sys.stderr, flush=True)}
-    if options.source == "folder":
-        if options.folder.resolve() == options.output.resolve():
-            raise InvalidField(f"{options.output} can not be both --folder and --output.")
-        return fetch(Folder(options.folder), options.output, selection, eligibility, pace, **ask)
     base = options.url or (ARCHIVE_BASE if options.source == "archive" else BUCKET_BASE)
     with Http(base, pace, connections=options.threads + 1) as http:
-        source = (
-            Archive(http, base=base, query=options.query, collections=options.collections)
-            if options.source == "archive"
-            else Bucket(http, base=base)
-        )
-        return fetch(source, options.output, selection, eligibility, pace, **ask)
+        if options.source == "folder":
+            if options.folder.resolve() == options.output.resolve():
+                raise InvalidField(f"{options.output} can not be both --folder and --output.")
+            source: Source = Folder(options.folder)
+        elif options.source == "bucket":
+            source = Bucket(http, base=base)
+        else:
+            source = Archive(http, base=base, query=options.query, collections=options.collections)
+        say = partial(print, file=sys.stderr, flush=True)
+        return fetch(source, options.output, selection, eligibility, pace, threads=options.threads, say=say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,22 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", choices=("archive", "bucket", "folder"), required=True)
     add("--output", type=Path, required=True, help="the folder to fill, new or of an earlier fetch")
     add("--count", type=_positive, required=True, metavar="N", help="how many images are wanted")
-    add(
-        "--licence",
-        type=_licences,
-        default="cc-0,cc-by,cc-by-nc",
-        help="licences to take (default: %(default)s)",
-    )
+    licences = "licences to take (default: %(default)s)"
+    add("--licence", type=_licences, default="cc-0,cc-by,cc-by-nc", help=licences)
     add("--seed", type=int, default=0, help="another seed chooses other images (default: %(default)s)")
     add("--minimum", type=int, metavar="M", help="of each diagnosis, where there are so many (default: N/40)")
     add("--several-per-lesion", action="store_true", help="take more than one image of a lesion")
     add("--unconfirmed", action="store_true", help="take images whose diagnosis nobody confirmed, too")
-    add(
-        "--exclude",
-        type=Path,
-        metavar="FILE",
-        help="isic_ids, lesion_ids or patient_ids to leave out, one a line",
-    )
+    excluded = "isic_ids, lesion_ids or patient_ids to leave out, one a line"
+    add("--exclude", type=Path, metavar="FILE", help=excluded)
     add("--threads", type=_positive, default=8, help="images fetched at once (default: %(default)s)")
     add("--folder", type=Path, help="folder: where the images are")
     add("--query", default=QUERY, help="archive: search (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""HTTP as the sources need it: answers, ranges and streams, tried again where that may help.
+"""HTTP as the sources need it: answers, ranges and images, tried again where that may help.
 
 FetchError              the fetch cannot go on
 ├── ImageFailure        an image was not fetched, and why
@@ -9,9 +9,7 @@ FetchError              the fetch cannot go on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 import threading
@@ -31,19 +29,19 @@ class FetchError(DermError):
 
 
 class ImageFailure(FetchError):
-    """An image was not fetched. `cause`: a few words by which failures are counted."""
+    """An image was not fetched.
 
-    def __init__(self, message: str = "", cause: str = "") -> None:
+    `cause`: a few words by which failures are counted. `wait_s`: what the server asked for (Retry-After), seconds.
+    """
+
+    def __init__(self, message: str = "", cause: str = "", wait_s: float | None = None) -> None:
         super().__init__(message)
         self.cause = cause or message
+        self.wait_s = wait_s
 
 
 class Transient(ImageFailure):
-    """Not now; another attempt may do. `wait_s`: what the server asked for (Retry-After), seconds."""
-
-    def __init__(self, message: str = "", cause: str = "", wait_s: float | None = None) -> None:
-        super().__init__(message, cause)
-        self.wait_s = wait_s
+    """Not now; another attempt may do."""
 
 
 class Refused(ImageFailure):
@@ -82,7 +80,7 @@ class Pace:
         if self._stop.is_set():
             raise Stopped
 
-    def insist(self, attempt: Callable[[], T], attempts: int) -> T:
+    def retry(self, attempt: Callable[[], T], attempts: int) -> T:
         """The result of `attempt`, made up to `attempts` times while it raises Transient; then that is raised."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
@@ -127,16 +125,13 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
 ATTEMPTS = 8
 _CHUNK = 1 << 16
 _TIMEOUT = httpx.Timeout(connect=15, read=60, write=30, pool=None)
+_HEADERS = {
+    "user-agent": "pms-derm-cds (reference images)",
+    # A JPEG does not shrink.
+    "accept-encoding": "identity",
+}
 _AGAIN = frozenset({408, 425, 429})
 _GONE = frozenset({404, 410})
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """An image as it arrives; `length` in bytes, None where the source does not state it."""
-
-    chunks: Iterator[bytes]
-    length: int | None
 
 
 class Http:
@@ -150,11 +145,7 @@ class Http:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             follow_redirects=True,
             max_redirects=3,
-            headers={
-                "user-agent": "pms-derm-cds (reference images)",
-                # A JPEG does not shrink, and its length on the wire is to be that of the file.
-                "accept-encoding": "identity",
-            },
+            headers=_HEADERS,
         )
 
     def __enter__(self) -> Self:
@@ -164,7 +155,7 @@ class Http:
         self._client.close()
 
     def get(self, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
-        """Get a whole answer, once."""
+        """Get a whole answer, once. Raises Transient or Refused."""
         try:
             response = self._client.get(url, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -172,16 +163,22 @@ class Http:
         _check(response)
         return response
 
-    @contextmanager
-    def stream(self, url: str) -> Iterator[Body]:
-        """Open a body, once; its chunks raise Transient when the connection breaks."""
+    def read(self, url: str, max_bytes: int) -> bytes:
+        """Read a body of at most so many bytes, once. Raises Transient, Refused or Stopped."""
+        data = bytearray()
         try:
             with self._client.stream("GET", url) as response:
                 _check(response)
-                stated = response.headers.get("content-length", "")
-                yield Body(response.iter_raw(_CHUNK), int(stated) if stated.isdecimal() else None)
+                for chunk in response.iter_raw(_CHUNK):
+                    self.pace.step()
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise Refused(
+                            f"{_place(response.request)} has more than {max_bytes} bytes.", "too large"
+                        )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _fault(error) from error
+        return bytes(data)
 
 
 def _check(response: httpx.Response) -> None:

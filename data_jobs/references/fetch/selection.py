@@ -16,6 +16,7 @@ selection where its shares move and where a new image ranks lower, and nowhere e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 import hashlib
 from itertools import groupby
 
@@ -27,21 +28,25 @@ from serve_app.domain.patient import Sex
 AGE_BANDS = (25, 40, 55, 70)
 
 
-def choose(
-    candidates: Iterable[CatalogueEntry],
-    count: int,
-    *,
-    seed: int,
-    minimum: int | None = None,
-    several_per_lesion: bool = False,
-) -> list[CatalogueEntry]:
-    """Choose `count` entries, fewer only when there are fewer; ordered by isic_id. Equal for equal input.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How many images are wanted, and how they are chosen.
 
     `minimum`: of each diagnosis; None is a fortieth of `count` (1,250 of 50,000).
     """
+
+    count: int
+    seed: int = 0
+    minimum: int | None = None
+    several_per_lesion: bool = False
+
+
+def choose(candidates: Iterable[CatalogueEntry], selection: Selection) -> list[CatalogueEntry]:
+    """Choose as many entries, fewer only when there are fewer; ordered by isic_id. Equal for equal input."""
+    seed, count, minimum = selection.seed, selection.count, selection.minimum
     ranked = {entry.isic_id: (_rank(seed, entry.isic_id), entry) for entry in candidates}
     ordered = [entry for _, entry in sorted(ranked.values(), key=lambda pair: pair[0])]
-    if not several_per_lesion:
+    if not selection.several_per_lesion:
         lesions: dict[str, CatalogueEntry] = {}
         for entry in ordered:
             lesions.setdefault(entry.lesion, entry)

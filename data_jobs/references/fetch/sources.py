@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import suppress
 import csv
 from dataclasses import dataclass
+from functools import partial
 import io
 from itertools import islice
-import os
 from pathlib import Path
-import re
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 import zipfile
 
 import httpx
-from remotezip import RemoteZip
+from remotezip import RemoteZip, RemoteZipError
 
-from data_jobs.references.catalogue import IMAGES, metadata_file, metadata_rows
-from data_jobs.references.fetch.http import ATTEMPTS, Body, FetchError, Http, Refused, Transient
+from data_jobs.references.catalogue import ARCHIVE_LIMITS, IMAGES, metadata_file, metadata_rows
+from data_jobs.references.fetch.http import ATTEMPTS, FetchError, Http, Refused, Transient
 from serve_app.domain.diagnosis import TRAINED
 
 
@@ -36,21 +37,24 @@ class Page:
     total: int | None = None
 
 
-class Source(Protocol):
-    """The archive, its bucket, or a folder."""
+class Source(ABC):
+    """The archive, its bucket, or a folder.
+
+    `attempts`: how often an image is tried before it counts as failed. `parameters`: what the listing depends on, to
+    compare one fetch with an earlier one into the same folder.
+    """
 
     name: str
-    #: How often an image is tried before it counts as failed.
-    attempts: int
+    attempts = 6
+    parameters: dict[str, str]
 
-    def parameters(self) -> dict[str, str]:
-        """What its listing depends on, to compare one fetch with an earlier one into the same folder."""
-
+    @abstractmethod
     def pages(self, cursor: str | None) -> Iterator[Page]:
         """List its images, from a page's cursor or from the start. Raises FetchError."""
 
-    def open(self, isic_id: str) -> AbstractContextManager[Body]:
-        """Open an image. Raises Transient or Refused, also while the chunks are read."""
+    @abstractmethod
+    def read(self, isic_id: str) -> bytes:
+        """Read an image, in one attempt. Raises Transient, Refused or Stopped."""
 
 
 ARCHIVE_BASE = "https://api.isic-archive.com/api/v2/"
@@ -60,33 +64,28 @@ QUERY = "image_type:dermoscopic"
 PAGE = "100"
 
 
-class Archive:
+class Archive(Source):
     """Images that a search finds, all of them or those of some collections (ids, comma-separated).
 
     The archive's API, version 2 (ImageMarkup/isic, `isic/core/api/image.py`).
     """
 
     name = "archive"
-    attempts = 6
 
     def __init__(
         self, http: Http, *, base: str = ARCHIVE_BASE, query: str = QUERY, collections: str = ""
     ) -> None:
         self._http = http
         self._base = base
-        self._query = query
-        self._collections = collections
-
-    def parameters(self) -> dict[str, str]:
-        """See Source."""
-        return {"base": self._base, "query": self._query, "collections": self._collections}
+        self.parameters = {"base": base, "query": query, "collections": collections}
 
     def pages(self, cursor: str | None) -> Iterator[Page]:
         """Search results, 100 images a page; a page's cursor is the query of its `next`."""
-        asked = {"query": self._query, "collections": self._collections, "limit": PAGE}
+        asked = {name: self.parameters[name] for name in ("query", "collections")} | {"limit": PAGE}
         query = cursor or urlencode({name: value for name, value in asked.items() if value})
         while True:
-            answer = self._json(f"images/search/?{query}")
+            url = f"images/search/?{query}"
+            answer = self._http.pace.retry(partial(self._json, url), ATTEMPTS)
             found, after = answer.get("results"), answer.get("next")
             if not isinstance(found, list) or not (after is None or isinstance(after, str)):
                 raise FetchError("The archive's search answered with something that is no page of images.")
@@ -99,10 +98,9 @@ class Archive:
             if not query:
                 return
 
-    @contextmanager
-    def open(self, isic_id: str) -> Iterator[Body]:
-        """Open an image at the URL that the archive gives for it now: such URLs are signed and expire."""
-        image = self._json_once(f"images/{isic_id}/")
+    def read(self, isic_id: str) -> bytes:
+        """Read an image from the URL that the archive gives for it now: such URLs are signed and expire."""
+        image = self._json(f"images/{isic_id}/")
         try:
             url, size = image["files"]["full"]["url"], int(image["files"]["full"]["size"])
             public = image["public"]
@@ -110,47 +108,37 @@ class Archive:
             raise Refused(f"The archive names no file for {isic_id}.", "no file") from error
         if public is not True:
             raise Refused(f"{isic_id} is not public any more.", "not public")
-        scheme = f"{urlsplit(self._base).scheme}://"
+        scheme = f"{urlsplit(self.parameters['base']).scheme}://"
         if not isinstance(url, str) or not url.startswith(scheme):
             raise Refused(f"The archive names no secure URL for {isic_id}.", "no secure URL")
-        with self._http.stream(url) as body:
-            if body.length not in {None, size}:
-                raise Transient(f"{isic_id}: {body.length} bytes announced, not {size}.", "wrong length")
-            yield Body(body.chunks, size)
+        data = self._http.read(url, ARCHIVE_LIMITS.max_bytes)
+        if len(data) != size:
+            raise Transient(f"{isic_id}: {len(data)} bytes came, not {size}.", "wrong length")
+        return data
 
     def _json(self, url: str) -> dict[str, Any]:
-        return self._http.pace.insist(lambda: self._json_once(url), ATTEMPTS)
-
-    def _json_once(self, url: str) -> dict[str, Any]:
         try:
             answer = self._http.get(url).json()
         except ValueError as error:
             raise Transient(f"{url.partition('?')[0]}: the answer is no JSON.", "no JSON") from error
-        if not isinstance(answer, dict):
-            raise Transient(f"{url.partition('?')[0]}: the answer is no JSON object.", "no JSON")
-        return answer
+        return dict(_table(answer))
 
 
 def flatten(image: Mapping[str, Any]) -> dict[str, object]:
     """One image as its row of the archive's metadata.csv would be, with `public` and `bytes`.
 
-    Fields are looked for one by one: what an image lacks or has in another shape is not there.
+    What an image lacks or has in another shape is not there.
     """
-    found: dict[str, object] = {
-        name: image.get(name) for name in ("isic_id", "copyright_license", "attribution", "public")
-    }
-    metadata = image.get("metadata")
+    metadata, files = _table(image.get("metadata")), _table(image.get("files"))
+    found = {name: image.get(name) for name in ("isic_id", "copyright_license", "attribution", "public")}
     for part in ("acquisition", "clinical"):
-        fields = metadata.get(part) if isinstance(metadata, Mapping) else None
-        if isinstance(fields, Mapping):
-            found |= {
-                str(name): value for name, value in fields.items() if not isinstance(value, (dict, list))
-            }
-    files = image.get("files")
-    full = files.get("full") if isinstance(files, Mapping) else None
-    if isinstance(full, Mapping):
-        found["bytes"] = full.get("size")
-    return found
+        fields = _table(metadata.get(part)).items()
+        found |= {str(name): value for name, value in fields if not isinstance(value, (dict, list))}
+    return found | {"bytes": _table(files.get("full")).get("size")}
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 class _Ranges:
@@ -160,32 +148,18 @@ class _Ranges:
         self._http = http
         self._version: str | None = None
 
-    def get(self, url: str, *, headers: Mapping[str, str], **_: object) -> _Range:
+    def get(self, url: str, *, headers: Mapping[str, str], **_: object) -> SimpleNamespace:
         """One range. Raises FetchError when the file was replaced since the first one."""
-        found = self._http.pace.insist(lambda: self._ask(url, headers), ATTEMPTS)
+        found = self._http.pace.retry(lambda: self._http.get(url, headers=headers), ATTEMPTS)
+        if found.status_code != httpx.codes.PARTIAL_CONTENT:
+            raise Refused(f"{found.request.url.host} serves no ranges.", "no ranges")
         version = found.headers.get("etag", "")
         if self._version not in {None, version}:
             raise FetchError(f"{url} was replaced while it was read. Run this again.")
         self._version = version
-        return _Range(io.BytesIO(found.content), {"Content-Range": found.headers["content-range"]})
-
-    def _ask(self, url: str, headers: Mapping[str, str]) -> httpx.Response:
-        response = self._http.get(url, headers=headers)
-        stated = re.fullmatch(r"bytes (\d+)-(\d+)/\d+", response.headers.get("content-range", ""))
-        if response.status_code != httpx.codes.PARTIAL_CONTENT or stated is None:
-            raise Refused(f"{response.request.url.host} serves no ranges.", "no ranges")
-        if len(response.content) != int(stated[2]) - int(stated[1]) + 1:
-            raise Transient(f"{url}: another range than asked for.", "wrong range")
-        return response
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    raw: io.BytesIO
-    headers: Mapping[str, str]
-
-    def raise_for_status(self) -> None:
-        """Nothing: `Http` has raised already."""
+        return SimpleNamespace(
+            raw=io.BytesIO(found.content), headers=found.headers, raise_for_status=lambda: None
+        )
 
 
 BUCKET_BASE = "https://isic-archive.s3.us-east-1.amazonaws.com/"
@@ -193,7 +167,7 @@ SNAPSHOT = "snapshots/ISIC_images.zip"
 _PAGE = 1000
 
 
-class Bucket:
+class Bucket(Source):
     """The public images of the latest snapshot, read anonymously.
 
     The bucket has every public image as `images/<isic_id>.jpg`, and a ZIP of all of them with their `metadata.csv`,
@@ -202,15 +176,10 @@ class Bucket:
     """
 
     name = "bucket"
-    attempts = 6
 
     def __init__(self, http: Http, *, base: str = BUCKET_BASE) -> None:
         self._http = http
-        self._base = base
-
-    def parameters(self) -> dict[str, str]:
-        """See Source."""
-        return {"base": self._base}
+        self.parameters = {"base": base}
 
     def pages(self, cursor: str | None) -> Iterator[Page]:  # noqa: ARG002
         """The snapshot's metadata, a thousand rows a page; a listing begins anew each time."""
@@ -224,14 +193,14 @@ class Bucket:
                 rows = csv.DictReader(text)
                 while records := [_record(row, sizes) for row in islice(rows, _PAGE)]:
                     yield Page(records, total=len(sizes))
-        except (zipfile.BadZipFile, KeyError, csv.Error, UnicodeDecodeError) as error:
-            raise FetchError(f"{self._base}{SNAPSHOT} is no snapshot of the archive: {error}.") from error
+        except (zipfile.BadZipFile, RemoteZipError, KeyError, csv.Error, UnicodeDecodeError) as error:
+            raise FetchError(
+                f"{self.parameters['base']}{SNAPSHOT} is no snapshot of the archive: {error}."
+            ) from error
 
-    @contextmanager
-    def open(self, isic_id: str) -> Iterator[Body]:
-        """Open the image's own object, not the snapshot's copy, which may be older."""
-        with self._http.stream(f"images/{isic_id}.jpg") as body:
-            yield body
+    def read(self, isic_id: str) -> bytes:
+        """Read the image's own object, not the snapshot's copy, which may be older."""
+        return self._http.read(f"images/{isic_id}.jpg", ARCHIVE_LIMITS.max_bytes)
 
 
 def _record(row: Mapping[str, str], sizes: Mapping[str, int]) -> Mapping[str, object]:
@@ -240,10 +209,7 @@ def _record(row: Mapping[str, str], sizes: Mapping[str, int]) -> Mapping[str, ob
     return {**row, "public": "true", "bytes": sizes.get(name)}
 
 
-_CHUNK = 1 << 20
-
-
-class Folder:
+class Folder(Source):
     """Images in `images/` or beside the metadata file, whose columns are the catalogue's or the archive's."""
 
     name = "folder"
@@ -252,11 +218,8 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
-        self._paths: dict[str, Path] = {}
-
-    def parameters(self) -> dict[str, str]:
-        """See Source."""
-        return {"folder": str(self._folder)}
+        self._stated: dict[str, str] = {}
+        self.parameters = {"folder": str(self._folder)}
 
     def pages(self, cursor: str | None) -> Iterator[Page]:  # noqa: ARG002
         """Everything in one page."""
@@ -265,49 +228,35 @@ class Folder:
             rows = metadata_rows(file)
         except (OSError, ValueError, csv.Error) as error:
             raise FetchError(f"{file} can not be read: {error}.") from error
-        sizes = _sizes(self._folder)
-        yield Page([self._record(row, sizes) for row in rows], total=len(rows))
+        self._stated = {str(row.get("isic_id")): str(row["path"]) for row in rows if row.get("path")}
+        yield Page([self._record(row) for row in rows], total=len(rows))
 
-    @contextmanager
-    def open(self, isic_id: str) -> Iterator[Body]:
-        """Open an image's file."""
+    def read(self, isic_id: str) -> bytes:
+        """Read an image's file."""
         path = self._find(isic_id)
+        if path is None:
+            raise Refused(f"{self._folder} has no image of {isic_id}.", "no file")
         try:
-            with path.open("rb") as file:
-                yield Body(iter(lambda: file.read(_CHUNK), b""), path.stat().st_size)
+            if path.stat().st_size > ARCHIVE_LIMITS.max_bytes:
+                raise Refused(f"{path} has more than {ARCHIVE_LIMITS.max_bytes} bytes.", "too large")
+            return path.read_bytes()
         except OSError as error:
             raise Refused(f"{path} can not be read: {error.strerror}.", "can not be read") from error
 
-    def _record(self, row: Mapping[str, object], sizes: Mapping[str, int]) -> Mapping[str, object]:
-        record = dict(row)
-        if record.get("diagnosis") in TRAINED:
-            # Ours, not the archive's: a catalogue holds dermoscopic images only, and need not say so.
-            record["image_type"] = record.get("image_type") or "dermoscopic"
-        isic_id = str(record.get("isic_id"))
-        if record.get("path"):
-            self._paths[isic_id] = self._folder / str(record["path"])
+    def _record(self, row: Mapping[str, object]) -> Mapping[str, object]:
+        path = self._find(str(row.get("isic_id")))
         # Whether it can be had shows when it is fetched: here it would be left out without a word.
-        record["bytes"] = next((sizes[name] for name in _names(isic_id) if name in sizes), None)
+        record = {**row, "bytes": path.stat().st_size if path else None}
+        if row.get("diagnosis") in TRAINED and not row.get("image_type"):
+            # Ours, not the archive's: a catalogue holds dermoscopic images only, and need not say so.
+            record["image_type"] = "dermoscopic"
         return record
 
-    def _find(self, isic_id: str) -> Path:
-        folder = self._folder
-        for path in (self._paths.get(isic_id), *(folder / name for name in _names(isic_id))):
-            if path is not None and path.is_file() and path.resolve().is_relative_to(folder):
-                return path
-        raise Refused(f"{folder} has no image of {isic_id}.", "no file")
-
-
-def _names(isic_id: str) -> tuple[str, ...]:
-    return f"{IMAGES}/{isic_id}.jpg", f"{isic_id}.jpg", f"{isic_id}.JPG"
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files in the folder and its `images/`, by their names relative to the folder."""
-    return {
-        os.path.relpath(file.path, folder): file.stat().st_size
-        for place in (folder, folder / IMAGES)
-        if place.is_dir()
-        for file in os.scandir(place)
-        if file.is_file()
-    }
+    def _find(self, isic_id: str) -> Path | None:
+        usual = f"{IMAGES}/{isic_id}.jpg", f"{isic_id}.jpg", f"{isic_id}.JPG"
+        for name in (self._stated.get(isic_id, usual[0]), *usual):
+            path = self._folder / name
+            with suppress(OSError):  # a name that is too long
+                if path.is_file() and path.resolve().is_relative_to(self._folder):
+                    return path
+        return None

@@ -26,25 +26,28 @@ LIMIT $3;
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its
 -- own, or by the assessment's, which was delivered before and is now due again.
 WITH proven AS (
-    INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES ($1, $2, $3)
+    INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES (:receipt_id, :erased_at, :record_hash)
     ON CONFLICT (receipt_id) DO NOTHING
     RETURNING receipt_id
 ),
 queued AS (
     INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT $13, a.assessment_id, i.encounter_id
+    SELECT :message_id, a.assessment_id, i.encounter_id
     FROM proven
     INNER JOIN erasures AS e USING (receipt_id)
     INNER JOIN lesion_images AS i USING (image_id)
     INNER JOIN assessments AS a USING (image_id)
-    WHERE $13::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
     ON CONFLICT (assessment_id) DO UPDATE
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,
         attempts = 0, queued_at = now(), waiting_since = now(), due_at = now()
 )
 INSERT INTO audit_events
     (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM proven;
+SELECT
+    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+FROM proven;
 
 -- name: restored
 -- Images that are there, with their ciphertext, of these data keys.

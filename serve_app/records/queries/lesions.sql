@@ -36,37 +36,46 @@ WHERE actor = $1 AND key = $2;
 WITH claimed AS (
     INSERT INTO idempotency_keys
         (actor, key, request_sha256, lesion_id, image_id, assessment_id, created_at)
-    SELECT $15, $17, $18, $2, $3, $1, $7
-    WHERE $17::text IS NOT NULL
+    SELECT :actor, :idempotency_key, :request_sha256, :lesion_id, :image_id, :assessment_id, :created_at
+    WHERE :idempotency_key::text IS NOT NULL
     ON CONFLICT (actor, key) DO NOTHING
     RETURNING assessment_id
 ),
 admitted AS (
     SELECT FROM claimed
     UNION ALL
-    SELECT WHERE $17::text IS NULL
+    SELECT WHERE :idempotency_key::text IS NULL
 ),
 lesion AS (
     INSERT INTO lesions (lesion_id, patient_id, created_at)
-    SELECT $2, $4, $7 FROM admitted
-    WHERE $6::boolean
+    SELECT :lesion_id, :patient_id, :created_at FROM admitted
+    WHERE :new_lesion::boolean
 ),
 image AS (
     INSERT INTO lesion_images
         (image_id, lesion_id, patient_id, encounter_id, created_at, content_type, width, height,
          data_key_id, sealed)
-    SELECT $3, $2, $4, $5, $7, $9, $10, $11, $19, $8 FROM admitted
+    SELECT
+        :image_id, :lesion_id, :patient_id, :encounter_id, :created_at, :content_type, :width, :height,
+        :data_key_id, :sealed
+    FROM admitted
 ),
 assessment AS (
     INSERT INTO assessments
         (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id, confirmed_only,
          lease_until)
-    SELECT $1, $3, $7, 'pending', $12, $13, $14, $15, $16, $29, clock_timestamp() + $30::interval FROM admitted
+    SELECT
+        :assessment_id, :image_id, :created_at, 'pending', :context, :top_k, :licences, :actor, :request_id,
+        :confirmed_only, clock_timestamp() + :lease::interval
+    FROM admitted
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $20, $21, $22, $23, $24, $25, $26, $27, $28 FROM admitted
+    SELECT
+        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+    FROM admitted
 )
 SELECT EXISTS (SELECT FROM admitted);
 
@@ -75,27 +84,30 @@ SELECT EXISTS (SELECT FROM admitted);
 -- when the assessment is still pending.
 WITH completed AS (
     UPDATE assessments
-    SET outcome = $2, answer = $3, completed_at = now(), lease_until = NULL,
-        demand_level = $16::text::risk_level, demand_urgency = $17::text::urgency
-    WHERE assessment_id = $1 AND outcome = 'pending'
+    SET outcome = :outcome, answer = :answer, completed_at = now(), lease_until = NULL,
+        demand_level = :demand_level::text::risk_level, demand_urgency = :demand_urgency::text::urgency
+    WHERE assessment_id = :assessment_id AND outcome = 'pending'
     RETURNING image_id
 ),
 embedded AS (
     INSERT INTO lesion_embeddings (image_id, embedding_space, embedding)
-    SELECT image_id, $4, $5 FROM completed
-    WHERE $5::halfvec IS NOT NULL
+    SELECT image_id, :embedding_space, :embedding FROM completed
+    WHERE :embedding::halfvec IS NOT NULL
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM completed
+    SELECT
+        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+    FROM completed
 ),
 queued AS (
     INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT $15, $1, i.encounter_id
+    SELECT :message_id, :assessment_id, i.encounter_id
     FROM completed
     INNER JOIN lesion_images AS i USING (image_id)
-    WHERE $15::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
 )
 SELECT EXISTS (SELECT FROM completed);
 
@@ -104,21 +116,24 @@ SELECT EXISTS (SELECT FROM completed);
 -- PMS (if one is asked for).
 WITH failed AS (
     UPDATE assessments
-    SET outcome = 'failed', failure = $2, completed_at = now(), lease_until = NULL
-    WHERE assessment_id = $1 AND outcome = 'pending'
+    SET outcome = 'failed', failure = :failure, completed_at = now(), lease_until = NULL
+    WHERE assessment_id = :assessment_id AND outcome = 'pending'
     RETURNING image_id
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM failed
+    SELECT
+        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+    FROM failed
 ),
 queued AS (
     INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT $12, $1, i.encounter_id
+    SELECT :message_id, :assessment_id, i.encounter_id
     FROM failed
     INNER JOIN lesion_images AS i USING (image_id)
-    WHERE $12::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
 )
 SELECT EXISTS (SELECT FROM failed);
 
@@ -240,11 +255,11 @@ SELECT open_demand($1);
 -- Note that an image is of its lesion, once, and the audit event each time; of an erased image neither.
 WITH image AS (
     SELECT image_id, erased_at IS NOT NULL AS erased FROM lesion_images
-    WHERE lesion_id = $1 AND image_id = $2
+    WHERE lesion_id = :lesion_id AND image_id = :image_id
 ),
 confirmed AS (
     UPDATE assessments AS a
-    SET confirmed_by = coalesce(a.confirmed_by, $3), confirmed_at = coalesce(a.confirmed_at, now())
+    SET confirmed_by = coalesce(a.confirmed_by, :confirmed_by), confirmed_at = coalesce(a.confirmed_at, now())
     FROM image AS i
     WHERE a.image_id = i.image_id AND NOT i.erased
     RETURNING a.confirmed_by, a.confirmed_at
@@ -252,7 +267,10 @@ confirmed AS (
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $4, $5, $6, $7, $8, $9, $10, $11, $12 FROM confirmed
+    SELECT
+        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+    FROM confirmed
 )
 SELECT i.erased, c.confirmed_by, c.confirmed_at
 FROM image AS i
@@ -302,7 +320,10 @@ WHERE i.lesion_id = $1 AND i.image_id = $2;
 -- Add an audit event on its own.
 INSERT INTO audit_events
     (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
+VALUES (
+    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+);
 
 -- name: assign
 -- Put a patient into a clinician's care.

@@ -37,16 +37,19 @@ WITH delivered AS (
     UPDATE outbox AS o
     SET delivered_at = now(), dead_at = NULL, lease_until = NULL, last_error = NULL
     FROM assessments AS a
-    WHERE o.message_id = $1
+    WHERE o.message_id = :message_id
         AND o.delivered_at IS NULL
         AND a.assessment_id = o.assessment_id
-        AND a.outcome = $2
+        AND a.outcome = :told
     RETURNING o.message_id
 ),
 event AS (
     INSERT INTO audit_events
         (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11 FROM delivered
+    SELECT
+        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+    FROM delivered
 )
 SELECT EXISTS (SELECT FROM delivered);
 
@@ -54,11 +57,13 @@ SELECT EXISTS (SELECT FROM delivered);
 -- Record the disclosure of what was erased while it was being told: its message was withdrawn, or tells of the erasure.
 INSERT INTO audit_events
     (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-SELECT $3, $4, $5, $6, $7, $8, $9, $10, $11
+SELECT
+    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
+    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
 WHERE NOT EXISTS (
     SELECT FROM outbox AS o
     INNER JOIN assessments AS a USING (assessment_id)
-    WHERE o.message_id = $1 AND a.outcome = $2
+    WHERE o.message_id = :message_id AND a.outcome = :told
 );
 
 -- name: postpone

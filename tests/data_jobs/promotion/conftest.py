@@ -60,6 +60,12 @@ def archive(small_archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def answers_cache(tmp_path_factory) -> Path:
+    """Where promotions keep answers: the same model answers the same cases once a session."""
+    return tmp_path_factory.mktemp("answers")
+
+
+@pytest.fixture(scope="session")
 def small_store(models: Path, model_id: str, tmp_path_factory) -> Path:
     """The shipped model with 300 of its references: thousands take the database seconds for every test."""
     folder = tmp_path_factory.mktemp("small") / "models"

@@ -54,8 +54,7 @@ async def put(pool: Pool, space: str, bundle: ReferenceBundle) -> None:
     await ReferenceStore(pool).load(bundle.images, bundle.embeddings, embedding_space=space)
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("count", [20, 400])
+@pytest.mark.parametrize(("known", "count"), [(True, 20), (False, 400)])
 async def test_what_another_embedder_left_is_replaced(pool, candidate, known, count) -> None:
     space, bundled = space_of(candidate), candidate.manifest.live_space.count
     await put(pool, space, strangers(candidate, count))
@@ -91,7 +90,7 @@ async def test_strangers_do_not_count_as_references_that_will_be_found(pool, sto
 
 
 async def test_a_half_filled_space_is_refused_and_the_row_stays(
-    archive, served, pool, store, model_id, candidate, tmp_path
+    archive, served, pool, store, model_id, candidate, answers_cache
 ) -> None:
     space = space_of(candidate)
     embedder = identify_embedder(candidate, candidate.manifest.live_space)
@@ -100,7 +99,7 @@ async def test_a_half_filled_space_is_refused_and_the_row_stays(
     await cache.begin(embedder, expected=500)
     await cache.take_in(space, bundle.images[:200], bundle.embeddings[:200])
     request = PromotionRequest(
-        candidate.manifest.model_id, approved_by="Dr Test", reason="update", cache=tmp_path / "cache"
+        candidate.manifest.model_id, approved_by="Dr Test", reason="update", cache=answers_cache
     )
     with pytest.raises(
         PromotionRefused,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from hashlib import sha256
 import json
 from pathlib import Path
-import subprocess
-import sys
+from threading import Thread
 
 import pytest
 
 from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.promotion import PromotionRequest, promote
+from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import open_pool
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("archive")
 
 
 @pytest.fixture
-def request_for(tmp_path: Path) -> Callable[..., PromotionRequest]:
+def request_for(answers_cache: Path) -> Callable[..., PromotionRequest]:
     def make(candidate: str, **changed: object) -> PromotionRequest:
-        values = {"approved_by": "Dr Test", "reason": "annual update", "cache": tmp_path / "cache", **changed}
+        values = {"approved_by": "Dr Test", "reason": "annual update", "cache": answers_cache, **changed}
         return PromotionRequest(candidate, **values)
 
     return make
@@ -43,13 +44,22 @@ async def answering(dsn: str) -> str | None:
 
 
 async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
-    served, store, make_candidate, request_for, tmp_path
+    served, store, model_id, make_candidate, request_for, tmp_path
 ) -> None:
     candidate = make_candidate(store)
     said: list[str] = []
+    dry_run = request_for(candidate, dry_run=True, report=tmp_path / "report.json")
+    await promote(served, store, dry_run, said.append)
+    assert await answering(served) == model_id
+    assert "nothing was changed" in said[-1]
+    said.clear()
     target = await promote(served, store, request_for(candidate), said.append)
+    assert sum("answers from" in line for line in said) == 3  # both models' are kept, and then it answers
     assert await answering(served) == candidate == target.model_id
     report = json.loads((store / f"{candidate}.promotion.json").read_text())
+    # What the dry run said, but for who asked when.
+    same = {"created": "", "dry_run": ""}
+    assert {**report, **same} == {**json.loads((tmp_path / "report.json").read_text()), **same}
     assert report["accepted"]
     assert report["changed"] == []
     assert report["figures"]["live"] == report["figures"]["candidate"]
@@ -99,23 +109,6 @@ async def test_a_failing_criterion_refuses_and_every_changed_case_is_shown(
     assert "FAILED" in text
 
 
-async def test_a_dry_run_changes_nothing_and_answers_are_kept(
-    served, store, model_id, make_candidate, request_for, tmp_path
-) -> None:
-    candidate = make_candidate(store)
-    request = request_for(candidate, dry_run=True, report=tmp_path / "report.json")
-    said: list[str] = []
-    await promote(served, store, request, said.append)
-    assert await answering(served) == model_id
-    assert "nothing was changed" in said[-1]
-    first = json.loads((tmp_path / "report.json").read_text())
-    said.clear()
-    await promote(served, store, request, said.append)
-    assert sum("answers from" in line for line in said) == 2
-    again = json.loads((tmp_path / "report.json").read_text())
-    assert {**first, "created": ""} == {**again, "created": ""}
-
-
 async def test_a_changed_byte_in_the_candidate_is_refused(
     served, store, model_id, make_candidate, request_for
 ) -> None:
@@ -139,49 +132,48 @@ async def test_references_of_another_model_are_refused(
     assert await answering(served) == model_id
 
 
-async def test_the_space_of_the_live_model_is_refused(
-    served, store, models, model_id, make_candidate, request_for
+async def test_a_model_published_meanwhile_stops_the_flip(
+    served, store, model_id, make_candidate, request_for
 ) -> None:
-    space = ModelStore(models).open(model_id).manifest.live_space.embedding_space
-    candidate = make_candidate(
-        store, change=lambda content: content["spaces"][0].update(embedding_space=space)
-    )
-    with pytest.raises(PromotionRefused, match="space of its own"):
-        await promote(served, store, request_for(candidate), print)
+    """Evidence against one model is no evidence against another."""
+    candidate, other = make_candidate(store), make_candidate(store, "other")
+
+    def publish_another(line: str) -> None:
+        # Said right before the row would flip; as another operator's command is, it is no part of this one.
+        if "references loaded" in line:
+            thread = Thread(target=lambda: asyncio.run(publish_bundled(served, store, other)))
+            thread.start()
+            thread.join()
+
+    with pytest.raises(Conflict, match="by now"):
+        await promote(served, store, request_for(candidate), publish_another)
+    assert await answering(served) == other
 
 
-async def test_without_criteria_nothing_is_promoted(
-    served, store, make_candidate, request_for, tmp_path
+async def test_what_cannot_be_compared_or_judged_is_refused(
+    served, new_database, store, model_id, make_candidate, request_for, tmp_path
 ) -> None:
-    candidate = make_candidate(store, change=lambda _: (store / f"{CANDIDATE}/acceptance.json").unlink())
-    with pytest.raises(PromotionRefused, match="--acceptance"):
-        await promote(served, store, request_for(candidate), print)
-    given = tmp_path / "criteria.json"
-    given.write_text('{"max_top1_loss": 0.0}')
-    await promote(
-        served,
-        store,
-        request_for(candidate, acceptance=given, dry_run=True, report=tmp_path / "r.json"),
-        print,
-    )
-
-
-async def test_other_criteria_cannot_replace_its_own(
-    served, store, make_candidate, request_for, tmp_path
-) -> None:
+    candidate = make_candidate(store)
     given = tmp_path / "criteria.json"
     given.write_text('{"max_top1_loss": 1.0}')
     with pytest.raises(PromotionRefused, match="cannot replace"):
-        await promote(served, store, request_for(make_candidate(store), acceptance=given), print)
+        await promote(served, store, request_for(candidate, acceptance=given), print)
 
+    space = ModelStore(store).open(model_id).manifest.live_space.embedding_space
+    same_space = make_candidate(
+        store, "same_space", change=lambda content: content["spaces"][0].update(embedding_space=space)
+    )
+    with pytest.raises(PromotionRefused, match="space of its own"):
+        await promote(served, store, request_for(same_space), print)
 
-CANDIDATE = "tf_efficientnet_lite0.candidate"
+    without = f"{model_id.partition('.')[0]}.without"
+    make_candidate(store, "without", change=lambda _: (store / without / "acceptance.json").unlink())
+    with pytest.raises(PromotionRefused, match="--acceptance"):
+        await promote(served, store, request_for(without), print)
+    await promote(
+        served, store, request_for(without, acceptance=given, dry_run=True, report=tmp_path / "r.json"), print
+    )
 
-
-async def test_a_live_model_whose_folder_changed_is_no_yardstick(
-    served, store, model_id, make_candidate, request_for
-) -> None:
-    candidate = make_candidate(store)
     pool = await open_pool(served, minimum=0, maximum=1)
     live = await live_model(pool)
     assert live is not None
@@ -190,25 +182,5 @@ async def test_a_live_model_whose_folder_changed_is_no_yardstick(
     with pytest.raises(PromotionRefused, match="another digest"):
         await promote(served, store, request_for(candidate), print)
 
-
-async def test_nothing_to_compare_with_is_refused(new_database, store, make_candidate, request_for) -> None:
-    urls = await new_database()
     with pytest.raises(PromotionRefused, match="No model answers yet"):
-        await promote(urls.owner, store, request_for(make_candidate(store)), print)
-
-
-async def test_a_model_published_meanwhile_stops_the_flip(
-    served, store, model_id, make_candidate, request_for
-) -> None:
-    """Evidence against one model is no evidence against another."""
-    candidate, other = make_candidate(store), make_candidate(store, "other")
-
-    def publish_another(line: str) -> None:
-        # Said right before the row would flip; in a process of its own, as another operator's command is.
-        if "references loaded" in line:
-            code = f"import asyncio; from data_jobs.references.load import publish_bundled; from pathlib import Path; asyncio.run(publish_bundled({served!r}, Path({str(store)!r}), {other!r}))"
-            subprocess.run([sys.executable, "-c", code], check=True)
-
-    with pytest.raises(Conflict, match="by now"):
-        await promote(served, store, request_for(candidate), publish_another)
-    assert await answering(served) == other
+        await promote((await new_database()).owner, store, request_for(candidate), print)

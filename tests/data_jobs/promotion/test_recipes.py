@@ -1,13 +1,15 @@
-"""The larger and the smaller recipe: seeded random weights, made here, from a timm checkpoint to an answer."""
+"""Seeded random weights, made here, from a timm checkpoint or our own network to a served graph."""
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_jobs.promotion.export_source import MAX_LOGIT_DIFFERENCE
+from benchmarks.baseline import LocalStages
+from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE
 from data_jobs.references.load import publish_bundled
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.decode import UploadLimits
@@ -18,7 +20,6 @@ from serve_app.lesions.assess import Assessor
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
-from tests.local_stages import LocalStages
 from tests.random_model import POSITIONS, RECIPES, random_checkpoint, write_folder
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -33,11 +34,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "tf_efficientnet_lite0_derm7"])
-def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path, name: str) -> None:
+def test_a_timm_checkpoint_keeps_its_logits(tmp_path: Path) -> None:
     from data_jobs.training.export import bottleneck_basis, export_weights
 
-    recipe = read_recipe(RECIPES / f"{name}.toml")
+    recipe = read_recipe(RECIPES / "mobilenetv3_large_100.toml")
     weights = random_checkpoint(recipe.architecture, tmp_path / "model.safetensors")
     report = export_weights(recipe, weights, POSITIONS, 64, tmp_path)
     assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
@@ -81,30 +81,24 @@ def test_our_own_network_comes_back_from_safetensors(tmp_path: Path) -> None:
     assert torch.allclose(network(pixels)[1], network.normalise(network.reduce(pooled)), atol=1e-5)
 
 
-@pytest.mark.timeout(600)
-async def test_b4_answers_through_the_whole_graph(
-    tmp_path: Path,
-    new_database,
-    models: Path,
-    model_id: str,
-    isic_dir: Path,
-    capsys: pytest.CaptureFixture[str],
+async def test_another_network_answers_through_the_whole_graph(
+    tmp_path: Path, new_database, models: Path, model_id: str, isic_dir: Path
 ) -> None:
-    """All five stages on a real image, with real references in a real database."""
+    """All five stages on a real image, with real references in a real database, by another trunk and input size."""
     from data_jobs.training.export import export_weights
 
-    recipe = replace(read_recipe(RECIPES / "efficientnet_b4.toml"), tag="random")
-    export_folder = tmp_path / "export"
-    export_folder.mkdir()
-    weights = random_checkpoint(recipe.architecture, tmp_path / "b4.safetensors")
-    report = export_weights(recipe, weights, POSITIONS, 380, export_folder)
-    assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
-    store = tmp_path / "models"
-    folder = write_folder(store, recipe, export_folder, models / model_id, isic_dir)
+    recipe = replace(read_recipe(RECIPES / "mobilenetv3_large_100.toml"), tag="random")
+    exported, store = tmp_path / "export", tmp_path / "models"
+    exported.mkdir()
+    export_weights(
+        recipe, random_checkpoint(recipe.architecture, tmp_path / "w.safetensors"), POSITIONS, 224, exported
+    )
+    write_folder(store, recipe, exported, models / model_id, isic_dir)
     urls = await new_database()
-    loaded = await publish_bundled(urls.owner, store, recipe.model_id)
-    pool = await open_pool(urls.app, minimum=0, maximum=2, timeout_s=20)
-    try:
+    await publish_bundled(urls.owner, store, recipe.model_id)
+    async with AsyncExitStack() as stack:
+        pool = await open_pool(urls.app, minimum=0, maximum=2, timeout_s=20)
+        stack.push_async_callback(pool.close)
         live = await live_model(pool)
         assert live is not None
         stages = LocalStages(
@@ -115,24 +109,17 @@ async def test_b4_answers_through_the_whole_graph(
             policy_version="2026-11.4",
         )
         assessor = Assessor(stages, service_version="test")
-        image = next(iter(sorted((isic_dir / "uploads").iterdir()))).read_bytes()
+        image = min((isic_dir / "uploads").iterdir()).read_bytes()
         examination = await assessor.examine(image, live)
-        assert examination.prepared.pixels.shape == (380, 380, 3)
+        assert examination.prepared.pixels.shape == (224, 224, 3)
         answer = await assessor.assess(
             examination, context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE, previous=None
         )
-    finally:
-        await pool.close()
     assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}
-    assert answer.provenance.model_id == "efficientnet_b4.random"
+    assert answer.provenance.model_id == "mobilenetv3_large_100.random"
     assert answer.classification is not None
     assert set(answer.classification.probabilities) == set(Diagnosis)
     assert sum(answer.classification.probabilities.values()) == pytest.approx(1.0)
     assert answer.neighbours is not None
     assert len(answer.similar) == 3
     assert answer.risk is not None
-    size = (folder / "model.onnx").stat().st_size
-    with capsys.disabled():
-        print(
-            f"\nB4: {size / 1e6:.0f} MB, {loaded} references, {answer.timings_ms}, parity {report['parity']}"
-        )

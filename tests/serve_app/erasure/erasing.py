@@ -53,3 +53,19 @@ async def row(service, answer: dict[str, Any]) -> Any:
         " FROM lesion_images AS i JOIN assessments AS a USING (image_id) WHERE image_id = $1::text::uuid",
         answer["image_id"],
     )
+
+
+async def change(service, answer: dict[str, Any], table: str, assignments: str, *values: object) -> None:
+    """Change the image's row of a table behind the service's back; `$2` and on are the values."""
+    await service.owner.execute(
+        f"UPDATE {table} SET {assignments} WHERE image_id = $1::text::uuid",  # noqa: S608 - the tests' own words
+        answer["image_id"],
+        *values,
+    )
+
+
+async def damage(service, answer: dict[str, Any]) -> None:
+    """Flip a bit of the sealed image."""
+    await change(
+        service, answer, "lesion_images", "sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+    )

@@ -132,14 +132,6 @@ async def test_a_repeated_upload_does_not_bring_it_back(service) -> None:
     assert (await service.counts())["lesion_images"] == before["lesion_images"]
 
 
-async def test_who_may_not_erase(service, answer) -> None:
-    response = await service.client.request(
-        "DELETE", path(answer), json={"reason": "patient_request"}, headers=service.token("dr")
-    )
-    service.hold_to_problem(response, 403, "forbidden")
-    assert (await row(service, answer))["sealed"] is not None
-
-
 @pytest.mark.parametrize(
     "body",
     [{"reason": "retention"}, {"reason": ""}, {"note": ""}, {"note": "x" * 501}, {"note": "\0"}, {"x": 1}],

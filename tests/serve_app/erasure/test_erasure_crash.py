@@ -16,7 +16,7 @@ from serve_app.keys.keystore import DestroyedKey
 from serve_app.lesions.recovery import FAILED_AFTER_TRIES, recover_once
 from serve_app.records.erasures import ErasureStore, Verdict
 from serve_app.settings import NodeFiles
-from tests.serve_app.erasure.erasing import erase, path, request_of, row, uploaded
+from tests.serve_app.erasure.erasing import change, damage, erase, path, request_of, row, uploaded
 
 
 @pytest.fixture
@@ -142,28 +142,14 @@ async def test_a_backup_from_before_opens_nothing_and_is_erased_again(service, a
     with pytest.raises(Erased):
         services.keys.open_image(before["sealed"], binding)
     async with service.owner.connection() as connection, connection.transaction():
-        for table in ("erasures", "erasure_receipts"):
+        for table in ("erasure_receipts", "erasures"):
             await connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-        await connection.execute(
-            "DELETE FROM erasure_receipts WHERE receipt_id = $1::text::uuid", receipt["receipt_id"]
-        )
-        await connection.execute(
-            "DELETE FROM erasures WHERE receipt_id = $1::text::uuid", receipt["receipt_id"]
-        )
-        for table in ("erasures", "erasure_receipts"):
+            forget = f"DELETE FROM {table} WHERE receipt_id = $1::text::uuid"  # noqa: S608 - our own names
+            await connection.execute(forget, receipt["receipt_id"])
             await connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
-        await connection.execute(
-            "UPDATE lesion_images SET sealed = $2, erased_at = NULL WHERE image_id = $1",
-            before["image_id"],
-            before["sealed"],
-        )
-        await connection.execute(
-            "UPDATE assessments SET outcome = $2, answer = $3, context = $4 WHERE image_id = $1",
-            before["image_id"],
-            before["outcome"],
-            before["answer"],
-            before["context"],
-        )
+    await change(service, answer, "lesion_images", "sealed = $2, erased_at = NULL", before["sealed"])
+    values = (before["outcome"], before["answer"], before["context"])
+    await change(service, answer, "assessments", "outcome = $2, answer = $3, context = $4", *values)
     gone = await service.client.get(path(answer), headers=service.token("dr"))
     service.hold_to_problem(gone, 410, "erased")
     assert await services.eraser.erase_restored() == 1
@@ -180,37 +166,36 @@ async def pending(service) -> dict[str, Any]:
     await service.owner.execute(
         "DELETE FROM lesion_embeddings WHERE image_id = $1::text::uuid", answer["image_id"]
     )
-    await service.owner.execute(
-        "UPDATE assessments SET outcome = 'pending', answer = NULL, completed_at = NULL"
-        " WHERE image_id = $1::text::uuid",
-        answer["image_id"],
-    )
+    await change(service, answer, "assessments", "outcome = 'pending', answer = NULL, completed_at = NULL")
     return answer
 
 
+async def recover(service, answer: dict[str, Any]) -> int:
+    """Try once to complete it, whoever has leased it."""
+    await change(service, answer, "assessments", "lease_until = NULL")
+    services = service.app.state.services
+    return await recover_once(services.records, services.triage, services.live)
+
+
 async def test_a_pending_assessment_of_an_erased_image_is_cancelled(service) -> None:
-    services, answer = service.app.state.services, await pending(service)
+    answer = await pending(service)
     assert (await erase(service, answer)).status_code == 200
     assert (await row(service, answer))["outcome"] == "cancelled"
-    assert await recover_once(services.records, services.triage, services.live) == 0
+    assert await recover(service, answer) == 0
     after = await row(service, answer)
     assert (after["outcome"], after["vectors"]) == ("cancelled", 0)
 
 
 async def test_recovery_without_the_images_key_leaves_it_pending(service, settings) -> None:
-    services, answer = service.app.state.services, await pending(service)
+    answer = await pending(service)
     with key_elsewhere(settings, (await row(service, answer))["data_key_id"]):
         for _ in range(FAILED_AFTER_TRIES + 2):
-            assert await recover_once(services.records, services.triage, services.live) == 0
-            await service.owner.execute(
-                "UPDATE assessments SET lease_until = NULL WHERE image_id = $1::text::uuid",
-                answer["image_id"],
-            )
+            assert await recover(service, answer) == 0
         assert (await row(service, answer))["outcome"] == "pending"
         missing = await service.client.get(path(answer), headers=service.token("dr"))
         service.hold_to_problem(missing, 503, "data_key_missing")
         assert [event["detail"] for event in await service.events(missing)] == [{"code": "data_key_missing"}]
-    assert await recover_once(services.records, services.triage, services.live) == 1
+    assert await recover(service, answer) == 1
 
 
 @pytest.mark.parametrize("cause", ["image_too_small", "integrity"])
@@ -218,22 +203,13 @@ async def test_an_image_that_can_never_be_assessed_ends_as_failed_once(
     start_service, local_stages, service, cause: str
 ) -> None:
     answer = await pending(service)
-    image = answer["image_id"]
     if cause == "integrity":
-        await service.owner.execute(
-            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-            " WHERE image_id = $1::text::uuid",
-            image,
-        )
+        await damage(service, answer)
     async with start_service(local_stages(min_side=1000 if cause == "image_too_small" else 224)) as other:
-        services = other.app.state.services
         for tried in range(FAILED_AFTER_TRIES + 2):
             found = await row(service, answer)
             assert found["outcome"] == ("pending" if tried < FAILED_AFTER_TRIES else "failed")
-            await recover_once(services.records, services.triage, services.live)
-            await service.owner.execute(
-                "UPDATE assessments SET lease_until = NULL WHERE image_id = $1::text::uuid", image
-            )
+            await recover(other, answer)
     seen = await service.client.get(f"/api/lesions/{answer['lesion_id']}", headers=service.token("dr"))
     service.hold_to("TimelineDocument", seen.json())
     (shown,) = seen.json()["assessments"]
@@ -241,6 +217,6 @@ async def test_an_image_that_can_never_be_assessed_ends_as_failed_once(
     events = await service.owner.fetch(
         "SELECT detail FROM audit_events WHERE action = 'classify' AND outcome = 'failed'"
         " AND image_id = $1::text::uuid",
-        image,
+        answer["image_id"],
     )
     assert [event["detail"]["code"] for event in events] == [cause]

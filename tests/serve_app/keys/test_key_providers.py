@@ -16,8 +16,6 @@ from uuid import uuid4
 
 import pytest
 
-from benchmarks.key_service import KeyService
-from benchmarks.vault_server import Vault
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
 from serve_app.keys.envelope import seal
 from serve_app.keys.keyring import KeyProvider, WrappedKey
@@ -27,7 +25,9 @@ from serve_app.keys.providers.kms import AwsKms
 from serve_app.keys.providers.vault import VaultAddress, VaultTransit
 from serve_app.settings import KeySettings
 from tests.serve_app.keys.key_files import BINDING
+from tests.serve_app.keys.key_service import KeyService
 from tests.serve_app.keys.kms_server import Kms
+from tests.serve_app.keys.vault_server import Vault
 
 KEY = bytes(range(32))
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"

@@ -13,8 +13,6 @@ import time
 from pydantic import SecretStr
 import pytest
 
-from benchmarks.key_service import KeyService
-from benchmarks.vault_server import Vault
 from cluster import cli
 from model_store.registry import ModelStore
 from serve_app.domain.errors import IntegrityError, KeyProviderUnavailable
@@ -25,6 +23,8 @@ from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, publish
 from serve_app.settings import NodeFiles
 from tests.serve_app.keys.key_files import count_keys, put_in_place
+from tests.serve_app.keys.key_service import KeyService
+from tests.serve_app.keys.vault_server import Vault
 
 
 @pytest.fixture

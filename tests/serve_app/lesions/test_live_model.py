@@ -15,9 +15,17 @@ import tomli_w
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError, StageFailed
-from serve_app.lesions.live_model import LiveModelWatch
+from serve_app.lesions.live_model import PERIOD_S, LiveModelWatch
 from serve_app.records.pool import open_pool
-from serve_app.records.serving import LiveModel, announced, live_model, publish, publish_when_ready
+from serve_app.records.serving import (
+    REPORT_EVERY_S,
+    LiveModel,
+    announced,
+    live_model,
+    publish,
+    publish_when_ready,
+)
+from serve_app.worker import Worker, every
 
 
 @pytest.fixture
@@ -71,13 +79,12 @@ def next_id(store: Path, model_id: str) -> str:
 @asynccontextmanager
 async def running(watch: LiveModelWatch):
     """Let a watch work in the background, as an ingress replica does."""
-    tasks = [asyncio.create_task(loop) for loop in (watch.watch_forever(), watch.report_forever())]
-    try:
+    loops = {
+        "live_model": every(PERIOD_S, watch.follow, first_after_s=0),
+        "replica_report": every(REPORT_EVERY_S, watch.report, first_after_s=0, last=watch.leave),
+    }
+    async with Worker().running(loops):
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def until(condition) -> None:
@@ -98,6 +105,21 @@ def published(store: Path, shipped: str, **changes: str) -> LiveModel:
     return LiveModel(**{**values, **changes})
 
 
+@pytest.fixture
+async def old(pool, store, model_id) -> LiveModel:
+    """The model that is published to begin with."""
+    await publish(pool, model := published(store, model_id))
+    return model
+
+
+@pytest.fixture
+async def watch(pool, store, stages, old) -> LiveModelWatch:
+    """A watch that has it."""
+    watch = LiveModelWatch(pool, store, stages.warm)
+    assert await watch.current() == old
+    return watch
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -105,17 +127,26 @@ def published(store: Path, shipped: str, **changes: str) -> LiveModel:
         ({"model_digest": "0" * 64}, "is not the folder that was published"),
     ],
 )
-async def test_the_model_before_goes_on_answering(pool, store, stages, model_id, changes, said) -> None:
-    good = published(store, model_id)
-    watch = LiveModelWatch(pool, store, stages.warm)
-    await publish(pool, good)
-    assert await watch.current() == good
+async def test_the_model_before_goes_on_answering(pool, store, watch, old, model_id, changes, said) -> None:
     await publish(pool, published(store, model_id, **changes))
-    assert await watch.refresh() == good
+    assert await watch.refresh() == old
     assert said in watch.refused
-    await publish(pool, good)
-    assert await watch.refresh() == good
+    await publish(pool, old)
+    assert await watch.refresh() == old
     assert watch.refused is None
+
+
+async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(
+    pool, store, stages, model_id, old
+) -> None:
+    broken = store / model_id / "model.onnx"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    watch = LiveModelWatch(pool, store, stages.warm)
+    with pytest.raises(ModelContractError, match=r"model\.onnx is not the file its manifest names"):
+        await watch.current()
+    broken.write_bytes(whole)
+    assert await watch.refresh() == old
 
 
 async def test_a_space_that_the_model_does_not_have_is_refused(pool, store, stages, model_id) -> None:
@@ -124,33 +155,15 @@ async def test_a_space_that_the_model_does_not_have_is_refused(pool, store, stag
         await LiveModelWatch(pool, store, stages.warm).current()
 
 
-async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(
-    pool, store, stages, model_id, models
-) -> None:
-    good = published(store, model_id)
-    broken = store / model_id / "model.onnx"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    watch = LiveModelWatch(pool, store, stages.warm)
-    await publish(pool, good)
-    with pytest.raises(ModelContractError, match=r"model\.onnx is not the file its manifest names"):
-        await watch.current()
-    broken.write_bytes(whole)
-    assert await watch.refresh() == good
-
-
 async def test_nothing_published_is_said_plainly(pool, store, stages) -> None:
     with pytest.raises(ModelContractError, match="No model is published"):
         await LiveModelWatch(pool, store, stages.warm).current()
 
 
 async def test_requests_go_on_with_the_old_model_until_every_stage_has_the_new_one(
-    pool, store, stages, model_id, next_id
+    pool, store, stages, watch, old, next_id
 ) -> None:
-    old, new = published(store, model_id), published(store, next_id)
-    watch = LiveModelWatch(pool, store, stages.warm)
-    await publish(pool, old)
-    assert await watch.current() == old
+    new = published(store, next_id)
     stages.go.clear()
     async with running(watch):
         await publish(pool, new)
@@ -169,12 +182,8 @@ async def test_requests_go_on_with_the_old_model_until_every_stage_has_the_new_o
 
 
 async def test_a_stage_that_holds_another_folder_keeps_the_model_away(
-    pool, store, stages, model_id, next_id
+    pool, store, stages, watch, old, next_id
 ) -> None:
-    watch = LiveModelWatch(pool, store, stages.warm)
-    old = published(store, model_id)
-    await publish(pool, old)
-    assert await watch.current() == old
     stages.store.open(next_id)
     manifest = store / next_id / MANIFEST_NAME
     manifest.write_text(manifest.read_text() + "\n")
@@ -184,11 +193,9 @@ async def test_a_stage_that_holds_another_folder_keeps_the_model_away(
 
 
 async def test_a_candidate_is_ready_in_every_stage_before_the_row_flips(
-    pool, store, stages, model_id, next_id
+    pool, store, stages, watch, old, model_id, next_id
 ) -> None:
-    old, new = published(store, model_id), published(store, next_id)
-    watch = LiveModelWatch(pool, store, stages.warm)
-    await publish(pool, old)
+    new = published(store, next_id)
     async with running(watch):
         await until(lambda: stages.asked == [(model_id,)])
         stages.broken = next_id
@@ -205,10 +212,9 @@ async def test_a_candidate_is_ready_in_every_stage_before_the_row_flips(
     assert await pool.fetchval("SELECT count(*) FROM serving_replicas") == 0
 
 
-async def test_replicas_that_came_later_are_told_too(pool, store, stages, model_id, monkeypatch) -> None:
+async def test_replicas_that_came_later_are_told_too(stages, watch, model_id, monkeypatch) -> None:
     monkeypatch.setattr("serve_app.lesions.live_model.TELL_AGAIN_AFTER_S", 0.0)
-    await publish(pool, published(store, model_id))
-    async with running(LiveModelWatch(pool, store, stages.warm)):
+    async with running(watch):
         await until(lambda: len(stages.asked) >= 2)
     assert set(stages.asked) == {(model_id,)}
 

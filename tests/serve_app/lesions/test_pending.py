@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from serve_app.domain.errors import Overloaded, StageFailed
-from serve_app.lesions import triage
-from serve_app.lesions.recovery import FAILED_AFTER_SETBACKS, recover_once
+from serve_app.lesions import recovery, triage
+from serve_app.lesions.recovery import recover_once
+from tests.serve_app.erasure.erasing import damage
 
 
 class Faulty:
@@ -33,6 +34,17 @@ class Faulty:
             return await real(*args)
 
         return call
+
+
+class Held:
+    """A fault that says when it is reached, and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.reached.set()
+        await self.go_on.wait()
 
 
 def failing(error: Exception) -> Callable[[], Any]:
@@ -59,15 +71,23 @@ async def row_of(service, response) -> dict[str, Any]:
     return dict(await service.owner.fetchrow(query, response.json()["assessment_id"]))
 
 
-@pytest.mark.parametrize("stage", ["classify", "embed", "nearest", "conclude"])
-@pytest.mark.parametrize("error", [StageFailed(), Overloaded(), ValueError("a defect")], ids=repr)
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [
+        ("classify", StageFailed()),
+        ("embed", Overloaded()),
+        ("nearest", ValueError("a defect")),
+        ("conclude", StageFailed()),
+    ],
+    ids=str,
+)
 async def test_a_failure_after_the_first_commit_is_pending_and_is_finished(
     start_service, local_stages, stage: str, error: Exception
 ) -> None:
     stages = Faulty(local_stages(), stage, failing(error), calls={1})
     async with start_service(stages) as service:
         patient = await service.care()
-        headers = {"Idempotency-Key": f"{stage}-{type(error).__name__}"}
+        headers = {"Idempotency-Key": stage}
         before = await service.counts()
         response = await service.upload(patient, headers=headers)
         assert response.status_code == 202, response.text
@@ -123,12 +143,9 @@ async def test_a_recovered_follow_up_is_compared_with_the_visit_before(
         assert oldest == first
 
 
-async def test_two_recoveries_at_once_finish_it_once(start_service, local_stages) -> None:
-    async with (
-        start_service(Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})) as service,
-        start_service(local_stages()) as other,
-    ):
-        response = await service.upload(await service.care())
+async def test_two_recoveries_at_once_finish_it_once(start_service, local_stages, service) -> None:
+    async with start_service(Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})) as other:
+        response = await other.upload(await other.care())
         assert response.status_code == 202
         await end_leases(service)
         both = (each.app.state.services for each in (service, other))
@@ -145,52 +162,40 @@ async def test_one_that_cannot_be_finished_does_not_hold_up_the_others(start_ser
     ) as service:
         lost, kept = [await service.upload(await service.care()) for _ in range(2)]
         assert (lost.status_code, kept.status_code) == (202, 202)
-        image = lost.json()["image_id"]
-        await service.owner.execute(
-            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-            " WHERE image_id = $1::text::uuid",
-            image,
-        )
-        try:
-            assert await recover(service) == 1
-            seen = await service.client.get(kept.headers["location"], headers=service.token("dr"))
-            assert seen.json()["assessments"][0]["outcome"] != "pending"
-            seen = await service.client.get(lost.headers["location"], headers=service.token("dr"))
-            assert seen.json()["assessments"][0]["outcome"] == "pending"
-        finally:
-            await service.owner.execute("DELETE FROM assessments WHERE image_id = $1::text::uuid", image)
+        await damage(service, lost.json())
+        assert await recover(service) == 1
+        outcomes = [(await row_of(service, response))["outcome"] for response in (lost, kept)]
+        assert outcomes[0] == "pending" != outcomes[1]
+        await service.owner.execute("DELETE FROM assessments WHERE outcome = 'pending'")
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(Overloaded(), "overloaded"), (StageFailed(), "stage_failed")], ids=["full", "failed"]
+    ("error", "status", "code"),
+    [
+        (Overloaded(), 503, "overloaded"),
+        (StageFailed(), 503, "stage_failed"),
+        (KeyError("secret-detail"), 500, "internal"),
+    ],
+    ids=str,
 )
 async def test_a_failure_before_the_first_commit_stores_nothing(
-    start_service, local_stages, error: Exception, code: str
+    start_service, local_stages, error: Exception, status: int, code: str
 ) -> None:
-    async with start_service(Faulty(local_stages(), "prepare", failing(error), calls={1})) as service:
+    stages = Faulty(local_stages(), "prepare", failing(error), calls={1})
+    async with start_service(stages, raise_app_exceptions=False) as service:
         patient = await service.care()
         headers = {"Idempotency-Key": f"before-{code}"}
         before = await service.counts()
         response = await service.upload(patient, headers=headers)
-        service.hold_to_problem(response, 503, code)
-        assert int(response.headers["retry-after"]) > 0
-        # Refused at capacity, nothing was looked at; a stage that fails is on record.
-        events = 0 if code == "overloaded" else 1
-        assert await service.counts() == {**before, "audit_events": before["audit_events"] + events}
-        assert (await service.upload(patient, headers=headers)).status_code == 201
-
-
-async def test_a_defect_before_the_first_commit_is_a_problem_of_ours(start_service, local_stages) -> None:
-    stages = Faulty(local_stages(), "prepare", failing(KeyError("secret-detail")), calls={1})
-    async with start_service(stages, raise_app_exceptions=False) as service:
-        patient = await service.care()
-        before = await service.counts()
-        response = await service.upload(patient)
-        service.hold_to_problem(response, 500, "internal")
+        service.hold_to_problem(response, status, code)
         assert "secret-detail" not in response.text
-        assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
-        (event,) = await service.events(response)
-        assert (event["outcome"], event["detail"]) == ("failed", {"code": "internal"})
+        if status == 503:
+            assert int(response.headers["retry-after"]) > 0
+        # Refused at capacity, nothing was looked at; a stage that fails is on record.
+        recorded = [(event["outcome"], event["detail"]) for event in await service.events(response)]
+        assert recorded == ([] if code == "overloaded" else [("failed", {"code": code})])
+        assert await service.counts() == {**before, "audit_events": before["audit_events"] + len(recorded)}
+        assert (await service.upload(patient, headers=headers)).status_code == 201
 
 
 async def test_a_stage_that_hangs_is_pending_at_the_deadline(
@@ -205,23 +210,21 @@ async def test_a_stage_that_hangs_is_pending_at_the_deadline(
         assert await recover(service) == 1
 
 
+async def leave(service, held: Held, patient: str, headers: dict[str, str]) -> None:
+    """Ask, and be gone before the answer."""
+    request = asyncio.create_task(service.upload(patient, headers=headers))
+    await asyncio.wait_for(held.reached.wait(), 20)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+
 async def test_a_caller_who_leaves_is_answered_on_record(start_service, local_stages) -> None:
-    reached, never = asyncio.Event(), asyncio.Event()
-
-    async def hang() -> None:
-        reached.set()
-        await never.wait()
-
-    async with start_service(Faulty(local_stages(), "embed", hang, calls={1})) as service:
+    held, headers = Held(), {"Idempotency-Key": "left"}
+    async with start_service(Faulty(local_stages(), "embed", held, calls={1})) as service:
         patient = await service.care()
-        headers = {"Idempotency-Key": "left"}
-        request = asyncio.create_task(service.upload(patient, headers=headers))
-        await asyncio.wait_for(reached.wait(), 20)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        again = await service.upload(patient, headers=headers)
-        assert again.status_code == 202
+        await leave(service, held, patient, headers)
+        assert (await service.upload(patient, headers=headers)).status_code == 202
         assert await recover(service) == 1
         assert (await service.upload(patient, headers=headers)).status_code == 201
 
@@ -229,38 +232,21 @@ async def test_a_caller_who_leaves_is_answered_on_record(start_service, local_st
 async def test_a_caller_who_leaves_before_the_first_commit_leaves_nothing(
     start_service, local_stages
 ) -> None:
-    reached, never = asyncio.Event(), asyncio.Event()
-
-    async def hang() -> None:
-        reached.set()
-        await never.wait()
-
-    async with start_service(Faulty(local_stages(), "prepare", hang, calls={1})) as service:
-        patient = await service.care()
-        before = await service.counts()
-        request = asyncio.create_task(service.upload(patient))
-        await asyncio.wait_for(reached.wait(), 20)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
+    held = Held()
+    async with start_service(Faulty(local_stages(), "prepare", held, calls={1})) as service:
+        patient, before = await service.care(), await service.counts()
+        await leave(service, held, patient, {})
         assert await service.counts() == before
 
 
 async def test_a_body_that_breaks_off_leaves_nothing(service) -> None:
     before = await service.counts()
-    patient = await service.care()
-    messages = [
-        {
-            "type": "http.request",
-            "body": b'--b\r\nContent-Disposition: form-data; name="image"',
-            "more_body": True,
-        },
-        {"type": "http.disconnect"},
-    ]
+    part = b'--b\r\nContent-Disposition: form-data; name="image"'
+    messages = [{"type": "http.request", "body": part, "more_body": True}]
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return messages.pop(0) if messages else {"type": "http.disconnect"}
+        return messages.pop() if messages else {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -274,28 +260,22 @@ async def test_a_body_that_breaks_off_leaves_nothing(service) -> None:
         "path": "/api/lesions",
         "raw_path": b"/api/lesions",
         "root_path": "",
-        "scheme": "http",
         "query_string": b"",
-        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        "scheme": "http",
         "client": ("127.0.0.1", 1),
         "server": ("derm", 80),
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
     }
     await service.app(scope, receive, send)
     assert not any(message.get("status", 0) >= 500 for message in sent)
-    after = await service.counts()
-    assert {**after, "audit_events": 0} == {**before, "audit_events": 0}
-    assert patient
+    assert {**await service.counts(), "audit_events": 0} == {**before, "audit_events": 0}
 
 
 async def test_a_live_request_is_not_overtaken_whatever_the_clocks_say(
     start_service, local_stages, monkeypatch
 ) -> None:
     """The application's clock may be behind the database's: what counts is the lease that T1 itself took."""
-    reached, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold() -> None:
-        reached.set()
-        await go_on.wait()
+    held = Held()
 
     class HourBehind(datetime):
         @classmethod
@@ -303,94 +283,91 @@ async def test_a_live_request_is_not_overtaken_whatever_the_clocks_say(
             return datetime.now(zone) - timedelta(hours=1)
 
     monkeypatch.setattr(triage, "datetime", HourBehind)
-    stages = Faulty(local_stages(), "embed", hold, calls={1})
+    stages = Faulty(local_stages(), "embed", held, calls={1})
     async with start_service(stages) as service:
         upload = asyncio.create_task(service.upload(await service.care()))
-        await asyncio.wait_for(reached.wait(), 60)
+        await asyncio.wait_for(held.reached.wait(), 60)
         services = service.app.state.services
         assert await recover_once(services.records, services.triage, services.live) == 0
-        go_on.set()
+        held.go_on.set()
         response = await upload
         assert response.status_code == 201
         assert (await row_of(service, response))["attempts"] == 0
         assert stages.seen == 1
 
 
-async def test_only_what_is_worked_on_is_leased(start_service, local_stages) -> None:
-    reached, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold() -> None:
-        reached.set()
-        await go_on.wait()
-
+async def test_only_what_is_worked_on_is_leased(start_service, local_stages, service) -> None:
+    held = Held()
     failed = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1, 2, 3})
-    async with (
-        start_service(Faulty(failed, "prepare", hold, calls={4})) as service,
-        start_service(local_stages()) as other,
-    ):
-        uploads = [await service.upload(await service.care()) for _ in range(3)]
+    async with start_service(Faulty(failed, "prepare", held, calls={4})) as stuck:
+        uploads = [await stuck.upload(await stuck.care()) for _ in range(3)]
         assert [response.status_code for response in uploads] == [202] * 3
-        held = asyncio.create_task(recover(service))
-        await asyncio.wait_for(reached.wait(), 60)
-        services = other.app.state.services
+        recovering = asyncio.create_task(recover(stuck))
+        await asyncio.wait_for(held.reached.wait(), 60)
+        services = service.app.state.services
         assert await recover_once(services.records, services.triage, services.live) == 2
-        go_on.set()
-        assert await held == 1
+        held.go_on.set()
+        assert await recovering == 1
+
+
+SETBACKS = 2
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, start_service, local_stages) -> Callable[..., Any]:
+    """Start a service whose last stage always fails, and which gives up after few setbacks."""
+    monkeypatch.setattr(recovery, "FAILED_AFTER_SETBACKS", SETBACKS)
+
+    def start(error: Exception) -> Any:
+        return start_service(Faulty(local_stages(), "conclude", failing(error), calls=set(range(100))))
+
+    return start
 
 
 async def test_an_image_that_a_stage_always_fails_on_ends_as_failed_while_others_are_answered(
-    start_service, local_stages
+    fails, service
 ) -> None:
-    async with (
-        start_service(
-            Faulty(local_stages(), "conclude", failing(ValueError()), calls=set(range(100)))
-        ) as broken,
-        start_service(local_stages()) as sound,
-    ):
+    async with fails(ValueError()) as broken:
         response = await broken.upload(await broken.care())
         assert response.status_code == 202
-        before = (await sound.client.get("/readyz")).json()["assessments"]
+        before = (await service.client.get("/readyz")).json()["assessments"]
         assert before["pending"] >= 1
         assert before["oldest_pending_s"] >= 0
-        for _ in range(FAILED_AFTER_SETBACKS + 1):
+        for _ in range(SETBACKS + 1):
             assert (await row_of(broken, response))["outcome"] == "pending"
             assert await recover(broken) == 0
             # Somebody else's image is answered meanwhile: it is not the service that fails, but it on this one.
-            assert (await sound.upload(await sound.care())).status_code == 201
-        after = (await sound.client.get("/readyz")).json()["assessments"]
+            assert (await service.upload(await service.care())).status_code == 201
+        after = (await service.client.get("/readyz")).json()["assessments"]
         assert (after["pending"], after["failed"]) == (before["pending"] - 1, before["failed"] + 1)
-        seen = await sound.client.get(response.headers["location"], headers=sound.token("dr"))
+        seen = await service.client.get(response.headers["location"], headers=service.token("dr"))
         (shown,) = seen.json()["assessments"]
         assert (shown["outcome"], shown["reasons"][0]["code"]) == ("failed", "internal")
-        events = await sound.events(response)
-        assert [(event["action"], event["outcome"]) for event in events] == [
-            *[("upload", "success"), ("classify", "failed")]
-        ]
+        events = [(event["action"], event["outcome"]) for event in await service.events(response)]
+        assert events == [("upload", "success"), ("classify", "failed")]
 
 
 @pytest.mark.parametrize("error", [StageFailed(), ValueError(), Overloaded()], ids=repr)
-async def test_an_outage_ends_no_image(start_service, local_stages, error: Exception) -> None:
+async def test_an_outage_ends_no_image(fails, service, error: Exception) -> None:
     """However often it is tried: nothing else is answered meanwhile, or the service says that it is full."""
-    stages = Faulty(local_stages(), "conclude", failing(error), calls=set(range(100)))
-    async with start_service(stages) as broken, start_service(local_stages()) as sound:
+    async with fails(error) as broken:
         response = await broken.upload(await broken.care())
-        for _ in range(FAILED_AFTER_SETBACKS + 3):
+        for _ in range(SETBACKS + 3):
             assert await recover(broken) == 0
             if isinstance(error, Overloaded):
-                assert (await sound.upload(await sound.care())).status_code == 201
+                assert (await service.upload(await service.care())).status_code == 201
         assert (await row_of(broken, response))["outcome"] == "pending"
-        assert await recover(sound) == 1
+        assert await recover(service) == 1
 
 
-async def test_after_a_week_it_is_told_that_no_answer_will_come(start_service, local_stages) -> None:
-    stages = Faulty(local_stages(), "conclude", failing(StageFailed()), calls=set(range(100)))
-    async with start_service(stages) as service:
-        response = await service.upload(await service.care())
-        assert await recover(service) == 0
-        assert (await row_of(service, response))["outcome"] == "pending"
-        await service.owner.execute(
+async def test_after_a_week_it_is_told_that_no_answer_will_come(fails) -> None:
+    async with fails(StageFailed()) as broken:
+        response = await broken.upload(await broken.care())
+        assert await recover(broken) == 0
+        assert (await row_of(broken, response))["outcome"] == "pending"
+        await broken.owner.execute(
             "UPDATE assessments SET created_at = created_at - interval '8 days' WHERE outcome = 'pending'"
         )
-        assert await recover(service) == 0
-        found = await row_of(service, response)
+        assert await recover(broken) == 0
+        found = await row_of(broken, response)
         assert (found["outcome"], found["failure"]) == ("failed", "stage_failed")

@@ -41,37 +41,19 @@ def test_it_opens_after_failures_in_a_row_only(breaker) -> None:
     assert not breaker.enter()
 
 
-def test_one_trial_goes_through_after_the_rest(breaker, clock) -> None:
+@pytest.mark.parametrize("ends", [CircuitBreaker.succeed, CircuitBreaker.fail, None])
+def test_one_trial_after_the_rest_decides(breaker, clock, ends) -> None:
+    """One that never reports gives way after another rest, as one that fails does."""
     open_it(breaker)
     clock.now += 9.9
     assert not breaker.enter()
     clock.now += 0.1
     assert breaker.state is State.HALF_OPEN
     assert [breaker.enter() for _ in range(3)] == [True, False, False]
-
-
-def test_a_trial_that_succeeds_closes_it(breaker, clock) -> None:
-    open_it(breaker)
-    clock.now += 10
-    assert breaker.enter()
-    breaker.succeed()
-    assert [breaker.enter() for _ in range(3)] == [True] * 3
-
-
-def test_a_trial_that_fails_opens_it_for_another_rest(breaker, clock) -> None:
-    open_it(breaker)
-    clock.now += 10
-    assert breaker.enter()
-    breaker.fail()
+    if ends is not None:
+        ends(breaker)
     clock.now += 9
-    assert not breaker.enter()
+    closed = ends is CircuitBreaker.succeed
+    assert [breaker.enter() for _ in range(3)] == [closed] * 3
     clock.now += 1
-    assert breaker.enter()
-
-
-def test_a_trial_that_never_reports_gives_way(breaker, clock) -> None:
-    open_it(breaker)
-    clock.now += 10
-    assert breaker.enter()
-    clock.now += 10
     assert breaker.enter()

@@ -13,8 +13,7 @@ from serve_app.domain.errors import DirectoryUnavailable, WrongEncounter
 from serve_app.domain.patient import ClinicalContext, History, Lookup, PatientRecord, Sex
 from serve_app.pms.client import CircuitBreaker, PmsClient
 from serve_app.pms.client import _read as read_answer
-from serve_app.pms.consultation import RecordConsultation
-from serve_app.pms.directory import BriefCache, PmsDirectory, read_patient
+from serve_app.pms.directory import BriefCache, PmsDirectory, RecordConsultation, read_patient
 from serve_app.records.patients import PatientEntry, PatientTable
 from serve_app.records.pool import open_pool
 
@@ -137,26 +136,24 @@ class Clock:
 
 def test_the_cache_is_bounded_in_age_and_number() -> None:
     clock = Clock()
-    cache: BriefCache[int] = BriefCache(max_age_s=10, entries=2, clock=clock)
-    for n, key in enumerate("abc"):
-        cache.put(key, n)
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (None, 1, 2)
+    cache: BriefCache[str] = BriefCache(max_age_s=10, entries=2, clock=clock)
+    for key in "abc":
+        cache.put(key, key)
+    assert [cache.get(key) for key in "abc"] == [None, "b", "c"]
     clock.now = 10
     assert cache.get("b") is None
-    cache.put("d", 3)
+    cache.put("d", "d")
     assert len(cache) == 1
 
 
-def test_a_cache_does_not_show_what_it_holds() -> None:
+def test_a_cache_shows_nothing_and_one_of_no_age_keeps_nothing() -> None:
     cache: BriefCache[str] = BriefCache(max_age_s=10)
     cache.put("patient-of-the-ward", "born 1961")
     assert not any(told in repr(cache) for told in ("patient-of-the-ward", "1961"))
-
-
-def test_a_cache_of_no_age_keeps_nothing() -> None:
-    cache: BriefCache[int] = BriefCache(max_age_s=0)
-    cache.put("a", 1)
-    assert len(cache) == 0
+    none: BriefCache[str] = BriefCache(max_age_s=0)
+    none.put("a", "1")
+    assert len(none) == 0
+    assert none.get("a") is None
 
 
 async def test_the_local_table_is_a_directory_too(new_database) -> None:

@@ -108,11 +108,6 @@ async def test_a_failed_assessment_is_told_once(queue, pms, admission, event) ->
     assert (await queue.outbox.counts()).waiting == 0
 
 
-async def test_a_failed_assessment_without_an_encounter_is_not(queue, admission, event) -> None:
-    await fail(queue, admission, event, encounter_id=None)
-    assert (await queue.outbox.counts()).waiting == 0
-
-
 async def test_the_erasure_of_what_was_told_is_told_under_a_key_of_its_own(queue, pms, eraser) -> None:
     finished = await queue.finish("e-1")
     await queue.drain(queue.delivery())
@@ -136,29 +131,26 @@ async def test_what_was_erased_before_it_was_told_is_only_told_as_erased(queue, 
     hold_to_nothing_found(body)
 
 
-async def test_a_cancelled_assessment_is_told_as_such(queue, pms, eraser, admission) -> None:
+async def test_the_erasure_of_what_is_pending_or_failed_is_told(queue, pms, eraser, admission, event) -> None:
     new = admission(encounter_id="e-1", patient_id="patient")
     await queue.lesions.admit(new)
-    await erase(queue, eraser, new.assessment_id)
+    failed = await fail(queue, admission, event, "e-2")
     await queue.drain(queue.delivery())
-    ((_, body),) = pms.kept["e-1"]
-    assert (body["outcome"], body["erasure"]["reason"]) == ("cancelled", "patient_request")
+    for each in (new.assessment_id, failed):
+        await erase(queue, eraser, each)
+    await queue.drain(queue.delivery())
+    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["cancelled"]
+    assert pms.kept["e-1"][0][1]["erasure"]["reason"] == "patient_request"
+    assert [body["outcome"] for _, body in pms.kept["e-2"]] == ["failed", "erased"]
 
 
-async def test_the_erasure_of_a_failed_assessment_is_told_after_it(
-    queue, pms, eraser, admission, event
+async def test_nothing_is_told_where_it_is_switched_off_or_names_no_encounter(
+    queue, eraser, keys, admission, event
 ) -> None:
-    failed = await fail(queue, admission, event)
-    await queue.drain(queue.delivery())
-    await erase(queue, eraser, failed)
-    await queue.drain(queue.delivery())
-    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["failed", "erased"]
-
-
-async def test_nothing_is_told_where_it_is_switched_off_or_names_no_encounter(queue, eraser, keys) -> None:
     silent = Eraser(ErasureStore(queue.outbox._pool), keys)
     await erase(queue, silent, await queue.finish("e-1"))
     await erase(queue, eraser, await queue.finish(None))
+    await fail(queue, admission, event, encounter_id=None)
     assert (await queue.outbox.counts()).waiting == 0
 
 
@@ -188,18 +180,6 @@ async def test_an_accepted_erasure_is_told_with_its_receipt_and_not_before(
 
 def _unavailable(_key: object) -> None:
     raise RecordsUnavailable
-
-
-@pytest.mark.parametrize("fault", ["500", "page", "drop", "lost"])
-async def test_a_pms_in_trouble_hears_of_the_erasure_in_the_end(queue, pms, eraser, fault: str) -> None:
-    finished = await queue.finish("e-1")
-    await queue.drain(queue.delivery())
-    faults = iter([fault, fault])
-    pms.fault = lambda _: next(faults, None)
-    await erase(queue, eraser, finished)
-    await queue.drain(queue.delivery(timeout_s=0.5))
-    assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["review", "erased"]
-    assert [outcome for _, outcome in await told_of(queue)] == ["review", "erased"]
 
 
 @pytest.mark.parametrize("delivered_before", [True, False])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
 from serve_app.domain.patient import ClinicalContext, Discrepancy, History, Lookup, PatientRecord, Sex
-from serve_app.pms.consultation import reconcile
+from serve_app.pms.directory import reconcile
 from serve_app.records.assessment_json import context_from_json, context_to_json
 
 answers = st.none() | st.booleans()
@@ -20,6 +20,7 @@ contexts = st.builds(ClinicalContext, age_approx=ages, sex=sexes, history=histor
 records = st.builds(PatientRecord, ages, sexes, histories)
 
 
+@settings(max_examples=50)
 @given(contexts, records)
 def test_nothing_of_either_side_is_lost_downwards(sent, record) -> None:
     joined = reconcile(sent, record)
@@ -32,6 +33,7 @@ def test_nothing_of_either_side_is_lost_downwards(sent, record) -> None:
     assert context_from_json(context_to_json(joined)) == joined
 
 
+@settings(max_examples=50)
 @given(contexts, records)
 def test_sides_that_agree_have_no_discrepancy(sent, record) -> None:
     agreed = reconcile(sent, PatientRecord(sent.age_approx, sent.sex, sent.history))

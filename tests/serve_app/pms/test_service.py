@@ -14,7 +14,7 @@ from serve_app.domain.errors import StageFailed
 from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.pms import delivery
 from serve_app.settings import Settings
-from tests.serve_app.erasure.erasing import erase
+from tests.serve_app.erasure.erasing import change, damage, erase
 from tests.serve_app.lesions.test_pending import Faulty, failing, recover
 from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
 
@@ -37,20 +37,28 @@ def ties(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
         "pms_token_file": token,
         "pms_deliver": True,
         "pms_cache_s": 0.0,
+        # A slow machine must not read as a PMS that does not answer.
+        "pms_timeout_s": 10.0,
     }
 
 
 @pytest.fixture(scope="module")
-async def tied(start_service, local_stages, ties) -> AsyncIterator:
+async def tied(start_service, local_stages, ties, _at_once) -> AsyncIterator:
     """The service over all five real stages, with a PMS."""
     async with start_service(local_stages(), **ties) as service:
         yield service
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "PERIOD_S", 0.05)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _healthy(pms: PmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def _healthy(pms: PmsServer) -> None:
     pms.fault = lambda _: None
-    monkeypatch.setattr(delivery, "_PERIOD_S", 0.05)
 
 
 def factors(answer: dict) -> dict[str, str]:
@@ -76,20 +84,13 @@ async def test_the_record_is_weighed_and_the_encounter_is_told(tied, pms) -> Non
     assert answer["links"] == {"encounter": f"{pms.url}/api/encounters/e-{patient}"}
     del answer["open_demand"]  # of the lesion, in the answer to the upload alone
     assert await told(pms, f"e-{patient}") == [answer]
-    seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
-    assert seen.json()["assessments"] == [answer]
-
-
-async def test_the_disclosure_is_on_record_once(tied, pms) -> None:
-    patient = await tied.care()
-    pms.register(patient, f"e-{patient}")
-    answer = (await tied.upload(patient, encounter_id=f"e-{patient}")).json()
-    await told(pms, f"e-{patient}")
     query = "SELECT count(*) FROM audit_events WHERE action = 'disclose' AND assessment_id = $1::text::uuid"
     async with asyncio.timeout(10):
-        while await tied.owner.fetchval(query, answer["assessment_id"]) == 0:  # noqa: ASYNC110 - another process would look as well
+        while (disclosed := await tied.owner.fetchval(query, answer["assessment_id"])) == 0:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.02)
-    assert await tied.owner.fetchval(query, answer["assessment_id"]) == 1
+    assert disclosed == 1
+    seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
+    assert seen.json()["assessments"] == [answer]
 
 
 async def test_another_sex_than_recorded_is_for_a_clinician_to_see(tied, pms) -> None:
@@ -112,17 +113,17 @@ async def test_an_encounter_of_another_is_refused_and_nothing_is_stored(tied, pm
     response = await tied.upload(patient, encounter_id=f"e-{patient}")
     problem = tied.hold_to_problem(response, 422, "wrong_encounter")
     assert "encounter_id" in problem["detail"]
-    after = await tied.counts()
-    assert after == before | {"audit_events": before["audit_events"] + 1}
+    # An earlier test's delivery may be put on record meanwhile: of the audit log only this request's events count.
+    assert await tied.counts() | {"audit_events": 0} == before | {"audit_events": 0}
     assert [event["detail"] for event in await tied.events(response)] == [{"code": "wrong_encounter"}]
 
 
-@pytest.mark.parametrize("fault", ["slow", "500", "404", "page", "wrong", "drop"])
+@pytest.mark.parametrize("fault", ["slow", "drop"])
 async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
     start_service, local_stages, ties, pms, fault
 ) -> None:
     pms.fault = lambda request: fault if request.method == "GET" else None
-    async with start_service(local_stages(), **ties) as service:
+    async with start_service(local_stages(), **ties | {"pms_timeout_s": 0.5}) as service:
         patient = await service.care()
         pms.register(patient, f"e-{patient}", history={"personal_melanoma": True})
         response = await service.upload(patient, encounter_id=f"e-{patient}", age_approx="70")
@@ -155,41 +156,28 @@ async def test_down_for_the_upload_and_told_when_it_is_back(tied, pms) -> None:
     assert await told(pms, f"e-{patient}", 3) == answers
 
 
-async def test_what_recovery_completes_is_told_too(start_service, local_stages, ties, pms) -> None:
-    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+async def test_what_is_recovered_fails_or_is_erased_is_told_too(
+    start_service, local_stages, ties, pms
+) -> None:
+    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1, 2})
     async with start_service(stages, **ties) as service:
-        patient = await service.care()
+        patient, other = await service.care(), await service.care()
         pms.register(patient, f"e-{patient}", history={"immunosuppression": True})
-        response = await service.upload(patient, encounter_id=f"e-{patient}")
-        assert response.status_code == 202
-        assert f"e-{patient}" not in pms.kept
+        pms.register(other, f"e-{other}")
+        pending = [await service.upload(each, encounter_id=f"e-{each}") for each in (patient, other)]
+        assert [response.status_code for response in pending] == [202, 202]
+        lost = pending[1].json()
+        await damage(service, lost)
+        await change(service, lost, "assessments", "attempts = $2", FAILED_AFTER_TRIES)
+        assert pms.kept.keys().isdisjoint({f"e-{patient}", f"e-{other}"})
         assert await recover(service) == 1
         (body,) = await told(pms, f"e-{patient}")
         assert factors(body)["immunosuppression"] == "raises"
-
-
-async def test_what_failed_and_what_was_erased_is_told_too(start_service, local_stages, ties, pms) -> None:
-    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
-    async with start_service(stages, **ties) as service:
-        patient = await service.care()
-        pms.register(patient, f"e-{patient}")
-        pending = await service.upload(patient, encounter_id=f"e-{patient}")
-        assert pending.status_code == 202
-        image = pending.json()["image_id"]
-        await service.owner.execute(
-            "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-            " WHERE image_id = $1::text::uuid",
-            image,
-        )
-        await service.owner.execute(
-            "UPDATE assessments SET attempts = $2 WHERE image_id = $1::text::uuid", image, FAILED_AFTER_TRIES
-        )
-        assert await recover(service) == 0
-        (failed,) = await told(pms, f"e-{patient}")
+        (failed,) = await told(pms, f"e-{other}")
         service.hold_to("AssessmentDocument", failed)
         assert (failed["outcome"], failed["reasons"][0]["code"]) == ("failed", "integrity")
-        receipt = (await erase(service, pending.json(), note="Mrs Marker asked")).json()
-        _, erased = await told(pms, f"e-{patient}", 2)
+        receipt = (await erase(service, lost, note="Mrs Marker asked")).json()
+        _, erased = await told(pms, f"e-{other}", 2)
         service.hold_to("AssessmentDocument", erased)
         assert (erased["outcome"], erased["classification"], erased["risk"]) == ("erased", None, None)
         assert erased["erasure"]["receipt_id"] == receipt["receipt_id"]

@@ -60,7 +60,7 @@ def event() -> Callable[..., AuditEvent]:
 
 
 @pytest.fixture(scope="session")
-def admission(event) -> Callable[..., Admission]:
+def admission() -> Callable[..., Admission]:
     """Make an admission of a sealed image of a new lesion."""
 
     def make(**overrides: object) -> Admission:
@@ -89,7 +89,6 @@ def admission(event) -> Callable[..., Admission]:
             "request_sha256": None,
             **overrides,
         }
-        values.setdefault("event", event(patient_id=patient_id, image_id=values["image_id"]))
         return Admission(**values)
 
     return make

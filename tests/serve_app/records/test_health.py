@@ -40,12 +40,13 @@ UPDATE reference_images SET copyright_license = 'all rights reserved';
 IMAGE = ReferenceImage("ISIC_0000001", None, "NV", None, None, None, None, "CC-0", "Anonymous")
 
 
-@pytest.fixture
-async def healthy(new_database, unit_vectors):
+@pytest.fixture(scope="module")
+async def pools(new_database, unit_vectors):
     """An owner's pool on a database with one live reference, and the application's."""
     urls = await new_database()
-    owner = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
-    application = await open_pool(urls.app, minimum=0, maximum=1, timeout_s=20)
+    owner, application = [
+        await open_pool(url, minimum=0, maximum=1, timeout_s=20) for url in (urls.owner, urls.app)
+    ]
     await ReferenceStore(owner).load([IMAGE], unit_vectors(1), embedding_space="s")
     await ReferenceCache(owner).reassign(SpaceEmbedder("s", "lite0.a", "a" * 64, "1"), expected=1)
     await publish(owner, LiveModel("lite0.a", "digest", "s"))
@@ -54,15 +55,27 @@ async def healthy(new_database, unit_vectors):
     await application.close()
 
 
+async def found_after(owner, harm: str):
+    """What is found while the harm is done; it is undone."""
+    async with owner.connection() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            await connection.execute(harm)
+            return await find_violations(connection)
+        finally:
+            await transaction.rollback()
+
+
 def test_every_invariant_has_its_query() -> None:
     assert set(INVARIANTS) == set(queries("health"))
 
 
-async def test_nothing_is_violated_where_all_is_as_it_should_be_an_erased_image_too(healthy) -> None:
-    owner, application = healthy
+async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) -> None:
+    """An image that was erased rightly violates nothing either."""
+    owner, application = pools
     assert await find_violations(application) == []
-    await owner.execute(ERASED)
-    assert await find_violations(application) == []
+    assert await found_after(owner, ERASED) == []
 
 
 @pytest.mark.parametrize(
@@ -82,9 +95,7 @@ async def test_nothing_is_violated_where_all_is_as_it_should_be_an_erased_image_
         (ERASED + UNPROVEN, "erasures_proven"),
     ],
 )
-async def test_each_violation_is_named_and_counted(healthy, harm: str, violated: str) -> None:
-    owner, application = healthy
-    await owner.execute(harm)
-    (found,) = await find_violations(application)
+async def test_each_violation_is_named_and_counted(pools, harm: str, violated: str) -> None:
+    (found,) = await found_after(pools[0], harm)
     assert (found.name, found.count) == (violated, 1)
     assert found.invariant == INVARIANTS[violated]

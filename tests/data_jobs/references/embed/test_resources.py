@@ -18,7 +18,7 @@ def test_an_update_needs_what_the_replicas_hold() -> None:
     assert pytest.approx(SERVED) == SURGE_CPUS
 
 
-@pytest.mark.parametrize("cores", [2, 3, 4, 16, 64])
+@pytest.mark.parametrize("cores", [2, 64])
 def test_the_defaults_leave_room_for_an_update_on_a_node_of_any_size(cores: int) -> None:
     node = NodeRoom(cpus=cores, free_cpus=cores - SERVED)
     taken = fit_in(Resources(actors=1), [node], **ANYTHING)

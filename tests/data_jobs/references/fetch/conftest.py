@@ -25,7 +25,7 @@ import zipfile
 import pytest
 
 from data_jobs.references.fetch.http import Http, Pace
-from data_jobs.references.fetch.sources import Archive, Bucket
+from data_jobs.references.fetch.sources import Archive, Bucket, flatten
 
 CURSOR_LIMIT = 100
 
@@ -36,7 +36,7 @@ class Fault:
 
     status: int | None = None
     retry_after: str | None = None
-    #: "reset", "cut" (half the announced body), "short" (half, announced as such), "garbage", "page", "hang"
+    #: "reset", "cut" (half the announced body), "short" (half, announced as such), "garbage", "hang"
     body: str | None = None
 
 
@@ -49,12 +49,10 @@ class ArchiveServer:
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, deque[Fault]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
-    seen: list[tuple[float, str]] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
     page: int = CURSOR_LIMIT
     delay_s: float = 0.0
     base: str = ""
-    at_once: int = 0
-    most_at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -75,7 +73,7 @@ class ArchiveServer:
         self.faults.setdefault(path, deque()).extend(faults)
 
     def paths(self, part: str = "") -> list[str]:
-        return [path for _, path in self.seen if part in path]
+        return [path for path in self.seen if part in path]
 
     def fault(self, path: str) -> Fault | None:
         with self.lock:
@@ -92,9 +90,9 @@ class ArchiveServer:
         return {**self.images[isic_id], "files": files}
 
     def search(self, query: dict[str, str], url: str) -> tuple[int, dict]:
-        terms = [term.partition(":") for term in query.get("query", "").split(" AND ") if term]
-        if any(not colon or value.count('"') % 2 for _, colon, value in terms):
+        if query.get("query", "").count('"') % 2:
             return 400, {"message": "Couldn't parse search query."}
+        terms = [term.split(":") for term in query.get("query", "").split(" AND ") if term]
         found = [self.image(isic_id) for isic_id in self.images if self._matches(isic_id, terms)]
         position = 0
         if "cursor" in query:
@@ -114,16 +112,14 @@ class ArchiveServer:
         page = {"count": count, "next": next_url, "previous": None, "results": found[position:after]}
         return 200, page
 
-    def _matches(self, isic_id: str, terms: list[tuple[str, str, str]]) -> bool:
-        metadata = self.images[isic_id]["metadata"]
-        fields = {**metadata["acquisition"], **metadata["clinical"]}
-        return all(str(fields.get(name)) == value.strip('"') for name, _, value in terms)
+    def _matches(self, isic_id: str, terms: list[list[str]]) -> bool:
+        fields = flatten(self.images[isic_id])
+        return all(str(fields.get(name)) == value for name, value in terms)
 
     def snapshot(self) -> bytes:
-        rows = []
-        for image in self.images.values():
-            top = {name: image[name] for name in ("isic_id", "attribution", "copyright_license")}
-            rows.append({**top, **image["metadata"]["acquisition"], **image["metadata"]["clinical"]})
+        rows = [flatten(image) for image in self.images.values()]
+        for row in rows:
+            del row["public"], row["bytes"]
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names)
@@ -146,28 +142,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         archive = self.archive
-        with archive.lock:
-            archive.seen.append((time.monotonic(), self.path))
-            archive.at_once += 1
-            archive.most_at_once = max(archive.most_at_once, archive.at_once)
+        archive.seen.append(self.path)
+        time.sleep(archive.delay_s)
+        fault = archive.fault(self.path)
         try:
-            time.sleep(archive.delay_s)
-            self.answer(archive)
+            if fault and fault.status:
+                asked = {"Retry-After": fault.retry_after} if fault.retry_after else {}
+                self.send(fault.status, b"{}", **asked)
+            else:
+                self.send_with(fault, *self.find(archive))
         except ConnectionError:
             # A client that was interrupted, as some tests do.
             self.close_connection = True
-        finally:
-            with archive.lock:
-                archive.at_once -= 1
-
-    def answer(self, archive: ArchiveServer):
-        fault = archive.fault(self.path)
-        if fault and fault.status:
-            self.send(
-                fault.status, b"{}", **({"Retry-After": fault.retry_after} if fault.retry_after else {})
-            )
-        else:
-            self.send_with(fault, *self.find(archive))
 
     def find(self, archive: ArchiveServer) -> tuple[int, bytes]:
         split = urlsplit(self.path)
@@ -201,8 +187,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(status, body[: len(body) // 2])
             case "garbage":
                 self.send(status, b"\xff\xd8\xff" + bytes(len(body) - 3))
-            case "page":
-                self.send(status, b"<html>Please log in to the guest network</html>")
             case "hang":
                 time.sleep(30)
 

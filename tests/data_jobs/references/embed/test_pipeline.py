@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 import hashlib
 import io
 from pathlib import Path
@@ -12,9 +13,16 @@ import pyarrow as pa
 import pytest
 
 from data_jobs.references.catalogue import read_catalogue
-from data_jobs.references.embed.pipeline import split_rows
+from data_jobs.references.embed.job import count_done, run_job
+from data_jobs.references.embed.pipeline import (
+    EmbedImages,
+    PrepareImages,
+    ReferenceSink,
+    Target,
+    catalogue_table,
+    split_rows,
+)
 from data_jobs.references.embed.resources import Resources
-from data_jobs.references.embed.steps import EmbedImages, PrepareImages, catalogue_table, embed_files
 from data_jobs.references.embedder import (
     ARCHIVE_LIMITS,
     ReferenceEmbedder,
@@ -28,7 +36,12 @@ from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
-from serve_app.records.reference_cache import FailedReference
+from serve_app.records.pool import open_pool
+from serve_app.records.reference_cache import FailedReference, ReferenceCache
+from serve_app.records.references import ReferenceImage
+
+ONE = Resources(actors=1)
+IMAGES = 6
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +50,19 @@ def model(models: Path, model_id: str) -> StoredModel:
 
 
 @pytest.fixture(scope="module")
+def target(model: StoredModel, models: Path) -> Target:
+    return Target(models, model.manifest.model_id, model.manifest.live_space.embedding_space)
+
+
+@pytest.fixture(scope="module")
 def geometry(model: StoredModel) -> InputGeometry:
     return InputGeometry.from_manifest(model.manifest.input)
 
 
-def test_a_reference_has_the_vector_that_its_upload_would_have(make_folder, model, geometry, models) -> None:
-    folder = make_folder(3)
-    table = _embed(_prepare(folder, geometry), model, models)
-    store = ModelStore(models)
+def test_a_reference_has_the_vector_that_its_upload_would_have(make_folder, model, geometry, target) -> None:
+    folder = make_folder(2)
+    table = embed(folder, geometry, target)
+    store = ModelStore(target.models)
     classifier, embedder = Classifier(store), Embedder(store)
     space = model.manifest.live_space.embedding_space
     for row in table.to_pylist():
@@ -57,20 +75,14 @@ def test_a_reference_has_the_vector_that_its_upload_would_have(make_folder, mode
 
 
 def test_bad_files_become_rows_with_a_cause_and_their_neighbours_are_embedded(
-    make_folder, model, geometry, models
+    make_folder, geometry, target
 ) -> None:
     folder = make_folder(6, bad=(1, 4))
-    rows = _embed(_prepare(folder, geometry), model, models).to_pylist()
+    rows = embed(folder, geometry, target).to_pylist()
     assert [row["cause"] for row in rows] == [None, "unreadable", None, None, "unsupported_image", None]
     assert all((row["embedding"] is None) == (row["cause"] is not None) for row in rows)
     assert all(row["detail"] for row in rows if row["cause"])
     assert [row["age_approx"] for row in rows] == [None, 50, None, 50, None, 50]
-
-
-def test_a_batch_of_nothing_but_bad_files_passes(make_folder, model, geometry, models) -> None:
-    table = _embed(_prepare(make_folder(2, bad=(0, 1)), geometry), model, models)
-    assert table.num_rows == 2
-    assert table["embedding"].null_count == 2
 
 
 def test_an_altered_file_is_not_what_was_fetched(make_folder, geometry) -> None:
@@ -116,16 +128,15 @@ def test_what_else_is_in_a_batch_changes_no_vector(make_folder, model, geometry)
     assert ReferenceEmbedder(model, spec).embed(pixels[:0]).shape == (0, 512)
 
 
-def test_both_steps_in_one_process_give_what_they_give_apart(make_folder, geometry, model, models) -> None:
-    folder = make_folder(35)  # more than have their pixels in memory at a time
+def test_both_steps_in_one_process_give_what_they_give_apart(make_folder, geometry, target) -> None:
+    folder = make_folder(34, bad=(0, 33))  # more than have their pixels in memory at a time
     table = catalogue_table(read_catalogue(folder))
-    prepare, spec = PrepareImages(folder, geometry, pictures=True), model.manifest.live_space
-    embed = EmbedImages(
-        models, model.manifest.model_id, spec.embedding_space, threads=1, device="cpu", batch=1
-    )
-    together = embed_files(table, prepare, embed)
-    assert together.num_rows == 35
-    assert together.equals(embed(prepare(table)))
+    prepare = PrepareImages(folder, geometry, pictures=True)
+    together = EmbedImages(target, ONE, prepare)(table)
+    assert together.num_rows == 34
+    assert together.equals(EmbedImages(target, ONE)(prepare(table)))
+    of_bad = EmbedImages(target, ONE, prepare)(table.slice(33))
+    assert of_bad["embedding"].null_count == of_bad.num_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -148,14 +159,57 @@ def test_an_embedder_is_identified_by_what_decides_a_vector(model) -> None:
         space_spec(model, "another.space")
 
 
-def _prepare(folder: Path, geometry: InputGeometry) -> pa.Table:
-    step = PrepareImages(folder, geometry, pictures=True)
-    return step(catalogue_table(read_catalogue(folder)))
+@pytest.fixture(scope="module")
+async def filled(make_folder, new_database, target):
+    """A folder whose images are in the space, beside a failure of another folder's: the folder, the owner's URL."""
+    folder, urls = make_folder(IMAGES), await new_database()
+    names = [field.name for field in fields(ReferenceImage)]
+    images = [
+        ReferenceImage(**{name: getattr(entry, name) for name in names}) for entry in read_catalogue(folder)
+    ]
+    model = ModelStore(target.models).open(target.model_id)
+    pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
+    try:
+        cache = ReferenceCache(pool)
+        await cache.begin(identify_embedder(model, space_spec(model, None)), expected=IMAGES)
+        lost = FailedReference("ISIC_9999999", "undecodable_image", "another folder's")
+        vectors = np.eye(IMAGES, 512, dtype=np.float32)
+        await cache.take_in(target.embedding_space, images, vectors, failures=[lost])
+    finally:
+        await pool.close()
+    return folder, urls.owner
 
 
-def _embed(table: pa.Table, model: StoredModel, models: Path) -> pa.Table:
-    spec = model.manifest.live_space
-    step = EmbedImages(
-        models, model.manifest.model_id, spec.embedding_space, threads=1, device="cpu", batch=1
-    )
-    return step(table)
+def test_another_folders_failures_are_not_this_runs(filled, target) -> None:
+    folder, dsn = filled
+    said: list[str] = []
+    report = run_job(folder, target, dsn, ONE, pictures=False, say=said.append)
+    assert (report.expected, report.found, report.embedded) == (IMAGES, IMAGES, 0)
+    assert report.failures == {}
+    assert said[-1] == f"{IMAGES} of {IMAGES} images (100.0 %); none failed"
+
+
+async def test_an_image_of_the_folder_that_failed_is_counted_once(filled, target) -> None:
+    folder, dsn = filled
+    names = {entry.isic_id for entry in read_catalogue(folder)}
+    lost = FailedReference(min(names), "altered", "its picture is away, its vector is there")
+    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=20)
+    try:
+        cache, space = ReferenceCache(pool), target.embedding_space
+        await cache.take_in(space, [], np.empty((0, 512), np.float32), failures=[lost])
+        assert await count_done(cache, space, names) == (IMAGES - 1, {"altered": 1})
+        assert await count_done(cache, space, names, pictures=True) == (0, {"altered": 1})
+        assert await count_done(cache, space, {"ISIC_9999999"}) == (0, {"undecodable_image": 1})
+    finally:
+        await pool.close()
+
+
+def test_the_sink_shows_no_password(target) -> None:
+    dsn = "postgresql://derm_owner:secret@localhost/derm"
+    sink = ReferenceSink(dsn, target.embedding_space, rows_per_write=256)
+    assert "secret" not in f"{sink!r} {sink} {vars(sink)} {sink.get_name()}"
+
+
+def embed(folder: Path, geometry: InputGeometry, target: Target) -> pa.Table:
+    prepare = PrepareImages(folder, geometry, pictures=True)
+    return EmbedImages(target, ONE, prepare)(catalogue_table(read_catalogue(folder)))

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from benchmarks.key_service import Answer
+from tests.serve_app.keys.key_service import Answer
 
 _PATH = re.compile(r"/v1/(?P<mount>[^/]+)/(?P<verb>encrypt|decrypt|keys)/(?P<key>[^/]+)(/(?P<action>\w+))?")
 
@@ -24,7 +24,7 @@ class Vault:
     content_type = "application/json"
 
     def __init__(self) -> None:
-        self.token = "s.right"  # noqa: S105 - of a server of our own
+        self.token = "s.right"
         self.forbidden: set[str] = set()
         self.keys: dict[str, dict[str, Any]] = {}
         self.seen: list[dict[str, Any]] = []

@@ -1,0 +1,57 @@
+"""What /readyz and the metrics say of the loops and of what waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from serve_app.domain.errors import StageFailed
+from tests.serve_app.lesions.test_pending import Faulty, failing
+
+LOOPS = {
+    *("live_model", "replica_report", "recovery", "sealing", "refusal_summaries", "invariants"),
+    *("erasures", "sweeping"),
+}
+
+
+async def test_ready_shows_every_loop(service) -> None:
+    ready = (await service.client.get("/readyz")).json()
+    assert set(ready["loops"]) == LOOPS
+    assert all(
+        loop == {"running": True, "restarts": 0, "last_error": None} for loop in ready["loops"].values()
+    )
+    assert ready["findings"] == []
+
+
+async def test_a_loop_that_keeps_ending_is_named_and_the_service_answers(
+    start_service, local_stages, monkeypatch
+) -> None:
+    async def defective(*_: object) -> int:
+        raise KeyError("secret")
+
+    monkeypatch.setattr("serve_app.worker.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("serve_app.lesions.recovery.PERIOD_S", 0.01)
+    monkeypatch.setattr("serve_app.lesions.recovery.recover_once", defective)
+    async with start_service(local_stages()) as service, asyncio.timeout(30):
+        while not (ready := await service.client.get("/readyz")).json()["findings"]:  # noqa: ASYNC110 - as a probe asks
+            await asyncio.sleep(0.02)
+        assert ready.status_code == 200
+        assert ready.json()["findings"] == ["the loop recovery keeps ending: KeyError"]
+        assert ready.json()["loops"]["recovery"]["restarts"] >= 2
+        assert "secret" not in ready.text
+        since = time.monotonic()
+    assert time.monotonic() - since < 10
+
+
+async def test_the_metrics_are_what_ready_says(start_service, local_stages, monkeypatch) -> None:
+    monkeypatch.setattr("serve_app.http.services.COUNT_EVERY_S", 0.02)
+    told: list = []
+    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+    async with start_service(stages, observe=told.append) as service, asyncio.timeout(30):
+        assert (await service.upload(await service.care())).status_code == 202
+        while not told or not told[-1]["assessments"]["pending"]:  # noqa: ASYNC110 - the loop tells when it likes
+            await asyncio.sleep(0.02)
+        ready = (await service.client.get("/readyz")).json()
+        assert told[-1]["assessments"]["pending"] == ready["assessments"]["pending"] >= 1
+        assert told[-1].keys() <= ready.keys()
+        assert set(ready["loops"]) == {*LOOPS, "counts"}
