@@ -16,9 +16,7 @@ from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider, retries
 from serve_app.settings import KeySettings, NodeFiles
-from tests.serve_app.keys.key_service import KeyService
-from tests.serve_app.keys.kms_server import Kms
-from tests.serve_app.keys.vault_server import Vault
+from tests.serve_app.keys.key_services import KeyService, Kms, Vault
 
 BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 import copy
 from dataclasses import replace
 from itertools import product
@@ -70,15 +71,9 @@ def test_every_truncation_and_extension_is_refused() -> None:
         data_key_id_of(sealed[:48])
     assert all(refused(sealed[start:], key) for start in range(1, len(sealed)))
     assert refused(sealed + b"\x00", key)
-
-
-@pytest.mark.parametrize("prefix", [b"MRED\x01", b"DERM\x00", b"DERM\x02", b"\xff\xd8\xff\xe0\x00"])
-def test_another_magic_or_version_is_refused(prefix: bytes) -> None:
-    key = fresh_key()
-    sealed = prefix + seal(b"image", data_key=key, binding=BINDING)[5:]
-    with pytest.raises(IntegrityError, match="version"):
-        data_key_id_of(sealed)
-    assert refused(sealed, key)
+    for prefix in (b"MRED\x01", b"DERM\x00", b"DERM\x02"):  # another magic or version
+        with pytest.raises(IntegrityError, match="version"):
+            data_key_id_of(prefix + sealed[5:])
 
 
 def test_every_swap_between_images_and_patients_is_refused() -> None:
@@ -118,17 +113,15 @@ def test_a_data_key_and_its_copies_seal_once_and_a_spent_one_never() -> None:
 
 
 def test_of_many_threads_one_seals() -> None:
-    key = fresh_key()
+    key, sealed = fresh_key(), []
 
-    def sealed(_: int) -> bool:
-        try:
-            seal(b"image", data_key=key, binding=BINDING)
-        except IntegrityError:
-            return False
-        return True
+    def try_to_seal(_: int) -> None:
+        with suppress(IntegrityError):
+            sealed.append(seal(b"image", data_key=key, binding=BINDING))
 
     with ThreadPoolExecutor(8) as threads:
-        assert sum(threads.map(sealed, range(64))) == 1
+        list(threads.map(try_to_seal, range(64)))
+    assert len(sealed) == 1
 
 
 def test_a_data_key_neither_shows_itself_nor_leaves_its_process() -> None:

@@ -25,9 +25,7 @@ from serve_app.keys.providers.kms import AwsKms
 from serve_app.keys.providers.vault import VaultAddress, VaultTransit
 from serve_app.settings import KeySettings
 from tests.serve_app.keys.key_files import BINDING
-from tests.serve_app.keys.key_service import KeyService
-from tests.serve_app.keys.kms_server import Kms
-from tests.serve_app.keys.vault_server import Vault
+from tests.serve_app.keys.key_services import KeyService, Kms, Vault
 
 KEY = bytes(range(32))
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"

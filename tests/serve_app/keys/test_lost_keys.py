@@ -23,8 +23,7 @@ from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, publish
 from serve_app.settings import NodeFiles
 from tests.serve_app.keys.key_files import count_keys, put_in_place
-from tests.serve_app.keys.key_service import KeyService
-from tests.serve_app.keys.vault_server import Vault
+from tests.serve_app.keys.key_services import KeyService, Vault
 
 
 @pytest.fixture

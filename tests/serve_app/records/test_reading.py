@@ -93,8 +93,8 @@ async def test_previous_is_the_newest_classified_image_before(
     assert await lesions.previous(first.lesion_id, before=first.created_at, embedding_space=space) is None
 
 
-async def test_events_on_their_own_may_name_what_does_not_exist(lesions, owner_pool, refused_event) -> None:
+async def test_events_on_their_own_may_name_what_does_not_exist(lesions, owner_pool, event) -> None:
     lesion_id = uuid4()
-    await lesions.record_event(refused_event(lesion_id))
+    await lesions.record_event(event("read", outcome="denied", lesion_id=lesion_id))
     row = await owner_pool.fetchrow("SELECT * FROM audit_events WHERE lesion_id = $1", lesion_id)
     assert (row["outcome"], row["patient_id"]) == ("denied", None)
