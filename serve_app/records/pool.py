@@ -37,10 +37,9 @@ UNAVAILABLE = (
 def border() -> Iterator[None]:
     """Turn what PostgreSQL and asyncpg raise into domain errors.
 
-    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether
-    a write was committed is then not known. Conflict: a constraint refuses it. InvalidField: no
-    database text can hold it (NUL, lone surrogates). The latter two drop their cause, which
-    quotes rows, and those are patients' data.
+    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether a write was committed
+    is then not known. Conflict: a constraint refuses it. InvalidField: no database text can hold it (NUL, lone
+    surrogates). The latter two drop their cause, which quotes rows, and those are patients' data.
     """
     try:
         yield
