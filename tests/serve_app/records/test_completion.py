@@ -18,15 +18,19 @@ async def pending(lesions, admission, space):
     return new
 
 
-async def test_an_assessment_is_completed_once(
+async def test_an_assessment_is_completed_once_and_no_late_claimer_overwrites_it(
     lesions, assessment, event, pending, space, owner_pool
 ) -> None:
     done = assessment()
+    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     first = event("assess", assessment_id=pending.assessment_id)
     rivals = [
         lesions.complete(pending.assessment_id, done, embedding_space=space, event=first) for _ in range(8)
     ]
     assert sorted(await asyncio.gather(*rivals)) == [False] * 7 + [True]
+    late = assessment(outcome=Outcome.DECIDED)
+    assert not await lesions.complete(claim.assessment_id, late, embedding_space=space, event=first)
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     query = "SELECT count(*) FROM audit_events WHERE action = 'assess' AND assessment_id = $1"
     assert await owner_pool.fetchval(query, pending.assessment_id) == 1
     record = await lesions.assessment_record(pending.assessment_id)
@@ -87,14 +91,3 @@ async def test_a_failed_try_counts_only_when_another_image_was_answered_meanwhil
     assert await lesions.set_back(pending.assessment_id) == 0
     after = await lesions.counts()
     assert (after.pending, after.failed) == (before.pending - 1, before.failed + 1)
-
-
-async def test_a_late_claimer_cannot_overwrite(lesions, assessment, event, pending, space) -> None:
-    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
-    done = {"embedding_space": space, "event": event("assess")}
-    assert await lesions.complete(pending.assessment_id, assessment(), **done)
-    late = assessment(outcome=Outcome.DECIDED)
-    assert not await lesions.complete(claim.assessment_id, late, **done)
-    assert await lesions.claim_pending(lease_s=1, limit=10) == []
-    record = await lesions.assessment_record(pending.assessment_id)
-    assert record.image.assessment.outcome is Outcome.REVIEW
