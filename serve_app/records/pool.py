@@ -148,7 +148,14 @@ async def _leave(_connection: asyncpg.Connection) -> None:
     """Leave the session as it is."""
 
 
+_QUERIES = Path(__file__).parent / "queries"
+
+
 @cache
 def queries(file: str) -> Mapping[str, str]:
-    """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does."""
-    return parse(Path(__file__).with_name("queries").joinpath(f"{file}.sql").read_text())
+    """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does.
+
+    `:record_event` stands for the statement of that name, which adds an audit event.
+    """
+    record_event = parse((_QUERIES / "lesions.sql").read_text())["record_event"]
+    return parse((_QUERIES / f"{file}.sql").read_text().replace(":record_event", record_event))
