@@ -32,8 +32,8 @@ from cluster.running import Running, announce, occupy
 from serve_app.domain.errors import DermError
 
 #: What a node takes if it can, by RayNode's names.
-PORTS: dict[str, int] = {
-    field.name: int(field.default) for field in fields(RayNode) if field.name.endswith("port")
+PORTS: dict[str, Any] = {
+    field.name: field.default for field in fields(RayNode) if field.name.endswith("port")
 }
 
 _LOOK_EVERY_S = 1.0
