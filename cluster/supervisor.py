@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 import json
 import os
@@ -32,7 +32,13 @@ from cluster.running import Running, announce, occupy
 from serve_app.domain.errors import DermError
 
 #: What a node takes if it can, by RayNode's names.
-PORTS = {field.name: field.default for field in fields(RayNode) if field.name.endswith("port")}
+PORTS = {
+    "port": 6379,
+    "stats_port": 8404,
+    "metrics_port": 9101,
+    "dashboard_port": 8265,
+    "fallback_port": 8500,
+}
 
 _LOOK_EVERY_S = 1.0
 _STEP_EVERY_S = 0.1
