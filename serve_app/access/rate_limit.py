@@ -13,22 +13,16 @@ from time import monotonic
 
 #: How many keys are remembered; the one not seen for longest is forgotten first, and starts afresh.
 MAX_KEYS = 10_000
+#: How often events are counted anew, seconds.
+WINDOW_S = 60.0
 
 
 class TokenBuckets:
     """A bucket for each key: `burst` requests at once, `rate_per_s` in the long run."""
 
-    def __init__(
-        self,
-        *,
-        rate_per_s: float,
-        burst: int,
-        max_keys: int = MAX_KEYS,
-        clock: Callable[[], float] = monotonic,
-    ) -> None:
+    def __init__(self, *, rate_per_s: float, burst: int, clock: Callable[[], float] = monotonic) -> None:
         self._rate = rate_per_s
         self._burst = float(burst)
-        self._max_keys = max_keys
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
@@ -39,7 +33,7 @@ class TokenBuckets:
         left = min(self._burst, left + (now - since) * self._rate)
         wait = 0.0 if left >= 1 else (1 - left) / self._rate
         self._buckets[key] = (left if wait else left - 1, now)
-        while len(self._buckets) > self._max_keys:
+        while len(self._buckets) > MAX_KEYS:
             self._buckets.popitem(last=False)
         return wait
 
@@ -51,12 +45,9 @@ class AuditBudget:
     beyond it are counted together.
     """
 
-    def __init__(
-        self, *, per_key: int, total: int, window_s: float = 60.0, clock: Callable[[], float] = monotonic
-    ) -> None:
+    def __init__(self, *, per_key: int, total: int, clock: Callable[[], float] = monotonic) -> None:
         self._per_key = per_key
         self._total = total
-        self._window_s = window_s
         self._clock = clock
         self._window = self._now()
         self._written: Counter[str] = Counter()
@@ -85,7 +76,7 @@ class AuditBudget:
         return suppressed
 
     def _now(self) -> int:
-        return int(self._clock() // self._window_s)
+        return int(self._clock() // WINDOW_S)
 
 
 #: One subscriber has at least this much of IPv6 to choose addresses from (RFC 6177).

@@ -11,8 +11,7 @@ from fastapi.responses import JSONResponse
 from serve_app.access.rules import Action
 from serve_app.domain.assessment import Id, Provenance, one_of
 from serve_app.domain.errors import NotFound
-from serve_app.http.access import rule
-from serve_app.http.caller import Caller, permit_lesion
+from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
 from serve_app.lesions.replay import SCORE_TOLERANCE, TOLERANCE, Cause, Difference, Verdict

@@ -218,12 +218,3 @@ class LesionStore:
     async def record_event(self, event: AuditEvent) -> None:
         """Commit an audit event on its own."""
         await record_event(self._pool, event)
-
-    async def assign(
-        self, patient_id: str, clinician: str, *, starts_at: datetime, ends_at: datetime | None = None
-    ) -> None:
-        """Put a patient into a clinician's care; needs the owner's role. Again with the same start, change the end.
-
-        Conflict when the end is not after the start.
-        """
-        await self._pool.execute(_SQL["assign"], patient_id, clinician, starts_at, ends_at)

@@ -15,13 +15,14 @@ import pytest
 from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.access.tokens import mint_token
+from serve_app.audit.events import account_event
 from serve_app.domain.errors import Erased
 from serve_app.erasure import sweeping as housekeeping
 from serve_app.erasure.eraser import Eraser
 from serve_app.http.app import create_app
 from serve_app.keys.receipts import ErasureReason
+from serve_app.records.access import AccessStore
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
-from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
@@ -146,7 +147,9 @@ async def _assign_all(clinic: Clinic) -> None:
     try:
         patients = await owner.fetch("SELECT DISTINCT patient_id, now() AS since FROM lesions")
         for row in patients:
-            await LesionStore(owner).assign(row["patient_id"], "dr", starts_at=row["since"])
+            await AccessStore(owner).assign(
+                row["patient_id"], "dr", starts_at=row["since"], ends_at=None, event=account_event("assign")
+            )
     finally:
         await owner.close()
 

@@ -324,9 +324,3 @@ VALUES (
     :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
     :event_image_id, :event_assessment_id, :event_request_id, :event_detail
 );
-
--- name: assign
--- Put a patient into a clinician's care.
-INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
-VALUES ($1, $2, $3, $4)
-ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at;
