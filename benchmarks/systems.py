@@ -149,13 +149,8 @@ def prepare_records(home: Path, urls: DatabaseUrls, *, clinician: str, patient: 
         await migrate(urls.owner, application_role="derm_app")
         await publish_bundled(urls.owner, models, next(iter(ModelStore(models))))
         pool = await open_pool(urls.owner, minimum=0, maximum=1)
-        await AccessStore(pool).assign(
-            patient,
-            clinician,
-            starts_at=datetime(2026, 1, 1, tzinfo=UTC),
-            ends_at=None,
-            event=account_event("assign"),
-        )
+        since, event = datetime(2026, 1, 1, tzinfo=UTC), account_event("assign", patient_id=patient)
+        await AccessStore(pool).assign(patient, clinician, starts_at=since, ends_at=None, event=event)
         await pool.close()
 
     asyncio.run(fill())

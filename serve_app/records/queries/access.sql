@@ -67,8 +67,7 @@ RETURNING *, '{}'::jsonb AS accesses;
 
 -- name: emergency
 -- Find one emergency access.
-SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses
-WHERE emergency_id = $1;
+SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses WHERE emergency_id = $1;
 
 -- name: emergencies
 -- List emergency accesses, oldest first, from behind one on: those to review, or ($1) those reviewed;

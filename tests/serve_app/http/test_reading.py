@@ -8,6 +8,8 @@ from uuid import uuid4
 
 import pytest
 
+from tests.serve_app.erasure.erasing import path, uploaded
+
 
 def written(moment: str) -> str:
     return base64.urlsafe_b64encode(f"{moment}|{uuid4()}".encode()).decode()
@@ -16,11 +18,8 @@ def written(moment: str) -> str:
 async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> None:
     for kind, media in (("PNG", "image/png"), ("JPEG", "image/jpeg")):
         image = drawn_lesion(seed=8, kind=kind)
-        patient = await service.care()
-        answer = (await service.upload(patient, image=image, name="whatever.gif")).json()
-        response = await service.client.get(
-            f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}", headers=service.token("dr")
-        )
+        answer = await uploaded(service, image=image, name="whatever.gif")
+        response = await service.client.get(path(answer), headers=service.token("dr"))
         assert response.status_code == 200
         assert response.content == image
         assert response.headers["content-type"] == media
@@ -28,24 +27,20 @@ async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> N
         assert response.headers["x-content-type-options"] == "nosniff"
         (event,) = await service.events(response)
         assert (event["action"], event["outcome"]) == ("download", "success")
-        assert str(event["image_id"]) == answer["image_id"]
-        assert event["patient_id"] == patient
+        for name in ("lesion_id", "image_id", "patient_id"):
+            assert str(event[name]) == answer[name]
 
 
-async def test_an_image_that_this_lesion_does_not_have_is_not_found(service) -> None:
-    patient = await service.care()
-    first, second = [(await service.upload(patient)).json() for _ in range(2)]
+async def test_what_is_not_there_is_not_found(service) -> None:
+    first, second = [await uploaded(service) for _ in range(2)]
     for image in (str(uuid4()), second["image_id"]):
-        response = await service.client.get(
-            f"/api/lesions/{first['lesion_id']}/images/{image}", headers=service.token("dr")
-        )
+        response = await service.client.get(path({**first, "image_id": image}), headers=service.token("dr"))
         service.hold_to_problem(response, 404, "not_found")
 
 
 async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion) -> None:
-    patient = await service.care()
-    answers = [(await service.upload(patient)).json()]
-    lesion = answers[0]["lesion_id"]
+    answers = [await uploaded(service)]
+    lesion, patient = answers[0]["lesion_id"], answers[0]["patient_id"]
     for seed in (1, 2):
         response = await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=lesion)
         answers.append(response.json())
