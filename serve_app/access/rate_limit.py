@@ -49,13 +49,13 @@ class AuditBudget:
         self._per_key = per_key
         self._total = total
         self._clock = clock
-        self._window = self._now()
+        self._window = -1
         self._written: Counter[str] = Counter()
         self._suppressed = 0
 
     def spend(self, key: str) -> bool:
         """Say whether an event may be written for this key now; one that may not is counted."""
-        if (window := self._now()) != self._window:
+        if (window := int(self._clock() // WINDOW_S)) != self._window:
             self._window = window
             self._written.clear()
         if self._written[key] >= self._per_key or self._written.total() >= self._total:
@@ -75,13 +75,6 @@ class AuditBudget:
         suppressed, self._suppressed = self._suppressed, 0
         return suppressed
 
-    def _now(self) -> int:
-        return int(self._clock() // WINDOW_S)
-
-
-#: One subscriber has at least this much of IPv6 to choose addresses from (RFC 6177).
-_IPV6_PREFIX = 64
-
 
 def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collection[str] = ()) -> str:
     """Name the sender's address (IPv6: its /64 network), as far as it can be believed; else `unknown`.
@@ -97,7 +90,7 @@ def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collect
             break
         here = before
     if isinstance(here, IPv6Address):
-        return str(ip_network((here, _IPV6_PREFIX), strict=False))
+        return str(ip_network((here, 64), strict=False))  # one subscriber has at least as much (RFC 6177)
     return "unknown" if here is None else str(here)
 
 

@@ -238,8 +238,7 @@ def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpos
 
 def recorded_purpose(event: AuditEvent) -> Purpose | None:
     """The purpose that an event was recorded with; None for events from before there was one."""
-    recorded = event.detail.get(PURPOSE)
-    return next((purpose for purpose in Purpose if purpose == recorded), None)
+    return next((purpose for purpose in Purpose if purpose == event.detail.get(PURPOSE)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,13 +51,10 @@ def rule(action: Action, **extra: object) -> dict[str, Any]:
 def _rule_of(request: Request) -> Action | None:
     """Find the action of the route that was chosen; None, and an error in the log, when it names none."""
     route: APIRoute = request.scope["route"]
-    word = (route.openapi_extra or {}).get(_FIELD)
-    if word is None:
-        _log.error(
-            "%s %s is denied to all: give the route openapi_extra=rule(Action...)", request.method, route.path
-        )
-        return None
-    return Action(word)
+    if word := (route.openapi_extra or {}).get(_FIELD):
+        return Action(word)
+    _log.error("%s %s is denied to all: it has no openapi_extra=rule(Action...)", request.method, route.path)
+    return None
 
 
 class Authenticator:
@@ -78,8 +75,11 @@ class Authenticator:
     async def admit(self, request: Request) -> Principal:
         """Say who asks. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
         begin(None)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            await self._refuse_stranger(request)
         try:
-            principal = await self._verifier.identify(_token(request))
+            principal = await self._verifier.identify(token.strip())
         except Unauthenticated:
             await self._refuse_stranger(request)
         action = _rule_of(request)
@@ -132,13 +132,6 @@ def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     return AuditEvent(
         action="authenticate", actor="unauthenticated", outcome="denied", request_id=request_id, detail=detail
     )
-
-
-def _token(request: Request) -> str:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthenticated
-    return token.strip()
 
 
 async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> Principal:
