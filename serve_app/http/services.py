@@ -10,12 +10,13 @@ from functools import partial
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app import worker
+from serve_app.access.rate_limit import WINDOW_S
 from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import WINDOW_S, Authenticator
-from serve_app.http.admission import AdmissionGate, BodyPace
+from serve_app.http.access import Authenticator
+from serve_app.http.bodies import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
