@@ -21,7 +21,7 @@ from model_store.registry import ModelStore
 from model_store.session import InferenceSession
 from serve_app.domain.diagnosis import TRAINED
 
-from .conftest import Rows, write_part
+from .conftest import MILK10K, MILK10K_MAP, Rows, write_map, write_part
 
 onnx = pytest.importorskip("onnx", reason="needs the train extra")
 served_graph = pytest.importorskip("data_jobs.training.served_graph", reason="needs the train extra")
@@ -32,8 +32,6 @@ pytestmark = pytest.mark.torch
 
 RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
 SIDE = 64
-MILK10K = ["AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC"]
-EIGHT = {"AKIEC": "AK", "SCCKA": "SCC"}
 DECLARED = {"licence": "CC0-1.0", "training_data": "nothing: random weights"}
 
 
@@ -88,11 +86,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def label_map(folder: Path) -> Path:
-    mapping = {label: EIGHT.get(label, label if label in set(TRAINED) else "ignored") for label in MILK10K}
-    lines = ['modality = "dermoscopic"', f"label_space = {json.dumps(MILK10K)}", "[label_map]"]
-    path = folder / "labels.toml"
-    path.write_text("\n".join([*lines, *(f'{label} = "{value}"' for label, value in mapping.items())]))
-    return path
+    return write_map(folder / "labels.toml", MILK10K, MILK10K_MAP)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +180,7 @@ def test_an_eleven_class_model_comes_in_with_a_mapping(
 
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
     scores = ort.InferenceSession(str(source)).run(["scores"], {"image": pixels})[0]
-    eight = [label for d in TRAINED for label in MILK10K if EIGHT.get(label, label) == d]
+    eight = [label for d in TRAINED for label in MILK10K if MILK10K_MAP[label] == d]
     logits, _ = InferenceSession(model, threads=1).run(pixels)
     assert np.array_equal(logits, scores[:, [MILK10K.index(label) for label in eight]])
     stated = {p.key: p.value for p in onnx.load(model.path("model.onnx")).metadata_props}

@@ -17,7 +17,7 @@ from data_jobs.references.catalogue import read_catalogue
 from data_jobs.references.fetch import __main__ as command
 from data_jobs.references.fetch.http import Pace
 from data_jobs.references.fetch.job import only_one
-from serve_app.records.references import ReferenceImage
+from tests.data_jobs.references.conftest import reference_image
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +78,17 @@ def test_a_folder_is_filled_with_what_a_reference_needs_the_same_from_each_sourc
         assert {entry.source for entry in entries} == {source}
         chosen[source] = [entry.isic_id for entry in entries]
         if source == "bucket":
-            for cause in ("diagnosis not confirmed", "diagnosis of none of the eight classes", "not dermoscopic"):
+            for cause in (
+                "diagnosis not confirmed",
+                "diagnosis of none of the eight classes",
+                "not dermoscopic",
+            ):
                 assert f"1 {cause}" in said.out
             run(count=500, output=tmp_path / "all")
     assert chosen["archive"] == chosen["bucket"] == chosen["folder"]
     assert {entry.copyright_license for entry in entries} == {"CC-0", "CC-BY"}
     for entry in entries:
-        ReferenceImage(**{name: getattr(entry, name) for name in ReferenceImage.__dataclass_fields__})
+        reference_image(entry)
     assert "30 of 30 images are here, 30 fetched now" in said.out
 
 
@@ -118,40 +122,30 @@ def test_a_failed_image_is_told_and_fetched_the_next_time(run, filled, tmp_path)
     check_folder(tmp_path / "out", filled, count=30)
 
 
-def test_a_listing_that_broke_off_goes_on_where_it_was(run, filled, tmp_path):
-    whole = run(output=tmp_path / "whole")
-    assert whole[0] == 0
-    filled.seen.clear()
-    filled.fail("cursor=", *[503] * 9)
-    # The first page is there, the second is not to be had.
-    status, said = run()
-    assert status == 1
-    assert "answered 503" in said.err
-    filled.faults.clear()
-    filled.seen.clear()
-    status, _ = run()
-    assert status == 0
-    assert len([path for path in filled.paths("/search/") if "cursor=" not in path]) == 0
-    assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("damage", ["torn", "unknown cursor", "other options", "nonsense"])
-def test_a_journal_of_no_use_is_begun_anew(run, filled, tmp_path, damage):
-    filled.fail("cursor=", *[503] * 9)
-    assert run("--seed", "5" if damage == "other options" else "0")[0] == 1
-    filled.faults.clear()
-    journal = tmp_path / "out" / "listing.jsonl"
-    lines = journal.read_text().splitlines(keepends=True)
-    if damage == "torn":
-        journal.write_text("".join(lines) + lines[-1][:100])
-    elif damage == "unknown cursor":
-        page = json.loads(lines[-1]) | {"cursor": "query=image_type%3Adermoscopic&cursor=bm9uc2Vuc2U%3D"}
-        journal.write_text(lines[0] + json.dumps(page) + "\n")
-    elif damage == "nonsense":
-        journal.write_text(lines[0] + "{}\n")
-    assert run()[0] == 0
-    run(output=tmp_path / "whole")
-    assert read_catalogue(tmp_path / "out") == read_catalogue(tmp_path / "whole")
+def test_a_listing_that_broke_off_goes_on_where_it_was_or_is_begun_anew(run, filled, tmp_path):
+    assert run(output=tmp_path / "whole")[0] == 0
+    whole = read_catalogue(tmp_path / "whole")
+    for damage in ("none", "torn", "unknown cursor", "other options", "nonsense"):
+        output = tmp_path / damage
+        # The first page is there, the second is not to be had.
+        filled.fail("cursor=", *[503] * 8)
+        status, said = run("--seed", "5" if damage == "other options" else "0", output=output)
+        assert status == 1
+        assert "answered 503" in said.err
+        journal = output / "listing.jsonl"
+        lines = journal.read_text().splitlines(keepends=True)
+        if damage == "torn":
+            journal.write_text("".join(lines) + lines[-1][:100])
+        elif damage == "unknown cursor":
+            page = json.loads(lines[-1]) | {"cursor": "query=image_type%3Adermoscopic&cursor=bm9uc2Vuc2U%3D"}
+            journal.write_text(lines[0] + json.dumps(page) + "\n")
+        elif damage == "nonsense":
+            journal.write_text(lines[0] + "{}\n")
+        filled.seen.clear()
+        assert run(output=output)[0] == 0
+        anew = [path for path in filled.paths("/search/") if "cursor=" not in path]
+        assert len(anew) == (damage not in {"none", "torn"})
+        assert read_catalogue(output) == whole
 
 
 def test_a_folder_begun_with_other_options_is_left_alone(run, tmp_path):
