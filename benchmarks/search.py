@@ -31,8 +31,7 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFilter
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool, queries
-from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
-from serve_app.records.references import ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceStore, SpaceEmbedder
 from serve_app.settings import model_folder
 from serve_app.sql import parse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import redirect_stdout
 import hashlib
+from importlib import import_module
 import io
 import json
 from pathlib import Path
@@ -14,7 +15,6 @@ import sys
 import numpy as np
 import pytest
 
-from data_jobs.promotion import source as subject
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.import_model import ImportRequest, import_model
 from model_store.registry import ModelStore
@@ -24,7 +24,6 @@ from serve_app.domain.diagnosis import TRAINED
 from .conftest import MILK10K, MILK10K_MAP, Rows, write_map, write_part
 
 onnx = pytest.importorskip("onnx", reason="needs the train extra")
-served_graph = pytest.importorskip("data_jobs.training.served_graph", reason="needs the train extra")
 pytest.importorskip("skimage", reason="needs the train extra")
 pytest.importorskip("matplotlib", reason="needs the train extra")
 
@@ -128,20 +127,20 @@ def _small_archive(calibration_archive: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def steps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph's steps without a process each: what they refuse is told alike."""
+    """The steps without a process each, which would import its libraries anew: what they refuse is told alike."""
 
     def run_step(module: str, *arguments: object) -> str:
-        assert module == served_graph.__name__
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         said = io.StringIO()
         try:
             with redirect_stdout(said):
-                served_graph.main()
+                import_module(module).main()
         except ValueError as error:
             raise ImportRefused(str(error)) from error
         return said.getvalue()
 
-    monkeypatch.setattr(subject, "run_step", run_step)
+    for importer in ("source", "import_model"):
+        monkeypatch.setattr(f"data_jobs.promotion.{importer}.run_step", run_step)
 
 
 @pytest.fixture
@@ -152,6 +151,7 @@ def request_for(folder: Path, recipe: Path) -> Callable[..., ImportRequest]:
     return make
 
 
+@pytest.mark.usefixtures("steps_in_process")
 @pytest.mark.timeout(600)
 def test_an_eleven_class_model_comes_in_with_a_mapping(
     folder: Path, request_for, label_map: Path, recipe: Path

@@ -22,8 +22,7 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceStore
 from serve_app.records.serving import live_model, publish
 from tests.data_jobs.references.conftest import reference_image
 

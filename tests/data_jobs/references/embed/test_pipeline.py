@@ -35,7 +35,7 @@ from deployments.preprocess.preprocess import prepare_image
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import FailedReference, ReferenceCache
+from serve_app.records.references import FailedReference, ReferenceCache
 from tests.data_jobs.references.conftest import reference_image
 
 ONE = Resources(actors=1)
