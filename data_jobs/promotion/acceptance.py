@@ -36,10 +36,7 @@ class Verdict:
 
 
 def judge(plan: AcceptancePlan, comparison: Comparison) -> list[Verdict]:
-    """Judge every criterion that the plan states.
-
-    What could not be measured (NaN: no subgroup is large enough) is not kept.
-    """
+    """Judge every criterion that the plan states; one that could not be measured (NaN) is not kept."""
     verdicts = []
     for criterion, limit in _stated(plan).items():
         measured = _measure(criterion, comparison, plan)
@@ -93,8 +90,7 @@ def parse_acceptance(text: str, source: Path) -> AcceptancePlan:
 def read_plan(candidate: StoredModel, given: Path | None) -> AcceptancePlan:
     """Read the criteria that travel with the candidate; those `given` only for one that has none.
 
-    Raises PromotionRefused when there are none, with which anything would pass, or when its own
-    would be passed over.
+    Raises PromotionRefused when there are none, or when its own would be passed over.
     """
     model_id = candidate.manifest.model_id
     own = ACCEPTANCE_NAME in candidate.manifest.files

@@ -144,7 +144,19 @@ def compare(
     live_figures, was_flagged, positive = _measure(live.nine, labels, rows, live_model)
     figures, is_flagged, _ = _measure(candidate.nine, labels, rows, candidate_model)
     was_right, is_right = live.nine.argmax(1) == labels, candidate.nine.argmax(1) == labels
-    changed = tuple(_changed(live, candidate, rows))
+    groups = split(
+        {
+            "sex": [row.sex or "unknown" for row in rows],
+            "age": [age_band(row.age_approx) for row in rows],
+            "site": [row.anatom_site_general or "unknown" for row in rows],
+            "source": ["HAM10000" if row.lesion.startswith("HAM_") else "other" for row in rows],
+        }
+    )
+    cases = [
+        ChangedCase(row.isic_id, row.diagnosis.value, _view(live, i), _view(candidate, i))
+        for i, row in enumerate(rows)
+    ]
+    changed = tuple(case for case in cases if case.changes)
     malignant = [case for case in changed if Diagnosis(case.truth) in MALIGNANT]
     return Comparison(
         live=live_figures,
@@ -162,7 +174,7 @@ def compare(
                 live_melanoma_auc=area_under_curve(live.nine[picked, MELANOMA], melanoma[picked]),
                 candidate_melanoma_auc=area_under_curve(candidate.nine[picked, MELANOMA], melanoma[picked]),
             )
-            for name, picked in _split(rows).items()
+            for name, picked in groups.items()
         },
         changed=changed,
         malignant_images=sum(row.diagnosis in MALIGNANT for row in rows),
@@ -211,26 +223,6 @@ def _measure(
         melanoma_specificity=found.specificity,
     )
     return figures, scores >= point.threshold, positives
-
-
-def _split(rows: Sequence[LabelledImage]) -> dict[str, NDArray[np.bool_]]:
-    """Which rows belong to which sex, age band, body site and source."""
-    return split(
-        {
-            "sex": [row.sex or "unknown" for row in rows],
-            "age": [age_band(row.age_approx) for row in rows],
-            "site": [row.anatom_site_general or "unknown" for row in rows],
-            "source": ["HAM10000" if row.lesion.startswith("HAM_") else "other" for row in rows],
-        }
-    )
-
-
-def _changed(live: CaseAnswers, candidate: CaseAnswers, rows: Sequence[LabelledImage]) -> list[ChangedCase]:
-    cases = [
-        ChangedCase(row.isic_id, row.diagnosis.value, _view(live, i), _view(candidate, i))
-        for i, row in enumerate(rows)
-    ]
-    return [case for case in cases if case.changes]
 
 
 def _view(answers: CaseAnswers, index: int) -> CaseView:

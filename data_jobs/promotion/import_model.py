@@ -13,14 +13,7 @@ import tomllib
 from typing import Any
 
 from data_jobs.promotion.candidate import ImportRefused, open_whole
-from data_jobs.promotion.source import (
-    ExportedSource,
-    ImportRequest,
-    SourceFile,
-    export_source,
-    run_step,
-    take_source,
-)
+from data_jobs.promotion.source import ImportRequest, export_source, run_step, take_source
 from data_jobs.training.manifest_file import write_manifest
 from data_jobs.training.recipe import Recipe, read_recipe
 from model_store.manifest import MANIFEST_NAME
@@ -50,7 +43,14 @@ def import_model(models: Path, request: ImportRequest, say: Callable[[str], None
     contract, a step fails, or the store has a model of this name; ModelContractError when
     what came out must not be loaded.
     """
-    recipe = _read_recipe(request.recipe)
+    try:
+        recipe = read_recipe(request.recipe)
+    except (ValueError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise ImportRefused(f"{request.recipe}: {error}") from error
+    if recipe.acceptance is None:
+        raise ImportRefused(
+            f"{request.recipe} has no [acceptance] table: say what this model must keep before it is measured, not after."
+        )
     folder = models / recipe.model_id
     if folder.exists():
         raise ImportRefused(
@@ -66,18 +66,6 @@ def import_model(models: Path, request: ImportRequest, say: Callable[[str], None
             raise ImportRefused(f"{folder} appeared meanwhile: {error}.") from error
     say(f"{recipe.model_id}: imported, digest {model.digest}")
     return ModelStore(models).open(recipe.model_id)
-
-
-def _read_recipe(path: Path) -> Recipe:
-    try:
-        recipe = read_recipe(path)
-    except (ValueError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise ImportRefused(f"{path}: {error}") from error
-    if recipe.acceptance is None:
-        raise ImportRefused(
-            f"{path} has no [acceptance] table: say what this model must keep before it is measured, not after."
-        )
-    return recipe
 
 
 def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[[str], None]) -> Path:
@@ -97,19 +85,7 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
         "data_jobs.training.calibrate", "--recipe", request.recipe, "--export", export, "--models", store
     )
     folder = store / recipe.model_id
-    _complete(folder, recipe, request, source, exported)
-    say("calibration: temperature, sets, operating points and p(UNK) fitted")
-    where = ("--model", recipe.model_id, "--models", store, "--threads", request.threads)
-    say(f"references: {run_step('data_jobs.references.bundle', *where).strip()}")
-    run_step("data_jobs.training.evaluate", *where, "--recipe", request.recipe)
-    say(f"evaluation: {headline(json.loads((folder / 'evaluation.json').read_text()))}")
-    return folder
-
-
-def _complete(
-    folder: Path, recipe: Recipe, request: ImportRequest, source: SourceFile, exported: ExportedSource
-) -> None:
-    """Say in the manifest what calibration cannot know: origin and licence."""
+    # What calibration cannot know: origin and licence.
     origin = {
         "source": source.origin,
         "sha256": source.sha256,
@@ -119,9 +95,8 @@ def _complete(
         "recipe_sha256": sha256(request.recipe.read_bytes()).hexdigest(),
         "imported": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (folder / "origin.json").write_text(
-        json.dumps(origin, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
+    (folder / "origin.json").write_text(text, encoding="utf-8")
     content = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     del content["files"]
     content["licence"] = request.licence or content["licence"]
@@ -129,6 +104,12 @@ def _complete(
     content["input"]["mean"] = list(recipe.network.channel_mean)
     content["input"]["std"] = list(recipe.network.channel_std)
     write_manifest(folder, content)
+    say("calibration: temperature, sets, operating points and p(UNK) fitted")
+    where = ("--model", recipe.model_id, "--models", store, "--threads", request.threads)
+    say(f"references: {run_step('data_jobs.references.bundle', *where).strip()}")
+    run_step("data_jobs.training.evaluate", *where, "--recipe", request.recipe)
+    say(f"evaluation: {headline(json.loads((folder / 'evaluation.json').read_text()))}")
+    return folder
 
 
 def headline(evaluated: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_jobs.promotion.candidate import PromotionRefused, open_whole
-from model_store.registry import ModelStore, StoredModel
+from model_store.registry import ModelStore
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
@@ -27,7 +27,15 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
             name = answering.model_id if answering else "no model"
             raise PromotionRefused(f"{name} answers, and nothing was published before it to go back to.")
         current, earlier = standing
-        model = _open_unchanged(models, earlier.model)
+        try:
+            model = open_whole(ModelStore(models), earlier.model.model_id)
+        except ModelContractError as error:
+            raise PromotionRefused(f"{earlier.model.model_id} cannot answer again: {error}") from error
+        if model.digest != earlier.model.model_digest:
+            raise PromotionRefused(
+                f"{model.folder} is not what it was when it answered: its manifest has another digest. "
+                "Put the folder back as it was, or promote it as a model of its own."
+            )
         expected = model.manifest.live_space.count
         found = await ReferenceStore(pool).count(earlier.model.embedding_space)
         if found < expected:
@@ -40,16 +48,3 @@ async def roll_back(owner_dsn: str, models: Path, *, approved_by: str, reason: s
         return earlier.model
     finally:
         await pool.close()
-
-
-def _open_unchanged(models: Path, earlier: LiveModel) -> StoredModel:
-    try:
-        model = open_whole(ModelStore(models), earlier.model_id)
-    except ModelContractError as error:
-        raise PromotionRefused(f"{earlier.model_id} cannot answer again: {error}") from error
-    if model.digest != earlier.model_digest:
-        raise PromotionRefused(
-            f"{model.folder} is not what it was when it answered: its manifest has another digest. "
-            "Put the folder back as it was, or promote it as a model of its own."
-        )
-    return model

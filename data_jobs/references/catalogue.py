@@ -114,23 +114,14 @@ def image_path(isic_id: str) -> str:
     return f"{IMAGES}/{isic_id}.jpg"
 
 
-def read_catalogue(folder: Path) -> list[CatalogueEntry]:
-    """Read the entries in file order.
+def read_catalogue(folder: Path, name: str | None = None) -> list[CatalogueEntry]:
+    """Read the entries in file order, of the metadata file of that name, or the first that is there.
 
     Raises NotFound when there is no metadata file, Conflict when a row is no reference: a mandatory
     cell empty, a diagnosis that is none of the eight, a licence that is none of the archive's, an image that
     is not public, a path that leads out of the folder, an id twice.
     """
-    return read_entries(metadata_file(folder))
-
-
-def read_references(folder: Path) -> list[CatalogueEntry]:
-    """Read the entries that become references: the dermoscopic ones. Raises as read_catalogue does."""
-    return [entry for entry in read_catalogue(folder) if entry.image_type == "dermoscopic"]
-
-
-def read_entries(file: Path) -> list[CatalogueEntry]:
-    """Read the entries of one metadata file, as read_catalogue does."""
+    file = folder / name if name else metadata_file(folder)
     entries = [_entry(row, f"{file}, row {number}") for number, row in enumerate(metadata_rows(file), 1)]
     seen: set[str] = set()
     for entry in entries:
@@ -138,6 +129,11 @@ def read_entries(file: Path) -> list[CatalogueEntry]:
             raise Conflict(f"{file} has {entry.isic_id} twice; each image may be there once.")
         seen.add(entry.isic_id)
     return entries
+
+
+def read_references(folder: Path) -> list[CatalogueEntry]:
+    """Read the entries that become references: the dermoscopic ones. Raises as read_catalogue does."""
+    return [entry for entry in read_catalogue(folder) if entry.image_type == "dermoscopic"]
 
 
 def metadata_rows(file: Path) -> list[Mapping[str, object]]:
@@ -156,18 +152,13 @@ def metadata_file(folder: Path) -> Path:
     raise NotFound(f"{folder} has none of {', '.join(METADATA_FILES)}.")
 
 
-def write_catalogue(folder: Path, entries: Iterable[CatalogueEntry]) -> None:
-    """Write `metadata.parquet`, ordered by isic_id; an earlier one is replaced only when this one is whole."""
-    write_entries(folder / METADATA, entries)
-
-
-def write_entries(file: Path, entries: Iterable[CatalogueEntry]) -> None:
-    """Write one metadata file, as write_catalogue does."""
+def write_catalogue(folder: Path, entries: Iterable[CatalogueEntry], name: str = METADATA) -> None:
+    """Write a metadata file, ordered by isic_id; an earlier one is replaced only when this one is whole."""
     ordered = sorted(entries, key=lambda entry: entry.isic_id)
     table = pa.Table.from_pylist([asdict(entry) for entry in ordered], schema=SCHEMA)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = folder / f"{name}.partial"
     pq.write_table(table, partial, compression="zstd")
-    partial.replace(file)
+    partial.replace(folder / name)
 
 
 def _entry(row: Mapping[str, object], where: str) -> CatalogueEntry:

@@ -33,9 +33,8 @@ from data_jobs.references.catalogue import (
     IMAGES,
     CatalogueEntry,
     image_path,
-    read_entries,
+    read_catalogue,
     write_catalogue,
-    write_entries,
 )
 from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
 from data_jobs.references.fetch.http import FetchError, ImageFailure, Pace, Refused, Transient
@@ -135,7 +134,7 @@ def _plan(source: Source, output: Path, selection: Selection, eligibility: Eligi
         if changed := [name for name in names if before.get(name) != parameters.get(name)]:
             told = "; ".join(f"{name} was {before.get(name)}, is {parameters.get(name)}" for name in changed)
             raise Conflict(f"{output} was begun with other options ({told}). Name another --output.")
-        return Plan(read_entries(output / ENTRIES), written["candidates"], written["left_out"])
+        return Plan(read_catalogue(output, ENTRIES), written["candidates"], written["left_out"])
     pages = list_candidates(source, eligibility, output / LISTING, parameters)
     candidates = [entry for page in pages for entry in page.entries]
     total = sum((Counter(page.left_out) for page in pages), Counter[LeftOut]())
@@ -145,7 +144,7 @@ def _plan(source: Source, output: Path, selection: Selection, eligibility: Eligi
         causes = ", ".join(f"{cause}: {count:,}" for cause, count in left_out.items())
         seen = len(candidates) + total.total()
         raise FetchError(f"None of {seen:,} images can be a reference ({causes or 'there are none'}).")
-    write_entries(output / ENTRIES, plan.entries)
+    write_catalogue(output, plan.entries, ENTRIES)
     written = {"parameters": parameters, "candidates": plan.candidates, "left_out": left_out}
     partial = output / f"{PARAMETERS}.partial"
     partial.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -253,15 +252,6 @@ def store_image(source: Source, isic_id: str, file: Path) -> StoredImage:
     return StoredImage(isic_id, len(data), hashlib.sha256(data).hexdigest())
 
 
-def is_stored(image: StoredImage, file: Path) -> bool:
-    """Whether the file still is what it was when it was checked."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return False
-    return len(data) == image.bytes and hashlib.sha256(data).hexdigest() == image.sha256
-
-
 def check_jpeg(isic_id: str, data: bytes) -> None:
     """Raise Transient for what is no whole JPEG, Refused for one that the service would not take."""
     try:
@@ -319,10 +309,18 @@ def stored_images(output: Path, threads: int) -> dict[str, StoredImage]:
     # A torn line is as good as none.
     notes = [found for line in lines if (found := _NOTE.fullmatch(line))]
     noted = list({note[1]: StoredImage(note[1], int(note[2]), note[3]) for note in notes}.values())
+
+    def is_same(image: StoredImage) -> bool:
+        try:
+            data = (output / image_path(image.isic_id)).read_bytes()
+        except OSError:
+            return False
+        return len(data) == image.bytes and hashlib.sha256(data).hexdigest() == image.sha256
+
     pool = ThreadPoolExecutor(threads)
     try:
-        same = pool.map(lambda image: is_stored(image, output / image_path(image.isic_id)), noted)
-        return {image.isic_id: image for image, is_same in zip(noted, same, strict=True) if is_same}
+        same = pool.map(is_same, noted)
+        return {image.isic_id: image for image, kept in zip(noted, same, strict=True) if kept}
     finally:
         # Interrupted, it must not go through all the others first.
         pool.shutdown(cancel_futures=True)

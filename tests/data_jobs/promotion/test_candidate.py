@@ -144,9 +144,6 @@ async def test_every_failed_check_is_named(pool, candidate) -> None:
         2 * bundle.embeddings[0],
         bundle.images[0].isic_id,
     )
-    with pytest.raises(PromotionRefused) as refused:
+    named = rf"^{space} must not answer\..*embedder: filled by e{{12}}.*unit norms: 1 vectors are not of unit norm"
+    with pytest.raises(PromotionRefused, match=named):
         await require_verified(pool, candidate)
-    message = str(refused.value)
-    assert message.startswith(f"{space} must not answer.")
-    assert "embedder: filled by eeeeeeeeeeee" in message
-    assert "unit norms: 1 vectors are not of unit norm" in message

@@ -20,7 +20,7 @@ from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel, live_model, publications, publish
 
-from .conftest import MELANOMAS, OTHERS, replace_references, rewrite, weaken_melanoma
+from .conftest import MELANOMAS, OTHERS, answering, replace_references, rewrite, weaken_melanoma
 
 pytestmark = pytest.mark.usefixtures("archive")
 
@@ -32,15 +32,6 @@ def request_for(answers_cache: Path) -> Callable[..., PromotionRequest]:
         return PromotionRequest(candidate, **values)
 
     return make
-
-
-async def answering(dsn: str) -> str | None:
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
-        live = await live_model(pool)
-        return live.model_id if live else None
-    finally:
-        await pool.close()
 
 
 async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
@@ -109,26 +100,18 @@ async def test_a_failing_criterion_refuses_and_every_changed_case_is_shown(
     assert "FAILED" in text
 
 
-async def test_a_changed_byte_in_the_candidate_is_refused(
+async def test_an_altered_candidate_or_references_of_another_model_are_refused(
     served, store, model_id, make_candidate, request_for
 ) -> None:
-    candidate = make_candidate(store)
-    path = store / candidate / "model.onnx"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    rewrite(path, bytes(content))
+    altered, foreign = make_candidate(store, "altered"), make_candidate(store, "foreign")
+    path = store / altered / "model.onnx"
+    content = path.read_bytes()
+    rewrite(path, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelContractError, match=r"model\.onnx"):
-        await promote(served, store, request_for(candidate), print)
-    assert await answering(served) == model_id
-
-
-async def test_references_of_another_model_are_refused(
-    served, store, model_id, make_candidate, request_for
-) -> None:
-    candidate = make_candidate(store)
-    replace_references(store, candidate)
+        await promote(served, store, request_for(altered), print)
+    replace_references(store, foreign)
     with pytest.raises(PromotionRefused, match="not embedded by this model"):
-        await promote(served, store, request_for(candidate), print)
+        await promote(served, store, request_for(foreign), print)
     assert await answering(served) == model_id
 
 

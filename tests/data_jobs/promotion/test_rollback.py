@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from data_jobs.promotion.candidate import PromotionRefused
@@ -13,19 +14,9 @@ from data_jobs.references.load import publish_bundled
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
-from serve_app.records.serving import live_model, publications
+from serve_app.records.serving import publications
 
-from .conftest import rewrite
-
-
-async def answering(dsn: str) -> str:
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
-        live = await live_model(pool)
-        assert live is not None
-        return live.model_id
-    finally:
-        await pool.close()
+from .conftest import answering, rewrite
 
 
 def back(dsn: str, store: Path):
@@ -67,7 +58,7 @@ async def test_it_goes_back_one_publication_at_a_time(served, store, model_id, m
         await pool.close()
 
 
-async def test_a_model_whose_folder_is_gone_or_altered_does_not_come_back(
+async def test_a_model_whose_folder_is_gone_or_altered_or_without_references_does_not_come_back(
     served, store, model_id, make_candidate
 ) -> None:
     candidate = make_candidate(store)
@@ -90,12 +81,6 @@ async def test_a_model_whose_folder_is_gone_or_altered_does_not_come_back(
     (store / "away").rename(folder)
     rewrite(manifest, text.encode())
     assert (await back(served, store)).model_id == model_id
-
-
-async def test_a_model_without_its_references_does_not_come_back(
-    served, store, model_id, make_candidate
-) -> None:
-    candidate = make_candidate(store)
     await publish_bundled(served, store, candidate)
     pool = await open_pool(served, minimum=0, maximum=1)
     await pool.execute("DELETE FROM reference_embeddings WHERE embedding_space NOT LIKE '%.space1'")
@@ -117,8 +102,6 @@ async def test_two_rollbacks_at_once_go_back_one_step(served, store, model_id, m
 
 
 async def test_the_history_cannot_be_rewritten(served) -> None:
-    import asyncpg
-
     connection = await asyncpg.connect(served)
     try:
         for statement in ("UPDATE publications SET reason = 'x'", "DELETE FROM publications"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 import io
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
 from data_jobs.sample_lesion import draw_lesion
 from serve_app.domain.diagnosis import TRAINED
+from serve_app.records.references import ReferenceImage
 
 LEVELS = {
     "MEL": ("Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma Invasive"),
@@ -103,6 +105,10 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def reference_image(entry: CatalogueEntry) -> ReferenceImage:
+    return ReferenceImage(**{field.name: getattr(entry, field.name) for field in fields(ReferenceImage)})
 
 
 def _drawn(seed: int) -> bytes:

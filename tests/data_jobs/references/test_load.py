@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 import shutil
 
 import numpy as np
 import pytest
 
-from data_jobs.references.catalogue import CatalogueEntry, read_references
+from data_jobs.references.catalogue import read_references
 from data_jobs.references.embedder import (
     PreparedReference,
     ReferenceEmbedder,
@@ -22,8 +22,9 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceStore
 from serve_app.records.serving import live_model, publish
+from tests.data_jobs.references.conftest import reference_image
 
 IMAGES, CLINICAL = 12, (0, 5)
 
@@ -56,13 +57,8 @@ async def fill(pool: Pool, model: StoredModel, folder: Path) -> None:
     cache = ReferenceCache(pool)
     await cache.begin(identify_embedder(model, spec), expected=len(entries))
     vectors = ReferenceEmbedder(model, spec).embed(pixels)
-    await cache.take_in(spec.embedding_space, [case_of(entry) for entry in entries], vectors)
+    await cache.take_in(spec.embedding_space, [reference_image(entry) for entry in entries], vectors)
     await cache.complete(spec.embedding_space)
-
-
-def case_of(entry: CatalogueEntry) -> ReferenceImage:
-    names = (field.name for field in fields(ReferenceImage))
-    return ReferenceImage(**{name: getattr(entry, name) for name in names})
 
 
 async def canaries(pool: Pool, model: StoredModel, folder: Path) -> Check:

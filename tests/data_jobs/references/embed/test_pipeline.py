@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 import hashlib
 import io
 from pathlib import Path
@@ -17,7 +16,6 @@ from data_jobs.references.embed.job import count_done, run_job
 from data_jobs.references.embed.pipeline import (
     EmbedImages,
     PrepareImages,
-    ReferenceSink,
     Target,
     catalogue_table,
     split_rows,
@@ -37,7 +35,8 @@ from deployments.preprocess.preprocess import prepare_image
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
-from serve_app.records.references import FailedReference, ReferenceCache, ReferenceImage
+from serve_app.records.references import FailedReference, ReferenceCache
+from tests.data_jobs.references.conftest import reference_image
 
 ONE = Resources(actors=1)
 IMAGES = 6
@@ -58,30 +57,22 @@ def geometry(model: StoredModel) -> InputGeometry:
     return InputGeometry.from_manifest(model.manifest.input)
 
 
-def test_a_reference_has_the_vector_that_its_upload_would_have(make_folder, model, geometry, target) -> None:
-    folder = make_folder(2)
-    table = embed(folder, geometry, target)
+def test_a_reference_has_the_vector_that_its_upload_would_have_and_a_bad_file_costs_nobody_else(
+    make_folder, model, geometry, target
+) -> None:
+    folder = make_folder(4, bad=(1, 2))
+    rows = embed(folder, geometry, target).to_pylist()
+    assert [row["cause"] for row in rows] == [None, "unreadable", "unsupported_image", None]
+    assert all(row["embedding"] is None and row["detail"] for row in rows[1:3])
+    assert [row["age_approx"] for row in rows] == [None, 50, None, 50]
     store = ModelStore(target.models)
     classifier, embedder = Classifier(store), Embedder(store)
-    space = model.manifest.live_space.embedding_space
-    for row in table.to_pylist():
+    for row in (rows[0], rows[3]):
         upload = (folder / "images" / f"{row['isic_id']}.jpg").read_bytes()
-        (output,) = classifier.classify(
-            model.manifest.model_id, [prepare_image(upload, geometry, ARCHIVE_LIMITS).pixels]
-        )
-        expected = embedder.embed(model.manifest.model_id, space, output.bottleneck)
+        pixels = prepare_image(upload, geometry, ARCHIVE_LIMITS).pixels
+        (output,) = classifier.classify(target.model_id, [pixels])
+        expected = embedder.embed(target.model_id, target.embedding_space, output.bottleneck)
         np.testing.assert_array_equal(np.frombuffer(row["embedding"], np.float32), expected)
-
-
-def test_bad_files_become_rows_with_a_cause_and_their_neighbours_are_embedded(
-    make_folder, geometry, target
-) -> None:
-    folder = make_folder(6, bad=(1, 4))
-    rows = embed(folder, geometry, target).to_pylist()
-    assert [row["cause"] for row in rows] == [None, "unreadable", None, None, "unsupported_image", None]
-    assert all((row["embedding"] is None) == (row["cause"] is not None) for row in rows)
-    assert all(row["detail"] for row in rows if row["cause"])
-    assert [row["age_approx"] for row in rows] == [None, 50, None, 50, None, 50]
 
 
 def test_an_altered_file_is_not_what_was_fetched(make_folder, geometry) -> None:
@@ -149,11 +140,7 @@ def test_blocks_are_of_a_transaction_and_enough_for_all_actors(
     assert [part.num_rows for part in split_rows(table, Resources(actors=actors))] == blocks
 
 
-def test_an_embedder_is_identified_by_what_decides_a_vector(model) -> None:
-    spec = space_spec(model, None)
-    known = identify_embedder(model, spec)
-    assert known == identify_embedder(model, spec)
-    assert len(known.digest) == 64
+def test_a_space_that_the_model_lacks_is_refused(model) -> None:
     with pytest.raises(ModelContractError, match="has no space"):
         space_spec(model, "another.space")
 
@@ -162,10 +149,7 @@ def test_an_embedder_is_identified_by_what_decides_a_vector(model) -> None:
 async def filled(make_folder, new_database, target):
     """A folder whose images are in the space, beside a failure of another folder's: the folder, the owner's URL."""
     folder, urls = make_folder(IMAGES), await new_database()
-    names = [field.name for field in fields(ReferenceImage)]
-    images = [
-        ReferenceImage(**{name: getattr(entry, name) for name in names}) for entry in read_catalogue(folder)
-    ]
+    images = [reference_image(entry) for entry in read_catalogue(folder)]
     model = ModelStore(target.models).open(target.model_id)
     pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
     try:
@@ -201,12 +185,6 @@ async def test_an_image_of_the_folder_that_failed_is_counted_once(filled, target
         assert await count_done(cache, space, {"ISIC_9999999"}) == (0, {"undecodable_image": 1})
     finally:
         await pool.close()
-
-
-def test_the_sink_shows_no_password(target) -> None:
-    dsn = "postgresql://derm_owner:secret@localhost/derm"
-    sink = ReferenceSink(dsn, target.embedding_space, rows_per_write=256)
-    assert "secret" not in f"{sink!r} {sink} {vars(sink)} {sink.get_name()}"
 
 
 def embed(folder: Path, geometry: InputGeometry, target: Target) -> pa.Table:

@@ -27,22 +27,16 @@ import pytest
 from data_jobs.references.fetch.http import Http, Pace
 from data_jobs.references.fetch.sources import Archive, Bucket, flatten
 
-CURSOR_LIMIT = 100
-
-
-@dataclass
-class Fault:
-    """What the server does instead of answering: a status, or something with the body it would have sent."""
-
-    status: int | None = None
-    retry_after: str | None = None
-    #: "reset", "cut" (half the announced body), "short" (half, announced as such), "garbage", "hang"
-    body: str | None = None
+Fault = int | str | tuple[int, str]
 
 
 @dataclass
 class ArchiveServer:
-    """`images`: what there is, newest first. `faults`: for the next requests whose path has the key in it."""
+    """`images`: what there is, newest first. `faults`: for the next requests whose path has the key in it.
+
+    A fault is a status, a status with its Retry-After, or what happens to the body that would have been sent: "reset",
+    "cut" (half of what was announced), "short" (half, announced as such), "garbage" or "hang".
+    """
 
     new_jpeg: Callable[[int], bytes]
     images: dict[str, dict] = field(default_factory=dict)
@@ -50,7 +44,7 @@ class ArchiveServer:
     faults: dict[str, deque[Fault]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
-    page: int = CURSOR_LIMIT
+    page: int = 100
     delay_s: float = 0.0
     base: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -90,10 +84,12 @@ class ArchiveServer:
         return {**self.images[isic_id], "files": files}
 
     def search(self, query: dict[str, str], url: str) -> tuple[int, dict]:
-        if query.get("query", "").count('"') % 2:
-            return 400, {"message": "Couldn't parse search query."}
         terms = [term.split(":") for term in query.get("query", "").split(" AND ") if term]
-        found = [self.image(isic_id) for isic_id in self.images if self._matches(isic_id, terms)]
+        found = []
+        for isic_id, image in self.images.items():
+            fields = flatten(image)
+            if all(str(fields.get(name)) == value for name, value in terms):
+                found.append(self.image(isic_id))
         position = 0
         if "cursor" in query:
             try:
@@ -111,10 +107,6 @@ class ArchiveServer:
         count = len(found) if position == 0 else None
         page = {"count": count, "next": next_url, "previous": None, "results": found[position:after]}
         return 200, page
-
-    def _matches(self, isic_id: str, terms: list[list[str]]) -> bool:
-        fields = flatten(self.images[isic_id])
-        return all(str(fields.get(name)) == value for name, value in terms)
 
     def snapshot(self) -> bytes:
         rows = [flatten(image) for image in self.images.values()]
@@ -146,11 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(archive.delay_s)
         fault = archive.fault(self.path)
         try:
-            if fault and fault.status:
-                asked = {"Retry-After": fault.retry_after} if fault.retry_after else {}
-                self.send(fault.status, b"{}", **asked)
-            else:
-                self.send_with(fault, *self.find(archive))
+            match fault:
+                case int(status):
+                    self.send(status, b"{}")
+                case (status, retry_after):
+                    self.send(status, b"{}", **{"Retry-After": retry_after})
+                case _:
+                    self.send_with(fault, *self.find(archive))
         except ConnectionError:
             # A client that was interrupted, as some tests do.
             self.close_connection = True
@@ -172,8 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             return 403, b"expired"
         return 200, archive.files[named[2]]
 
-    def send_with(self, fault: Fault | None, status: int, body: bytes):
-        match fault and fault.body:
+    def send_with(self, fault: str | None, status: int, body: bytes):
+        match fault:
             case None:
                 self.send_range(status, body)
             case "reset":
@@ -243,8 +237,3 @@ def archive(archive_server, pace):
 def bucket(archive_server, pace):
     with Http(archive_server.bucket, pace) as http:
         yield Bucket(http, base=archive_server.bucket)
-
-
-@pytest.fixture
-def new_fault():
-    return Fault

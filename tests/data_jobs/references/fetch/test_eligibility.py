@@ -10,38 +10,21 @@ from serve_app.domain.errors import InvalidField
 
 MELANOMA = "Malignant:Malignant melanocytic proliferations (Melanoma)"
 KERATOSIS = "Indeterminate:Indeterminate epidermal proliferations"
-UNCERTAIN = "Indeterminate:Indeterminate melanocytic proliferations"
 EPIDERMAL = "Malignant:Malignant epidermal proliferations"
 VASCULAR = "Benign:Benign soft tissue proliferations - Vascular"
-
-
-@pytest.fixture(scope="module")
-def vocabulary() -> list[str]:
-    """Every diagnosis that the archive's own vocabulary knows."""
-    known = pytest.importorskip(
-        "isic_metadata.diagnosis_hierarchical", reason="isic-metadata, of the train extra, is not installed"
-    )
-    return [entry.value for entry in known.DiagnosisEnum]
 
 
 @pytest.mark.parametrize(
     ("path", "diagnosis"),
     [
-        (MELANOMA, "MEL"),
         (f"{MELANOMA}:Melanoma in situ:Melanoma in situ, Lentigo maligna type", "MEL"),
         (f"{MELANOMA}:Melanoma metastasis", None),
-        ("Benign:Benign melanocytic proliferations:Nevus:Blue nevus:Blue nevus, Cellular", "NV"),
         ("Benign:Benign melanocytic proliferations", None),
-        (f"{UNCERTAIN}:Atypical Spitz tumor", None),
         (f"{KERATOSIS}:Solar or actinic keratosis:Actinic keratosis, Bowenoid", "AK"),
-        (f"{EPIDERMAL}:Squamous cell carcinoma in situ", "SCC"),
         (f"{EPIDERMAL}:Keratoacanthoma", None),
-        (VASCULAR, "VASC"),
         (f"{VASCULAR}:Hemangioma:Hemangioma, Cherry", "VASC"),
         (f"{VASCULAR}:Glomus tumor", None),
         ("Malignant:Malignant soft tissue proliferations - Vascular:Kaposi sarcoma", None),
-        ("Benign:Benign epidermal proliferations:Solar lentigo", "BKL"),
-        ("Benign:Benign epidermal proliferations:Epidermal nevus", None),
         ("Indeterminate", None),
         ("Nonsense:From:Elsewhere", None),
         ("", None),
@@ -61,16 +44,14 @@ def test_a_level_below_a_missing_one_does_not_count():
 COUNTS = {"MEL": 28, "NV": 32, "BCC": 10, "AK": 6, "BKL": 5, "DF": 6, "VASC": 29, "SCC": 35}
 
 
-def test_every_diagnosis_of_the_archive_is_judged(vocabulary):
-    classes = [diagnosis_of(value.split(":")) for value in vocabulary]
-    found = {diagnosis.value: classes.count(diagnosis) for diagnosis in TRAINED}
-    assert found == COUNTS
-    assert set(CLASSES) <= set(vocabulary)
-
-
-def test_no_benign_diagnosis_becomes_malignant_and_no_malignant_one_benign(vocabulary):
-    for value in vocabulary:
-        found = diagnosis_of(value.split(":"))
+def test_every_diagnosis_of_the_archive_is_judged_and_none_of_benign_and_malignant_taken_for_the_other():
+    known = pytest.importorskip(
+        "isic_metadata.diagnosis_hierarchical", reason="isic-metadata, of the train extra, is not installed"
+    )
+    classes = {entry.value: diagnosis_of(entry.value.split(":")) for entry in known.DiagnosisEnum}
+    assert {diagnosis.value: list(classes.values()).count(diagnosis) for diagnosis in TRAINED} == COUNTS
+    assert set(CLASSES) <= set(classes)
+    for value, found in classes.items():
         if found is not None and found is not Diagnosis.AK:
             assert value.startswith("Malignant") == (found in MALIGNANT), value
         assert value.startswith("Indeterminate") or found is not Diagnosis.AK

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 import threading
 import time
@@ -29,15 +30,8 @@ def test_a_server_that_asks_to_be_left_alone_is_left_alone_by_all_threads(pace):
     with pytest.raises(Transient):
         pace.retry(_failing(wait_s=0.3), attempts=1)
     started = time.monotonic()
-    waited = []
-    others = [
-        threading.Thread(target=lambda: waited.append(pace.retry(lambda: time.monotonic() - started, 1)))
-        for _ in range(3)
-    ]
-    for other in others:
-        other.start()
-    for other in others:
-        other.join()
+    with ThreadPoolExecutor(3) as pool:
+        waited = pool.map(lambda _: pace.retry(lambda: time.monotonic() - started, 1), range(3))
     assert min(waited) >= 0.25
 
 
