@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serve_app.domain.assessment import Assessment
-from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.patient import Checklist, ClinicalContext, Lookup, RecordCheck
 from serve_app.records.assessment_json import (
     assessment_from_json,
     assessment_to_json,
@@ -52,6 +52,20 @@ def test_an_assessment_survives_json(value: Assessment) -> None:
 @given(_any(ClinicalContext))
 def test_a_context_survives_json(value: ClinicalContext) -> None:
     assert context_from_json(json.loads(json.dumps(context_to_json(value)))) == value
+
+
+@pytest.mark.parametrize("place", [(), ("history",), ("checklist",), ("record",)])
+def test_what_a_later_version_knows_of_the_patient_is_refused_and_not_left_out(
+    place: tuple[str, ...],
+) -> None:
+    """A risk factor that this version cannot weigh must not vanish."""
+    kept = context_to_json(ClinicalContext(checklist=Checklist(), record=RecordCheck(Lookup.FOUND)))
+    table = kept
+    for name in place:
+        table = table[name]
+    table["transplant"] = True
+    with pytest.raises(ValueError, match="transplant"):
+        context_from_json(kept)
 
 
 async def test_an_assessment_survives_jsonb(pool, assessment) -> None:
