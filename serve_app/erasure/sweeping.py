@@ -15,8 +15,6 @@ from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import ErasureRequest
 from serve_app.records.retention import Housekeeping, RetentionStore
 
-logger = logging.getLogger("derm.housekeeping")
-
 #: How often accepted erasures and new images' keys are looked after, and everything else.
 ERASURES_EVERY_S, REST_EVERY_S = 10.0, 3600.0
 #: How long one part may take: each can be broken off anywhere, and goes on from there in its next round.
