@@ -41,7 +41,7 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import FailedReference
+from serve_app.records.references import FailedReference
 from serve_app.settings import REPOSITORY, model_folder
 
 _PROCESSES = 2

@@ -30,7 +30,8 @@ from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
-from serve_app.records.lesions import LesionStore
+from serve_app.audit.events import account_event
+from serve_app.records.access import AccessStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
 from serve_app.settings import model_folder
@@ -148,7 +149,8 @@ def prepare_records(home: Path, urls: DatabaseUrls, *, clinician: str, patient: 
         await migrate(urls.owner, application_role="derm_app")
         await publish_bundled(urls.owner, models, next(iter(ModelStore(models))))
         pool = await open_pool(urls.owner, minimum=0, maximum=1)
-        await LesionStore(pool).assign(patient, clinician, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        since, event = datetime(2026, 1, 1, tzinfo=UTC), account_event("assign", patient_id=patient)
+        await AccessStore(pool).assign(patient, clinician, starts_at=since, ends_at=None, event=event)
         await pool.close()
 
     asyncio.run(fill())

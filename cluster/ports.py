@@ -13,6 +13,8 @@ import psutil
 # Above Ray's worker ports (10002 to 19999), below the kernel's for outgoing connections (32768 on): such a port
 # cannot be taken by a connection of Ray or PostgreSQL between being chosen and being listened on.
 _CHOSEN = range(20_000, 32_768)
+#: What this process has chosen.
+_reserved: set[int] = set()
 
 
 def is_listened_on(host: str, port: int) -> bool:
@@ -28,19 +30,39 @@ def is_listened_on(host: str, port: int) -> bool:
 
 
 def choose_port(wanted: int = 0, *, taken: Collection[int] = ()) -> int:
-    """Return the wanted loopback port, or else any that is free and not in `taken`."""
+    """Return the wanted loopback port, or else any that is free and not in `taken`.
+
+    As long as this process lives no other is given it here: Ray opens HAProxy's long after they are chosen.
+    """
     port = wanted or random.choice(_CHOSEN)  # noqa: S311 - nothing secret
-    while port in taken or is_listened_on("127.0.0.1", port):
+    while (
+        port in taken
+        or (port in _reserved and port != wanted)
+        or is_listened_on("127.0.0.1", port)
+        or not _reserve(port)
+    ):
         port = random.choice(_CHOSEN)  # noqa: S311
     return port
 
 
+def _reserve(port: int) -> bool:
+    """Have a port for this process; False where another process of this machine has chosen it."""
+    if port not in _reserved:
+        # A name that the kernel frees with the process: nothing is left behind by one that was killed.
+        holder = socket.socket(socket.AF_UNIX)
+        try:
+            holder.bind(f"\0derm-cds-port-{port}")
+        except OSError:
+            holder.close()
+            return False
+        holder.detach()
+        _reserved.add(port)
+    return True
+
+
 def choose_ports(count: int) -> list[int]:
     """Return as many different free loopback ports."""
-    ports: list[int] = []
-    while len(ports) < count:
-        ports.append(choose_port(taken=ports))
-    return ports
+    return [choose_port() for _ in range(count)]
 
 
 def listener_on(port: int) -> str:

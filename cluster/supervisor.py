@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 import json
 import os
@@ -32,12 +32,8 @@ from cluster.running import Running, announce, occupy
 from serve_app.domain.errors import DermError
 
 #: What a node takes if it can, by RayNode's names.
-PORTS = {
-    "port": 6379,
-    "stats_port": 8404,
-    "metrics_port": 9101,
-    "dashboard_port": 8265,
-    "fallback_port": 8500,
+PORTS: dict[str, Any] = {
+    field.name: field.default for field in fields(RayNode) if field.name.endswith("port")
 }
 
 _LOOK_EVERY_S = 1.0
@@ -261,7 +257,7 @@ def _node(request: ServeRequest) -> RayNode:
             f"Port {request.port} on {request.host} is taken by {listener_on(request.port)}; "
             "stop that, or choose another with --port."
         )
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, int] = {}
     for name, wanted in PORTS.items():
         chosen[name] = choose_port(wanted, taken=[request.port, *chosen.values()])
     return RayNode(request.home, dashboard=request.dashboard, **chosen)

@@ -21,10 +21,7 @@ async def warm_at_start(settings: Settings, warm: Callable[[Sequence[LiveModel]]
     published or the live one must not be loaded. A candidate that must not be loaded is the publisher's affair.
     """
     pool = await open_pool(
-        settings.database_url.get_secret_value(),
-        minimum=0,
-        maximum=1,
-        timeout_s=settings.database_timeout_s,
+        settings.database_url.get_secret_value(), minimum=0, maximum=1, timeout_s=settings.database_timeout_s
     )
     try:
         live, candidate = await live_model(pool), await announced(pool)

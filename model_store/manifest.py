@@ -177,12 +177,9 @@ _MANIFEST = TypeAdapter(Manifest)
 
 def _contract_problems(manifest: Manifest) -> Iterator[str]:
     output, conformal = manifest.output, manifest.conformal
-    named = {manifest.onnx, manifest.ood.statistics}
-    named |= {space.transform for space in manifest.spaces}
-    named |= {space.references for space in manifest.spaces}
-    if manifest.input.aspect_evidence is not None:
-        named.add(manifest.input.aspect_evidence)
-    unvouched = ", ".join(sorted(named - set(manifest.files)))
+    named = {manifest.onnx, manifest.ood.statistics, manifest.input.aspect_evidence}
+    named.update(name for space in manifest.spaces for name in (space.transform, space.references))
+    unvouched = ", ".join(sorted(filter(None, named - set(manifest.files))))
     rules = (
         (manifest.model_id == f"{manifest.architecture}.{manifest.tag}", "model_id is not architecture.tag"),
         (manifest.modality == "dermoscopic", f"modality {manifest.modality!r} is not dermoscopic"),

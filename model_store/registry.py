@@ -24,11 +24,6 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(folder: Path) -> str:
-    """SHA-256 of the manifest, which itself holds the digest of every other file."""
-    return digest_file(folder / MANIFEST_NAME)
-
-
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Raise ModelContractError unless every named file is there with its size and digest."""
     for name, expected in manifest.files.items():
@@ -104,7 +99,7 @@ class Loaded(Generic[Key, Value]):
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model folder that has been verified: every file is the one its manifest names."""
+    """A verified model folder; `digest` is its manifest's SHA-256, which holds that of every other file."""
 
     folder: Path
     manifest: Manifest
@@ -154,4 +149,4 @@ class ModelStore:
         if manifest.model_id != model_id:
             raise ModelContractError(f"{folder} holds {manifest.model_id}.")
         verify_files(folder, manifest)
-        return StoredModel(folder, manifest, model_digest(folder))
+        return StoredModel(folder, manifest, digest_file(folder / MANIFEST_NAME))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 import onnxruntime as ort
 
-from model_store.manifest import Manifest, OutputSpec
+from model_store.manifest import Manifest
 from model_store.registry import StoredModel
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
@@ -52,10 +52,10 @@ class InferenceSession:
         if provider not in self._session.get_providers():
             raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
         _check_graph(self._session, manifest)
-        _check_labels(self._session, manifest)
-        self._input = manifest.input.name
-        self._outputs = [manifest.output.logits, manifest.output.bottleneck]
-        self._order = _logit_order(manifest.output)
+        output = manifest.output
+        self._input, self._outputs = manifest.input.name, [output.logits, output.bottleneck]
+        by_diagnosis = {output.label_map[label]: index for index, label in enumerate(output.label_space)}
+        self._order = np.array([by_diagnosis[diagnosis] for diagnosis in TRAINED], dtype=np.intp)
 
     def run(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits N×8 in the order of `TRAINED`, and bottleneck N×512."""
@@ -64,7 +64,10 @@ class InferenceSession:
 
 
 def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
-    """Raise ModelContractError unless the graph has the inputs and outputs that its manifest says."""
+    """Raise ModelContractError unless the graph has the inputs, outputs and labels that its manifest says.
+
+    Models from before the export wrote their labels down name none.
+    """
     channels, height, width = manifest.input.input_size
     expected = {
         manifest.input.name: ("tensor(uint8)", [height, width, channels]),
@@ -75,20 +78,8 @@ def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
     found = {port.name: (port.type, list(port.shape[1:])) for port in ports}
     if found != expected:
         raise ModelContractError(f"{manifest.onnx} has {found}, its manifest says {expected}.")
-
-
-def _check_labels(session: ort.InferenceSession, manifest: Manifest) -> None:
-    """Raise ModelContractError when the graph itself names its labels, and the manifest in another order.
-
-    Models from before the export wrote them down name none.
-    """
     stated = session.get_modelmeta().custom_metadata_map.get("label_space")
     if stated is not None and tuple(stated.split(",")) != manifest.output.label_space:
         raise ModelContractError(
             f"{manifest.onnx} gives its logits as {stated}, its manifest as {','.join(manifest.output.label_space)}."
         )
-
-
-def _logit_order(output: OutputSpec) -> NDArray[np.intp]:
-    by_diagnosis = {output.label_map[label]: index for index, label in enumerate(output.label_space)}
-    return np.array([by_diagnosis[diagnosis] for diagnosis in TRAINED], dtype=np.intp)

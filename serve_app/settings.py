@@ -99,7 +99,7 @@ class Settings(KeySettings):
     token_issuer: str = "derm-cds"
     token_audience: str = "derm-cds"
 
-    models: Path = REPOSITORY / "model_store" / "models"
+    models: Path = Field(default_factory=model_folder)
 
     max_upload_bytes: int = Field(default=20 * 1024 * 1024, gt=0)
     max_upload_pixels: int = Field(default=40_000_000, gt=0)
@@ -212,12 +212,9 @@ def load_key_settings() -> KeySettings:
 
 #: RFC 7518 3.2: at least as long as HS256's hash.
 SECRET_BYTES = 32
-
 #: What a secret begins with that a node made for itself, so that no PMS signs with it.
 DEVELOPMENT_PREFIX = "development-"
-
 _EXAMPLES = ("changeme", "change-me", "change_me", "secret", "password", "example", "development")
-_DISTINCT_CHARACTERS = 10
 
 
 def make_development_secret() -> str:
@@ -233,6 +230,6 @@ def find_weakness(secret: str) -> str | None:
         return "`derm-cds serve` made it for development"
     if any(example in secret.lower() for example in _EXAMPLES):
         return "it reads like an example"
-    if len(set(secret)) < _DISTINCT_CHARACTERS:
-        return f"it has fewer than {_DISTINCT_CHARACTERS} different characters"
+    if len(set(secret)) < 10:
+        return "it has fewer than 10 different characters"
     return None

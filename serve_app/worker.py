@@ -66,10 +66,8 @@ class Worker:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """For /readyz, by loop: whether it runs, how often it was started again, and what ended it last."""
-        return {
-            name: {"running": state.running, "restarts": state.restarts, "last_error": state.last_error}
-            for name, state in self._states.items()
-        }
+        shown = ("running", "restarts", "last_error")
+        return {name: {one: getattr(state, one) for one in shown} for name, state in self._states.items()}
 
     def findings(self) -> list[str]:
         """Name the loops that keep ending."""

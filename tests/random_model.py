@@ -66,13 +66,7 @@ def write_folder(store: Path, recipe: Recipe, export: Path, shipped: Path, archi
     write_manifest(folder, content)
     model = ModelStore(store).open(recipe.model_id)
     rows = [row for row in read_rows(archive) if row.diagnosis_confirm_type][::3000]
-    embeddings = embed_rows(
-        rows,
-        archive,
-        model,
-        model.manifest.live_space,
-        threads=1,
-    )
+    embeddings = embed_rows(rows, archive, model, model.manifest.live_space, threads=1)
     write_references(folder / "references.parquet", rows, embeddings)
     content["spaces"][0]["count"] = len(rows)
     write_manifest(folder, content)

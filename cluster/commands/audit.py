@@ -129,11 +129,9 @@ def _export(arguments: argparse.Namespace) -> None:
     async def write(pool: Pool) -> int:
         count = 0
         with os.fdopen(os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            async for found in events_between(pool, start, end):
-                server, at = socket.gethostname(), found.recorded_at
-                resource = audit_event_resource(
-                    found.event, event_id=found.event_id, recorded_at=at, server=server
-                )
+            async for event_id, at, event in events_between(pool, start, end):
+                server = socket.gethostname()
+                resource = audit_event_resource(event, event_id=event_id, recorded_at=at, server=server)
                 file.write(json.dumps(resource, separators=(",", ":")) + "\n")
                 count += 1
         return count

@@ -18,7 +18,7 @@ from data_jobs.references.load import publish_bundled, publish_space, verify_spa
 from model_store.registry import ModelStore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict, DermError
-from serve_app.records.reference_cache import ReferenceCache, SpaceSummary
+from serve_app.records.references import ReferenceCache, SpaceSummary
 from serve_app.records.serving import Approval, live_model
 from serve_app.settings import REPOSITORY, model_folder
 

@@ -15,8 +15,7 @@ from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.errors import DermError
 from serve_app.records.pool import Pool
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceStore
 from serve_app.records.serving import LiveModel
 
 

@@ -13,7 +13,7 @@ from data_jobs.promotion.answers import CaseAnswers
 from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.evaluation.figures import age_band, split
 from data_jobs.training.evaluation.predictions import MELANOMA, known_eight
-from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
 from data_jobs.training.probabilities import (
     Floats,
     Labels,
@@ -194,15 +194,14 @@ def _measure(
         raise ModelContractError(
             f"{model.manifest.model_id} has no operating point `melanoma`: calibrate it anew."
         )
-    positive = np.isin(labels, [TRAINED.index(d) for d in point.diagnoses])
     lesions = [row.lesion for row in rows]
-    scores, positives = by_lesion(point_score(known_eight(nine), point.diagnoses), positive, lesions)
+    scores, positives = lesion_scores(known_eight(nine), labels, lesions, point.diagnoses)
     found = measure_threshold(scores, positives, point.threshold)
     figures = Figures(
         images=len(labels),
         top1=top_k_accuracy(nine, labels, 1),
         top3=top_k_accuracy(nine, labels, 3),
-        balanced_accuracy=balanced_accuracy(nine, labels, len(TRAINED)),
+        balanced_accuracy=balanced_accuracy(nine, labels),
         melanoma_auc=area_under_curve(nine[:, MELANOMA], labels == MELANOMA),
         ece=calibration_error(nine, labels),
         melanoma_lesions=found.positives,

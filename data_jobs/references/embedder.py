@@ -20,7 +20,7 @@ from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import StoredModel
 from model_store.session import Device, InferenceSession
 from serve_app.domain.errors import ModelContractError, RejectedUpload
-from serve_app.records.reference_cache import FailedReference, ReferencePicture, SpaceEmbedder
+from serve_app.records.references import FailedReference, ReferencePicture, SpaceEmbedder
 
 #: Longer side of a picture, pixels: as large as a neighbour is shown beside the patient's image.
 PICTURE_SIDE = 384

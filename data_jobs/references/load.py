@@ -18,8 +18,13 @@ from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.reference_cache import FailedReference, ReferenceCache, SpaceSummary
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import (
+    FailedReference,
+    ReferenceCache,
+    ReferenceImage,
+    ReferenceStore,
+    SpaceSummary,
+)
 from serve_app.records.serving import Approval, LiveModel, live_model, publish_when_ready
 
 #: Share of a catalogue that may have failed: more is a broken fetch, not a few bad files.

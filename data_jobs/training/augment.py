@@ -85,11 +85,7 @@ def _simulate_capture(image: Image.Image, full_side: float, plan: AugmentPlan, r
 
 
 def _view(
-    image: Image.Image,
-    side: int,
-    crop: tuple[float, float],
-    small_rotation: float,
-    rng: Rng,
+    image: Image.Image, side: int, crop: tuple[float, float], small_rotation: float, rng: Rng
 ) -> Image.Image:
     """Crop, mirror, turn and resample in one affine map; what lies outside is mirrored in."""
     size = image.width

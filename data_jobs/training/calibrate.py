@@ -28,9 +28,10 @@ from data_jobs.training.dataset import (
     training_indices,
 )
 from data_jobs.training.embedding_spaces import choose_space, pair_figures
+from data_jobs.training.evaluation.figures import by_diagnosis
 from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
 from data_jobs.training.operating_points import choose_points, conformal_thresholds
-from data_jobs.training.probabilities import calibration_error, fit_temperature, quantiles, softmax
+from data_jobs.training.probabilities import calibration_error, fit_temperature, quantiles, rounded, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Pixels, open_onnx, scan_images, scan_pixels, soften
 from data_jobs.training.unknown import (
@@ -40,8 +41,8 @@ from data_jobs.training.unknown import (
     make_outliers,
     outlier_figures,
     skin_like,
-    unknown_probability,
 )
+from deployments.classifier.calibration import unknown_probability
 from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import measure_quality
 from serve_app.domain.diagnosis import TRAINED
@@ -91,17 +92,13 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     known, scores = statistics.score(held.bottleneck), statistics.score(found)
     slope, intercept = fit_logistic(known, scores[fitting])
     space_name, space, space_figures = choose_space(train, train_rows, held, held_rows)
-    fitted = {
-        "temperature": temperature,
-        "slope": round(slope, 6),
-        "intercept": round(intercept, 6),
-        "training_images": len(train_indices),
-    }
+    fitted = {"temperature": temperature, "slope": round(slope, 6), "intercept": round(intercept, 6)}
+    fitted["training_images"] = len(train_indices)
     report = fitted | {
         "calibration_images": len(held_indices),
-        "ece": round(calibration_error(p, labels), 4),
-        "images_a_class": {d.value: int((labels == i).sum()) for i, d in enumerate(TRAINED)},
-        "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        "ece": rounded(calibration_error(p, labels)),
+        "images_a_class": by_diagnosis(np.bincount(labels, minlength=len(TRAINED)), int),
+        "thresholds": by_diagnosis(thresholds, float),
         "operating_points": {name: asdict(point) for name, point in points.items()},
         "known_scores": quantiles(known, SCORE_QUANTILES),
         "known_p_unk": quantiles(unknown_probability(known, slope, intercept), SCORE_QUANTILES),
@@ -112,10 +109,8 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
         "spaces": space_figures,
         "pairs": pair_figures(space.embed(held.bottleneck), lesions),
         "softened_images": len(softened.logits),
-        "softened_top1_agreement": round(
-            float((softened.logits.argmax(1) == held.logits[::4].argmax(1)).mean()), 4
-        ),
-        "top1": round(float((held.logits.argmax(1) == labels).mean()), 4),
+        "softened_top1_agreement": rounded((softened.logits.argmax(1) == held.logits[::4].argmax(1)).mean()),
+        "top1": rounded((held.logits.argmax(1) == labels).mean()),
     }
     content = manifest_content(recipe, exported["side"], fitted, points, thresholds, space_name)
     folder = models / recipe.model_id

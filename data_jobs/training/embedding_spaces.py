@@ -13,7 +13,7 @@ from data_jobs.references.load import read_bundle
 from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.evaluation.figures import RESAMPLES, interval, resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
-from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles, rounded
 from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
 from deployments.embedder.embedder import EmbeddingSpace
@@ -78,10 +78,15 @@ def precision_at(neighbours: NDArray[np.int64], labels: Labels, reference_labels
     return float((reference_labels[neighbours] == labels[:, None]).mean())
 
 
-def balanced_precision_at(neighbours: NDArray[np.int64], labels: Labels, reference_labels: Labels) -> float:
-    """The same, as the mean over diagnoses: a common one cannot carry it."""
+def precision_figures(
+    neighbours: NDArray[np.int64], labels: Labels, reference_labels: Labels
+) -> dict[str, float]:
+    """`precision_at` ten neighbours, over all and as the mean over diagnoses: a common one cannot carry that."""
     share = (reference_labels[neighbours] == labels[:, None]).mean(1)
-    return float(np.mean([share[labels == c].mean() for c in np.unique(labels)]))
+    return {
+        "precision_at_10": rounded(precision_at(neighbours, labels, reference_labels)),
+        "balanced_precision_at_10": rounded(np.mean([share[labels == c].mean() for c in np.unique(labels)])),
+    }
 
 
 def choose_space(
@@ -95,10 +100,7 @@ def choose_space(
     for name, space in spaces.items():
         queries, references = space.embed(held.bottleneck), space.embed(train.bottleneck)
         found = nearest(queries, held_lesions, references, train_lesions, 10)
-        figures[name] = {
-            "precision_at_10": round(precision_at(found, held_labels, train_labels), 4),
-            "balanced_precision_at_10": round(balanced_precision_at(found, held_labels, train_labels), 4),
-        }
+        figures[name] = precision_figures(found, held_labels, train_labels)
     best = max(figures, key=lambda name: sum(figures[name].values()))
     return best, spaces[best], figures
 
@@ -151,8 +153,7 @@ def retrieval_figures(model: StoredModel, scan: Scan, predictions: Predictions, 
     vote = (shipped.labels[found] == MELANOMA).mean(1)
     return {
         "references": len(shipped.lesions),
-        "precision_at_10": round(precision_at(found[:, :10], labels, shipped.labels), 4),
-        "balanced_precision_at_10": round(balanced_precision_at(found[:, :10], labels, shipped.labels), 4),
+        **precision_figures(found[:, :10], labels, shipped.labels),
         **vote_figures(vote, predictions, seed),
     }
 
@@ -171,8 +172,8 @@ def vote_figures(
     resampled = weighted_auc(vote, melanoma, weights) - weighted_auc(softmax, melanoma, weights)
     by_vote, by_softmax = area_under_curve(vote, melanoma), area_under_curve(softmax, melanoma)
     return {
-        "vote_16_melanoma_auc": round(by_vote, 4),
-        "softmax_melanoma_auc": round(by_softmax, 4),
-        "vote_minus_softmax": round(by_vote - by_softmax, 4),
+        "vote_16_melanoma_auc": rounded(by_vote),
+        "softmax_melanoma_auc": rounded(by_softmax),
+        "vote_minus_softmax": rounded(by_vote - by_softmax),
         "vote_minus_softmax_interval": interval(resampled),
     }

@@ -20,11 +20,11 @@ from data_jobs.training.card import write_card
 from data_jobs.training.dataset import fold_indices, isic_folder, load_pixels, read_rows
 from data_jobs.training.embedding_spaces import retrieval_figures
 from data_jobs.training.evaluation.figures import (
+    RESAMPLES,
     accuracy_figures,
     bootstrap_intervals,
     challenge_figures,
     diagnosis_figures,
-    lesion_diagnosis_figures,
     lesion_figures,
     melanoma_curve,
     reliability,
@@ -40,7 +40,8 @@ from data_jobs.training.evaluation.predictions import (
     write_predictions,
 )
 from data_jobs.training.manifest_file import seal
-from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
+from data_jobs.training.probabilities import rounded
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import scan_images, scan_pixels, soften
 from data_jobs.training.unknown import SPOILT, unknown_figures
@@ -49,7 +50,6 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import Manifest
 from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
-from serve_app.domain.diagnosis import TRAINED
 
 
 def evaluate(
@@ -82,14 +82,14 @@ def evaluate(
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
         "softened": {
-            "top1_agreement": round(float((softened.argmax(1) == predictions.nine.argmax(1)).mean()), 4),
+            "top1_agreement": rounded((softened.argmax(1) == predictions.nine.argmax(1)).mean()),
             **accuracy_figures(softened, predictions.labels),
         },
     }
     return report, predictions, Predictions([rows[i] for i in fitted], *served(calibrator, other))
 
 
-def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
+def figures_of(predictions: Predictions, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
     """The figures that need nothing but predictions: anyone can compute them again from the file."""
     nine, labels = predictions.nine, predictions.labels
     ham = predictions[predictions.of_ham10000]
@@ -97,10 +97,9 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
         "with_unk": accuracy_figures(nine, labels),
         "without_unk": accuracy_figures(predictions.eight, labels),
         "ham10000": accuracy_figures(ham.nine, ham.labels),
-        "by_lesion": lesion_figures(predictions),
-        "diagnosis_by_lesion": lesion_diagnosis_figures(predictions),
-        "intervals": bootstrap_intervals(predictions, seed),
-        "ham10000_intervals": bootstrap_intervals(ham, seed),
+        **lesion_figures(predictions),
+        "intervals": bootstrap_intervals(predictions, seed, resamples),
+        "ham10000_intervals": bootstrap_intervals(ham, seed, resamples),
         **diagnosis_figures(predictions),
         "melanoma_curve": melanoma_curve(predictions),
         "reliability": reliability(predictions),
@@ -111,12 +110,11 @@ def figures_of(predictions: Predictions, seed: int) -> dict[str, Any]:
 
 def point_figures(predictions: Predictions, manifest: Manifest) -> dict[str, Any]:
     """What the manifest's thresholds give on these lesions."""
-    points = {}
-    for name, point in manifest.operating_points.items():
-        positive = np.isin(predictions.labels, [TRAINED.index(d) for d in point.diagnoses])
-        scores = by_lesion(point_score(predictions.eight, point.diagnoses), positive, predictions.lesions)
-        points[name] = asdict(measure_threshold(*scores, point.threshold))
-    return points
+    known = predictions.eight, predictions.labels, predictions.lesions
+    return {
+        name: asdict(measure_threshold(*lesion_scores(*known, point.diagnoses), point.threshold))
+        for name, point in manifest.operating_points.items()
+    }
 
 
 def without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON is any

@@ -75,11 +75,16 @@ class AdjustedLoss(nn.Module):
 class Teachers:
     """The models of a `[distillation]` table, computed by ONNX Runtime on the CPU."""
 
-    def __init__(self, plan: DistillationPlan, models: Path, prior: NDArray[np.float64]) -> None:
+    def __init__(self, plan: DistillationPlan, models: Path | None, prior: NDArray[np.float64]) -> None:
         """`models`: a folder of model folders; `prior`: class shares of the images trained on.
 
         Raises ValueError when a teacher is not there, or is another file than the recipe names.
         """
+        if models is None:
+            names = " and ".join(teacher.model_id for teacher in plan.teachers)
+            raise ValueError(
+                f"This recipe is taught by {names}: give the folder of their model folders with --teachers."
+            )
         self.side = plan.side
         threads = torch.get_num_threads()
         self._teachers = [

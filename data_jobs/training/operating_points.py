@@ -45,18 +45,19 @@ def lower_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
 
 def misses_allowed(positives: int, sensitivity: float = 0.95, confidence: float = 0.95) -> int:
     """Most misses with which the bound still holds; -1 when even none is too many."""
-    misses = -1
-    while (
-        misses + 1 < positives and lower_bound(positives - misses - 1, positives, confidence) >= sensitivity
-    ):
-        misses += 1
-    return misses
+    fail = (m for m in range(positives) if lower_bound(positives - m, positives, confidence) < sensitivity)
+    return next(fail, positives) - 1
 
 
-def by_lesion(
-    scores: Floats, positive: NDArray[np.bool_], lesions: Sequence[str]
+def lesion_scores(
+    probabilities: Floats, labels: Labels, lesions: Sequence[str], diagnoses: Sequence[Diagnosis]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """One score a lesion, the less favourable: a positive's lowest image, a negative's highest."""
+    """One score a lesion, and whether it is one of `diagnoses`, whose calibrated probabilities (N×8) the score sums.
+
+    The less favourable image counts: a positive's lowest, a negative's highest.
+    """
+    indices = [TRAINED.index(d) for d in diagnoses]
+    scores, positive = probabilities[:, indices].sum(1), np.isin(labels, indices)
     worst: dict[tuple[str, bool], float] = {}
     for score, is_positive, lesion in zip(scores.tolist(), positive.tolist(), lesions, strict=True):
         key = (lesion, is_positive)
@@ -102,20 +103,14 @@ def measure_threshold(
     )
 
 
-def point_score(probabilities: Floats, diagnoses: Sequence[Diagnosis]) -> Floats:
-    """Sum of the calibrated probabilities of `diagnoses`."""
-    return np.asarray(probabilities[:, [TRAINED.index(d) for d in diagnoses]].sum(1))
-
-
 def choose_points(
     probabilities: Floats, labels: Labels, lesions: Sequence[str]
 ) -> dict[str, ChosenThreshold]:
     """All operating points, chosen by lesion."""
-    found = {}
-    for name, diagnoses in POINTS.items():
-        positive = np.isin(labels, [TRAINED.index(d) for d in diagnoses])
-        found[name] = choose_threshold(*by_lesion(point_score(probabilities, diagnoses), positive, lesions))
-    return found
+    return {
+        name: choose_threshold(*lesion_scores(probabilities, labels, lesions, diagnoses))
+        for name, diagnoses in POINTS.items()
+    }
 
 
 #: A class of fewer calibration images than this is rare: 19 images of 16 lesions cannot place a 5 % quantile.

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 from scipy.optimize import minimize_scalar
 from sklearn import metrics
 
+from deployments.classifier.calibration import softmax as served_softmax
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
+
+
+def rounded(value: float | np.floating, digits: int = 4) -> float:
+    """A figure for reading."""
+    return round(float(value), digits)
 
 
 def quantiles(
     values: NDArray[np.floating] | Sequence[float], at: Sequence[float], digits: int = 4
 ) -> dict[str, float]:
     """Quantiles, rounded for reading."""
-    return {str(q): round(float(np.quantile(values, q)), digits) for q in at}
+    return {str(q): rounded(np.quantile(values, q), digits) for q in at}
 
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
     """Row-wise softmax of N×C logits / T."""
-    return np.asarray(special.softmax(np.asarray(logits, np.float64) / temperature, axis=1))
+    return served_softmax(np.asarray(logits, np.float64), temperature)
 
 
 def log_loss(probabilities: Floats, labels: Labels) -> float:
@@ -70,14 +76,18 @@ def fit_prior_shift(logits: NDArray[np.floating], labels: Labels, prior: Floats)
 
 def calibration_error(probabilities: Floats, labels: Labels, bins: int = 15) -> float:
     """Expected calibration error of the top answer, equal-width bins (Guo et al., ICML 2017, eq. 3)."""
+    return float(weighted_calibration_error(probabilities, labels, np.ones((1, len(labels))), bins)[0])
+
+
+def weighted_calibration_error(
+    probabilities: Floats, labels: Labels, weights: Floats, bins: int = 15
+) -> Floats:
+    """`calibration_error` under each of R weightings of the images, R×N."""
     confidence = probabilities.max(1)
-    hit = probabilities.argmax(1) == labels
+    gap = (probabilities.argmax(1) == labels) - confidence
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    total = 0.0
-    for b in range(bins):
-        if (inside := index == b).any():
-            total += inside.mean() * abs(float(hit[inside].mean()) - float(confidence[inside].mean()))
-    return float(total)
+    error = np.stack([np.abs(weights[:, index == b] @ gap[index == b]) for b in range(bins)]).sum(0)
+    return np.asarray(error / weights.sum(1))
 
 
 def area_under_curve(scores: Floats, positive: NDArray[np.bool_]) -> float:
@@ -92,23 +102,7 @@ def top_k_accuracy(probabilities: Floats, labels: Labels, k: int) -> float:
     return float((best == labels[:, None]).any(1).mean())
 
 
-def class_recall(probabilities: Floats, labels: Labels, classes: int) -> Floats:
-    """Recall of each class by the top answer; NaN for a class without images."""
-    return _by_class(metrics.recall_score, probabilities, labels, classes)
-
-
-def class_precision(probabilities: Floats, labels: Labels, classes: int) -> Floats:
-    """Share of each class's top answers that are right; NaN for a class that is never the top answer."""
-    return _by_class(metrics.precision_score, probabilities, labels, classes)
-
-
-def balanced_accuracy(probabilities: Floats, labels: Labels, classes: int) -> float:
-    """Mean recall over the classes present."""
-    return float(np.nanmean(class_recall(probabilities, labels, classes)))
-
-
-def _by_class(score: Callable[..., Floats], probabilities: Floats, labels: Labels, classes: int) -> Floats:
-    answers = probabilities.argmax(1)
-    return np.asarray(
-        score(labels, answers, labels=range(classes), average=None, zero_division=np.nan), np.float64
-    )
+def balanced_accuracy(probabilities: Floats, labels: Labels) -> float:
+    """Mean over the classes present of the share of their images that are the top answer."""
+    hit = probabilities.argmax(1) == labels
+    return float(np.mean([hit[labels == c].mean() for c in np.unique(labels)]))

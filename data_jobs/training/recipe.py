@@ -295,37 +295,41 @@ def read_recipe(path: Path) -> Recipe:
         recipe = _read(Recipe, raw)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error
-    _check_start(recipe, path)
-    _check_distillation(recipe, path)
-    plan = recipe.data
-    if {plan.test_fold, plan.calibration_fold} & set(plan.train_folds):
-        raise ValueError(f"{path}: the training folds must not overlap the test or calibration fold.")
+    _check(recipe, path)
     return recipe
 
 
-def _check_start(recipe: Recipe, path: Path) -> None:
-    if recipe.weights is None:
-        return
-    if recipe.start is not None:
-        raise ValueError(f"{path}: a run starts from [start] or from [weights], not from both.")
-    if not recipe.weights.file.endswith(".safetensors"):
-        raise ValueError(f"{path}: weights are read from safetensors files, not from {recipe.weights.file}.")
-    if not _SHA256.fullmatch(recipe.weights.sha256):
-        raise ValueError(f"{path}: weights.sha256 must be 64 lower-case hexadecimal digits.")
-
-
-def _check_distillation(recipe: Recipe, path: Path) -> None:
-    plan = recipe.distillation
-    if plan is None:
-        return
-    if not math.isclose(sum(teacher.share for teacher in plan.teachers), 1.0):
-        raise ValueError(f"{path}: the shares of the teachers must make up 1.")
-    if not 0.0 < plan.loss_share <= 1.0:
-        raise ValueError(f"{path}: distillation.loss_share must be over 0 and at most 1.")
-    if max(stage.side for stage in recipe.stages) > plan.side:
-        raise ValueError(f"{path}: the student cannot see more than its teachers do ({plan.side} pixels).")
-    if any(not _SHA256.fullmatch(teacher.model_sha256) for teacher in plan.teachers):
-        raise ValueError(f"{path}: model_sha256 must be 64 lower-case hexadecimal digits.")
+def _check(recipe: Recipe, path: Path) -> None:
+    weights, taught, plan = recipe.weights, recipe.distillation, recipe.data
+    kept: dict[str, bool] = {}
+    if weights is not None:
+        kept |= {
+            "a run starts from [start] or from [weights], not from both.": recipe.start is None,
+            f"weights are read from safetensors files, not from {weights.file}.": (
+                weights.file.endswith(".safetensors")
+            ),
+            "weights.sha256 must be 64 lower-case hexadecimal digits.": bool(
+                _SHA256.fullmatch(weights.sha256)
+            ),
+        }
+    if taught is not None:
+        kept |= {
+            "the shares of the teachers must make up 1.": math.isclose(
+                sum(t.share for t in taught.teachers), 1.0
+            ),
+            "distillation.loss_share must be over 0 and at most 1.": 0.0 < taught.loss_share <= 1.0,
+            f"the student cannot see more than its teachers do ({taught.side} pixels).": (
+                max(stage.side for stage in recipe.stages) <= taught.side
+            ),
+            "model_sha256 must be 64 lower-case hexadecimal digits.": (
+                all(_SHA256.fullmatch(teacher.model_sha256) for teacher in taught.teachers)
+            ),
+        }
+    kept["the training folds must not overlap the test or calibration fold."] = not (
+        {plan.test_fold, plan.calibration_fold} & set(plan.train_folds)
+    )
+    if problem := next((problem for problem, holds in kept.items() if not holds), None):
+        raise ValueError(f"{path}: {problem}")
 
 
 def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:

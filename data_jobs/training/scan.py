@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +28,10 @@ class Scan:
     logits: NDArray[np.float32]
     bottleneck: NDArray[np.float32]
 
-    def __getitem__(self, picked: NDArray[np.int64] | NDArray[np.bool_]) -> Scan:
-        """The images at these positions."""
-        return Scan(self.logits[picked], self.bottleneck[picked])
+    @classmethod
+    def joined(cls, parts: Iterable[Outputs]) -> Self:
+        """Of the answers to batches, in their order."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def open_onnx(model: Path | bytes, threads: int = 2) -> Run:
@@ -55,8 +57,7 @@ def soften(pixels: Pixels, radius: float = 0.7) -> Pixels:
 
 def scan_pixels(run: Run, pixels: Pixels, batch: int = 32) -> Scan:
     """Scan uint8 N×side×side×3."""
-    parts = [run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
-    return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+    return Scan.joined(run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch))
 
 
 def scan_images(
@@ -69,8 +70,7 @@ def scan_images(
 ) -> Scan:
     """Scan the rows at `indices`, a batch in memory at a time."""
     picked = list(indices)
-    parts = [
+    return Scan.joined(
         run(load_pixels(rows, picked[start : start + batch], folder, geometry))
         for start in range(0, len(picked), batch)
-    ]
-    return Scan(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+    )

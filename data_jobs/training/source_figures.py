@@ -26,7 +26,7 @@ from data_jobs.training.dataset import (
     training_indices,
 )
 from data_jobs.training.evaluation.figures import accuracy_figures
-from data_jobs.training.probabilities import area_under_curve, softmax
+from data_jobs.training.probabilities import area_under_curve, rounded, softmax
 from data_jobs.training.recipe import read_recipe
 from data_jobs.training.scan import open_onnx, scan_images
 from deployments.preprocess.pixels import InputGeometry
@@ -48,8 +48,8 @@ def by_source(logits: NDArray[np.float32], rows: list[LabelledImage]) -> dict[st
     return {
         name: {
             **accuracy_figures(p[picked], labels[picked]),
-            "malignant_auc": round(
-                area_under_curve(p[picked][:, malignant].sum(1), np.isin(labels[picked], malignant)), 4
+            "malignant_auc": rounded(
+                area_under_curve(p[picked][:, malignant].sum(1), np.isin(labels[picked], malignant))
             ),
         }
         for name, picked in groups.items()

@@ -22,7 +22,6 @@ import time
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 import torch
 from torch import nn
@@ -39,18 +38,11 @@ from data_jobs.training.dataset import (
     sources_of,
     training_indices,
 )
-from data_jobs.training.draws import (
-    AugmentedDraws,
-    Labels,
-    Pixels,
-    class_counts,
-    draw_epoch,
-    sampled_prior,
-)
+from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, class_counts, draw_epoch, sampled_prior
 from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers, mix
 from data_jobs.training.machine import CPU, Machine
 from data_jobs.training.network import DermNetwork, load_start
-from data_jobs.training.recipe import DistillationPlan, OptimiserPlan, Recipe, read_recipe
+from data_jobs.training.recipe import OptimiserPlan, Recipe, read_recipe
 from deployments.preprocess.pixels import InputGeometry
 
 
@@ -141,15 +133,6 @@ def write_weights(ema: AveragedModel, path: Path) -> None:
     path.with_suffix(".partial").rename(path)
 
 
-def _teachers(plan: DistillationPlan, models: Path | None, prior: NDArray[np.float64]) -> Teachers:
-    if models is None:
-        names = " and ".join(teacher.model_id for teacher in plan.teachers)
-        raise ValueError(
-            f"This recipe is taught by {names}: give the folder of their model folders with --teachers."
-        )
-    return Teachers(plan, models, prior)
-
-
 def train(
     recipe: Recipe,
     pixels: Pixels,
@@ -179,7 +162,7 @@ def train(
     ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimiser = build_optimiser(network, recipe.optimiser)
     plan = recipe.distillation
-    teachers = _teachers(plan, models, sampled_prior(labels[indices], 1.0)) if plan else None
+    teachers = Teachers(plan, models, sampled_prior(labels[indices], 1.0)) if plan else None
     sources = np.zeros_like(labels) if sources is None else sources
     power, stages = recipe.loss.sampling_power, recipe.epoch_stages
     counts = [
@@ -224,9 +207,9 @@ def train(
             recipe.optimiser.clip_norm,
             machine,
         )
-        state = {"network": network.state_dict(), "ema": ema.state_dict()}
-        state |= {"optimiser": optimiser.state_dict(), "epochs_done": epoch + 1}
-        state |= {"recipe": recipe.training_digest}
+        parts = {"network": network, "ema": ema, "optimiser": optimiser}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"epochs_done": epoch + 1, "recipe": recipe.training_digest}
         torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").rename(checkpoint)
         write_weights(ema, output / f"stage-{recipe.stages.index(stage) + 1}.safetensors")

@@ -15,16 +15,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from scipy.special import expit
 from sklearn import covariance
 from sklearn.datasets import load_sample_images
 from sklearn.linear_model import LogisticRegression
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, served
-from data_jobs.training.probabilities import Floats, Labels, area_under_curve
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, rounded
 from data_jobs.training.scan import Outputs, Pixels, scan_pixels
-from deployments.classifier.calibration import Calibrator, ood_score
+from deployments.classifier.calibration import Calibrator, ood_score, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 
@@ -125,11 +124,6 @@ def fit_logistic(known: Floats, unknown: Floats, prior: float = PRIOR_UNKNOWN) -
     fitted.fit(((scores - centre) / scale)[:, None], target, weights)
     slope = float(fitted.coef_[0, 0]) / scale
     return slope, float(fitted.intercept_[0]) - slope * centre
-
-
-def unknown_probability(score: Floats, slope: float, intercept: float) -> Floats:
-    """p(UNK) of a score."""
-    return np.asarray(expit(np.clip(slope * score + intercept, -50.0, 50.0)))
 
 
 Part = Literal["fit", "test"]
@@ -293,10 +287,10 @@ def outlier_figures(
         p = unknown_probability(scores[picked], slope, intercept)
         figures[kind] = {
             "images": int(picked.sum()),
-            "auroc": round(area_under_curve(both, positive), 4),
-            "median_score": round(float(np.median(scores[picked])), 4),
-            "median_p_unk": round(float(np.median(p)), 4),
-            "share_p_unk_over_half": round(float((p > 0.5).mean()), 4),
+            "auroc": rounded(area_under_curve(both, positive)),
+            "median_score": rounded(np.median(scores[picked])),
+            "median_p_unk": rounded(np.median(p)),
+            "share_p_unk_over_half": rounded((p > 0.5).mean()),
         }
     return figures
 
@@ -323,8 +317,8 @@ def unknown_figures(
     spoilt = [replace(outlier, part="test") for outlier in skin_like(lesions, seed)]
     nine = predictions.nine
     return {
-        "unk_share": round(float((nine.argmax(1) == UNKNOWN).mean()), 4),
-        "median_p_unk": round(float(np.median(nine[:, UNKNOWN])), 6),
+        "unk_share": rounded((nine.argmax(1) == UNKNOWN).mean()),
+        "median_p_unk": rounded(np.median(nine[:, UNKNOWN]), 6),
         "outliers": figures(drawn),
         "skin_like": figures(spoilt),
     }

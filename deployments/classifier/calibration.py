@@ -34,6 +34,11 @@ def ood_score(bottleneck: FloatArray, means: FloatArray, precision: FloatArray) 
     return np.asarray(distances.min(axis=1) / bottleneck.shape[1])
 
 
+def unknown_probability(score: FloatArray, slope: float, intercept: float) -> FloatArray:
+    """p(UNK) of out-of-distribution scores: the logistic of a line."""
+    return np.asarray(1.0 / (1.0 + np.exp(np.clip(-(slope * score + intercept), -60.0, 60.0))))
+
+
 @dataclass(frozen=True, slots=True)
 class Calibrator:
     """One model's calibration, as its manifest states it."""
@@ -71,7 +76,7 @@ class Calibrator:
             raise StageFailed("The model's output is not finite.")
         softmaxed = softmax(logits.astype(np.float64), self.temperature)
         scores = ood_score(bottleneck.astype(np.float64), self.means, self.precision)
-        unknown = 1.0 / (1.0 + np.exp(np.clip(-(self.slope * scores + self.intercept), -60.0, 60.0)))
+        unknown = unknown_probability(scores, self.slope, self.intercept)
         return [
             self._classification(p, float(u), float(score))
             for p, u, score in zip(softmaxed, unknown, scores, strict=True)

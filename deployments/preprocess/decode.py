@@ -23,12 +23,7 @@ from deployments.preprocess.pixels import (
     two_level_share,
 )
 from deployments.preprocess.structure import read_jpeg_structure, read_png_structure
-from serve_app.domain.errors import (
-    ImageTooSmall,
-    TooLarge,
-    UndecodableImage,
-    UnsupportedImage,
-)
+from serve_app.domain.errors import ImageTooSmall, TooLarge, UndecodableImage, UnsupportedImage
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 # Our own limit is checked on the header; Pillow's would only warn up to twice its value.

@@ -40,11 +40,7 @@ class RetrieverDeployment:
         return {}
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """The K nearest references in one space that pass the filter, at most one image a lesion."""
         return await self._references.nearest(

@@ -90,8 +90,7 @@ def weigh(
     context = findings.context
     yield from _diagnoses(findings.classification, context, policy.rules, operating_points)
     yield from _checklist(context.checklist, policy)
-    yield from _age(context.age_approx, policy)
-    yield from _site(context.anatom_site_general, policy)
+    yield from _age_and_site(context.age_approx, context.anatom_site_general, policy)
     yield from _history(context.history, policy)
     yield from _record(context.record)
     yield from _neighbours(findings.neighbours, policy)
@@ -267,21 +266,18 @@ def _checklist(checklist: Checklist | None, policy: RiskPolicy) -> Iterator[Evid
         yield Evidence("checklist", Effect.RAISES if raised > 0 else Effect.NONE, message, raised)
 
 
-def _age(age: int | None, policy: RiskPolicy) -> Iterator[Evidence]:
-    limit = policy.score.limits.age
+def _age_and_site(age: int | None, site: AnatomSite | None, policy: RiskPolicy) -> Iterator[Evidence]:
+    limit, raises = policy.score.limits.age, policy.score.raises
     if age is None:
         yield _missing("age", "Age was not available.")
     elif age >= limit:
         message = f"Age {age}: skin cancer is more frequent from {limit} years."
-        yield Evidence("age", Effect.RAISES, message, policy.score.raises.age)
-
-
-def _site(site: AnatomSite | None, policy: RiskPolicy) -> Iterator[Evidence]:
+        yield Evidence("age", Effect.RAISES, message, raises.age)
     if site is None:
         yield _missing("site", "The anatomical site was not available.")
     elif site is AnatomSite.HEAD_NECK:
         message = "Head or neck: skin cancer is more frequent on sun-exposed sites."
-        yield Evidence("head_neck", Effect.RAISES, message, policy.score.raises.head_neck)
+        yield Evidence("head_neck", Effect.RAISES, message, raises.head_neck)
 
 
 _HISTORY = {
@@ -314,32 +310,29 @@ def _missing(what: str, message: str) -> Evidence:
 #: What a clinician calls the fields that tell one patient from another.
 IDENTITY = {"age_approx": "age", "sex": "sex"}
 
-_NOT_ANSWERED = (
-    "record_not_available",
+#: What was looked up of the patient, how that ended, and the factor that says so.
+_LOOKUPS = (
     (
-        "The patient's record in the PMS did not answer in time: history that was not sent with the image "
-        "was not available. It could not be weighed."
+        "patient", Lookup.NOT_AVAILABLE, "record_not_available",
+        ("The patient's record in the PMS did not answer in time: history that was not sent with the image was not "
+         "available. It could not be weighed."),
     ),
-)
-_NOT_FOUND = (
-    "record_not_found",
-    "The PMS has no record of this patient: history that was not sent with the image could not be weighed.",
-)
-_NOT_VERIFIED = (
-    "encounter_not_verified",
-    "The PMS did not answer in time whether the encounter is this patient's.",
-)
+    (
+        "patient", Lookup.UNKNOWN, "record_not_found",
+        "The PMS has no record of this patient: history that was not sent with the image could not be weighed.",
+    ),
+    (
+        "encounter", Lookup.NOT_AVAILABLE, "encounter_not_verified",
+        "The PMS did not answer in time whether the encounter is this patient's.",
+    ),
+)  # fmt: skip
 
 
 def _record(check: RecordCheck | None) -> Iterator[Evidence]:
     if check is None:
         return
-    for what, ended, (code, message) in (
-        (check.patient, Lookup.NOT_AVAILABLE, _NOT_ANSWERED),
-        (check.patient, Lookup.UNKNOWN, _NOT_FOUND),
-        (check.encounter, Lookup.NOT_AVAILABLE, _NOT_VERIFIED),
-    ):
-        if what is ended:
+    for what, ended, code, message in _LOOKUPS:
+        if getattr(check, what) is ended:
             yield Evidence(code, Effect.NOT_AVAILABLE, message)
     for found in check.discrepancies:
         weighed = "The higher was weighed." if found.field == "age_approx" else "Yes was weighed."

@@ -19,23 +19,29 @@ import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from serve_app.domain.errors import IntegrityError
 from serve_app.private_files import locked_folder, read_private, write_private
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The chain as it was at a moment: how many events, and the hash of the last one's seal.
+class Seal:
+    """The chain's state after `position` events: its hash, 32 bytes."""
+
+    position: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Seal):
+    """A seal as it was signed, and when.
 
     `restored_after`: the last position at which a restored chain agrees with what was signed before; None for
     every checkpoint that only follows the one before.
     """
 
-    position: int
-    hash: bytes
     at: datetime
     restored_after: int | None = None
 
@@ -67,19 +73,20 @@ class CheckpointLog:
     def __init__(self, file: Path, key: Path) -> None:
         self._file, self._key = file, key
 
-    def add(self, position: int, chain_hash: bytes, *, restored_after: int | None = None) -> Checkpoint:
+    def add(self, head: Seal, *, restored_after: int | None = None) -> Checkpoint:
         """Sign and keep the chain's state; on disk when this returns."""
-        checkpoint = Checkpoint(position, chain_hash, datetime.now(UTC), restored_after)
+        checkpoint = Checkpoint(head.position, head.hash, datetime.now(UTC), restored_after)
         line = self.line(checkpoint) + "\n"
-        with locked_folder(self._file.parent):
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "r+b") as file:
-                # A full disk leaves a line without its end, which was never acknowledged: the next must not join it.
-                file.seek(_whole_lines(file.read()))
-                file.truncate()
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
+        with (
+            locked_folder(self._file.parent),
+            os.fdopen(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file,
+        ):
+            # A full disk leaves a line without its end, which was never acknowledged: the next must not join it.
+            file.seek(_whole_lines(file.read()))
+            file.truncate()
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
         return checkpoint
 
     def line(self, checkpoint: Checkpoint) -> str:
@@ -102,7 +109,7 @@ class CheckpointLog:
         if not self._file.exists():
             return []
         content = read_private(self._file)
-        return _parse_all(content[: _whole_lines(content)], public or self.public_key(), self._file)
+        return _parse(content[: _whole_lines(content)], public or self.public_key(), self._file)
 
     def public_key(self) -> Ed25519PublicKey:
         """The key that checks what is signed here."""
@@ -117,20 +124,18 @@ class CheckpointLog:
 
 def read_copy(file: Path, public: Ed25519PublicKey) -> list[Checkpoint]:
     """Read checkpoints that were copied away, oldest first; IntegrityError names the first line not signed by `public`."""
-    return _parse_all(file.read_bytes(), public, file)
+    return _parse(file.read_bytes(), public, file)
 
 
 def write_public_key(public: Ed25519PublicKey) -> str:
     """Write a public key as PEM (SubjectPublicKeyInfo), as `read_public_key` reads it."""
-    return public.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    ).decode()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def read_public_key(file: Path) -> Ed25519PublicKey:
     """Read a public key from PEM; IntegrityError when it is none, or of another kind."""
     try:
-        public = serialization.load_pem_public_key(file.read_bytes())
+        public = load_pem_public_key(file.read_bytes())
     except (ValueError, UnsupportedAlgorithm) as error:
         raise IntegrityError(f"{file} is not a public key in PEM.") from error
     if not isinstance(public, Ed25519PublicKey):
@@ -143,21 +148,18 @@ def _whole_lines(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def _parse_all(content: bytes, public: Ed25519PublicKey, file: Path) -> list[Checkpoint]:
-    return [_parse(line, number, public, file) for number, line in enumerate(content.splitlines(), 1)]
-
-
-def _parse(line: bytes, number: int, public: Ed25519PublicKey, file: Path) -> Checkpoint:
-    try:
-        fields = json.loads(line)
-        restored_after = fields.get("restored_after")
-        checkpoint = Checkpoint(
-            int(fields["position"]),
-            bytes.fromhex(fields["hash"]),
-            datetime.fromisoformat(fields["at"]),
-            None if restored_after is None else int(restored_after),
-        )
-        public.verify(b64decode(fields["signature"], validate=True), checkpoint.message)
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidSignature) as error:
-        raise IntegrityError(f"{file}, line {number}, is not a checkpoint that was signed here.") from error
-    return checkpoint
+def _parse(content: bytes, public: Ed25519PublicKey, file: Path) -> list[Checkpoint]:
+    checkpoints = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            at, last = datetime.fromisoformat(fields["at"]), fields.get("restored_after")
+            seal = int(fields["position"]), bytes.fromhex(fields["hash"])
+            checkpoint = Checkpoint(*seal, at, None if last is None else int(last))
+            public.verify(b64decode(fields["signature"], validate=True), checkpoint.message)
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidSignature) as error:
+            raise IntegrityError(
+                f"{file}, line {number}, is not a checkpoint that was signed here."
+            ) from error
+        checkpoints.append(checkpoint)
+    return checkpoints

@@ -63,18 +63,8 @@ def account_event(
     *,
     outcome: AuditOutcome = "success",
     actor: str | None = None,
-    patient_id: str | None = None,
-    lesion_id: UUID | None = None,
-    image_id: UUID | None = None,
+    **about: Any,  # noqa: ANN401
 ) -> AuditEvent:
-    """Say what a command did in the name of `actor` (None: this account); `detail` as in AuditEvent."""
-    return AuditEvent(
-        action=action,
-        actor=os_account() if actor is None else actor,
-        outcome=outcome,
-        patient_id=patient_id,
-        lesion_id=lesion_id,
-        image_id=image_id,
-        request_id=str(uuid4()),
-        detail=detail or {},
-    )
+    """Say what a command did in the name of `actor` (None: this account); `detail` and the ids as in AuditEvent."""
+    by: dict[str, Any] = {"actor": os_account() if actor is None else actor, "request_id": str(uuid4())}
+    return AuditEvent(action=action, outcome=outcome, detail=detail or {}, **by, **about)

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class Diagnosis(StrEnum):
     """ISIC 2019's classes. UNK is never trained: it is what an out-of-distribution decision yields."""
 
-    MEL = "MEL"
-    NV = "NV"
-    BCC = "BCC"
-    AK = "AK"
-    BKL = "BKL"
-    DF = "DF"
-    VASC = "VASC"
-    SCC = "SCC"
-    UNK = "UNK"
+    #: The name a clinician reads.
+    display_name: str
 
-    @property
-    def display_name(self) -> str:
-        """The name a clinician reads."""
-        return _NAMES[self]
+    MEL = "MEL", "Melanoma"
+    NV = "NV", "Melanocytic naevus"
+    BCC = "BCC", "Basal cell carcinoma"
+    AK = "AK", "Actinic keratosis"
+    BKL = "BKL", "Benign keratosis"
+    DF = "DF", "Dermatofibroma"
+    VASC = "VASC", "Vascular lesion"
+    SCC = "SCC", "Squamous cell carcinoma"
+    UNK = "UNK", "Unknown"
 
+    def __new__(cls, value: str, display_name: str = "") -> Self:
+        """Make a member of its value and name."""
+        diagnosis = str.__new__(cls, value)
+        diagnosis._value_, diagnosis.display_name = value, display_name
+        return diagnosis
 
-_NAMES = {
-    Diagnosis.MEL: "Melanoma",
-    Diagnosis.NV: "Melanocytic naevus",
-    Diagnosis.BCC: "Basal cell carcinoma",
-    Diagnosis.AK: "Actinic keratosis",
-    Diagnosis.BKL: "Benign keratosis",
-    Diagnosis.DF: "Dermatofibroma",
-    Diagnosis.VASC: "Vascular lesion",
-    Diagnosis.SCC: "Squamous cell carcinoma",
-    Diagnosis.UNK: "Unknown",
-}
 
 #: The eight a model can be trained on, in the order of its logits after mapping.
 TRAINED: tuple[Diagnosis, ...] = tuple(d for d in Diagnosis if d is not Diagnosis.UNK)

@@ -13,8 +13,16 @@ class DermError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
-    #: Seconds; a subclass states its own.
+    #: Seconds.
     retry_after_s: int | None = None
+
+    def __init_subclass__(
+        cls, *, status: int | None = None, code: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        """State what is not as in its base."""
+        super().__init_subclass__()
+        cls.status, cls.code = status or cls.status, code or cls.code
+        cls.retry_after_s = retry_after_s or cls.retry_after_s
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message or (self.__doc__ or "").strip())
@@ -24,216 +32,129 @@ class DermError(Exception):
         return type(self), (str(self),)
 
 
-class Unauthenticated(DermError):
+class Unauthenticated(DermError, status=401, code="unauthenticated"):
     """A valid bearer token is required."""
 
-    status = 401
-    code = "unauthenticated"
 
-
-class Forbidden(DermError):
+class Forbidden(DermError, status=403, code="forbidden"):
     """You may not do this for this patient."""
 
-    status = 403
-    code = "forbidden"
 
-
-class NotFound(DermError):
+class NotFound(DermError, status=404, code="not_found"):
     """There is nothing here by that id."""
 
-    status = 404
-    code = "not_found"
 
-
-class Conflict(DermError):
+class Conflict(DermError, status=409, code="conflict"):
     """The request conflicts with what is stored."""
 
-    status = 409
-    code = "conflict"
 
-
-class LegalHold(Conflict):
+class LegalHold(Conflict, code="legal_hold"):
     """A legal hold is in force on this image: it cannot be erased until the hold is released."""
 
-    code = "legal_hold"
 
-
-class AssessmentPending(Conflict):
+class AssessmentPending(Conflict, code="assessment_pending", retry_after_s=5):
     """The assessment has not finished; ask again when it has."""
 
-    code = "assessment_pending"
-    retry_after_s = 5
 
-
-class NoEmbedding(Conflict):
+class NoEmbedding(Conflict, code="no_embedding"):
     """The image was refused or could not be assessed, so it has no embedding to search with."""
 
-    code = "no_embedding"
 
-
-class ReferencesDropped(Conflict):
+class ReferencesDropped(Conflict, code="references_dropped"):
     """The references of the space that the image was assessed in are gone; a new image can be compared."""
 
-    code = "references_dropped"
 
-
-class Erased(DermError):
+class Erased(DermError, status=410, code="erased"):
     """The image was erased and cannot be brought back; its receipt is on record."""
 
-    status = 410
-    code = "erased"
 
-
-class RejectedUpload(DermError):
+class RejectedUpload(DermError, status=422, code="rejected_upload"):
     """The upload was rejected; nothing was stored."""
 
-    status = 422
-    code = "rejected_upload"
 
-
-class BodyTimeout(RejectedUpload):
+class BodyTimeout(RejectedUpload, status=408, code="body_timeout"):
     """The body came too slowly; nothing was stored, send it again."""
 
-    status = 408
-    code = "body_timeout"
 
-
-class TooLarge(RejectedUpload):
+class TooLarge(RejectedUpload, status=413, code="too_large"):
     """The image is larger than this service accepts."""
 
-    status = 413
-    code = "too_large"
 
-
-class UnsupportedImage(RejectedUpload):
+class UnsupportedImage(RejectedUpload, status=415, code="unsupported_image"):
     """The content is neither JPEG nor PNG."""
 
-    status = 415
-    code = "unsupported_image"
 
-
-class UndecodableImage(RejectedUpload):
+class UndecodableImage(RejectedUpload, code="undecodable_image"):
     """The image is broken or truncated and cannot be decoded."""
 
-    code = "undecodable_image"
 
-
-class ImageTooSmall(RejectedUpload):
+class ImageTooSmall(RejectedUpload, code="image_too_small"):
     """The image's short side is below the minimum."""
 
-    code = "image_too_small"
 
-
-class InvalidField(RejectedUpload):
+class InvalidField(RejectedUpload, code="invalid_field"):
     """A field has a value this service does not know."""
 
-    code = "invalid_field"
 
-
-class WrongEncounter(RejectedUpload):
+class WrongEncounter(RejectedUpload, code="wrong_encounter"):
     """encounter_id: the patient's record has no such encounter of this patient. Check both ids."""
 
-    code = "wrong_encounter"
 
-
-class IdempotencyMismatch(DermError):
+class IdempotencyMismatch(DermError, status=422, code="idempotency_mismatch"):
     """This Idempotency-Key was used with a different request."""
 
-    status = 422
-    code = "idempotency_mismatch"
 
-
-class RateLimited(DermError):
+class RateLimited(DermError, status=429, code="rate_limited", retry_after_s=1):
     """Too many requests; wait as long as Retry-After says."""
-
-    status = 429
-    code = "rate_limited"
-    retry_after_s = 1
 
     def __init__(self, message: str = "", *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class Overloaded(DermError):
+class Overloaded(DermError, status=503, code="overloaded", retry_after_s=2):
     """The service is at its capacity; nothing was stored, try again."""
 
-    status = 503
-    code = "overloaded"
-    retry_after_s = 2
 
-
-class RecordsUnavailable(DermError):
+class RecordsUnavailable(DermError, status=503, code="records_unavailable", retry_after_s=5):
     """The clinical record cannot be reached; nothing was stored, try again."""
 
-    status = 503
-    code = "records_unavailable"
-    retry_after_s = 5
 
-
-class KeyProviderUnavailable(RecordsUnavailable):
+class KeyProviderUnavailable(RecordsUnavailable, code="key_provider_unavailable"):
     """The key provider cannot be reached; nothing was stored, try again."""
 
-    code = "key_provider_unavailable"
 
-
-class DataKeyMissing(DermError):
+class DataKeyMissing(DermError, status=503, code="data_key_missing", retry_after_s=60):
     """This node's key store does not hold the data key of this image. The node that holds it, or its backup, must be put back."""
 
-    status = 503
-    code = "data_key_missing"
-    retry_after_s = 60
 
-
-class IssuerKeysUnavailable(DermError):
+class IssuerKeysUnavailable(DermError, status=503, code="issuer_keys_unavailable", retry_after_s=5):
     """The keys of the token issuer cannot be had, so no token can be checked; try again."""
 
-    status = 503
-    code = "issuer_keys_unavailable"
-    retry_after_s = 5
 
-
-class DirectoryUnavailable(DermError):
+class DirectoryUnavailable(DermError, status=503, code="directory_unavailable"):
     """The directory of patients did not answer; its message is a code that says how."""
 
-    status = 503
-    code = "directory_unavailable"
 
-
-class PmsUnavailable(DermError):
+class PmsUnavailable(DermError, status=503, code="pms_unavailable"):
     """The PMS gave no usable answer; its message is a code that says how, and never about whom."""
 
-    status = 503
-    code = "pms_unavailable"
 
-
-class PmsRefused(PmsUnavailable):
+class PmsRefused(PmsUnavailable, code="pms_refused"):
     """The PMS will not take a message for what it says; its message is a code that says how."""
 
-    code = "pms_refused"
 
-
-class StageFailed(DermError):
+class StageFailed(DermError, status=503, code="stage_failed", retry_after_s=2):
     """A stage of the assessment did not answer."""
 
-    status = 503
-    code = "stage_failed"
-    retry_after_s = 2
 
-
-class IntegrityError(DermError):
+class IntegrityError(DermError, code="integrity"):
     """Stored data did not authenticate; it may have been altered."""
 
-    code = "integrity"
 
-
-class InvalidSetting(DermError):
+class InvalidSetting(DermError, code="invalid_setting"):
     """A setting of this node cannot be used."""
 
-    code = "invalid_setting"
 
-
-class ModelContractError(DermError):
+class ModelContractError(DermError, code="model_contract"):
     """The model folder does not keep its contract and must not be loaded."""
-
-    code = "model_contract"

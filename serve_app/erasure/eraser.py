@@ -125,11 +125,6 @@ class Eraser:
 
     async def _finish(self, erasure: Erasure) -> Receipt:
         """Destroy the key, then say so. Any number may do this at once: each step is safe to repeat."""
-        key = DestroyedKey(
-            data_key_id=erasure.data_key_id,
-            receipt_id=erasure.receipt_id,
-            reason=erasure.reason,
-            actor=erasure.actor,
-        )
+        key = DestroyedKey(erasure.data_key_id, erasure.receipt_id, erasure.reason, erasure.actor)
         await asyncio.to_thread(self._keys.destroy, key)
         return await self._erasures.prove(erasure, message_id=new_id() if self._tells_pms else None)

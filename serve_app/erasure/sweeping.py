@@ -104,14 +104,6 @@ async def sweep_orphaned_keys(
     return swept
 
 
-async def expire_idempotency_keys(housekeeping: Housekeeping, *, days: int) -> int:
-    """Let go of the keys that no caller repeats any more; returns how many."""
-    expired = 0
-    while found := await housekeeping.expire_idempotency_keys(older_than_s=days * 86_400, limit=1000):
-        expired += found
-    return expired
-
-
 async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int, actor: str) -> int:
     """Erase every image past this many days of retention that no hold keeps; returns how many were.
 
@@ -122,17 +114,11 @@ async def erase_expired(retention: RetentionStore, eraser: Eraser, *, days: int,
         before = erased
         for lesion_id, image_id in images:
             request = ErasureRequest(
-                lesion_id=lesion_id,
-                image_id=image_id,
-                reason=ErasureReason.RETENTION,
-                actor=actor,
+                lesion_id=lesion_id, image_id=image_id, reason=ErasureReason.RETENTION, actor=actor
             )
             try:
                 await eraser.erase(request)
-            except (
-                LegalHold,
-                DataKeyMissing,
-            ):  # held since the list was made; a key to be destroyed elsewhere
+            except (LegalHold, DataKeyMissing):  # held since it was listed; a key to be destroyed elsewhere
                 continue
             erased += 1
         if erased == before:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.http import emergency_access, erasure, health, lesions, replay, similar
+from serve_app.http import emergency_access, erasure, health, lesions, similar
 from serve_app.http.documents import name_documents
 from serve_app.http.problems import install_problem_handlers
 from serve_app.http.request_id import RequestIdMiddleware
@@ -75,7 +75,6 @@ def create_app(
     app.include_router(lesions.router)
     app.include_router(lesions.timeline_router)
     app.include_router(erasure.router)
-    app.include_router(replay.router)
     app.include_router(similar.router)
     app.include_router(similar.references_router)
     app.include_router(emergency_access.router)

@@ -38,25 +38,16 @@ STAGES = ("preprocess", "classifier", "embedder", "retriever", "risk")
 
 
 class ServeStages:
-    """The five stages as deployments of this application.
+    """The five stages as deployments of this application, each handle by its name in STAGES.
 
     Small arguments travel by gRPC, an original above the crossover by reference: the
     transport is chosen here, per handle, and nowhere by default.
     """
 
-    def __init__(
-        self,
-        *,
-        preprocess: DeploymentHandle[Any],
-        classifier: DeploymentHandle[Any],
-        embedder: DeploymentHandle[Any],
-        retriever: DeploymentHandle[Any],
-        risk: DeploymentHandle[Any],
-    ) -> None:
-        stages = (preprocess, classifier, embedder, retriever, risk)
-        self._handles = dict(zip(STAGES, map(by_message, stages), strict=True))
+    def __init__(self, **stages: DeploymentHandle[Any]) -> None:
+        self._handles = {stage: by_message(stages[stage]) for stage in STAGES}
         self._prepare_small = self._handles["preprocess"].prepare
-        self._prepare_large = preprocess.options(_by_reference=True).prepare
+        self._prepare_large = stages["preprocess"].options(_by_reference=True).prepare
         self._classify = self._handles["classifier"].classify
         self._embed = self._handles["embedder"].embed
         self._nearest = self._handles["retriever"].nearest
@@ -104,11 +95,7 @@ class ServeStages:
         return await _answer(self._embed.remote(model_id, embedding_space, bottleneck))
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """Search the references."""
         return await _answer(self._nearest.remote(embedding, embedding_space, k, reference_filter))

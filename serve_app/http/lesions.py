@@ -1,4 +1,4 @@
-"""Images and lesions: POST /api/lesions, the worklist, a lesion's timeline, an original image, its confirmation."""
+"""Lesions: an upload, the worklist, a timeline, an original image, its confirmation, an answer made again."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from serve_app.http.caller import Caller, permit, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, UPLOAD_BODY
 from serve_app.http.services import Services
 from serve_app.http.similar import Confirmed, Licences, TopK
-from serve_app.keys.envelope import ImageBinding
-from serve_app.lesions.triage import Submission
+from serve_app.lesions.replay import ReplayDocument
+from serve_app.lesions.triage import Submission, read_original
 from serve_app.records.answers import (
     AssessmentDocument,
     ConfirmationDocument,
@@ -219,14 +219,10 @@ async def read_image(request: Request, _: Caller, lesion_id: UUID, image_id: UUI
     services: Services = request.app.state.services
     requested = await permit_lesion(request, Action.DOWNLOAD, lesion_id)
     requested.image_id = image_id
-    found = await services.records.sealed_image(lesion_id, image_id)
-    if found is None:
-        raise NotFound
-    binding = ImageBinding(image_id, found.patient_id, found.content_type)
-    image = await asyncio.to_thread(services.keys.open_image, found.sealed, binding)
+    image, media_type = await read_original(services.records, services.keys, lesion_id, image_id)
     await services.records.record_event(requested.event("success"))
     headers = _NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
-    return Response(image, media_type=found.content_type, headers=headers)
+    return Response(image, media_type=media_type, headers=headers)
 
 
 class ConfirmationForm(Form):
@@ -255,6 +251,31 @@ async def confirm_image(request: Request, caller: Caller, lesion_id: UUID) -> JS
         requested.recorded = False  # nothing was written, the event neither
         raise
     document = ConfirmationDocument(lesion_id=lesion_id, image_id=image_id, identity=identity)
+    return JSONResponse(document.answer(), headers=_NO_STORE)
+
+
+@timeline_router.post(
+    "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay",
+    response_model=ReplayDocument,
+    openapi_extra=rule(Action.REPLAY),
+    summary="Make a past answer again, and compare",
+)
+async def replay_assessment(
+    request: Request, _: Caller, lesion_id: UUID, assessment_id: UUID
+) -> JSONResponse:
+    """Recompute an answer from the sealed image on the recorded versions; nothing is stored but the audit."""
+    services: Services = request.app.state.services
+    requested = await permit_lesion(request, Action.REPLAY, lesion_id)
+    requested.assessment_id = assessment_id
+    case = await services.records.recorded_case(lesion_id, assessment_id)
+    if case is None:
+        raise NotFound
+    requested.image_id = case.image_id
+    # A replay costs what an upload costs, and takes one's place.
+    with services.admission.enter(case.sealed_bytes):
+        document = await services.replayer.replay(case)
+    cause = {"cause": document.cause.code} if document.cause else {}
+    await services.records.record_event(requested.event("success", verdict=document.verdict, **cause))
     return JSONResponse(document.answer(), headers=_NO_STORE)
 
 

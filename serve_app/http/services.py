@@ -19,10 +19,9 @@ from serve_app.http.admission import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
-from serve_app.lesions.assess import Assessor, Stages
+from serve_app.lesions.assess import Assessor, Searcher, Stages
 from serve_app.lesions.live_model import LiveModelWatch
 from serve_app.lesions.replay import Replayer
-from serve_app.lesions.similar import Searcher
 from serve_app.lesions.triage import Triage
 from serve_app.pms import delivery
 from serve_app.pms.delivery import PmsConnection, open_pms
@@ -140,7 +139,7 @@ def _loops(
     housekeeping, keys = Housekeeping(services.pool), services.keys
     rest: list[Callable[[], Awaitable[object]]] = [
         eraser.erase_restored,
-        partial(sweeping.expire_idempotency_keys, housekeeping, days=settings.idempotency_days),
+        partial(housekeeping.expire_idempotency_keys, days=settings.idempotency_days),
         partial(sweeping.sweep_orphaned_keys, housekeeping, keys),
     ]
     if settings.retention_days is not None:

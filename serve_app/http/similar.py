@@ -84,20 +84,20 @@ async def find_similar(
     try:
         # Searches take places of uploads: a flood of them must not find the retriever before an image does.
         with services.admission.enter(0):
-            found = await services.searcher.search(
+            space, found = await services.searcher.search(
                 lesion_id, image_id, k=top_k, reference_filter=reference_filter
             )
     except (NotFound, Erased, Conflict, StageFailed) as failure:
         await services.records.record_event(requested.event("failed", code=failure.code, **_SEARCH))
         raise
-    pictured = await services.records.pictured(references_of(found.neighbours))
+    pictured = await services.records.pictured(references_of(found))
     await services.records.record_event(requested.event("success", **_SEARCH))
     document = SimilarCasesDocument(
         lesion_id=lesion_id,
         image_id=image_id,
-        embedding_space=found.embedding_space,
-        similar=[Similar.of(case, pictured) for case in found.neighbours.similar],
-        neighbours=NeighboursDocument.of(found.neighbours, pictured),
+        embedding_space=space,
+        similar=[Similar.of(case, pictured) for case in found.similar],
+        neighbours=NeighboursDocument.of(found, pictured),
     )
     return JSONResponse(document.answer(), headers={"Cache-Control": "no-store"})
 

@@ -25,8 +25,7 @@ from serve_app.private_files import locked_folder, read_private, write_private
 #: Of every data key that a provider wraps.
 DATA_KEY_BYTES = 32
 
-_NONCE_BYTES = 12
-_KEK_BYTES = 32
+_KEK_BYTES, _NONCE_BYTES = 32, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +60,7 @@ class KeyProvider(Keys, Protocol):
     """
 
     def now(self) -> Keys:
-        """The keys that wrap now: the same object until others are in their place. Who has checked it wraps under no others.
-
-        A service keeps its keys itself, so that it is this object.
-        """
+        """The keys that wrap now; the same object (here: this one) until others are in their place."""
         return self
 
     @property

@@ -93,8 +93,7 @@ class KeyStore:
     def create(self) -> DataKey:
         """Make a data key that seals one image; it is on disk when this returns.
 
-        RecordsUnavailable, too, when the current key-encryption key has wrapped its share;
-        KeyProviderUnavailable while the provider's keys are not this store's.
+        RecordsUnavailable, too, when the current KEK has wrapped its share; KeyProviderUnavailable as KeyChecks.
         """
         data_key_id, material = uuid4(), AESGCM.generate_key(256)
         wrapped_key = self.checks.wrap(material, data_key_id)
@@ -129,18 +128,17 @@ class KeyStore:
         0 when all are under the current KEK. Stopped at any moment, it goes on where it was; images
         are opened meanwhile as ever. RecordsUnavailable as `create`.
         """
-        current = self.checks.keys().current_version
-        stale = self._fetch("select_stale", current=current, limit=limit)
+        current, rows = self.checks.keys().current_version, []
         # Unwrapping and wrapping may ask a service: nobody's transaction waits for that.
-        rows = [self._rewrapped(UUID(bytes=row[0]), WrappedKey(*row[1:])) for row in stale]
+        for key, wrapped, version in self._fetch("select_stale", current=current, limit=limit):
+            data_key_id = UUID(bytes=key)
+            material = self._provider.unwrap(WrappedKey(wrapped, version), data_key_id)
+            new = self.checks.wrap(material, data_key_id)
+            rows.append(_bind(data_key_id=data_key_id, old_version=version, **asdict(new)))
         with self._transaction() as connection:
             connection.executemany(_SQL["count_wrap"], rows)
             connection.executemany(_SQL["replace_wrapped"], rows)
         return len(rows)
-
-    def _rewrapped(self, data_key_id: UUID, old: WrappedKey) -> dict[str, object]:
-        new = self.checks.wrap(self._provider.unwrap(old, data_key_id), data_key_id)
-        return _bind(data_key_id=data_key_id, old_version=old.key_version, **asdict(new))
 
     def count_versions(self) -> list[KeyVersionCount]:
         """Say of every KEK version how many data keys it wraps, and how often it has wrapped."""
@@ -180,10 +178,7 @@ class KeyStore:
     def list_made_before(
         self, age_s: int, *, after: int = 0, limit: int = 1000
     ) -> list[tuple[int, UUID, bool]]:
-        """List data keys of at least this age in seconds, oldest first.
-
-        Each is behind its sequence number, and before whether its image is still awaited.
-        """
+        """List sequence number, id and "its image is still awaited" of keys this old (seconds) at least, oldest first."""
         rows = self._fetch("select_old_keys", age=f"-{age_s} seconds", after=after, limit=limit)
         return [(sequence, UUID(bytes=key), bool(awaited)) for sequence, key, awaited in rows]
 
@@ -210,7 +205,7 @@ class KeyStore:
             raise RecordsUnavailable("The key is deleted but not yet overwritten; try again")
 
     def close(self) -> None:
-        """Let go of the file; the store is of no use after."""
+        """Let go of the file."""
         with self._turn:
             self._connection.close()
 
@@ -245,7 +240,7 @@ class KeyChecks:
         return wrapped
 
     def keys(self) -> Keys:
-        """The keys that wrap now, as the provider has them. KeyProviderUnavailable while they are not this store's."""
+        """The provider's keys that wrap now. KeyProviderUnavailable while they are not this store's."""
         keys = self._provider.now()
         if keys is not self._verified:
             self._insist(keys)

@@ -1,12 +1,18 @@
-"""One image through the stages: what is asked of each, and what is found, in the order it is found."""
+"""One image through the stages: what is asked of each, and what is found, in the order it is found.
+
+And a search with an image that was assessed: nothing is concluded from it and nothing is stored, so it may be
+limited in any way.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +34,27 @@ from serve_app.domain.assessment import (
     format_time,
 )
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.errors import RejectedUpload, StageFailed
-from serve_app.domain.patient import ClinicalContext
-from serve_app.records.lesion_rows import PreviousAssessment
+from serve_app.domain.errors import (
+    AssessmentPending,
+    NoEmbedding,
+    NotFound,
+    ReferencesDropped,
+    RejectedUpload,
+    StageFailed,
+)
+from serve_app.records.lesion_rows import AdmittedImage, PreviousAssessment, RecordedCase
+from serve_app.records.lesions import LesionStore
+from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel
+
+#: How long the stages may take, seconds; for an upload from T1 on. A later answer finds nobody waiting.
+DEADLINE_S = 15.0
 
 
 class Stages(Protocol):
-    """The way of one lesion, a method a stage.
+    """The way of one lesion, a method a stage: on Ray Serve a deployment, in tests a plain function of this process.
 
-    On Ray Serve each is a deployment; in the benchmark's baseline and in unit tests each is
-    the same plain function in this process. Every method raises Overloaded when its stage
-    refused the work, and StageFailed when it did not answer.
+    Every method raises Overloaded when its stage refused the work, and StageFailed when it did not answer.
     """
 
     async def warm(self, models: Sequence[LiveModel]) -> Sequence[Mapping[str, str]]:
@@ -61,11 +76,7 @@ class Stages(Protocol):
         """Bottleneck (512) to a unit vector (512) of one embedding space."""
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """A unit vector to the nearest references of its space, among those that pass the filter."""
 
@@ -80,13 +91,16 @@ class Timings(dict[str, float]):
         super().__init__()
         self._started = perf_counter()
 
-    def lap(self, stage: str, since: float) -> None:
-        """Note how long a stage took."""
-        self[stage] = round((perf_counter() - since) * 1000.0, 2)
+    @contextmanager
+    def lap(self, stage: str) -> Iterator[None]:
+        """Add how long this takes to a stage's time."""
+        since = perf_counter()
+        yield
+        self[stage] = round(self.get(stage, 0.0) + (perf_counter() - since) * 1000.0, 2)
 
     def stop(self) -> None:
         """Note the whole time up to now."""
-        self.lap("total", self._started)
+        self["total"] = round((perf_counter() - self._started) * 1000.0, 2)
 
 
 @dataclass(slots=True)
@@ -113,34 +127,29 @@ class Assessor:
         self._service_version = service_version
 
     async def examine(self, image: bytes, live: LiveModel) -> Examination:
-        """Prepare an image and start classifying it.
-
-        Raises RejectedUpload for an image that this service does not take.
-        """
+        """Prepare an image and start classifying it; RejectedUpload for one that this service does not take."""
         timings = Timings()
-        since = perf_counter()
-        prepared = await self._stages.prepare(live.model_id, image)
-        timings.lap("preprocess", since)
+        with timings.lap("preprocess"):
+            prepared = await self._stages.prepare(live.model_id, image)
         if isinstance(prepared, RejectedUpload):
             raise prepared
-        since = perf_counter()
-        classifying = asyncio.create_task(self._stages.classify(live.model_id, prepared.pixels))
-        classifying.add_done_callback(lambda _: timings.lap("classifier", since))
+        classifying = asyncio.create_task(self._classify(live.model_id, prepared.pixels, timings))
         return Examination(live, prepared, classifying, timings)
+
+    async def _classify(self, model_id: str, pixels: NDArray[np.uint8], timings: Timings) -> ClassifierOutput:
+        with timings.lap("classifier"):
+            return await self._stages.classify(model_id, pixels)
 
     async def assess(
         self,
         examination: Examination,
+        case: AdmittedImage | RecordedCase,
         *,
-        context: ClinicalContext,
-        top_k: int,
-        reference_filter: ReferenceFilter,
         previous: PreviousAssessment | None,
         recorded: Neighbours | None = None,
     ) -> Assessment:
         """Wait for the classifier, and conclude from everything.
 
-        `top_k` and `reference_filter` say which similar cases to show; no conclusion depends on them.
         With `recorded` neighbours the conclusion is drawn from them, not from those found now:
         a replay must not depend on which references came or went since.
         Raises StageFailed when a stage does not answer, or the classifier ran another model
@@ -150,28 +159,24 @@ class Assessor:
         output = await examination.classifying
         if output.model_digest != live.model_digest:
             raise StageFailed("The classifier's model is not the one that was published.")
-        since = perf_counter()
-        embedding = await self._stages.embed(live.model_id, live.embedding_space, output.bottleneck)
-        timings.lap("embedder", since)
-        since = perf_counter()
-        neighbours, similar = await self._search(embedding, live.embedding_space, top_k, reference_filter)
-        timings.lap("retriever", since)
+        space = live.embedding_space
+        with timings.lap("embedder"):
+            embedding = await self._stages.embed(live.model_id, space, output.bottleneck)
+        with timings.lap("retriever"):
+            neighbours, similar = await self._search(embedding, space, case)
         change = None if previous is None else _compare(previous, output, embedding)
-        since = perf_counter()
-        conclusion = await self._stages.conclude(
-            live.model_id,
-            Findings(
-                quality=prepared.quality,
-                width=prepared.width,
-                height=prepared.height,
-                classification=output.classification,
-                neighbours=recorded or neighbours,
-                context=context,
-                change=change,
-                compared_level=previous.level if previous else None,
-            ),
+        findings = Findings(
+            quality=prepared.quality,
+            width=prepared.width,
+            height=prepared.height,
+            classification=output.classification,
+            neighbours=recorded or neighbours,
+            context=case.context,
+            change=change,
+            compared_level=previous.level if previous else None,
         )
-        timings.lap("risk", since)
+        with timings.lap("risk"):
+            conclusion = await self._stages.conclude(live.model_id, findings)
         timings.stop()
         answered = conclusion.outcome is not Outcome.REFUSED
         return Assessment(
@@ -186,7 +191,7 @@ class Assessor:
             provenance=Provenance(
                 model_id=output.model_id,
                 model_digest=output.model_digest,
-                embedding_space=live.embedding_space,
+                embedding_space=space,
                 preprocess_version=prepared.preprocess_version,
                 policy_version=conclusion.policy_version,
                 service_version=self._service_version,
@@ -196,16 +201,16 @@ class Assessor:
         )
 
     async def _search(
-        self, embedding: NDArray[np.float32], space: str, top_k: int, reference_filter: ReferenceFilter
+        self, embedding: NDArray[np.float32], space: str, case: AdmittedImage | RecordedCase
     ) -> tuple[Neighbours, tuple[SimilarCase, ...]]:
-        """Find the neighbours to weigh, and the similar cases to show."""
+        """Find the neighbours to weigh, and the similar cases to show: no conclusion depends on those."""
         weigh = self._stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
-        if top_k <= WEIGHED and not reference_filter:
+        if case.top_k <= WEIGHED and not case.reference_filter:
             weighed = await weigh
-            return weighed, weighed.similar[:top_k]
+            return weighed, weighed.similar[: case.top_k]
         # Two searches: one for more than WEIGHED may walk an index further, and find others among the nearest.
         weighed, shown = await asyncio.gather(
-            weigh, self._stages.nearest(embedding, space, top_k, reference_filter)
+            weigh, self._stages.nearest(embedding, space, case.top_k, case.reference_filter)
         )
         return weighed, shown.similar
 
@@ -227,3 +232,39 @@ def _melanoma(probabilities: Mapping[Diagnosis, float]) -> float:
     """p(MEL) among the known eight: more doubt in one of two images must not hide a rise."""
     known = 1.0 - probabilities[Diagnosis.UNK]
     return probabilities[Diagnosis.MEL] / known if known > 0.0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searcher:
+    """Searches with the embeddings on record; they are patients' data, so access is decided before."""
+
+    stages: Stages
+    records: LesionStore
+    references: ReferenceStore
+
+    async def search(
+        self, lesion_id: UUID, image_id: UUID, *, k: int, reference_filter: ReferenceFilter
+    ) -> tuple[str, Neighbours]:
+        """Find the space that an image was assessed in, and the K references there that are most similar.
+
+        NotFound when the lesion has no such image, Erased when it had; AssessmentPending, or NoEmbedding
+        where its assessment left none; ReferencesDropped when nothing is left of the space that it was
+        assessed in. StageFailed when the search takes longer than an upload may; Overloaded, RecordsUnavailable.
+        """
+        image = await self.records.image_embedding(lesion_id, image_id)
+        if image is None:
+            raise NotFound
+        if image.outcome is Outcome.PENDING:
+            raise AssessmentPending
+        if image.embedding is None or image.embedding_space is None:
+            raise NoEmbedding
+        space = image.embedding_space
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                neighbours = await self.stages.nearest(image.embedding, space, k, reference_filter)
+        except TimeoutError as error:
+            raise StageFailed("The search took too long; try again.") from error
+        # Asked afterwards, and only where it matters: a space may be dropped while it is searched.
+        if not neighbours.similar and not await self.references.count(space):
+            raise ReferencesDropped
+        return space, neighbours

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Literal
 from uuid import UUID
 
 from model_store.registry import ModelStore
-from serve_app.domain.assessment import Assessment, Outcome, Provenance, Shape
-from serve_app.domain.errors import Erased, ModelContractError, NotFound, RejectedUpload, StageFailed
-from serve_app.keys.envelope import ImageBinding
+from serve_app.domain.assessment import Assessment, Id, Outcome, Provenance, Shape, one_of
+from serve_app.domain.errors import Erased, ModelContractError, RejectedUpload, StageFailed
 from serve_app.keys.keystore import KeyStore
-from serve_app.lesions.assess import Assessor, Examination
-from serve_app.lesions.triage import DEADLINE_S
+from serve_app.lesions.assess import DEADLINE_S, Assessor
+from serve_app.lesions.triage import read_original
+from serve_app.records.answers import Document
 from serve_app.records.lesion_rows import PreviousAssessment, RecordedCase
 from serve_app.records.lesions import LesionStore
 from serve_app.records.serving import LiveModel
@@ -95,19 +97,16 @@ def _fields(assessment: Assessment) -> dict[str, Value]:
             fields[f"probabilities.{diagnosis}"] = probability
         fields["prediction_set"] = list(classification.prediction_set)
     if (risk := assessment.risk) is not None:
-        fields["risk.level"] = risk.level
-        fields["risk.urgency"] = risk.urgency
-        fields["risk.score"] = risk.score
+        fields |= {f"risk.{name}": getattr(risk, name) for name in ("level", "urgency", "score")}
         fields["risk.factors"] = [f"{factor.code}: {factor.effect}" for factor in risk.factors]
     if (change := assessment.change) is not None:
-        fields["change.compared_image_id"] = change.compared_image_id
-        fields["change.similarity"] = change.similarity
-        fields["change.melanoma_probability_delta"] = change.melanoma_probability_delta
+        compared = ("compared_image_id", "similarity", "melanoma_probability_delta")
+        fields |= {f"change.{name}": getattr(change, name) for name in compared}
     return fields
 
 
 class Cause(StrEnum):
-    """Why an assessment cannot be replayed."""
+    """Why an assessment cannot be replayed; each has its message in MESSAGES."""
 
     ASSESSMENT_PENDING = "assessment_pending"
     ASSESSMENT_FAILED = "assessment_failed"
@@ -119,13 +118,8 @@ class Cause(StrEnum):
     COMPARED_IMAGE_GONE = "compared_image_gone"
     POLICY_CHANGED = "policy_changed"
 
-    @property
-    def message(self) -> str:
-        """The cause in plain words."""
-        return _MESSAGES[self]
 
-
-_MESSAGES = {
+MESSAGES = {
     Cause.ASSESSMENT_PENDING: "The assessment has not finished: there is no answer to make again.",
     Cause.ASSESSMENT_FAILED: "The image could not be assessed: there is no answer to make again.",
     Cause.IMAGE_ERASED: "The image was erased, and what was found on it, too.",
@@ -137,7 +131,6 @@ _MESSAGES = {
     Cause.POLICY_CHANGED: "The risk policy in force is another than the one that answered.",
 }
 
-
 _NO_ANSWER = {
     Outcome.PENDING: Cause.ASSESSMENT_PENDING,
     Outcome.FAILED: Cause.ASSESSMENT_FAILED,
@@ -146,136 +139,171 @@ _NO_ANSWER = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What came of it; `current` is what made the answer again, None when none was made."""
+class ReplayCauseDocument(Document):
+    """Why an assessment could not be replayed; `code` is stable, `message` is for people."""
 
-    verdict: Verdict
+    code: Annotated[Cause, one_of(Cause, "Code")]
+    message: str
+
+
+class ReplayToleranceDocument(Document):
+    """How far two numbers may be apart and still count as the same, absolutely; the score is rounded."""
+
+    probability: float
+    score: float
+
+
+class ReplayNoteDocument(Document):
+    """Something that is other than then without being a difference of the answer."""
+
+    field: Literal["similar"]
+    code: Literal["references_changed"]
+    message: str
+
+
+class ReplayProvenanceDocument(Document):
+    """What made the recorded answer, and the one made again; null where there is none."""
+
     recorded: Provenance | None
-    current: Provenance | None = None
-    cause: Cause | None = None
-    differences: tuple[Difference, ...] = ()
-    references_changed: bool = False
+    current: Provenance | None
+
+
+class ReplayDocument(Document):
+    """A past answer, made again: `cannot` has a cause, `within_tolerance` and `differs` have differences."""
+
+    assessment_id: Id
+    verdict: Annotated[Verdict, one_of(Verdict, "Verdict")]
+    cause: ReplayCauseDocument | None
+    tolerance: ReplayToleranceDocument
+    differences: list[Difference]
+    notes: list[ReplayNoteDocument]
+    provenance: ReplayProvenanceDocument
+
+
+_REFERENCES_CHANGED = ReplayNoteDocument(
+    field="similar",
+    code="references_changed",
+    message="The most similar references are others than then; the risk was drawn from the recorded ones.",
+)
 
 
 class _CannotError(Exception):
     """Ends a replay; `difference` is the version that stands in the way, then and now, where one does."""
 
-    def __init__(self, cause: Cause, *difference: Value, current: Provenance | None = None) -> None:
+    def __init__(
+        self, cause: Cause, difference: Difference | None = None, current: Provenance | None = None
+    ) -> None:
         super().__init__(cause)
-        self.cause, self.current = cause, current
-        self.differences = (Difference(str(difference[0]), *difference[1:]),) if difference else ()
+        self.cause, self.difference, self.current = cause, difference, current
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replayer:
     """Makes recorded answers again."""
 
-    def __init__(self, *, assessor: Assessor, records: LesionStore, keys: KeyStore, models: Path) -> None:
-        self._assessor = assessor
-        self._records = records
-        self._keys = keys
-        self._models = models
+    assessor: Assessor
+    records: LesionStore
+    keys: KeyStore
+    models: Path
 
-    async def replay(self, case: RecordedCase) -> Replayed:
+    async def replay(self, case: RecordedCase) -> ReplayDocument:
         """Make one answer again and compare.
 
         Raises StageFailed when that takes longer than an upload may, or a stage fails;
         Overloaded, RecordsUnavailable, IntegrityError; NotFound when the image is gone.
         """
-        if case.assessment is None:
-            return Replayed(Verdict.CANNOT, None, cause=_NO_ANSWER[case.outcome])
         recorded = case.assessment
+        if recorded is None:
+            return _document(case, Verdict.CANNOT, cause=_NO_ANSWER[case.outcome])
         try:
             async with asyncio.timeout(DEADLINE_S):
                 again = await self._again(case, recorded)
         except _CannotError as cannot:
-            return Replayed(
-                Verdict.CANNOT, recorded.provenance, cannot.current, cannot.cause, cannot.differences
-            )
+            differences = [cannot.difference] if cannot.difference else []
+            return _document(case, Verdict.CANNOT, differences, cannot.current, cause=cannot.cause)
         except TimeoutError as error:
             raise StageFailed("The replay took too long; nothing was stored, try again.") from error
-        verdict, differences = compare(recorded, again)
-        return Replayed(
-            verdict,
-            recorded.provenance,
-            again.provenance,
-            differences=differences,
-            references_changed=not same_references(recorded, again),
-        )
+        notes = [] if same_references(recorded, again) else [_REFERENCES_CHANGED]
+        return _document(case, *compare(recorded, again), again.provenance, notes=notes)
 
     async def _again(self, case: RecordedCase, recorded: Assessment) -> Assessment:
-        versions = recorded.provenance
+        then = recorded.provenance
         # First, because a stage on another node can only say that it failed, not why.
-        await asyncio.to_thread(self._require_model, versions)
+        await asyncio.to_thread(self._require_model, then)
         previous = await self._previous(case, recorded)
-        model = LiveModel(versions.model_id, versions.model_digest, versions.embedding_space)
+        model = LiveModel(then.model_id, then.model_digest, then.embedding_space)
         try:
-            examination = await self._assessor.examine(await self._image(case), model)
+            image, _ = await read_original(self.records, self.keys, case.lesion_id, case.image_id)
+            examination = await self.assessor.examine(image, model)
         except Erased as erased:  # a moment ago
             raise _CannotError(Cause.IMAGE_ERASED) from erased
         except RejectedUpload as rejection:
-            raise _CannotError(Cause.IMAGE_REJECTED, "rejection", None, rejection.code) from rejection
+            difference = Difference("rejection", None, rejection.code)
+            raise _CannotError(Cause.IMAGE_REJECTED, difference) from rejection
         try:
-            await _require_versions(examination, versions)
-            again = await self._assessor.assess(
-                examination,
-                context=case.context,
-                top_k=case.top_k,
-                reference_filter=case.reference_filter,
-                previous=previous,
-                recorded=recorded.neighbours,
+            prepared = examination.prepared.preprocess_version
+            _require(Cause.PREPROCESS_CHANGED, "preprocess_version", then, prepared)
+            # A classifier that has run for long may hold another model than the store does now.
+            digest = (await examination.classifying).model_digest
+            _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
+            again = await self.assessor.assess(
+                examination, case, previous=previous, recorded=recorded.neighbours
             )
         finally:
             await examination.discard()
-        policies = (versions.policy_version, again.provenance.policy_version)
-        if len(set(policies)) > 1:
-            raise _CannotError(
-                Cause.POLICY_CHANGED, "provenance.policy_version", *policies, current=again.provenance
-            )
+        policy = again.provenance.policy_version
+        _require(Cause.POLICY_CHANGED, "policy_version", then, policy, current=again.provenance)
         return again
 
-    def _require_model(self, recorded: Provenance) -> None:
+    def _require_model(self, then: Provenance) -> None:
         # A store of its own: one that verified the model earlier would not look again.
-        store = ModelStore(self._models)
-        if recorded.model_id not in set(store):
-            raise _CannotError(Cause.MODEL_GONE, "provenance.model_id", recorded.model_id, None)
+        store = ModelStore(self.models)
+        there = then.model_id in set(store)
+        _require(Cause.MODEL_GONE, "model_id", then, then.model_id if there else None)
         try:
-            digest: str | None = store.open(recorded.model_id).digest
+            digest: str | None = store.open(then.model_id).digest
         except ModelContractError:
             digest = None
-        _require_digest(recorded, digest)
+        _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
 
     async def _previous(self, case: RecordedCase, recorded: Assessment) -> PreviousAssessment | None:
         """The very image that it was compared with then: a newer one may have been finished since."""
         change = recorded.change
         if change is None:
             return None
-        previous = await self._records.compared(
-            case.lesion_id,
-            UUID(change.compared_image_id),
-            embedding_space=recorded.provenance.embedding_space,
-        )
+        compared, space = change.compared_image_id, recorded.provenance.embedding_space
+        previous = await self.records.compared(case.lesion_id, UUID(compared), embedding_space=space)
         if previous is None or (previous.embedding is None and change.similarity is not None):
-            compared = change.compared_image_id
-            raise _CannotError(Cause.COMPARED_IMAGE_GONE, "change.compared_image_id", compared, None)
+            difference = Difference("change.compared_image_id", compared, None)
+            raise _CannotError(Cause.COMPARED_IMAGE_GONE, difference)
         return previous
 
-    async def _image(self, case: RecordedCase) -> bytes:
-        found = await self._records.sealed_image(case.lesion_id, case.image_id)
-        if found is None:
-            raise NotFound
-        binding = ImageBinding(case.image_id, found.patient_id, found.content_type)
-        return await asyncio.to_thread(self._keys.open_image, found.sealed, binding)
+
+def _require(
+    cause: Cause, version: str, then: Provenance, now: str | None, *, current: Provenance | None = None
+) -> None:
+    """Refuse to replay with another version of something than the one that answered."""
+    recorded: str = getattr(then, version)
+    if now != recorded:
+        raise _CannotError(cause, Difference(f"provenance.{version}", recorded, now), current)
 
 
-async def _require_versions(examination: Examination, recorded: Provenance) -> None:
-    versions = (recorded.preprocess_version, examination.prepared.preprocess_version)
-    if len(set(versions)) > 1:
-        raise _CannotError(Cause.PREPROCESS_CHANGED, "provenance.preprocess_version", *versions)
-    # A classifier that has run for long may hold another model than the store does now.
-    _require_digest(recorded, (await examination.classifying).model_digest)
-
-
-def _require_digest(recorded: Provenance, digest: str | None) -> None:
-    if digest != recorded.model_digest:
-        raise _CannotError(Cause.MODEL_CHANGED, "provenance.model_digest", recorded.model_digest, digest)
+def _document(
+    case: RecordedCase,
+    verdict: Verdict,
+    differences: Sequence[Difference] = (),
+    current: Provenance | None = None,
+    *,
+    cause: Cause | None = None,
+    notes: Sequence[ReplayNoteDocument] = (),
+) -> ReplayDocument:
+    recorded = case.assessment.provenance if case.assessment else None
+    return ReplayDocument(
+        assessment_id=case.assessment_id,
+        verdict=verdict,
+        cause=ReplayCauseDocument(code=cause, message=MESSAGES[cause]) if cause else None,
+        tolerance=ReplayToleranceDocument(probability=TOLERANCE, score=SCORE_TOLERANCE),
+        differences=list(differences),
+        notes=list(notes),
+        provenance=ReplayProvenanceDocument(recorded=recorded, current=current),
+    )

@@ -1,29 +1,27 @@
 """The use case: one image in, one recorded assessment out.
 
-Two commits carry it. T1 stores the sealed image with a pending assessment and its audit
-event, while the classifier already runs; T2 stores the answer. Until T1 nothing is kept,
-and every failure is an error to the caller. After T1 nothing is lost: whatever fails, the
-caller is told `pending`, and recovery completes the record.
+T1 commits the sealed image with a pending assessment and its audit event, while the classifier already runs; T2
+the answer. Until T1 nothing is kept, and every failure is an error to the caller. After T1 nothing is lost:
+whatever fails, the caller is told `pending`, and recovery completes the record.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 import logging
-from time import perf_counter
 from uuid import UUID
 
 from deployments.preprocess.preprocess import PreparedImage
 from serve_app.audit.events import event_about
 from serve_app.domain.assessment import Assessment, OpenDemand, ReferenceFilter
-from serve_app.domain.errors import RecordsUnavailable, StageFailed
+from serve_app.domain.errors import NotFound, RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
-from serve_app.lesions.assess import Assessor, Examination
+from serve_app.lesions.assess import DEADLINE_S, Assessor, Examination
 from serve_app.pms.directory import RecordConsultation
 from serve_app.records.lesion_rows import (
     Admission,
@@ -40,47 +38,59 @@ logger = logging.getLogger("derm.triage")
 
 #: How long everything before T1 may take, seconds: the image prepared, the directory asked, the image sealed.
 PREPARE_S = 15.0
-#: How long the stages may take after T1, seconds. A later answer finds nobody waiting.
-DEADLINE_S = 15.0
 #: How long an image is its request's own from T1 on: the deadline, and the way of T1's answer back (the pool's timeout).
 LEASE_S = DEADLINE_S + 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
-    """An accepted request: who asks for what, authorised and parsed."""
+class Asked:
+    """Who asks for what, authorised and parsed: of an accepted request, all that goes on record as it came."""
 
     actor: str
     request_id: str
     patient_id: str
     encounter_id: str | None
-    lesion_id: UUID | None
-    image: bytes
-    context: ClinicalContext
     top_k: int
     reference_filter: ReferenceFilter
     idempotency_key: str | None
     request_sha256: bytes | None
 
 
-class Triage:
-    """Runs lesions through the stages and keeps the record of it."""
+@dataclass(frozen=True, slots=True)
+class Submission(Asked):
+    """An accepted request."""
 
-    def __init__(
-        self,
-        *,
-        assessor: Assessor,
-        records: LesionStore,
-        keys: KeyStore,
-        consultation: RecordConsultation | None = None,
-        tells_pms: bool = False,
-    ) -> None:
-        """`tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction."""
-        self._assessor = assessor
-        self._records = records
-        self._keys = keys
-        self._consultation = consultation
-        self._tells_pms = tells_pms
+    lesion_id: UUID | None
+    context: ClinicalContext
+    image: bytes = field(repr=False)
+
+
+async def read_original(
+    records: LesionStore, keys: KeyStore, lesion_id: UUID, image_id: UUID
+) -> tuple[bytes, str]:
+    """The very bytes that were uploaded, and their media type.
+
+    NotFound when the lesion has no such image, Erased when it had; IntegrityError, DataKeyMissing.
+    """
+    found = await records.sealed_image(lesion_id, image_id)
+    if found is None:
+        raise NotFound
+    binding = ImageBinding(image_id, found.patient_id, found.content_type)
+    return await asyncio.to_thread(keys.open_image, found.sealed, binding), found.content_type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triage:
+    """Runs lesions through the stages and keeps the record of it.
+
+    `tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction.
+    """
+
+    assessor: Assessor
+    records: LesionStore
+    keys: KeyStore
+    consultation: RecordConsultation | None = None
+    tells_pms: bool = False
 
     async def submit(self, submission: Submission, live: LiveModel) -> AssessmentRecord | Replay:
         """Assess one image and record it; what is then on record has no assessment while that is pending.
@@ -93,13 +103,13 @@ class Triage:
         examination = None
         try:
             async with asyncio.timeout(PREPARE_S):
-                examination = await self._assessor.examine(submission.image, live)
+                examination = await self.assessor.examine(submission.image, live)
                 context = await consulting
-                since = perf_counter()
-                admission = await self._admission(submission, context, examination.prepared)
+                with examination.timings.lap("store"):
+                    admission = await self._admission(submission, context, examination.prepared)
             # Outside of that timeout: the pool has its own, and only it knows what became of the statement.
-            replay = await self._records.admit(admission, lease_s=LEASE_S)
-            examination.timings.lap("store", since)
+            with examination.timings.lap("store"):
+                replay = await self.records.admit(admission, lease_s=LEASE_S)
         except BaseException as error:
             consulting.cancel()
             await asyncio.gather(consulting, return_exceptions=True)
@@ -126,7 +136,7 @@ class Triage:
     async def _open_demand(self, admission: Admission, assessment: Assessment) -> OpenDemand | None:
         """What the lesion demands now; a new lesion's is known without asking."""
         if not admission.new_lesion:
-            return await self._records.open_demand(admission.lesion_id)
+            return await self.records.open_demand(admission.lesion_id)
         if assessment.demand is None:
             return None
         ids = (admission.image_id, admission.assessment_id)
@@ -137,28 +147,26 @@ class Triage:
 
         None when it was completed elsewhere and erased since. No deadline: the caller knows for how long it is his.
         """
-        image = await asyncio.to_thread(self._open, pending)
-        examination = await self._assessor.examine(image, live)
-        try:
-            return await self._complete(examination, pending, follow_up=True)
-        finally:
-            await examination.discard()
+        binding = ImageBinding(pending.image_id, pending.patient_id, pending.content_type)
+        image = await asyncio.to_thread(self.keys.open_image, pending.sealed, binding)
+        examination = await self.assessor.examine(image, live)
+        return await self._complete(examination, pending, follow_up=True)
 
     async def give_up(self, pending: PendingAssessment, code: str) -> bool:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
         event = event_about(pending, "classify", "failed", {"code": code, "attempts": pending.attempts})
-        return await self._records.fail(
+        return await self.records.fail(
             pending.assessment_id, code, event=event, message_id=self._message_id()
         )
 
     def _message_id(self) -> UUID | None:
-        return new_id() if self._tells_pms else None
+        return new_id() if self.tells_pms else None
 
     async def _consult(self, submission: Submission) -> ClinicalContext:
         """What is known of the patient beside what was sent; WrongEncounter for one of another patient."""
-        if self._consultation is None:
+        if self.consultation is None:
             return submission.context
-        return await self._consultation.consult(
+        return await self.consultation.consult(
             submission.context, patient_id=submission.patient_id, encounter_id=submission.encounter_id
         )
 
@@ -169,24 +177,19 @@ class Triage:
         image_id, assessment_id = new_id(), new_id()
         binding = ImageBinding(image_id, submission.patient_id, prepared.content_type)
         return Admission(
-            patient_id=submission.patient_id,
-            encounter_id=submission.encounter_id,
+            **{item.name: getattr(submission, item.name) for item in fields(Asked)},
             context=context,
-            top_k=submission.top_k,
-            reference_filter=submission.reference_filter,
-            actor=submission.actor,
-            request_id=submission.request_id,
             assessment_id=assessment_id,
             lesion_id=submission.lesion_id or new_id(),
             image_id=image_id,
             new_lesion=submission.lesion_id is None,
             created_at=datetime.now(UTC),
-            sealed=await asyncio.to_thread(self._seal, submission.image, binding),
+            sealed=await asyncio.to_thread(
+                lambda: seal(submission.image, data_key=self.keys.create(), binding=binding)
+            ),
             content_type=prepared.content_type,
             width=prepared.width,
             height=prepared.height,
-            idempotency_key=submission.idempotency_key,
-            request_sha256=submission.request_sha256,
         )
 
     async def _finish(
@@ -199,8 +202,6 @@ class Triage:
         except Exception as error:  # noqa: BLE001 - the image is on record: whatever failed, recovery retries
             logger.warning("Assessment %s stays pending: %s", case.assessment_id, type(error).__name__)
             return None
-        finally:
-            await examination.discard()
 
     async def _complete(
         self, examination: Examination, case: AdmittedImage, *, follow_up: bool
@@ -208,19 +209,16 @@ class Triage:
         """T2; when another replica was faster, its answer is the one on record."""
         live = examination.live
         previous = None
-        if follow_up:
-            previous = await self._records.previous(
-                case.lesion_id, before=case.created_at, embedding_space=live.embedding_space
-            )
-        assessment = await self._assessor.assess(
-            examination,
-            context=case.context,
-            top_k=case.top_k,
-            reference_filter=case.reference_filter,
-            previous=previous,
-        )
+        try:
+            if follow_up:
+                previous = await self.records.previous(
+                    case.lesion_id, before=case.created_at, embedding_space=live.embedding_space
+                )
+            assessment = await self.assessor.assess(examination, case, previous=previous)
+        finally:
+            await examination.discard()
         detail = {"outcome": assessment.outcome, "model_id": live.model_id}
-        if await self._records.complete(
+        if await self.records.complete(
             case.assessment_id,
             assessment,
             embedding_space=live.embedding_space,
@@ -228,12 +226,5 @@ class Triage:
             message_id=self._message_id(),
         ):
             return assessment
-        recorded = await self._records.assessment_record(case.assessment_id)
+        recorded = await self.records.assessment_record(case.assessment_id)
         return recorded.image.assessment if recorded else None
-
-    def _seal(self, image: bytes, binding: ImageBinding) -> bytes:
-        return seal(image, data_key=self._keys.create(), binding=binding)
-
-    def _open(self, pending: PendingAssessment) -> bytes:
-        binding = ImageBinding(pending.image_id, pending.patient_id, pending.content_type)
-        return self._keys.open_image(pending.sealed, binding)

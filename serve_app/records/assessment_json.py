@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serve_app.domain.assessment import Assessment, OpenDemand, Probabilities
-from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.assessment import Assessment, OpenDemand
 from serve_app.domain.patient import ClinicalContext
 
 #: Raised when the form changes; older versions stay readable.
@@ -20,7 +19,6 @@ VERSION = 1
 _ASSESSMENT = TypeAdapter(Assessment)
 _CONTEXT = TypeAdapter(ClinicalContext)
 _DEMAND = TypeAdapter(OpenDemand | None)
-_PROBABILITIES: TypeAdapter[Mapping[Diagnosis, float]] = TypeAdapter(Probabilities)
 #: Records from before these were measured have no such keys.
 _MEASURED_LATER = {"colour": None, "two_levels": None, "damaged": None}
 
@@ -43,20 +41,15 @@ def assessment_from_json(answer: Mapping[str, Any]) -> Assessment:
     return _ASSESSMENT.validate_python({"similar": shown, **answer, "quality": quality, "embedding": None})
 
 
+def answer_from_json(answer: Mapping[str, Any] | None) -> Assessment | None:
+    """Read an assessment back where there is one."""
+    return None if answer is None else assessment_from_json(answer)
+
+
 def context_to_json(context: ClinicalContext) -> dict[str, Any]:
     """Write a clinical context as JSON-able values."""
     written: dict[str, Any] = _CONTEXT.dump_python(context, mode="json")
     return written
-
-
-def context_from_json(context: Mapping[str, Any]) -> ClinicalContext:
-    """Read a clinical context back; erased with its image, it is empty."""
-    return _CONTEXT.validate_python(context)
-
-
-def probabilities_from_json(probabilities: Mapping[str, float]) -> Mapping[Diagnosis, float]:
-    """Read the probabilities of a classification, in the order of the diagnoses."""
-    return _PROBABILITIES.validate_python(probabilities)
 
 
 def demand_from_json(demand: Mapping[str, Any] | None) -> OpenDemand | None:

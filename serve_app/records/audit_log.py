@@ -18,7 +18,7 @@ from operator import attrgetter
 import asyncpg
 
 from serve_app.access.rules import PURPOSE, purpose_of, requested_action
-from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, in_force
+from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal, in_force
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.pool import Pool, queries
@@ -33,35 +33,28 @@ SEALED_WITHIN = timedelta(minutes=2)
 #: A chain whose first seal is older has a checkpoint, unless somebody took it away: one is signed with the first seals.
 FIRST_CHECKPOINT_WITHIN = timedelta(minutes=10)
 
-_BATCH, _EVENTS_BATCH = 5_000, 1_000
+_BATCH = 5_000
 _SQL = queries("audit_chain")
 
 _POSITION = attrgetter("position")
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedEvent:
-    """An event as it stands in the log: its number there, and the database's time of it."""
-
-    event_id: int
-    recorded_at: datetime
-    event: AuditEvent
-
-
-async def events_between(pool: Pool, start: datetime, end: datetime) -> AsyncIterator[RecordedEvent]:
-    """Yield the events from `start` on and before `end`, oldest first, a batch in memory at a time."""
+async def events_between(
+    pool: Pool, start: datetime, end: datetime
+) -> AsyncIterator[tuple[int, datetime, AuditEvent]]:
+    """Yield the events from `start` on and before `end`, oldest first, each behind its number and time in the log."""
     after = 0
-    while rows := await pool.fetch(_SQL["events_between"], start, end, after, _EVENTS_BATCH):
+    while rows := await pool.fetch(_SQL["events_between"], start, end, after, 1_000):
         for row in rows:
             fields = {name: row[name] for name in AuditEvent.__dataclass_fields__}
-            yield RecordedEvent(row["event_id"], row["recorded_at"], AuditEvent(**fields))
+            yield row["event_id"], row["recorded_at"], AuditEvent(**fields)
         after = rows[-1]["event_id"]
 
 
 def event_parameters(event: AuditEvent) -> dict[str, object]:
     """The named parameters of a statement that writes the event, with what it records or alone.
 
-    What rests on an emergency access says so, and every event what it was for: here, where all but the few pass that a
+    Added is what the event was for, and an emergency access that it rests on; all but the few events pass here that a
     statement writes itself.
     """
     requested = requested_action(event.request_id)
@@ -81,14 +74,6 @@ def event_parameters(event: AuditEvent) -> dict[str, object]:
 async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent) -> None:
     """Write an event, in the connection's transaction."""
     await connection.execute(*bind(queries("lesions")["record_event"], event_parameters(event)))
-
-
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """The chain's state after `position` events: its hash, 32 bytes."""
-
-    position: int
-    hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +205,7 @@ async def examine(
     That there is no checkpoint at all is a finding, where the chain is older than its first one would be.
     `kept_here`: whether this node's own file has any.
     """
-    known = [Seal(checkpoint.position, checkpoint.hash) for checkpoint in in_force(checkpoints)]
+    known = in_force(checkpoints)
     last = max(known, key=_POSITION, default=None)
     found = await chain.verify(known, since=None if whole else last)
     if (known and kept_here) or await chain.age() < FIRST_CHECKPOINT_WITHIN:
@@ -244,7 +229,7 @@ async def sign_head(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint
     newest = next((each for each in reversed(kept) if each.position == found.head.position), None)
     if newest is not None or found.head.position == 0:
         return newest
-    return await asyncio.to_thread(checkpoints.add, found.head.position, found.head.hash)
+    return await asyncio.to_thread(checkpoints.add, found.head)
 
 
 async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint:
@@ -259,8 +244,7 @@ async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Check
         if there.get(each.position) != each.hash:
             break
         agreed = each.position
-    head = await chain.head()
-    return await asyncio.to_thread(checkpoints.add, head.position, head.hash, restored_after=agreed)
+    return await asyncio.to_thread(checkpoints.add, await chain.head(), restored_after=agreed)
 
 
 def describe(finding: Tampering) -> str:

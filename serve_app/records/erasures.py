@@ -83,17 +83,8 @@ class ErasureStore:
 
         Nothing changes unless ACCEPTED, and the audit event is in the same transaction.
         """
-        verdict: str = await self._pool.fetchval(
-            _SQL["accept"],
-            request.lesion_id,
-            request.image_id,
-            request.receipt_id or new_id(),
-            request.reason,
-            request.note,
-            request.actor,
-            request.request_id,
-        )
-        return Verdict(verdict)
+        values = asdict(request) | {"receipt_id": request.receipt_id or new_id()}
+        return Verdict(await self._pool.fetchval(*bind(_SQL["accept"], values)))
 
     async def find(self, lesion_id: UUID, image_id: UUID) -> Erasure | None:
         """Find an image's erasure; IntegrityError when its receipt is not the one that was recorded."""
@@ -126,14 +117,9 @@ class ErasureStore:
             "data_key_id": str(receipt.data_key_id),
             "record_hash": receipt.record_hash.hex(),
         }
-        values = {
-            "receipt_id": receipt.receipt_id,
-            "erased_at": receipt.erased_at,
-            "record_hash": receipt.record_hash,
-            "message_id": message_id,
-            **event_parameters(event_about(erasure, "erased", detail=detail)),
-        }
-        await self._pool.execute(*bind(_SQL["prove"], values))
+        values = asdict(receipt) | {"record_hash": receipt.record_hash, "message_id": message_id}
+        event = event_about(erasure, "erased", detail=detail)
+        await self._pool.execute(*bind(_SQL["prove"], values | event_parameters(event)))
         found = await self.find(erasure.lesion_id, erasure.image_id)
         if found is None or found.receipt is None:
             raise IntegrityError(f"The receipt {erasure.receipt_id} was recorded and is not there.")
@@ -166,13 +152,10 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class Hold(Held):
     """A legal hold; in force until it is released."""
 
     hold_id: UUID
-    patient_id: str | None
-    lesion_id: UUID | None
-    image_id: UUID | None
     reason: str
     set_by: str
     set_at: datetime

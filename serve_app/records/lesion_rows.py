@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import asyncpg
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PlainValidator, TypeAdapter
 
 from serve_app.audit.events import event_about
 from serve_app.domain.assessment import (
@@ -18,6 +20,7 @@ from serve_app.domain.assessment import (
     Id,
     OpenDemand,
     Outcome,
+    Probabilities,
     ReferenceFilter,
     Risk,
     RiskLevel,
@@ -25,18 +28,31 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import (
-    assessment_from_json,
-    context_from_json,
+    answer_from_json,
     context_to_json,
     demand_from_json,
-    probabilities_from_json,
 )
 from serve_app.records.audit_log import event_parameters
+
+
+def _vector(embedding: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
+    """Take a halfvec, or none, out of a row."""
+    return None if embedding is None else embedding.to_numpy().astype(np.float32)
+
+
+Vector = Annotated[NDArray[np.float32] | None, PlainValidator(_vector)]
+_Row = TypeVar("_Row")
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+def from_row(kind: type[_Row], row: asyncpg.Record) -> _Row:
+    """Make one of a row whose columns are named like its fields; what is JSON or an enumeration's word there is read."""
+    made: _Row = _adapter(kind).validate_python(dict(row))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +133,6 @@ class PendingAssessment(AdmittedImage):
 
     attempts: int
 
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> PendingAssessment:
-        """Make one of a row of `claim_pending`."""
-        values = dict(row)
-        values["context"] = context_from_json(values["context"])
-        values["reference_filter"] = _reference_filter(values)
-        return cls(**values)
-
 
 @dataclass(frozen=True, slots=True)
 class AssessmentCounts:
@@ -141,20 +149,9 @@ class PreviousAssessment:
 
     image_id: UUID
     created_at: datetime
-    probabilities: Mapping[Diagnosis, float]
-    embedding: NDArray[np.float32] | None
+    probabilities: Probabilities
+    embedding: Vector
     level: RiskLevel | None
-
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> PreviousAssessment:
-        """Make one of a row of `previous` or `compared`."""
-        return cls(
-            image_id=row["image_id"],
-            created_at=row["created_at"],
-            probabilities=probabilities_from_json(row["probabilities"]),
-            embedding=_vector(row["embedding"]),
-            level=None if row["level"] is None else RiskLevel(row["level"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +160,7 @@ class ImageEmbedding:
 
     outcome: Outcome
     embedding_space: str | None
-    embedding: NDArray[np.float32] | None = field(repr=False)
-
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> ImageEmbedding:
-        """Make one of a row of `image_embedding`."""
-        return cls(Outcome(row["outcome"]), row["embedding_space"], _vector(row["embedding"]))
+    embedding: Vector = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +209,10 @@ class ImageRecord(ImageFacts):
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> ImageRecord:
         """Make one of a row of `timeline`, `worklist` or `assessment_record`."""
-        answer = row["answer"]
         return cls(
             **{item.name: row[item.name] for item in fields(ImageFacts)},
             outcome=Outcome(row["outcome"]),
-            assessment=None if answer is None else assessment_from_json(answer),
+            assessment=answer_from_json(row["answer"]),
             failure=row["failure"],
             erasure=None
             if row["receipt_id"] is None
@@ -254,28 +245,7 @@ class RecordedCase:
     top_k: int
     reference_filter: ReferenceFilter
     outcome: Outcome
-    assessment: Assessment | None
-
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> RecordedCase:
-        """Make one of a row of `recorded_case`."""
-        values = dict(row)
-        answer = values.pop("answer")
-        values["context"] = context_from_json(values["context"])
-        values["reference_filter"] = _reference_filter(values)
-        values["outcome"] = Outcome(values["outcome"])
-        return cls(**values, assessment=None if answer is None else assessment_from_json(answer))
-
-
-def _vector(embedding: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
-    """Take a halfvec, or none, out of a row."""
-    return None if embedding is None else embedding.to_numpy().astype(np.float32)
-
-
-def _reference_filter(values: dict[str, Any]) -> ReferenceFilter:
-    """Take what the search was limited to out of a row's values."""
-    licences, confirmed_only = tuple(values.pop("licences")), values.pop("confirmed_only")
-    return ReferenceFilter(licences=licences, confirmed_only=confirmed_only)
+    assessment: Annotated[Assessment | None, PlainValidator(answer_from_json)]
 
 
 @dataclass(frozen=True, slots=True)

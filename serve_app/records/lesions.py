@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.assessment import Assessment, OpenDemand
+from serve_app.domain.assessment import Assessment, OpenDemand, Outcome
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
 from serve_app.records.assessment_json import assessment_to_json, demand_from_json
 from serve_app.records.audit_log import event_parameters, record_event
@@ -25,6 +26,7 @@ from serve_app.records.lesion_rows import (
     RecordedCase,
     Replay,
     SealedImageRecord,
+    from_row,
 )
 from serve_app.records.pool import Pool, queries
 from serve_app.sql import bind
@@ -33,7 +35,7 @@ _SQL = queries("lesions")
 
 
 class LesionStore:
-    """Lesions, images, assessments, care assignments and the audit log.
+    """Lesions, images, assessments and the audit log.
 
     Every method is one statement, and so one transaction. RecordsUnavailable when the database
     does not answer in time; a write may then have been committed or not.
@@ -90,18 +92,15 @@ class LesionStore:
         PMS is part of the same commit.
         """
         level, urgency = assessment.demand or (None, None)
-        values = {
-            "assessment_id": assessment_id,
+        ended = {
             "outcome": assessment.outcome,
             "answer": assessment_to_json(assessment),
             "embedding_space": embedding_space,
             "embedding": assessment.embedding,
-            "message_id": message_id,
             "demand_level": level,
             "demand_urgency": urgency,
         }
-        completed: bool = await self._pool.fetchval(*bind(_SQL["complete"], values | event_parameters(event)))
-        return completed
+        return await self._finish(ended, assessment_id, event, message_id)
 
     async def fail(
         self, assessment_id: UUID, failure: str, *, event: AuditEvent, message_id: UUID | None = None
@@ -110,9 +109,16 @@ class LesionStore:
 
         False, and nothing, when it is no longer pending. `message_id` as for `complete`.
         """
-        values = {"assessment_id": assessment_id, "failure": failure, "message_id": message_id}
-        failed: bool = await self._pool.fetchval(*bind(_SQL["fail"], values | event_parameters(event)))
-        return failed
+        ended = {"outcome": Outcome.FAILED, "failure": failure}
+        return await self._finish(ended, assessment_id, event, message_id)
+
+    async def _finish(
+        self, ended: Mapping[str, object], assessment_id: UUID, event: AuditEvent, message_id: UUID | None
+    ) -> bool:
+        values = defaultdict[str, object](lambda: None, {**ended, **event_parameters(event)})
+        values |= {"assessment_id": assessment_id, "message_id": message_id}
+        finished: bool = await self._pool.fetchval(*bind(_SQL["finish"], values))
+        return finished
 
     async def claim_pending(self, *, lease_s: float, limit: int) -> list[PendingAssessment]:
         """Lease pending assessments, oldest first, that nobody else holds; unfinished, they come up again.
@@ -120,7 +126,7 @@ class LesionStore:
         Each try doubles the lease, up to five minutes: one that always fails does not wear the stages out.
         """
         rows = await self._pool.fetch(_SQL["claim_pending"], timedelta(seconds=lease_s), limit)
-        return [PendingAssessment.from_row(row) for row in rows]
+        return [from_row(PendingAssessment, row) for row in rows]
 
     async def set_back(self, assessment_id: UUID) -> int:
         """Note a try that failed; returns how many have counted: those since whose last one others were answered."""
@@ -140,14 +146,14 @@ class LesionStore:
         One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
         """
         row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space, None)
-        return PreviousAssessment.from_row(row) if row else None
+        return from_row(PreviousAssessment, row) if row else None
 
     async def compared(
         self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
     ) -> PreviousAssessment | None:
         """Find again the image that a later one was compared with; None when it is gone."""
         row = await self._pool.fetchrow(_SQL["previous"], lesion_id, None, embedding_space, image_id)
-        return PreviousAssessment.from_row(row) if row else None
+        return from_row(PreviousAssessment, row) if row else None
 
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""
@@ -199,7 +205,7 @@ class LesionStore:
     async def recorded_case(self, lesion_id: UUID, assessment_id: UUID) -> RecordedCase | None:
         """Find what an assessment was asked and answered; None when the lesion has no such assessment."""
         row = await self._pool.fetchrow(_SQL["recorded_case"], lesion_id, assessment_id)
-        return RecordedCase.from_row(row) if row else None
+        return from_row(RecordedCase, row) if row else None
 
     async def sealed_image(self, lesion_id: UUID, image_id: UUID) -> SealedImageRecord | None:
         """Fetch a sealed image; None when the lesion has no such image, Erased when it had."""
@@ -213,17 +219,8 @@ class LesionStore:
         row = await self._pool.fetchrow(_SQL["image_embedding"], lesion_id, image_id)
         if row and row["erased"]:
             raise Erased
-        return ImageEmbedding.from_row(row) if row else None
+        return from_row(ImageEmbedding, row) if row else None
 
     async def record_event(self, event: AuditEvent) -> None:
         """Commit an audit event on its own."""
         await record_event(self._pool, event)
-
-    async def assign(
-        self, patient_id: str, clinician: str, *, starts_at: datetime, ends_at: datetime | None = None
-    ) -> None:
-        """Put a patient into a clinician's care; needs the owner's role. Again with the same start, change the end.
-
-        Conflict when the end is not after the start.
-        """
-        await self._pool.execute(_SQL["assign"], patient_id, clinician, starts_at, ends_at)

@@ -21,7 +21,7 @@ _SQL = queries("migrations")
 
 
 class SchemaMismatch(DermError):
-    """The database's schema is not one that this version of the service can work with."""
+    """This version of the service cannot work with the database's schema."""
 
     code = "schema_mismatch"
 
@@ -39,18 +39,23 @@ class Migration:
 async def migrate(dsn: str, *, application_role: str | None, directory: Path = MIGRATIONS) -> list[str]:
     """Apply what is pending, each migration in a transaction of its own; return the names.
 
-    Any number may start this at once: one works, the others wait and find nothing to do.
-    `dsn` is of the role that owns the schema; `application_role` gets what serving needs and no
-    more (None: serving runs as the owner itself). SchemaMismatch when an applied file has
-    changed, is missing here (the database is newer than the code), was passed over, or fails.
+    Any number may start this at once: one works, the others wait. `dsn` is of the role that owns the schema;
+    `application_role` gets what serving needs and no more (None: serving runs as the owner). SchemaMismatch when an
+    applied file has changed, is missing here (the database is newer than the code), was passed over, or fails.
     """
     available = read_migrations(directory)
     async with _connection(dsn) as connection:
         await connection.execute(_SQL["lock"])
         try:
-            return await _migrate(connection, available, application_role)
+            missing = await _pending(connection, available)
+            await connection.execute(_SQL["make_ledger"])
+            for migration in missing:
+                await _apply(connection, migration)
+            if application_role is not None:
+                await _grant(connection, application_role)
         finally:
             await connection.execute(_SQL["unlock"])
+    return [migration.name for migration in missing]
 
 
 async def pending(dsn: str, *, directory: Path = MIGRATIONS) -> list[str]:
@@ -80,18 +85,6 @@ def read_migrations(directory: Path) -> list[Migration]:
             raise SchemaMismatch(f"{path.name} is not a migration of its own number.")
         found.append(Migration(int(match[1]), path.stem, content.decode(), sha256(content).digest()))
     return found
-
-
-async def _migrate(
-    connection: asyncpg.Connection, available: list[Migration], application_role: str | None
-) -> list[str]:
-    missing = await _pending(connection, available)
-    await connection.execute(_SQL["make_ledger"])
-    for migration in missing:
-        await _apply(connection, migration)
-    if application_role is not None:
-        await _grant(connection, application_role)
-    return [migration.name for migration in missing]
 
 
 async def _grant(connection: asyncpg.Connection, application_role: str) -> None:

@@ -37,10 +37,9 @@ UNAVAILABLE = (
 def border() -> Iterator[None]:
     """Turn what PostgreSQL and asyncpg raise into domain errors.
 
-    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether
-    a write was committed is then not known. Conflict: a constraint refuses it. InvalidField: no
-    database text can hold it (NUL, lone surrogates). The latter two drop their cause, which
-    quotes rows, and those are patients' data.
+    RecordsUnavailable: not reached, not in time, no connection free, or shutting down; whether a write was committed
+    is then not known. Conflict: a constraint refuses it. InvalidField: no database text can hold it (NUL, lone
+    surrogates). The latter two drop their cause, which quotes rows, and those are patients' data.
     """
     try:
         yield
@@ -154,5 +153,9 @@ _QUERIES = Path(__file__).parent / "queries"
 
 @cache
 def queries(file: str) -> Mapping[str, str]:
-    """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does."""
-    return parse((_QUERIES / f"{file}.sql").read_text())
+    """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does.
+
+    `:record_event` stands for the statement of that name, which adds an audit event.
+    """
+    record_event = parse((_QUERIES / "lesions.sql").read_text())["record_event"]
+    return parse((_QUERIES / f"{file}.sql").read_text().replace(":record_event", record_event))

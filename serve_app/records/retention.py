@@ -74,12 +74,12 @@ class Housekeeping:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def expire_idempotency_keys(self, *, older_than_s: float, limit: int = 1000) -> int:
-        """Delete idempotency keys of this age, but for pending assessments'; returns how many."""
-        expired = await self._pool.fetch(
-            _HOUSEKEEPING_SQL["expire_idempotency_keys"], timedelta(seconds=older_than_s), limit
-        )
-        return len(expired)
+    async def expire_idempotency_keys(self, *, days: int) -> int:
+        """Delete idempotency keys of this age, which no caller repeats any more, but for pending assessments'."""
+        expired, query = 0, _HOUSEKEEPING_SQL["expire_idempotency_keys"]
+        while found := await self._pool.fetch(query, timedelta(days=days), 1000):
+            expired += len(found)
+        return expired
 
     async def orphaned(self, data_key_ids: Sequence[UUID]) -> list[UUID]:
         """Say which of these data keys have no image now; one may still be on its way."""

@@ -6,22 +6,37 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 import os
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 from cluster.postgres import EmbeddedPostgres
-from serve_app.domain.assessment import ReferenceFilter
-from serve_app.domain.patient import ClinicalContext
+from serve_app.erasure.eraser import Eraser
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
-from serve_app.records.lesion_rows import Admission
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.settings import KeySettings, NodeFiles
+
+#: A sealed image of patient p-1, of 2020, whose assessment failed: ids of its lesion, itself and its key; itself.
+IMAGE = """
+WITH lesion AS (
+    INSERT INTO lesions VALUES ($1, 'p-1', '2020-01-01'::timestamptz) RETURNING lesion_id
+), image AS (
+    INSERT INTO lesion_images
+        (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
+    SELECT $2, lesion_id, 'p-1', '2020-01-01'::timestamptz, 'image/png', 300, 300, $3, $4 FROM lesion
+    RETURNING image_id
+)
+INSERT INTO assessments (assessment_id, image_id, created_at, outcome, failure, completed_at, context, top_k, licences,
+    actor, request_id)
+SELECT gen_random_uuid(), image_id, now(), 'failed', 'test', now(), '{}', 10, '{}', 'dr', 'r' FROM image
+RETURNING assessment_id
+"""
 
 
 @dataclass
@@ -42,7 +57,7 @@ class Clinic:
 
     def ask(self, question: Callable[[Pool], Awaitable[Any]]) -> Any:
         async def run() -> Any:
-            pool = await open_pool(self.server.ensure().app, minimum=0, maximum=1, timeout_s=20)
+            pool = await open_pool(self.server.ensure().owner, minimum=0, maximum=1, timeout_s=20)
             try:
                 return await question(pool)
             finally:
@@ -52,38 +67,32 @@ class Clinic:
 
     def add_images(self, count: int) -> None:
         with closing(self.open_keys()) as keys:
-            self.ask(lambda pool: self._add_images(LesionStore(pool), keys, count))
-
-    async def _add_images(self, records: LesionStore, keys: KeyStore, count: int) -> None:
-        for number in range(count):
-            lesion_id, image_id, content = uuid4(), uuid4(), b"image %d " % number + os.urandom(5000)
-            binding = ImageBinding(image_id, f"patient-{number}", "image/jpeg")
-            admission = Admission(
-                assessment_id=uuid4(),
-                lesion_id=lesion_id,
-                image_id=image_id,
-                patient_id=binding.patient_id,
-                encounter_id=None,
-                new_lesion=True,
-                created_at=datetime.now(UTC),
-                sealed=seal(content, data_key=keys.create(), binding=binding),
-                content_type=binding.content_type,
-                width=600,
-                height=450,
-                context=ClinicalContext(),
-                top_k=5,
-                reference_filter=ReferenceFilter(licences=("CC-0",)),
-                actor="dr",
-                request_id="r",
-                idempotency_key=None,
-                request_sha256=None,
-            )
-            assert await records.admit(admission) is None
-            self.images[lesion_id, image_id] = content
+            for number in range(count):
+                lesion_id, image_id, content = uuid4(), uuid4(), b"image %d " % number + os.urandom(5000)
+                key, binding = keys.create(), ImageBinding(image_id, "p-1", "image/png")
+                values = (lesion_id, image_id, key.id, seal(content, data_key=key, binding=binding))
+                self.ask(lambda pool, values=values: pool.fetch(IMAGE, *values))
+                self.images[lesion_id, image_id] = content
 
     def sealed(self, at: tuple[UUID, UUID]) -> tuple[bytes, ImageBinding]:
         found = self.ask(lambda pool: LesionStore(pool).sealed_image(*at))
         return found.sealed, ImageBinding(at[1], found.patient_id, found.content_type)
+
+    def erase(self, at: tuple[UUID, UUID]) -> Erasure:
+        """Erase one of its images as the service does: accepted, destroyed, proven."""
+        request = ErasureRequest(
+            lesion_id=at[0],
+            image_id=at[1],
+            reason=ErasureReason.PATIENT_REQUEST,
+            actor="chief",
+            request_id="r",
+        )
+        with closing(self.open_keys()) as keys:
+            erasure, accepted = self.ask(lambda pool: Eraser(ErasureStore(pool), keys).erase(request))
+        assert accepted
+        assert erasure.receipt is not None
+        del self.images[at]
+        return erasure
 
     def opens(self, at: tuple[UUID, UUID]) -> bool:
         return self.open_image(at) == self.images[at]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import tempfile
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -17,7 +18,7 @@ from cluster.postgres import DatabaseUrls
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
 from serve_app.settings import load_settings
-from tests.cluster.clinic import Clinic
+from tests.cluster.clinic import IMAGE, Clinic
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,12 @@ def sql(own_home: Path) -> Callable[..., list[Any]]:
             await pool.close()
 
     return lambda statement, *values: asyncio.run(ask(statement, *values))
+
+
+@pytest.fixture
+def add_image(sql) -> Callable[..., UUID]:
+    """Add a sealed image of patient p-1, of 2020: `(image_id, data_key_id, sealed)`; returns its assessment's id."""
+    return lambda *values: sql(IMAGE, uuid4(), *values)[0]["assessment_id"]
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
-from uuid import uuid4
 
 import pytest
 
 from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.prepare import choose_model
-from serve_app.access.rules import RequestedAction, begin
 from serve_app.access.tokens import Principal, TokenVerifier
 from serve_app.domain.errors import ModelContractError, Unauthenticated
 from serve_app.records.access import AccessStore
@@ -52,6 +50,17 @@ def test_care_begins_and_ends_and_is_audited(derm_cds, home, clinic) -> None:
     for action in ("assign", "end_assignment"):
         expected = ("p-access", {"subject": "dr-access", "purpose": "HSYSADMIN"})
         assert events(clinic, action)[-1] == expected
+    # Care to come is told in UTC and withdrawn; none ends before it begins.
+    times = ("--from", "2099-01-01T01:00+02:00", "--until", "2099-02-01T00:00Z")
+    span = "from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00"
+    said = derm_cds("assign", *PAIR, *times, home=home)
+    assert said.out == f"p-access is in the care of dr-access {span}\n"
+    assert not assigned(clinic)
+    assert derm_cds("access", "end", *PAIR, home=home).code == 0
+    again = derm_cds("access", "end", *PAIR, home=home)
+    assert (again.code, "is not in the care of" in again.err) == (1, True)
+    past = derm_cds("assign", *PAIR, "--until", "2001-01-01T00:00Z", home=home)
+    assert (past.code, past.err[:10], past.err.count("\n")) == (1, "derm-cds: ", 1)
 
 
 @pytest.mark.parametrize("patient", ["Jane Doe", "p\n", "p" * 65, ""])
@@ -68,22 +77,6 @@ def test_a_time_without_a_zone_is_refused(derm_cds, tmp_path, capsys, moment: st
         with pytest.raises(SystemExit, match="2"):
             derm_cds("assign", *PAIR, option, moment, home=tmp_path)
         assert "time with a zone" in capsys.readouterr().err
-
-
-def test_care_to_come_is_told_in_utc_and_withdrawn_and_none_ends_before_it_begins(
-    derm_cds, home, clinic
-) -> None:
-    times = ("--from", "2099-01-01T01:00+02:00", "--until", "2099-02-01T00:00Z")
-    span = "from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00"
-    said = derm_cds("assign", *PAIR, *times, home=home)
-    assert said.out == f"p-access is in the care of dr-access {span}\n"
-    assert span in derm_cds("access", "list", "--patient", "p-access", home=home).out
-    assert not assigned(clinic)
-    assert derm_cds("access", "end", *PAIR, home=home).code == 0
-    again = derm_cds("access", "end", *PAIR, home=home)
-    assert (again.code, "is not in the care of" in again.err) == (1, True)
-    past = derm_cds("assign", *PAIR, "--until", "2001-01-01T00:00Z", home=home)
-    assert (past.code, past.err[:10], past.err.count("\n")) == (1, "derm-cds: ", 1)
 
 
 def test_a_subject_and_a_token_are_revoked_and_restored(derm_cds, home, clinic) -> None:
@@ -133,21 +126,6 @@ def test_before_the_first_start(derm_cds, tmp_path) -> None:
     assert not nothing.exists()
 
 
-def test_status_for_programs(derm_cds, home) -> None:
-    said = derm_cds("status", "--json", home=home)
-    status = json.loads(said.out)
-    assert (said.code, status["service"], status["schema"]) == (3, "not running", "up to date")
-
-
-def test_models_and_references_of_an_empty_store(derm_cds, own_home, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DERM_MODELS", str(tmp_path))
-    assert derm_cds("models", "list", home=own_home).out == ""
-    said = derm_cds("models", "verify", "no.model", home=own_home)
-    assert (said.code, "no.model" in said.err) == (1, True)
-    said = derm_cds("references", "load", home=own_home)
-    assert (said.code, "holds no model" in said.err) == (1, True)
-
-
 @pytest.mark.parametrize(
     ("wanted", "live", "there", "chosen"),
     [
@@ -192,32 +170,3 @@ def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, own_
     assert first.read_text().splitlines() == before  # never written over
     empty = ("--from", "2026-01-02", "--to", "2026-01-01", "--out", str(tmp_path / "x"))
     assert "--from must be before --to" in derm_cds("audit", "export", *empty, home=own_home).err
-
-
-def test_an_emergency_is_exported_as_such_and_an_event_from_before_purposes_without(
-    derm_cds, home, clinic, tmp_path
-) -> None:
-    request_id = str(uuid4())
-
-    async def record(pool) -> None:
-        for emergency in (None, uuid4()):
-            attempt = RequestedAction(
-                Principal("dr", frozenset({"clinician"})), "read", request_id, patient_id="p-1"
-            )
-            attempt.emergency = emergency
-            begin(attempt)
-            await LesionStore(pool).record_event(attempt.event("success"))
-        await pool.execute(
-            "INSERT INTO audit_events (action, actor, outcome, patient_id, request_id, detail)"
-            " VALUES ('read', 'dr', 'success', 'p-1', $1, '{}')",
-            request_id,
-        )
-
-    clinic.ask(record)
-    path = tmp_path / "out.ndjson"
-    assert derm_cds("audit", "export", *SPAN, "--out", str(path), home=home).code == 0
-    found = [json.loads(line) for line in path.read_text().splitlines() if request_id in line]
-    purposes = [event.get("purposeOfEvent", [{}])[0].get("coding", [{}])[0].get("code") for event in found]
-    assert purposes == ["TREAT", "ETREAT", None]
-    assert derm_cds("audit", "checkpoint", home=home).code == 0
-    assert derm_cds("audit", "verify", home=home).code == 0

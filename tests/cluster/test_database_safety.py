@@ -32,26 +32,24 @@ def names(found: list[Finding]) -> list[str]:
     return [finding.name for finding in found]
 
 
-@pytest.mark.parametrize(
-    ("parameter", "value"), [("fsync", "off"), ("full_page_writes", "off"), ("password_encryption", "md5")]
-)
-async def test_a_parameter_that_loses_records_is_found(postgres, as_superuser, parameter, value) -> None:
+async def test_parameters_that_lose_records_are_found(postgres, as_superuser) -> None:
+    """The server of these tests writes nothing through, to begin with."""
     urls = postgres.ensure()
     pool = await open_pool(urls.app, minimum=0, maximum=1)
     connection = await asyncpg.connect(as_superuser(urls))
+    wanted = {"fsync": "off", "full_page_writes": "off", "password_encryption": "md5"}
     try:
-        await connection.execute(f"ALTER SYSTEM SET {parameter} = '{value}'")
-        await connection.execute("SELECT pg_reload_conf()")
-        for _ in range(50):
-            found = await database_findings(pool)
-            if parameter in names(found):
-                break
-            await asyncio.sleep(0.1)
-        assert parameter in names(found)
-        assert any(f"is {value}: " in finding.advice for finding in found)
-        assert "data_checksums" not in names(found)
+        await connection.execute("ALTER SYSTEM SET full_page_writes = off")
+        await connection.execute("ALTER SYSTEM SET password_encryption = md5")
+        async with asyncio.timeout(60):
+            while len(found := await database_findings(pool)) < len(wanted):
+                await connection.execute("SELECT pg_reload_conf()")
+                await asyncio.sleep(0.1)
+        assert {finding.name: finding.advice.partition(": ")[0] for finding in found} == {
+            name: f"{name} is {value}" for name, value in wanted.items()
+        }
     finally:
-        await connection.execute(f"ALTER SYSTEM RESET {parameter}")
+        await connection.execute("ALTER SYSTEM RESET ALL")
         await connection.execute("SELECT pg_reload_conf()")
         await connection.close()
         await pool.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from cluster.cli import COMMANDS
 from serve_app.settings import REPOSITORY, Settings
 
 _OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
@@ -17,11 +16,6 @@ def test_settings_and_their_documentation_are_the_same() -> None:
     documented = set(re.findall(r"`(DERM_\w+)`", _OPERATIONS))
     settings = {f"DERM_{name.upper()}" for name in Settings.model_fields}
     assert documented - {"DERM_OWNER_DATABASE_URL", "DERM_BUILD_COMMIT"} == settings
-
-
-def test_every_command_is_in_the_changelog() -> None:
-    changes = (REPOSITORY / "CHANGELOG.md").read_text()
-    assert [command for command in COMMANDS if f"`{command}`" not in changes] == []
 
 
 def test_links_lead_somewhere_and_no_document_holds_a_path_of_one_machine() -> None:

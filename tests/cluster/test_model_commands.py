@@ -1,4 +1,4 @@
-"""`derm-cds models`: import, promotion and rollback as an operator types them."""
+"""`derm-cds models` and `references`, as an operator types them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from cluster.cli import main
 from data_jobs.training.manifest_file import seal, write_manifest
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
+from serve_app.audit.events import os_account
+from serve_app.records.health import INVARIANTS
 from serve_app.settings import REPOSITORY
 
 RECIPE = ("--recipe", str(REPOSITORY / "data_jobs" / "training" / "recipes" / "efficientnet_b4.toml"))
@@ -46,13 +48,13 @@ def store(models: Path, model_id: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def cases(isic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive with eight cases in the held-out fold."""
+    """An archive with four cases in the held-out fold."""
     with (isic_dir / "train.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     held = [row for row in rows if row["fold"] == "0"]
-    chosen = [row for row in held if row["diagnosis"] == "MEL"][:4]
-    chosen += [row for row in held if row["diagnosis"] == "NV"][:4]
+    chosen = [row for row in held if row["diagnosis"] == "MEL"][:2]
+    chosen += [row for row in held if row["diagnosis"] == "NV"][:2]
     with (tmp_path / "train.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, reader.fieldnames or [])
         writer.writeheader()
@@ -61,14 +63,45 @@ def cases(isic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("DERM_ISIC_DIR", str(tmp_path))
 
 
+def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(
+    derm_cds, own_home, store, model_id, sql
+) -> None:
+    ambiguous = derm_cds("references", "load", home=own_home)
+    assert (ambiguous.code, "say which, with --model" in ambiguous.err) == (1, True)
+    load = ("references", "load", "--model", model_id)
+    assert f"{model_id} answers; 200 references loaded" in derm_cds(*load, home=own_home).out
+    assert "no new references loaded" in derm_cds("references", "load", home=own_home).out
+    assert f"invariants  all {len(INVARIANTS)} hold" in derm_cds("status", home=own_home).out
+    listed = derm_cds("references", "spaces", home=own_home).out
+    assert listed.startswith("* ")
+    assert "0 failures; filled by" in listed
+    verified = derm_cds("references", "verify", model_id, home=own_home)
+    assert verified.code == 0, verified.out
+    assert verified.out.count(" ok  ") == 5
+    space = listed.split()[1].rstrip(":")
+    for name, said in ((space, "live model answers in"), ("no.space", "nothing in a space named")):
+        dropped = derm_cds("references", "drop", name, home=own_home)
+        assert (dropped.code, said in dropped.err) == (1, True)
+    events = sql("SELECT action, actor, detail FROM audit_events ORDER BY event_id")
+    assert [row["action"] for row in events] == ["references_load", "model_publish"]
+    assert {row["actor"] for row in events} == {os_account()}
+    assert events[0]["detail"]["embedding_space"] == space
+
+
 @pytest.mark.usefixtures("cases")
-def test_promote_roll_back_and_history(derm_cds, own_home, store, model_id) -> None:
+def test_promote_roll_back_and_history(derm_cds, own_home, store, model_id, monkeypatch) -> None:
     candidate = f"{model_id.partition('.')[0]}.candidate"
     assert derm_cds("references", "load", "--model", model_id, home=own_home).code == 0
     who = ("--approved-by", "Dr Test", "--reason", "annual update 2026")
+    live = derm_cds("models", "promote", model_id, *who, home=own_home)
+    assert (live.code, live.out, live.err) == (1, "", f"derm-cds: {model_id} answers already.\n")
+    with monkeypatch.context() as without:
+        without.setenv("DERM_ISIC_DIR", str(store))
+        refused = derm_cds("models", "promote", candidate, *who, home=own_home)
+    assert (refused.code, "set DERM_ISIC_DIR" in refused.err) == (1, True)
     dry = derm_cds("models", "promote", candidate, *who, "--dry-run", "--threads", "1", home=own_home)
     assert dry.code == 0, dry.err
-    assert "Changed cases: 0 of 8" in dry.out
+    assert "Changed cases: 0 of 4" in dry.out
     assert "nothing was changed" in dry.out
     said = derm_cds("models", "promote", candidate, *who, "--threads", "1", home=own_home)
     assert said.code == 0, said.err
@@ -76,27 +109,19 @@ def test_promote_roll_back_and_history(derm_cds, own_home, store, model_id) -> N
     assert json.loads((store / f"{candidate}.promotion.json").read_text())["approved_by"] == "Dr Test"
     # A report beside the folders is no model.
     assert derm_cds("models", "list", home=own_home).out.split() == sorted([model_id, candidate])
+    unknown = derm_cds("models", "verify", "no.model", home=own_home)
+    assert (unknown.code, "no.model" in unknown.err) == (1, True)
     back = derm_cds("models", "rollback", *who, home=own_home)
     assert back.out == f"{model_id} answers again from the next request on.\n"
     lines = derm_cds("models", "history", "--last", "3", home=own_home).out.splitlines()
     assert lines[0] == f"{model_id} answers"
-    assert "rollback" in lines[1]
-    assert "by Dr Test: annual update 2026" in lines[1]
-    assert "promote" in lines[2]
-    assert ", report " in lines[2]
-
-
-def test_a_refusal_is_one_line_and_exit_code_1(derm_cds, own_home, store, model_id, monkeypatch) -> None:
-    assert derm_cds("references", "load", "--model", model_id, home=own_home).code == 0
-    who = ("--approved-by", "Dr Test")
-    said = derm_cds("models", "promote", model_id, *who, home=own_home)
-    assert (said.code, said.out) == (1, "")
-    assert said.err == f"derm-cds: {model_id} answers already.\n"
-    monkeypatch.setenv("DERM_ISIC_DIR", str(store))
-    candidate = f"{model_id.partition('.')[0]}.candidate"
-    said = derm_cds("models", "promote", candidate, *who, home=own_home)
-    assert said.code == 1
-    assert "set DERM_ISIC_DIR" in said.err
+    for line, told in (
+        (1, "rollback"),
+        (1, "by Dr Test: annual update 2026"),
+        (2, "promote"),
+        (2, ", report "),
+    ):
+        assert told in lines[line]
 
 
 @pytest.mark.parametrize("action", ["promote x.y", "rollback", "promote x.y --approved-by"])
@@ -104,16 +129,6 @@ def test_who_approves_must_be_said(action: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["models", *action.split()])
     assert "--approved-by" in capsys.readouterr().err
-
-
-def test_an_import_that_is_refused_leaves_the_store_as_it_was(derm_cds, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DERM_MODELS", str(tmp_path / "models"))
-    (tmp_path / "models").mkdir()
-    pickled = tmp_path / "weights.safetensors"
-    pickled.write_bytes(b"\x80\x04K\x01.")
-    said = derm_cds("models", "import", str(pickled), *RECIPE, home=tmp_path)
-    assert (said.code, "is a pickle" in said.err, said.err.count("\n")) == (1, True, 1)
-    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_without_the_train_extra_import_says_what_to_install(derm_cds, tmp_path, monkeypatch) -> None:

@@ -62,32 +62,26 @@ def test_an_operators_own_database_is_never_overwritten(tmp_path) -> None:
 def test_both_roles_may_be_in_the_file_and_the_environment_wins(tmp_path, monkeypatch) -> None:
     write_service_environment(tmp_path, None)
     file = tmp_path / "secrets" / "service.env"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (file, file.parent)] == [0o600, 0o700]
     assert "DERM_DATABASE_URL" not in file.read_text()  # the environment's stays out of it
     here = {
-        "DERM_DATABASE_URL": "postgresql://app@/derm",
+        "DERM_DATABASE_URL": "postgresql://app@/derm?host=/a%20b&port=1",
         "DERM_OWNER_DATABASE_URL": "postgresql://owner@/derm",
     }
     file.write_text("".join(f"{name}={value}\n" for name, value in here.items()))
-    assert own_database(tmp_path) == DatabaseUrls(
-        app=here["DERM_DATABASE_URL"], owner="postgresql://owner@/derm"
-    )
-    for name, value in here.items():
-        monkeypatch.setenv(name, value.replace("derm", "other"))
-    assert own_database(tmp_path) == DatabaseUrls(
-        app="postgresql://app@/other", owner="postgresql://owner@/other"
-    )
-
-
-def test_settings_come_from_it_and_the_environment_wins(tmp_path, monkeypatch) -> None:
-    write_service_environment(tmp_path, DatabaseUrls(owner="x", app="postgresql://a@/?host=/a%20b&port=1"))
+    app, owner = here.values()
+    assert own_database(tmp_path) == DatabaseUrls(app=app, owner=owner)
     monkeypatch.setenv("DERM_HOME", str(tmp_path))
     monkeypatch.setenv("DERM_TOKEN_SECRET", "s" * 40)
     settings = load_settings()
-    assert settings.database_url.get_secret_value() == "postgresql://a@/?host=/a%20b&port=1"
+    assert settings.database_url.get_secret_value() == app
     assert settings.token_secret.get_secret_value() == "s" * 40
     assert settings.models == model_folder()
-    path = tmp_path / "secrets" / "service.env"
-    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)] == [0o600, 0o700]
+    for name, value in here.items():
+        monkeypatch.setenv(name, value.replace("derm", "other"))
+    assert own_database(tmp_path) == DatabaseUrls(
+        app=app.replace("derm", "other"), owner=owner.replace("derm", "other")
+    )
 
 
 def test_a_job_finds_the_owners_url_where_nobody_else_can_read_it(tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ProcessPoolExecutor
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -18,26 +19,20 @@ import psutil
 import pytest
 
 from cluster.postgres import EmbeddedPostgres, PostgresState, supervise
+from tests.cluster.clinic import Clinic
 
 AS_ROOT = os.geteuid() == 0
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A server of this module's own, to be stopped, killed and misled."""
-    with tempfile.TemporaryDirectory(prefix="derm-test-") as home:
-        made = EmbeddedPostgres(Path(home))
-        made.ensure()
-        try:
-            yield made
-        finally:
-            made.stop()
+@pytest.fixture
+def server(clinic: Clinic) -> EmbeddedPostgres:
+    return clinic.server
 
 
-async def _value(url: str, query: str, **options: object):
+async def _value(url: str, query: str, *values: object, **options: object):
     connection = await asyncpg.connect(url, timeout=10, **options)
     try:
-        return await connection.fetchval(query)
+        return await connection.fetchval(query, *values)
     finally:
         await connection.close()
 
@@ -48,21 +43,17 @@ def _state(server: EmbeddedPostgres) -> PostgresState:
     return state
 
 
-async def _superuser(server: EmbeddedPostgres, query: str):
+async def _superuser(server: EmbeddedPostgres, query: str, *values: object):
     password = _state(server).superuser_password
-    return await _value(server.ensure().app, query, user="derm_superuser", password=password)
+    return await _value(server.ensure().app, query, *values, user="derm_superuser", password=password)
 
 
-async def test_a_second_start_finds_the_first(server) -> None:
+async def test_a_second_start_finds_the_first_with_safe_settings_and_no_powerful_role(server) -> None:
     pid, urls = server.pid(), server.ensure()
     again = EmbeddedPostgres(server.home)
-    assert again.ensure() == urls
-    assert again.pid() == pid
+    assert (again.ensure(), again.pid()) == (urls, pid)
     assert await _value(urls.app, "SELECT current_user") == "derm_app"
     assert await _value(urls.owner, "SELECT current_user") == "derm_owner"
-
-
-async def test_settings_are_safe(server) -> None:
     wanted = {
         "fsync": "on",
         "full_page_writes": "on",
@@ -75,7 +66,18 @@ async def test_settings_are_safe(server) -> None:
         "log_parameter_max_length_on_error": "0",
         "server_encoding": "UTF8",
     }
-    assert {name: await _superuser(server, f"SHOW {name}") for name in wanted} == wanted
+    names = "SELECT json_object_agg(name, current_setting(name)) FROM unnest($1::text[]) name"
+    assert json.loads(await _superuser(server, names, list(wanted))) == wanted
+    powerful = await _superuser(
+        server,
+        "SELECT array_agg(rolname::text) FROM pg_roles WHERE rolcanlogin AND"
+        " (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)",
+    )
+    assert powerful == ["derm_superuser"]
+    owners = "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = 'derm'"
+    assert await _superuser(server, owners) == "derm_owner"
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await _value(urls.app, "SELECT 1", database="postgres")
 
 
 async def test_only_passwords_open_it_and_only_from_here(server) -> None:
@@ -92,19 +94,6 @@ async def test_only_passwords_open_it_and_only_from_here(server) -> None:
     assert {tuple(each.laddr) for each in listening} == {("127.0.0.1", port)}
     over_tcp = await _value(urls.app, "SELECT 1", host="127.0.0.1", port=port, ssl=False)
     assert over_tcp == 1
-
-
-async def test_neither_role_is_powerful(server) -> None:
-    powerful = await _superuser(
-        server,
-        "SELECT array_agg(rolname::text) FROM pg_roles WHERE rolcanlogin AND"
-        " (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)",
-    )
-    assert powerful == ["derm_superuser"]
-    owners = "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = 'derm'"
-    assert await _superuser(server, owners) == "derm_owner"
-    with pytest.raises(asyncpg.InsufficientPrivilegeError):
-        await _value(server.ensure().app, "SELECT 1", database="postgres")
 
 
 def test_files_are_private(server) -> None:
@@ -167,26 +156,18 @@ async def test_the_supervisor_starts_a_killed_server_again(server) -> None:
     connection.terminate()
 
 
-@pytest.fixture
-def bystander(server):
-    """Another program of the same user, with whose number a postmaster.pid may be left after a reboot."""
-    switch = {"user": (server.data / "PG_VERSION").stat().st_uid} if AS_ROOT else {}
-    process = subprocess.Popen(["/bin/sleep", "60"], cwd="/", **switch)
-    yield process
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("content", ["{pid}\n", "no number\n"])
-async def test_a_stale_pid_file_does_not_keep_it_down(server, bystander, content: str) -> None:
-    server.stop()
-    owner = (server.data / "PG_VERSION").stat().st_uid
-    stale = server.data / "postmaster.pid"
-    stale.write_text(content.format(pid=bystander.pid))
-    os.chown(stale, owner, -1)
-    assert not server.is_running()
-    assert await _value(server.ensure().app, "SELECT 1") == 1
-    assert bystander.poll() is None
+def test_a_stale_pid_file_does_not_keep_it_down(server) -> None:
+    """It may hold the number of another program of the same user, after a reboot; or none."""
+    owner, stale = (server.data / "PG_VERSION").stat().st_uid, server.data / "postmaster.pid"
+    with subprocess.Popen(["/bin/sleep", "60"], cwd="/", user=owner if AS_ROOT else None) as bystander:
+        for content in (f"{bystander.pid}\n", "no number\n"):
+            server.stop()
+            stale.write_text(content)
+            os.chown(stale, owner, -1)
+            assert not server.is_running()
+            assert asyncio.run(_value(server.ensure().app, "SELECT 1")) == 1
+        assert bystander.poll() is None
+        bystander.kill()
 
 
 async def test_a_taken_port_is_given_up(server) -> None:
@@ -206,29 +187,22 @@ async def test_a_taken_port_is_given_up(server) -> None:
         assert await _value(urls.app, "SELECT 1") == 1
 
 
-@pytest.fixture
-def hard_place():
+async def test_two_at_once_make_one_server_even_in_a_hard_place() -> None:
     """A home deep down in a closed directory, its name full of what shells and URLs choke on."""
-    with tempfile.TemporaryDirectory(prefix="derm-test-") as top:
-        closed = Path(top) / "closed"
-        closed.mkdir(mode=0o700)
-        yield closed / ("deep/" * 20) / 'it\'s a "home" & 50% ünder'
-
-
-async def test_two_at_once_make_one_server_even_in_a_hard_place(hard_place: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    server = EmbeddedPostgres(hard_place)
-    try:
-        with ProcessPoolExecutor(3, mp_context=spawn) as executor:
-            # Methods, not functions of this module: a spawned process cannot import a test.
-            urls, *others = executor.map(EmbeddedPostgres.ensure, [EmbeddedPostgres(hard_place)] * 3)
-            (pid,) = set(executor.map(EmbeddedPostgres.pid, [server] * 3))
-        assert others == [urls] * 2
-        assert server.pid() == pid is not None
-        # The socket's path would be too long for the kernel.
-        assert "@127.0.0.1:" in urls.app
-        assert await _value(urls.app, "SELECT 1") == 1
-        extensions = await _value(urls.owner, "SELECT array_agg(extname::text) FROM pg_extension")
-        assert "vector" in extensions
-    finally:
-        server.stop(mode="immediate")
+    # Not tmp_path: another run of pytest closes that to PostgreSQL's account.
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as closed:
+        server = EmbeddedPostgres(Path(closed) / ("deep/" * 20) / 'it\'s a "home" & 50% ünder')
+        try:
+            with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+                # Methods, not functions of this module: a spawned process cannot import a test.
+                urls, other = executor.map(EmbeddedPostgres.ensure, [server] * 2)
+                (pid,) = set(executor.map(EmbeddedPostgres.pid, [server] * 2))
+            assert other == urls
+            assert server.pid() == pid is not None
+            # The socket's path would be too long for the kernel.
+            assert "@127.0.0.1:" in urls.app
+            assert await _value(urls.app, "SELECT 1") == 1
+            extensions = await _value(urls.owner, "SELECT array_agg(extname::text) FROM pg_extension")
+            assert "vector" in extensions
+        finally:
+            server.stop(mode="immediate")

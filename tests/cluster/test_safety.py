@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 import os
 from pathlib import Path
 import socket
 import subprocess
 import sys
+from uuid import uuid4
 
 import pytest
 
+from cluster.node_files import own_database
 from cluster.ports import Listener, exposed, listeners
 from cluster.safety import (
     Finding,
@@ -22,19 +25,7 @@ from cluster.safety import (
 )
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
-from serve_app.records.pool import open_pool
 from serve_app.settings import NodeFiles
-
-_SEALED_IMAGE = """
-WITH lesion AS (
-    INSERT INTO lesions (lesion_id, patient_id, created_at) VALUES (gen_random_uuid(), 'p-1', now())
-    RETURNING lesion_id, patient_id
-)
-INSERT INTO lesion_images
-    (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
-SELECT gen_random_uuid(), lesion_id, patient_id, now(), 'image/png', 600, 450, gen_random_uuid(), 'sealed'
-FROM lesion
-"""
 
 
 def names(found: list[Finding]) -> list[str]:
@@ -58,24 +49,23 @@ def test_a_key_that_others_may_open_is_found(tmp_path: Path, path: str) -> None:
         assert "belongs to another user" in file_findings(tmp_path)[0].advice
 
 
-async def test_a_keyring_or_a_key_store_that_is_gone_is_found(new_database, tmp_path: Path) -> None:
-    files, urls = NodeFiles(tmp_path), await new_database()
-    owner = await open_pool(urls.owner, minimum=0, maximum=1)
-    try:
-        assert await key_findings(files, urls, provider="file:") == []
-        KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
-        assert await key_findings(files, urls, provider="file:") == []
-        files.keyring.unlink()
-        (gone,) = await key_findings(files, urls, provider="file:")
-        assert (gone.name, "put its backup back" in gone.advice) == ("keyring", True)
-        assert await key_findings(files, urls, provider="kms:alias/derm") == []
-        await owner.execute(_SEALED_IMAGE)
-        (lost,) = await key_findings(files, urls, provider="kms:alias/derm")
-        assert (lost.name, "derm-cds restore --keys" in lost.advice) == ("keystore", True)
-        assert prevents_ready(lost, env="development")
-        assert await key_findings(files, None, provider="kms:alias/derm") == []
-    finally:
-        await owner.close()
+def test_a_keyring_or_a_key_store_that_is_gone_is_found(own_home: Path, add_image) -> None:
+    files, database = NodeFiles(own_home), own_database(own_home)
+
+    def found(provider: str) -> list[Finding]:
+        return asyncio.run(key_findings(files, database, provider=provider))
+
+    assert found("file:") == []
+    KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
+    assert found("file:") == []
+    files.keyring.unlink()
+    (gone,) = found("file:")
+    assert (gone.name, "put its backup back" in gone.advice) == ("keyring", True)
+    assert found("kms:alias/derm") == []
+    add_image(uuid4(), uuid4(), b"sealed")
+    (lost,) = found("kms:alias/derm")
+    assert (lost.name, "derm-cds restore --keys" in lost.advice) == ("keystore", True)
+    assert prevents_ready(lost, env="development")
 
 
 def test_a_port_open_to_others_is_found(tmp_path: Path) -> None:

@@ -20,10 +20,25 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster import deployed, supervisor
+from cluster import deployed, ray_node, supervisor
 from cluster.deployed import keep_deployed, read_deployed, watch_deployed
 from cluster.ports import choose_port
-from cluster.ray_node import MARK, RayFailed, belonging, core, end, in_session, live, marked, name
+from cluster.ray_node import (
+    MARK,
+    SHARED,
+    RayFailed,
+    RayNode,
+    belonging,
+    core,
+    end,
+    has_room,
+    in_session,
+    is_memory,
+    live,
+    marked,
+    name,
+    on_disk,
+)
 from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
 from cluster.supervisor import ServeRequest, StartFailed
 
@@ -38,10 +53,12 @@ _RUNNING = Running(
     metrics_port=9101,
     fallback_port=8500,
 )
+_MOUNTS = {"/": "ext4", "/dev/shm": "tmpfs", "/dev/shm/disk": "xfs", "/run": "tmpfs", "/over": "overlay"}
 
 
-def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path) -> None:
+def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path, derm_cds) -> None:
     assert running_service(tmp_path / "nothing") is None
+    (tmp_path / "serve.json").write_text("{}")  # of one that was killed
     with occupy(tmp_path):
         assert running_service(tmp_path) is None  # nothing announced yet
         with pytest.raises(AlreadyRunning, match="already starting here"), occupy(tmp_path):
@@ -54,62 +71,40 @@ def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path) -> None:
             pass
         assert refused.value.running == _RUNNING
         announce(tmp_path, replace(_RUNNING, ready=True))
-        assert "already running" in running_service(tmp_path).describe()
+        second = derm_cds("serve", home=tmp_path)
+        assert (second.code, "already running: http://127.0.0.1:8000" in second.out) == (0, True)
+        assert "derm-cds stop" in second.out
         assert stat.S_IMODE((tmp_path / "serve.json").stat().st_mode) == 0o600
     assert running_service(tmp_path) is None
 
 
-def test_one_that_was_killed_leaves_the_home_free(tmp_path) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from cluster.running import occupy\n"
-        "with occupy(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"in\n"
-        (tmp_path / "serve.json").write_text("{}")
-        with pytest.raises(TypeError), occupy(tmp_path):  # held, and its notes are unreadable
-            pass
-        holder.kill()
-    with occupy(tmp_path):
-        assert not (tmp_path / "serve.json").exists()
-
-
-class _Node:
-    """A node that dies at once, and whose first start after that fails."""
-
-    home = Path("/nonexistent")
-    dashboard = False
-
-    def __init__(self, stop: Event) -> None:
-        self.said: list[str] = []
-        self._stop = stop
-
-    def stop(self) -> None:
-        self.said.append("stop")
-
-    def start(self) -> None:
-        self.said.append("start")
-        if self.said.count("start") == 1:
-            raise RayFailed("no")
-
-    def deploy(self) -> None:
-        self.said.append("deploy")
-        if self.said.count("deploy") == 1:
-            raise StartFailed("no")
-        self._stop.set()
-
-
 def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatch, capsys) -> None:
-    stop = Event()
-    node = _Node(stop)
+    """Its first start after that fails, and the first deployment."""
+    stop, said = Event(), []
+
+    def do(what: str, error: Exception | None = None) -> None:
+        said.append(what)
+        if error is not None and said.count(what) == 1:
+            raise error
+        if said.count("deploy") == 2:
+            stop.set()
+
+    node = SimpleNamespace(
+        home=Path("/nonexistent"),
+        dashboard=False,
+        stop=lambda: do("stop"),
+        start=lambda: do("start", RayFailed("no")),
+    )
     monkeypatch.setattr(supervisor, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(supervisor, "_BACKOFF_S", (0.01, 0.02))
     monkeypatch.setattr(supervisor, "core", lambda _home: [])
     alive = iter([True, False])
     monkeypatch.setattr(supervisor, "live", lambda _core: next(alive, False))
-    startup = SimpleNamespace(node=node, postgres=None, stop=stop, deploy=node.deploy)
+    startup = SimpleNamespace(
+        node=node, postgres=None, stop=stop, deploy=lambda: do("deploy", StartFailed("no"))
+    )
     supervisor._keep_up(startup)
-    assert node.said == ["stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
+    assert said == ["stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
     assert "the node has died" in capsys.readouterr().out
 
 
@@ -144,13 +139,15 @@ def test_only_what_runs_is_kept_as_deployed_last(tmp_path, monkeypatch) -> None:
     assert read_deployed(tmp_path) == {"over": "digest", "applications": good}
 
 
-def test_a_taken_port_is_named_with_its_owner_and_others_give_way(tmp_path, monkeypatch) -> None:
+def test_a_taken_port_is_named_with_its_owner_and_others_give_way(tmp_path, monkeypatch, derm_cds) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         taken = listener.getsockname()[1]
-        with pytest.raises(StartFailed, match=rf"Port {taken} on 127\.0\.0\.1 is taken by .*pid"):
-            supervisor._node(ServeRequest(tmp_path, port=taken))
+        refused = derm_cds("serve", "--port", str(taken), home=tmp_path)
+        assert (refused.code, refused.err.count("\n")) == (1, 1)
+        assert f"Port {taken} on 127.0.0.1 is taken by " in refused.err
+        assert "(pid " in refused.err
         monkeypatch.setattr(supervisor, "PORTS", dict.fromkeys(supervisor.PORTS, taken))
         wanted = choose_port()
         assert choose_port(wanted) == wanted
@@ -159,6 +156,18 @@ def test_a_taken_port_is_named_with_its_owner_and_others_give_way(tmp_path, monk
     assert len(ports) == 5
     assert not {taken, wanted} & ports
     assert all(20_000 <= port < 32_768 for port in ports)  # out of the way of outgoing connections
+
+
+def test_a_port_that_another_process_has_chosen_is_not_chosen_until_that_has_ended() -> None:
+    """Nobody listens on it yet: HAProxy opens its ports long after they were chosen."""
+    program = "from cluster.ports import choose_port; print(choose_port(), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        chosen = int(other.stdout.readline())
+        assert choose_port(chosen) != chosen
+        other.communicate(b"\n")
+    assert choose_port(chosen) == chosen
 
 
 def _until(condition: Callable[[], bool]) -> bool:
@@ -194,8 +203,9 @@ def test_a_nodes_processes_are_the_marked_of_this_home_and_their_descendants(sta
     ours = start("sh", "-c", "env -i sleep 60; true", mark=str(tmp_path))  # which drops the mark
     assert [process.pid for process in marked(tmp_path)] == [ours.pid]
     assert _until(lambda: _names(belonging(tmp_path)) == ["sh", "sleep"])
+    assert _names(in_session(ours.pid)) == ["sh", "sleep"]
     end(belonging(tmp_path), signal.SIGKILL, 5)
-    assert belonging(tmp_path) == []
+    assert belonging(tmp_path) == in_session(ours.pid) == []
 
 
 def test_the_caller_and_its_ancestors_are_left_alone(tmp_path) -> None:
@@ -208,13 +218,6 @@ def test_the_caller_and_its_ancestors_are_left_alone(tmp_path) -> None:
         command, env=os.environ | {MARK: str(tmp_path)}, check=True, capture_output=True, text=True
     )
     assert done.stdout == "0\n"
-
-
-def test_a_session_is_whole(start) -> None:
-    child = start("sh", "-c", "sleep 60 & sleep 60", mark=None)
-    assert _until(lambda: _names(in_session(child.pid)) == ["sh", "sleep", "sleep"])
-    end(in_session(child.pid), signal.SIGKILL, 5)
-    assert in_session(child.pid) == []
 
 
 def test_a_node_lives_while_its_core_does_and_a_zombie_is_dead(start, tmp_path) -> None:
@@ -230,3 +233,59 @@ def test_a_node_lives_while_its_core_does_and_a_zombie_is_dead(start, tmp_path) 
     assert _until(lambda: process.status() == psutil.STATUS_ZOMBIE)
     assert name(process) == ""
     assert not live(found)
+
+
+def test_a_file_system_is_memory_or_a_disk_and_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    for path in ("/dev/shm/derm-0-1", "/run/x"):
+        assert is_memory(Path(path), _MOUNTS)
+    for path in ("/dev/shm/disk/derm", "/runner", "/over/tmp", "/"):
+        assert not is_memory(Path(path), _MOUNTS)
+    (tmp_path / "linked").symlink_to("/dev/shm")
+    assert is_memory(tmp_path / "linked" / "x", {str(tmp_path): "ext4", "/dev/shm": "tmpfs"})
+
+
+def test_without_memory_a_raylet_is_found_and_production_does_not_start(tmp_path: Path, monkeypatch) -> None:
+    """A machine with too little memory, then one whose file systems are all on disks."""
+    assert not has_room(SHARED / "no such folder")
+    with monkeypatch.context() as little:
+        little.setattr(ray_node, "_ROOM", 1 << 60)
+        assert not has_room(SHARED)
+    monkeypatch.setattr(ray_node, "_MEMORY", frozenset())
+    command = ["raylet", f"--plasma_directory={tmp_path}", "--fallback_directory=/", "--other=/var"]
+    assert on_disk(command) == [Path("/"), tmp_path]
+    assert not has_room(SHARED)
+    monkeypatch.setenv("DERM_ENV", "production")
+    with pytest.raises(RayFailed, match=r"in clear on a disk.*300 MB free.*--shm-size"):
+        RayNode(tmp_path).start()
+    assert not (tmp_path / "spill").exists()
+    RayNode(tmp_path).directory.rmdir()
+
+
+def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path) -> None:
+    if not has_room(SHARED):
+        pytest.skip("this machine has no room in /dev/shm")
+    node = RayNode(tmp_path)
+    node.objects.mkdir(mode=0o755)
+    try:
+        with pytest.raises(RayFailed, match="not this user's alone"):
+            node.start()
+    finally:
+        node.objects.rmdir()
+        node.directory.rmdir()
+
+
+def test_a_stop_leaves_no_object_and_what_links_lead_to(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ray_node, "SHARED", tmp_path)
+    node = RayNode(tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    for folder in (node.objects, tmp_path / "spill"):
+        (folder / "ray_spilled_objects_1").mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+        (folder / "ray_spilled_objects_1" / "object").write_bytes(b"an image")
+        (folder / "link").symlink_to(tmp_path / "kept")
+        (folder / "file").touch()
+    node.stop()
+    assert not node.objects.exists()
+    assert list((tmp_path / "spill").iterdir()) == []
+    assert (tmp_path / "kept" / "file").exists()

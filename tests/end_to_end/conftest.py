@@ -33,7 +33,6 @@ from data_jobs.sample_lesion import draw_lesion
 from data_jobs.training.manifest_file import write_manifest
 from model_store.manifest import MANIFEST_NAME
 from serve_app.access.tokens import mint_token
-from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
 
@@ -108,7 +107,9 @@ class Pms:
     async def care(self, subject: str = "dr") -> str:
         """A new patient in the caller's care."""
         patient_id = f"p-{uuid4().hex[:12]}"
-        await LesionStore(self.owner).assign(patient_id, subject, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        since = datetime(2026, 1, 1, tzinfo=UTC)
+        care = "INSERT INTO care_assignments VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
+        await self.owner.execute(care, patient_id, subject, since)
         return patient_id
 
     async def upload(

@@ -11,8 +11,7 @@ from data_jobs.promotion.rollback import roll_back
 from data_jobs.references.embedder import identify_embedder
 from data_jobs.references.load import publish_space, read_bundle
 from model_store.registry import ModelStore
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

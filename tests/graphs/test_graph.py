@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 import copy
 from dataclasses import asdict
-import importlib.util
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,26 +42,9 @@ def unknown_keys(found: Any, read: Any, at: str = "") -> Iterator[str]:
                 yield from unknown_keys(inner, read[key], f"{at}.{key}")
 
 
-def _unread(config: dict) -> list[str]:
-    read = schema.ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
-    return list(unknown_keys(config, read))
-
-
 @pytest.fixture
 def config() -> dict:
     return yaml.safe_load(CONFIG.read_text())
-
-
-@pytest.fixture
-def application(config) -> dict:
-    (application,) = config["applications"]
-    return application
-
-
-@pytest.fixture
-def configured(application) -> dict[str, dict]:
-    """What is said of each deployment, by its name."""
-    return {deployment["name"]: deployment for deployment in application["deployments"]}
 
 
 def _deployments(profile: str) -> dict:
@@ -75,45 +57,33 @@ def _deployments(profile: str) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    ("place", "right"),
-    [
-        ((), "logging_config"),
-        (("http_options",), "host"),
-        (("applications", 0), "route_prefix"),
-        (("applications", 0, "deployments", 0), "max_surge_percent"),
-        (("applications", 0, "deployments", 2, "autoscaling_config"), "max_replicas"),
-    ],
-)
-def test_every_key_is_known_to_ray_and_a_misspelt_one_is_found(config, place, right) -> None:
-    assert _unread(config) == []
-    inner = config = copy.deepcopy(config)
-    for step in place:
-        inner = inner[step]
-    inner[f"{right}x"] = inner.pop(right)
-    found = _unread(config)  # several where an anchor is shared
-    assert found
-    assert all(path.endswith(f".{right}x") for path in found)
+def test_every_key_is_known_to_ray_and_a_misspelt_one_is_found(config) -> None:
+    def unread() -> list[str]:
+        read = schema.ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
+        return list(unknown_keys(config, read))
+
+    assert unread() == []
+    deployment = copy.deepcopy(config["applications"][0]["deployments"][2])
+    deployment["autoscaling_config"]["max_replicasx"] = deployment["autoscaling_config"].pop("max_replicas")
+    deployment["max_surge_percentx"] = deployment.pop("max_surge_percent")
+    config["applications"][0]["deployments"][2] = deployment
+    at = ".applications[0].deployments[2]"
+    assert sorted(unread()) == [f"{at}.autoscaling_config.max_replicasx", f"{at}.max_surge_percentx"]
 
 
-def test_the_api_listens_on_loopback_and_no_log_holds_a_request(config) -> None:
+def test_the_configuration_is_private_whole_and_the_graphs(config) -> None:
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8000}
-    assert config["proxy_location"] == "HeadOnly"
     assert config["logging_config"]["enable_access_log"] is False
-
-
-def test_every_deployment_has_figures_and_leaves_resources_to_the_profile(application, configured) -> None:
+    (application,) = config["applications"]
+    configured = {deployment["name"]: deployment for deployment in application["deployments"]}
     assert list(configured) == list(NUM_CPUS)
-    assert importlib.util.find_spec(application["import_path"].partition(":")[0])
     for deployment in configured.values():
+        # Resources are the profile's.
         assert not {"ray_actor_options", "num_replicas"} & set(deployment)
         assert deployment["max_queued_requests"] > 0
         assert deployment["max_surge_percent"] == 100
     classifier = configured["classifier"]
     assert classifier["user_config"]["max_batch_size"] <= classifier["max_ongoing_requests"]
-
-
-def test_arguments_and_policy_are_the_graphs(application, configured) -> None:
     assert TriageArgs.model_validate(application["args"]) == TriageArgs()
     assert set(application["args"]) == set(TriageArgs.model_fields)
     policy = read_policy(application["args"]["policy_version"])
@@ -135,11 +105,8 @@ def test_the_ingress_holds_a_handle_to_every_stage(profile: str, device: str, gp
     assert built["classifier"].init_kwargs["device"] == device
     found = {name: deployment.ray_actor_options.get("num_gpus", 0) for name, deployment in built.items()}
     assert found == dict.fromkeys(built, 0) | {"classifier": gpus}
-
-
-def test_the_smallest_machine_has_room_for_two_of_each() -> None:
-    needed = [deployment.ray_actor_options["num_cpus"] for deployment in _deployments("cpu").values()]
-    assert 2 * sum(needed) <= 2
+    # The smallest machine, of two cores, has room for two of each.
+    assert 2 * sum(deployment.ray_actor_options["num_cpus"] for deployment in built.values()) <= 2
 
 
 def test_what_was_deployed_last_is_deployed_again_over_the_same_file_and_profile(tmp_path, capsys) -> None:
@@ -175,23 +142,19 @@ async def _raise(error: BaseException) -> Any:
     raise error
 
 
-async def test_what_serve_sheds_is_overload() -> None:
-    with pytest.raises(Overloaded):
-        await _answer(_raise(BackPressureError(num_queued_requests=9, max_queued_requests=8)))
-
-
 @pytest.mark.parametrize(
-    "error",
+    ("error", "ours"),
     [
-        RayActorError(),
-        RayTaskError("prepare", "Traceback", ValueError("a defect")),
-        RayServeException("gone"),
-        DeploymentUnavailableError.__new__(DeploymentUnavailableError),
+        (BackPressureError(num_queued_requests=9, max_queued_requests=8), Overloaded),
+        (RayActorError(), StageFailed),
+        (RayTaskError("prepare", "Traceback", ValueError("a defect")), StageFailed),
+        (RayServeException("gone"), StageFailed),
+        (DeploymentUnavailableError.__new__(DeploymentUnavailableError), StageFailed),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: type(value).__name__,
 )
-async def test_what_ray_raises_is_a_failed_stage(error: BaseException) -> None:
-    with pytest.raises(StageFailed):
+async def test_what_serve_sheds_is_overload_and_what_ray_raises_a_failed_stage(error, ours) -> None:
+    with pytest.raises(ours):
         await _answer(_raise(error))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 import os
 from pathlib import Path
 import shutil
@@ -24,7 +25,7 @@ from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import ModelContractError
 from serve_app.logs import ProcessLog
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, live_model
 from serve_app.settings import load_settings
 
@@ -65,22 +66,21 @@ async def start(served, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ProcessLog, "install", lambda _: None)
     load_settings.cache_clear()
 
+    closing = AsyncExitStack()
+
     async def started(name: str):
         deployment, arguments = STAGES[name]
         stage = deployment.func_or_class.__new__(deployment.func_or_class)
         await stage.__init__(**arguments)
         if name == "retriever":
-            pools.append(stage._references._pool)
-        shares.extend(value for value in vars(stage).values() if isinstance(value, SharedCores))
+            closing.push_async_callback(stage._references._pool.close)
+        for value in vars(stage).values():
+            if isinstance(value, SharedCores):
+                closing.callback(value.close)
         return stage
 
-    pools: list[Pool] = []
-    shares: list[SharedCores] = []
-    yield started
-    for share in shares:
-        share.close()
-    for pool in pools:
-        await pool.close()
+    async with closing:
+        yield started
     load_settings.cache_clear()
 
 

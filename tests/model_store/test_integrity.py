@@ -1,18 +1,26 @@
-"""A model is loaded only when every file is the one its manifest names."""
+"""A model is loaded only when every file is the one its manifest names; while one is refused, the live one goes on."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 import os
 from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from data_jobs.training.manifest_file import seal
+from deployments.classifier.classifier import Classifier
+from deployments.embedder.embedder import Embedder
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore, digest_file, model_digest
+from model_store.registry import ModelStore, digest_file, verify_files
 from model_store.session import PROVIDERS, InferenceSession
+from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
 
 
@@ -36,15 +44,80 @@ def test_every_model_of_the_store_loads_and_has_its_card(models: Path) -> None:
         assert model_id in card.read_text()
 
 
-def test_a_missing_or_shortened_file_is_refused(altered, model_id: str) -> None:
+@pytest.fixture
+def beside(altered, model_id: str) -> tuple[Path, str]:
+    """A copy of the live model beside it under another name: the store, and the name."""
     store = altered()
-    path = store / model_id / "ood.npz"
-    rewrite(path, path.read_bytes()[:-1])
-    with pytest.raises(ModelContractError, match=r"ood\.npz"):
-        ModelStore(store).open(model_id)
-    path.unlink()
-    with pytest.raises(ModelContractError, match="missing"):
-        ModelStore(store).open(model_id)
+    architecture, _, tag = model_id.partition(".")
+    other = f"{architecture}.tampered"
+    shutil.copytree(store / model_id, store / other, copy_function=os.link)
+    manifest = store / other / MANIFEST_NAME
+    text = manifest.read_text().replace(f'model_id = "{model_id}"', f'model_id = "{other}"')
+    rewrite(manifest, text.replace(f'tag = "{tag}"', 'tag = "tampered"').encode())
+    return store, other
+
+
+def test_one_bit_of_any_file_or_its_absence_is_refused(beside, models: Path, model_id: str) -> None:
+    store, other = beside
+    live = ModelStore(store).open(model_id)
+    assert len(live.manifest.files) >= 4
+    for name in live.manifest.files:
+        path = store / other / name
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 1
+        rewrite(path, bytes(changed))
+        manifest = replace(live.manifest, files={name: live.manifest.files[name]})
+        with pytest.raises(ModelContractError, match=f"{name} is not the file its manifest names"):
+            verify_files(store / other, manifest)
+        path.unlink()
+        with pytest.raises(ModelContractError, match="missing"):
+            verify_files(store / other, manifest)
+        path.write_bytes(whole)
+    assert ModelStore(store).open(other)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.999])
+def test_a_truncated_graph_is_refused_and_the_live_model_goes_on(beside, model_id: str, kept: float) -> None:
+    """In one process, as in a replica: before, during and after."""
+    store, other = beside
+    path = store / other / "model.onnx"
+    whole = path.read_bytes()
+    rewrite(path, whole[: int(kept * len(whole))])
+    models = ModelStore(store)
+    classifier, embedder = Classifier(models, threads=1), Embedder(models)
+    manifest = models.open(model_id).manifest
+    side, space = manifest.input.input_size[1], manifest.live_space.embedding_space
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    (before,) = classifier.classify(model_id, [image])
+    for _ in range(2):  # and again: a refusal is not forgotten
+        with pytest.raises(ModelContractError, match=r"model\.onnx is not the file"):
+            classifier.classify(other, [image])
+    with pytest.raises(ModelContractError, match=r"model\.onnx is not the file"):
+        embedder.load(other, space)
+    (after,) = classifier.classify(model_id, [image])
+    assert after.classification == before.classification
+    assert np.array_equal(
+        embedder.embed(model_id, space, after.bottleneck), embedder.embed(model_id, space, before.bottleneck)
+    )
+
+
+def _with_labels(content: bytes, labels: str) -> bytes:
+    """Append a metadata entry to a ModelProto: field 14 is repeated, so that it may stand at the end."""
+    pair = b"\x0a\x0blabel_space\x12" + bytes([len(labels)]) + labels.encode()
+    return content + b"\x72" + bytes([len(pair)]) + pair
+
+
+def test_labels_in_another_order_than_the_graphs_own_are_refused(altered, model_id: str) -> None:
+    """One to one and complete, so that no other rule can tell; every answer would be wrong."""
+    folder = altered() / model_id
+    rewrite(folder / "model.onnx", _with_labels((folder / "model.onnx").read_bytes(), ",".join(TRAINED)))
+    seal(folder)
+    InferenceSession(ModelStore(folder.parent).open(model_id), threads=1)
+    manifest = folder / MANIFEST_NAME
+    rewrite(manifest, manifest.read_text().replace('"MEL",\n    "NV",', '"NV",\n    "MEL",', 1).encode())
+    with pytest.raises(ModelContractError, match=r"gives its logits as MEL,NV,.*its manifest as NV,MEL,"):
+        InferenceSession(ModelStore(folder.parent).open(model_id), threads=1)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/inside", ".."])
@@ -81,8 +154,9 @@ def test_only_files_that_are_vouched_for_have_a_path(models: Path, model_id: str
 
 def test_the_digest_is_of_everything(altered, models: Path, model_id: str) -> None:
     store = altered(lambda content: content["calibration"].update(temperature=1.75))
-    assert ModelStore(store).open(model_id).digest != ModelStore(models).open(model_id).digest
-    assert model_digest(store / model_id) == digest_file(store / model_id / MANIFEST_NAME)
+    digest = ModelStore(store).open(model_id).digest
+    assert digest == digest_file(store / model_id / MANIFEST_NAME)
+    assert digest != ModelStore(models).open(model_id).digest
 
 
 def test_a_model_is_had_while_another_is_verified(models: Path, model_id: str, tmp_path: Path) -> None:
@@ -104,18 +178,11 @@ def test_a_model_is_had_while_another_is_verified(models: Path, model_id: str, t
 
 
 def test_onnx_that_is_none_is_refused_although_its_digest_is_true(altered, model_id: str) -> None:
-    junk = b"this is no model"
-
-    def change(content: dict) -> None:
-        digest = {"bytes": len(junk), "sha256": sha256(junk).hexdigest()}
-        content["files"][content["onnx"]] = digest
-
-    store = altered(change)
-    model_folder = store / model_id
-    rewrite(next(model_folder.glob("*.onnx")), junk)
-    model = ModelStore(store).open(model_id)
+    store = altered()
+    rewrite(store / model_id / "model.onnx", b"this is no model")
+    seal(store / model_id)
     with pytest.raises(ModelContractError, match="is no model"):
-        InferenceSession(model, threads=1)
+        InferenceSession(ModelStore(store).open(model_id), threads=1)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +212,26 @@ def test_cuda_without_a_gpu_build_is_refused(
     with pytest.raises(ModelContractError, match="gpu"):
         InferenceSession(ModelStore(models).open(model_id), threads=1, device="cuda")
     assert PROVIDERS["cuda"][1] == {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+
+
+_RUN = """
+import data_jobs.training.scan
+from pathlib import Path
+import sys
+import numpy as np
+from model_store.registry import ModelStore
+from model_store.session import InferenceSession
+store = ModelStore(Path(sys.argv[1]))
+model = store.open(sys.argv[2])
+side = model.manifest.input.input_size[1]
+InferenceSession(model, threads=1).run(np.zeros((1, side, side, 3), np.uint8))
+"""
+
+
+def test_a_session_leaves_nothing_in_the_home_folder(tmp_path: Path, models: Path, model_id: str) -> None:
+    """Whichever module comes first, a job's, too."""
+    home = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-B", "-c", _RUN, str(models), model_id]
+    subprocess.run(command, env=kept | home, check=True, cwd=Path(__file__).parents[2])
+    assert list(tmp_path.rglob("*")) == []

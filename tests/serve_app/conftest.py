@@ -31,7 +31,6 @@ from serve_app.domain.identifiers import is_opaque
 from serve_app.http.app import create_app
 from serve_app.lesions import recovery
 from serve_app.lesions.assess import Stages
-from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
@@ -147,7 +146,9 @@ class Service:
     async def care(self, subject: str = "dr", patient_id: str | None = None) -> str:
         """Put a patient into the caller's care; returns the patient."""
         patient_id = patient_id or f"p-{uuid4().hex[:12]}"
-        await LesionStore(self.owner).assign(patient_id, subject, starts_at=datetime(2026, 1, 1, tzinfo=UTC))
+        since = datetime(2026, 1, 1, tzinfo=UTC)
+        care = "INSERT INTO care_assignments VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
+        await self.owner.execute(care, patient_id, subject, since)
         return patient_id
 
     async def upload(

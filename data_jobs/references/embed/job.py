@@ -32,7 +32,7 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.domain.errors import DermError, StageFailed
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import ReferenceCache
+from serve_app.records.references import ReferenceCache
 from serve_app.settings import OWNER_URL, default_home, find_owner_url, model_folder
 
 _Result = TypeVar("_Result")

@@ -30,8 +30,13 @@ from model_store.registry import ModelStore
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import FailedReference, ReferenceCache, ReferencePicture
-from serve_app.records.references import DIMENSIONS, ReferenceImage
+from serve_app.records.references import (
+    DIMENSIONS,
+    FailedReference,
+    ReferenceCache,
+    ReferenceImage,
+    ReferencePicture,
+)
 
 #: How long a write goes on trying when the database is away: a restart of it, not an outage of a day.
 PATIENCE_S = 120.0

@@ -185,9 +185,8 @@ class Proof:
 
     def compare(self, images: FoldImages, run: Run) -> tuple[dict[str, Any], list[str]]:
         """Figures of a copy on a fold, and what the gate has against them."""
-        figures = compare_fold(
-            self._judge, images, self._answers[images.name], scan_pixels(run, images.pixels)
-        )
+        scans = self._answers[images.name], scan_pixels(run, images.pixels)
+        figures = compare_fold(self._judge, images, *scans)
         return figures, gate_problems(images.name, figures)
 
     def outliers(self, run: Run) -> dict[str, float]:
@@ -203,8 +202,7 @@ class Proof:
 def fold_images(rows: list[LabelledImage], pixels: Pixels, fold: int) -> FoldImages:
     """One fold of the archive, in the order of the file."""
     indices = fold_indices(rows, [fold])
-    found = [rows[i] for i in indices]
-    return FoldImages(f"fold{fold}", found, labels_of(found), pixels[indices])
+    return FoldImages(f"fold{fold}", [rows[i] for i in indices], pixels[indices])
 
 
 def _sample(rows: list[LabelledImage], pixels: Pixels, folds: Iterable[int]) -> Pixels:

@@ -13,16 +13,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data_jobs.training.dataset import LabelledImage
+from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.embedding_spaces import ShippedReferences, nearest, precision_at
 from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
-from data_jobs.training.operating_points import by_lesion, measure_threshold, point_score
-from data_jobs.training.probabilities import Floats, Labels, area_under_curve, calibration_error
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
+from data_jobs.training.probabilities import Floats, Labels, area_under_curve, calibration_error, rounded
 from data_jobs.training.scan import Pixels, Scan
 from deployments.classifier.calibration import Calibrator
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
-from serve_app.domain.diagnosis import TRAINED
 
 NEIGHBOURS = 10
 
@@ -33,8 +32,12 @@ class FoldImages:
 
     name: str
     rows: list[LabelledImage]
-    labels: Labels
     pixels: Pixels
+
+    @property
+    def labels(self) -> Labels:
+        """Index in TRAINED of every image's diagnosis."""
+        return labels_of(self.rows)
 
     @property
     def lesions(self) -> list[str]:
@@ -53,10 +56,10 @@ def compare_search(
     shared = [len(np.intersect1d(a, b)) for a, b in zip(found_server, found, strict=True)]
     return {
         "cosine": cosines(*queries),
-        "shared_of_ten": round(float(np.mean(shared)), 3),
-        "same_first": round(float((found_server[:, 0] == found[:, 0]).mean()), 4),
-        "precision_at_10_server": round(precision_at(found_server, images.labels, shipped.labels), 4),
-        "precision_at_10": round(precision_at(found, images.labels, shipped.labels), 4),
+        "shared_of_ten": rounded(np.mean(shared), 3),
+        "same_first": rounded((found_server[:, 0] == found[:, 0]).mean()),
+        "precision_at_10_server": rounded(precision_at(found_server, images.labels, shipped.labels)),
+        "precision_at_10": rounded(precision_at(found, images.labels, shipped.labels)),
     }
 
 
@@ -65,9 +68,9 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> dict[str, float]:
     products = (a.astype(np.float64) * b).sum(1)
     values = products / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return {
-        "min": round(float(values.min()), 5),
-        "quantile_01": round(float(np.quantile(values, 0.01)), 5),
-        "median": round(float(np.median(values)), 5),
+        "min": rounded(values.min(), 5),
+        "quantile_01": rounded(np.quantile(values, 0.01), 5),
+        "median": rounded(np.median(values), 5),
     }
 
 
@@ -93,20 +96,16 @@ class Judge:
 
 def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> dict[str, Any]:
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
-    nine_server, _ = served(judge.calibrator, server)
-    nine, _ = served(judge.calibrator, copy)
+    nine_server, nine = (served(judge.calibrator, scan)[0] for scan in (server, copy))
     eight_server, eight = known_eight(nine_server), known_eight(nine)
     thresholds = judge.calibrator.thresholds
-    melanoma = images.labels == MELANOMA
     return {
         "images": len(images.labels),
         "lesions": len(set(images.lesions)),
-        "top1_agreement": _rounded((nine_server.argmax(1) == nine.argmax(1)).mean()),
-        "same_prediction_set": _rounded(
-            ((eight_server >= thresholds) == (eight >= thresholds)).all(1).mean()
-        ),
-        "server": _quality(nine_server, images, melanoma),
-        "copy": _quality(nine, images, melanoma),
+        "top1_agreement": rounded((nine_server.argmax(1) == nine.argmax(1)).mean()),
+        "same_prediction_set": rounded(((eight_server >= thresholds) == (eight >= thresholds)).all(1).mean()),
+        "server": _quality(nine_server, images.labels),
+        "copy": _quality(nine, images.labels),
         "logit_difference": spread(np.abs(server.logits - copy.logits)),
         "melanoma_difference": spread(np.abs(eight_server[:, MELANOMA] - eight[:, MELANOMA])),
         "p_unk": unknown_figures(nine_server, nine),
@@ -120,8 +119,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
 
 def compare_outliers(judge: Judge, server: Scan, copy: Scan) -> dict[str, float]:
     """p(UNK) on images that are no dermoscopy."""
-    nine_server, _ = served(judge.calibrator, server)
-    nine, _ = served(judge.calibrator, copy)
+    nine_server, nine = (served(judge.calibrator, scan)[0] for scan in (server, copy))
     return {"images": len(nine), **unknown_figures(nine_server, nine)}
 
 
@@ -132,21 +130,20 @@ def point_figures(
 
     `newly_missed` lesions the server flags and the copy does not, `newly_found` the reverse.
     """
-    positive = np.isin(images.labels, [TRAINED.index(d) for d in point.diagnoses])
-    scores_server, is_positive = by_lesion(point_score(server, point.diagnoses), positive, images.lesions)
-    scores, _ = by_lesion(point_score(copy, point.diagnoses), positive, images.lesions)
-    before = measure_threshold(scores_server, is_positive, point.threshold)
-    after = measure_threshold(scores, is_positive, point.threshold)
+    (scores_server, is_positive), (scores, _) = (
+        lesion_scores(eight, images.labels, images.lesions, point.diagnoses) for eight in (server, copy)
+    )
+    before, after = (measure_threshold(s, is_positive, point.threshold) for s in (scores_server, scores))
     flagged_server, flagged = scores_server >= point.threshold, scores >= point.threshold
     return {
         "threshold": point.threshold,
         "positives": before.positives,
-        "sensitivity_server": _rounded(before.sensitivity, 6),
-        "sensitivity": _rounded(after.sensitivity, 6),
+        "sensitivity_server": rounded(before.sensitivity, 6),
+        "sensitivity": rounded(after.sensitivity, 6),
         "newly_missed": int((is_positive & flagged_server & ~flagged).sum()),
         "newly_found": int((is_positive & ~flagged_server & flagged).sum()),
-        "specificity_server": _rounded(before.specificity),
-        "specificity": _rounded(after.specificity),
+        "specificity_server": rounded(before.specificity),
+        "specificity": rounded(after.specificity),
     }
 
 
@@ -154,9 +151,9 @@ def unknown_figures(server: Floats, copy: Floats) -> dict[str, float]:
     """p(UNK) of N×9 probabilities: shares over one half, how often both say the same, differences."""
     u_server, u = server[:, 8], copy[:, 8]
     return {
-        "over_half_server": _rounded((u_server > 0.5).mean()),
-        "over_half": _rounded((u > 0.5).mean()),
-        "agreement": _rounded(((u_server > 0.5) == (u > 0.5)).mean()),
+        "over_half_server": rounded((u_server > 0.5).mean()),
+        "over_half": rounded((u > 0.5).mean()),
+        "agreement": rounded(((u_server > 0.5) == (u > 0.5)).mean()),
         **spread(np.abs(u_server - u)),
     }
 
@@ -167,30 +164,24 @@ def gate_problems(fold: str, figures: Mapping[str, Any]) -> list[str]:
     loss = point["sensitivity_server"] - point["sensitivity"]
     if loss <= LOSS_ALLOWED + _ROUNDING:
         return []
+    told = f"{point['sensitivity']:.4f} against the server's {point['sensitivity_server']:.4f}"
     return [
-        (
-            f"{fold}: melanoma sensitivity {point['sensitivity']:.4f} against the server's "
-            f"{point['sensitivity_server']:.4f}, {100 * loss:.2f} points less; {100 * LOSS_ALLOWED} are allowed"
-        )
+        f"{fold}: melanoma sensitivity {told}, {100 * loss:.2f} points less; {100 * LOSS_ALLOWED} are allowed"
     ]
 
 
 def spread(differences: np.ndarray[Any, Any]) -> dict[str, float]:
     """Mean, 99.9 % quantile and greatest of absolute differences."""
     return {
-        "mean": _rounded(differences.mean(), 6),
-        "quantile_999": _rounded(np.quantile(differences, 0.999), 6),
-        "max": _rounded(differences.max(), 6),
+        "mean": rounded(differences.mean(), 6),
+        "quantile_999": rounded(np.quantile(differences, 0.999), 6),
+        "max": rounded(differences.max(), 6),
     }
 
 
-def _quality(nine: Floats, images: FoldImages, melanoma: np.ndarray[Any, Any]) -> dict[str, float]:
+def _quality(nine: Floats, labels: Labels) -> dict[str, float]:
     return {
-        "top1": _rounded((nine.argmax(1) == images.labels).mean()),
-        "ece": _rounded(calibration_error(nine, images.labels)),
-        "melanoma_auc": _rounded(area_under_curve(nine[:, MELANOMA], melanoma)),
+        "top1": rounded((nine.argmax(1) == labels).mean()),
+        "ece": rounded(calibration_error(nine, labels)),
+        "melanoma_auc": rounded(area_under_curve(nine[:, MELANOMA], labels == MELANOMA)),
     }
-
-
-def _rounded(value: float, digits: int = 4) -> float:
-    return round(float(value), digits)

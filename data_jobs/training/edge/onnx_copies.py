@@ -9,9 +9,10 @@ what is quantised is the matrix that is multiplied with. Answers stay the same t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 import tempfile
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,9 @@ def plain_graph(path: Path, side: int) -> onnx.ModelProto:
     model = onnx.load(path)
     graph = model.graph
     pads = [node for node in graph.node if node.op_type == "Pad"]
-    amounts = _evaluate(model, [node.input[1] for node in pads], side)
-    for node, amount in zip(pads, amounts, strict=True):
+    grey = np.full((1, side, side, 3), 127, np.uint8)
+    amounts = _evaluate(model, [node.input[1] for node in pads], [grey])
+    for node, amount in zip(pads, next(amounts), strict=True):
         _fold_into_convolution(graph, node, amount)
         graph.node.remove(node)
     _inline_constants(graph)
@@ -45,16 +47,10 @@ def plain_graph(path: Path, side: int) -> onnx.ModelProto:
     return model
 
 
-def _evaluate(model: onnx.ModelProto, names: list[str], side: int) -> list[NDArray[np.int64]]:
-    """What these tensors hold for one grey image of `side`."""
-    session = _probe(model, names)
-    pixels = np.full((1, side, side, 3), 127, np.uint8)
-    found: list[NDArray[np.int64]] = session.run(names, {session.get_inputs()[0].name: pixels})
-    return found
-
-
-def _probe(model: onnx.ModelProto, names: list[str]) -> ort.InferenceSession:
-    """A session that gives these tensors, too. Not optimised: fused nodes would not give what is between them."""
+def _evaluate(
+    model: onnx.ModelProto, names: list[str], batches: Iterable[Pixels]
+) -> Iterator[list[NDArray[Any]]]:
+    """What these tensors hold for each batch. Not optimised: fused nodes would not give what is between them."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     known = {output.name for output in probe.graph.output}
@@ -62,7 +58,9 @@ def _probe(model: onnx.ModelProto, names: list[str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = session.get_inputs()[0].name
+    return (session.run(names, {source: pixels}) for pixels in batches)
 
 
 def _fold_into_convolution(graph: onnx.GraphProto, pad: onnx.NodeProto, amount: NDArray[np.int64]) -> None:
@@ -150,11 +148,9 @@ def measure_ranges(model: onnx.ModelProto, pixels: Pixels) -> Ranges:
     The widest of the images' ranges that hold 99.99 % of the values; of large tensors every eighth value is looked at.
     """
     names = [name for node in model.graph.node for name in node.output]
-    session = _probe(model, names)
-    source = session.get_inputs()[0].name
     low, high = np.zeros(len(names)), np.zeros(len(names))
-    for image in pixels:
-        for index, tensor in enumerate(session.run(names, {source: image[None]})):
+    for tensors in _evaluate(model, names, (image[None] for image in pixels)):
+        for index, tensor in enumerate(tensors):
             ordered = np.sort(tensor.ravel()[:: 8 if tensor.size > LARGE else 1])
             cut = round(CUT * (ordered.size - 1))
             low[index], high[index] = min(low[index], ordered[cut]), max(high[index], ordered[-1 - cut])

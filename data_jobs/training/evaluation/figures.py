@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 from typing import Any
 
@@ -12,17 +12,17 @@ from scipy.stats import betabinom
 from sklearn import metrics
 
 from data_jobs.training.evaluation.predictions import MELANOMA, UNKNOWN, Predictions
-from data_jobs.training.operating_points import by_lesion, lower_bound
+from data_jobs.training.operating_points import lesion_scores, measure_threshold
 from data_jobs.training.probabilities import (
     Floats,
     Labels,
     area_under_curve,
     balanced_accuracy,
     calibration_error,
-    class_precision,
-    class_recall,
     log_loss,
+    rounded,
     top_k_accuracy,
+    weighted_calibration_error,
 )
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
@@ -33,38 +33,37 @@ def accuracy_figures(probabilities: Floats, labels: Labels) -> dict[str, float]:
     """Figures of N×9 (or N×8) probabilities; a first answer of UNK is wrong."""
     return {
         "images": len(labels),
-        "top1": round(top_k_accuracy(probabilities, labels, 1), 4),
-        "top3": round(top_k_accuracy(probabilities, labels, 3), 4),
-        "balanced_accuracy": round(balanced_accuracy(probabilities, labels, CLASSES), 4),
-        "melanoma_auc": round(area_under_curve(probabilities[:, MELANOMA], labels == MELANOMA), 4),
-        "ece": round(calibration_error(probabilities, labels), 4),
-        "log_loss": round(log_loss(probabilities, labels), 4),
+        "top1": rounded(top_k_accuracy(probabilities, labels, 1)),
+        "top3": rounded(top_k_accuracy(probabilities, labels, 3)),
+        "balanced_accuracy": rounded(balanced_accuracy(probabilities, labels)),
+        "melanoma_auc": rounded(area_under_curve(probabilities[:, MELANOMA], labels == MELANOMA)),
+        "ece": rounded(calibration_error(probabilities, labels)),
+        "log_loss": rounded(log_loss(probabilities, labels)),
     }
 
 
 def diagnosis_figures(predictions: Predictions) -> dict[str, Any]:
-    """Images, recall, precision (nine classes), one-vs-rest AUC (eight) and confusion row of every diagnosis."""
-    labels, nine, eight = predictions.labels, predictions.nine, predictions.eight
+    """Images, recall, precision (nine classes), one-vs-rest AUC (eight) and confusion row of every diagnosis.
+
+    A row has nine counts, by the first answer; recall and precision are NaN where there is nothing to divide by.
+    """
+    labels, eight = predictions.labels, predictions.eight
+    answers = predictions.nine.argmax(1)
+    counts = metrics.confusion_matrix(labels, answers, labels=range(len(Diagnosis)))[:CLASSES]
+    with np.errstate(invalid="ignore"):
+        recall, precision = (counts.diagonal() / counts.sum(axis)[:CLASSES] for axis in (1, 0))
     return {
-        "images_a_class": {d.value: int((labels == i).sum()) for i, d in enumerate(TRAINED)},
-        "recall": by_diagnosis(class_recall(nine, labels, CLASSES)),
-        "precision": by_diagnosis(class_precision(nine, labels, CLASSES)),
-        "auc": by_diagnosis(np.array([area_under_curve(eight[:, i], labels == i) for i in range(CLASSES)])),
-        "confusion": {
-            d.value: row.tolist() for d, row in zip(TRAINED, confusion_matrix(nine, labels), strict=True)
-        },
+        "images_a_class": by_diagnosis(counts.sum(1), int),
+        "recall": by_diagnosis(recall),
+        "precision": by_diagnosis(precision),
+        "auc": by_diagnosis(area_under_curve(eight[:, i], labels == i) for i in range(CLASSES)),
+        "confusion": by_diagnosis(counts, np.ndarray.tolist),
     }
 
 
-def by_diagnosis(values: Floats) -> dict[str, float]:
-    """One value a trained diagnosis, by its code."""
-    return {d.value: round(float(v), 4) for d, v in zip(TRAINED, values, strict=True)}
-
-
-def confusion_matrix(nine: Floats, labels: Labels) -> NDArray[np.int64]:
-    """8×9 counts: the diagnosis in the archive by the first answer."""
-    found = metrics.confusion_matrix(labels, nine.argmax(1), labels=range(len(Diagnosis)))
-    return np.asarray(found[:CLASSES])
+def by_diagnosis(values: Iterable[Any], told: Callable[[Any], Any] = rounded) -> dict[str, Any]:
+    """One value a trained diagnosis, as it is `told`, by its code."""
+    return {d.value: told(value) for d, value in zip(TRAINED, values, strict=True)}
 
 
 def lesion_predictions(predictions: Predictions) -> Predictions:
@@ -82,20 +81,17 @@ def lesion_predictions(predictions: Predictions) -> Predictions:
     return Predictions(rows, nine / counts[:, None], scores / counts)
 
 
-def lesion_figures(predictions: Predictions) -> dict[str, float]:
-    """`accuracy_figures` by lesion; `images` is replaced by `lesions`."""
+def lesion_figures(predictions: Predictions) -> dict[str, dict[str, Any]]:
+    """`accuracy_figures`, recall and precision by lesion; instead of images lesions are counted."""
     lesions = lesion_predictions(predictions)
-    figures = accuracy_figures(lesions.nine, lesions.labels)
-    return {"lesions": figures.pop("images"), **figures}
-
-
-def lesion_diagnosis_figures(predictions: Predictions) -> dict[str, dict[str, float]]:
-    """Lesions, recall and precision of every diagnosis, by lesion."""
-    figures = diagnosis_figures(lesion_predictions(predictions))
+    figures, classes = accuracy_figures(lesions.nine, lesions.labels), diagnosis_figures(lesions)
     return {
-        "lesions_a_class": figures["images_a_class"],
-        "recall": figures["recall"],
-        "precision": figures["precision"],
+        "by_lesion": {"lesions": figures.pop("images"), **figures},
+        "diagnosis_by_lesion": {
+            "lesions_a_class": classes["images_a_class"],
+            "recall": classes["recall"],
+            "precision": classes["precision"],
+        },
     }
 
 
@@ -151,43 +147,33 @@ def melanoma_curve(predictions: Predictions) -> dict[str, Any]:
     highest. It describes the fold it is measured on; no threshold is taken from it.
     """
     labels = predictions.labels
-    scores, positive = by_lesion(predictions.eight[:, MELANOMA], labels == MELANOMA, predictions.lesions)
-    thresholds, sensitivity, specificity = sensitivity_specificity(scores, positive)
-    positives, negatives = int(positive.sum()), int((~positive).sum())
+    scores, positive = lesion_scores(predictions.eight, labels, predictions.lesions, (Diagnosis.MEL,))
+    false_alarms, sensitivity, thresholds = metrics.roc_curve(positive, scores, drop_intermediate=False)
+    # One threshold for every distinct score of a melanoma.
+    rises = np.flatnonzero(np.diff(sensitivity) > 0.0) + 1
+    thresholds, sensitivity, specificity = thresholds[rises], sensitivity[rises], 1.0 - false_alarms[rises]
     readings = []
     for wanted in READINGS:
         at = int(np.flatnonzero(sensitivity >= wanted - 1e-12)[0])
-        hits = round(float(sensitivity[at]) * positives)
+        found = measure_threshold(scores, positive, float(thresholds[at]))
         readings.append(
             {
-                "threshold": round(float(thresholds[at]), 6),
-                "hits": hits,
-                "positives": positives,
-                "sensitivity": round(hits / positives, 4),
-                "lower_bound": round(lower_bound(hits, positives), 4),
-                "negatives": negatives,
-                "specificity": round(float(specificity[at]), 4),
+                "threshold": rounded(found.threshold, 6),
+                "hits": found.positives - found.misses,
+                "positives": found.positives,
+                "sensitivity": rounded(found.sensitivity),
+                "lower_bound": rounded(found.lower_bound),
+                "negatives": found.negatives,
+                "specificity": rounded(found.specificity),
             }
         )
     return {
-        "auc": round(area_under_curve(scores, positive), 4),
+        "auc": rounded(area_under_curve(scores, positive)),
         "readings": readings,
-        "threshold": [round(float(t), 5) for t in thresholds],
-        "sensitivity": [round(float(s), 4) for s in sensitivity],
-        "specificity": [round(float(s), 4) for s in specificity],
+        "threshold": [rounded(t, 5) for t in thresholds],
+        "sensitivity": [rounded(s) for s in sensitivity],
+        "specificity": [rounded(s) for s in specificity],
     }
-
-
-def sensitivity_specificity(scores: Floats, positive: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
-    """Thresholds, falling, with the sensitivity and specificity of `score >= threshold`.
-
-    One threshold for every distinct score of a positive. Raises ValueError without both kinds.
-    """
-    if positive.all() or not positive.any():
-        raise ValueError("A curve needs positives and negatives.")
-    false_alarms, sensitivity, thresholds = metrics.roc_curve(positive, scores, drop_intermediate=False)
-    rises = np.flatnonzero(np.diff(sensitivity) > 0.0) + 1
-    return thresholds[rises], sensitivity[rises], 1.0 - false_alarms[rises]
 
 
 def reliability(predictions: Predictions) -> dict[str, list[dict[str, float]]]:
@@ -205,8 +191,8 @@ def reliability_bins(told: Floats, came_true: NDArray[np.bool_], bins: int = BIN
     return [
         {
             "images": int(inside.sum()),
-            "told": round(float(told[inside].mean()), 4),
-            "found": round(float(came_true[inside].mean()), 4),
+            "told": rounded(told[inside].mean()),
+            "found": rounded(came_true[inside].mean()),
         }
         for b in range(bins)
         if (inside := index == b).any()
@@ -222,45 +208,32 @@ _SEVEN_OF_EIGHT = np.array([SEVEN.index(_MERGED.get(d, d.value)) for d in TRAINE
 def challenge_figures(predictions: Predictions) -> dict[str, Any]:
     """Eight classes over the whole fold, seven over its HAM10000 images; UNK first counts as wrong in both."""
     ham = predictions[predictions.of_ham10000]
-    refused = ham.nine.argmax(1) == UNKNOWN
+    # p(AKIEC) = p(AK) + p(SCC)
+    seven = ham.eight @ np.eye(len(SEVEN))[_SEVEN_OF_EIGHT]
     return {
-        "isic2019_eight": scored(
-            predictions.eight,
-            predictions.labels,
-            predictions.nine.argmax(1) == UNKNOWN,
-            tuple(d.value for d in TRAINED),
-        ),
-        "isic2018_seven_ham10000": scored(
-            merge_to_seven(ham.eight), _SEVEN_OF_EIGHT[ham.labels], refused, SEVEN
-        ),
+        "isic2019_eight": scored(predictions, predictions.eight, predictions.labels, tuple(TRAINED)),
+        "isic2018_seven_ham10000": scored(ham, seven, _SEVEN_OF_EIGHT[ham.labels], SEVEN),
     }
 
 
-def merge_to_seven(eight: Floats) -> Floats:
-    """N×7 probabilities in the order of SEVEN: p(AKIEC) = p(AK) + p(SCC)."""
-    seven = np.zeros((len(eight), len(SEVEN)))
-    for index, target in enumerate(_SEVEN_OF_EIGHT):
-        seven[:, target] += eight[:, index]
-    return seven
-
-
-def scored(known: Floats, labels: Labels, refused: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Figures of an N×C table as the ISIC challenges count them.
+def scored(predictions: Predictions, known: Floats, labels: Labels, names: Sequence[str]) -> dict[str, Any]:
+    """Figures of an N×C table of probabilities of these predictions as the ISIC challenges count them.
 
     A refused image's row is all zeros: the challenges' own code calls such a tie undecided, and so
     wrong, and in every AUC it ranks last. That code gave the same figures for derm1 to derm9.
     """
+    refused = predictions.nine.argmax(1) == UNKNOWN
     table = np.where(refused[:, None], 0.0, known)
     # UNK as one more class: argmax of a row of zeros must not be the first diagnosis.
     answers = np.concatenate([table, refused[:, None].astype(np.float64)], axis=1)
-    auc = {name: area_under_curve(table[:, c], labels == c) for c, name in enumerate(names)}
+    auc = {str(name): area_under_curve(table[:, c], labels == c) for c, name in enumerate(names)}
     return {
         "images": len(labels),
         "refused": int(refused.sum()),
-        "top1": round(top_k_accuracy(answers, labels, 1), 4),
-        "balanced_accuracy": round(balanced_accuracy(answers, labels, len(names)), 4),
+        "top1": rounded(top_k_accuracy(answers, labels, 1)),
+        "balanced_accuracy": rounded(balanced_accuracy(answers, labels)),
         "auc": {name: round(value, 4) for name, value in auc.items()},
-        "mean_auc": round(float(np.nanmean(list(auc.values()))), 4),
+        "mean_auc": rounded(np.nanmean(list(auc.values()))),
     }
 
 
@@ -288,11 +261,11 @@ def set_figures(
         }
     return {
         "nominal_coverage": coverage,
-        "coverage": round(float(sets[np.arange(len(labels)), labels].mean()), 4),
+        "coverage": rounded(sets[np.arange(len(labels)), labels].mean()),
         "classes": classes,
         "mean_size": round(float(size.mean()), 3),
-        "share_of_one": round(float((size == 1).mean()), 4),
-        "share_empty": round(float((size == 0).mean()), 4),
+        "share_of_one": rounded((size == 1).mean()),
+        "share_empty": rounded((size == 0).mean()),
     }
 
 
@@ -333,10 +306,12 @@ def bootstrap_intervals(predictions: Predictions, seed: int, resamples: int = RE
     answer, hit = best[:, 0], best[:, 0] == labels
     in_three = (best[:, :3] == labels[:, None]).any(1)
     total = weights.sum(1)
-    recall = np.stack([_share(weights, hit, labels == c) for c in range(len(TRAINED))])
-    precision = np.stack([_share(weights, hit, answer == c) for c in range(len(TRAINED))])
+    with np.errstate(invalid="ignore"):  # a diagnosis that was not drawn has no share
+        recall, precision = (
+            [weights @ (hit & (of == c)) / (weights @ (of == c)) for c in range(CLASSES)]
+            for of in (labels, answer)
+        )
     eight = predictions.eight
-    auc = [weighted_auc(eight[:, c], labels == c, weights) for c in range(len(TRAINED))]
     return {
         "resamples": resamples,
         "top1": interval(weights @ hit / total),
@@ -344,9 +319,11 @@ def bootstrap_intervals(predictions: Predictions, seed: int, resamples: int = RE
         "balanced_accuracy": interval(np.nanmean(recall, axis=0)),
         "melanoma_auc": interval(weighted_auc(nine[:, MELANOMA], labels == MELANOMA, weights)),
         "ece": interval(weighted_calibration_error(nine, labels, weights)),
-        "recall": _by_diagnosis(recall),
-        "precision": _by_diagnosis(precision),
-        "auc": _by_diagnosis(auc),
+        "recall": by_diagnosis(recall, interval),
+        "precision": by_diagnosis(precision, interval),
+        "auc": by_diagnosis(
+            (weighted_auc(eight[:, c], labels == c, weights) for c in range(CLASSES)), interval
+        ),
     }
 
 
@@ -366,24 +343,8 @@ def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -
     up = np.add.reduceat(ordered * kind, starts, axis=1)
     down = np.add.reduceat(ordered * ~kind, starts, axis=1)
     below = np.cumsum(down, axis=1) - down / 2.0
-    pairs = up.sum(1) * down.sum(1)
-    result: Floats = np.where(pairs > 0, (up * below).sum(1) / np.where(pairs > 0, pairs, 1.0), np.nan)
-    return result
-
-
-def weighted_calibration_error(
-    probabilities: Floats, labels: Labels, weights: Floats, bins: int = 15
-) -> Floats:
-    """`probabilities.calibration_error` of every resample."""
-    confidence = probabilities.max(1)
-    gap = (probabilities.argmax(1) == labels) - confidence
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    error = np.zeros(len(weights))
-    for b in range(bins):
-        inside = index == b
-        error += np.abs(weights[:, inside] @ gap[inside])
-    result: Floats = error / weights.sum(1)
-    return result
+    with np.errstate(invalid="ignore"):
+        return np.asarray((up * below).sum(1) / (up.sum(1) * down.sum(1)))
 
 
 def interval(values: Floats) -> Interval:
@@ -392,15 +353,4 @@ def interval(values: Floats) -> Interval:
     if len(finite) == 0:
         return float("nan"), float("nan")
     low, high = np.quantile(finite, (0.025, 0.975))
-    return round(float(low), 4), round(float(high), 4)
-
-
-def _share(weights: Floats, hit: NDArray[np.bool_], among: NDArray[np.bool_]) -> Floats:
-    """Share of hits among some images in every resample; NaN where none of them was drawn."""
-    drawn = weights @ among
-    result: Floats = np.where(drawn > 0, weights @ (hit & among) / np.where(drawn > 0, drawn, 1.0), np.nan)
-    return result
-
-
-def _by_diagnosis(values: NDArray[np.float64] | list[Floats]) -> dict[str, Interval]:
-    return {d.value: interval(v) for d, v in zip(TRAINED, values, strict=True)}
+    return rounded(low), rounded(high)

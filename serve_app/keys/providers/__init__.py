@@ -13,10 +13,9 @@ from serve_app.settings import KeySettings
 def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> KeyProvider:
     """Open the provider that DERM_KEY_PROVIDER names, and see that it answers.
 
-    `file:` is the node's keyring, `file:/a/path` another one; the modules of this folder say what
-    `vault://…` and `kms:…` look like. A keyring that is missing is made at the `first_start`, before there
-    is a key store, and never again: KeyProviderUnavailable then. InvalidSetting when it is none of them, or the package behind
-    it is not installed.
+    `file:` is the node's keyring, `file:/a/path` another one; the modules of this folder say what `vault://…` and
+    `kms:…` look like. A missing keyring is made at the `first_start`, before there is a key store, and never again:
+    KeyProviderUnavailable then. InvalidSetting when it is none of them, or its package is not installed.
     """
     url = settings.key_provider
     scheme, _, rest = url.partition(":")
@@ -43,13 +42,10 @@ def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> Ke
 
 def _vault_token(settings: KeySettings) -> str:
     path = settings.vault_token_file
-    if path is None:
-        token = settings.vault_token.get_secret_value()
-    else:
-        try:
-            token = path.read_text().strip()
-        except (OSError, ValueError) as error:
-            raise KeyProviderUnavailable(f"Vault's token cannot be read from {path}: {error}") from error
+    try:
+        token = path.read_text().strip() if path else settings.vault_token.get_secret_value()
+    except (OSError, ValueError) as error:
+        raise KeyProviderUnavailable(f"Vault's token cannot be read from {path}: {error}") from error
     if not token:
         raise KeyProviderUnavailable("Vault's token is missing: set DERM_VAULT_TOKEN_FILE or VAULT_TOKEN.")
     return token

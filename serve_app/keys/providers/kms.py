@@ -10,6 +10,7 @@ Source: docs.aws.amazon.com/kms/latest/APIReference.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 import logging
 import os
 from typing import Any
@@ -26,11 +27,6 @@ from serve_app.keys.providers.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, 
 
 #: KMS chooses the key material by what the ciphertext says; to us there is one version.
 _VERSION = 1
-
-#: Not this key's, not this context's, or altered.
-_FOREIGN = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
-#: Asking again may help, as it may after any 5xx.
-_COME_BACK = frozenset({"RequestTimeout", "ThrottlingException"})
 
 # At level DEBUG botocore logs every request's body: here, data keys.
 logging.getLogger("botocore").setLevel(logging.INFO)
@@ -59,7 +55,13 @@ class AwsKms(KeyProvider):
             )
         except BotoCoreError as error:
             raise InvalidSetting(f"AWS KMS cannot be used: {error}") from error
-        self._check_key()
+        key = self._ask(self._client.describe_key)["KeyMetadata"]
+        if key.get("KeyUsage") != "ENCRYPT_DECRYPT" or key.get("KeySpec") != "SYMMETRIC_DEFAULT":
+            raise InvalidSetting(
+                f"{self} is no symmetric encryption key: make one of spec SYMMETRIC_DEFAULT."
+            )
+        if not key.get("Enabled"):
+            raise KeyProviderUnavailable(f"{self} is {key.get('KeyState', 'disabled')}: enable it.")
 
     def __str__(self) -> str:
         return f"AWS KMS key {self._key_id}"
@@ -76,15 +78,14 @@ class AwsKms(KeyProvider):
 
     def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
         """Have KMS encrypt a data key, bound to its id."""
-        answer = self._ask(self._client.encrypt, Plaintext=data_key, EncryptionContext=_context(data_key_id))
+        answer = self._ask(self._client.encrypt, data_key_id, Plaintext=data_key)
         return WrappedKey(bytes(answer["CiphertextBlob"]), _VERSION)
 
     def unwrap(self, wrapped_key: WrappedKey, data_key_id: UUID) -> bytes:
         """Have KMS decrypt a data key; IntegrityError when it, its id or its version is not as wrapped."""
         if wrapped_key.key_version != _VERSION:
             raise IntegrityError(f"AWS KMS has no version {wrapped_key.key_version}")
-        blob, context = wrapped_key.wrapped, _context(data_key_id)
-        answer = self._ask(self._client.decrypt, CiphertextBlob=blob, EncryptionContext=context)
+        answer = self._ask(self._client.decrypt, data_key_id, CiphertextBlob=wrapped_key.wrapped)
         data_key = bytes(answer["Plaintext"])
         if len(data_key) != DATA_KEY_BYTES:
             raise IntegrityError(f"AWS KMS did not wrap data key {data_key_id}")
@@ -104,17 +105,13 @@ class AwsKms(KeyProvider):
             "schedule-key-deletion` destroys it, and with it every image."
         )
 
-    def _check_key(self) -> None:
-        key = self._ask(self._client.describe_key)["KeyMetadata"]
-        if key.get("KeyUsage") != "ENCRYPT_DECRYPT" or key.get("KeySpec") != "SYMMETRIC_DEFAULT":
-            raise InvalidSetting(
-                f"{self} is no symmetric encryption key: make one of spec SYMMETRIC_DEFAULT."
-            )
-        if not key.get("Enabled"):
-            raise KeyProviderUnavailable(f"{self} is {key.get('KeyState', 'disabled')}: enable it.")
-
-    def _ask(self, operation: Callable[..., dict[str, Any]], **arguments: object) -> dict[str, Any]:
-        return self._retries.ask(lambda: _answer(lambda: operation(KeyId=self._key_id, **arguments)))
+    def _ask(
+        self, operation: Callable[..., dict[str, Any]], data_key_id: UUID | None = None, **fields: object
+    ) -> dict[str, Any]:
+        """Ask for an operation with our key; `data_key_id` binds what is encrypted or decrypted."""
+        if data_key_id is not None:
+            fields["EncryptionContext"] = {"derm-cds:data-key-id": str(data_key_id)}
+        return self._retries.ask(lambda: _answer(partial(operation, KeyId=self._key_id, **fields)))
 
 
 def _answer(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -129,12 +126,8 @@ def _answer(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except BotoCoreError as error:
         # No credentials, no region, an endpoint that is none: nothing that waiting would change.
         raise KeyProviderUnavailable(f"AWS KMS cannot be asked: {type(error).__name__}.") from None
-    if code in _FOREIGN:
+    if code in {"InvalidCiphertextException", "IncorrectKeyException"}:
         raise IntegrityError("AWS KMS did not wrap this data key, or not for this id")
-    if code in _COME_BACK or status >= 500:
+    if code in {"RequestTimeout", "ThrottlingException"} or status >= 500:
         raise Unanswered(code or f"HTTP {status}")
     raise KeyProviderUnavailable(f"AWS KMS refuses ({code}): look at the key, its policy and the role.")
-
-
-def _context(data_key_id: UUID) -> dict[str, str]:
-    return {"derm-cds:data-key-id": str(data_key_id)}

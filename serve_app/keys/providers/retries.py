@@ -26,10 +26,7 @@ from serve_app.domain.errors import KeyProviderUnavailable
 #: What one request may take, in seconds: to connect, and to answer.
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 1.0, 2.0
 
-_REQUESTS = 3
-_FIRST_WAIT_S = 0.1
-_DEADLINE_S = 4.0
-_REST_S = 1.0
+_FIRST_WAIT_S, _REST_S = 0.1, 1.0
 
 _Answer = TypeVar("_Answer")
 
@@ -57,7 +54,7 @@ class RetryPolicy:
             raise self._unavailable("has just failed")
         retrying = Retrying(
             retry=retry_if_exception_type(Unanswered),
-            stop=stop_after_attempt(_REQUESTS) | stop_before_delay(_DEADLINE_S),
+            stop=stop_after_attempt(3) | stop_before_delay(4.0),
             # At random a little longer, so that threads that failed together do not return together.
             wait=wait_exponential(multiplier=_FIRST_WAIT_S, exp_base=4) + wait_random(0, _FIRST_WAIT_S),
             reraise=True,

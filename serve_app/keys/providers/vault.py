@@ -34,8 +34,9 @@ _CIPHERTEXT = re.compile(rb"vault:v([1-9][0-9]{0,9}):[A-Za-z0-9+/]+={0,2}")
 #: Vault's ciphers that authenticate associated data.
 _CIPHERS = frozenset({"aes128-gcm96", "aes256-gcm96", "chacha20-poly1305"})
 
-# Vault in trouble, sealed, standing by, throttling or not yet caught up; nothing that we asked wrongly.
+# Not reached, or Vault in trouble, sealed, standing by, throttling or not yet caught up; nothing that we asked wrongly.
 _COME_BACK = (
+    requests.RequestException,
     exceptions.BadGateway,
     exceptions.InternalServerError,
     exceptions.PreconditionFailed,
@@ -94,7 +95,12 @@ class VaultTransit(KeyProvider):
         self._session.trust_env = False
         self._session.verify = os.environ.get("VAULT_CACERT", "") or True
         self._retries = RetryPolicy("Vault")
-        self._derives = self._check_key()
+        key = self._ask("read_key")
+        if key["type"] not in _CIPHERS:
+            raise InvalidSetting(
+                f"{self} is of type {key['type']}: make one of type aes256-gcm96, which binds a wrapped key to its image."
+            )
+        self._derives = bool(key.get("derived"))
 
     def __str__(self) -> str:
         return f"Vault transit key {self._address.mount}/{self._address.key} at {self._address.url}"
@@ -102,12 +108,12 @@ class VaultTransit(KeyProvider):
     @property
     def current_version(self) -> int:
         """The version that wraps from now on."""
-        return int(self._read()["latest_version"])
+        return int(self._ask("read_key")["latest_version"])
 
     @property
     def versions(self) -> tuple[int, ...]:
         """All versions that Vault still decrypts under, oldest first."""
-        key = self._read()
+        key = self._ask("read_key")
         return tuple(sorted(v for v in map(int, key["keys"]) if v >= int(key["min_decryption_version"])))
 
     def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
@@ -150,17 +156,6 @@ class VaultTransit(KeyProvider):
         self._ask("update_key_configuration", min_decryption_version=oldest)
         self._ask("trim_key", min_version=oldest)
 
-    def _check_key(self) -> bool:
-        key = self._read()
-        if key["type"] not in _CIPHERS:
-            raise InvalidSetting(
-                f"{self} is of type {key['type']}: make one of type aes256-gcm96, which binds a wrapped key to its image."
-            )
-        return bool(key.get("derived"))
-
-    def _read(self) -> dict[str, Any]:
-        return self._ask("read_key")
-
     def _ask(self, method: str, data_key_id: UUID | None = None, **fields: object) -> dict[str, Any]:
         """Call a method of hvac's Transit on our key; `data_key_id` binds what is encrypted or decrypted."""
         fields |= {"name": self._address.key, "mount_point": self._address.mount}
@@ -189,8 +184,6 @@ def _answer(operation: str, request: Callable[[], Any]) -> dict[str, Any]:
     try:
         answer = request()
     except _COME_BACK as error:
-        raise Unanswered(type(error).__name__) from None
-    except requests.RequestException as error:
         raise Unanswered(type(error).__name__) from None
     except exceptions.InvalidRequest:
         if operation == "decrypt":

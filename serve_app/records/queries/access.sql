@@ -63,24 +63,17 @@ ORDER BY patient_id, clinician, starts_at;
 -- Let a principal into a patient's record for a time.
 INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
 VALUES ($1, $2, $3, $4, now() + $5::interval)
-RETURNING
-    emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;
+RETURNING *, '{}'::jsonb AS accesses;
 
 -- name: emergency
 -- Find one emergency access.
-SELECT
-    emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses
-FROM emergency_accesses
-WHERE emergency_id = $1;
+SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses WHERE emergency_id = $1;
 
 -- name: emergencies
 -- List emergency accesses, oldest first, from behind one on: those to review, or ($1) those reviewed;
 -- each with what was done under it, by action and outcome.
 SELECT
-    e.emergency_id, e.patient_id, e.principal, e.reason, e.starts_at, e.ends_at,
-    e.reviewed_at, e.reviewer, e.review_outcome, e.review_note,
+    e.*,
     (
         SELECT coalesce(jsonb_object_agg(done.action, done.times), '{}'::jsonb)
         FROM (
@@ -105,6 +98,4 @@ LIMIT $3;
 UPDATE emergency_accesses
 SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
 WHERE emergency_id = $1 AND reviewed_at IS NULL
-RETURNING
-    emergency_id, patient_id, principal, reason, starts_at, ends_at,
-    reviewed_at, reviewer, review_outcome, review_note, '{}'::jsonb AS accesses;
+RETURNING *, '{}'::jsonb AS accesses;

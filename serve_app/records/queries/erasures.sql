@@ -1,6 +1,6 @@
 -- name: accept
 -- Accept an erasure, in one transaction with all that it destroys: accepted, erased, held or absent.
-SELECT erase_image($1, $2, $3, $4, $5, $6, $7);
+SELECT erase_image(:lesion_id, :image_id, :receipt_id, :reason, :note, :actor, :request_id);
 
 -- name: find
 -- Find an image's erasure, with its proof where there is one already.
@@ -42,12 +42,7 @@ queued AS (
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,
         attempts = 0, queued_at = now(), waiting_since = now(), due_at = now()
 )
-INSERT INTO audit_events
-    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-SELECT
-    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-FROM proven;
+:record_event FROM proven;
 
 -- name: restored
 -- Images that are there, with their ciphertext, of these data keys.

@@ -69,73 +69,33 @@ assessment AS (
         :confirmed_only, clock_timestamp() + :lease::interval
     FROM admitted
 ),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT
-        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-    FROM admitted
-)
+event AS (:record_event FROM admitted)
 SELECT EXISTS (SELECT FROM admitted);
 
--- name: complete
--- T2: the answer, the embedding, the audit event and the message for the PMS (if one is asked for), once:
--- when the assessment is still pending.
-WITH completed AS (
+-- name: finish
+-- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the message for the
+-- PMS (if one is asked for), once: when the assessment is still pending.
+WITH finished AS (
     UPDATE assessments
-    SET outcome = :outcome, answer = :answer, completed_at = now(), lease_until = NULL,
+    SET outcome = :outcome, answer = :answer, failure = :failure, completed_at = now(), lease_until = NULL,
         demand_level = :demand_level::text::risk_level, demand_urgency = :demand_urgency::text::urgency
     WHERE assessment_id = :assessment_id AND outcome = 'pending'
     RETURNING image_id
 ),
 embedded AS (
     INSERT INTO lesion_embeddings (image_id, embedding_space, embedding)
-    SELECT image_id, :embedding_space, :embedding FROM completed
+    SELECT image_id, :embedding_space, :embedding FROM finished
     WHERE :embedding::halfvec IS NOT NULL
 ),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT
-        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-    FROM completed
-),
+event AS (:record_event FROM finished),
 queued AS (
     INSERT INTO outbox (message_id, assessment_id, encounter_id)
     SELECT :message_id, :assessment_id, i.encounter_id
-    FROM completed
+    FROM finished
     INNER JOIN lesion_images AS i USING (image_id)
     WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
 )
-SELECT EXISTS (SELECT FROM completed);
-
--- name: fail
--- End a pending assessment that can never be answered, once: with its audit event, and with the message for the
--- PMS (if one is asked for).
-WITH failed AS (
-    UPDATE assessments
-    SET outcome = 'failed', failure = :failure, completed_at = now(), lease_until = NULL
-    WHERE assessment_id = :assessment_id AND outcome = 'pending'
-    RETURNING image_id
-),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT
-        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-    FROM failed
-),
-queued AS (
-    INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT :message_id, :assessment_id, i.encounter_id
-    FROM failed
-    INNER JOIN lesion_images AS i USING (image_id)
-    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
-)
-SELECT EXISTS (SELECT FROM failed);
+SELECT EXISTS (SELECT FROM finished);
 
 -- name: claim_pending
 -- Lease pending assessments that nobody has a lease on, oldest first; claimers pass each other by.
@@ -158,7 +118,7 @@ claimed AS (
     RETURNING a.*
 )
 SELECT
-    c.assessment_id, c.created_at, c.context, c.top_k, c.licences, c.confirmed_only,
+    c.assessment_id, c.created_at, c.context, c.top_k, jsonb_build_object('licences', c.licences, 'confirmed_only', c.confirmed_only) AS reference_filter,
     c.actor, c.request_id, c.attempts,
     i.lesion_id, i.image_id, i.patient_id, i.encounter_id, i.content_type, i.width, i.height, i.sealed
 FROM claimed AS c
@@ -264,14 +224,7 @@ confirmed AS (
     WHERE a.image_id = i.image_id AND NOT i.erased
     RETURNING a.confirmed_by, a.confirmed_at
 ),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT
-        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-    FROM confirmed
-)
+event AS (:record_event FROM confirmed)
 SELECT i.erased, c.confirmed_by, c.confirmed_at
 FROM image AS i
 LEFT JOIN confirmed AS c ON true;
@@ -292,7 +245,7 @@ WHERE a.assessment_id = $1;
 -- Find what one assessment of a lesion was asked and what it answered; of its image only the size.
 SELECT
     i.lesion_id, i.image_id, coalesce(octet_length(i.sealed), 0) AS sealed_bytes,
-    a.assessment_id, a.context, a.top_k, a.licences, a.confirmed_only, a.answer, a.outcome
+    a.assessment_id, a.context, a.top_k, jsonb_build_object('licences', a.licences, 'confirmed_only', a.confirmed_only) AS reference_filter, a.answer AS assessment, a.outcome
 FROM assessments AS a
 INNER JOIN lesion_images AS i USING (image_id)
 WHERE i.lesion_id = $1 AND a.assessment_id = $2;
@@ -317,16 +270,9 @@ LEFT JOIN lesion_embeddings AS e
 WHERE i.lesion_id = $1 AND i.image_id = $2;
 
 -- name: record_event
--- Add an audit event on its own.
+-- Add an audit event on its own; with a FROM, part of the statement that does what it records.
 INSERT INTO audit_events
     (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-VALUES (
+SELECT
     :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-);
-
--- name: assign
--- Put a patient into a clinician's care.
-INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
-VALUES ($1, $2, $3, $4)
-ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at;
+    :event_image_id, :event_assessment_id, :event_request_id, :event_detail;

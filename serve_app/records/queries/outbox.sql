@@ -43,23 +43,12 @@ WITH delivered AS (
         AND a.outcome = :told
     RETURNING o.message_id
 ),
-event AS (
-    INSERT INTO audit_events
-        (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-    SELECT
-        :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-        :event_image_id, :event_assessment_id, :event_request_id, :event_detail
-    FROM delivered
-)
+event AS (:record_event FROM delivered)
 SELECT EXISTS (SELECT FROM delivered);
 
 -- name: note_overtaken
 -- Record the disclosure of what was erased while it was being told: its message was withdrawn, or tells of the erasure.
-INSERT INTO audit_events
-    (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
-SELECT
-    :event_action, :event_actor, :event_outcome, :event_patient_id, :event_lesion_id,
-    :event_image_id, :event_assessment_id, :event_request_id, :event_detail
+:record_event
 WHERE NOT EXISTS (
     SELECT FROM outbox AS o
     INNER JOIN assessments AS a USING (assessment_id)

@@ -19,11 +19,8 @@ model AS (
 )
 INSERT INTO serving (model_id, model_digest, embedding_space) VALUES ($1, $2, $3)
 ON CONFLICT (only_row) DO UPDATE
-SET
-    model_id = excluded.model_id,
-    model_digest = excluded.model_digest,
-    embedding_space = excluded.embedding_space,
-    served_since = now();
+SET model_id = excluded.model_id, model_digest = excluded.model_digest,
+    embedding_space = excluded.embedding_space, served_since = now();
 
 -- name: record_publication
 -- Note who let the model answer, why, and what that takes back; the entry's number comes back.
@@ -34,18 +31,7 @@ RETURNING publication_id;
 
 -- name: publications
 -- List the last $1 publications, newest first; with $2 only those that stand: rollbacks and what they took back are left out.
-SELECT
-    publication_id,
-    published_at,
-    action,
-    model_id,
-    model_digest,
-    embedding_space,
-    approved_by,
-    reason,
-    report_sha256,
-    takes_back
-FROM publications AS made
+SELECT * FROM publications AS made
 WHERE NOT $2
     OR (
         action <> 'rollback'
@@ -62,12 +48,8 @@ WITH gone AS (
 INSERT INTO serving_candidate (announcement, model_id, model_digest, embedding_space)
 VALUES (gen_random_uuid(), $1, $2, $3)
 ON CONFLICT (only_row) DO UPDATE
-SET
-    announcement = excluded.announcement,
-    model_id = excluded.model_id,
-    model_digest = excluded.model_digest,
-    embedding_space = excluded.embedding_space,
-    announced_at = excluded.announced_at
+SET announcement = excluded.announcement, model_id = excluded.model_id, model_digest = excluded.model_digest,
+    embedding_space = excluded.embedding_space, announced_at = excluded.announced_at
 RETURNING announcement;
 
 -- name: announced

@@ -14,8 +14,13 @@ from data_jobs.references.embedder import identify_embedder
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore, StoredModel
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.reference_cache import FailedReference, ReferenceCache, SpaceEmbedder, SpaceSummary
-from serve_app.records.references import ReferenceStore
+from serve_app.records.references import (
+    FailedReference,
+    ReferenceCache,
+    ReferenceStore,
+    SpaceEmbedder,
+    SpaceSummary,
+)
 from serve_app.records.serving import live_model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,9 +113,8 @@ async def test_another_network_answers_through_the_whole_graph(
         image = min((isic_dir / "uploads").iterdir()).read_bytes()
         examination = await assessor.examine(image, live)
         assert examination.prepared.pixels.shape == (224, 224, 3)
-        answer = await assessor.assess(
-            examination, context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE, previous=None
-        )
+        case = SimpleNamespace(context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE)
+        answer = await assessor.assess(examination, case, previous=None)
     assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}
     assert answer.provenance.model_id == "mobilenetv3_large_100.random"
     assert answer.classification is not None

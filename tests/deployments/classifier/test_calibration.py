@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from deployments.classifier.calibration import Calibrator, ood_score, softmax
-from model_store.registry import ModelStore
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
 
@@ -30,11 +29,6 @@ def calibrator(**changed: object) -> Calibrator:
         "intercept": -2.0,
     }
     return Calibrator(**{**values, **changed})
-
-
-def test_a_softmax_of_huge_logits_does_not_overflow() -> None:
-    found = softmax(np.array([[1e4, -1e4, 0.0]]), 1.0)
-    assert found[0].tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_distance_uses_the_whole_covariance() -> None:
@@ -73,14 +67,6 @@ def test_the_set_is_of_the_eight_and_does_not_know_the_unknown() -> None:
     assert found.probabilities[Diagnosis.UNK] > 0.999999
 
 
-@pytest.mark.parametrize("score", [0.0, 1e6])
-def test_an_extreme_distance_is_still_a_probability(score: float) -> None:
-    bottleneck = np.full((1, 512), math.sqrt(score), np.float32)
-    (found,) = calibrator(slope=1e3).classify(LOGITS, bottleneck)
-    assert 0 <= found.probabilities[Diagnosis.UNK] <= 1
-    assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-9)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logits", "bottleneck"])
 def test_output_that_is_not_finite_is_no_answer(bad: float, where: str) -> None:
@@ -92,23 +78,12 @@ def test_output_that_is_not_finite_is_no_answer(bad: float, where: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st_numpy.arrays(np.float32, (3, 8), elements=st.floats(-50, 50, width=32)),
+    st_numpy.arrays(np.float32, (3, 8), elements=st.floats(-1000, 1000, width=32)),
     st.floats(0.05, 20),
-    st.floats(-30, 30, width=32),
+    st.floats(-1000, 1000, width=32),
 )
 def test_nine_probabilities_always_sum_to_one(logits, temperature: float, level: float) -> None:
     bottleneck = np.full((3, 512), level, np.float32)
     for found in calibrator(temperature=temperature).classify(logits, bottleneck):
         assert abs(sum(found.probabilities.values()) - 1) < 1e-9
         assert all(0 <= p <= 1 for p in found.probabilities.values())
-
-
-def test_a_models_calibration_is_its_manifests(models, model_id: str) -> None:
-    model = ModelStore(models).open(model_id)
-    read = Calibrator.from_model(model)
-    assert read.temperature == model.manifest.calibration.temperature
-    expected = [model.manifest.conformal.thresholds[diagnosis] for diagnosis in TRAINED]
-    assert read.thresholds.tolist() == expected
-    assert read.means.shape[1:] == (512,)
-    assert read.precision.shape == (512, 512)
-    assert np.allclose(read.precision, read.precision.T, rtol=1e-3, atol=1e-3 * abs(read.precision).max())

@@ -46,7 +46,9 @@ def values(output) -> np.ndarray:
     return np.array([*output.classification.probabilities.values(), output.classification.ood_score])
 
 
-def test_a_batch_is_as_good_as_one_by_one(classifier: Classifier, model_id: str, pixels) -> None:
+def test_a_batch_is_as_good_as_one_by_one(
+    classifier: Classifier, models: Path, model_id: str, pixels
+) -> None:
     alone = [classifier.classify(model_id, [picture])[0] for picture in pixels[:4]]
     together = classifier.classify(model_id, pixels[:4])
     for one, other in zip(alone, together, strict=True):
@@ -54,6 +56,10 @@ def test_a_batch_is_as_good_as_one_by_one(classifier: Classifier, model_id: str,
         assert np.abs(found - expected).max() <= 1e-6
         assert np.allclose(other.bottleneck, one.bottleneck, rtol=1e-4, atol=1e-4)
         assert other.classification.prediction_set == one.classification.prediction_set
+        digest = ModelStore(models).open(model_id).digest
+        assert (one.model_id, one.model_digest, one.bottleneck.dtype) == (model_id, digest, np.float32)
+    with pytest.raises(ModelContractError):
+        classifier.classify("nobody.here", pixels[:1])
 
 
 def test_threads_do_not_mix_their_answers(classifier: Classifier, model_id: str, pixels) -> None:
@@ -136,14 +142,6 @@ def _copies(source: Path, root: Path, tags: list[str]) -> list[str]:
         (root / names[-1] / MANIFEST_NAME).unlink()
         (root / names[-1] / MANIFEST_NAME).write_text(tomli_w.dumps(changed))
     return names
-
-
-def test_the_output_names_its_model(classifier: Classifier, models: Path, model_id: str, pixels) -> None:
-    (output,) = classifier.classify(model_id, pixels[:1])
-    assert (output.model_id, output.model_digest) == (model_id, ModelStore(models).open(model_id).digest)
-    assert (output.bottleneck.shape, output.bottleneck.dtype) == ((512,), np.float32)
-    with pytest.raises(ModelContractError):
-        classifier.classify("nobody.here", pixels[:1])
 
 
 @pytest.mark.torch

@@ -55,7 +55,7 @@ def test_png_comes_upright_in_all_eight_orientations(lesion, encode, orientation
     assert np.array_equal(np.asarray(decoded.image), np.asarray(expected.image))
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", [1, 2, 4, 6])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_reduction_with_a_rest_does_not_shift_the_picture(lesion, encode, difference, orientation, kind):
     upright = lesion(2049, 1537)
@@ -83,50 +83,28 @@ def test_orientation_corpus_comes_upright(corpora_dir, difference, picture):
         assert difference(Image.fromarray(other.pixels), Image.fromarray(first.pixels)) < 3.0
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 4242])
-def test_an_orientation_that_is_none_is_ignored(lesion, encode, orientation):
-    data = encode(lesion(300, 240), "JPEG", exif=exif(orientation))
-    decoded = decode_image(data, LIMITS)
-    assert (decoded.width, decoded.height) == (300, 240) == decoded.image.size
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_broken_exif_does_not_cost_a_good_photograph(lesion, encode, kind):
+    tiff = (b"", b"garbage", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08" + b"\xff" * 42)
+    for broken in (*(b"Exif\0\0" + junk for junk in tiff), exif(0), exif(9), exif(4242)):
+        assert decode(encode(lesion(300, 240), kind, exif=broken)).size == (300, 240)
 
 
-@pytest.mark.parametrize(
-    "junk",
-    [
-        b"",
-        b"garbage",
-        b"II*\x00",
-        b"II*\x00\xff\xff\xff\xff",
-        b"MM\x00*\x00\x00\x00\x08\xff\xff" + b"\xff" * 40,
-    ],
-)
-def test_broken_exif_does_not_cost_a_good_photograph(lesion, encode, junk):
-    for kind in ("JPEG", "PNG"):
-        data = encode(lesion(300, 240), kind, exif=b"Exif\x00\x00" + junk)
-        assert decode(data).size == (300, 240)
-
-
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WebP", "AVIF", "PDF", "JPEG 2000"])
-def test_other_formats_are_unsupported_by_name(lesion, encode, kind):
-    with pytest.raises(UnsupportedImage, match=f"content is {kind};"):
-        decode_image(encode(lesion(300, 240), kind.replace(" 2000", "2000")), LIMITS)
-
-
-@pytest.mark.parametrize(
-    ("start", "name"),
-    [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0" * 128 + b"DICM\x02\0\0\0", "DICOM"),
-        (b"\xff\x0a\xfa", "JPEG XL"),
-        (b"\xff\x4f\xff\x51\0", "JPEG 2000"),
-        (b"PK\x03\x04", "ZIP"),
-        (b"\xff\xd8", "JPEG"),
-        (b"\0\0\0\x18ftypmp42", "MPEG-4"),
-    ],
-)
-def test_other_formats_are_known_by_their_first_bytes(start, name):
-    with pytest.raises(UnsupportedImage, match=name):
-        sniff_content_type(start + b"\0" * 100)
+def test_other_formats_are_unsupported_by_name(lesion, encode):
+    written = {kind: encode(lesion(300, 240), kind) for kind in ("GIF", "BMP", "TIFF", "WebP", "AVIF", "PDF")}
+    begun = {
+        "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        "DICOM": b"\0" * 128 + b"DICM\x02\0\0\0",
+        "JPEG XL": b"\xff\x0a\xfa",
+        "JPEG 2000": b"\xff\x4f\xff\x51\0",
+        "ZIP": b"PK\x03\x04",
+        "a video or an image in an MPEG-4 container": b"\0\0\0\x18ftypmp42",
+    }
+    for name, start in (written | begun).items():
+        with pytest.raises(UnsupportedImage, match=f"content is {name};"):
+            sniff_content_type(start + b"\0" * 100)
+    with pytest.raises(UnsupportedImage, match="JPEG"):
+        sniff_content_type(b"\xff\xd8" + b"\0" * 100)
 
 
 def test_a_phone_photograph_with_a_second_picture_inside_decodes(lesion, encode, difference):
@@ -229,12 +207,6 @@ def test_colours_are_brought_to_srgb_from_their_profile(lesion, encode, differen
     assert difference(decode(data), picture) < 1.5
     reduced, expected = (decode(d, TARGET) for d in (data, encode(picture, "PNG")))
     assert difference(reduced, expected) < 1.5
-
-
-def test_an_srgb_profile_changes_nothing(lesion, encode):
-    for kind in ("JPEG", "PNG"):
-        plain, tagged = (encode(lesion(300, 240), kind, **o) for o in ({}, {"icc_profile": SRGB}))
-        assert np.array_equal(np.asarray(decode(plain)), np.asarray(decode(tagged)))
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,6 @@ def png_claiming(width: int, height: int, *chunks: bytes) -> bytes:
     )
 
 
-def jpeg_claiming(width: int, height: int, original: bytes) -> bytes:
-    at = original.index(b"\xff\xc0")
-    return original[: at + 5] + struct.pack(">HH", height, width) + original[at + 9 :]
-
-
 def test_every_corpus_file_is_an_image_or_one_of_our_errors(corpora_dir):
     limits = UploadLimits(min_side=1)
     outcomes: Counter[str] = Counter()
@@ -84,15 +79,16 @@ def test_every_valid_file_of_pngsuite_is_accepted(corpora_dir):
 
 @pytest.mark.parametrize("size", [(50_000, 50_000), (2**31 - 1, 1), (40_000_001, 1), (6325, 6325)])
 def test_a_pixel_bomb_is_refused_by_its_header(size):
-    started = time.perf_counter()
-    with pytest.raises(TooLarge):
-        decode_image(png_claiming(*size), UploadLimits(min_side=1))
-    assert time.perf_counter() - started < 0.1
-
-
-def test_a_jpeg_bomb_is_refused_by_its_header(lesion, encode):
-    with pytest.raises(TooLarge):
-        decode_image(jpeg_claiming(65_000, 65_000, encode(lesion(300, 240), "JPEG")), UploadLimits())
+    files = [png_claiming(*size)]
+    if max(size) < 2**16:  # a JPEG's sides have two bytes each
+        jpeg = SAMPLES["JPEG"]
+        at = jpeg.index(b"\xff\xc0")
+        files.append(jpeg[: at + 5] + struct.pack(">HH", *size) + jpeg[at + 9 :])
+    for data in files:
+        started = time.perf_counter()
+        with pytest.raises(TooLarge):
+            decode_image(data, UploadLimits(min_side=1))
+        assert time.perf_counter() - started < 0.1
 
 
 def test_a_text_bomb_is_refused():
@@ -120,11 +116,12 @@ def _sample(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+EXIF = b"Exif\0\0II*\0\x08\0\0\0"
 SAMPLES = {kind: _sample(kind) for kind in ("JPEG", "PNG")}
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_changed_bytes_raise_nothing_else(kind, data):
     sample = bytearray(SAMPLES[kind])
@@ -136,7 +133,7 @@ def test_changed_bytes_raise_nothing_else(kind, data):
     _accept_or_reject(bytes(sample))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     kind=st.sampled_from([b"eXIf", b"iCCP", b"tRNS", b"PLTE", b"iTXt", b"zTXt", b"acTL", b"fcTL", b"pHYs"]),
     body=st.binary(max_size=64),
@@ -146,20 +143,11 @@ def test_any_chunk_with_a_right_checksum_raises_nothing_else(kind, body):
     _accept_or_reject(sample[:33] + chunk(kind, body) + sample[33:])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     marker=st.integers(0xE0, 0xEF),
     body=st.binary(max_size=64),
-    start=st.sampled_from(
-        [
-            b"",
-            b"Exif\0\0II*\0\x08\0\0\0",
-            b"Exif\0\0MM\0*\0\0\0\x08",
-            b"MPF\0II*\0\x08\0\0\0",
-            b"Adobe\0",
-            b"ICC_PROFILE\0",
-        ]
-    ),
+    start=st.sampled_from([b"", EXIF, b"MPF\0II*\0\x08\0\0\0", b"Adobe\0", b"ICC_PROFILE\0"]),
 )
 def test_any_application_segment_raises_nothing_else(marker, body, start):
     sample = SAMPLES["JPEG"]
@@ -253,7 +241,7 @@ THREADS = """
 def test_threads_hear_nothing_of_broken_metadata_and_everything_else(tmp_path):
     """What one decoder does must not change the warnings that another goes by."""
     entry = b"\x0e\x01\x02\x00\xff\xff\x00\x00\xff\xff\xff\x00"  # points behind the end of the data
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0"
+    exif = EXIF + b"\x01\0" + entry + b"\0\0\0\0"
     Image.radial_gradient("L").resize((60, 48)).convert("RGB").save(tmp_path / "image", "JPEG", exif=exif)
     done = program(THREADS, tmp_path / "image")
     assert "ours is still heard" in done.stderr

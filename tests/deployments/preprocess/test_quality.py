@@ -33,12 +33,9 @@ def test_plain_images():
 
 def test_sharpness_is_the_variance_of_the_laplacian():
     luma = np.random.default_rng(0).integers(0, 256, (9, 11)).astype(np.uint8)
+    around = ((-1, 0), (1, 0), (0, -1), (0, 1))
     values = [
-        float(luma[y - 1, x])
-        + float(luma[y + 1, x])
-        + float(luma[y, x - 1])
-        + float(luma[y, x + 1])
-        - 4.0 * float(luma[y, x])
+        sum(float(luma[y + dy, x + dx]) for dy, dx in around) - 4.0 * float(luma[y, x])
         for y in range(1, 8)
         for x in range(1, 10)
     ]

@@ -45,14 +45,6 @@ def test_what_is_missing_or_unknown_is_named(path):
         read_table(misspelt)
 
 
-def test_every_number_has_a_comment():
-    """A number without its source does not get in."""
-    for line in (POLICIES / f"{CURRENT_VERSION}.toml").read_text(encoding="utf-8").splitlines():
-        if re.match(r"\w+ = [\d.]+\s*$", line):
-            # A band of numbers may be explained once, by the header of its table.
-            assert line.split()[0] in {"mel", "scc", "bcc", "ak", "unk", "high"}, line
-
-
 def test_policies_that_are_not_there_or_not_toml(tmp_path):
     with pytest.raises(PolicyError, match="no risk policy"):
         read_policy("1999-01.1")
@@ -101,15 +93,9 @@ def test_nothing_changed_keeps_the_version(policy, nothing):
         ({"review": {"min_margin": "wide"}}, "review.min_margin"),
         ({"review": {"min_margin": True}}, "review.min_margin"),
         ({"review": {"min_margin": 1.5}}, "review.min_margin"),
-        ({"review": {"max_set_size": 2.5}}, "review.max_set_size"),
-        ({"score": {"limits": {"age": True}}}, "score.limits.age"),
         ({"quality": {"hard": {"min_sharpness": float("nan")}}}, "quality.hard.min_sharpness"),
-        ({"quality": {"hard": {"max_dark": float("nan")}}}, "quality.hard.max_dark"),
-        ({"rules": {"scc": {"threshold": -0.1}}}, "rules.scc.threshold"),
         ({"rules": {"scc": {"threshold": None}}}, "rules.scc.threshold"),
-        ({"review": {"melanoma_in_set": 1}}, "review.melanoma_in_set"),
         ({"review": {"unfamiliar_sites": ["elbow"]}}, "review.unfamiliar_sites"),
-        ({"review": {"unfamiliar_sites": "palms/soles"}}, "review.unfamiliar_sites"),
         ({"rules": {"scc": {"urgency": "soon"}}}, "rules.scc.urgency"),
         ({"version": "mine"}, "version"),
     ],

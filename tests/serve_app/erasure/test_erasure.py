@@ -51,17 +51,11 @@ async def test_a_second_delete_and_a_reader_get_the_same_receipt(service, answer
     again = await erase(service, answer, reason="wrong_patient")
     assert (again.status_code, again.json()) == (200, first)
     assert [event["action"] for event in await service.events(again)] == ["erase"]
-    for reader, purpose in (
-        (service.token("dr"), "TREAT"),
-        (service.token("chief", ("supervisor",)), "HOPERAT"),
-        (service.token("a", ("auditor",)), "HCOMPL"),
-    ):
-        read = await service.client.get(f"{path(answer)}/receipt", headers=reader)
-        assert (read.status_code, read.json()) == (200, first)
-        (event,) = await service.events(read)
-        assert (event["action"], event["outcome"]) == ("read_receipt", "success")
-        assert event["detail"] == {"receipt_id": first["receipt_id"]}
-        assert event["purpose"] == purpose
+    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("a", ("auditor",)))
+    assert (read.status_code, read.json()) == (200, first)
+    (event,) = await service.events(read)
+    assert (event["action"], event["outcome"], event["purpose"]) == ("read_receipt", "success", "HCOMPL")
+    assert event["detail"] == {"receipt_id": first["receipt_id"]}
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ErasureReason if reason != "retention"])
@@ -72,26 +66,6 @@ async def test_an_erasure_is_recorded_with_the_purpose_of_its_reason(service, an
         AuditEvent(action="erased", actor="a", outcome="success", request_id="r", detail={"reason": reason})
     )
     assert [event["purpose"] for event in events] == [purpose, purpose]
-
-
-async def test_who_may_read_a_receipt_may_not_read_the_record_for_it(service, answer) -> None:
-    await erase(service, answer)
-    lesion = f"/api/lesions/{answer['lesion_id']}"
-    for role in ("supervisor", "auditor"):
-        for url in (lesion, path(answer)):
-            seen = await service.client.get(url, headers=service.token("chief", (role,)))
-            service.hold_to_problem(seen, 403, "forbidden")
-    for stranger in (
-        service.token("dr-other"),
-        service.token("pms", ("pms_service",)),
-        service.token("op", ("operator",)),
-    ):
-        unread = await service.client.get(f"{path(answer)}/receipt", headers=stranger)
-        service.hold_to_problem(unread, 403, "forbidden")
-    other = await service.client.get(
-        f"{lesion}/images/{answer['assessment_id']}/receipt", headers=service.token("a", ("auditor",))
-    )
-    service.hold_to_problem(other, 404, "not_found")
 
 
 async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> None:

@@ -22,7 +22,6 @@ from serve_app.access.rules import Action, Role
 from serve_app.audit.events import AuditEvent
 from serve_app.http.caller import Caller
 from serve_app.records.access import AccessStore
-from serve_app.records.lesions import LesionStore
 from tests.serve_app.conftest import SECRET
 
 ANONYMOUS = {"/healthz", "/readyz"}
@@ -145,7 +144,8 @@ async def test_care_is_for_its_time_and_its_patient(service, record: Record) -> 
     for starts, ends, patient in ((-2, -1, record.patient), (1, None, record.patient), (-1, None, "another")):
         until = None if ends is None else now + timedelta(hours=ends)
         since = now + timedelta(hours=starts)
-        await LesionStore(service.owner).assign(patient, subject, starts_at=since, ends_at=until)
+        care = "INSERT INTO care_assignments VALUES ($1, $2, $3, $4)"
+        await service.owner.execute(care, patient, subject, since, until)
     response = await ask(service, *READ, record, service.token(subject))
     service.hold_to_problem(response, 403, "forbidden")
 

@@ -7,6 +7,8 @@ from uuid import uuid4
 
 import pytest
 
+from tests.serve_app.erasure.erasing import path, uploaded
+
 
 def cursor(moment: str) -> str:
     return base64.urlsafe_b64encode(f"{moment}|{uuid4()}".encode()).decode()
@@ -15,11 +17,8 @@ def cursor(moment: str) -> str:
 async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> None:
     for kind, media in (("PNG", "image/png"), ("JPEG", "image/jpeg")):
         image = drawn_lesion(seed=8, kind=kind)
-        patient = await service.care()
-        answer = (await service.upload(patient, image=image, name="whatever.gif")).json()
-        response = await service.client.get(
-            f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}", headers=service.token("dr")
-        )
+        answer = await uploaded(service, image=image, name="whatever.gif")
+        response = await service.client.get(path(answer), headers=service.token("dr"))
         assert response.status_code == 200
         assert response.content == image
         assert response.headers["content-type"] == media
@@ -27,24 +26,23 @@ async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> N
         assert response.headers["x-content-type-options"] == "nosniff"
         (event,) = await service.events(response)
         assert (event["action"], event["outcome"]) == ("download", "success")
-        assert str(event["image_id"]) == answer["image_id"]
-        assert event["patient_id"] == patient
+        for name in ("lesion_id", "image_id", "patient_id"):
+            assert str(event[name]) == answer[name]
 
 
-async def test_an_image_that_this_lesion_does_not_have_is_not_found(service) -> None:
-    patient = await service.care()
-    first, second = [(await service.upload(patient)).json() for _ in range(2)]
+async def test_what_is_not_there_is_not_found_and_what_is_no_id_is_invalid(service) -> None:
+    first, second = [await uploaded(service) for _ in range(2)]
     for image in (str(uuid4()), second["image_id"]):
-        response = await service.client.get(
-            f"/api/lesions/{first['lesion_id']}/images/{image}", headers=service.token("dr")
-        )
+        response = await service.client.get(path({**first, "image_id": image}), headers=service.token("dr"))
         service.hold_to_problem(response, 404, "not_found")
+    for url in ("/api/lesions/7", "/api/lesions/7/images/8", "/api/lesions/%00"):
+        response = await service.client.get(url, headers=service.token("dr"))
+        service.hold_to_problem(response, 422, "invalid_field")
 
 
 async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion) -> None:
-    patient = await service.care()
-    answers = [(await service.upload(patient)).json()]
-    lesion = answers[0]["lesion_id"]
+    answers = [await uploaded(service)]
+    lesion, patient = answers[0]["lesion_id"], answers[0]["patient_id"]
     for seed in (1, 2):
         response = await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=lesion)
         answers.append(response.json())
@@ -92,12 +90,13 @@ async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) ->
         {"patient_id": "Jane Doe"},
         {"patient_id": "a\x00b"},
         {"patient_id": "p", "limit": "0"},
-        {"patient_id": "p", "cursor": "!"},
-        {"patient_id": "p", "cursor": "é"},
-        {"patient_id": "p", "cursor": "MjAyNi0wMS0wMXxub3QtYW4taWQ="},
-        {"patient_id": "p", "cursor": "x" * 201},
-        {"patient_id": "p", "cursor": cursor("0001-01-01T00:00:00+14:00")},
-        {"patient_id": "p", "cursor": cursor("9999-12-31T23:59:59-14:00")},
+        *(
+            {"patient_id": "p", "cursor": value}
+            for value in (
+                *("!", "é", "MjAyNi0wMS0wMXxub3QtYW4taWQ=", "x" * 201),
+                *map(cursor, ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00")),
+            )
+        ),
     ],
     ids=str,
 )
@@ -105,9 +104,3 @@ async def test_a_bad_query_is_a_clear_problem(service, params: dict[str, str]) -
     response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
     body = service.hold_to_problem(response, 422, "invalid_field")
     assert not any(value in body["detail"] for value in params.values() if len(value) > 3)
-
-
-@pytest.mark.parametrize("path", ["/api/lesions/7", "/api/lesions/7/images/8", "/api/lesions/%00"])
-async def test_a_path_that_holds_no_id_is_a_clear_problem(service, path: str) -> None:
-    response = await service.client.get(path, headers=service.token("dr"))
-    service.hold_to_problem(response, 422, "invalid_field")

@@ -8,79 +8,58 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.serve_app.erasure.erasing import path, uploaded
+
 JPEG = b"\xff\xd8\xff a picture"
 
 
 @pytest.fixture
-async def shown(service):
-    """A reference with a picture, and one without."""
-    with_picture, without = [
-        row["isic_id"]
-        for row in await service.owner.fetch("SELECT isic_id FROM reference_images ORDER BY isic_id LIMIT 2")
-    ]
+async def answered(service):
+    """An answer; the first of its similar cases has a picture by now, the others have none."""
+    answer = await uploaded(service)
     await service.owner.execute(
-        "INSERT INTO reference_pictures (isic_id, width, height, sha256, jpeg) VALUES ($1, 4, 3, $2, $3)"
-        " ON CONFLICT DO NOTHING",
-        with_picture,
+        "INSERT INTO reference_pictures (isic_id, width, height, sha256, jpeg) VALUES ($1, 4, 3, $2, $3)",
+        answer["similar"][0]["isic_id"],
         sha256(JPEG).hexdigest(),
         JPEG,
     )
-    yield with_picture, without
+    yield answer
     await service.owner.execute("DELETE FROM reference_pictures")
 
 
-async def test_a_picture_comes_with_its_licence_and_whom_to_name(service, shown) -> None:
-    response = await service.client.get(f"/api/references/{shown[0]}/image", headers=service.token("dr"))
-    assert response.status_code == 200
-    assert response.content == JPEG
+async def test_a_picture_comes_with_its_licence_and_whom_to_name(service, answered) -> None:
+    case = answered["similar"][0]
+    url = f"/api/references/{case['isic_id']}/image"
+    response = await service.client.get(url, headers=service.token("dr"))
+    assert (response.status_code, response.content) == (200, JPEG)
     assert response.headers["Content-Type"] == "image/jpeg"
     assert 'rel="license"' in response.headers["Link"]
-    attribution = await service.owner.fetchval(
-        "SELECT attribution FROM reference_images WHERE isic_id = $1", shown[0]
-    )
-    assert unquote(response.headers["X-Attribution"]) == attribution
-    again = await service.client.get(
-        f"/api/references/{shown[0]}/image",
-        headers=service.token("dr") | {"If-None-Match": response.headers["ETag"]},
-    )
+    assert unquote(response.headers["X-Attribution"]) == case["attribution"]
+    known = {"If-None-Match": response.headers["ETag"]}
+    again = await service.client.get(url, headers=service.token("dr") | known)
     assert (again.status_code, again.content) == (304, b"")
 
 
 @pytest.mark.parametrize("isic_id", [None, "ISIC_9999999", "x" * 40, "..%2f..%2fetc"])
-async def test_without_a_picture_or_reference_it_is_not_found(service, shown, isic_id: str | None) -> None:
-    url = f"/api/references/{isic_id or shown[1]}/image"
+async def test_without_a_picture_or_reference_it_is_not_found(service, answered, isic_id: str | None) -> None:
+    without = answered["similar"][1]
+    url = f"/api/references/{isic_id or without['isic_id']}/image"
     response = await service.client.get(url, headers=service.token("dr"))
     problem = service.hold_to_problem(response, 404, "not_found")
-    page = f"https://api.isic-archive.com/images/{shown[1]}/"
-    assert (page in problem["detail"]) == (isic_id is None)
+    assert (without["archive_url"] in problem["detail"]) == (isic_id is None)
 
 
-async def test_what_an_answer_links_to_is_there(service) -> None:
+async def test_what_an_answer_links_to_is_there(service, answered) -> None:
     """No link where no picture is, then one for each that is: in the answer, its timeline and a search."""
-    uploaded = (await service.upload(await service.care())).json()
-    lesion = f"/api/lesions/{uploaded['lesion_id']}"
-    search = f"{lesion}/images/{uploaded['image_id']}/similar"
-    assert {case["image_url"] for case in _cases(uploaded)} == {None}
-    pictured = uploaded["similar"][0]["isic_id"]
-    await service.owner.execute(
-        "INSERT INTO reference_pictures (isic_id, width, height, sha256, jpeg) VALUES ($1, 4, 3, $2, $3)",
-        pictured,
-        sha256(JPEG).hexdigest(),
-        JPEG,
-    )
-    try:
-        timeline = (await service.client.get(lesion, headers=service.token("dr"))).json()
-        found = (await service.client.get(search, headers=service.token("dr"))).json()
-        linked = {
-            case["image_url"] for answer in (found, *timeline["assessments"]) for case in _cases(answer)
-        }
-        assert linked == {None, f"/api/references/{pictured}/image"}
-        linked.remove(None)
-        response = await service.client.get(linked.pop(), headers=service.token("dr"))
-        assert (response.status_code, response.content) == (200, JPEG)
-    finally:
-        await service.owner.execute("DELETE FROM reference_pictures")
-    for case in _cases(uploaded):
+    assert {case["image_url"] for case in _cases(answered)} == {None}
+    pictured = answered["similar"][0]["isic_id"]
+    for url in (f"/api/lesions/{answered['lesion_id']}", f"{path(answered)}/similar"):
+        body = (await service.client.get(url, headers=service.token("dr"))).json()
+        for answer in body.get("assessments", [body]):
+            links = {case["isic_id"]: case["image_url"] for case in _cases(answer)}
+            assert links.pop(pictured) == f"/api/references/{pictured}/image"
+            assert set(links.values()) == {None}
+    for case in _cases(answered):
         assert case["archive_url"] == f"https://api.isic-archive.com/images/{case['isic_id']}/"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 import copy
 from dataclasses import replace
 from itertools import product
@@ -19,21 +20,9 @@ from serve_app.domain.errors import IntegrityError
 from serve_app.keys.envelope import DataKey, ImageBinding, data_key_id_of, open_sealed, seal
 from tests.serve_app.keys.key_files import BINDING
 
-HEADER_BYTES = 33
-OVERHEAD_BYTES = HEADER_BYTES + 16
-
 
 def fresh_key() -> DataKey:
     return DataKey(uuid4(), os.urandom(32), spent=False)
-
-
-@pytest.mark.parametrize("size", [0, 1, 16, 1 << 20])
-def test_opens_to_what_was_sealed(size: int) -> None:
-    key, image = fresh_key(), os.urandom(size)
-    sealed = seal(image, data_key=key, binding=BINDING)
-    assert len(sealed) == size + OVERHEAD_BYTES
-    assert data_key_id_of(sealed) == key.id
-    assert open_sealed(sealed, data_key=key, binding=BINDING) == image
 
 
 def test_the_frame_is_the_documented_one() -> None:
@@ -82,15 +71,9 @@ def test_every_truncation_and_extension_is_refused() -> None:
         data_key_id_of(sealed[:48])
     assert all(refused(sealed[start:], key) for start in range(1, len(sealed)))
     assert refused(sealed + b"\x00", key)
-
-
-@pytest.mark.parametrize("prefix", [b"MRED\x01", b"DERM\x00", b"DERM\x02", b"\xff\xd8\xff\xe0\x00"])
-def test_another_magic_or_version_is_refused(prefix: bytes) -> None:
-    key = fresh_key()
-    sealed = prefix + seal(b"image", data_key=key, binding=BINDING)[5:]
-    with pytest.raises(IntegrityError, match="version"):
-        data_key_id_of(sealed)
-    assert refused(sealed, key)
+    for prefix in (b"MRED\x01", b"DERM\x00", b"DERM\x02"):  # another magic or version
+        with pytest.raises(IntegrityError, match="version"):
+            data_key_id_of(prefix + sealed[5:])
 
 
 def test_every_swap_between_images_and_patients_is_refused() -> None:
@@ -120,13 +103,6 @@ def test_a_key_id_swapped_in_the_frame_is_refused() -> None:
         open_sealed(sealed, data_key=other, binding=BINDING)
 
 
-def test_neighbouring_fields_do_not_run_into_each_other() -> None:
-    key = fresh_key()
-    sealed = seal(b"image", data_key=key, binding=ImageBinding(UUID(int=1), "ab", "c"))
-    assert refused(sealed, key, ImageBinding(UUID(int=1), "a", "bc"))
-    assert refused(sealed, key, ImageBinding(UUID(int=1), "abc", ""))
-
-
 def test_a_data_key_and_its_copies_seal_once_and_a_spent_one_never() -> None:
     key = fresh_key()
     sealed = seal(b"image", data_key=key, binding=BINDING)
@@ -137,17 +113,15 @@ def test_a_data_key_and_its_copies_seal_once_and_a_spent_one_never() -> None:
 
 
 def test_of_many_threads_one_seals() -> None:
-    key = fresh_key()
+    key, sealed = fresh_key(), []
 
-    def sealed(_: int) -> bool:
-        try:
-            seal(b"image", data_key=key, binding=BINDING)
-        except IntegrityError:
-            return False
-        return True
+    def try_to_seal(_: int) -> None:
+        with suppress(IntegrityError):
+            sealed.append(seal(b"image", data_key=key, binding=BINDING))
 
     with ThreadPoolExecutor(8) as threads:
-        assert sum(threads.map(sealed, range(64))) == 1
+        list(threads.map(try_to_seal, range(64)))
+    assert len(sealed) == 1
 
 
 def test_a_data_key_neither_shows_itself_nor_leaves_its_process() -> None:
@@ -178,5 +152,9 @@ def test_noise_only_ever_raises_our_error(sealed: bytes) -> None:
 def test_any_binding_seals_and_opens(image: bytes, image_id: UUID, patient: str, kind: str) -> None:
     key, binding = fresh_key(), ImageBinding(image_id, patient, kind)
     sealed = seal(image, data_key=key, binding=binding)
+    assert len(sealed) == len(image) + 49
+    assert data_key_id_of(sealed) == key.id
     assert open_sealed(sealed, data_key=key, binding=binding) == image
     assert refused(sealed, key, ImageBinding(image_id, patient + " ", kind))
+    # Neighbouring fields do not run into each other.
+    assert refused(sealed, key, ImageBinding(image_id, patient + kind, "")) is bool(kind)

@@ -1,4 +1,4 @@
-"""A new key-encryption key: for everyone, at once, with every image readable before, during and after."""
+"""A new key-encryption key is everyone's at once; a key store wraps under its own keys only, known from the first start on."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Event
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
-from serve_app.domain.errors import Conflict, DataKeyMissing, NotFound, RecordsUnavailable
+from serve_app.domain.errors import (
+    Conflict,
+    DataKeyMissing,
+    IntegrityError,
+    KeyProviderUnavailable,
+    NotFound,
+    RecordsUnavailable,
+)
 from serve_app.keys.envelope import seal
 from serve_app.keys.keyring import FileKeyring
-from serve_app.keys.keystore import KeyStore
-from tests.serve_app.keys.key_files import BINDING, sqlite
+from serve_app.keys.keystore import DestroyedKey, KeyStore, look_into
+from tests.serve_app.keys.key_files import BINDING, count_keys, put_in_place, sqlite
 
 
 @pytest.fixture
@@ -124,3 +131,71 @@ def test_a_process_that_slept_through_a_whole_rotation_goes_on(store, keyring, e
     sealed_images(elsewhere, 1)
     assert versions(store) == {1: 0, 2: 2}
     assert elsewhere.open_image(sealed, BINDING) == b"image 0"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> FileKeyring:
+    """Another node's keyring, rotated as often as a test needs."""
+    return FileKeyring.make(tmp_path / "other" / "keyring.json")
+
+
+@pytest.mark.parametrize(("rotated", "used"), [(0, True), (1, False), (2, True)])
+def test_a_foreign_keyring_wraps_nothing(store, keys, tmp_path, foreign, rotated: int, *, used: bool) -> None:
+    made = [store.create() for _ in range(used)]
+    right = (keys / "keyring.json").read_bytes()
+    if rotated:
+        foreign.rotate()
+    if rotated > 1:  # and so without any version that is known here
+        foreign.retire(1)
+    put_in_place(keys / "keyring.json", (tmp_path / "other" / "keyring.json").read_bytes())
+    for _ in range(2):
+        with pytest.raises(KeyProviderUnavailable, match="nothing was stored") as raised:
+            store.create()
+        assert raised.value.status == 503
+    with pytest.raises(KeyProviderUnavailable):
+        store.rewrap()
+    assert count_keys(keys / "keystore.sqlite") == len(made)
+    put_in_place(keys / "keyring.json", right)
+    made.append(store.create())
+    with closing(KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))) as again:
+        assert [again.load(key.id).id for key in made] == [key.id for key in made]
+
+
+def test_a_keyring_from_before_a_rotation_wraps_nothing(
+    store: KeyStore, keyring: FileKeyring, keys: Path
+) -> None:
+    before = (keys / "keyring.json").read_bytes()
+    keyring.rotate()
+    store.checks.verify()
+    after = (keys / "keyring.json").read_bytes()
+    put_in_place(keys / "keyring.json", before)
+    with pytest.raises(KeyProviderUnavailable, match="no key of version 2"):
+        store.create()
+    with pytest.raises(IntegrityError, match="no key of version 2"):
+        KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json"))
+    put_in_place(keys / "keyring.json", after)
+    assert store.load(store.create().id)
+
+
+def test_the_first_start_settles_whose_store_it_is_and_before_that_did_the_newest_key(
+    store: KeyStore, keys: Path, foreign: FileKeyring
+) -> None:
+    """Stores from before there were checks are known by it."""
+    assert count_keys(keys / "keystore.sqlite") == 0
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="did not wrap what is in this key store"):
+            KeyStore(keys / "keystore.sqlite", foreign)
+        store.create()
+        sqlite(keys / "keystore.sqlite", "DROP TABLE IF EXISTS key_checks")
+    KeyStore(keys / "keystore.sqlite", FileKeyring(keys / "keyring.json")).close()
+    assert sqlite(keys / "keystore.sqlite", "SELECT key_version FROM key_checks") == [(1,)]
+
+
+def test_a_store_is_known_by_its_id_and_its_keys_without_opening_it(store: KeyStore, keys: Path) -> None:
+    path = keys / "keystore.sqlite"
+    assert look_into(keys / "elsewhere.sqlite", [uuid4()]) is None
+    assert not (keys / "elsewhere.sqlite").exists()
+    kept, gone = store.create().id, store.create().id
+    store.destroy(DestroyedKey(data_key_id=gone, receipt_id=uuid4(), reason="retention", actor="ops"))
+    assert look_into(path, []) == look_into(path, [uuid4()]) == (store.store_id, False)
+    assert look_into(path, [uuid4(), kept]) == look_into(path, [gone]) == (store.store_id, True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+import io
 from typing import Any
 
+from PIL import Image
 import pytest
 
 
@@ -33,6 +35,14 @@ def failing(error: Exception) -> Callable[[Any], Awaitable[Any]]:
         raise error
 
     return fail
+
+
+@pytest.fixture(scope="session")
+def black() -> bytes:
+    """A picture that is refused."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 async def hang(answer: Any) -> Any:

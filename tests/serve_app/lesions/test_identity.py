@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.serve_app.erasure.erasing import erase
+from tests.serve_app.erasure.erasing import change, erase, uploaded
 
 CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
 
@@ -30,6 +30,19 @@ def asking(stages, below: float) -> Iterator[None]:
 
 def codes(answer: dict[str, Any]) -> set[str]:
     return {reason["code"] for reason in answer["reasons"]}
+
+
+async def followed(service, first: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The answer to a later image of the same lesion."""
+    response = await service.upload(first["patient_id"], lesion_id=first["lesion_id"], **fields)
+    assert response.status_code == 201, response.text
+    return response.json()
+
+
+def demand_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """What is demanded while an image demands the most that there is."""
+    ids = {name: answer[name] for name in ("image_id", "assessment_id")}
+    return {"level": "high", "urgency": "urgent", **ids, "since": answer["created_at"]}
 
 
 async def timeline(service, lesion: str) -> dict[str, Any]:
@@ -51,21 +64,14 @@ async def test_two_lesions_under_one_id_are_questioned(start_service, local_stag
         pytest.skip(f"{failing} is not there")
     first, second = map(Path.read_bytes, pair)
     async with start_service(local_stages(answer_all=False)) as service:
-        patient = await service.care()
-        answer = (await service.upload(patient, image=first)).json()
-        follow_up = (await service.upload(patient, image=second, lesion_id=answer["lesion_id"])).json()
-        again = (await service.upload(patient, image=first, lesion_id=answer["lesion_id"])).json()
+        answer = await uploaded(service, image=first)
+        follow_up = await followed(service, answer, image=second)
+        again = await followed(service, answer, image=first)
         assert (follow_up["outcome"], follow_up["risk"]["level"]) == ("review", "low")
         (reason,) = [each for each in follow_up["reasons"] if each["code"] == "perhaps_another_lesion"]
         assert "similarity -0.06" in reason["message"]
         assert "confirm" in reason["action"]
-        assert follow_up["open_demand"] == {
-            "level": "high",
-            "urgency": "urgent",
-            "image_id": answer["image_id"],
-            "assessment_id": answer["assessment_id"],
-            "since": answer["created_at"],
-        }
+        assert follow_up["open_demand"] == demand_of(answer)
         # What is questioned is not what the next one is held against.
         assert again["change"]["compared_image_id"] == answer["image_id"]
         assert "perhaps_another_lesion" not in codes(again)
@@ -75,25 +81,20 @@ async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_n
     alterable, drawn_lesion
 ) -> None:
     service, stages = alterable
-    patient = await service.care()
-    first = (await service.upload(patient)).json()
-    lesion = first["lesion_id"]
+    first = await uploaded(service)
     with asking(stages, below=1.0):
-        second = (await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=lesion)).json()
+        second = await followed(service, first, image=drawn_lesion(seed=3))
     assert second["outcome"] == "review"
     assert "perhaps_another_lesion" in codes(second)
     with asking(stages, below=0.0):
-        third = (await service.upload(patient, image=drawn_lesion(seed=4), lesion_id=lesion)).json()
+        third = await followed(service, first, image=drawn_lesion(seed=4))
         assert "perhaps_another_lesion" not in codes(third)
         assert third["change"]["compared_image_id"] == first["image_id"]
         # Confirmed late: third is newer than second.
-        await service.owner.execute(
-            "UPDATE lesion_images SET created_at = created_at - interval '1 day' WHERE image_id = $1::text::uuid",
-            third["image_id"],
-        )
-        response = await confirm(service, lesion, second["image_id"])
+        await change(service, third, "lesion_images", "created_at = created_at - interval '1 day'")
+        response = await confirm(service, first["lesion_id"], second["image_id"])
         assert response.status_code == 200, response.text
-        fourth = (await service.upload(patient, image=drawn_lesion(seed=5), lesion_id=lesion)).json()
+        fourth = await followed(service, first, image=drawn_lesion(seed=5))
         assert fourth["change"]["compared_image_id"] == second["image_id"]
     # Its own answer stays what it was.
     with asking(stages, below=1.0):
@@ -102,8 +103,7 @@ async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_n
 
 async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(alterable) -> None:
     service, _ = alterable
-    patient = await service.care()
-    answer = (await service.upload(patient)).json()
+    answer = await uploaded(service)
     lesion, image = answer["lesion_id"], answer["image_id"]
     before = await timeline(service, lesion)
     assert "identity" not in before["assessments"][0]
@@ -114,8 +114,8 @@ async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(a
         service.hold_to("ConfirmationDocument", response.json())
         (event,) = await service.events(response)
         assert (event["action"], event["actor"], event["outcome"]) == ("confirm", "dr", "success")
-        assert (str(event["lesion_id"]), str(event["image_id"])) == (lesion, image)
-        assert event["patient_id"] == patient
+        for name in ("lesion_id", "image_id", "patient_id"):
+            assert str(event[name]) == answer[name]
     assert responses[0].json() == responses[1].json()
     after = await timeline(service, lesion)
     identity = after["assessments"][0].pop("identity")
@@ -126,8 +126,7 @@ async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(a
 
 async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(alterable) -> None:
     service, _ = alterable
-    patient = await service.care()
-    one, other = [(await service.upload(patient)).json() for _ in range(2)]
+    one, other = [await uploaded(service) for _ in range(2)]
     for image in (other["image_id"], str(uuid4())):
         response = await confirm(service, one["lesion_id"], image)
         service.hold_to_problem(response, 404, "not_found")
@@ -141,59 +140,45 @@ async def test_what_cannot_be_confirmed_is_a_clear_problem_on_record(alterable) 
     service.hold_to_problem(await confirm(service, one["lesion_id"], one["image_id"]), 410, "erased")
 
 
-async def test_an_image_of_another_models_space_could_not_be_checked(alterable, drawn_lesion) -> None:
+async def test_an_image_of_another_models_space_could_not_be_checked(alterable) -> None:
     service, _ = alterable
-    patient = await service.care()
-    first = (await service.upload(patient)).json()
+    first = await uploaded(service)
     await service.owner.execute("INSERT INTO embedding_spaces VALUES ('of.before') ON CONFLICT DO NOTHING")
-    await service.owner.execute(
-        "UPDATE lesion_embeddings SET embedding_space = 'of.before' WHERE image_id = $1::text::uuid",
-        first["image_id"],
-    )
-    second = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    await change(service, first, "lesion_embeddings", "embedding_space = 'of.before'")
+    second = await followed(service, first)
     assert second["change"]["similarity"] is None
     assert second["outcome"] == "review"
     assert "identity_not_checked" in codes(second)
     assert (await service.replay(second)).json()["verdict"] == "identical"
-    third = (await service.upload(patient, lesion_id=first["lesion_id"])).json()
+    third = await followed(service, first)
     assert third["change"]["compared_image_id"] == second["image_id"]
     assert "identity_not_checked" not in codes(third)
 
 
-async def test_no_later_image_hides_what_an_earlier_one_demands(alterable, drawn_lesion) -> None:
+async def test_no_later_image_hides_what_an_earlier_one_demands(alterable) -> None:
     service, stages = alterable
-    patient = await service.care()
-    first = (await service.upload(patient, checklist=CHECKLIST)).json()
-    lesion = first["lesion_id"]
-    demand = {
-        "level": "high",
-        "urgency": "urgent",
-        "image_id": first["image_id"],
-        "assessment_id": first["assessment_id"],
-        "since": first["created_at"],
-    }
+    first = await uploaded(service, checklist=CHECKLIST)
+    demand = demand_of(first)
     assert first["open_demand"] == demand
-    plain = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
-    repeated = await service.upload(patient, lesion_id=lesion, headers={"Idempotency-Key": "later"})
+    plain, repeated = [await followed(service, first, headers={"Idempotency-Key": "later"}) for _ in range(2)]
     refusing = {"refusal": {"max_unknown": 0.0}, "review": {"max_unknown": 0.0}}
     stages.real._risk.override({**refusing, "rules": {"unknown": {"threshold": 0.0}}})
-    refused = await service.upload(patient, lesion_id=lesion)
-    alone = (await service.upload(patient)).json()
-    checked = (await service.upload(patient, checklist=CHECKLIST)).json()
+    refused = await followed(service, first)
+    alone, checked = await uploaded(service), await uploaded(service, checklist=CHECKLIST)
     stages.real._risk.override({"refusal": {"max_unknown": 1.0}})
     # Of a refused image, what its checklist demands stands.
     assert (alone["outcome"], alone["open_demand"], checked["risk"]) == ("refused", None, None)
-    assert (checked["open_demand"]["level"], checked["open_demand"]["urgency"]) == ("high", "urgent")
-    assert refused.json()["outcome"] == "refused"
+    assert checked["open_demand"] == demand_of(checked)
+    assert refused["outcome"] == "refused"
     for later in (plain, repeated, refused):
-        assert later.json()["open_demand"] == demand
-        service.hold_to("AssessmentDocument", later.json())
-    assert plain.json()["risk"]["level"] != "high"
+        assert later["open_demand"] == demand
+        service.hold_to("AssessmentDocument", later)
+    assert plain["risk"]["level"] != "high"
     assert (await erase(service, first)).status_code == 200
-    assert (await timeline(service, lesion))["open_demand"] == demand
+    assert (await timeline(service, first["lesion_id"]))["open_demand"] == demand
     listed = await service.client.get(
-        "/api/lesions", params={"patient_id": patient}, headers=service.token("dr")
+        "/api/lesions", params={"patient_id": first["patient_id"]}, headers=service.token("dr")
     )
     service.hold_to("WorklistDocument", listed.json())
-    (entry,) = [entry for entry in listed.json()["lesions"] if entry["lesion_id"] == lesion]
+    (entry,) = listed.json()["lesions"]
     assert entry["open_demand"] == demand

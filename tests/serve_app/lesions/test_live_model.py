@@ -136,6 +136,15 @@ async def test_the_model_before_goes_on_answering(pool, store, watch, old, model
     assert watch.refused is None
 
 
+async def test_what_cannot_answer_is_said_plainly(pool, store, stages, model_id) -> None:
+    watch = LiveModelWatch(pool, store, stages.warm)
+    with pytest.raises(ModelContractError, match="No model is published"):
+        await watch.current()
+    await publish(pool, published(store, model_id, embedding_space="no.space"))
+    with pytest.raises(ModelContractError, match=r"has no space 'no\.space'"):
+        await watch.current()
+
+
 async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(
     pool, store, stages, model_id, old
 ) -> None:
@@ -147,17 +156,6 @@ async def test_a_tampered_folder_does_not_take_over_until_it_is_mended(
         await watch.current()
     broken.write_bytes(whole)
     assert await watch.refresh() == old
-
-
-async def test_a_space_that_the_model_does_not_have_is_refused(pool, store, stages, model_id) -> None:
-    await publish(pool, published(store, model_id, embedding_space="no.space"))
-    with pytest.raises(ModelContractError, match=r"has no space 'no\.space'"):
-        await LiveModelWatch(pool, store, stages.warm).current()
-
-
-async def test_nothing_published_is_said_plainly(pool, store, stages) -> None:
-    with pytest.raises(ModelContractError, match="No model is published"):
-        await LiveModelWatch(pool, store, stages.warm).current()
 
 
 async def test_requests_go_on_with_the_old_model_until_every_stage_has_the_new_one(

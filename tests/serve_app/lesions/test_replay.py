@@ -1,18 +1,27 @@
-"""A past answer made again: what is the same, what differs, and who may ask."""
+"""A past answer made again: what is the same, what differs, what stands in the way, and who may ask."""
 
 from __future__ import annotations
 
-import io
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import replace
 import json
+import shutil
 from typing import Any
 from uuid import UUID, uuid4
 
-from PIL import Image
 import pytest
 
+from serve_app.domain.errors import Overloaded, StageFailed
+from serve_app.lesions import replay as replayer
+from serve_app.lesions.replay import MESSAGES, Cause
+from tests.serve_app.erasure.erasing import change, damage, uploaded
+from tests.serve_app.lesions.conftest import AlteredStages, failing, hang
+from tests.serve_app.lesions.test_similar import ask
 
-async def replay(service, answer: dict[str, Any]) -> dict[str, Any]:
-    """Replay an answer; nothing but the audit event is stored by it."""
+
+async def replay(service, answer: dict[str, Any], cause: Cause | None = None) -> dict[str, Any]:
+    """Replay an answer, which cannot be done for this cause; nothing but the audit event is stored by it."""
     before = await service.counts()
     response = await service.replay(answer)
     assert response.status_code == 200, response.text
@@ -20,42 +29,39 @@ async def replay(service, answer: dict[str, Any]) -> dict[str, Any]:
     assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
     body: dict[str, Any] = response.json()
     service.hold_to("ReplayDocument", body)
-    assert body["assessment_id"] == answer["assessment_id"]
     assert body["tolerance"] == {"probability": 1e-6, "score": 1e-4}
+    assert body["cause"] == (None if cause is None else {"code": cause, "message": MESSAGES[cause]})
+    assert (body["verdict"] == "cannot") == (cause is not None)
     (event,) = await service.events(response)
     assert (event["action"], event["outcome"], event["actor"]) == ("replay", "success", "dr")
-    for name in ("lesion_id", "image_id", "assessment_id"):
+    for name in ("lesion_id", "image_id", "assessment_id", "patient_id"):
         assert str(event[name]) == answer[name]
-    assert event["patient_id"] == answer["patient_id"]
-    cause = {"cause": body["cause"]["code"]} if body["cause"] else {}
-    assert event["detail"] == {"verdict": body["verdict"]} | cause
+    assert event["detail"] == {"verdict": body["verdict"]} | ({} if cause is None else {"cause": cause})
     return body
+
+
+def fields(body: dict[str, Any]) -> list[str]:
+    return [difference["field"] for difference in body["differences"]]
 
 
 async def rewrite(service, answer: dict[str, Any], path: str, value: Any) -> None:
     """Change what is on record, behind the service's back."""
-    await service.owner.execute(
-        "UPDATE assessments SET answer = jsonb_set(answer, $2::text::text[], $3::jsonb)"
-        " WHERE assessment_id = $1::text::uuid",
-        answer["assessment_id"],
-        path,
-        value,
+    await change(
+        service, answer, "assessments", "answer = jsonb_set(answer, $2::text::text[], $3::jsonb)", path, value
     )
 
 
-@pytest.mark.parametrize(("seed", "kind"), [(0, "PNG"), (5, "JPEG")])
-async def test_a_fresh_answer_is_identical(service, drawn_lesion, history, seed: int, kind: str) -> None:
-    fields = {"age_approx": "62", "sex": "female", "anatom_site_general": "torso", "history": history}
-    checklist = json.dumps({"change_in_size": True})
-    response = await service.upload(
-        await service.care(),
-        image=drawn_lesion(seed=seed, kind=kind),
+async def test_a_fresh_answer_is_identical(service, drawn_lesion, history) -> None:
+    answer = await uploaded(
+        service,
+        image=drawn_lesion(seed=5, kind="JPEG"),
         params={"top_k": 3, "licence": ["CC-0", "CC-BY"]},
-        **fields,
-        checklist=checklist,
+        age_approx="62",
+        sex="female",
+        anatom_site_general="torso",
+        history=history,
+        checklist=json.dumps({"change_in_size": True}),
     )
-    assert response.status_code == 201, response.text
-    answer = response.json()
     body = await replay(service, answer)
     assert body == {
         "assessment_id": answer["assessment_id"],
@@ -70,85 +76,64 @@ async def test_a_fresh_answer_is_identical(service, drawn_lesion, history, seed:
 
 
 async def test_the_references_weighed_are_on_record_and_compared(service) -> None:
-    licence = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
-    params = {"top_k": 3, "licence": licence}
-    answer = (await service.upload(await service.care(), params=params)).json()
+    answer = await uploaded(service, params={"top_k": 3, "licence": "CC-BY-NC"})
     kept = await service.owner.fetchval(
         "SELECT answer -> 'neighbours' -> 'similar' FROM assessments WHERE assessment_id = $1",
         UUID(answer["assessment_id"]),
     )
-    assert len(kept) == 16
-    assert len(answer["similar"]) == 3
+    assert (len(kept), len(answer["similar"])) == (16, 3)
     await rewrite(service, answer, "{neighbours,similar,15,isic_id}", "ISIC_0000000")
     body = await replay(service, answer)
-    assert (body["verdict"], [note["code"] for note in body["notes"]]) == (
-        "identical",
-        ["references_changed"],
-    )
-
-
-async def test_a_record_of_only_what_was_shown_reads_and_replays_as_before(service) -> None:
-    licence = await service.owner.fetchval("SELECT min(copyright_license) FROM reference_images")
-    params = {"top_k": 3, "licence": licence}
-    answer = (await service.upload(await service.care(), params=params)).json()
+    assert body["verdict"] == "identical"
+    assert [note["code"] for note in body["notes"]] == ["references_changed"]
     # As answers were recorded when the risk was drawn from what was shown.
-    await service.owner.execute(
-        "UPDATE assessments SET answer = jsonb_set(answer, '{neighbours,similar}', answer -> 'similar') - 'similar'"
-        " WHERE assessment_id = $1",
-        UUID(answer["assessment_id"]),
-    )
+    shown = "answer = jsonb_set(answer, '{neighbours,similar}', answer -> 'similar') - 'similar'"
+    await change(service, answer, "assessments", shown)
     timeline = await service.client.get(f"/api/lesions/{answer['lesion_id']}", headers=service.token("dr"))
     (read,) = timeline.json()["assessments"]
-    assert [read[part] for part in ("similar", "neighbours", "risk")] == [
-        answer[part] for part in ("similar", "neighbours", "risk")
-    ]
+    for part in ("similar", "neighbours", "risk"):
+        assert read[part] == answer[part]
     body = await replay(service, answer)
     assert (body["verdict"], body["notes"]) == ("identical", [])
 
 
-async def test_a_refused_answer_is_identical(service) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (300, 300)).save(buffer, "PNG")
-    answer = (await service.upload(await service.care(), image=buffer.getvalue())).json()
-    assert answer["outcome"] == "refused"
-    assert (await replay(service, answer))["verdict"] == "identical"
+async def test_the_risk_is_drawn_from_the_recorded_references(alterable) -> None:
+    async def other(answer: Awaitable[Any]) -> Any:
+        found = await answer
+        return replace(found, similar=found.similar[1:], malignant_share=1.0, nearest_benign=None)
+
+    service, stages = alterable
+    answer = await uploaded(service)
+    with stages.altered("nearest", other):
+        assert (await uploaded(service))["risk"] != answer["risk"]
+        body = await replay(service, answer)
+    assert (body["verdict"], body["differences"]) == ("identical", [])
+    assert [note["code"] for note in body["notes"]] == ["references_changed"]
 
 
 async def test_a_follow_up_is_compared_with_the_same_image_again(service, drawn_lesion) -> None:
-    patient = await service.care()
-    first = (await service.upload(patient)).json()
+    first = await uploaded(service)
+    patient, lesion = first["patient_id"], first["lesion_id"]
     second, third = [
-        (await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=first["lesion_id"])).json()
+        (await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=lesion)).json()
         for seed in (2, 3)
     ]
     assert second["change"]["compared_image_id"] == first["image_id"]
-    for answer in (first, second, third):
-        assert (await replay(service, answer))["verdict"] == "identical"
+    assert (await replay(service, third))["verdict"] == "identical"
     # As if the second image had been assessed after the third.
-    await service.owner.execute(
-        "UPDATE lesion_images SET created_at = created_at - interval '1 hour' WHERE image_id = $1::text::uuid",
-        second["image_id"],
-    )
+    await change(service, second, "lesion_images", "created_at = created_at - interval '1 hour'")
     assert (await replay(service, second))["verdict"] == "identical"
     await rewrite(service, second, "{change,similarity}", 0.25)
     body = await replay(service, second)
-    assert body["verdict"] == "differs"
-    assert [difference["field"] for difference in body["differences"]] == ["change.similarity"]
-
-
-async def test_a_compared_image_that_is_gone_is_named(service, drawn_lesion) -> None:
-    patient = await service.care()
-    first = (await service.upload(patient)).json()
-    second = await service.upload(patient, image=drawn_lesion(seed=2), lesion_id=first["lesion_id"])
+    assert (body["verdict"], fields(body)) == ("differs", ["change.similarity"])
     await service.owner.execute(
         "DELETE FROM lesion_embeddings WHERE image_id = $1::text::uuid", first["image_id"]
     )
-    body = await replay(service, second.json())
-    assert (body["verdict"], body["cause"]["code"]) == ("cannot", "compared_image_gone")
+    assert fields(await replay(service, second, Cause.COMPARED_IMAGE_GONE)) == ["change.compared_image_id"]
 
 
 async def test_what_differs_is_named(service) -> None:
-    answer = (await service.upload(await service.care())).json()
+    answer = await uploaded(service)
     changes = {
         "{outcome}": "refused",
         "{reasons}": [{"code": "other", "message": "", "action": ""}],
@@ -160,15 +145,15 @@ async def test_what_differs_is_named(service) -> None:
     for path, value in changes.items():
         await rewrite(service, answer, path, value)
     body = await replay(service, answer)
-    assert (body["verdict"], body["cause"]) == ("differs", None)
-    assert [difference["field"] for difference in body["differences"]] == [
+    assert body["verdict"] == "differs"
+    assert fields(body) == [
         *("outcome", "reasons", "probabilities.MEL", "prediction_set", "risk.score", "risk.factors"),
     ]
     assert all(difference["recorded"] != difference["recomputed"] for difference in body["differences"])
 
 
 async def test_a_millionth_is_tolerated(service) -> None:
-    answer = (await service.upload(await service.care())).json()
+    answer = await uploaded(service)
     probability = answer["classification"]["probabilities"]["NV"]
     for moved, verdict in ((9e-7, "within_tolerance"), (-9e-7, "within_tolerance"), (3e-6, "differs")):
         await rewrite(service, answer, "{classification,probabilities,NV}", probability + moved)
@@ -179,40 +164,138 @@ async def test_a_millionth_is_tolerated(service) -> None:
         ]
 
 
-async def test_another_preprocess_is_named(service) -> None:
-    answer = (await service.upload(await service.care())).json()
-    await rewrite(service, answer, "{provenance,preprocess_version}", "0")
-    body = await replay(service, answer)
-    assert (body["verdict"], body["cause"]["code"]) == ("cannot", "preprocess_changed")
+@pytest.mark.parametrize(
+    ("version", "cause"),
+    [
+        ("preprocess_version", Cause.PREPROCESS_CHANGED),
+        ("policy_version", Cause.POLICY_CHANGED),
+        ("model_digest", Cause.MODEL_CHANGED),
+        ("model_id", Cause.MODEL_GONE),
+    ],
+)
+async def test_another_version_is_named(service, version: str, cause: Cause) -> None:
+    answer = await uploaded(service)
+    await rewrite(service, answer, f"{{provenance,{version}}}", "another")
+    body = await replay(service, answer, cause)
+    now = None if cause is Cause.MODEL_GONE else answer["provenance"][version]
     assert body["differences"] == [
-        {
-            "field": "provenance.preprocess_version",
-            "recorded": "0",
-            "recomputed": answer["provenance"]["preprocess_version"],
-        }
+        {"field": f"provenance.{version}", "recorded": "another", "recomputed": now}
     ]
+    assert body["provenance"] == {
+        "recorded": {**answer["provenance"], version: "another"},
+        "current": answer["provenance"] if cause is Cause.POLICY_CHANGED else None,
+    }
 
 
-async def test_another_lesions_assessment_is_not_found(service) -> None:
-    patient = await service.care()
-    first, second = [(await service.upload(patient)).json() for _ in range(2)]
-    for assessment in (second["assessment_id"], str(uuid4())):
+async def test_a_folder_that_was_altered_meanwhile_is_named(
+    start_service, local_stages, models, model_id: str, tmp_path
+) -> None:
+    folder = tmp_path / "models" / model_id
+    shutil.copytree(models / model_id, folder)
+    async with start_service(local_stages(), models=tmp_path / "models") as service:
+        answer = await uploaded(service)
+        assert (await replay(service, answer))["verdict"] == "identical"
+        onnx = next(folder.glob("*.onnx"))
+        content = bytearray(onnx.read_bytes())
+        content[len(content) // 2] ^= 1
+        onnx.write_bytes(content)
+        body = await replay(service, answer, Cause.MODEL_CHANGED)
+        assert body["differences"][0]["recomputed"] is None
+        shutil.rmtree(folder)
+        await replay(service, answer, Cause.MODEL_GONE)
+
+
+async def test_a_classifier_with_another_model_is_named(alterable) -> None:
+    async def other(answer: Awaitable[Any]) -> Any:
+        return replace(await answer, model_digest="another")
+
+    service, stages = alterable
+    answer = await uploaded(service)
+    with stages.altered("classify", other):
+        body = await replay(service, answer, Cause.MODEL_CHANGED)
+    assert body["differences"][0]["recomputed"] == "another"
+
+
+async def test_an_image_that_the_limits_keep_out_now_is_named(service, start_service, local_stages) -> None:
+    answer = await uploaded(service)
+    async with start_service(local_stages(min_side=350)) as stricter:
+        body = await replay(stricter, answer, Cause.IMAGE_REJECTED)
+        assert body["differences"][0]["recomputed"] == "image_too_small"
+
+
+async def test_a_pending_assessment_cannot_be_replayed(alterable) -> None:
+    service, stages = alterable
+    with stages.altered("classify", failing(StageFailed())):
+        response = await service.upload(await service.care())
+    assert response.status_code == 202
+    body = await replay(service, response.json(), Cause.ASSESSMENT_PENDING)
+    assert body["provenance"] == {"recorded": None, "current": None}
+
+
+async def test_a_stage_that_fails_or_hangs_is_a_problem_and_stores_nothing(alterable, monkeypatch) -> None:
+    service, stages = alterable
+    answer = await uploaded(service)
+    before = await service.counts()
+    for stage, error in (
+        *[(stage, StageFailed()) for stage in ("prepare", "classify", "embed", "conclude")],
+        ("nearest", Overloaded()),
+    ):
+        with stages.altered(stage, failing(error)):
+            response = await service.replay(answer)
+        service.hold_to_problem(response, 503, error.code)
+        assert int(response.headers["retry-after"]) > 0
+    monkeypatch.setattr(replayer, "DEADLINE_S", 0.5)
+    with stages.altered("nearest", hang):
+        response = await service.replay(answer)
+    monkeypatch.undo()
+    service.hold_to_problem(response, 503, "stage_failed")
+    (event,) = await service.events(response)
+    assert (event["outcome"], event["detail"]) == ("failed", {"code": "stage_failed"})
+    assert {**await service.counts(), "audit_events": 0} == {**before, "audit_events": 0}
+    assert (await replay(service, answer))["verdict"] == "identical"
+
+
+async def test_replays_and_searches_take_an_uploads_place(start_service, local_stages) -> None:
+    reached = asyncio.Event()
+
+    async def hang_there(answer: Any) -> Any:
+        reached.set()
+        await hang(answer)
+
+    stages = AlteredStages(local_stages())
+    async with start_service(stages, max_uploads_in_flight=1) as service:
+        answer = await uploaded(service)
+        for stage, first in (("prepare", service.replay(answer)), ("nearest", ask(service, answer))):
+            with stages.altered(stage, hang_there):
+                reached.clear()
+                waiting = asyncio.create_task(first)
+                await asyncio.wait_for(reached.wait(), 20)
+                for second in (
+                    service.replay(answer),
+                    ask(service, answer),
+                    service.upload(answer["patient_id"]),
+                ):
+                    response = await second
+                    service.hold_to_problem(response, 503, "overloaded")
+                    assert int(response.headers["retry-after"]) > 0
+                    assert await service.events(response) == []
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+        assert (await replay(service, answer))["verdict"] == "identical"
+
+
+async def test_another_lesions_assessment_or_an_altered_image_is_no_answer(service) -> None:
+    first, second = [await uploaded(service) for _ in range(2)]
+    await damage(service, first)
+    for assessment, status, code in (
+        (second["assessment_id"], 404, "not_found"),
+        (str(uuid4()), 404, "not_found"),
+        (first["assessment_id"], 500, "integrity"),
+        ("7", 422, "invalid_field"),
+    ):
         response = await service.replay({**first, "assessment_id": assessment})
-        service.hold_to_problem(response, 404, "not_found")
+        service.hold_to_problem(response, status, code)
         (event,) = await service.events(response)
         assert (event["action"], event["outcome"]) == ("replay", "failed")
-        assert event["detail"] == {"code": "not_found"}
-    service.hold_to_problem(await service.replay({**first, "assessment_id": "7"}), 422, "invalid_field")
-
-
-async def test_an_image_that_was_altered_is_no_answer(service) -> None:
-    answer = (await service.upload(await service.care())).json()
-    await service.owner.execute(
-        "UPDATE lesion_images SET sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-        " WHERE image_id = $1::text::uuid",
-        answer["image_id"],
-    )
-    response = await service.replay(answer)
-    service.hold_to_problem(response, 500, "integrity")
-    (event,) = await service.events(response)
-    assert (event["outcome"], event["detail"]) == ("failed", {"code": "integrity"})
+        assert event["detail"] == {"code": code}

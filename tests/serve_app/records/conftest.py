@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 import os
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -138,9 +138,3 @@ async def space(owner_pool) -> str:
     """An embedding space with a live model."""
     await publish(owner_pool, LiveModel("lite0.a", "digest", SPACE))
     return SPACE
-
-
-@pytest.fixture(scope="session")
-def refused_event(event) -> Callable[[UUID], AuditEvent]:
-    """Make the audit event of a denied look at a lesion that may not exist."""
-    return lambda lesion_id: event("read", outcome="denied", lesion_id=lesion_id)

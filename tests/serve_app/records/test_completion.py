@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -18,15 +17,19 @@ async def pending(lesions, admission, space):
     return new
 
 
-async def test_an_assessment_is_completed_once(
+async def test_an_assessment_is_completed_once_and_no_late_claimer_overwrites_it(
     lesions, assessment, event, pending, space, owner_pool
 ) -> None:
     done = assessment()
+    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     first = event("assess", assessment_id=pending.assessment_id)
     rivals = [
         lesions.complete(pending.assessment_id, done, embedding_space=space, event=first) for _ in range(8)
     ]
     assert sorted(await asyncio.gather(*rivals)) == [False] * 7 + [True]
+    late = assessment(outcome=Outcome.DECIDED)
+    assert not await lesions.complete(claim.assessment_id, late, embedding_space=space, event=first)
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     query = "SELECT count(*) FROM audit_events WHERE action = 'assess' AND assessment_id = $1"
     assert await owner_pool.fetchval(query, pending.assessment_id) == 1
     record = await lesions.assessment_record(pending.assessment_id)
@@ -58,43 +61,3 @@ async def test_a_claim_holds_all_that_is_needed_and_comes_back_after_its_lease(l
     await asyncio.sleep(0.25)
     (again,) = await lesions.claim_pending(lease_s=3600, limit=10)
     assert (again.assessment_id, again.attempts) == (pending.assessment_id, 2)
-
-
-async def test_what_a_request_works_on_is_left_alone_by_the_databases_clock(lesions, admission) -> None:
-    new = admission(created_at=datetime.now(UTC) - timedelta(hours=1))
-    await lesions.admit(new, lease_s=0.2)
-    assert await lesions.claim_pending(lease_s=3600, limit=10) == []
-    await asyncio.sleep(0.25)
-    (claim,) = await lesions.claim_pending(lease_s=3600, limit=10)
-    assert claim.assessment_id == new.assessment_id
-
-
-async def test_a_failed_try_counts_only_when_another_image_was_answered_meanwhile(
-    lesions, admission, assessment, event, pending, space
-) -> None:
-    async def answer_another() -> None:
-        await lesions.admit(new := admission())
-        await lesions.complete(new.assessment_id, assessment(), embedding_space=space, event=event("assess"))
-
-    before = await lesions.counts()
-    counted = []
-    for others in (True, False, True, True, False):
-        if others:
-            await answer_another()
-        counted.append(await lesions.set_back(pending.assessment_id))
-    assert counted == [0, 0, 1, 2, 2]
-    await lesions.fail(pending.assessment_id, "internal", event=event("assess"))
-    assert await lesions.set_back(pending.assessment_id) == 0
-    after = await lesions.counts()
-    assert (after.pending, after.failed) == (before.pending - 1, before.failed + 1)
-
-
-async def test_a_late_claimer_cannot_overwrite(lesions, assessment, event, pending, space) -> None:
-    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
-    done = {"embedding_space": space, "event": event("assess")}
-    assert await lesions.complete(pending.assessment_id, assessment(), **done)
-    late = assessment(outcome=Outcome.DECIDED)
-    assert not await lesions.complete(claim.assessment_id, late, **done)
-    assert await lesions.claim_pending(lease_s=1, limit=10) == []
-    record = await lesions.assessment_record(pending.assessment_id)
-    assert record.image.assessment.outcome is Outcome.REVIEW

@@ -56,38 +56,32 @@ async def earlier(new_database, tmp_path: Path):
     await pool.close()
 
 
-async def test_what_was_there_is_found_as_confirmed_or_not(earlier, unit_vectors) -> None:
+async def test_what_was_there_is_confirmed_or_not_and_a_licence_of_nobodys_archive_is_named(
+    earlier, unit_vectors
+) -> None:
+    """And none comes in any more."""
     fill, finish = earlier
     vectors = unit_vectors(3)
-    kinds = [(Diagnosis.MEL, confirm, "CC-0") for confirm in ("histo", None, "")]
-    pool = await fill("0011", [(*k, v) for k, v in zip(kinds, vectors, strict=True)])
+    kinds = zip(("histo", None, ""), ("CC-0", "CC-0", "all rights reserved"), vectors, strict=True)
+    pool = await fill("0011", [(Diagnosis.MEL, *kind) for kind in kinds])
     await finish()
     store, confirmed = ReferenceStore(pool), ReferenceFilter(confirmed_only=True)
     every = await store.nearest(vectors[1], embedding_space="old", k=3)
     known = await store.nearest(vectors[1], embedding_space="old", k=3, reference_filter=confirmed)
-    counted = await pool.fetch("SELECT confirmed, images FROM reference_counts ORDER BY confirmed")
+    counted = await pool.fetch("SELECT confirmed, images FROM reference_counts ORDER BY confirmed, images")
     assert len(every.similar) == 3
     assert [case.diagnosis_confirm_type for case in known.similar] == ["histo"]
-    assert [tuple(row) for row in counted] == [(False, 2), (True, 1)]
-
-
-async def test_only_a_licence_of_the_archive_comes_in_and_one_that_came_before_is_named(
-    earlier, unit_vectors
-) -> None:
-    fill, finish = earlier
-    vectors = unit_vectors(1)
-    pool = await fill("0012", [(Diagnosis.NV, "histo", "all rights reserved", vectors[0])])
-    await finish()
+    assert [tuple(row) for row in counted] == [(False, 1), (False, 1), (True, 1)]
     (found,) = await find_violations(pool)
     assert (found.name, found.count) == ("references_licensed", 1)
 
     async def load(number: int, licence: str) -> None:
         values = (None, Diagnosis.NV, "histo", None, None, None, licence, "Anonymous")
         image = ReferenceImage(f"ISIC_{number:07d}", *values)
-        await ReferenceStore(pool).load([image], vectors, embedding_space="old")
+        await store.load([image], vectors[:1], embedding_space="old")
 
     with pytest.raises(Conflict, match="reference_images_licensed"):
-        await load(2, "CC-BY-SA")
+        await load(3, "CC-BY-SA")
     for number, licence in enumerate(("CC-0", "CC-BY", "CC-BY-NC")):
         await load(number, licence)
     assert await find_violations(pool) == []

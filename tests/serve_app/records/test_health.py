@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serve_app.records.health import INVARIANTS, find_violations
-from serve_app.records.pool import open_pool, queries
-from serve_app.records.reference_cache import ReferenceCache, SpaceEmbedder
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.pool import open_pool
+from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore, SpaceEmbedder
 from serve_app.records.serving import LiveModel, publish
 
 #: An erased image of a patient, of which nothing is left.
@@ -67,10 +66,6 @@ async def found_after(owner, harm: str):
             await transaction.rollback()
 
 
-def test_every_invariant_has_its_query() -> None:
-    assert set(INVARIANTS) == set(queries("health"))
-
-
 async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) -> None:
     """An image that was erased rightly violates nothing either."""
     owner, application = pools
@@ -98,4 +93,4 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) ->
 async def test_each_violation_is_named_and_counted(pools, harm: str, violated: str) -> None:
     (found,) = await found_after(pools[0], harm)
     assert (found.name, found.count) == (violated, 1)
-    assert found.invariant == INVARIANTS[violated]
+    assert found.invariant == INVARIANTS[violated] != ""

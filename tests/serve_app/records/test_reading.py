@@ -6,36 +6,18 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import numpy as np
-import pytest
 
 from serve_app.domain.assessment import Outcome
-from serve_app.domain.errors import Conflict
-from serve_app.records.lesions import LesionStore
 
 NOW = datetime.now(UTC)
 HOUR = timedelta(hours=1)
 
 
-@pytest.fixture
-def desk(owner_pool) -> LesionStore:
-    """The operator's desk: the owner's role."""
-    return LesionStore(owner_pool)
-
-
-async def test_care_can_be_ended(lesions, desk) -> None:
-    patient = str(uuid4())
-    await desk.assign(patient, "dr", starts_at=NOW - HOUR)
-    await desk.assign(patient, "dr", starts_at=NOW - HOUR, ends_at=NOW)
-    assert not (await lesions.access("dr", patient)).assigned
-    with pytest.raises(Conflict):
-        await desk.assign(patient, "dr", starts_at=NOW, ends_at=NOW - HOUR)
-
-
-async def test_access_says_whose_lesion_it_is(lesions, desk, admission) -> None:
+async def test_access_says_whose_lesion_it_is(lesions, owner_pool, admission) -> None:
     patient = str(uuid4())
     new = admission(patient_id=patient)
     await lesions.admit(new)
-    await desk.assign(patient, "dr", starts_at=NOW - HOUR)
+    await owner_pool.execute("INSERT INTO care_assignments VALUES ($1, 'dr', $2)", patient, NOW - HOUR)
     assert (await lesions.access("dr", patient, new.lesion_id)).lesion_patient == patient
     assert (await lesions.access("dr", patient, uuid4())).lesion_patient is None
     other = await lesions.access("dr", "somebody else", new.lesion_id)
@@ -91,10 +73,3 @@ async def test_previous_is_the_newest_classified_image_before(
     elsewhere = await lesions.previous(first.lesion_id, before=NOW, embedding_space="another")
     assert elsewhere.embedding is None
     assert await lesions.previous(first.lesion_id, before=first.created_at, embedding_space=space) is None
-
-
-async def test_events_on_their_own_may_name_what_does_not_exist(lesions, owner_pool, refused_event) -> None:
-    lesion_id = uuid4()
-    await lesions.record_event(refused_event(lesion_id))
-    row = await owner_pool.fetchrow("SELECT * FROM audit_events WHERE lesion_id = $1", lesion_id)
-    assert (row["outcome"], row["patient_id"]) == ("denied", None)

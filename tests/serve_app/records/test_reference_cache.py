@@ -11,13 +11,14 @@ import pytest
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import Conflict, NotFound
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import (
+from serve_app.records.references import (
     FailedReference,
     ReferenceCache,
+    ReferenceImage,
     ReferencePicture,
+    ReferenceStore,
     SpaceEmbedder,
 )
-from serve_app.records.references import ReferenceImage, ReferenceStore
 from serve_app.records.serving import LiveModel, publish
 
 EMBEDDER = SpaceEmbedder("filled.1", "lite0.a", "a" * 64, "1")
@@ -62,8 +63,6 @@ async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, u
         )
     assert await references.present("filled.1", with_picture=False) == {i.isic_id for i in images[:10]}
     assert await references.present("filled.1", with_picture=True) == {images[0].isic_id}
-    assert await references.count_present("filled.1", with_picture=False) == 10
-    assert await references.count_present("filled.1", with_picture=True) == 1
     assert await references.failures("filled.1") == {"ISIC_0000099": "undecodable_image"}
     (summary,) = await references.spaces()
     assert (summary.images, summary.failures, summary.completed_at) == (10, 1, None)
@@ -89,17 +88,6 @@ async def test_what_two_embedders_made_never_lies_in_one_space(cache, unit_vecto
     assert (await references.embedder("filled.1")) == EMBEDDER
     await references.drop("filled.1")
     await references.begin(replace(EMBEDDER, digest="b" * 64), expected=1)
-
-
-async def test_a_bad_vector_or_an_image_without_attribution_takes_nothing_in(cache, unit_vectors) -> None:
-    references, _ = cache
-    await references.begin(EMBEDDER, expected=2)
-    images = [reference(1), reference(2)]
-    with pytest.raises(ValueError, match="unit norm"):
-        await references.take_in("filled.1", images, 2 * unit_vectors(2))
-    with pytest.raises(Conflict, match="attribution"):
-        await references.take_in("filled.1", [images[0], replace(images[1], attribution="")], unit_vectors(2))
-    assert await references.present("filled.1", with_picture=False) == set()
 
 
 async def test_dropping_refuses_the_live_space_and_leaves_the_others(cache, unit_vectors) -> None:

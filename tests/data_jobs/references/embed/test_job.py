@@ -26,7 +26,7 @@ from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import ReferenceCache
+from serve_app.records.references import ReferenceCache
 from serve_app.records.serving import live_model
 from serve_app.settings import REPOSITORY
 

@@ -37,8 +37,7 @@ from deployments.preprocess.preprocess import prepare_image
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.pool import open_pool
-from serve_app.records.reference_cache import FailedReference, ReferenceCache
-from serve_app.records.references import ReferenceImage
+from serve_app.records.references import FailedReference, ReferenceCache, ReferenceImage
 
 ONE = Resources(actors=1)
 IMAGES = 6
