@@ -86,6 +86,7 @@ async def create_lesion(
         if stored is None:
             stored = await services.triage.submit(submission, await services.live.current())
         if isinstance(stored, Replay):
+            requested.recorded = False  # where another request was faster, the event was not written, either
             stored = await _find_again(services, stored, submission, requested)
     pictured: frozenset[str] = frozenset()
     # The image is on record: an error now would have it sent a second time, for want of a few links.

@@ -126,6 +126,8 @@ async def open_services(
             ),
             worker=Worker(),
         )
+        # Once the loops have ended: what they write last is sealed and signed, too.
+        closing.push_async_callback(worker.finish, "sealing", services.sealer.finish)
         async with services.worker.running(_loops(settings, services, observe)):
             yield services
 
@@ -148,12 +150,7 @@ def _loops(
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
         "recovery": every(recovery.PERIOD_S, partial(recovery.recover_once, records, services.triage, live)),
-        "sealing": every(
-            worker.SEAL_EVERY_S,
-            services.sealer.work,
-            within_s=worker.SEAL_WITHIN_S,
-            last=services.sealer.finish,
-        ),
+        "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
         ),
