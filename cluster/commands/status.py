@@ -149,6 +149,7 @@ async def _audit(home: Path, pool: Pool) -> str:
 def _readyz(url: str) -> str:
     try:
         with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:  # noqa: S310
-            return str(json.load(answer)["status"])
+            ready = json.load(answer)
+            return "; ".join([str(ready["status"]), *ready["findings"]])
     except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
         return f"no answer ({error})"
