@@ -40,12 +40,19 @@ def choose_config(home: Path, *, host: str, port: int, profile: str) -> tuple[di
         application["args"]["profile"] = profile
     shipped = config["applications"]
     over = hashlib.sha256(json.dumps(shipped, sort_keys=True).encode()).hexdigest()
-    kept = read_deployed(home)
-    if kept is not None and kept["over"] != over:
-        _say("serve_config.yaml or the profile has changed: what was deployed over another is not used")
-    elif kept is not None and _read(kept["applications"]) != _read(shipped):
-        config["applications"] = kept["applications"]
-        _say(f"as it was deployed last; without {deployed_file(home)}, as in serve_config.yaml")
+    try:
+        kept = read_deployed(home)
+        if kept is not None and kept["over"] != over:
+            _say("serve_config.yaml or the profile has changed: what was deployed over another is not used")
+        elif kept is not None and _read(kept["applications"]) != _read(shipped):
+            config["applications"] = kept["applications"]
+            _say(f"as it was deployed last; without {deployed_file(home)}, as in serve_config.yaml")
+    except (ValueError, TypeError, LookupError) as error:
+        # Not for this to decide what an operator's policy is to be replaced by.
+        raise SystemExit(
+            f"{deployed_file(home)} is damaged, or of another version ({type(error).__name__}): "
+            "remove it to start as in serve_config.yaml"
+        ) from error
     return config, over
 
 

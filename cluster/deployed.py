@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import contextlib
+from http.client import HTTPException
 import json
 from pathlib import Path
 from threading import Event
@@ -45,7 +46,8 @@ def keep_deployed(home: Path, *, over: str, applications: Applications) -> None:
 def watch_deployed(node: RayNode, stop: Event) -> None:
     """Keep what `serve deploy` has brought up, until `stop`; only a node with a dashboard takes any. Give it a thread."""
     while node.dashboard and not stop.wait(_LOOK_EVERY_S):
-        with contextlib.suppress(OSError, ValueError, KeyError, DermError):  # the node is down, or coming up
+        # The node is down, or coming up.
+        with contextlib.suppress(OSError, HTTPException, ValueError, LookupError, TypeError, DermError):
             kept, applications = read_deployed(node.home), _running(node)
             if kept and applications and applications != kept["applications"]:
                 keep_deployed(node.home, over=kept["over"], applications=applications)
@@ -58,12 +60,18 @@ def _running(node: RayNode) -> Applications:
         f"http://127.0.0.1:{node.dashboard_port}/api/serve/applications/",
         headers={"Authorization": f"Bearer {token}"},
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+    # By no proxy: the token is for this node, whatever the environment says of others.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=10) as answer:
         return applications_of(json.load(answer)["applications"].values())
 
 
 def applications_of(found: Iterable[dict[str, Any]]) -> Applications:
-    """The configurations of what the dashboard found to be deployed; none unless all of it runs."""
-    if any(application["status"] != "RUNNING" for application in found):
+    """The configurations of what the dashboard found to be deployed; none unless all of it runs.
+
+    Without what was not deployed by a configuration (`serve run`), and could not be again.
+    """
+    applications = list(found)
+    if any(application["status"] != "RUNNING" for application in applications):
         return []
-    return [application["deployed_app_config"] for application in found]
+    return [config for application in applications if (config := application["deployed_app_config"])]

@@ -8,7 +8,7 @@ s/^( *stats socket .*) mode 666 /\1 mode 600 /
 # The applications' names are told to nobody.
 s/^( *http-request return) .* if routes *$/\1 status 404 if routes/
 
-# A request id that is free text may hold a name, and Serve answers with what it gets. Elsewhere: serve_app's request_id.py.
+# A request id that is free text may hold a name, and Serve answers with what it gets. Elsewhere: serve_app/http/problems.py.
 s/^frontend http_frontend *$/&\n    http-request del-header X-Request-ID if { req.fhdr_cnt(x-request-id) gt 1 } or !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }/
 
 # HAProxy's own 400 has no setting: headers somewhat too many go on to the service, which has words for it (those

@@ -4,9 +4,8 @@
 that children inherit. Some overwrite their environment with their title; those are found as descendants, or in the
 session that `ray start` opened.
 
-Ray reads its environment
-when its modules are imported, in every process of the node: it is set before `ray start`, and before `import ray` in
-whatever connects. What each setting is worth is measured in docs/performance.md.
+Ray reads its environment when its modules are imported, in every process of the node: it is set before `ray start`,
+and before `import ray` in whatever connects. What each setting is worth is measured in docs/performance.md.
 
 Ray keeps the objects of a node, originals of images among them, in a file in shared memory. What does not fit it
 writes to its spill directory, and what cannot be moved it maps from files there: images in clear. So both are one

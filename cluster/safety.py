@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import asyncpg
 import psutil
 
+from cluster.deployed import deployed_file
 from cluster.key_backups import find_kept_copies
 from cluster.ports import exposed, listeners
 from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
@@ -63,11 +64,11 @@ def prevents_ready(finding: Finding, *, env: str) -> bool:
 
 
 def file_findings(home: Path) -> list[Finding]:
-    """Files of keys and secrets that another user may open, or that belong to one."""
+    """Files of keys and secrets, and of what a start runs, that another user may open, or that belong to one."""
     files = NodeFiles(home)
     secret = [files.keyring, files.keystore, files.audit_signing_key, files.audit_checkpoints]
     secret += [home / "secrets" / "service.env", home / "secrets" / "owner.env"]
-    secret += [home / "ray" / "token", home / "postgres.json", home / "spill"]
+    secret += [home / "ray" / "token", deployed_file(home), home / "postgres.json", home / "spill"]
     return [finding for path in secret for finding in _private(path)]
 
 

@@ -188,11 +188,11 @@ class Startup:
                 raise RayFailed("The node died while the graph was being deployed.")
             if time.monotonic() > deadline:
                 raise RayFailed(f"The graph was not up within {_DEPLOY_TIMEOUT_S} s; see {log}.")
-        if deploy.returncode != 0:
-            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith("graph: "):
                 report(line)
+        if deploy.returncode != 0:
+            raise RayFailed(f"The graph was not deployed: {_last_words(log)} (all of it: {log}).")
         self._wait_ready()
 
     def _wait_ready(self) -> None:

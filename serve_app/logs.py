@@ -7,7 +7,7 @@ a line is of, the cleaning of text, what is told of an exception, the record, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -159,26 +159,21 @@ _ROOT = str(Path(__file__).resolve().parents[1]) + "/"
 _SERVER_FAULT = 500
 
 
-def describe(error: BaseException) -> list[dict[str, Any]]:
+def describe(error: BaseException, clean: Callable[[str], str]) -> list[dict[str, Any]]:
     """Describe an exception and what caused it, outermost first: `type`, `at` (innermost last), and our `text`."""
     described: list[dict[str, Any]] = []
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen and len(described) < _CHAIN:
-        seen.add(id(current))
-        kind = type(current)
+    while current is not None and len(described) < _CHAIN:
         # Not `extract_tb`, which reads source lines: a literal in one of them may be anything.
         frames = list(traceback.walk_tb(current.__traceback__))[-_FRAMES:]
         told: dict[str, Any] = {
-            "type": kind.__qualname__
-            if kind.__module__ == "builtins"
-            else f"{kind.__module__}.{kind.__qualname__}",
+            "type": f"{type(current).__module__}.{type(current).__qualname__}".removeprefix("builtins."),
             "at": [
                 f"{_short(frame.f_code.co_filename)}:{line} {frame.f_code.co_name}" for frame, line in frames
             ],
         }
         if text := own_text(current):
-            told["text"] = text
+            told["text"] = clean(text)
         described.append(told)
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return described
@@ -201,10 +196,8 @@ def in_lines(described: list[dict[str, Any]]) -> str:
 def _short(path: str) -> str:
     if path.startswith(_ROOT) and "/site-packages/" not in path:
         return path.removeprefix(_ROOT)
-    for root in sorted(sys.path, key=len, reverse=True):
-        if root and path.startswith(f"{root}/"):
-            return path.removeprefix(f"{root}/")
-    return path.rpartition("/")[2]
+    roots = [root for root in sys.path if root and path.startswith(f"{root}/")]
+    return path.removeprefix(f"{max(roots, key=len)}/") if roots else path.rpartition("/")[2]
 
 
 #: Fields an event may carry, named in the message or as `extra`. Any other is dropped and its name said.
@@ -235,10 +228,14 @@ def _is_data(value: object) -> bool:
     return isinstance(value, bytes | bytearray | memoryview) or hasattr(value, "__array__")
 
 
-class CleanRecords:
-    """A record factory: message, arguments and exception come out clean, whoever logs."""
+class CleanRecords(logging.Formatter):
+    """A record factory: message, arguments and exception come out clean, whoever logs; and the form of its records.
+
+    One JSON object a line: time (RFC 3339, UTC), level, logger, message, request_id, fields, exception.
+    """
 
     def __init__(self, redactor: Redactor) -> None:
+        super().__init__()
         self._redactor = redactor
 
     def __call__(
@@ -258,14 +255,10 @@ class CleanRecords:
         if isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], Mapping):
             args = args[0]
         record.msg = self._message(msg, args)
-        named = args if isinstance(args, Mapping) else {}
-        record.safe_fields = {key: self.field(key, value) for key, value in named.items() if key in FIELDS}
+        record.safe_fields = self._fields(args if isinstance(args, Mapping) else {})
         error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
         if isinstance(error, BaseException):
-            record.described = described = describe(error)
-            for part in described:
-                if "text" in part:
-                    part["text"] = self._clean(part["text"])
+            record.described = described = describe(error, self._clean)
             record.exc_text = in_lines(described)
         return record
 
@@ -285,7 +278,7 @@ class CleanRecords:
         literal, *rest = _PLACEHOLDER.split(text)
         said = [self._clean(literal)]
         for name, following in zip(rest[::2], rest[1::2], strict=True):
-            said += [str(self.field(name, args[name])), self._clean(following)]
+            said += [str(self._field(name, args[name])), self._clean(following)]
         return "".join(said)
 
     def _argument(self, value: object) -> Any:  # noqa: ANN401
@@ -297,7 +290,7 @@ class CleanRecords:
             return f"{type(value).__name__}{f', {text}' if text else ''}"
         return "[bytes]" if _is_data(value) else str(value)
 
-    def field(self, name: str, value: object) -> object:
+    def _field(self, name: str, value: object) -> object:
         """The value of a named field: ids of ours, numbers and short names stay, anything else is a digest."""
         if value is None or (isinstance(value, bool | int | float) and math.isfinite(value)):
             return value
@@ -316,24 +309,12 @@ class CleanRecords:
             return self._redactor.digest(text)
         return text.partition("\n")[0].partition("?")[0]
 
-    def request_id(self, record: logging.LogRecord) -> str | None:
+    def _request_id(self, record: logging.LogRecord) -> str | None:
         """The id of the request at hand; of Ray Serve's own records the caller's, a digest where it may name somebody."""
         if request := _request.get():
             return request.request_id
         sent = str(getattr(record, "request_id", None) or "")
         return (sent if is_opaque(sent) else self._redactor.digest(sent)) if sent else None
-
-    def _clean(self, text: str) -> str:
-        request = _request.get() or RequestContext("")
-        return self._redactor.clean(text, concealed=request.concealed, public=request.request_id)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time (RFC 3339, UTC), level, logger, message, request_id, fields, exception."""
-
-    def __init__(self, records: CleanRecords) -> None:
-        super().__init__()
-        self._records = records
 
     def format(self, record: logging.LogRecord) -> str:
         """Write the record; a field that is not allowed is named in `dropped`, its value is not."""
@@ -343,21 +324,26 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if request_id := self._records.request_id(record):
+        if request_id := self._request_id(record):
             line["request_id"] = request_id
         line.update(getattr(record, "safe_fields", {}))
         extra = {name: value for name, value in vars(record).items() if name not in _SILENT}
-        line.update(
-            (name, self._records.field(name, value)) for name, value in extra.items() if name in FIELDS
-        )
+        line.update(self._fields(extra))
         if dropped := sorted(extra.keys() - FIELDS):
             line["dropped"] = dropped
         if told := getattr(record, "described", None):
             line["exception"] = told
         return json.dumps(line, ensure_ascii=True, default=lambda _: REMOVED)
 
+    def _fields(self, values: Mapping[str, object]) -> dict[str, object]:
+        return {name: self._field(name, value) for name, value in values.items() if name in FIELDS}
 
-class ProcessLog:
+    def _clean(self, text: str) -> str:
+        request = _request.get() or RequestContext("")
+        return self._redactor.clean(text, concealed=request.concealed, public=request.request_id)
+
+
+class ProcessLog(logging.Handler):
     """The log of this process: every record clean, everything on JSON lines.
 
     In a replica the lines go where Ray Serve writes (its file, its rotation); elsewhere to `stream`
@@ -366,9 +352,11 @@ class ProcessLog:
     """
 
     def __init__(self, key: bytes, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+        super().__init__()
         self._records = CleanRecords(Redactor(key))
-        self._handler = _ToServe(JsonLines(self._records), logging.StreamHandler(stream or sys.__stderr__))
-        self._level = level
+        self._stream = logging.StreamHandler(stream or sys.__stderr__)
+        self._stream.setFormatter(self._records)
+        self._least = level
 
     @classmethod
     def of_node(cls, secret: SecretStr) -> Self:
@@ -379,32 +367,23 @@ class ProcessLog:
         """Clean every record from now on, and write those of all loggers but Ray Serve's, which writes its own."""
         logging.setLogRecordFactory(self._records)
         root = logging.getLogger()
-        root.addHandler(self._handler)
-        root.setLevel(self._level)
-        self._handler.take_over()
+        root.addHandler(self)
+        root.setLevel(self._least)
+        self._take_over()
         threading.excepthook = _on_dead_thread
-
-
-class _ToServe(logging.Handler):
-    """Hands records to the handlers of Ray Serve's logger, as long as it has any; else to a stream."""
-
-    def __init__(self, formatter: logging.Formatter, stream: logging.Handler) -> None:
-        super().__init__()
-        self._formatter, self._stream = formatter, stream
-        stream.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        for handler in self.take_over() or [self._stream]:
+        for handler in self._take_over() or [self._stream]:
             handler.handle(record)
 
-    def take_over(self) -> list[logging.Handler]:
+    def _take_over(self) -> list[logging.Handler]:
         """Have Serve's own lines in our form; again after each of its reconfigurations, which make new handlers."""
         handlers = logging.getLogger("ray.serve").handlers
         for handler in handlers:
             # Serve buffers: the handler that formats is behind one that keeps.
             target = getattr(handler, "target", None) or handler
-            target.setFormatter(self._formatter)
+            target.setFormatter(self._records)
         return handlers
 
 

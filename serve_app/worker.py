@@ -24,8 +24,9 @@ from serve_app.records.audit_log import AuditChain, sign_head
 from serve_app.records.health import Violation, find_violations
 from serve_app.records.pool import Pool
 
-#: Seconds before a loop that ended is started again: doubled each time, until one has run for STEADY_S.
-FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 120.0, 300.0
+#: Seconds before a loop that ended is started again: doubled each time, until one has run for STEADY_S. Well below
+#: SEALED_WITHIN: who cannot sign goes on sealing, and no sound event is taken for one that was slipped in.
+FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 60.0, 300.0
 #: A loop that ended so often in a row is a finding.
 KEEPS_ENDING_AFTER = 3
 #: How long a shutdown waits for all loops, and each loop for its last act.
@@ -131,10 +132,20 @@ def every(
                 await _do_each(work, within_s)
         except asyncio.CancelledError:
             if last is not None:
-                await _attempt(last, LAST_WITHIN_S)
+                task = asyncio.current_task()
+                await finish(task.get_name() if task else "?", last)
             raise
 
     return loop
+
+
+async def finish(name: str, last: Callable[[], Awaitable[object]]) -> None:
+    """Do a last act, for LAST_WITHIN_S at most; what fails is logged, and holds up no other."""
+    try:
+        async with asyncio.timeout(LAST_WITHIN_S):
+            await last()
+    except Exception as error:  # noqa: BLE001 - nothing comes after it that could try again
+        _log.error("%s: its last act failed (%s)", name, type(error).__name__)
 
 
 async def _do_each(work: tuple[Callable[[], Awaitable[object]], ...], within_s: float | None) -> None:

@@ -13,22 +13,16 @@ from time import monotonic
 
 #: How many keys are remembered; the one not seen for longest is forgotten first, and starts afresh.
 MAX_KEYS = 10_000
+#: How often events are counted anew, seconds.
+WINDOW_S = 60.0
 
 
 class TokenBuckets:
     """A bucket for each key: `burst` requests at once, `rate_per_s` in the long run."""
 
-    def __init__(
-        self,
-        *,
-        rate_per_s: float,
-        burst: int,
-        max_keys: int = MAX_KEYS,
-        clock: Callable[[], float] = monotonic,
-    ) -> None:
+    def __init__(self, *, rate_per_s: float, burst: int, clock: Callable[[], float] = monotonic) -> None:
         self._rate = rate_per_s
         self._burst = float(burst)
-        self._max_keys = max_keys
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
@@ -39,7 +33,7 @@ class TokenBuckets:
         left = min(self._burst, left + (now - since) * self._rate)
         wait = 0.0 if left >= 1 else (1 - left) / self._rate
         self._buckets[key] = (left if wait else left - 1, now)
-        while len(self._buckets) > self._max_keys:
+        while len(self._buckets) > MAX_KEYS:
             self._buckets.popitem(last=False)
         return wait
 
@@ -51,20 +45,17 @@ class AuditBudget:
     beyond it are counted together.
     """
 
-    def __init__(
-        self, *, per_key: int, total: int, window_s: float = 60.0, clock: Callable[[], float] = monotonic
-    ) -> None:
+    def __init__(self, *, per_key: int, total: int, clock: Callable[[], float] = monotonic) -> None:
         self._per_key = per_key
         self._total = total
-        self._window_s = window_s
         self._clock = clock
-        self._window = self._now()
+        self._window = -1
         self._written: Counter[str] = Counter()
         self._suppressed = 0
 
     def spend(self, key: str) -> bool:
         """Say whether an event may be written for this key now; one that may not is counted."""
-        if (window := self._now()) != self._window:
+        if (window := int(self._clock() // WINDOW_S)) != self._window:
             self._window = window
             self._written.clear()
         if self._written[key] >= self._per_key or self._written.total() >= self._total:
@@ -84,13 +75,6 @@ class AuditBudget:
         suppressed, self._suppressed = self._suppressed, 0
         return suppressed
 
-    def _now(self) -> int:
-        return int(self._clock() // self._window_s)
-
-
-#: One subscriber has at least this much of IPv6 to choose addresses from (RFC 6177).
-_IPV6_PREFIX = 64
-
 
 def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collection[str] = ()) -> str:
     """Name the sender's address (IPv6: its /64 network), as far as it can be believed; else `unknown`.
@@ -106,7 +90,7 @@ def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collect
             break
         here = before
     if isinstance(here, IPv6Address):
-        return str(ip_network((here, _IPV6_PREFIX), strict=False))
+        return str(ip_network((here, 64), strict=False))  # one subscriber has at least as much (RFC 6177)
     return "unknown" if here is None else str(here)
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from uuid import UUID
 
 from serve_app.access.tokens import Principal
-from serve_app.audit.events import AuditEvent, AuditOutcome
+from serve_app.audit.events import AuditEvent, AuditOutcome, event_about
 from serve_app.domain.errors import InvalidField
 from serve_app.keys.receipts import ErasureReason
 
@@ -86,22 +86,6 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Circumstances:
-    """What is known of the principal and the resource; the default is nothing, which allows least.
-
-    `assigned`: a care assignment of the principal to the patient is in force. `emergency`: the
-    emergency access that is, if any. `own`: what is to be judged is the principal's own doing.
-    """
-
-    assigned: bool = False
-    emergency: UUID | None = None
-    own: bool = False
-
-
-NOTHING_KNOWN = Circumstances()
-
-
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Yes or no, and why in one stable code: for the audit log, never for the caller.
@@ -118,9 +102,18 @@ class Decision:
         return self.allowed
 
 
-def may(principal: Principal, action: Action, circumstances: Circumstances = NOTHING_KNOWN) -> Decision:
-    """Decide whether the principal may do this.
+def may(
+    principal: Principal,
+    action: Action,
+    *,
+    assigned: bool = False,
+    emergency: UUID | None = None,
+    own: bool = False,
+) -> Decision:
+    """Decide whether the principal may do this; with nothing known of the circumstances, least is allowed.
 
+    `assigned`: a care assignment of the principal to the patient is in force. `emergency`: the emergency
+    access that is, if any. `own`: what is to be judged is the principal's own doing.
     A decision that allows names the role that does; one that denies is `role` (no role of the
     principal grants the action to anyone), `own`, or `assignment`. An assignment goes before an
     emergency access: only what needed the emergency is put down to it.
@@ -130,14 +123,14 @@ def may(principal: Principal, action: Action, circumstances: Circumstances = NOT
     }
     if not reaches:
         return Decision(allowed=False, reason="role")
-    if circumstances.own:
+    if own:
         return Decision(allowed=False, reason="own")
     for role, reach in reaches.items():
-        if reach is Reach.ANY or circumstances.assigned:
+        if reach is Reach.ANY or assigned:
             return Decision(allowed=True, reason=role.value)
     for role, reach in reaches.items():
-        if reach is Reach.CARE and circumstances.emergency is not None:
-            return Decision(allowed=True, reason=role.value, emergency=circumstances.emergency)
+        if reach is Reach.CARE and emergency is not None:
+            return Decision(allowed=True, reason=role.value, emergency=emergency)
     return Decision(allowed=False, reason="assignment")
 
 
@@ -159,19 +152,14 @@ class RequestedAction:
     emergency: UUID | None = None
     recorded: bool = False
 
+    @property
+    def actor(self) -> str:
+        """Who asks, as events name them."""
+        return self.principal.subject
+
     def event(self, outcome: AuditOutcome, /, **detail: object) -> AuditEvent:
         """Say how it ended; `detail` holds codes and ids only."""
-        return AuditEvent(
-            action=self.action,
-            actor=self.principal.subject,
-            outcome=outcome,
-            patient_id=self.patient_id,
-            lesion_id=self.lesion_id,
-            image_id=self.image_id,
-            assessment_id=self.assessment_id,
-            request_id=self.request_id,
-            detail=detail,
-        )
+        return event_about(self, self.action, outcome, detail)
 
 
 _current: ContextVar[RequestedAction | None] = ContextVar("requested_action", default=None)
@@ -250,8 +238,7 @@ def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpos
 
 def recorded_purpose(event: AuditEvent) -> Purpose | None:
     """The purpose that an event was recorded with; None for events from before there was one."""
-    recorded = event.detail.get(PURPOSE)
-    return next((purpose for purpose in Purpose if purpose == recorded), None)
+    return next((purpose for purpose in Purpose if purpose == event.detail.get(PURPOSE)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class AuditEvent:
 
     `detail` is JSON-able and holds codes and ids only: never a name, a date of birth, an
     image, a token or a key; of a change of the model also who approved it and why. `purpose` is added where the event
-    is written (purpose.py). The time is the database's, set when the event is written.
+    is written (`purpose_of` in access/rules.py). The time is the database's, set when the event is written.
     """
 
     action: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from serve_app.domain.assessment import Shape
+
 
 class AnatomSite(StrEnum):
     """ISIC's `anatom_site_general`."""
@@ -30,7 +32,7 @@ class Sex(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class History(Shape):
     """Risk history; None means that it was not stated."""
 
     personal_melanoma: bool | None = None
@@ -45,7 +47,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Checklist:
+class Checklist(Shape):
     """The weighted 7-point checklist (NICE NG12): major 2 points, minor 1, refer at 3 or more."""
 
     change_in_size: bool = False
@@ -82,7 +84,7 @@ class Lookup(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Discrepancy:
+class Discrepancy(Shape):
     """Where the caller and the patient's record differ: the field, what was sent, what is recorded."""
 
     field: str
@@ -91,7 +93,7 @@ class Discrepancy:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordCheck:
+class RecordCheck(Shape):
     """What the directory of patients said while the image came in; `encounter` is None when none was named."""
 
     patient: Lookup
@@ -100,7 +102,7 @@ class RecordCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class ClinicalContext:
+class ClinicalContext(Shape):
     """Everything beside the pixels that may change the risk; `record` is None where no directory is asked."""
 
     anatom_site_general: AnatomSite | None = None

@@ -1,35 +1,44 @@
-"""Who is let in: token, rate, revocation and the route's rule; whoever is not is one audit event, within bounds."""
+"""Who is let in, and to whose record: token, rate, revocation, the route's rule, and whether the patient is theirs.
+
+Whoever is not is one audit event, within bounds.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 import logging
 from math import ceil
-from typing import Any, NoReturn
+import re
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from uuid import UUID
 
-from fastapi import Request
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 
-from serve_app.access.issuer_keys import token_verifier
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_address
 from serve_app.access.rules import Action, RequestedAction, begin, may
-from serve_app.access.tokens import Principal
+from serve_app.access.tokens import Principal, token_verifier
 from serve_app.audit.events import AuditEvent
-from serve_app.domain.errors import Forbidden, RateLimited, Unauthenticated
+from serve_app.domain.errors import Forbidden, NotFound, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
+from serve_app.records.lesion_rows import PatientAccess
 from serve_app.records.lesions import LesionStore
 from serve_app.settings import Settings, split_words
 
-_FIELD = "x-action"
+if TYPE_CHECKING:  # they hold the Authenticator
+    from serve_app.http.services import Services
 
-#: The audit log's actor where no token says who it is, and its action where nobody got as far as one.
-NOBODY = "unauthenticated"
-AUTHENTICATE = "authenticate"
+_FIELD = "x-action"
 
 #: The action of a route that names none, and is denied for it.
 _UNDECLARED = "undeclared"
 
-WINDOW_S = 60.0
+#: For the document alone: what counts as a bearer token is for the Authenticator to say.
+_DOCUMENTED = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _log = logging.getLogger("derm.access")
 
@@ -42,13 +51,10 @@ def rule(action: Action, **extra: object) -> dict[str, Any]:
 def _rule_of(request: Request) -> Action | None:
     """Find the action of the route that was chosen; None, and an error in the log, when it names none."""
     route: APIRoute = request.scope["route"]
-    word = (route.openapi_extra or {}).get(_FIELD)
-    if word is None:
-        _log.error(
-            "%s %s is denied to all: give the route openapi_extra=rule(Action...)", request.method, route.path
-        )
-        return None
-    return Action(word)
+    if word := (route.openapi_extra or {}).get(_FIELD):
+        return Action(word)
+    _log.error("%s %s is denied to all: it has no openapi_extra=rule(Action...)", request.method, route.path)
+    return None
 
 
 class Authenticator:
@@ -63,17 +69,17 @@ class Authenticator:
         per_minute, total = settings.unauthenticated_per_minute, settings.refusal_events_per_minute
         self._strangers = TokenBuckets(rate_per_s=per_minute / 60, burst=per_minute)
         #: By code: how many events may be written singly.
-        self._budgets = {
-            "unauthenticated": AuditBudget(per_key=per_minute, total=total, window_s=WINDOW_S),
-            "rate_limited": AuditBudget(per_key=1, total=total, window_s=WINDOW_S),
-            "invalid_field": AuditBudget(per_key=per_minute, total=total, window_s=WINDOW_S),
-        }
+        singly = {"unauthenticated": per_minute, "rate_limited": 1, "invalid_field": per_minute}
+        self._budgets = {code: AuditBudget(per_key=key, total=total) for code, key in singly.items()}
 
     async def admit(self, request: Request) -> Principal:
         """Say who asks. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
         begin(None)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            await self._refuse_stranger(request)
         try:
-            principal = await self._verifier.identify(_token(request))
+            principal = await self._verifier.identify(token.strip())
         except Unauthenticated:
             await self._refuse_stranger(request)
         action = _rule_of(request)
@@ -124,12 +130,79 @@ class Authenticator:
 
 def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     return AuditEvent(
-        action=AUTHENTICATE, actor=NOBODY, outcome="denied", request_id=request_id, detail=detail
+        action="authenticate", actor="unauthenticated", outcome="denied", request_id=request_id, detail=detail
     )
 
 
-def _token(request: Request) -> str:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthenticated
-    return token.strip()
+async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> Principal:
+    """Verify `Authorization: Bearer <JWT>`, and that the route is for this principal at all.
+
+    Raises Unauthenticated, RateLimited or Forbidden; each is in the audit log. RequestValidationError for a query
+    parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
+    """
+    services: Services = request.app.state.services
+    principal = await services.authenticator.admit(request)
+    if request.query_params:
+        _judge_query(request)
+    return principal
+
+
+def _judge_query(request: Request) -> None:
+    operation = (
+        request.app.openapi()["paths"].get(request.scope["route"].path, {}).get(request.method.lower(), {})
+    )
+    known = {
+        found["name"]: found["schema"] for found in operation.get("parameters", []) if found["in"] == "query"
+    }
+    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if name not in known:
+            # Named only where it is a word: it may be anything that a caller knows.
+            word = f" {name}" if _WORD.fullmatch(name) else ""
+            takes = ", ".join(known) or "none"
+            fault = {"loc": ("query",), "msg": f"no such parameter{word}; this route takes {takes}"}
+            raise RequestValidationError([fault])
+        kinds = known[name].get("anyOf", [known[name]])
+        if times > 1 and not any(kind.get("type") == "array" for kind in kinds):
+            raise RequestValidationError([{"loc": ("query", name), "msg": "sent twice"}])
+
+
+Caller = Annotated[Principal, Depends(authenticate)]
+
+
+async def permit(
+    request: Request,
+    action: Action,
+    *,
+    patient_id: str | None,
+    access: PatientAccess,
+    lesion_id: UUID | None = None,
+) -> RequestedAction:
+    """Permit a request for a patient, or record the denial and raise Forbidden.
+
+    The caller reads the same words whether the patient is another's or does not exist. Returns what events of the
+    request are made with; what rests on an emergency access is marked so in all of them.
+    """
+    services: Services = request.app.state.services
+    requested: RequestedAction = request.state.requested
+    decision = may(requested.principal, action, assigned=access.assigned, emergency=access.emergency)
+    requested.patient_id, requested.lesion_id = patient_id, lesion_id
+    requested.emergency = decision.emergency
+    if not decision:
+        await services.records.record_event(requested.event("denied", reason=decision.reason))
+        raise Forbidden
+    return requested
+
+
+async def permit_lesion(request: Request, action: Action, lesion_id: UUID) -> RequestedAction:
+    """Permit a request for a lesion by its patient, as `permit` does.
+
+    An unknown lesion is denied like a stranger's: Forbidden, and on record. Only who may do this
+    for any patient learns that it is unknown: NotFound.
+    """
+    services: Services = request.app.state.services
+    requested: RequestedAction = request.state.requested
+    access = await services.records.access(requested.principal.subject, None, lesion_id)
+    await permit(request, action, patient_id=access.lesion_patient, access=access, lesion_id=lesion_id)
+    if access.lesion_patient is None:
+        raise NotFound
+    return requested

@@ -11,8 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.http import emergency_access, erasure, health, lesions, similar
 from serve_app.http.documents import name_documents
-from serve_app.http.problems import install_problem_handlers
-from serve_app.http.request_id import RequestIdMiddleware
+from serve_app.http.problems import RequestIdMiddleware, install_problem_handlers
 from serve_app.http.services import Counts, open_services
 from serve_app.lesions.assess import Stages
 from serve_app.settings import Settings

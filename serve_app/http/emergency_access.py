@@ -13,13 +13,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, TypeAdapter
 
-from serve_app.access.rules import Action, Circumstances, RequestedAction, may
+from serve_app.access.rules import Action, RequestedAction, may
 from serve_app.domain.assessment import Id
 from serve_app.domain.errors import Conflict, Forbidden, NotFound
 from serve_app.domain.identifiers import new_id, parse_opaque_id
-from serve_app.http.access import rule
+from serve_app.http.access import Caller, rule
 from serve_app.http.bodies import Form, body_of, read_form
-from serve_app.http.caller import Caller
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
 from serve_app.records.access import EmergencyAccess, ReviewOutcome
@@ -122,7 +121,7 @@ async def review_emergency(request: Request, caller: Caller, emergency_id: UUID)
     if found is None:
         raise NotFound
     requested.patient_id = found.patient_id
-    decision = may(caller, Action.REVIEW_ACCESS, Circumstances(own=found.principal == caller.subject))
+    decision = may(caller, Action.REVIEW_ACCESS, own=found.principal == caller.subject)
     if not decision:
         await services.records.record_event(
             requested.event("denied", reason=decision.reason, emergency_id=str(emergency_id))

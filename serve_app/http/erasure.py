@@ -10,9 +10,8 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from serve_app.access.rules import Action
-from serve_app.http.access import rule
+from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import Form, body_of, read_form
-from serve_app.http.caller import Caller, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, ErasureDocument
 from serve_app.http.services import Services
 from serve_app.keys.receipts import ErasureReason, format_instant

@@ -8,8 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serve_app.access.rules import Action
-from serve_app.http.access import rule
-from serve_app.http.caller import Caller
+from serve_app.http.access import Caller, rule
 from serve_app.http.services import Services
 from serve_app.records.serving import live_model
 

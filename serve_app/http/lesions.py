@@ -18,10 +18,10 @@ from serve_app.access.rules import Action, RequestedAction
 from serve_app.domain.assessment import Outcome, ReferenceFilter
 from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RecordsUnavailable
 from serve_app.domain.identifiers import parse_opaque_id
-from serve_app.http.access import rule
-from serve_app.http.admission import Place
+from serve_app.http.access import Caller, permit, permit_lesion, rule
 from serve_app.http.bodies import (
     Form,
+    Place,
     body_of,
     expected_bytes,
     parse_context,
@@ -29,7 +29,6 @@ from serve_app.http.bodies import (
     read_form,
     read_upload,
 )
-from serve_app.http.caller import Caller, permit, permit_lesion
 from serve_app.http.documents import PROBLEM_RESPONSES, UPLOAD_BODY
 from serve_app.http.services import Services
 from serve_app.http.similar import Confirmed, Licences, TopK
@@ -87,6 +86,7 @@ async def create_lesion(
         if stored is None:
             stored = await services.triage.submit(submission, await services.live.current())
         if isinstance(stored, Replay):
+            requested.recorded = False  # where another request was faster, the event was not written, either
             stored = await _find_again(services, stored, submission, requested)
     pictured: frozenset[str] = frozenset()
     # The image is on record: an error now would have it sent a second time, for want of a few links.

@@ -1,29 +1,47 @@
-"""Every error in the one problem shape, and on record: once, in whichever route, unless the route has recorded it."""
+"""Every error in the one problem shape, and on record once, in whichever route; X-Request-ID on every response.
+
+The id that is answered is the caller's, if it sent a sane one, else ours. What is kept (logs, audit log, problem
+documents) is the caller's only where its form names nobody: an id of free text may hold a name, a date of birth or
+a patient's number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from http import HTTPStatus
 import logging
+import re
+from urllib.parse import parse_qsl
 from uuid import UUID
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.access.rules import RequestedAction
 from serve_app.domain.errors import Conflict, DermError, Overloaded, RecordsUnavailable
+from serve_app.domain.identifiers import is_opaque, new_id
 from serve_app.http.services import Services
+from serve_app.logs import begin_request, end_request
 
 logger = logging.getLogger("derm.api")
 
-CONTENT_TYPE = "application/problem+json"
+_CONTENT_TYPE = "application/problem+json"
 
 #: Refused before anything was looked at, or there is no log to write to; the caller tries again.
 _UNRECORDED = (Overloaded, RecordsUnavailable)
+
+# Short and plain: it is written back into a header.
+_SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+#: What the headers of a request may be; HAProxy lets more through (cluster/haproxy.sed), so that the answer is ours.
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 1024
 
 #: Codes for what the framework itself answers.
 _FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -41,7 +59,7 @@ def _unrecorded(request: Request) -> RequestedAction | None:
     return requested
 
 
-async def record_failure(request: Request, error: DermError) -> DermError:
+async def _record_failure(request: Request, error: DermError) -> DermError:
     """Record an error of a request whose caller is known; returns what to answer.
 
     That is the error itself, or RecordsUnavailable when it cannot be recorded: what is not in the
@@ -73,7 +91,7 @@ def problem_response(
         "detail": detail,
         "request_id": request.scope.get("request_id", ""),
     }
-    return JSONResponse(body, status_code=status, media_type=CONTENT_TYPE, headers=dict(headers or {}))
+    return JSONResponse(body, status_code=status, media_type=_CONTENT_TYPE, headers=dict(headers or {}))
 
 
 def _allowed(request: Request) -> str:
@@ -93,7 +111,7 @@ def _name(location: Sequence[str | int]) -> str:
 
 
 async def _on_derm_error(request: Request, error: DermError) -> JSONResponse:
-    error = await record_failure(request, error)
+    error = await _record_failure(request, error)
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
@@ -149,3 +167,51 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(RequestValidationError)(_on_validation_error)
     app.exception_handler(Exception)(_on_defect)
+
+
+class RequestIdMiddleware:
+    """Put the id to keep into the scope and, unless the server in front does (`answer`), the id onto the response.
+
+    `scope["request_id_headers"]` is for responses that are made outside of this middleware.
+    """
+
+    def __init__(self, app: ASGIApp, *, answer: bool = True) -> None:
+        self._app = app
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if is_opaque(sent) else str(new_id())
+        added = {"X-Request-ID": sent if _SANE.fullmatch(sent) else request_id} if self._answer else {}
+        scope["request_id"], scope["request_id_headers"] = request_id, added
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(added)
+            await send(message)
+
+        begin_request(request_id, _of_the_caller(scope))
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        answer = self._app
+        if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            detail = f"A request may have {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together."
+            answer = problem_response(Request(scope), status=431, code="headers_too_large", detail=detail)
+        await answer(scope, receive, send_with_id)
+        # Not after a defect: that is logged outside of here, by what surrounds every middleware.
+        end_request()
+
+
+def _of_the_caller(scope: Scope) -> Iterator[str]:
+    """What no log line of this request may hold: credentials, the caller's own ids, and query string."""
+    headers = Headers(scope=scope)
+    if not is_opaque(sent := headers.get("x-request-id", "")):
+        yield sent
+    yield headers.get("authorization", "").partition(" ")[2].strip()
+    yield headers.get("idempotency-key", "")
+    query = scope.get("query_string", b"").decode("latin-1")
+    yield query
+    yield from (value for _, value in parse_qsl(query))

@@ -10,12 +10,13 @@ from functools import partial
 
 from deployments.preprocess.decode import UploadLimits
 from serve_app import worker
+from serve_app.access.rate_limit import WINDOW_S
 from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
-from serve_app.http.access import WINDOW_S, Authenticator
-from serve_app.http.admission import AdmissionGate, BodyPace
+from serve_app.http.access import Authenticator
+from serve_app.http.bodies import AdmissionGate, BodyPace
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
@@ -125,6 +126,8 @@ async def open_services(
             ),
             worker=Worker(),
         )
+        # Once the loops have ended: what they write last is sealed and signed, too.
+        closing.push_async_callback(worker.finish, "sealing", services.sealer.finish)
         async with services.worker.running(_loops(settings, services, observe)):
             yield services
 
@@ -147,12 +150,7 @@ def _loops(
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
         "recovery": every(recovery.PERIOD_S, partial(recovery.recover_once, records, services.triage, live)),
-        "sealing": every(
-            worker.SEAL_EVERY_S,
-            services.sealer.work,
-            within_s=worker.SEAL_WITHIN_S,
-            last=services.sealer.finish,
-        ),
+        "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
         ),

@@ -14,8 +14,7 @@ from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, Erased, NotFound, StageFailed
 from serve_app.domain.patient import AnatomSite
-from serve_app.http.access import rule
-from serve_app.http.caller import Caller, permit_lesion
+from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.documents import PROBLEM_RESPONSES
 from serve_app.http.services import Services
 from serve_app.records.answers import (

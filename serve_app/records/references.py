@@ -131,14 +131,11 @@ class ReferenceStore:
         """
         async with self._pool.connection() as connection:
             async with connection.transaction():
-                await _wait_for_loaders(connection)
-                await _copy_arrivals(connection, images, embeddings)
+                await _take_in(connection, images, embeddings, embedding_space)
                 if replace:
                     await connection.execute(_SQL["leave_only_arrivals"], embedding_space)
-                await _take_in_arrivals(connection, embedding_space)
                 await _index_space(connection, embedding_space, exact_below=self._exact_below)
-                detail = {"embedding_space": embedding_space, "references": len(images), "replaced": replace}
-                await record_event(connection, account_event("references_load", detail))
+                await _record(connection, "references_load", embedding_space, len(images), replaced=replace)
             await connection.execute(_SQL["analyze"], timeout=60)
 
 
@@ -254,8 +251,7 @@ class ReferenceCache:
         """Say that all of a space was replaced by this embedder's vectors, and is complete; failures are forgotten."""
         async with self._pool.connection() as connection, connection.transaction():
             # Another embedder's failures say nothing of these.
-            for step in ("drop_embedder", "drop_failures"):
-                await connection.execute(_SQL[step], embedder.embedding_space)
+            await connection.execute(_SQL["drop_embedder"], embedder.embedding_space)
             await connection.execute(_SQL["claim_space"], *astuple(embedder), expected)
             await connection.execute(_SQL["completed"], embedder.embedding_space)
 
@@ -279,9 +275,7 @@ class ReferenceCache:
         image lacks licence or attribution. Not indexed, nor counted, before `complete`.
         """
         async with self._pool.connection() as connection, connection.transaction():
-            await _wait_for_loaders(connection)
-            await _copy_arrivals(connection, images, embeddings)
-            await _take_in_arrivals(connection, embedding_space)
+            await _take_in(connection, images, embeddings, embedding_space)
             await connection.execute(_SQL["forgive"], embedding_space)
             await connection.executemany(_SQL["take_in_picture"], map(astuple, pictures))
             rows = [(embedding_space, *astuple(failure)) for failure in failures]
@@ -329,7 +323,14 @@ class ReferenceCache:
             if await connection.fetchval(_SQL["is_live"], embedding_space):
                 raise Conflict(f"{embedding_space} is the space that the live model answers in.")
             await _wait_for_loaders(connection)
-            dropped = await _drop(connection, embedding_space)
+            for (statement,) in await connection.fetch(_SQL["drop_index_statements"], embedding_space):
+                await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
+            said = await connection.execute(_SQL["drop_embeddings"], embedding_space, timeout=LOAD_TIMEOUT_S)
+            dropped = int(said.removeprefix("DELETE "))
+            if not await connection.fetchval(_SQL["drop_embedder"], embedding_space) and not dropped:
+                raise NotFound(f"There is nothing in a space named {embedding_space!r}.")
+            await connection.execute(_SQL["drop_unused_images"], timeout=LOAD_TIMEOUT_S)
+            await connection.execute(_SQL["recount"], timeout=LOAD_TIMEOUT_S)
             await _record(connection, "references_drop", embedding_space, dropped)
             return dropped
 
@@ -340,21 +341,24 @@ async def _wait_for_loaders(connection: asyncpg.Connection) -> None:
     await connection.execute(_SQL["wait_for_loaders"], timeout=LOAD_TIMEOUT_S)
 
 
-async def _copy_arrivals(
-    connection: asyncpg.Connection, images: Sequence[ReferenceImage], embeddings: NDArray[np.floating]
+async def _take_in(
+    connection: asyncpg.Connection,
+    images: Sequence[ReferenceImage],
+    embeddings: NDArray[np.floating],
+    embedding_space: str,
 ) -> None:
-    """Put images and their embeddings (as `load` takes them) into this transaction's `arrivals`."""
-    _check(images, embeddings)
+    """Add images and their embeddings (as `load` takes them) to a space; they stay in this transaction's `arrivals`."""
+    if embeddings.shape != (len(images), DIMENSIONS):
+        raise ValueError(f"Embeddings of shape {embeddings.shape} for {len(images)} images")
+    if not np.allclose(np.linalg.norm(embeddings.astype(np.float32), axis=1), 1, atol=1e-2):
+        raise ValueError("Embeddings must be finite and of unit norm")
     records = (
         (*astuple(image), image.diagnosis in MALIGNANT, image.confirmed, embedding)
         for image, embedding in zip(images, embeddings, strict=True)
     )
+    await _wait_for_loaders(connection)
     await connection.execute(_SQL["make_arrivals"], timeout=60)
     await connection.copy_records_to_table("arrivals", records=records, timeout=LOAD_TIMEOUT_S)
-
-
-async def _take_in_arrivals(connection: asyncpg.Connection, embedding_space: str) -> None:
-    """Add what is in `arrivals` to the images and to a space, or bring it up to date."""
     await connection.execute(_SQL["take_in_space"], embedding_space)
     await connection.execute(_SQL["take_in_images"], timeout=LOAD_TIMEOUT_S)
     await connection.execute(_SQL["take_in_embeddings"], embedding_space, timeout=LOAD_TIMEOUT_S)
@@ -369,27 +373,8 @@ async def _index_space(
         await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
 
 
-def _check(images: Sequence[ReferenceImage], embeddings: NDArray[np.floating]) -> None:
-    if embeddings.shape != (len(images), DIMENSIONS):
-        raise ValueError(f"Embeddings of shape {embeddings.shape} for {len(images)} images")
-    if not np.allclose(np.linalg.norm(embeddings.astype(np.float32), axis=1), 1, atol=1e-2):
-        raise ValueError("Embeddings must be finite and of unit norm")
-
-
-async def _record(connection: asyncpg.Connection, action: str, embedding_space: str, references: int) -> None:
-    detail = {"embedding_space": embedding_space, "references": references}
-    await record_event(connection, account_event(action, detail))
-
-
-async def _drop(connection: asyncpg.Connection, embedding_space: str) -> int:
-    for (statement,) in await connection.fetch(_SQL["drop_index_statements"], embedding_space):
-        await connection.execute(statement, timeout=LOAD_TIMEOUT_S)
-    deletions = []
-    for step in ("drop_embeddings", "drop_failures", "drop_embedder"):
-        said = await connection.execute(_SQL[step], embedding_space, timeout=LOAD_TIMEOUT_S)
-        deletions.append(int(said.removeprefix("DELETE ")))
-    if not any(deletions):
-        raise NotFound(f"There is nothing in a space named {embedding_space!r}.")
-    await connection.execute(_SQL["drop_unused_images"], timeout=LOAD_TIMEOUT_S)
-    await connection.execute(_SQL["recount"], timeout=LOAD_TIMEOUT_S)
-    return deletions[0]
+async def _record(
+    connection: asyncpg.Connection, action: str, embedding_space: str, references: int, **detail: object
+) -> None:
+    told = {"embedding_space": embedding_space, "references": references, **detail}
+    await record_event(connection, account_event(action, told))

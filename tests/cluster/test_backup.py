@@ -33,7 +33,9 @@ def good(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backup, made while the database serves, to restore, look at, copy and damage."""
     pid = open_clinic.server.ensure() and open_clinic.server.pid()
     folder = tmp_path_factory.mktemp("backups") / "monday"
+    umask = os.umask(0o022)  # `main` narrows it: PostgreSQL's account could not read what later tests write
     assert main(["backup", "--home", str(open_clinic.home), str(folder)]) == 0
+    os.umask(umask)
     assert open_clinic.server.pid() == pid
     return folder
 

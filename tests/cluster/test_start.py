@@ -27,7 +27,7 @@ from cluster.commands.audit import checkpoint_log
 from cluster.deployed import deployed_file, keep_deployed
 from cluster.ports import choose_port, listeners
 from cluster.postgres import EmbeddedPostgres
-from cluster.ray_node import RayNode
+from cluster.ray_node import RayNode, core
 from cluster.running import running_service
 from serve_app.settings import REPOSITORY
 
@@ -221,6 +221,19 @@ def test_a_dead_database_comes_back(service: Service, first_answer: dict) -> Non
     service.until(lambda: service.send("GET", "/readyz").status_code == 200, 60)
     answered = service.send("GET", f"/api/lesions/{first_answer['lesion_id']}").text
     assert first_answer["assessment_id"] in answered
+
+
+def test_a_dead_node_comes_back_as_it_was_deployed_last(service: Service, first_answer: dict) -> None:
+    """The operator's threshold is in force again, with no hand put to it; records and images are there."""
+    path = f"/api/lesions/{first_answer['lesion_id']}"
+    image = f"{path}/images/{first_answer['image_id']}"
+    before, deployed = service.send("GET", image).content, service.policy_version()
+    for process in core(service.home):
+        process.kill()
+    service.until(lambda: "ready again" in service.said, 300)
+    assert service.policy_version() == deployed
+    assert first_answer["assessment_id"] in service.send("GET", path).text
+    assert service.send("GET", image).content == before
 
 
 def test_a_stop_leaves_nothing_of_ours_and_ends_nobody_elses(service: Service) -> None:

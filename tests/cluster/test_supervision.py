@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from http.client import IncompleteRead
 import os
 from pathlib import Path
 import signal
@@ -110,17 +111,25 @@ def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatc
 def test_only_what_runs_is_kept_as_deployed_last(tmp_path, monkeypatch) -> None:
     """Not what is coming up, or failed; and nothing where the dashboard does not answer."""
     good, bad = ([{"name": "triage", "args": {"n": n}}] for n in (1, 2))
-    answers = [OSError(), ("DEPLOYING", bad), ("DEPLOY_FAILED", bad), ("RUNNING", []), ("RUNNING", good)]
+    answers = [
+        OSError(),
+        IncompleteRead(b""),
+        ("DEPLOYING", bad),
+        ("DEPLOY_FAILED", bad),
+        ("RUNNING", []),
+        ("RUNNING", good),
+    ]
     stop = Event()
 
     def running(_node: object) -> list[dict]:
         answer = answers.pop(0)
         if not answers:
             stop.set()
-        if isinstance(answer, OSError):
+        if isinstance(answer, Exception):
             raise answer
         status, applications = answer
-        details = [{"status": status, "deployed_app_config": found} for found in applications]
+        # One that was not deployed by a configuration has none.
+        details = [{"status": status, "deployed_app_config": found} for found in [*applications, None]]
         return deployed.applications_of(details)
 
     monkeypatch.setattr(deployed, "_LOOK_EVERY_S", 0)

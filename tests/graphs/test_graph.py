@@ -125,6 +125,19 @@ def test_what_was_deployed_last_is_deployed_again_over_the_same_file_and_profile
     assert "not used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"over": "$", "applications": [null]}', '{"over": "$", "applications": 3}']
+)
+def test_what_cannot_be_deployed_again_is_named_and_replaced_by_nothing(tmp_path, content: str) -> None:
+    """A risk policy that an operator deployed must not be another's after a start, without a word."""
+    at = {"host": "127.0.0.1", "port": 8123, "profile": "cpu"}
+    _, over = choose_config(tmp_path, **at)
+    keep_deployed(tmp_path, over=over, applications=[])
+    deployed_file(tmp_path).write_text(content.replace("$", over))
+    with pytest.raises(SystemExit, match=r"deployed\.json is damaged.*remove it"):
+        choose_config(tmp_path, **at)
+
+
 async def _raise(error: BaseException) -> Any:
     raise error
 

@@ -103,11 +103,14 @@ async def test_a_shutdown_waits_for_the_last_act_and_not_for_ever(monkeypatch, c
         done.append("last")
 
     since = time.monotonic()
-    async with Worker().running({"hangs": hangs, "rounds": every(60, for_ever, last=last)}):
+    loops = {"hangs": hangs, "rounds": every(60, for_ever, last=last), "fails": every(60, last=defective)}
+    async with Worker().running(loops):
         await asyncio.sleep(0.01)
     assert time.monotonic() - since < 5
     assert done == ["last"]
     assert "Not stopped in time: hangs" in caplog.text
+    assert "fails: its last act failed (KeyError)" in caplog.text
+    assert "secret" not in caplog.text
     over.set()
 
 

@@ -340,13 +340,11 @@ ORDER BY s.embedding_space;
 -- Delete the vectors of space $1.
 DELETE FROM reference_embeddings WHERE embedding_space = $1;
 
--- name: drop_failures
--- Delete the failures of space $1.
-DELETE FROM reference_failures WHERE embedding_space = $1;
-
 -- name: drop_embedder
--- Forget what filled space $1.
-DELETE FROM space_embedders WHERE embedding_space = $1;
+-- Forget what filled space $1, and what it failed at; says whether there was anything.
+WITH failures AS (DELETE FROM reference_failures WHERE embedding_space = $1 RETURNING isic_id),
+embedders AS (DELETE FROM space_embedders WHERE embedding_space = $1 RETURNING model_id)
+SELECT EXISTS (SELECT FROM failures) OR EXISTS (SELECT FROM embedders);
 
 -- name: drop_unused_images
 -- Delete the images that no space holds any more, and with them their pictures.

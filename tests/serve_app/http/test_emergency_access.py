@@ -125,10 +125,7 @@ async def test_the_reason_is_kept_and_is_not_in_the_log(service) -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        *(
-            {"reason": reason}
-            for reason in ("short", " " * 40, "x" * 1001, "a reason with a \x00 in it", None)
-        ),
+        *({"reason": reason} for reason in ("short", " " * 40, "a reason with a \x00 in it", None)),
         *({"patient_id": patient} for patient in ("", "Jane Doe")),
         *({"minutes": minutes} for minutes in (0, 721, "many")),
         {"more": "than asked"},
@@ -155,8 +152,6 @@ async def test_a_body_that_is_no_form_is_refused(service, body: bytes) -> None:
     assert answer.status_code == (413 if len(body) > 16_384 else 422)
     assert (answer.json()["detail"] == "patient_id: sent twice.") is (body == TWICE)
     assert len(await service.events(answer)) == 1
-    if body == b"[]":
-        assert answer.json()["detail"] == "body: Input should be an object"
 
 
 async def test_the_service_cannot_widen_an_emergency(service) -> None:

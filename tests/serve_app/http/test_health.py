@@ -55,3 +55,22 @@ async def test_the_metrics_are_what_ready_says(start_service, local_stages, monk
         assert told[-1]["assessments"]["pending"] == ready["assessments"]["pending"] >= 1
         assert told[-1].keys() <= ready.keys()
         assert set(ready["loops"]) == {*LOOPS, "counts"}
+
+
+async def test_ready_names_the_live_model_and_the_invariants_that_do_not_hold(service, model_id) -> None:
+    services = service.app.state.services
+    await services.invariants.check()
+    ready = (await service.client.get("/readyz")).json()
+    assert (ready["status"], ready["model_id"]) == ("ready", model_id)
+    found = ready["invariants"]
+    assert found["violated"] == []
+    assert found["checked_at"].endswith("Z")
+    await service.owner.execute(
+        "UPDATE space_embedders SET model_id = 'another.model' WHERE embedding_space ="
+        " (SELECT embedding_space FROM serving)"
+    )
+    await services.invariants.check()
+    response = await service.client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json()["invariants"]["violated"] == ["the live model filled the live space"]
+    await service.owner.execute("UPDATE space_embedders SET model_id = (SELECT model_id FROM serving)")

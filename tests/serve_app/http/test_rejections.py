@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 import io
+from itertools import starmap
 import json
 import struct
 import zlib
@@ -12,21 +13,13 @@ import httpx
 from PIL import Image
 import pytest
 
+from tests.serve_app.http.test_corpora import chunk
+
 
 def encoded(kind: str, size: tuple[int, int] = (300, 300)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (200, 150, 140)).save(buffer, kind)
     return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to no pixels."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -59,32 +52,35 @@ async def rejected(service):
     return send
 
 
-@pytest.mark.parametrize(
-    "image",
-    [encoded("GIF"), encoded("BMP"), encoded("WEBP"), encoded("TIFF"), b"", b"\xff\xd8", b"%PDF-1.7", b"x"],
-    ids=["gif", "bmp", "webp", "tiff", "empty", "cut magic", "pdf", "text"],
+#: A PNG that claims 40 megapixels and has next to none: found before decoding.
+MANY_PIXELS = b"\x89PNG\r\n\x1a\n" + b"".join(
+    starmap(
+        chunk,
+        (
+            (b"IHDR", struct.pack(">IIBBBBB", 6400, 6400, 8, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(b"")),
+            (b"IEND", b""),
+        ),
+    )
 )
-async def test_what_is_not_jpeg_or_png_by_content_is_415(rejected, image: bytes) -> None:
-    await rejected(415, "unsupported_image", image=image, name="lesion.jpg")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-async def test_a_truncated_or_broken_image_is_undecodable(rejected, kind: str, drawn_lesion) -> None:
-    image, png = drawn_lesion(kind=kind), drawn_lesion()
-    for broken in (image[: len(image) // 2], image[:12], png[:200] + bytes(60) + png[260:]):
-        await rejected(422, "undecodable_image", image=broken)
-
-
-@pytest.mark.parametrize("size", [(600, 223), (1, 1)])
-async def test_a_small_image_is_rejected(rejected, size) -> None:
-    body = await rejected(422, "image_too_small", image=encoded("PNG", size))
-    assert "224" in body["detail"]
-
-
-@pytest.mark.parametrize("size", [(6400, 6400), (2**31 - 1, 2**31 - 1)])
-async def test_too_many_pixels_are_found_before_decoding(rejected, size) -> None:
-    body = await rejected(413, "too_large", image=png_header(*size))
-    assert "pixels" in body["detail"]
+@pytest.mark.parametrize(
+    ("image", "status", "code", "said"),
+    [
+        *((encoded(kind), 415, "unsupported_image", kind) for kind in ("GIF", "BMP", "WEBP", "TIFF")),
+        *((image, 415, "unsupported_image", "") for image in (b"", b"\xff\xd8", b"%PDF-1.7")),
+        *((encoded(kind)[:300], 422, "undecodable_image", "") for kind in ("JPEG", "PNG")),
+        (encoded("PNG", (600, 223)), 422, "image_too_small", "224"),
+        (MANY_PIXELS, 413, "too_large", "pixels"),
+    ],
+    ids=["gif", "bmp", "webp", "tiff", "empty", "cut magic", "pdf", "cut JPEG", "cut PNG", "small", "large"],
+)
+async def test_an_image_that_cannot_be_assessed_is_rejected_by_content(
+    rejected, image: bytes, status: int, code: str, said: str
+) -> None:
+    body = await rejected(status, code, image=image, name="lesion.jpg")
+    assert said.lower() in body["detail"].lower()
 
 
 async def test_too_many_bytes_by_content_length(rejected) -> None:
@@ -108,8 +104,9 @@ async def test_too_many_bytes_in_a_body_of_unknown_length(rejected) -> None:
     assert sent <= 22 << 20
 
 
-async def test_an_image_just_over_the_limit_is_too_large(rejected) -> None:
+async def test_an_image_and_a_field_just_over_the_limit_are_rejected(rejected) -> None:
     await rejected(413, "too_large", image=b"\xff\xd8\xff" + b"x" * (20 * 1024 * 1024))
+    await rejected(422, "invalid_field", history="x" * 70_000, known_patient=False)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +114,11 @@ async def test_an_image_just_over_the_limit_is_too_large(rejected) -> None:
     [
         ("anatom_site_general", "Torso"),
         ("sex", "F"),
-        *(("age_approx", age) for age in ("-1", "abc", "999", "121", "4.5", "１２", "1e1")),
+        *(("age_approx", age) for age in ("-1", "abc", "121", "4.5", "１２", "1e1")),
         *(("encounter_id", encounter) for encounter in ("Jane Doe", "e" * 65)),
         *(("lesion_id", lesion) for lesion in ("7", "x" * 36, "0" * 33)),
-        *(("history", text) for text in ("{", "[]", '"yes"', "null", "[" * 60_000)),
-        *(("history", f'{{"personal_melanoma": {value}}}') for value in ('"yes"', "1", "{}", "NaN")),
+        *(("history", text) for text in ("{", "[]", "null", "[" * 60_000)),
+        *(("history", f'{{"personal_melanoma": {value}}}') for value in ('"yes"', "1", "NaN")),
         ("history", '{"smoker": true}'),
         ("history", '{"a":' * 10_000 + "1" + "}" * 10_000),
         ("checklist", '{"score": 7}'),
@@ -139,22 +136,6 @@ async def test_a_value_that_is_not_known_is_rejected(rejected, field: str, value
     assert field in body["detail"]
 
 
-async def test_a_field_that_is_too_long_is_rejected(rejected) -> None:
-    await rejected(422, "invalid_field", history="x" * 70_000, known_patient=False)
-
-
-@pytest.mark.parametrize(
-    "patient_id",
-    ["", "Jane Doe", "p\x00", "p" * 65, "-p", "p\n", "é", "1990/01/02"],
-)
-async def test_a_patient_id_is_opaque(service, rejected, patient_id: str) -> None:
-    files = {"image": service.image}
-    body = await rejected(
-        422, "invalid_field", files=files, data={"patient_id": patient_id}, known_patient=False
-    )
-    assert body["detail"].startswith("patient_id: ")
-
-
 IMAGE = ("a.png", b"an image")
 
 
@@ -162,6 +143,10 @@ IMAGE = ("a.png", b"an image")
     ("files", "data", "detail"),
     [
         ([("image", IMAGE)], {}, "patient_id: "),
+        *(
+            ([("image", IMAGE)], {"patient_id": patient_id}, "patient_id: ")
+            for patient_id in ("", "Jane Doe", "p\x00", "p" * 65, "-p", "é", "1990/01/02")
+        ),
         ([("checklist", (None, "{}"))], {"patient_id": "p"}, "image: a file is required."),
         ([("image", (None, "text"))], {"patient_id": "p"}, "image: a file is required."),
         ([("image", IMAGE), ("patient_id", ("name.txt", b"p-1"))], {}, "patient_id: a file was sent"),
@@ -169,7 +154,6 @@ IMAGE = ("a.png", b"an image")
         ([("image", IMAGE)], {"patient_id": ["p", "p"]}, "patient_id: sent twice."),
         ([("image", IMAGE)], {f"field-{i}": "x" for i in range(50)}, "The multipart body is malformed."),
     ],
-    ids=["no patient", "no image", "image as text", "text as file", "two images", "twice", "many"],
 )
 async def test_a_form_of_other_parts_is_rejected_by_name(rejected, files, data, detail: str) -> None:
     body = await rejected(422, "invalid_field", files=files, data=data, known_patient=False)

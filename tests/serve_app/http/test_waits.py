@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.http import admission
+from serve_app.http import bodies
 from serve_app.lesions import recovery, triage
 from tests.serve_app.lesions.test_pending import Faulty, failing, recover, row_of
 
@@ -56,7 +56,7 @@ async def send(service, body: AsyncIterator[bytes], **headers: str) -> httpx.Res
 async def test_a_body_that_takes_too_long_is_refused_and_frees_its_place(
     start_service, local_stages, monkeypatch, body, bounds: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(admission, "GRACE_S", 0.2)
+    monkeypatch.setattr(bodies, "GRACE_S", 0.2)
     async with start_service(local_stages(), max_uploads_in_flight=1, **bounds) as service:
         before = await service.counts()
         response = await send(service, body())
@@ -71,7 +71,7 @@ async def test_a_body_that_takes_too_long_is_refused_and_frees_its_place(
 async def test_a_crowd_that_sends_half_of_its_bodies_stops_nobody_else(
     start_service, local_stages, monkeypatch
 ) -> None:
-    monkeypatch.setattr(admission, "GRACE_S", 0.05)
+    monkeypatch.setattr(bodies, "GRACE_S", 0.05)
     places = 4
     settings = {"body_timeout_s": 3600, "body_min_bytes_per_s": 1e-6}
     async with start_service(local_stages(), max_uploads_in_flight=places, **settings) as service:

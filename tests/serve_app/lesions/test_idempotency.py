@@ -60,6 +60,27 @@ async def test_the_same_key_with_another_body_is_refused(service, drawn_lesion) 
         assert event["detail"] == {"code": "idempotency_mismatch"}
 
 
+async def test_of_two_at_once_with_one_key_the_other_body_is_refused_on_record(
+    service, drawn_lesion, monkeypatch
+) -> None:
+    """The second looks for the key before the first has committed, and finds it when it would commit itself."""
+    patient, records = await service.care(), service.app.state.services.records
+    assert (await service.upload(patient, headers=key("overtaken"))).status_code == 201
+    found, looks = records.find_replay, []
+
+    async def too_early(actor: str, name: str) -> object:
+        looks.append(name)
+        return await found(actor, name) if len(looks) > 1 else None
+
+    monkeypatch.setattr(type(records), "find_replay", lambda _self, *asked: too_early(*asked))
+    response = await service.upload(patient, headers=key("overtaken"), image=drawn_lesion(seed=9))
+    service.hold_to_problem(response, 422, "idempotency_mismatch")
+    assert len(looks) == 2
+    (event,) = await service.events(response)
+    assert (event["action"], event["outcome"]) == ("upload", "failed")
+    assert event["detail"] == {"code": "idempotency_mismatch"}
+
+
 async def test_six_at_once_with_one_key_are_one_record(service) -> None:
     patient = await service.care()
     before = await service.counts()

@@ -12,8 +12,7 @@ import pytest
 from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
 from serve_app.lesions import assess
-from serve_app.records.reference_cache import ReferenceCache
-from serve_app.records.references import ReferenceImage, ReferenceStore
+from serve_app.records.references import ReferenceCache, ReferenceImage, ReferenceStore
 from tests.serve_app.erasure.erasing import change, erase, path, uploaded
 from tests.serve_app.lesions.conftest import failing, hang
 

@@ -28,13 +28,30 @@ from serve_app.domain.assessment import (
     SimilarCase,
     Urgency,
 )
-from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
 from serve_app.keys.envelope import DataKey, ImageBinding, seal
 from serve_app.records.lesion_rows import Admission
+from serve_app.records.references import ReferenceImage
 from serve_app.records.serving import LiveModel, publish
 
 SPACE = "lite0.1"
+
+
+def reference_image(number: int, **overrides: object) -> ReferenceImage:
+    """Make a reference by its number."""
+    values = {
+        "isic_id": f"ISIC_{number:07d}",
+        "lesion_id": f"IL_{number}",
+        "diagnosis": TRAINED[number % 8],
+        "diagnosis_confirm_type": "histopathology",
+        "age_approx": 50,
+        "sex": "female",
+        "anatom_site_general": "torso",
+        "copyright_license": "CC-0",
+        "attribution": "Anonymous",
+    }
+    return ReferenceImage(**{**values, **overrides})
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 import pytest
 
 from serve_app.domain.assessment import Assessment
-from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.patient import Checklist, ClinicalContext, Lookup, RecordCheck
 from serve_app.records.assessment_json import (
     assessment_from_json,
     assessment_to_json,
@@ -48,6 +48,20 @@ def test_both_survive_json(assessment: Assessment, context: ClinicalContext) -> 
     answer, asked = json.loads(text)
     assert assessment_from_json(answer) == assessment
     assert TypeAdapter(ClinicalContext).validate_python(asked) == context
+
+
+@pytest.mark.parametrize("place", [(), ("history",), ("checklist",), ("record",)])
+def test_what_a_later_version_knows_of_the_patient_is_refused_and_not_left_out(
+    place: tuple[str, ...],
+) -> None:
+    """A risk factor that this version cannot weigh must not vanish."""
+    kept = context_to_json(ClinicalContext(checklist=Checklist(), record=RecordCheck(Lookup.FOUND)))
+    table = kept
+    for name in place:
+        table = table[name]
+    table["transplant"] = True
+    with pytest.raises(ValueError, match="transplant"):
+        TypeAdapter(ClinicalContext).validate_python(kept)
 
 
 async def test_an_assessment_survives_jsonb_without_its_embedding(pool, assessment) -> None:

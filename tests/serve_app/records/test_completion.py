@@ -17,15 +17,19 @@ async def pending(lesions, admission, space):
     return new
 
 
-async def test_an_assessment_is_completed_once(
+async def test_an_assessment_is_completed_once_and_no_late_claimer_overwrites_it(
     lesions, assessment, event, pending, space, owner_pool
 ) -> None:
     done = assessment()
+    (claim,) = await lesions.claim_pending(lease_s=0.01, limit=10)
     first = event("assess", assessment_id=pending.assessment_id)
     rivals = [
         lesions.complete(pending.assessment_id, done, embedding_space=space, event=first) for _ in range(8)
     ]
     assert sorted(await asyncio.gather(*rivals)) == [False] * 7 + [True]
+    late = assessment(outcome=Outcome.DECIDED)
+    assert not await lesions.complete(claim.assessment_id, late, embedding_space=space, event=first)
+    assert await lesions.claim_pending(lease_s=1, limit=10) == []
     query = "SELECT count(*) FROM audit_events WHERE action = 'assess' AND assessment_id = $1"
     assert await owner_pool.fetchval(query, pending.assessment_id) == 1
     record = await lesions.assessment_record(pending.assessment_id)

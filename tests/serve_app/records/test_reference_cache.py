@@ -8,7 +8,6 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import Conflict, NotFound
 from serve_app.records.pool import open_pool
 from serve_app.records.references import (
@@ -20,23 +19,9 @@ from serve_app.records.references import (
     SpaceEmbedder,
 )
 from serve_app.records.serving import LiveModel, publish
+from tests.serve_app.records.conftest import reference_image
 
 EMBEDDER = SpaceEmbedder("filled.1", "lite0.a", "a" * 64, "1")
-
-
-def reference(number: int, **overrides: object) -> ReferenceImage:
-    values = {
-        "isic_id": f"ISIC_{number:07d}",
-        "lesion_id": f"IL_{number}",
-        "diagnosis": TRAINED[number % 8],
-        "diagnosis_confirm_type": "histopathology",
-        "age_approx": 50,
-        "sex": "female",
-        "anatom_site_general": "torso",
-        "copyright_license": "CC-0",
-        "attribution": "Anonymous",
-    }
-    return ReferenceImage(**{**values, **overrides})
 
 
 def picture(image: ReferenceImage, jpeg: bytes = b"\xff\xd8\xff") -> ReferencePicture:
@@ -54,7 +39,7 @@ async def cache(new_database):
 
 async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, unit_vectors) -> None:
     references, pool = cache
-    images, vectors = [reference(n) for n in range(20)], unit_vectors(20)
+    images, vectors = [reference_image(n) for n in range(20)], unit_vectors(20)
     await references.begin(EMBEDDER, expected=21)
     lost = FailedReference("ISIC_0000099", "undecodable_image", "broken")
     for _ in range(2):
@@ -68,7 +53,7 @@ async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, u
     assert (summary.images, summary.failures, summary.completed_at) == (10, 1, None)
 
     await references.begin(EMBEDDER, expected=21)
-    mended = reference(99)
+    mended = reference_image(99)
     await references.take_in("filled.1", [*images[10:], mended], unit_vectors(21)[10:])
     await references.complete("filled.1")
     (summary,) = await references.spaces()
@@ -82,7 +67,7 @@ async def test_filling_is_resumable_and_doing_it_twice_is_doing_it_once(cache, u
 async def test_what_two_embedders_made_never_lies_in_one_space(cache, unit_vectors) -> None:
     references, _ = cache
     await references.begin(EMBEDDER, expected=1)
-    await references.take_in("filled.1", [reference(1)], unit_vectors(1))
+    await references.take_in("filled.1", [reference_image(1)], unit_vectors(1))
     with pytest.raises(Conflict, match=r"another build of lite0\.a"):
         await references.begin(replace(EMBEDDER, digest="b" * 64), expected=1)
     assert (await references.embedder("filled.1")) == EMBEDDER
@@ -92,7 +77,7 @@ async def test_what_two_embedders_made_never_lies_in_one_space(cache, unit_vecto
 
 async def test_dropping_refuses_the_live_space_and_leaves_the_others(cache, unit_vectors) -> None:
     references, pool = cache
-    shared, alone = reference(1), reference(2)
+    shared, alone = reference_image(1), reference_image(2)
     await references.begin(EMBEDDER, expected=2)
     await references.take_in("filled.1", [shared, alone], unit_vectors(2), pictures=[picture(alone)])
     other = SpaceEmbedder("filled.2", "lite0.b", "b" * 64, "1")
@@ -116,7 +101,7 @@ async def test_what_is_loaded_embedded_and_dropped_is_on_record_and_dropped_with
     references, pool = cache
     newest = await pool.fetchval("SELECT coalesce(max(event_id), 0) FROM audit_events")
     names = "SELECT count(*) FROM pg_indexes WHERE indexname LIKE 'reference\\_hnsw\\_%'"
-    images = [reference(n) for n in range(40)]
+    images = [reference_image(n) for n in range(40)]
     store = ReferenceStore(pool, exact_below=5)
     await store.load(images, unit_vectors(40), embedding_space="told", replace=True)
     assert await pool.fetchval(names) == 2
@@ -136,8 +121,8 @@ async def test_a_load_that_replaces_leaves_nothing_else(cache, unit_vectors) -> 
     references, pool = cache
     store = ReferenceStore(pool)
     vectors = unit_vectors(3)
-    await store.load([reference(1), reference(2)], vectors[:2], embedding_space="s")
-    await store.load([reference(2), reference(3)], vectors[1:], embedding_space="s", replace=True)
+    await store.load([reference_image(1), reference_image(2)], vectors[:2], embedding_space="s")
+    await store.load([reference_image(2), reference_image(3)], vectors[1:], embedding_space="s", replace=True)
     assert await references.present("s", with_picture=False) == {"ISIC_0000002", "ISIC_0000003"}
     sample = await references.sample("s", 5)
     assert {name for name, _ in sample} == {"ISIC_0000002", "ISIC_0000003"}

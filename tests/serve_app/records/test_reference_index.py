@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from serve_app.domain.assessment import ReferenceFilter
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.records import references
 from serve_app.records.pool import queries
-from serve_app.records.references import ReferenceImage, ReferenceStore, search_breadth
+from serve_app.records.references import ReferenceStore, search_breadth
+from tests.serve_app.records.conftest import reference_image
 
 SPACE = "large"
 EXACT_BELOW = 300
@@ -28,16 +28,14 @@ async def loaded(owner_pool, unit_vectors):
     vectors = unit_vectors(4000, seed=1) + np.repeat(unit_vectors(200, seed=2), 20, axis=0)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     images = [
-        ReferenceImage(
+        reference_image(
+            number,
             isic_id=f"LARGE_{number:07d}",
             lesion_id=f"IL_{number // 2}",
             diagnosis=TRAINED[rng.integers(8)],
             diagnosis_confirm_type=None if number % 4 == 0 else "histo",
-            age_approx=None,
-            sex=None,
             anatom_site_general=("torso", "head/neck", None)[rng.integers(3)],
             copyright_license="CC-BY" if number % 10 == 0 else "CC-0",
-            attribution="Anonymous",
         )
         for number in range(4000)
     ]
@@ -181,21 +179,6 @@ async def test_of_a_rare_diagnosis_k_are_found_whichever_way(
             assert counts == "wrong" or found == await exact.nearest(query, **asked_for)
     finally:
         await owner_pool.execute(SQL["recount"])
-
-
-async def test_a_crowd_of_one_lesion_hides_no_other(loaded, owner_pool, indexed, unit_vectors) -> None:
-    images, _ = loaded
-    (near,) = unit_vectors(1, seed=99)
-    crowd = [
-        replace(images[0], isic_id=f"CROWD_{i}", lesion_id="IL_crowd", diagnosis=kind)
-        for kind in (Diagnosis.NV, Diagnosis.MEL)
-        for i in range(100 * (kind is Diagnosis.MEL), 100 + 100 * (kind is Diagnosis.MEL))
-    ]
-    store = ReferenceStore(owner_pool, exact_below=EXACT_BELOW)
-    await store.load(crowd, np.tile(near, (200, 1)), embedding_space=SPACE)
-    found = await indexed.nearest(near, embedding_space=SPACE, k=10)
-    assert found.similar[0].lesion_id == "IL_crowd"
-    assert len({case.lesion_id for case in found.similar}) == 10
 
 
 async def test_only_large_spaces_are_indexed_and_once(loaded, owner_pool) -> None:
