@@ -73,8 +73,8 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
     export, store = staging / "export", staging / "models"
     export.mkdir()
     store.mkdir()
-    source = take_source(request.source, request.sha256, staging)
-    say(f"source: {source.origin}, SHA-256 {source.sha256}")
+    source, digest = take_source(request.source, request.sha256, staging)
+    say(f"source: {request.source}, SHA-256 {digest}")
     exported = export_source(source, recipe, request, export)
     say(f"export: {exported.kind}, {exported.parity}")
     if exported.kind != "checkpoint" and not (request.licence and request.training_data):
@@ -87,8 +87,8 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
     folder = store / recipe.model_id
     # What calibration cannot know: origin and licence.
     origin = {
-        "source": source.origin,
-        "sha256": source.sha256,
+        "source": request.source,
+        "sha256": digest,
         "kind": exported.kind,
         "label_space": exported.labels.label_space,
         "ignored_labels": exported.labels.ignored,

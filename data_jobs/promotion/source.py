@@ -53,17 +53,10 @@ class ImportRequest:
     threads: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A copy in our own folder, the SHA-256 of its bytes, and where it came from."""
-
-    path: Path
-    sha256: str
-    origin: str
-
-
-def take_source(source: str, sha256: str | None, folder: Path, *, max_bytes: int = MAX_BYTES) -> SourceFile:
-    """Copy a local file, or download an https URL or `hf-hub:ORG/NAME[@REVISION]`, into `folder`.
+def take_source(
+    source: str, sha256: str | None, folder: Path, *, max_bytes: int = MAX_BYTES
+) -> tuple[Path, str]:
+    """Copy a local file, or download an https URL or `hf-hub:ORG/NAME[@REVISION]`, into `folder`: the copy, its SHA-256.
 
     What comes over a network must have its SHA-256 stated beforehand. Raises ImportRefused for a
     digest that is missing or another, a file that is too large, or one that cannot be had; what is in
@@ -84,7 +77,7 @@ def take_source(source: str, sha256: str | None, folder: Path, *, max_bytes: int
             file.write(block)
     if stated not in {None, digest.hexdigest()}:
         raise ImportRefused(f"{source} has SHA-256 {digest.hexdigest()}, not {stated}: it is not that file.")
-    return SourceFile(path, digest.hexdigest(), source)
+    return path, digest.hexdigest()
 
 
 def _read(path: Path) -> Generator[bytes]:
@@ -284,13 +277,13 @@ class ExportedSource:
     parity: str
 
 
-def export_source(source: SourceFile, recipe: Recipe, request: ImportRequest, output: Path) -> ExportedSource:
+def export_source(source: Path, recipe: Recipe, request: ImportRequest, output: Path) -> ExportedSource:
     """Check the file against the contract and export it into `output`.
 
     Raises ImportRefused when it is no such file, its labels or ports do not keep the contract, or the
     exported graph answers otherwise than the source.
     """
-    kind = sniff_kind(source.path)
+    kind = sniff_kind(source)
     if kind == "checkpoint":
         if request.sha256 is None:
             raise ImportRefused(
@@ -300,20 +293,20 @@ def export_source(source: SourceFile, recipe: Recipe, request: ImportRequest, ou
         labels = map_own_labels(TRAINED, _MODALITY)
         run_step(
             "data_jobs.training.export",
-            *("--recipe", request.recipe, "--checkpoint", source.path, "--output", output),
+            *("--recipe", request.recipe, "--checkpoint", source, "--output", output),
         )
     elif kind == "safetensors":
-        labels = _safetensors_labels(source.path, request.label_map)
+        labels = _safetensors_labels(source, request.label_map)
         run_step(
             "data_jobs.training.export",
-            *("--recipe", request.recipe, "--weights", source.path, "--positions", list(labels.positions)),
+            *("--recipe", request.recipe, "--weights", source, "--positions", list(labels.positions)),
             *("--side", request.side or max(recipe.serving_sides), "--output", output),
         )
     else:
-        labels = _onnx_labels(source.path, request.label_map)
+        labels = _onnx_labels(source, request.label_map)
         run_step(
             "data_jobs.training.served_graph",
-            *("adopt", "--source", source.path, "--positions", list(labels.positions)),
+            *("adopt", "--source", source, "--positions", list(labels.positions)),
             *("--model-id", recipe.model_id, "--output", output),
         )
     exported = json.loads((output / "export.json").read_text(encoding="utf-8"))

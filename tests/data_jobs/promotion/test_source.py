@@ -67,14 +67,14 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_a_download_with_its_digest_is_taken(server: str, folder: Path) -> None:
-    source = take_source(f"{server}/model.onnx", DIGEST.upper(), folder)
-    assert source.path.read_bytes() == CONTENT
-    assert (source.sha256, source.origin) == (DIGEST, f"{server}/model.onnx")
+    path, digest = take_source(f"{server}/model.onnx", DIGEST.upper(), folder)
+    assert path.read_bytes() == CONTENT
+    assert digest == DIGEST
 
 
 def test_a_name_on_the_hub_is_its_safetensors_file(server: str, folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server)
-    assert take_source("hf-hub:org/name", DIGEST, folder).path.read_bytes() == CONTENT
+    assert take_source("hf-hub:org/name", DIGEST, folder)[0].read_bytes() == CONTENT
     with pytest.raises(ImportRefused, match="SHA-256"):
         take_source("hf-hub:org/name", None, folder)
     with pytest.raises(ImportRefused, match="ORGANISATION/NAME"):
@@ -111,7 +111,7 @@ def test_a_file_too_large_is_refused_on_the_way(server: str, folder: Path) -> No
 def test_a_local_file_is_copied_and_may_state_its_digest(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(CONTENT)
-    assert take_source(str(path), None, folder).sha256 == DIGEST
+    assert take_source(str(path), None, folder)[1] == DIGEST
     with pytest.raises(ImportRefused, match="not that file"):
         take_source(str(path), "1" * 64, folder)
     assert path.read_bytes() == CONTENT
