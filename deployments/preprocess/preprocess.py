@@ -14,38 +14,13 @@ from numpy.typing import NDArray
 from deployments.preprocess.decode import ContentType, UploadLimits, decode_image, sniff_content_type
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry, resize_to_input
 from model_store.manifest import InputSpec
+from serve_app.domain.assessment import QualityMeasures
 from serve_app.domain.errors import RejectedUpload
 
 # Rec. 601 luma, the weights JPEG itself uses.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _DARK = 13.0  # 5 % of full scale
 _BRIGHT = 242.0  # 95 % of full scale
-
-
-@dataclass(frozen=True, slots=True)
-class QualityMeasures:
-    """What can be said of an image without a model.
-
-    sharpness  variance of the 4-neighbour Laplacian of luma (0-255 scale), the focus measure
-               of Pech-Pacheco et al., ICPR 2000
-    exposure   mean luma, 0 (black) to 1 (white)
-    contrast   standard deviation of luma, 0 to 0.5
-    dark       share of pixels under 5 % of full scale
-    bright     share of pixels over 95 % of full scale
-    colour     how far colours differ that have the same luma: the RMS distance of (B - luma, R - luma) from
-               the best cubic polynomial of luma, 0-255 scale. 0 for grey, and near it for grey in any tint
-    two_levels share of pixels in the two most frequent levels of brightness of the file; 1 for one bit
-    damaged    share of the picture that a damaged file lacks; 0 for a whole one
-    """
-
-    sharpness: float
-    exposure: float
-    contrast: float
-    dark: float
-    bright: float
-    colour: float
-    two_levels: float
-    damaged: float
 
 
 def measure_quality(

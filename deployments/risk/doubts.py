@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deployments.preprocess.preprocess import QualityMeasures
 from deployments.risk.policy import QualityLimits, QualityPolicy, ReviewPolicy
 from deployments.risk.rules import IDENTITY, Findings, describe_discrepancy, known_probabilities
-from serve_app.domain.assessment import ANOTHER_LESION, Change, Classification, Neighbours, Reason
+from serve_app.domain.assessment import (
+    ANOTHER_LESION,
+    Change,
+    Classification,
+    Neighbours,
+    QualityMeasures,
+    Reason,
+)
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.patient import ClinicalContext, RecordCheck
 

@@ -6,9 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from deployments.preprocess.preprocess import QualityMeasures
 from deployments.risk.policy import ChecklistRule, RiskPolicy, Rules, SeverityWeights, Threshold
-from serve_app.domain.assessment import Change, Classification, Factor, Neighbours, RiskLevel, Urgency
+from serve_app.domain.assessment import (
+    Change,
+    Classification,
+    Factor,
+    Neighbours,
+    QualityMeasures,
+    RiskLevel,
+    Urgency,
+)
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import ModelContractError
 from serve_app.domain.patient import (

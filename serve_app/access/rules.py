@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from types import MappingProxyType
 from uuid import UUID
 
-from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent, AuditOutcome, event_about
 from serve_app.domain.errors import InvalidField
 from serve_app.keys.receipts import ErasureReason
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The caller: `subject` is unique at the issuer, printable, 1 to 255 characters.
+
+    `token_id` is the token's own `jti`, by which it alone can be revoked; not every issuer gives one.
+    Whichever token it comes with, a principal is the same.
+    """
+
+    subject: str
+    roles: frozenset[str]
+    token_id: str | None = field(default=None, compare=False)
 
 
 class Action(StrEnum):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 import asyncio
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 import json
 import logging
 from pathlib import Path
@@ -31,6 +30,7 @@ from joserfc import jwt
 from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
 
+from serve_app.access.rules import Principal
 from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
 from serve_app.settings import SECRET_BYTES, Settings, split_words
 
@@ -61,19 +61,6 @@ _CURVES = frozenset({"P-256", "Ed25519"})
 _PRIVATE = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 
 _log = logging.getLogger("derm.tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """The caller: `subject` is unique at the issuer, printable, 1 to 255 characters.
-
-    `token_id` is the token's own `jti`, by which it alone can be revoked; not every issuer gives one.
-    Whichever token it comes with, a principal is the same.
-    """
-
-    subject: str
-    roles: frozenset[str]
-    token_id: str | None = field(default=None, compare=False)
 
 
 class Verifier(ABC):

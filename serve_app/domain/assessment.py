@@ -99,6 +99,32 @@ ANOTHER_LESION = "perhaps_another_lesion"
 
 
 @dataclass(frozen=True, slots=True)
+class QualityMeasures:
+    """What can be said of an image without a model.
+
+    sharpness  variance of the 4-neighbour Laplacian of luma (0-255 scale), the focus measure
+               of Pech-Pacheco et al., ICPR 2000
+    exposure   mean luma, 0 (black) to 1 (white)
+    contrast   standard deviation of luma, 0 to 0.5
+    dark       share of pixels under 5 % of full scale
+    bright     share of pixels over 95 % of full scale
+    colour     how far colours differ that have the same luma: the RMS distance of (B - luma, R - luma) from
+               the best cubic polynomial of luma, 0-255 scale. 0 for grey, and near it for grey in any tint
+    two_levels share of pixels in the two most frequent levels of brightness of the file; 1 for one bit
+    damaged    share of the picture that a damaged file lacks; 0 for a whole one
+    """
+
+    sharpness: float
+    exposure: float
+    contrast: float
+    dark: float
+    bright: float
+    colour: float
+    two_levels: float
+    damaged: float
+
+
+@dataclass(frozen=True, slots=True)
 class Quality(Shape):
     """Measured at the model's input size; width and height are the original's, in pixels.
 

@@ -18,8 +18,8 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_address
-from serve_app.access.rules import Action, RequestedAction, begin, may
-from serve_app.access.tokens import Principal, token_verifier
+from serve_app.access.rules import Action, Principal, RequestedAction, begin, may
+from serve_app.access.tokens import token_verifier
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import Forbidden, NotFound, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id

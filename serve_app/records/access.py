@@ -9,7 +9,7 @@ from uuid import UUID
 
 import asyncpg
 
-from serve_app.access.tokens import Principal
+from serve_app.access.rules import Principal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Id, Shape, Time
 from serve_app.records.audit_log import record_event

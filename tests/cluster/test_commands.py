@@ -10,7 +10,8 @@ import pytest
 from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.prepare import choose_model
-from serve_app.access.tokens import Principal, TokenVerifier
+from serve_app.access.rules import Principal
+from serve_app.access.tokens import TokenVerifier
 from serve_app.domain.errors import ModelContractError, Unauthenticated
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from deployments.preprocess.preprocess import QualityMeasures
 from deployments.risk.policy import RiskPolicy, read_policy, with_overrides
 from deployments.risk.risk import conclude
 from deployments.risk.rules import Findings
-from serve_app.domain.assessment import Classification, Conclusion, Neighbours, SimilarCase
+from serve_app.domain.assessment import Classification, Conclusion, Neighbours, QualityMeasures, SimilarCase
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.patient import Checklist, ClinicalContext, History
 

@@ -9,10 +9,10 @@ import pytest
 
 from deployments.preprocess.decode import UploadLimits
 from deployments.preprocess.pixels import InputGeometry
-from deployments.preprocess.preprocess import QualityMeasures, prepare_image
+from deployments.preprocess.preprocess import prepare_image
 from deployments.risk.doubts import judge_quality
 from deployments.risk.policy import read_policy
-from serve_app.domain.assessment import Change, Outcome, RiskLevel, Urgency
+from serve_app.domain.assessment import Change, Outcome, QualityMeasures, RiskLevel, Urgency
 from serve_app.domain.patient import AnatomSite, Checklist
 from tests.deployments.risk.conftest import GOOD
 

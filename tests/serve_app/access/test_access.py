@@ -11,6 +11,7 @@ from serve_app.access.rules import (
     GRANTS,
     PURPOSE,
     Action,
+    Principal,
     Purpose,
     Reach,
     Role,
@@ -18,7 +19,6 @@ from serve_app.access.rules import (
     purpose_of,
     recorded_purpose,
 )
-from serve_app.access.tokens import Principal
 from serve_app.audit.events import AuditEvent, account_event, os_account
 from serve_app.keys.receipts import ErasureReason
 

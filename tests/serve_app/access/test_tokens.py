@@ -16,7 +16,8 @@ from joserfc import jwt
 from joserfc.jwk import OctKey, RSAKey
 import pytest
 
-from serve_app.access.tokens import Principal, TokenVerifier, mint_token
+from serve_app.access.rules import Principal
+from serve_app.access.tokens import TokenVerifier, mint_token
 from serve_app.domain.errors import Unauthenticated
 
 SECRET = "a development secret of 32 bytes"
