@@ -97,11 +97,11 @@ def _answer(model: StoredModel, cases: Cases, policy: RiskPolicy, threads: int) 
         ):
             part = cases.rows[start : start + BATCH]
             images = list(pool.map(lambda row: _prepare(row, cases.archive, geometry), part))
-            logits, bottleneck = session.run(np.stack([image.pixels for image in images]))
-            found = calibrator.classify(logits, bottleneck)
+            outputs = session.run(np.stack([image.pixels for image in images]))
+            found = calibrator.classify(outputs)
             classified += found
             for row, image, classification, vector in zip(
-                part, images, found, space.embed(bottleneck), strict=True
+                part, images, found, space.embed(outputs.bottleneck), strict=True
             ):
                 neighbours = search.nearest(vector, k=WEIGHED, lesion=row.lesion)
                 context = ClinicalContext(

@@ -14,10 +14,10 @@ from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.evaluation.figures import RESAMPLES, interval, resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
 from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles, rounded
-from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
 from deployments.embedder.embedder import EmbeddingSpace
 from model_store.registry import StoredModel
+from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED
 
 WIDTH_SHRINKAGE = 0.1
@@ -90,7 +90,7 @@ def precision_figures(
 
 
 def choose_space(
-    train: Scan, train_rows: list[LabelledImage], held: Scan, held_rows: list[LabelledImage]
+    train: Outputs, train_rows: list[LabelledImage], held: Outputs, held_rows: list[LabelledImage]
 ) -> tuple[str, EmbeddingSpace, dict[str, dict[str, float]]]:
     """The space of best precision@10 (mean of plain and balanced) and its name, and the figures of all."""
     train_labels, held_labels = labels_of(train_rows), labels_of(held_rows)
@@ -145,7 +145,9 @@ class ShippedReferences:
 VOTERS = 16
 
 
-def retrieval_figures(model: StoredModel, scan: Scan, predictions: Predictions, seed: int) -> dict[str, Any]:
+def retrieval_figures(
+    model: StoredModel, scan: Outputs, predictions: Predictions, seed: int
+) -> dict[str, Any]:
     """Precision@10, and a 16-neighbour vote for melanoma beside the softmax; `scan` holds the predictions' bottlenecks."""
     shipped, labels = ShippedReferences.from_model(model), predictions.labels
     queries = shipped.space.embed(scan.bottleneck)

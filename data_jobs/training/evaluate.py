@@ -67,6 +67,7 @@ def evaluate(
     predictions = Predictions([rows[i] for i in test], *served(calibrator, scan))
     softened, _ = served(calibrator, scan_pixels(session.run, soften(pixels)))
     other = scan_images(session.run, rows, fitted, archive, geometry)
+    inside = calibrator.sets(predictions.eight, predictions.eight[:, None])
     lesions = pixels[:: max(1, len(pixels) // SPOILT)]
     calibrated = json.loads(model.path("calibration.json").read_text())
     report = {
@@ -76,9 +77,7 @@ def evaluate(
         "cross_fitted": False,
         **figures_of(predictions, recipe.seed),
         "operating_points": point_figures(predictions, model.manifest),
-        "sets": set_figures(
-            predictions, calibrator.thresholds, calibrator.coverage, calibrated["images_a_class"]
-        ),
+        "sets": set_figures(predictions, inside, calibrator.coverage, calibrated["images_a_class"]),
         **unknown_figures(session.run, calibrator, predictions, lesions, geometry, recipe.seed),
         "retrieval": retrieval_figures(model, scan, predictions, recipe.seed),
         "softened": {

@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, served
 from data_jobs.training.probabilities import Floats, Labels, area_under_curve, rounded
-from data_jobs.training.scan import Outputs, Pixels, scan_pixels
+from data_jobs.training.scan import Run, scan_pixels
 from deployments.classifier.calibration import Calibrator, ood_score, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
@@ -296,7 +296,7 @@ def outlier_figures(
 
 
 def unknown_figures(
-    run: Callable[[Pixels], Outputs],
+    run: Run,
     calibrator: Calibrator,
     predictions: Predictions,
     lesions: NDArray[np.uint8],

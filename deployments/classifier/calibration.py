@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.registry import StoredModel
+from model_store.session import Outputs
 from serve_app.domain.assessment import Classification
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
 
 FloatArray = NDArray[np.float64]
+#: Ascending scores a member and diagnosis, M×8 arrays.
+MemberScores = tuple[tuple[FloatArray, ...], ...]
 
 
 def softmax(logits: FloatArray, temperature: float) -> FloatArray:
@@ -39,57 +42,105 @@ def unknown_probability(score: FloatArray, slope: float, intercept: float) -> Fl
     return np.asarray(1.0 / (1.0 + np.exp(np.clip(-(slope * score + intercept), -60.0, 60.0))))
 
 
+def cross_conformal_sets(members: FloatArray, scores: MemberScores, alpha: float) -> NDArray[np.bool_]:
+    """N×8: which diagnoses are in the class-conditional CV+ sets (Barber et al., Annals of Statistics 2021).
+
+    `members` N×M×8 are the members' probabilities, `scores` M×8 ascending arrays of what member k gave the truth of
+    lesions that it never saw; `model_store.manifest.ConformalSpec` has the rule.
+    """
+    found = np.empty((len(members), members.shape[2]), dtype=np.bool_)
+    for y in range(members.shape[2]):
+        own = [member[y] for member in scores]
+        below = sum(np.searchsorted(kept, members[:, k, y], side="right") for k, kept in enumerate(own))
+        found[:, y] = (1 + below) / (1 + sum(map(len, own))) > alpha
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """One model's calibration, as its manifest states it."""
+    """One model's calibration, as its manifest states it. `statistics` are means and precision of `ood_score`."""
 
     temperature: float
-    thresholds: FloatArray
+    member_temperature: float
     coverage: float
-    means: FloatArray
-    precision: FloatArray
+    thresholds: FloatArray | None
+    member_scores: MemberScores | None
+    statistics: tuple[FloatArray, FloatArray] | None
     slope: float
     intercept: float
 
     @classmethod
     def from_model(cls, model: StoredModel) -> Self:
-        """Read thresholds and out-of-distribution statistics of a verified model."""
+        """Read the sets and out-of-distribution statistics of a verified model."""
         manifest = model.manifest
-        with np.load(model.path(manifest.ood.statistics), allow_pickle=False) as statistics:
-            means, precision = statistics["means"], statistics["precision"]
+        calibration, conformal, ood = manifest.calibration, manifest.conformal, manifest.ood
+        statistics = thresholds = member_scores = None
+        if ood.statistics is not None:
+            with np.load(model.path(ood.statistics), allow_pickle=False) as arrays:
+                statistics = (arrays["means"].astype(np.float64), arrays["precision"].astype(np.float64))
+        if conformal.thresholds is not None:
+            thresholds = np.array([conformal.thresholds[d] for d in TRAINED])
+        if conformal.scores is not None:
+            with np.load(model.path(conformal.scores), allow_pickle=False) as arrays:
+                member_scores = tuple(
+                    tuple(np.sort(arrays[f"{k}_{d}"].astype(np.float64)) for d in TRAINED)
+                    for k in range(manifest.output.members)
+                )
         return cls(
-            temperature=manifest.calibration.temperature,
-            thresholds=np.array([manifest.conformal.thresholds[d] for d in TRAINED]),
-            coverage=manifest.conformal.coverage,
-            means=means.astype(np.float64),
-            precision=precision.astype(np.float64),
-            slope=manifest.ood.slope,
-            intercept=manifest.ood.intercept,
+            temperature=calibration.temperature,
+            member_temperature=calibration.member_temperature or calibration.temperature,
+            coverage=conformal.coverage,
+            thresholds=thresholds,
+            member_scores=member_scores,
+            statistics=statistics,
+            slope=ood.slope,
+            intercept=ood.intercept,
         )
 
-    def classify(self, logits: NDArray[np.float32], bottleneck: NDArray[np.float32]) -> list[Classification]:
-        """Logits N×8 and bottleneck N×512 to N classifications whose nine probabilities sum to 1.
+    def classify(self, outputs: Outputs) -> list[Classification]:
+        """What a pass gave for N images to N classifications whose nine probabilities sum to 1.
 
         Raises StageFailed when the model's output is not finite.
         """
-        if not (np.isfinite(logits).all() and np.isfinite(bottleneck).all()):
+        if not outputs.finite:
             raise StageFailed("The model's output is not finite.")
-        softmaxed = softmax(logits.astype(np.float64), self.temperature)
-        scores = ood_score(bottleneck.astype(np.float64), self.means, self.precision)
+        known = softmax(outputs.logits.astype(np.float64), self.temperature)
+        members = known[:, None]
+        disagreement: list[float] | list[None] = [None] * len(known)
+        if outputs.members is not None:
+            members = softmax(outputs.members.astype(np.float64), self.member_temperature)
+            disagreement = member_disagreement(members).tolist()
+        scores = self.score(outputs)
         unknown = unknown_probability(scores, self.slope, self.intercept)
         return [
-            self._classification(p, float(u), float(score))
-            for p, u, score in zip(softmaxed, unknown, scores, strict=True)
+            Classification(
+                probabilities={d: float(p) * (1.0 - u) for d, p in zip(TRAINED, eight, strict=True)}
+                | {Diagnosis.UNK: u},
+                prediction_set=tuple(d for d, inside in zip(TRAINED, kept, strict=True) if inside),
+                coverage=self.coverage,
+                ood_score=score,
+                disagreement=apart,
+            )
+            for eight, u, kept, score, apart in zip(
+                known, unknown.tolist(), self.sets(known, members), scores.tolist(), disagreement, strict=True
+            )
         ]
 
-    def _classification(self, known: FloatArray, unknown: float, score: float) -> Classification:
-        probabilities = {d: float(p) * (1.0 - unknown) for d, p in zip(TRAINED, known, strict=True)}
-        probabilities[Diagnosis.UNK] = unknown
-        return Classification(
-            probabilities=probabilities,
-            prediction_set=tuple(
-                d for d, p, t in zip(TRAINED, known, self.thresholds, strict=True) if p >= t
-            ),
-            coverage=self.coverage,
-            ood_score=score,
-        )
+    def sets(self, known: FloatArray, members: FloatArray) -> NDArray[np.bool_]:
+        """N×8: which diagnoses are in the sets, by the answers' probabilities N×8 and the members' N×M×8."""
+        if self.member_scores is not None:
+            return cross_conformal_sets(members, self.member_scores, 1.0 - self.coverage)
+        return np.asarray(known >= (0.0 if self.thresholds is None else self.thresholds))
+
+    def score(self, outputs: Outputs) -> FloatArray:
+        """Out-of-distribution scores N."""
+        if self.statistics is None:
+            if outputs.unknown is None:
+                raise StageFailed("The model gives no out-of-distribution score.")
+            return outputs.unknown.astype(np.float64)
+        return ood_score(outputs.bottleneck.astype(np.float64), *self.statistics)
+
+
+def member_disagreement(members: FloatArray) -> FloatArray:
+    """How far M members' probabilities N×M×8 are apart, N, 0 to 1: their mean total variation distance to their mean."""
+    return np.asarray(np.abs(members - members.mean(1, keepdims=True)).sum(2).mean(1) / 2.0)

@@ -170,6 +170,9 @@ class Classification(Shape):
     coverage: float
     #: The out-of-distribution distance that p(UNK) was calibrated from.
     ood_score: float
+    #: How far the members of an ensemble are apart, 0 to 1: the mean total variation distance of their probabilities
+    #: to their mean. None of a single network, and in older answers.
+    disagreement: float | None = None
 
     @computed_field(json_schema_extra=_state)  # type: ignore[prop-decorator]
     @property

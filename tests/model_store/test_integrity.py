@@ -35,7 +35,7 @@ def test_every_model_of_the_store_loads_and_has_its_card(models: Path) -> None:
         model = store.open(model_id)
         session = InferenceSession(model, threads=1)
         _, height, width = model.manifest.input.input_size
-        logits, bottleneck = session.run(np.full((2, height, width, 3), 128, np.uint8))
+        logits, bottleneck, *_ = session.run(np.full((2, height, width, 3), 128, np.uint8))
         assert logits.shape == (2, 8)
         assert bottleneck.shape == (2, 512)
         assert np.isfinite(logits).all()

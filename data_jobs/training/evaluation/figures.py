@@ -238,14 +238,13 @@ def scored(predictions: Predictions, known: Floats, labels: Labels, names: Seque
 
 
 def set_figures(
-    predictions: Predictions, thresholds: Floats, coverage: float, calibration_images: Mapping[str, int]
+    predictions: Predictions, sets: NDArray[np.bool_], coverage: float, calibration_images: Mapping[str, int]
 ) -> dict[str, Any]:
     """Coverage of every class beside the range that chance allows, and the sizes of the sets.
 
-    `calibration_images` are those that each class's threshold was found on.
+    `sets` N×8; `calibration_images` are those that each class's threshold was found on.
     """
     labels = predictions.labels
-    sets = predictions.eight >= thresholds
     size = sets.sum(1)
     classes = {}
     for index, diagnosis in enumerate(TRAINED):

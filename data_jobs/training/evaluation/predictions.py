@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.probabilities import Floats, Labels
-from data_jobs.training.scan import Scan
 from deployments.classifier.calibration import Calibrator
+from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 #: The test fold, each image as it was judged.
@@ -69,12 +69,11 @@ def known_eight(nine: Floats) -> Floats:
     return np.where(total > 0.0, known / np.where(total > 0.0, total, 1.0), 1.0 / UNKNOWN)
 
 
-def served(calibrator: Calibrator, scan: Scan) -> tuple[Floats, Floats]:
+def served(calibrator: Calibrator, scan: Outputs) -> tuple[Floats, Floats]:
     """N×9 probabilities in the order of Diagnosis, and out-of-distribution scores, by the service's own code."""
     answers = []
     for start in range(0, len(scan.logits), 256):
-        part = slice(start, start + 256)
-        answers += calibrator.classify(scan.logits[part], scan.bottleneck[part])
+        answers += calibrator.classify(scan.part(slice(start, start + 256)))
     nine = np.array([[a.probabilities[d] for d in Diagnosis] for a in answers])
     return nine, np.array([a.ood_score for a in answers])
 

@@ -66,10 +66,10 @@ def test_frozen_parts_stay_as_they_are() -> None:
 def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
     import onnxruntime as ort
 
-    from data_jobs.training.export import onnx_parity, write_onnx
+    from data_jobs.training.export import PixelsIn, onnx_parity, write_onnx
 
     torch.manual_seed(2)
-    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    network = PixelsIn(DermNetwork(RECIPE.architecture, RECIPE.network))
     write_onnx(network, 64, tmp_path / "model.onnx")
     pixels = np.random.default_rng(2).integers(0, 256, (5, 64, 64, 3)).astype(np.uint8)
     parity = onnx_parity(network, tmp_path / "model.onnx", pixels)

@@ -23,7 +23,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="needs the train e
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 from data_jobs.training import train as training  # noqa: E402
-from data_jobs.training.export import export_weights, write_onnx  # noqa: E402
+from data_jobs.training.export import PixelsIn, export_weights, write_onnx  # noqa: E402
 from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers  # noqa: E402
 from data_jobs.training.machine import Machine  # noqa: E402
 from data_jobs.training.network import DermNetwork  # noqa: E402
@@ -145,7 +145,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = DermNetwork("tf_efficientnet_lite0", RECIPE.network).eval()
         torch.nn.init.normal_(network.classify.weight, std=0.5)
         (folder / name).mkdir()
-        write_onnx(network, SIDE, folder / name / "model.onnx")
+        write_onnx(PixelsIn(network), SIDE, folder / name / "model.onnx")
     return folder
 
 
@@ -232,7 +232,7 @@ def test_what_training_writes_is_what_is_exported_to_be_scored(tmp_path: Path) -
     write_weights(AveragedModel(network), tmp_path / "stage-1.safetensors")
     export_weights(RECIPE, tmp_path / "stage-1.safetensors", list(range(8)), SIDE, tmp_path)
     pixels = drawn(3)[0]
-    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels)
+    logits, bottleneck, *_ = open_onnx(tmp_path / "model.onnx")(pixels)
     with torch.inference_mode():
         expected = network(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())[0].numpy()
     assert bottleneck.shape == (3, 512)
