@@ -50,15 +50,12 @@ async def migrate(dsn: str, *, application_role: str | None, directory: Path = M
     available = read_migrations(directory)
     async with _connection(dsn) as connection:
         await connection.execute(_SQL["lock"])
-        try:
-            missing = await _pending(connection, available)
-            await connection.execute(_SQL["make_ledger"])
-            for migration in missing:
-                await _apply(connection, migration)
-            if application_role is not None:
-                await _grant(connection, application_role)
-        finally:
-            await connection.execute(_SQL["unlock"])
+        missing = await _pending(connection, available)
+        await connection.execute(_SQL["make_ledger"])
+        for migration in missing:
+            await _apply(connection, migration)
+        if application_role is not None:
+            await _grant(connection, application_role)
     return [migration.name for migration in missing]
 
 

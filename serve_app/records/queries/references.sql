@@ -57,27 +57,15 @@ near AS MATERIALIZED (
     UNION ALL
     (SELECT * FROM looked_through WHERE NOT malignant ORDER BY distance, isic_id LIMIT $8)
     UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM passing
-        WHERE malignant AND true <> ALL($9)
-        ORDER BY embedding <=> $1
-        LIMIT $8
-    )
+    (SELECT isic_id, lesion_key, malignant, distance FROM passing
+     WHERE malignant AND true <> ALL($9) ORDER BY embedding <=> $1 LIMIT $8)
     UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM passing
-        WHERE NOT malignant AND false <> ALL($9)
-        ORDER BY embedding <=> $1
-        LIMIT $8
-    )
+    (SELECT isic_id, lesion_key, malignant, distance FROM passing
+     WHERE NOT malignant AND false <> ALL($9) ORDER BY embedding <=> $1 LIMIT $8)
 ),
 -- The nearest $8 of each kind hold the nearest $8 of all; further ones might hide a nearer image of their lesion.
 nearest_images AS MATERIALIZED (
-    SELECT * FROM near
-    ORDER BY distance, isic_id
-    LIMIT $8
+    SELECT * FROM near ORDER BY distance, isic_id LIMIT $8
 ),
 quick AS MATERIALIZED (
     SELECT DISTINCT ON (lesion_key) isic_id, distance
@@ -92,26 +80,14 @@ thorough AS (
     ORDER BY lesion_key, distance, isic_id
 ),
 found AS (
-    (
-        SELECT 'similar' AS role, isic_id, distance
-        FROM (SELECT * FROM quick UNION SELECT * FROM thorough) AS either
-        ORDER BY distance, isic_id
-        LIMIT $3
-    )
+    (SELECT 'similar' AS role, isic_id, distance FROM (SELECT * FROM quick UNION SELECT * FROM thorough) AS either
+     ORDER BY distance, isic_id LIMIT $3)
     UNION ALL
-    (
-        SELECT 'nearest_benign', isic_id, distance FROM near
-        WHERE NOT malignant
-        ORDER BY distance, isic_id
-        LIMIT 1
-    )
+    (SELECT 'nearest_benign', isic_id, distance FROM near
+     WHERE NOT malignant ORDER BY distance, isic_id LIMIT 1)
     UNION ALL
-    (
-        SELECT 'nearest_malignant', isic_id, distance FROM near
-        WHERE malignant
-        ORDER BY distance, isic_id
-        LIMIT 1
-    )
+    (SELECT 'nearest_malignant', isic_id, distance FROM near
+     WHERE malignant ORDER BY distance, isic_id LIMIT 1)
 )
 SELECT
     f.role, r.isic_id, r.lesion_id, r.diagnosis, r.diagnosis_confirm_type, 1 - f.distance AS similarity,
