@@ -62,6 +62,7 @@ def test_one_graph_gives_every_member_their_mean_and_one_bottleneck(
     assert path.stat().st_size < 0.6 * size
     assert onnx_parity(served, path, pixels)["max_abs_logit"] < 0.02, "half floats round the weights alone"
     found = open_onnx(path)(pixels)
+    assert found.members is not None
     assert found.members.shape == (6, members, 8)
     assert np.allclose(found.logits, found.members.mean(1), atol=1e-5)
     assert found.bottleneck.shape == (6, 512)
