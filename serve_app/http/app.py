@@ -72,7 +72,6 @@ def create_app(
     app.add_middleware(RequestIdMiddleware, answer=answer_request_id)
     app.include_router(health.router)
     app.include_router(lesions.router)
-    app.include_router(lesions.timeline_router)
     app.include_router(erasure.router)
     app.include_router(similar.router)
     app.include_router(similar.references_router)

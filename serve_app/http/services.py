@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Annotated
 
-from deployments.preprocess.decode import UploadLimits
+from fastapi import Depends, Request
+
 from serve_app import worker
 from serve_app.access.rate_limit import WINDOW_S
-from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
@@ -48,6 +49,7 @@ COUNT_EVERY_S = 15.0
 class Services:
     """The parts behind the interface."""
 
+    settings: Settings
     pool: Pool
     records: LesionStore
     keys: KeyStore
@@ -60,15 +62,22 @@ class Services:
     eraser: Eraser
     pms: PmsConnection
     admission: AdmissionGate
-    limits: UploadLimits
     authenticator: Authenticator
     access: AccessStore
-    emergency_limits: EmergencyLimits
     worker: Worker
 
     async def counts(self) -> Counts:
         """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
         return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+
+
+async def _services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+#: The services, for a route.
+Parts = Annotated[Services, Depends(_services_of)]
 
 
 @asynccontextmanager
@@ -88,14 +97,18 @@ async def open_services(
             timeout_s=settings.database_timeout_s,
         )
         closing.push_async_callback(pool.close)
-        keys = await _open_keys(settings, pool)
+        files, records, access = settings.files, LesionStore(pool), AccessStore(pool)
+        await refuse_lost_keys(pool, files.keystore)
+        provider = open_key_provider(settings, first_start=not files.keystore.exists())
+        keys = KeyStore(files.keystore, provider)
         closing.callback(keys.close)
-        records, access, files = LesionStore(pool), AccessStore(pool), settings.files
+        await claim_key_store(pool, keys, files.keystore)
         pms = open_pms(settings, pool, records)
         closing.push_async_callback(pms.close)
         assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
         tells_pms = pms.delivery is not None
         services = Services(
+            settings=settings,
             pool=pool,
             records=records,
             keys=keys,
@@ -118,25 +131,19 @@ async def open_services(
                 max_bytes=settings.max_upload_bytes_in_flight,
                 pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
             ),
-            limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
             authenticator=Authenticator(settings, access, records),
             access=access,
-            emergency_limits=EmergencyLimits(
-                minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
-            ),
             worker=Worker(),
         )
         # Once the loops have ended: what they write last is sealed and signed, too.
         closing.push_async_callback(worker.finish, "sealing", services.sealer.finish)
-        async with services.worker.running(_loops(settings, services, observe)):
+        async with services.worker.running(_loops(services, observe)):
             yield services
 
 
-def _loops(
-    settings: Settings, services: Services, observe: Callable[[Counts], None] | None
-) -> dict[str, Loop]:
+def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict[str, Loop]:
     """Every loop of this replica, by the name that /readyz shows."""
-    records, live, eraser = services.records, services.live, services.eraser
+    settings, live, eraser = services.settings, services.live, services.eraser
     housekeeping, keys = Housekeeping(services.pool), services.keys
     rest: list[Callable[[], Awaitable[object]]] = [
         eraser.erase_restored,
@@ -149,7 +156,9 @@ def _loops(
     loops = {
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
-        "recovery": every(recovery.PERIOD_S, partial(recovery.recover_once, records, services.triage, live)),
+        "recovery": every(
+            recovery.PERIOD_S, partial(recovery.recover_once, services.records, services.triage, live)
+        ),
         "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
@@ -161,14 +170,8 @@ def _loops(
             sweeping.ERASURES_EVERY_S,
             eraser.finish_accepted,
             partial(sweeping.stop_awaiting_stored, housekeeping, keys),
-            within_s=sweeping.ATTEMPT_S,
         ),
-        "sweeping": every(
-            sweeping.REST_EVERY_S,
-            *rest,
-            first_after_s=sweeping.ERASURES_EVERY_S,
-            within_s=sweeping.ATTEMPT_S,
-        ),
+        "sweeping": every(sweeping.REST_EVERY_S, *rest, first_after_s=sweeping.ERASURES_EVERY_S),
     }
     if services.pms.delivery is not None:
         loops["delivery"] = every(delivery.PERIOD_S, services.pms.delivery.deliver_due)
@@ -180,15 +183,3 @@ def _loops(
 
         loops["counts"] = every(COUNT_EVERY_S, count, first_after_s=0)
     return loops
-
-
-async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
-    keystore = settings.files.keystore
-    await refuse_lost_keys(pool, keystore)
-    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
-    try:
-        await claim_key_store(pool, keys, keystore)
-    except BaseException:
-        keys.close()
-        raise
-    return keys

@@ -191,7 +191,6 @@ def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
 class PmsConnection:
     """Each part is None where it is not configured."""
 
-    url: str | None
     client: PmsClient | None
     consultation: RecordConsultation | None
     outbox: Outbox | None
@@ -228,4 +227,4 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
                 dead_after=timedelta(days=settings.pms_dead_after_days),
             )
     consultation = None if directory is None else RecordConsultation(directory)
-    return PmsConnection(url, client, consultation, outbox, delivery)
+    return PmsConnection(client, consultation, outbox, delivery)
