@@ -351,12 +351,11 @@ class ProcessLog(logging.Handler):
     Serve takes standard error in at a level that it then does not write.
     """
 
-    def __init__(self, key: bytes, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    def __init__(self, key: bytes, *, stream: TextIO | None = None) -> None:
         super().__init__()
         self._records = CleanRecords(Redactor(key))
         self._stream = logging.StreamHandler(stream or sys.__stderr__)
         self._stream.setFormatter(self._records)
-        self._least = level
 
     @classmethod
     def of_node(cls, secret: SecretStr) -> Self:
@@ -368,7 +367,7 @@ class ProcessLog(logging.Handler):
         logging.setLogRecordFactory(self._records)
         root = logging.getLogger()
         root.addHandler(self)
-        root.setLevel(self._least)
+        root.setLevel(logging.INFO)
         self._take_over()
         threading.excepthook = _on_dead_thread
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,15 +86,15 @@ class Place:
             self._wait.reschedule(0.0)
 
 
+@dataclass(slots=True, kw_only=True)
 class AdmissionGate:
     """Counts uploads under way; `max_bytes` bounds what their bodies hold together."""
 
-    def __init__(self, *, max_requests: int, max_bytes: int, pace: BodyPace) -> None:
-        self._max_requests = max_requests
-        self._max_bytes = max_bytes
-        self.pace = pace
-        #: Oldest first.
-        self._places: list[Place] = []
+    max_requests: int
+    max_bytes: int
+    pace: BodyPace
+    #: Oldest first.
+    _places: list[Place] = field(default_factory=list, init=False)
 
     @contextmanager
     def enter(self, body_bytes: int) -> Iterator[Place]:
@@ -119,8 +119,8 @@ class AdmissionGate:
                 self._places.remove(place)
 
     def _fits(self, places: list[Place], body_bytes: int) -> bool:
-        return len(places) < self._max_requests and (
-            not places or sum(place.size for place in places) + body_bytes <= self._max_bytes
+        return len(places) < self.max_requests and (
+            not places or sum(place.size for place in places) + body_bytes <= self.max_bytes
         )
 
 
@@ -308,7 +308,7 @@ def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers 
         raise InvalidField(f"{name}: {twice}: sent twice.") from twice
     except ValueError as error:
         raise InvalidField(f"{name}: not valid JSON.") from error
-    known = {field.name for field in fields(kind)}
+    known = {item.name for item in fields(kind)}
     may_hold = f"it may hold {', '.join(sorted(known))}"
     if not isinstance(answers, dict):
         raise InvalidField(f"{name}: not an object; {may_hold}.")

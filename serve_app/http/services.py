@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from serve_app.lesions.live_model import LiveModelWatch
 from serve_app.lesions.replay import Replayer
 from serve_app.lesions.triage import Triage
 from serve_app.pms import delivery
-from serve_app.pms.delivery import PmsConnection, open_pms
+from serve_app.pms.delivery import open_pms
 from serve_app.records import serving
 from serve_app.records.access import AccessStore
 from serve_app.records.audit_log import AuditChain
@@ -45,26 +45,37 @@ Counts = Mapping[str, Mapping[str, float | None] | None]
 COUNT_EVERY_S = 15.0
 
 
-@dataclass(frozen=True, slots=True)
 class Services:
     """The parts behind the interface."""
 
-    settings: Settings
-    pool: Pool
-    records: LesionStore
-    keys: KeyStore
-    live: LiveModelWatch
-    invariants: InvariantWatch
-    sealer: Sealer
-    triage: Triage
-    replayer: Replayer
-    searcher: Searcher
-    eraser: Eraser
-    pms: PmsConnection
-    admission: AdmissionGate
-    authenticator: Authenticator
-    access: AccessStore
-    worker: Worker
+    def __init__(self, settings: Settings, stages: Stages, pool: Pool, keys: KeyStore, version: str) -> None:
+        """`version` is the service's own, for every answer's provenance."""
+        self.settings, self.pool, self.keys, files = settings, pool, keys, settings.files
+        self.records, self.access = LesionStore(pool), AccessStore(pool)
+        self.live = LiveModelWatch(pool, settings.models, stages.warm)
+        self.invariants = InvariantWatch(pool)
+        checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
+        self.sealer = Sealer(AuditChain(pool), checkpoints)
+        self.pms = open_pms(settings, pool, self.records)
+        tells_pms = self.pms.delivery is not None
+        assessor = Assessor(stages, service_version=version)
+        self.triage = Triage(
+            assessor=assessor,
+            records=self.records,
+            keys=keys,
+            consultation=self.pms.consultation,
+            tells_pms=tells_pms,
+        )
+        self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
+        self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
+        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.admission = AdmissionGate(
+            max_requests=settings.max_uploads_in_flight,
+            max_bytes=settings.max_upload_bytes_in_flight,
+            pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
+        )
+        self.authenticator = Authenticator(settings, self.access, self.records)
+        self.worker = Worker()
 
     async def counts(self) -> Counts:
         """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
@@ -97,44 +108,14 @@ async def open_services(
             timeout_s=settings.database_timeout_s,
         )
         closing.push_async_callback(pool.close)
-        files, records, access = settings.files, LesionStore(pool), AccessStore(pool)
-        await refuse_lost_keys(pool, files.keystore)
-        provider = open_key_provider(settings, first_start=not files.keystore.exists())
-        keys = KeyStore(files.keystore, provider)
+        keystore = settings.files.keystore
+        await refuse_lost_keys(pool, keystore)
+        keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
         closing.callback(keys.close)
-        await claim_key_store(pool, keys, files.keystore)
-        pms = open_pms(settings, pool, records)
-        closing.push_async_callback(pms.close)
-        assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
-        tells_pms = pms.delivery is not None
-        services = Services(
-            settings=settings,
-            pool=pool,
-            records=records,
-            keys=keys,
-            live=LiveModelWatch(pool, settings.models, stages.warm),
-            invariants=InvariantWatch(pool),
-            sealer=Sealer(AuditChain(pool), CheckpointLog(files.audit_checkpoints, files.audit_signing_key)),
-            triage=Triage(
-                assessor=assessor,
-                records=records,
-                keys=keys,
-                consultation=pms.consultation,
-                tells_pms=tells_pms,
-            ),
-            replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
-            searcher=Searcher(stages=stages, records=records, references=ReferenceStore(pool)),
-            eraser=Eraser(ErasureStore(pool), keys, tells_pms=tells_pms),
-            pms=pms,
-            admission=AdmissionGate(
-                max_requests=settings.max_uploads_in_flight,
-                max_bytes=settings.max_upload_bytes_in_flight,
-                pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
-            ),
-            authenticator=Authenticator(settings, access, records),
-            access=access,
-            worker=Worker(),
-        )
+        await claim_key_store(pool, keys, keystore)
+        version = await asyncio.to_thread(service_version)
+        services = Services(settings, stages, pool, keys, version)
+        closing.push_async_callback(services.pms.close)
         # Once the loops have ended: what they write last is sealed and signed, too.
         closing.push_async_callback(worker.finish, "sealing", services.sealer.finish)
         async with services.worker.running(_loops(services, observe)):

@@ -44,7 +44,7 @@ Confirmed = Annotated[
 ]
 
 
-router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
+router = APIRouter(responses=PROBLEM_RESPONSES)
 
 #: What the audit log says of this beside `read`; not what was asked for: which diagnosis is thought of says something
 #: of the patient.
@@ -53,6 +53,7 @@ _SEARCH = {"search": "similar"}
 
 @router.get(
     "/api/lesions/{lesion_id}/images/{image_id}/similar",
+    tags=["lesions"],
     response_model=SimilarCasesDocument,
     openapi_extra=rule(Action.READ),
     summary="The confirmed cases most similar to an image",
@@ -100,8 +101,6 @@ async def find_similar(
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 
-references_router = APIRouter(tags=["references"], responses=PROBLEM_RESPONSES)
-
 #: Where each licence of the archive is written down.
 LICENCE_TEXTS = {
     "CC-0": "https://creativecommons.org/publicdomain/zero/1.0/",
@@ -110,8 +109,9 @@ LICENCE_TEXTS = {
 }
 
 
-@references_router.get(
+@router.get(
     "/api/references/{isic_id}/image",
+    tags=["references"],
     response_class=Response,
     responses={
         200: {

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-import json
 import logging
 from pathlib import Path
 import ssl
@@ -117,15 +116,13 @@ class PmsClient:
 
     async def get(self, *path: str, timeout_s: float) -> PmsAnswer:
         """Ask for a resource; PmsUnavailable when nothing usable came back in time."""
-        return await self._send("GET", path, {}, None, timeout_s)
+        return await self._send("GET", path, timeout_s)
 
     async def post(
         self, *path: str, body: dict[str, Any], idempotency_key: str, timeout_s: float
     ) -> PmsAnswer:
         """Send a resource; PmsUnavailable when it is not known what became of it."""
-        content = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-        headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
-        return await self._send("POST", path, headers, content, timeout_s)
+        return await self._send("POST", path, timeout_s, body, {"Idempotency-Key": idempotency_key})
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,17 +132,17 @@ class PmsClient:
         self,
         method: str,
         path: tuple[str, ...],
-        headers: dict[str, str],
-        content: bytes | None,
         timeout_s: float,
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> PmsAnswer:
         url = "/".join(quote(part, safe="") for part in path)
         try:
             # httpx's own timeout is for each step; this one is for all of it.
             async with asyncio.timeout(timeout_s):
-                headers = headers | await self._authorization()
+                headers = (headers or {}) | await self._authorization()
                 async with self._client.stream(
-                    method, url, headers=headers, content=content, timeout=timeout_s
+                    method, url, json=body, headers=headers, timeout=timeout_s
                 ) as response:
                     return PmsAnswer(response.status_code, await _read(response))
         except (TimeoutError, httpx.TimeoutException):
