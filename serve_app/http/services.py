@@ -17,7 +17,7 @@ from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
 from serve_app.http.access import Authenticator
-from serve_app.http.bodies import AdmissionGate, BodyPace
+from serve_app.http.bodies import AdmissionGate
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
@@ -69,11 +69,7 @@ class Services:
         self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
         self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
-        self.admission = AdmissionGate(
-            max_requests=settings.max_uploads_in_flight,
-            max_bytes=settings.max_upload_bytes_in_flight,
-            pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
-        )
+        self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         self.worker = Worker()
 

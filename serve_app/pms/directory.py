@@ -230,16 +230,12 @@ def reconcile(
         return replace(context, record=RecordCheck(Lookup.UNKNOWN, encounter))
     return replace(
         context,
-        age_approx=_older(context.age_approx, record.age),
+        # The higher: the policy's risk rises with it.
+        age_approx=max((age for age in (context.age_approx, record.age) if age is not None), default=None),
         sex=record.sex if context.sex in {None, Sex.UNKNOWN} and record.sex else context.sex,
         history=_join(context.history, record.history),
         record=RecordCheck(Lookup.FOUND, encounter, _discrepancies(context, record)),
     )
-
-
-def _older(sent: int | None, recorded: int | None) -> int | None:
-    """The higher age: the policy's risk rises with it."""
-    return max((age for age in (sent, recorded) if age is not None), default=None)
 
 
 def _join(sent: History, recorded: History) -> History:
