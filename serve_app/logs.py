@@ -1,8 +1,7 @@
 """Log records that are clean before any handler sees them, and their form as JSON lines.
 
 The cleaning is in the record factory, not in a filter or formatter: Ray Serve, uvicorn and asyncio bring
-handlers of their own, and put new ones in place whenever they are reconfigured. From top to bottom: the request that
-a line is of, the cleaning of text, what is told of an exception, the record, the line, the log of a process.
+handlers of their own, and put new ones in place whenever they are reconfigured.
 """
 
 from __future__ import annotations

@@ -33,11 +33,7 @@ STAGES = ("preprocess", "classifier", "embedder", "retriever", "risk")
 
 
 class ServeStages:
-    """The five stages as deployments of this application, each handle by its name in STAGES.
-
-    Small arguments travel by gRPC, an original above the crossover by reference: the
-    transport is chosen here, per handle, and nowhere by default.
-    """
+    """The five stages as deployments of this application, each handle by its name in STAGES."""
 
     def __init__(self, **stages: DeploymentHandle[Any]) -> None:
         self._handles = {stage: by_message(stages[stage]) for stage in STAGES}

@@ -10,11 +10,12 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from serve_app.access.rules import Action
+from serve_app.domain.assessment import format_time
 from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import Form, body_of, read_form
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES, ErasureDocument
 from serve_app.http.services import Parts
-from serve_app.keys.receipts import ErasureReason, format_instant
+from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Erasure, ErasureRequest
 
 router = APIRouter(tags=["erasure"], responses=PROBLEM_RESPONSES)
@@ -85,7 +86,7 @@ def _answer(erasure: Erasure) -> JSONResponse:
     answer = {
         "receipt_id": str(erasure.receipt_id),
         "image_id": str(erasure.image_id),
-        "erased_at": format_instant(receipt.erased_at) if receipt else None,
+        "erased_at": format_time(receipt.erased_at, "microseconds") if receipt else None,
         "actor": erasure.actor,
         "reason": erasure.reason,
         "ciphertext_sha256": erasure.ciphertext_sha256.hex(),

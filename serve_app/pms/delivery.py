@@ -178,10 +178,10 @@ def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class PmsConnection:
-    """Each part is None where it is not configured."""
+    """Client and delivery are None where they are not configured."""
 
     client: PmsClient | None
-    consultation: RecordConsultation | None
+    consultation: RecordConsultation
     delivery: Delivery | None
 
     async def describe(self) -> dict[str, int | float | None] | None:
@@ -213,5 +213,4 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
                 pms_url=url,
                 dead_after=timedelta(days=settings.pms_dead_after_days),
             )
-    consultation = None if directory is None else RecordConsultation(directory)
-    return PmsConnection(client, consultation, delivery)
+    return PmsConnection(client, RecordConsultation(directory), delivery)

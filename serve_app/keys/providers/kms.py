@@ -35,8 +35,7 @@ logging.getLogger("botocore").setLevel(logging.INFO)
 class AwsKms(KeyProvider):
     """One symmetric KMS key. A wrapped key is KMS's ciphertext; the data key's id is its encryption context.
 
-    The context is written to CloudTrail in clear: the id is a random number, and says nothing of
-    a patient. For many threads. KeyProviderUnavailable when KMS does not answer in time, or refuses.
+    The context is written to CloudTrail in clear: the id is a random number, and says nothing of a patient.
     """
 
     def __init__(self, key_id: str) -> None:

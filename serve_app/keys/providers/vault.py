@@ -83,8 +83,7 @@ class VaultTransit(KeyProvider):
     """One key of a transit engine, versioned by Vault; `token` is asked before every request.
 
     A wrapped key is Vault's own ciphertext ("vault:v1:…"). The data key's id is its associated
-    data, and its context, too, where the key derives. For many threads. KeyProviderUnavailable
-    when Vault does not answer in time, or refuses.
+    data, and its context, too, where the key derives.
     """
 
     def __init__(self, address: VaultAddress, token: Callable[[], str]) -> None:
