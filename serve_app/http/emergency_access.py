@@ -66,18 +66,15 @@ async def break_glass(request: Request, requested: Caller, services: Parts) -> J
     """Give the caller the rights of a care assignment from now on, for a time; it will be reviewed."""
     settings = services.settings
     form = await read_form(request, EmergencyForm)
-    requested.patient_id = parse_opaque_id("patient_id", form.patient_id)
+    patient_id = requested.patient_id = parse_opaque_id("patient_id", form.patient_id)
     minutes = form.minutes or settings.emergency_access_minutes
     if minutes > settings.emergency_access_max_minutes:
         raise InvalidField(f"minutes: at most {settings.emergency_access_max_minutes}.")
     emergency_id = new_id()
+    event = requested.event("success", emergency_access=str(emergency_id), minutes=minutes)
+    lasts = timedelta(minutes=minutes)
     opened = await services.access.break_glass(
-        emergency_id,
-        requested.patient_id,
-        requested.actor,
-        form.reason,
-        lasts=timedelta(minutes=minutes),
-        event=requested.event("success", emergency_access=str(emergency_id), minutes=minutes),
+        emergency_id, patient_id, requested.actor, form.reason, lasts=lasts, event=event
     )
     return JSONResponse(_ONE.dump_python(opened, mode="json"), 201, NO_STORE)
 
@@ -125,12 +122,9 @@ async def review_emergency(
             requested.event("denied", reason=decision.reason, emergency_id=str(emergency_id))
         )
         raise Forbidden("You may not review your own emergency access.")
+    event = requested.event("success", emergency_id=str(emergency_id), outcome=form.outcome)
     reviewed = await services.access.review(
-        emergency_id,
-        reviewer=requested.actor,
-        outcome=form.outcome,
-        note=form.note,
-        event=requested.event("success", emergency_id=str(emergency_id), outcome=form.outcome),
+        emergency_id, reviewer=requested.actor, outcome=form.outcome, note=form.note, event=event
     )
     if reviewed is None:
         raise Conflict("This emergency access has been reviewed.")

@@ -57,14 +57,10 @@ class Services:
         checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
-        tells_pms = self.pms.delivery is not None
+        consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
         assessor = Assessor(stages, service_version=version)
         self.triage = Triage(
-            assessor=assessor,
-            records=self.records,
-            keys=keys,
-            consultation=self.pms.consultation,
-            tells_pms=tells_pms,
+            assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
         )
         self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))

@@ -113,16 +113,12 @@ class Delivery:
     ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
         body = assessment_document(found.image, found, pictured=pictured, pms_url=self.pms_url).answer()
+        path, key = (
+            ("api", "encounters", message.encounter_id, "assessments"),
+            _idempotency_key(message, found),
+        )
         try:
-            answer = await self.client.post(
-                "api",
-                "encounters",
-                message.encounter_id,
-                "assessments",
-                body=body,
-                idempotency_key=_idempotency_key(message, found),
-                timeout_s=self.timeout_s,
-            )
+            answer = await self.client.post(*path, body=body, idempotency_key=key, timeout_s=self.timeout_s)
         except PmsUnavailable:
             self.breaker.fail()
             raise
@@ -206,11 +202,8 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
         if settings.patient_directory == "pms":
             directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
         if settings.pms_deliver:
+            dead_after = timedelta(days=settings.pms_dead_after_days)
             delivery = Delivery(
-                outbox=Outbox(pool),
-                records=records,
-                client=client,
-                pms_url=url,
-                dead_after=timedelta(days=settings.pms_dead_after_days),
+                outbox=Outbox(pool), records=records, client=client, pms_url=url, dead_after=dead_after
             )
     return PmsConnection(client, RecordConsultation(directory), delivery)

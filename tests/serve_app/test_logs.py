@@ -71,12 +71,12 @@ def test_allowed_values_are_fields_and_readable_and_no_others(stream) -> None:
         "bytes": float("nan"),
         "code": np.zeros(3, np.uint8),
     }
-    logging.getLogger("derm.test").error("for %s, %d times", MARK, 2, extra=extra)
+    logging.getLogger("derm.test").error("for patient_id=%s, %d times", MARK, 2, extra=extra)
     begin_request("r-1")
     conceal(MARK)
     logging.getLogger("derm.test").error("%s of %s", b"\xff\xd8", bytearray(50), extra={"stage": f"x-{MARK}"})
     first, second = lines(stream)
-    assert re.fullmatch("for #[0-9a-f]{12}, 2 times", first["message"])
+    assert re.fullmatch("for patient_id=#[0-9a-f]{12}, 2 times", first["message"])
     assert (first["model_id"], first["count"]) == ("tf_efficientnet_lite0.derm7", 2)
     assert (first["bytes"], first["code"], first["dropped"]) == ("nan", "[bytes]", ["patient_id"])
     assert first["assessment_id"] == str(extra["assessment_id"])

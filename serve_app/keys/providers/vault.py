@@ -71,12 +71,8 @@ class VaultAddress:
         if plain and not _is_this_machine(host):
             raise InvalidSetting("vault+http:// is for this machine only: data keys would cross a network.")
         shown = f"[{host}]" if ":" in host else host
-        return cls(
-            url=f"{'http' if plain else 'https'}://{shown}:{port}",
-            mount=mount,
-            key=key,
-            namespace=parse_qs(parts.query).get("namespace", [None])[0],
-        )
+        url = f"{'http' if plain else 'https'}://{shown}:{port}"
+        return cls(url, mount, key, namespace=parse_qs(parts.query).get("namespace", [None])[0])
 
 
 class VaultTransit(KeyProvider):
