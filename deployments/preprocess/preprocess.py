@@ -58,7 +58,9 @@ def _colour(
     np.subtract(channels[..., 0], luma, out=rest[1])
     rest = rest.reshape(2, -1)
     # Normal equations: 60 times as fast as a decomposition of all pixels. A plain image's are singular.
-    rest -= rest @ powers.T @ np.linalg.pinv((powers @ powers.T).astype(np.float64)).astype(np.float32) @ powers
+    rest -= (
+        rest @ powers.T @ np.linalg.pinv((powers @ powers.T).astype(np.float64)).astype(np.float32) @ powers
+    )
     rest *= rest
     return float(np.sqrt(rest.sum() / t.size))
 

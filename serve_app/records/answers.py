@@ -65,7 +65,7 @@ class Similar(SimilarCase):
     def of(cls, case: SimilarCase, pictured: Collection[str]) -> Similar:
         """Add where its picture is; `pictured` are the references of which there is one here."""
         image_url = f"/api/references/{case.isic_id}/image" if case.isic_id in pictured else None
-        return cls(*_FIELDS_OF(case), image_url=image_url, archive_url=archive_url(case.isic_id))
+        return cls(*_FIELDS_OF(case), image_url, archive_url(case.isic_id))
 
 
 class NeighboursDocument(Document):
