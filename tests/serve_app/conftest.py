@@ -7,7 +7,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 import io
-import json
 import logging
 from pathlib import Path
 import threading
@@ -180,12 +179,23 @@ class Service:
             headers=headers or self.token("dr"),
         )
 
+    async def get(self, url: str, *, params: Any = None, **named: str) -> httpx.Response:
+        """Ask as the clinician in charge, with these headers too."""
+        return await self.client.get(url, params=params, headers={**self.token("dr"), **named})
+
     async def counts(self) -> dict[str, int]:
         """Rows of every table an upload writes to."""
         return {
             table: await self.owner.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608 - our own names
             for table in TABLES
         }
+
+    @asynccontextmanager
+    async def storing_nothing(self, *, events: int = 1) -> AsyncIterator[None]:
+        """What is done meanwhile stores nothing but so many audit events."""
+        before = await self.counts()
+        yield
+        assert await self.counts() == {**before, "audit_events": before["audit_events"] + events}
 
     async def events(self, response: httpx.Response) -> list[dict[str, Any]]:
         """The audit events of a request; the purpose, which every event has, apart from the rest of its detail."""
@@ -195,6 +205,30 @@ class Service:
         )
         events = [{**row, "detail": dict(row["detail"])} for row in rows]
         return [{**event, "purpose": event["detail"].pop("purpose", None)} for event in events]
+
+    async def hold_to_event(
+        self,
+        response: httpx.Response,
+        action: str,
+        outcome: str,
+        *,
+        about: Mapping[str, Any] | None = None,
+        names: tuple[str, ...] = ("patient_id", "lesion_id", "image_id"),
+        **detail: Any,
+    ) -> dict[str, Any]:
+        """Hold a request against its only audit event: the ids it names of an answer, and its detail, where given."""
+        (event,) = await self.events(response)
+        assert (event["action"], event["outcome"]) == (action, outcome)
+        assert about is None or [str(event[name]) for name in names] == [about[name] for name in names]
+        assert not detail or event["detail"] == detail
+        return event
+
+    async def hold_to_failure(
+        self, response: httpx.Response, status: int, code: str, action: str
+    ) -> dict[str, Any]:
+        """Hold a problem and its only audit event against each other."""
+        await self.hold_to_event(response, action, "failed", code=code)
+        return self.hold_to_problem(response, status, code)
 
     def hold_to(self, schema: str, body: Any) -> None:
         """Hold a body against a schema of the published OpenAPI document."""
@@ -272,9 +306,3 @@ def drawn_lesion() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def history() -> str:
-    """A patient's history as the PMS sends it."""
-    return json.dumps({"personal_melanoma": True, "immunosuppression": None})

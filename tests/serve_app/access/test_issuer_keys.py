@@ -137,9 +137,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 @pytest.mark.parametrize("age", [700, 80_000])
-async def test_nobody_waits_for_an_issuer_that_never_answers(
-    issuer: Issuer, silent: socket.socket, age: float
-) -> None:
+async def test_nobody_waits_for_an_issuer_that_never_answers(issuer, silent, age: float) -> None:
     key, stranger, clock = make_key("ES256", "a"), make_key("ES256", "b"), Clock()
     issuer.body = published(key)
     found = verifier(issuer.url, clock=clock)
@@ -166,9 +164,7 @@ async def test_nobody_waits_for_an_issuer_that_never_answers(
     assert time.monotonic() - since < 0.5 * ANSWER_S
 
 
-async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(
-    silent: socket.socket,
-) -> None:
+async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(silent) -> None:
     found = verifier(url_of(silent))
     token = sign(make_key("ES256", "a"), "ES256")
     since = time.monotonic()

@@ -32,9 +32,7 @@ async def log(new_database, as_superuser, tmp_path: Path):
     await pool.close()
 
 
-async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
-    log, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(log, monkeypatch) -> None:
     sealer, checkpoints, records, _ = log
     await records.record_event(EVENT)
     signed, sign = asyncio.Event(), sealer.sign
@@ -52,9 +50,7 @@ async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
     assert [checkpoint.position for checkpoint in checkpoints.read()] == [1, 4]
 
 
-async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(
-    log, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(log, caplog) -> None:
     sealer, checkpoints, records, administrator = log
     assert sealer.describe() == {"checkpoint_at": None, "sound": None}
     await records.record_event(EVENT)

@@ -70,12 +70,12 @@ async def test_an_erasure_is_recorded_with_the_purpose_of_its_reason(service, an
 
 async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> None:
     receipt = (await erase(service, answer)).json()
-    gone = await service.client.get(path(answer), headers=service.token("dr"))
+    gone = await service.get(path(answer))
     service.hold_to_problem(gone, 410, "erased")
     (event,) = await service.events(gone)
     assert (event["outcome"], event["detail"]) == ("failed", {"code": "erased"})
     lesion = f"/api/lesions/{answer['lesion_id']}"
-    seen = (await service.client.get(lesion, headers=service.token("dr"))).json()
+    seen = (await service.get(lesion)).json()
     service.hold_to("TimelineDocument", seen)
     (shown,) = seen["assessments"]
     assert (shown["outcome"], shown["risk"], shown["classification"]) == ("erased", None, None)
@@ -83,9 +83,7 @@ async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> 
     replayed = (await service.replay(answer)).json()
     service.hold_to("ReplayDocument", replayed)
     assert (replayed["verdict"], replayed["cause"]["code"]) == ("cannot", "image_erased")
-    page = await service.client.get(
-        "/api/lesions", params={"patient_id": answer["patient_id"]}, headers=service.token("dr")
-    )
+    page = await service.get("/api/lesions", params={"patient_id": answer["patient_id"]})
     service.hold_to("WorklistDocument", page.json())
     assert page.json()["lesions"][0]["latest"]["outcome"] == "erased"
 

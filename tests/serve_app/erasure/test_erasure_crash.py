@@ -13,10 +13,10 @@ import pytest
 from serve_app.domain.errors import Erased, RecordsUnavailable
 from serve_app.keys.envelope import ImageBinding
 from serve_app.keys.keystore import DestroyedKey
-from serve_app.lesions.recovery import FAILED_AFTER_TRIES, recover_once
+from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.records.erasures import ErasureStore, Verdict
 from serve_app.settings import NodeFiles
-from tests.serve_app.erasure.erasing import change, damage, erase, path, request_of, row, uploaded
+from tests.serve_app.erasure.erasing import change, damage, erase, path, recover, request_of, row, uploaded
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ async def test_what_was_accepted_is_finished_after_a_crash(service, answer, step
                 actor=erasure.actor,
             )
         )
-    reading = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+    reading = await service.get(f"{path(answer)}/receipt")
     assert (reading.status_code, reading.json()["record_hash"]) == (202, None)
     assert await services.eraser.finish_accepted(older_than_s=0) >= 1
     assert await services.eraser.finish_accepted(older_than_s=0) == 0
     with pytest.raises(Erased):
         services.keys.load(erasure.data_key_id)
-    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+    read = await service.get(f"{path(answer)}/receipt")
     assert (read.status_code, read.json()["receipt_id"]) == (200, str(erasure.receipt_id))
     events = await service.owner.fetch(
         "SELECT action FROM audit_events WHERE image_id = $1 AND request_id = 'crashed'", request.image_id
@@ -70,10 +70,7 @@ def key_elsewhere(settings, data_key_id: UUID) -> Iterator[None]:
 
 async def receipts(service, *images: dict[str, Any]) -> list[bool]:
     """Whether each has one."""
-    found = [
-        (await service.client.get(f"{path(image)}/receipt", headers=service.token("dr"))).status_code
-        for image in images
-    ]
+    found = [(await service.get(f"{path(image)}/receipt")).status_code for image in images]
     assert set(found) <= {200, 202}
     return [status == 200 for status in found]
 
@@ -124,9 +121,7 @@ async def test_a_key_store_that_does_not_answer_is_an_erasure_accepted(service, 
         assert accepted.status_code == 202
         assert int(accepted.headers["retry-after"]) > 0
         service.hold_to("ErasureDocument", accepted.json())
-        service.hold_to_problem(
-            await service.client.get(path(answer), headers=service.token("dr")), 410, "erased"
-        )
+        service.hold_to_problem(await service.get(path(answer)), 410, "erased")
     finished = await erase(service, answer)
     assert finished.status_code == 200
     assert finished.json()["receipt_id"] == accepted.json()["receipt_id"]
@@ -150,13 +145,13 @@ async def test_a_backup_from_before_opens_nothing_and_is_erased_again(service, a
     await change(service, answer, "lesion_images", "sealed = $2, erased_at = NULL", before["sealed"])
     values = (before["outcome"], before["answer"], before["context"])
     await change(service, answer, "assessments", "outcome = $2, answer = $3, context = $4", *values)
-    gone = await service.client.get(path(answer), headers=service.token("dr"))
+    gone = await service.get(path(answer))
     service.hold_to_problem(gone, 410, "erased")
     assert await services.eraser.erase_restored() == 1
     assert await services.eraser.erase_restored() == 0
     again = await row(service, answer)
     assert (again["sealed"], again["answer"]) == (None, None)
-    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+    read = await service.get(f"{path(answer)}/receipt")
     assert read.json()["receipt_id"] == receipt["receipt_id"]
 
 
@@ -170,18 +165,11 @@ async def pending(service) -> dict[str, Any]:
     return answer
 
 
-async def recover(service, answer: dict[str, Any]) -> int:
-    """Try once to complete it, whoever has leased it."""
-    await change(service, answer, "assessments", "lease_until = NULL")
-    services = service.app.state.services
-    return await recover_once(services.records, services.triage, services.live)
-
-
 async def test_a_pending_assessment_of_an_erased_image_is_cancelled(service) -> None:
     answer = await pending(service)
     assert (await erase(service, answer)).status_code == 200
     assert (await row(service, answer))["outcome"] == "cancelled"
-    assert await recover(service, answer) == 0
+    assert await recover(service) == 0
     after = await row(service, answer)
     assert (after["outcome"], after["vectors"]) == ("cancelled", 0)
 
@@ -190,12 +178,12 @@ async def test_recovery_without_the_images_key_leaves_it_pending(service, settin
     answer = await pending(service)
     with key_elsewhere(settings, (await row(service, answer))["data_key_id"]):
         for _ in range(FAILED_AFTER_TRIES + 2):
-            assert await recover(service, answer) == 0
+            assert await recover(service) == 0
         assert (await row(service, answer))["outcome"] == "pending"
-        missing = await service.client.get(path(answer), headers=service.token("dr"))
+        missing = await service.get(path(answer))
         service.hold_to_problem(missing, 503, "data_key_missing")
         assert [event["detail"] for event in await service.events(missing)] == [{"code": "data_key_missing"}]
-    assert await recover(service, answer) == 1
+    assert await recover(service) == 1
 
 
 @pytest.mark.parametrize("cause", ["image_too_small", "integrity"])
@@ -209,8 +197,8 @@ async def test_an_image_that_can_never_be_assessed_ends_as_failed_once(
         for tried in range(FAILED_AFTER_TRIES + 2):
             found = await row(service, answer)
             assert found["outcome"] == ("pending" if tried < FAILED_AFTER_TRIES else "failed")
-            await recover(other, answer)
-    seen = await service.client.get(f"/api/lesions/{answer['lesion_id']}", headers=service.token("dr"))
+            await recover(other)
+    seen = await service.get(f"/api/lesions/{answer['lesion_id']}")
     service.hold_to("TimelineDocument", seen.json())
     (shown,) = seen.json()["assessments"]
     assert (shown["outcome"], shown["reasons"][0]["code"]) == ("failed", cause)

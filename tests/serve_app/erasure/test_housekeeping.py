@@ -41,7 +41,7 @@ async def test_only_keys_without_an_image_are_swept(service, housekeeping) -> No
         with pytest.raises(DataKeyMissing):
             keys.load(orphan)
     image = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
-    read = await service.client.get(image, headers=service.token("dr"))
+    read = await service.get(image)
     assert read.content == service.image
 
 

@@ -100,9 +100,7 @@ async def record(service) -> Record:
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_who_may_is_let_in_and_who_may_not_is_denied(
-    service, record: Record, method: str, path: str
-) -> None:
+async def test_who_may_is_let_in_and_who_may_not_is_denied(service, record, method: str, path: str) -> None:
     action, subject = ROUTES[method, path], f"dr-{uuid4().hex[:8]}"
     await service.care(subject, record.patient)
     headers = service.token(subject, (LET_IN.get(action, "clinician"),))

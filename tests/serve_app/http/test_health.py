@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from serve_app.domain.errors import StageFailed
-from tests.serve_app.lesions.test_pending import Faulty, failing
+from tests.serve_app.lesions.conftest import AlteredStages, failing
 
 LOOPS = {
     *("live_model", "replica_report", "recovery", "sealing", "refusal_summaries", "invariants"),
@@ -46,7 +46,7 @@ async def test_a_loop_that_keeps_ending_is_named_and_the_service_answers(
 async def test_the_metrics_are_what_ready_says(start_service, local_stages, monkeypatch) -> None:
     monkeypatch.setattr("serve_app.http.services.COUNT_EVERY_S", 0.02)
     told: list = []
-    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1})
+    stages = AlteredStages(local_stages(), "classify", failing(StageFailed()), calls={1})
     async with start_service(stages, observe=told.append) as service, asyncio.timeout(30):
         assert (await service.upload(await service.care())).status_code == 202
         while not told or not told[-1]["assessments"]["pending"]:  # noqa: ASYNC110 - the loop tells when it likes

@@ -70,7 +70,7 @@ async def test_a_large_upload_is_in_no_file(
     assert list(tmp_path.iterdir()) == []
     answer = response.json()
     url = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
-    original = await service.client.get(url, headers=service.token("dr"))
+    original = await service.get(url)
     assert original.content == large_image
 
 

@@ -21,7 +21,7 @@ import uvicorn
 from serve_app.domain import errors
 from serve_app.logs import ProcessLog, node_key
 from tests.serve_app.conftest import SECRET
-from tests.serve_app.lesions.test_pending import Faulty, failing
+from tests.serve_app.lesions.conftest import AlteredStages, failing
 
 PATIENT = "Zyxwvutmuster"  # letters only: nothing in its form gives it away
 ENCOUNTER = "Encounterzyx"
@@ -111,10 +111,11 @@ async def test_no_error_of_any_class_brings_its_request_into_a_log(
     assert len(kinds) > 30
     raised = iter(kinds)
 
-    async def fail() -> None:
+    async def fail(answer: Any) -> None:
+        answer.close()
         raise next(raised)(f"of {PATIENT} in {FILE} at {ENCOUNTER}: b'\\x89PNG'")
 
-    stages = Faulty(local_stages(), stage, fail, calls={*range(1, len(kinds) + 1)})
+    stages = AlteredStages(local_stages(), stage, fail)
     async with start_service(stages, raise_app_exceptions=False) as service:
         await service.care("dr", PATIENT)
         headers = service.token("dr")
@@ -135,7 +136,7 @@ async def test_a_request_id_that_could_name_somebody_is_answered_and_not_kept(
 ) -> None:
     """It comes back; logs, audit log and the problem document have an id of ours, which joins the three."""
     sent = (f"{PATIENT}.1950-01-31", PATIENT, "MRN-4711-0815")
-    stages = Faulty(local_stages(), "prepare", failing(RuntimeError("broken")), calls={1, 2, 3})
+    stages = AlteredStages(local_stages(), "prepare", failing(RuntimeError("broken")))
     async with start_service(stages, raise_app_exceptions=False) as service:
         await service.care("dr", PATIENT)
         ours = {}

@@ -96,7 +96,7 @@ async def test_strangers_cannot_flood_the_log_and_keep_nobody_out(limited) -> No
         after = await refusals(service, code="unauthenticated", client="127.0.0.1")
         assert after - before == codes.count(401)
         # Whoever has a token does not wait behind who has none.
-        answer = await service.client.get("/api/references/x/image", headers=service.token("dr"))
+        answer = await service.get("/api/references/x/image")
         assert answer.status_code == 404
         await service.app.state.services.authenticator.summarise()
         (summary,) = await service.owner.fetch(

@@ -19,14 +19,13 @@ async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> N
     for kind, media in (("PNG", "image/png"), ("JPEG", "image/jpeg")):
         image = drawn_lesion(seed=8, kind=kind)
         answer = await uploaded(service, image=image, name="whatever.gif")
-        response = await service.client.get(path(answer), headers=service.token("dr"))
+        response = await service.get(path(answer))
         assert response.status_code == 200
         assert response.content == image
         assert response.headers["content-type"] == media
         assert response.headers["cache-control"] == "no-store"
         assert response.headers["x-content-type-options"] == "nosniff"
-        (event,) = await service.events(response)
-        assert (event["action"], event["outcome"]) == ("download", "success")
+        event = await service.hold_to_event(response, "download", "success")
         for name in ("lesion_id", "image_id", "patient_id"):
             assert str(event[name]) == answer[name]
 
@@ -34,7 +33,7 @@ async def test_the_original_comes_back_byte_for_byte(service, drawn_lesion) -> N
 async def test_what_is_not_there_is_not_found(service) -> None:
     first, second = [await uploaded(service) for _ in range(2)]
     for image in (str(uuid4()), second["image_id"]):
-        response = await service.client.get(path({**first, "image_id": image}), headers=service.token("dr"))
+        response = await service.get(path({**first, "image_id": image}))
         service.hold_to_problem(response, 404, "not_found")
 
 
@@ -44,7 +43,7 @@ async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion)
     for seed in (1, 2):
         response = await service.upload(patient, image=drawn_lesion(seed=seed), lesion_id=lesion)
         answers.append(response.json())
-    response = await service.client.get(f"/api/lesions/{lesion}", headers=service.token("dr"))
+    response = await service.get(f"/api/lesions/{lesion}")
     assert response.status_code == 200
     assert response.headers["cache-control"] == "no-store"
     timeline = response.json()
@@ -63,7 +62,7 @@ async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) ->
     seen, cursor, pages = [], None, 0
     while True:
         params = {"patient_id": patient, "limit": "2"} | ({"cursor": cursor} if cursor else {})
-        response = await service.client.get("/api/lesions", params=params, headers=service.token("dr"))
+        response = await service.get("/api/lesions", params=params)
         assert response.status_code == 200
         assert response.headers["cache-control"] == "no-store"
         page = response.json()

@@ -43,7 +43,7 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
 
 async def test_what_is_not_there_and_what_is_not_allowed_are_problems_too(service) -> None:
     for path in ("/", "/docs", "/openapi.json", "/api/lesions/"):
-        response = await service.client.get(path, headers=service.token("dr"))
+        response = await service.get(path)
         service.hold_to_problem(response, 404, "not_found")
     for method, path, allowed in (
         ("PUT", "/api/lesions", "GET, HEAD, POST"),
@@ -101,7 +101,7 @@ async def test_a_single_query_parameter_sent_twice_is_rejected(service) -> None:
         "/api/lesions?patient_id=p&patient_id=q",
         f"{similar}?licence=CC-0&licence=CC-BY&confirmed=true&confirmed=false",
     ):
-        response = await service.client.get(url, headers=service.token("dr"))
+        response = await service.get(url)
         body = service.hold_to_problem(response, 422, "invalid_field")
         assert body["detail"] in {"patient_id: sent twice", "confirmed: sent twice"}
 

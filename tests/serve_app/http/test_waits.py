@@ -11,15 +11,12 @@ import pytest
 
 from serve_app.http import bodies
 from serve_app.lesions import recovery, triage
-from tests.serve_app.lesions.test_pending import Faulty, failing, recover, row_of
+from tests.serve_app.erasure.erasing import recover, row
+from tests.serve_app.lesions.conftest import AlteredStages, failing, hang
 
 HEAD = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 #: Far above what a loaded machine needs; a wait without an end fails the test here.
 PATIENCE_S = 60
-
-
-async def hang() -> None:
-    await asyncio.Event().wait()
 
 
 async def trickle(first: bytes = HEAD, every_s: float = 0.01) -> AsyncIterator[bytes]:
@@ -33,7 +30,7 @@ async def trickle(first: bytes = HEAD, every_s: float = 0.01) -> AsyncIterator[b
 async def stall(first: bytes = HEAD) -> AsyncIterator[bytes]:
     """A body that stops in the middle."""
     yield first
-    await hang()
+    await asyncio.Event().wait()
 
 
 async def send(service, body: AsyncIterator[bytes], **headers: str) -> httpx.Response:
@@ -60,11 +57,8 @@ async def test_a_body_that_takes_too_long_is_refused_and_frees_its_place(
     async with start_service(local_stages(), max_uploads_in_flight=1, **bounds) as service:
         before = await service.counts()
         response = await send(service, body())
-        service.hold_to_problem(response, 408, "body_timeout")
+        await service.hold_to_failure(response, 408, "body_timeout", "upload")
         assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
-        (event,) = await service.events(response)
-        assert (event["action"], event["outcome"]) == ("upload", "failed")
-        assert event["detail"] == {"code": "body_timeout"}
         assert (await service.upload(await service.care())).status_code == 201
 
 
@@ -110,7 +104,7 @@ async def test_a_prepare_that_hangs_is_an_error_and_stores_nothing(
     start_service, local_stages, monkeypatch
 ) -> None:
     monkeypatch.setattr(triage, "PREPARE_S", 0.2)
-    async with start_service(Faulty(local_stages(), "prepare", hang, calls={1})) as service:
+    async with start_service(AlteredStages(local_stages(), "prepare", hang, calls={1})) as service:
         patient = await service.care()
         before = await service.counts()
         async with asyncio.timeout(PATIENCE_S):
@@ -124,14 +118,14 @@ async def test_a_prepare_that_hangs_is_an_error_and_stores_nothing(
 async def test_a_stage_that_hangs_holds_up_no_recovery_for_good(
     start_service, local_stages, monkeypatch, stage: str
 ) -> None:
-    failed_uploads = Faulty(local_stages(), "classify", failing(ValueError()), calls={1, 2})
+    failed_uploads = AlteredStages(local_stages(), "classify", failing(ValueError()), calls={1, 2})
     seen = {"prepare": {3}, "conclude": {1}}[stage]
     monkeypatch.setattr(recovery, "ATTEMPT_S", 3.0)
-    async with start_service(Faulty(failed_uploads, stage, hang, calls=seen)) as service:
+    async with start_service(AlteredStages(failed_uploads, stage, hang, calls=seen)) as service:
         uploads = [await service.upload(await service.care()) for _ in range(2)]
         assert [response.status_code for response in uploads] == [202, 202]
         async with asyncio.timeout(PATIENCE_S):
             assert await recover(service) == 1
             assert await recover(service) == 1
         for response in uploads:
-            assert (await row_of(service, response))["outcome"] != "pending"
+            assert (await row(service, response.json()))["outcome"] != "pending"

@@ -49,17 +49,13 @@ def test_the_first_start_makes_a_private_keyring_and_the_second_keeps_it(keys: P
 @pytest.mark.parametrize(
     ("name", "wider"), [("keyring.json", 0o604), ("keyring.json", 0o620), (".", 0o701), (".", 0o710)]
 )
-def test_a_keyring_or_folder_open_to_others_is_refused(
-    keys: Path, keyring: FileKeyring, name: str, wider: int
-) -> None:
+def test_a_keyring_or_folder_open_to_others_is_refused(keys, keyring, name: str, wider: int) -> None:
     (keys / name).chmod(wider)
     with pytest.raises(IntegrityError, match="chmod go-rwx"):
         FileKeyring(keys / "keyring.json")
 
 
-def test_a_keyring_of_another_user_is_refused(
-    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keyring_of_another_user_is_refused(keys, keyring, monkeypatch) -> None:
     if os.geteuid() == 0:
         os.chown(keys / "keyring.json", 65534, 65534)
     else:  # only root can give a file away; anyone can be somebody else than its owner

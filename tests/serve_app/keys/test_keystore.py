@@ -67,9 +67,7 @@ def test_a_shredded_key_is_gone_from_every_file(store: KeyStore, keys: Path, key
     assert open_sealed(sealed, data_key=store.load(kept.id), binding=BINDING) == b"image"
 
 
-def test_a_shred_that_may_linger_says_so(
-    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shred_that_may_linger_says_so(keys, keyring, monkeypatch) -> None:
     monkeypatch.setattr(keystore, "_BUSY_TIMEOUT_S", 0.05)
     with closing(KeyStore(keys / "keystore.sqlite", keyring)) as store:
         key = store.create()
@@ -91,9 +89,7 @@ def test_a_wrapped_key_moved_to_another_row_is_refused(store: KeyStore, keys: Pa
         store.load(second.id)
 
 
-def test_wraps_are_counted_and_bounded_and_a_refused_one_takes_no_neighbours_key_with_it(
-    store: KeyStore, keys: Path
-) -> None:
+def test_wraps_are_counted_and_bounded_and_a_refused_one_takes_no_neighbours_key_with_it(store, keys) -> None:
     for _ in range(3):
         store.shred(store.create().id)
     assert sqlite(keys / "keystore.sqlite", "SELECT key_version, wraps FROM wrap_counts") == [(1, 3)]
@@ -121,9 +117,7 @@ def test_a_damaged_store_is_refused(keys: Path, keyring: FileKeyring) -> None:
         KeyStore(keys / "keystore.sqlite", keyring)
 
 
-def test_a_store_that_cannot_be_written_is_unavailable(
-    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_cannot_be_written_is_unavailable(keys, keyring, monkeypatch) -> None:
     monkeypatch.setattr(keystore, "_BUSY_TIMEOUT_S", 0.05)
     with closing(KeyStore(keys / "keystore.sqlite", keyring)) as store:
         key = store.create()

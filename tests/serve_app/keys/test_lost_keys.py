@@ -40,7 +40,7 @@ async def _works_again(service, patient: str, answer: dict) -> None:
     assert again.status_code == 201
     for each in (answer, again.json()):
         path = f"/api/lesions/{each['lesion_id']}/images/{each['image_id']}"
-        read = await service.client.get(path, headers=service.token("dr"))
+        read = await service.get(path)
         assert (read.status_code, read.content) == (200, service.image)
 
 
@@ -173,7 +173,7 @@ async def test_a_vault_that_is_down_is_a_problem_with_a_time_to_return(
         transit.down()
         for response in (
             await service.upload(patient),
-            await service.client.get(path, headers=service.token("dr")),
+            await service.get(path),
         ):
             body = service.hold_to_problem(response, 503, "key_provider_unavailable")
             assert response.headers["retry-after"] == "5"

@@ -161,9 +161,7 @@ def test_a_foreign_keyring_wraps_nothing(store, keys, tmp_path, foreign, rotated
         assert [again.load(key.id).id for key in made] == [key.id for key in made]
 
 
-def test_a_keyring_from_before_a_rotation_wraps_nothing(
-    store: KeyStore, keyring: FileKeyring, keys: Path
-) -> None:
+def test_a_keyring_from_before_a_rotation_wraps_nothing(store, keyring, keys) -> None:
     before = (keys / "keyring.json").read_bytes()
     keyring.rotate()
     store.checks.verify()

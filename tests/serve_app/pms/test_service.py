@@ -13,8 +13,8 @@ from serve_app.domain.errors import StageFailed
 from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.pms import delivery
 from serve_app.settings import Settings
-from tests.serve_app.erasure.erasing import change, damage, erase
-from tests.serve_app.lesions.test_pending import Faulty, failing, recover
+from tests.serve_app.erasure.erasing import change, damage, erase, recover
+from tests.serve_app.lesions.conftest import AlteredStages, failing
 from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
 
 
@@ -89,7 +89,7 @@ async def test_the_record_is_weighed_and_the_encounter_is_told(tied, pms) -> Non
             await asyncio.sleep(0.02)
     assert disclosed == 1
     assert (await tied.client.get("/readyz")).json()["outbox"]["dead"] == 0
-    seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
+    seen = await tied.get(response.headers["location"])
     assert seen.json()["assessments"] == [answer]
 
 
@@ -127,7 +127,7 @@ async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
 async def test_what_is_recovered_fails_or_is_erased_is_told_too(
     start_service, local_stages, ties, pms
 ) -> None:
-    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1, 2})
+    stages = AlteredStages(local_stages(), "classify", failing(StageFailed()), calls={1, 2})
     async with start_service(stages, **ties) as service:
         patient, other = await service.care(), await service.care()
         pms.register(patient, f"e-{patient}", history={"immunosuppression": True})
