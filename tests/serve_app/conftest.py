@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from inspect import isawaitable
 import io
 import logging
 from pathlib import Path
@@ -33,6 +35,7 @@ from serve_app.lesions.assess import Stages
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
+from tests.serve_app.erasure.erasing import uploaded
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"
@@ -41,6 +44,23 @@ TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
     "audit_events",
 )
+
+
+async def until(holds: Callable[[], Any], *, within_s: float = 60.0) -> Any:
+    """Wait until something holds, or what it awaits does; returns what that is."""
+    async with asyncio.timeout(within_s):
+        while not (found := await value if isawaitable(value := holds()) else value):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+        return found
+
+
+class Clock:
+    """A clock that goes when a test moves it, seconds."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -255,16 +275,18 @@ StartService = Callable[..., AbstractAsyncContextManager[Service]]
 
 
 @pytest.fixture(scope="session")
-def start_service(
-    settings: Settings, service_owner: Pool, drawn_lesion: Callable[..., bytes]
-) -> StartService:
-    """Run an application over given stages, with other settings where a test asks for them."""
+def start_service(settings: Settings, service_owner: Pool, local_stages, drawn_lesion) -> StartService:
+    """Run an application over given stages or plain ones, with other settings where a test asks for them."""
 
     @asynccontextmanager
     async def start(
-        stages: Stages, *, raise_app_exceptions: bool = True, observe: Any = None, **changed: object
+        stages: Stages | None = None,
+        *,
+        raise_app_exceptions: bool = True,
+        observe: Any = None,
+        **changed: object,
     ) -> AsyncIterator[Service]:
-        app = create_app(settings.model_copy(update=changed), stages, observe=observe)
+        app = create_app(settings.model_copy(update=changed), stages or local_stages(), observe=observe)
         transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions)
         async with (
             app.router.lifespan_context(app),
@@ -279,10 +301,16 @@ def start_service(
 
 
 @pytest.fixture(scope="session")
-async def service(start_service: StartService, local_stages) -> AsyncIterator[Service]:
+async def service(start_service: StartService) -> AsyncIterator[Service]:
     """The service over all five real stages."""
-    async with start_service(local_stages()) as service:
+    async with start_service() as service:
         yield service
+
+
+@pytest.fixture
+async def answer(service: Service) -> dict[str, Any]:
+    """The answer to an image of a patient in care."""
+    return await uploaded(service)
 
 
 @pytest.fixture(scope="session")

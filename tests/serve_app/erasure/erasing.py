@@ -75,9 +75,8 @@ async def change(service, answer: dict[str, Any], table: str, assignments: str, 
 
 async def damage(service, answer: dict[str, Any]) -> None:
     """Flip a bit of the sealed image."""
-    await change(
-        service, answer, "lesion_images", "sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-    )
+    flipped = "sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+    await change(service, answer, "lesion_images", flipped)
 
 
 async def end_leases(service) -> None:
@@ -85,8 +84,13 @@ async def end_leases(service) -> None:
     await service.owner.execute("UPDATE assessments SET lease_until = NULL WHERE outcome = 'pending'")
 
 
+async def recover_expired(service) -> int:
+    """Recover what is pending and leased by nobody."""
+    services = service.app.state.services
+    return await recover_once(services.records, services.triage, services.live)
+
+
 async def recover(service) -> int:
     """Recover what is pending as if every lease on it had ended."""
     await end_leases(service)
-    services = service.app.state.services
-    return await recover_once(services.records, services.triage, services.live)
+    return await recover_expired(service)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 import sqlite3
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
@@ -19,11 +20,6 @@ from serve_app.settings import NodeFiles
 from tests.serve_app.erasure.erasing import change, damage, erase, path, recover, request_of, row, uploaded
 
 
-@pytest.fixture
-async def answer(service) -> dict[str, Any]:
-    return await uploaded(service)
-
-
 @pytest.mark.parametrize("step", ["accepted", "destroyed"])
 async def test_what_was_accepted_is_finished_after_a_crash(service, answer, step: str) -> None:
     """The process dies after the named step: what it had done is on disk, what it had not is not."""
@@ -33,14 +29,8 @@ async def test_what_was_accepted_is_finished_after_a_crash(service, answer, step
     assert await erasures.accept(request) is Verdict.ACCEPTED
     erasure = await erasures.find(request.lesion_id, request.image_id)
     if step == "destroyed":
-        services.keys.destroy(
-            DestroyedKey(
-                data_key_id=erasure.data_key_id,
-                receipt_id=erasure.receipt_id,
-                reason=erasure.reason,
-                actor=erasure.actor,
-            )
-        )
+        names = ("data_key_id", "receipt_id", "reason", "actor")
+        services.keys.destroy(DestroyedKey(**{name: getattr(erasure, name) for name in names}))
     reading = await service.get(f"{path(answer)}/receipt")
     assert (reading.status_code, reading.json()["record_hash"]) == (202, None)
     assert await services.eraser.finish_accepted(older_than_s=0) >= 1
@@ -110,18 +100,13 @@ async def test_more_erasures_than_a_page_without_their_keys_hold_up_no_other(ser
 
 
 async def test_a_key_store_that_does_not_answer_is_an_erasure_accepted(service, answer, monkeypatch) -> None:
-    services = service.app.state.services
-
-    def fail(_key: object) -> None:
-        raise RecordsUnavailable
-
-    with monkeypatch.context() as patch:
-        patch.setattr(services.keys, "destroy", fail)
-        accepted = await erase(service, answer)
-        assert accepted.status_code == 202
-        assert int(accepted.headers["retry-after"]) > 0
-        service.hold_to("ErasureDocument", accepted.json())
-        service.hold_to_problem(await service.get(path(answer)), 410, "erased")
+    monkeypatch.setattr(service.app.state.services.keys, "destroy", Mock(side_effect=RecordsUnavailable))
+    accepted = await erase(service, answer)
+    assert accepted.status_code == 202
+    assert int(accepted.headers["retry-after"]) > 0
+    service.hold_to("ErasureDocument", accepted.json())
+    service.hold_to_problem(await service.get(path(answer)), 410, "erased")
+    monkeypatch.undo()
     finished = await erase(service, answer)
     assert finished.status_code == 200
     assert finished.json()["receipt_id"] == accepted.json()["receipt_id"]

@@ -64,20 +64,24 @@ def test_a_keyring_of_another_user_is_refused(keys, keyring, monkeypatch) -> Non
         FileKeyring(keys / "keyring.json")
 
 
+_SOUND = b"c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"null",
-        b"{}",
-        b'{"current": 1, "keys": {}}',
-        b'{"keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 2, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"one": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZQ=="}}',
-        b'{"current": 1, "keys": {"1": "!c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"1": 7}}',
-        b'{"current": null, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        *(b"", b"null", b"{}", b'{"keys": {"1": "%s"}}' % _SOUND),
+        *(b'{"current": %s, "keys": {"1": "%s"}}' % (current, _SOUND) for current in (b"2", b"null")),
+        *(
+            b'{"current": 1, "keys": {%s}}' % keys
+            for keys in (
+                b"",
+                b'"one": "%s"' % _SOUND,
+                b'"1": "c2VjcmV0LXNlY3JldC1zZQ=="',
+                b'"1": "!%s"' % _SOUND,
+                b'"1": 7',
+            )
+        ),
     ],
 )
 def test_a_damaged_keyring_is_refused_kept_and_not_quoted(keys: Path, content: bytes) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 import json
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pytest
-
-from tests.conftest import REPOSITORY
 from tests.serve_app.erasure.erasing import change, erase, followed, uploaded
 
 CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
@@ -21,9 +17,8 @@ CHECKLIST = json.dumps({"change_in_size": True, "irregular_shape": True})
 def asking(stages, below: float) -> Iterator[None]:
     """Question each follow-up that is less like the image before than this."""
     everything = {"refusal": {"max_unknown": 1.0}}
-    stages.real._risk.override(
-        {**everything, "review": {"same_lesion": below, "same_lesion_if_lower": below}}
-    )
+    review = {"same_lesion": below, "same_lesion_if_lower": below}
+    stages.real._risk.override({**everything, "review": review})
     yield
     stages.real._risk.override(everything)
 
@@ -50,12 +45,9 @@ async def confirm(service, lesion: str, image: str):
     return await service.client.post(url, json={"image_id": image}, headers=service.token("dr"))
 
 
-async def test_two_lesions_under_one_id_are_questioned(start_service, local_stages) -> None:
-    failing = REPOSITORY.parent / "shared" / "failing"
-    pair = [failing / "pub-13a-lesion-first.jpg", failing / "pub-13b-other-lesion-second.jpg"]
-    if not all(path.is_file() for path in pair):
-        pytest.skip(f"{failing} is not there")
-    first, second = map(Path.read_bytes, pair)
+async def test_two_lesions_under_one_id_are_questioned(start_service, local_stages, failing_dir) -> None:
+    names = ("pub-13a-lesion-first.jpg", "pub-13b-other-lesion-second.jpg")
+    first, second = [(failing_dir / name).read_bytes() for name in names]
     async with start_service(local_stages(answer_all=False)) as service:
         answer = await uploaded(service, image=first)
         follow_up = await followed(service, answer, image=second)
@@ -93,8 +85,7 @@ async def test_a_confirmed_image_is_the_next_ones_past_and_a_questioned_one_is_n
         assert (await faulty.replay(second)).json()["verdict"] == "identical"
 
 
-async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(faulty) -> None:
-    answer = await uploaded(faulty)
+async def test_a_confirmation_is_audited_once_a_request_and_shown_on_its_image(faulty, answer) -> None:
     lesion, image = answer["lesion_id"], answer["image_id"]
     before = await timeline(faulty, lesion)
     assert "identity" not in before["assessments"][0]

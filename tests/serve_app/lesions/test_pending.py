@@ -10,8 +10,15 @@ import pytest
 
 from serve_app.domain.errors import Overloaded, StageFailed
 from serve_app.lesions import recovery, triage
-from serve_app.lesions.recovery import recover_once
-from tests.serve_app.erasure.erasing import damage, end_leases, recover, row, uploaded
+from tests.serve_app.erasure.erasing import (
+    change,
+    damage,
+    end_leases,
+    recover,
+    recover_expired,
+    row,
+    uploaded,
+)
 from tests.serve_app.lesions.conftest import Held, failing, hang
 
 
@@ -70,9 +77,8 @@ async def test_a_failure_after_the_first_commit_is_pending_and_is_finished(
 async def test_a_recovered_follow_up_is_compared_with_the_visit_before(faulty, stages, drawn_lesion) -> None:
     stages.alter("embed", failing(StageFailed()), calls={2})
     first = await uploaded(faulty)
-    response = await faulty.upload(
-        first["patient_id"], image=drawn_lesion(seed=2), lesion_id=first["lesion_id"]
-    )
+    patient, lesion = first["patient_id"], first["lesion_id"]
+    response = await faulty.upload(patient, image=drawn_lesion(seed=2), lesion_id=lesion)
     assert response.status_code == 202
     assert await recover(faulty) == 1
     seen = await faulty.get(response.headers["location"])
@@ -87,8 +93,7 @@ async def test_two_recoveries_at_once_finish_it_once(faulty, stages, service) ->
     response = await faulty.upload(await faulty.care())
     assert response.status_code == 202
     await end_leases(service)
-    both = (each.app.state.services for each in (service, faulty))
-    completed = await asyncio.gather(*(recover_once(each.records, each.triage, each.live) for each in both))
+    completed = await asyncio.gather(*map(recover_expired, (service, faulty)))
     assert sorted(completed) == [0, 1]
     assert len(await service.events(response)) == 2
 
@@ -113,9 +118,7 @@ async def test_one_that_cannot_be_finished_does_not_hold_up_the_others(faulty, s
     ],
     ids=str,
 )
-async def test_a_failure_before_the_first_commit_stores_nothing(
-    faulty, stages, error: Exception, status: int, code: str
-) -> None:
+async def test_a_failure_before_the_first_commit_stores_nothing(faulty, stages, error, status, code) -> None:
     stages.alter("prepare", failing(error), calls={1})
     patient = await faulty.care()
     headers = {"Idempotency-Key": f"before-{code}"}
@@ -204,8 +207,7 @@ async def test_a_live_request_is_not_overtaken_whatever_the_clocks_say(faulty, s
     stages.alter("embed", held, calls={1})
     upload = asyncio.create_task(faulty.upload(await faulty.care()))
     await asyncio.wait_for(held.reached.wait(), 60)
-    services = faulty.app.state.services
-    assert await recover_once(services.records, services.triage, services.live) == 0
+    assert await recover_expired(faulty) == 0
     held.go_on.set()
     response = await upload
     assert response.status_code == 201
@@ -220,8 +222,7 @@ async def test_only_what_is_worked_on_is_leased(faulty, stages, service) -> None
     stages.alter("prepare", held := Held(), calls={1})
     recovering = asyncio.create_task(recover(faulty))
     await asyncio.wait_for(held.reached.wait(), 60)
-    services = service.app.state.services
-    assert await recover_once(services.records, services.triage, services.live) == 2
+    assert await recover_expired(service) == 2
     held.go_on.set()
     assert await recovering == 1
 
@@ -277,9 +278,7 @@ async def test_after_a_week_it_is_told_that_no_answer_will_come(faulty, stages) 
     response = await faulty.upload(await faulty.care())
     assert await recover(faulty) == 0
     assert (await row(faulty, response.json()))["outcome"] == "pending"
-    await faulty.owner.execute(
-        "UPDATE assessments SET created_at = created_at - interval '8 days' WHERE outcome = 'pending'"
-    )
+    await change(faulty, response.json(), "assessments", "created_at = created_at - interval '8 days'")
     assert await recover(faulty) == 0
     found = await row(faulty, response.json())
     assert (found["outcome"], found["failure"]) == ("failed", "stage_failed")

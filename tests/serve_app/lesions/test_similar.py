@@ -96,12 +96,6 @@ async def test_every_filter_limits_all_that_is_shown(service, assessed, limits: 
             assert shown[name] == body["similar"][kinds.index(malignant)]
 
 
-async def test_the_upload_knows_no_filter_by_diagnosis_or_site(service) -> None:
-    for asked in ({"diagnosis": "DF"}, {"anatom_site_general": "palms/soles"}):
-        response = await service.upload(await service.care(), params=asked)
-        service.hold_to_problem(response, 422, "invalid_field")
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -169,8 +163,9 @@ async def test_it_is_searched_in_the_space_it_was_assessed_in_while_that_is_ther
         await one_failure(service, await ask(service, answer, params), 409, "references_dropped")
 
 
-async def test_a_stage_that_fails_or_hangs_is_said_so_and_is_on_record(faulty, stages, monkeypatch) -> None:
-    answer = await uploaded(faulty)
+async def test_a_stage_that_fails_or_hangs_is_said_so_and_is_on_record(
+    faulty, stages, monkeypatch, answer
+) -> None:
     monkeypatch.setattr(assess, "DEADLINE_S", 0.2)
     for change_of_stage in (failing(StageFailed()), hang):
         with stages.altered("nearest", change_of_stage):
