@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from typing import Any
 from uuid import uuid4
 
@@ -21,8 +20,6 @@ import httpx
 import numpy as np
 from PIL import Image
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.faults_load import GraphService, graph_service, new_home
@@ -30,11 +27,12 @@ from cluster.node_files import read_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from data_jobs.sample_lesion import draw_lesion
-from data_jobs.training.manifest_file import write_manifest
-from model_store.manifest import MANIFEST_NAME
+from data_jobs.training.manifest_file import seal
+from model_store.manifest import read_manifest
 from serve_app.access.tokens import mint_token
 from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
+from tests.model_folders import copy_model, turn_references
 
 DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
 _WHOLE_S = 60.0
@@ -151,32 +149,20 @@ def make_twin(original: Path, models: Path) -> None:
     Neighbours and similarities are those of the original as long as query and references are of one space; across
     the two they are noise, so an answer that mixed them would be seen.
     """
-    content = tomllib.loads((original / MANIFEST_NAME).read_text())
-    content.pop("files")
-    content["tag"] += "twin"
-    content["model_id"] += "twin"
-    folder = models / content["model_id"]
-    shutil.copytree(original, folder)
-    (space,) = content["spaces"]
-    transform = folder / space["transform"]
     rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(512, 512)))[0].astype(np.float32)
+
+    def own_space(content: dict[str, Any]) -> None:
+        content["spaces"][0]["embedding_space"] += ".turned"
+
+    tag = f"{original.name.partition('.')[2]}twin"
+    folder = models / copy_model(original, models, tag, own_space)
+    transform = folder / read_manifest(folder).live_space.transform
     with np.load(transform) as arrays:
         mean, matrix = arrays["mean"], arrays["matrix"]
+    transform.unlink()
     np.savez(transform, mean=mean, matrix=rotation @ matrix)
-    _turn_references(folder / space["references"], rotation)
-    space["embedding_space"] += ".turned"
-    write_manifest(folder, content)
-
-
-def _turn_references(path: Path, rotation: np.ndarray) -> None:
-    table = pq.read_table(path)
-    flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    turned = flat.astype(np.float32).reshape(-1, 512) @ rotation.T
-    halves = pa.array(turned.astype(np.float16).ravel(), pa.float16())
-    column = pa.FixedSizeListArray.from_arrays(halves, 512)
-    position = table.schema.get_field_index("embedding")
-    field = table.schema.field(position)
-    pq.write_table(table.set_column(position, field, column.cast(field.type)), path)
+    turn_references(folder, lambda vectors: vectors @ rotation.T)
+    seal(folder)
 
 
 @pytest.fixture(scope="session")

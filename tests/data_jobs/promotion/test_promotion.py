@@ -14,13 +14,15 @@ import pytest
 from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.promotion import PromotionRequest, promote
 from data_jobs.references.load import publish_bundled
+from data_jobs.training.manifest_file import seal
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel, live_model, publications, publish
+from tests.model_folders import rewrite
 
-from .conftest import MELANOMAS, OTHERS, answering, replace_references, rewrite, weaken_melanoma
+from .conftest import MELANOMAS, OTHERS, answering, replace_references, weaken_melanoma
 
 pytestmark = pytest.mark.usefixtures("archive")
 
@@ -109,7 +111,7 @@ async def test_an_altered_candidate_or_references_of_another_model_are_refused(
     rewrite(path, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelContractError, match=r"model\.onnx"):
         await promote(served, store, request_for(altered), print)
-    replace_references(store, foreign)
+    replace_references(store / foreign)
     with pytest.raises(PromotionRefused, match="not embedded by this model"):
         await promote(served, store, request_for(foreign), print)
     assert await answering(served) == model_id
@@ -149,8 +151,9 @@ async def test_what_cannot_be_compared_or_judged_is_refused(
     with pytest.raises(PromotionRefused, match="space of its own"):
         await promote(served, store, request_for(same_space), print)
 
-    without = f"{model_id.partition('.')[0]}.without"
-    make_candidate(store, "without", change=lambda _: (store / without / "acceptance.json").unlink())
+    without = make_candidate(store, "without")
+    (store / without / "acceptance.json").unlink()
+    seal(store / without)
     with pytest.raises(PromotionRefused, match="--acceptance"):
         await promote(served, store, request_for(without), print)
     await promote(

@@ -15,8 +15,9 @@ from serve_app.domain.errors import Conflict
 from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import publications
+from tests.model_folders import rewrite
 
-from .conftest import answering, rewrite
+from .conftest import answering
 
 
 def back(dsn: str, store: Path):
