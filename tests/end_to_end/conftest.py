@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-import io
 from pathlib import Path
 import shutil
 import subprocess
@@ -26,15 +25,16 @@ from benchmarks.faults_load import GraphService, graph_service, new_home
 from cluster.node_files import read_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
-from data_jobs.sample_lesion import draw_lesion
 from data_jobs.training.manifest_file import seal
+from graphs.profiles import NUM_CPUS
 from model_store.manifest import read_manifest
 from serve_app.access.tokens import mint_token
 from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
+from tests.images import encode, lesion_jpeg
 from tests.model_folders import copy_model, turn_references
 
-DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
+DEPLOYMENTS = tuple(NUM_CPUS)
 _WHOLE_S = 60.0
 
 
@@ -134,13 +134,12 @@ class Pms:
         count: int = await self.owner.fetchval("SELECT count(*) FROM assessments WHERE outcome = 'pending'")
         return count
 
-    async def until_none_pending(self) -> float:
-        """Wait, without a hand, for every assessment to be finished; returns the seconds it took."""
+    async def until_none_pending(self) -> None:
+        """Wait, without a hand, for every assessment to be finished."""
         since = time.monotonic()
         while await self.pending():
             assert time.monotonic() - since < _WHOLE_S, "assessments stayed pending"
             await asyncio.sleep(0.5)
-        return time.monotonic() - since
 
 
 def make_twin(original: Path, models: Path) -> None:
@@ -206,13 +205,7 @@ def pms(node: Node) -> Pms:
 @pytest.fixture(scope="session")
 def lesion_image() -> Callable[..., bytes]:
     """Draw a lesion as a camera would send it: `(seed, size) -> JPEG`."""
-
-    def draw(seed: int = 1, size: tuple[int, int] = (400, 300)) -> bytes:
-        buffer = io.BytesIO()
-        draw_lesion(size=size, seed=seed).save(buffer, "JPEG", quality=90)
-        return buffer.getvalue()
-
-    return draw
+    return lesion_jpeg
 
 
 def draw_original(side: int, seed: int) -> bytes:
@@ -221,14 +214,5 @@ def draw_original(side: int, seed: int) -> bytes:
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     dark = np.exp(-4 * (x**2 + y**2))[..., None] * np.array([110.0, 100.0, 95.0])
     skin = (np.array([205.0, 160.0, 140.0]) - dark).astype(np.uint8)
-    buffer = io.BytesIO()
     noisy = skin + random.integers(0, 40, skin.shape, np.uint8)
-    Image.fromarray(noisy).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="session")
-def large_original() -> Callable[[int], bytes]:
-    """Draw a square original that does not compress: `(side) -> PNG` of three bytes a pixel."""
-
-    return lambda side: draw_original(side, seed=side)
+    return encode(Image.fromarray(noisy), "PNG", compress_level=0)

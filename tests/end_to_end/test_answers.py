@@ -12,6 +12,7 @@ import pytest
 from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
+from tests.end_to_end.conftest import draw_original
 
 pytestmark = pytest.mark.ray
 
@@ -66,9 +67,9 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
     assert compared
 
 
-async def test_a_large_original_travels_by_reference(pms, large_original) -> None:
+async def test_a_large_original_travels_by_reference(pms) -> None:
     """12 MB: above the 1.5 MB from which an argument goes through the object store."""
-    image = large_original(2000)
+    image = draw_original(2000, seed=2000)
     response = await pms.upload(await pms.care(), image)
     assert response.status_code == 201, response.text
     answer = response.json()

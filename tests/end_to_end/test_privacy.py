@@ -188,12 +188,8 @@ async def load(pms, node, lesion_image) -> Load:
 
 
 async def _upload(pms, subject: str, patient: str, image: bytes, **fields: str) -> httpx.Response:
-    return await pms.client.post(
-        "/api/lesions",
-        data={"patient_id": patient, **fields},
-        files={"image": ("lesion.jpg", image)},
-        headers={**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"},
-    )
+    headers = {**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"}
+    return await pms.upload(patient, image, headers=headers, **fields)
 
 
 async def _upload_and_read(pms, load: Load, subject: str, patient: str, image: bytes) -> None:

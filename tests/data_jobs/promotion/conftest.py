@@ -15,9 +15,9 @@ from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
 from data_jobs.training.manifest_file import seal
 from serve_app.domain.diagnosis import TRAINED
-from serve_app.records.pool import open_pool
 from serve_app.records.serving import live_model
 from tests.model_folders import Change, copy_model, thin_references, turn_references
+from tests.pools import connected
 
 #: Cases of fold 0: few enough for seconds, enough melanomas for a sensitivity.
 MELANOMAS, OTHERS = 12, 12
@@ -109,12 +109,9 @@ def make_candidate(small_store: Path, model_id: str) -> Callable[..., str]:
 
 async def answering(dsn: str) -> str | None:
     """The model that answers in a database."""
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
+    async with connected(dsn) as pool:
         live = await live_model(pool)
         return live.model_id if live else None
-    finally:
-        await pool.close()
 
 
 @pytest.fixture

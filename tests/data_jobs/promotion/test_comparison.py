@@ -21,8 +21,8 @@ from data_jobs.promotion.comparison import (
 )
 from data_jobs.training.recipe import AcceptancePlan, read_recipe
 from serve_app.domain.errors import DermError
+from tests.model_folders import RECIPES
 
-RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
 NAN = float("nan")
 
 

@@ -11,15 +11,27 @@ import json
 from pathlib import Path
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.baseline import LocalStages
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.import_model import ImportRequest, import_model
+from data_jobs.references.load import publish_bundled
+from deployments.preprocess.decode import UploadLimits
+from deployments.risk.policy import CURRENT_VERSION
 from model_store.registry import ModelStore
 from model_store.session import InferenceSession
-from serve_app.domain.diagnosis import TRAINED
+from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.patient import ClinicalContext
+from serve_app.lesions.assess import Assessor
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import live_model
+from tests.model_folders import RECIPES
+from tests.pools import connected
 
 from .conftest import MILK10K, MILK10K_MAP, Rows, write_map, write_part
 
@@ -29,7 +41,6 @@ pytest.importorskip("matplotlib", reason="needs the train extra")
 
 pytestmark = pytest.mark.torch
 
-RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
 SIDE = 64
 DECLARED = {"licence": "CC0-1.0", "training_data": "nothing: random weights"}
 
@@ -156,9 +167,10 @@ def request_for(folder: Path, recipe: Path) -> Callable[..., ImportRequest]:
 
 @pytest.mark.usefixtures("steps_in_process")
 @pytest.mark.timeout(600)
-def test_an_eleven_class_model_comes_in_with_a_mapping(
-    folder: Path, request_for, label_map: Path, recipe: Path
+async def test_an_eleven_class_model_comes_in_with_a_mapping_and_answers(
+    folder: Path, request_for, label_map: Path, new_database, isic_dir: Path
 ) -> None:
+    """By all five stages, on a real image, with references in a database: another trunk and input size than ours."""
     store = folder / "models"
     store.mkdir()
     source = write_graph(folder / "milk10k.onnx")
@@ -191,12 +203,34 @@ def test_an_eleven_class_model_comes_in_with_a_mapping(
     with pytest.raises(ImportRefused, match="is there already"):
         import_model(store, request_for(source, label_map=label_map), said.append)
 
+    urls = await new_database()
+    await publish_bundled(urls.owner, store, manifest.model_id)
+    async with connected(urls.app) as pool:
+        live = await live_model(pool)
+        assert live is not None
+        references = ReferenceStore(pool)
+        limits, version = UploadLimits(), CURRENT_VERSION
+        stages = LocalStages(
+            models=store, references=references, limits=limits, threads=1, policy_version=version
+        )
+        assessor = Assessor(stages, service_version="test")
+        image = min((isic_dir / "uploads").iterdir()).read_bytes()
+        examination = await assessor.examine(image, live)
+        assert examination.prepared.pixels.shape == (SIDE, SIDE, 3)
+        case = SimpleNamespace(context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE)
+        answer = await assessor.assess(examination, case, previous=None)
+    assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}
+    assert answer.provenance.model_id == manifest.model_id
+    assert set(answer.classification.probabilities) == set(Diagnosis)
+    assert sum(answer.classification.probabilities.values()) == pytest.approx(1.0)
+    assert len(answer.similar) == 3
+    assert answer.risk is not None
+
 
 @pytest.mark.usefixtures("steps_in_process")
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        ({"labels": 2}, "two labels"),
         ({"labels": 11}, r"11 labels.*--label-map"),
         ({"labels": 8, "metadata": {"label_space": ",".join(TRAINED), "modality": "clinical"}}, "clinical"),
         (

@@ -17,10 +17,10 @@ from data_jobs.references.load import publish_bundled
 from data_jobs.training.manifest_file import seal
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError
-from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel, live_model, publications, publish
 from tests.model_folders import rewrite
+from tests.pools import connected
 
 from .conftest import MELANOMAS, OTHERS, answering, replace_references, weaken_melanoma
 
@@ -60,8 +60,7 @@ async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
     assert report["mcnemar"]["first answer right"]["p_value"] == 1.0
     assert report["references"]["least_cosine"] > 0.999
     assert {name.partition(":")[0] for name in report["subgroups"]} == {"sex", "age", "site", "source"}
-    pool = await open_pool(served, minimum=0, maximum=1)
-    try:
+    async with connected(served) as pool:
         newest, first = await publications(pool)
         assert (newest.approval.action, newest.approval.approved_by) == ("promote", "Dr Test")
         text = (store / f"{candidate}.promotion.json").read_bytes()
@@ -71,8 +70,6 @@ async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
         for model in (newest.model, first.model):
             space = ModelStore(store).open(model.model_id).manifest.live_space
             assert await ReferenceStore(pool).count(space.embedding_space) == space.count
-    finally:
-        await pool.close()
     with pytest.raises(PromotionRefused, match="answers already"):
         await promote(served, store, request_for(candidate), said.append)
 
@@ -160,11 +157,10 @@ async def test_what_cannot_be_compared_or_judged_is_refused(
         served, store, request_for(without, acceptance=given, dry_run=True, report=tmp_path / "r.json"), print
     )
 
-    pool = await open_pool(served, minimum=0, maximum=1)
-    live = await live_model(pool)
-    assert live is not None
-    await publish(pool, LiveModel(model_id, "0" * 64, live.embedding_space))
-    await pool.close()
+    async with connected(served) as pool:
+        live = await live_model(pool)
+        assert live is not None
+        await publish(pool, LiveModel(model_id, "0" * 64, live.embedding_space))
     with pytest.raises(PromotionRefused, match="another digest"):
         await promote(served, store, request_for(candidate), print)
 

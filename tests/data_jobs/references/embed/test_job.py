@@ -25,10 +25,10 @@ from data_jobs.references.load import publish_space, verify_space
 from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict
-from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceCache
 from serve_app.records.serving import live_model
 from serve_app.settings import REPOSITORY
+from tests.pools import connected
 
 IMAGES, BAD = 64, (7, 8)
 
@@ -100,13 +100,10 @@ async def test_killed_and_started_again_every_image_is_in_the_space_or_has_a_cau
         for row in rows
         if row["embedding"] is not None
     }
-    pool = await open_pool(urls.owner, minimum=0, maximum=1)
-    try:
+    async with connected(urls.owner) as pool:
         (summary,) = await ReferenceCache(pool).spaces()
         assert summary.completed_at is not None
         assert await pool.fetchval("SELECT count(*) FROM reference_pictures") == IMAGES - len(BAD)
-    finally:
-        await pool.close()
 
 
 def test_the_owners_password_is_in_nothing_that_ray_writes(resumed) -> None:
@@ -121,16 +118,13 @@ def test_the_owners_password_is_in_nothing_that_ray_writes(resumed) -> None:
 async def test_a_space_is_verified_before_its_model_answers_in_it(resumed, folder, models, model_id) -> None:
     urls, *_ = resumed
     model = ModelStore(models).open(model_id)
-    pool = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
-    try:
+    async with connected(urls.owner) as pool:
         checks = {check.name: check for check in await verify_space(pool, model, folder=folder)}
         assert {name for name, check in checks.items() if not check.passed} == {"failures"}
         assert checks["failures"].found == "3.12% failed; 1% may"
         with pytest.raises(Conflict, match="must not answer: failures"):
             await publish_space(pool, models, model_id)
         assert await live_model(pool) is None
-    finally:
-        await pool.close()
 
 
 def test_what_cannot_run_says_why(models, model_id, tmp_path, monkeypatch, capsys) -> None:
@@ -145,9 +139,6 @@ def test_what_cannot_run_says_why(models, model_id, tmp_path, monkeypatch, capsy
 
 async def stored(dsn: str) -> Mapping[str, bytes]:
     """Every vector of the database, bit by bit."""
-    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=20)
-    try:
+    async with connected(dsn) as pool:
         rows = await pool.fetch("SELECT isic_id, embedding FROM reference_embeddings")
         return {row["isic_id"]: row["embedding"].to_numpy().tobytes() for row in rows}
-    finally:
-        await pool.close()
