@@ -56,30 +56,23 @@ class Needles:
 
     def of(self, content: bytes) -> set[str]:
         """Name those that stand in `content`."""
-        return {
-            name
-            for odd in range(_PREFIX)
-            for place in self._candidates(content, odd)
-            for needle, name in self._by_beginning[content[place : place + _PREFIX]]
-            if content.startswith(needle, place)
-        }
-
-    def _candidates(self, content: bytes, odd: int) -> list[int]:
-        pairs = max(0, len(content) - odd) // _PREFIX
-        data = np.frombuffer(content, "<u2", count=pairs, offset=odd if pairs else 0)
-        places: list[int] = (np.flatnonzero(self._begins[data]) * _PREFIX + odd).tolist()
-        return places
+        found: set[str] = set()
+        for odd in range(_PREFIX):
+            data = np.frombuffer(content[odd:][: (len(content) - odd) // _PREFIX * _PREFIX], "<u2")
+            for place in (np.flatnonzero(self._begins[data]) * _PREFIX + odd).tolist():
+                beginning = self._by_beginning[content[place : place + _PREFIX]]
+                found |= {name for needle, name in beginning if content.startswith(needle, place)}
+        return found
 
     def inside(self, path: Path) -> set[str]:
         """Name those that stand in a file; none when it goes while it is being read."""
         found: set[str] = set()
         try:
             with path.open("rb") as file:
-                kept = b""
+                content = b""
                 while chunk := file.read(_CHUNK):
-                    content = kept + chunk
+                    content = content[-self._longest :] + chunk
                     found |= self.of(content)
-                    kept = content[-self._longest :]
         except FileNotFoundError:
             pass
         return found

@@ -17,7 +17,7 @@ from data_jobs.training.manifest_file import seal
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore, digest_file, verify_files
+from model_store.registry import ModelStore, StoredModel, digest_file, verify_files
 from model_store.session import PROVIDERS, InferenceSession
 from serve_app.domain.errors import ModelContractError
 from tests.model_folders import copy_model, rewrite
@@ -125,8 +125,7 @@ def test_a_folder_that_holds_another_model_is_refused(altered, model_id: str) ->
         ModelStore(store).open("another.name")
 
 
-def test_only_files_that_are_vouched_for_have_a_path(models: Path, model_id: str) -> None:
-    model = ModelStore(models).open(model_id)
+def test_only_files_that_are_vouched_for_have_a_path(model: StoredModel) -> None:
     assert model.path(model.manifest.onnx).is_file()
     for name in ("manifest.toml", "../x", "other.onnx"):
         with pytest.raises(ModelContractError):

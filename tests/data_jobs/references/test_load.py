@@ -39,11 +39,6 @@ IMAGES, CLINICAL = 12, (0, 5)
 
 
 @pytest.fixture
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
-
-
-@pytest.fixture
 async def pool(new_database) -> AsyncIterator[Pool]:
     urls = await new_database()
     async with connected(urls.owner) as pool:

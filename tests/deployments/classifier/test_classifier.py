@@ -27,9 +27,9 @@ def classifier(models: Path, model_id: str) -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def pixels(models: Path, model_id: str) -> list[np.ndarray]:
+def pixels(model: StoredModel) -> list[np.ndarray]:
     """Eight different pictures of the model's input size."""
-    _, height, width = ModelStore(models).open(model_id).manifest.input.input_size
+    _, height, width = model.manifest.input.input_size
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     pictures = []
     for seed in range(8):

@@ -43,11 +43,6 @@ IMAGES = 6
 
 
 @pytest.fixture(scope="module")
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
-
-
-@pytest.fixture(scope="module")
 def target(model: StoredModel, models: Path) -> Target:
     return Target(models, model.manifest.model_id, model.manifest.live_space.embedding_space)
 

@@ -21,15 +21,10 @@ from data_jobs.training.scan import open_onnx  # noqa: E402
 from deployments.preprocess.decode import UploadLimits  # noqa: E402
 from deployments.preprocess.pixels import InputGeometry  # noqa: E402
 from deployments.preprocess.preprocess import prepare_image  # noqa: E402
-from model_store.registry import ModelStore, StoredModel  # noqa: E402
+from model_store.registry import StoredModel  # noqa: E402
 from serve_app.domain.errors import ModelContractError  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
 
 
 @pytest.fixture(scope="module")
