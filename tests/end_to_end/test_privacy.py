@@ -26,6 +26,7 @@ from cluster.ray_node import SHARED, is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.conftest import draw_original
+from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -262,7 +263,7 @@ def test_no_temporary_file_and_no_object_of_ray_holds_an_image_or_a_patient(load
     looked = list(files(_TEMPORARY, since=load.since, without=node.home / "postgres" / "data"))
     assert looked
     assert needles.among(looked) == {}
-    assert _until(lambda: not needles.among(files(node.ray.objects)))
+    assert until(lambda: not needles.among(files(node.ray.objects)), _GONE_S, 0.2)
 
 
 _HOLDING = """
@@ -308,18 +309,13 @@ def test_what_does_not_fit_into_the_object_store_is_spilled_into_memory(node) ->
     assert is_memory(node.ray.objects)
     assert "object_memory" not in {finding.name for finding in process_findings(node.home)}
     with _held(node, mark) as let_go:
-        assert _until(lambda: needles.among(files(node.ray.objects)))
+        assert until(lambda: needles.among(files(node.ray.objects)), _GONE_S, 0.2)
         on_disk = [*files(node.home), *files(node.ray.directory), *files(_TEMPORARY, since=since)]
         assert needles.among(on_disk) == {}
         let_go()
-        assert _until(lambda: not needles.among(files(node.ray.objects))), list(files(node.ray.objects))
-
-
-def _until(condition: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + _GONE_S
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return bool(condition())
+        assert until(lambda: not needles.among(files(node.ray.objects)), _GONE_S, 0.2), list(
+            files(node.ray.objects)
+        )
 
 
 async def test_the_secrets_of_the_node_are_its_users_alone(node) -> None:

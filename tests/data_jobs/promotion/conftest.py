@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 import csv
+from importlib.util import find_spec
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from serve_app.records.serving import live_model
 from tests.model_folders import Change, copy_model, thin_references, turn_references
 from tests.pools import connected
 
+#: It imports what the train extra has, and its steps do.
+collect_ignore = [] if find_spec("onnx") and find_spec("skimage") else ["test_import.py"]
 #: Cases of fold 0: few enough for seconds, enough melanomas for a sensitivity.
 MELANOMAS, OTHERS = 12, 12
 LENIENT = {"max_top1_loss": 0.0, "max_melanoma_sensitivity_loss": 0.0, "max_malignant_downgrade_share": 0.0}

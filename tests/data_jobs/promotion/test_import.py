@@ -14,12 +14,16 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
+import torch
 
 from benchmarks.baseline import LocalStages
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.import_model import ImportRequest, import_model
 from data_jobs.references.load import publish_bundled
+from data_jobs.training.network import averaged_weights
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
 from model_store.registry import ModelStore
@@ -34,10 +38,6 @@ from tests.model_folders import RECIPES
 from tests.pools import connected
 
 from .conftest import MILK10K, MILK10K_MAP, Rows, write_map, write_part
-
-onnx = pytest.importorskip("onnx", reason="needs the train extra")
-pytest.importorskip("skimage", reason="needs the train extra")
-pytest.importorskip("matplotlib", reason="needs the train extra")
 
 pytestmark = pytest.mark.torch
 
@@ -191,8 +191,6 @@ async def test_an_eleven_class_model_comes_in_with_a_mapping_and_answers(
     acceptance = json.loads(model.path("acceptance.json").read_text())
     assert acceptance["max_melanoma_sensitivity_loss"] == 0.0
     # The eight logits are those of the file, in our order.
-    import onnxruntime as ort
-
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
     scores = ort.InferenceSession(str(source)).run(["scores"], {"image": pixels})[0]
     eight = [label for d in TRAINED for label in MILK10K if MILK10K_MAP[label] == d]
@@ -271,8 +269,6 @@ def test_a_step_that_fails_leaves_nothing(tmp_path: Path, request_for, label_map
 
 
 def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, request_for) -> None:
-    torch = pytest.importorskip("torch", reason="needs the train extra")
-
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (tmp_path / "touched",))
@@ -282,8 +278,6 @@ def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, req
     with pytest.raises(ImportRefused, match="only when it is our own"):
         import_model(tmp_path, request_for(source), print)
     # And even then as weights only.
-    from data_jobs.training.network import averaged_weights
-
     with pytest.raises(pickle.UnpicklingError):
         averaged_weights(source)
     assert not (tmp_path / "touched").exists()

@@ -8,26 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
+import timm
+import torch
 
-from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
-from tests.model_folders import RECIPES
-
-torch = pytest.importorskip("torch", reason="needs the train extra")
-timm = pytest.importorskip("timm", reason="needs the train extra")
-pytest.importorskip("onnxruntime", reason="needs the cpu or gpu extra")
-safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
-
-from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE  # noqa: E402
-from data_jobs.training.draws import class_counts, draw_epoch  # noqa: E402
-from data_jobs.training.export import export_weights, onnx_parity, write_onnx  # noqa: E402
-from data_jobs.training.network import (  # noqa: E402
+from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE
+from data_jobs.training.draws import class_counts, draw_epoch
+from data_jobs.training.export import export_weights, onnx_parity, write_onnx
+from data_jobs.training.network import (
     DermNetwork,
     averaged_weights,
     load_imagenet,
     load_start,
     wheel_weights,
 )
-from data_jobs.training.scan import open_onnx  # noqa: E402
+from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
+from data_jobs.training.scan import open_onnx
+from tests.model_folders import RECIPES
 
 pytestmark = [
     pytest.mark.torch,
