@@ -196,6 +196,7 @@ def references_of(*found: ImageRecord | Neighbours) -> set[str]:
     return {case.isic_id for part in parts if part is not None for case in part.cases}
 
 
+_SHOWN_AS_RECORDED = ("assessment_id", "image_id", "encounter_id", "created_at", "outcome")
 _SHOWN_AS_FOUND = ("quality", "classification", "risk", "change", "provenance")
 
 
@@ -217,17 +218,13 @@ def assessment_document(
     if pms_url is not None and record.encounter_id is not None:
         optional["links"] = LinksDocument(encounter=encounter_url(pms_url, record.encounter_id))
     return AssessmentDocument(
-        assessment_id=record.assessment_id,
         lesion_id=lesion.lesion_id,
-        image_id=record.image_id,
         patient_id=lesion.patient_id,
-        encounter_id=record.encounter_id,
-        created_at=record.created_at,
-        outcome=record.outcome,
         reasons=list(found.reasons) if found else [_why_unanswered(record)],
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
+        **{name: getattr(record, name) for name in _SHOWN_AS_RECORDED},
         **{name: getattr(found, name, None) for name in _SHOWN_AS_FOUND},
         **{name: value for name, value in optional.items() if value is not None},
     )
