@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import UUID
@@ -47,6 +47,9 @@ class Document(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+_OF_A_CASE = tuple(each.name for each in fields(SimilarCase))
+
+
 @dataclass(frozen=True, slots=True)
 class Similar(SimilarCase):
     """A confirmed reference case; similarity is the cosine. `archive_url` is the archive's own page.
@@ -61,7 +64,8 @@ class Similar(SimilarCase):
     def of(cls, case: SimilarCase, pictured: Collection[str]) -> Similar:
         """Add where its picture is; `pictured` are the references of which there is one here."""
         image_url = f"/api/references/{case.isic_id}/image" if case.isic_id in pictured else None
-        return cls(**asdict(case), image_url=image_url, archive_url=archive_url(case.isic_id))
+        found: dict[str, Any] = {name: getattr(case, name) for name in _OF_A_CASE}
+        return cls(**found, image_url=image_url, archive_url=archive_url(case.isic_id))
 
 
 class NeighboursDocument(Document):
