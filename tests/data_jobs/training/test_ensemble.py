@@ -8,10 +8,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("torch", reason="only for training and export")
 import onnx
+import pytest
 from safetensors.torch import save_file
 import torch
 
