@@ -113,6 +113,11 @@ def labels_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
     return np.array([row.label for row in rows], dtype=np.int64)
 
 
+def of_ham10000(rows: list[LabelledImage]) -> NDArray[np.bool_]:
+    """Which rows come from HAM10000."""
+    return np.array([(row.lesion_id or "").startswith("HAM_") for row in rows], dtype=np.bool_)
+
+
 def sources_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
     """Index in SOURCES of every row."""
     return np.array([SOURCES.index(row.source) for row in rows], dtype=np.int64)

@@ -28,6 +28,10 @@ class Scan:
     logits: NDArray[np.float32]
     bottleneck: NDArray[np.float32]
 
+    def part(self, picked: slice | NDArray[np.int64]) -> Self:
+        """Of these of the images."""
+        return type(self)(self.logits[picked], self.bottleneck[picked])
+
     @classmethod
     def joined(cls, parts: Iterable[Outputs]) -> Self:
         """Of the answers to batches, in their order."""
