@@ -63,20 +63,20 @@ def test_a_record_of_serves_own_keeps_the_callers_id_only_where_it_names_nobody(
 
 
 def test_allowed_values_are_fields_and_readable_and_no_others(stream) -> None:
-    values = {"model_id": "tf_efficientnet_lite0.derm7", "patient_id": MARK, "count": 2}
     extra = {
+        "model_id": "tf_efficientnet_lite0.derm7",
+        "count": 2,
         "patient_id": MARK,
         "assessment_id": uuid4(),
         "bytes": float("nan"),
         "code": np.zeros(3, np.uint8),
     }
-    text = "%(model_id)s for %(patient_id)s, %(count)d times"
-    logging.getLogger("derm.test").error(text, values, extra=extra)
+    logging.getLogger("derm.test").error("for patient_id=%s, %d times", MARK, 2, extra=extra)
     begin_request("r-1")
     conceal(MARK)
     logging.getLogger("derm.test").error("%s of %s", b"\xff\xd8", bytearray(50), extra={"stage": f"x-{MARK}"})
     first, second = lines(stream)
-    assert re.fullmatch("tf_efficientnet_lite0.derm7 for #[0-9a-f]{12}, 2 times", first["message"])
+    assert re.fullmatch("for patient_id=#[0-9a-f]{12}, 2 times", first["message"])
     assert (first["model_id"], first["count"]) == ("tf_efficientnet_lite0.derm7", 2)
     assert (first["bytes"], first["code"], first["dropped"]) == ("nan", "[bytes]", ["patient_id"])
     assert first["assessment_id"] == str(extra["assessment_id"])

@@ -55,7 +55,8 @@ class Log(logging.Handler):
 def log(logging_put_back) -> tuple[Log, io.StringIO]:
     """The process's log, and a handler beside it."""
     stream, beside = io.StringIO(), Log()
-    ProcessLog(node_key(SECRET), stream=stream, level=logging.DEBUG).install()
+    ProcessLog(node_key(SECRET), stream=stream).install()
+    logging.getLogger().setLevel(logging.DEBUG)
     logging.getLogger().addHandler(beside)
     return beside, stream
 

@@ -163,7 +163,7 @@ async def test_an_accepted_erasure_is_told_with_its_receipt_and_not_before(
 ) -> None:
     finished = await queue.finish("e-1")
     with monkeypatch.context() as patch:
-        patch.setattr(eraser._keys, "destroy", _unavailable)
+        patch.setattr(eraser.keys, "destroy", _unavailable)
         erasure, _ = await eraser.erase(await request_of(queue, finished))
     assert erasure.receipt is None
     assert (await queue.outbox.counts()).waiting == 0
