@@ -25,11 +25,13 @@ import numpy as np
 from data_jobs.training.card import write_card
 from data_jobs.training.dataset import (
     BCN84,
+    CLINICAL,
     LabelledImage,
     fold_indices,
     isic_folder,
     labels_of,
     read_bcn84,
+    read_clinical,
     read_rows,
     training_indices,
 )
@@ -47,7 +49,7 @@ from data_jobs.training.evaluation.figures import (
     source_figures,
     subgroup_figures,
 )
-from data_jobs.training.evaluation.outcomes import CLINICAL, LocalService, outcome_figures, read_clinical
+from data_jobs.training.evaluation.outcomes import LocalService, outcome_figures
 from data_jobs.training.evaluation.plots import draw_all
 from data_jobs.training.evaluation.predictions import (
     CALIBRATION_NAME,

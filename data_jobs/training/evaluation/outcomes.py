@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-import csv
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 import os
 from pathlib import Path
 from typing import Any
@@ -43,8 +41,6 @@ from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 from serve_app.domain.errors import DermError, RejectedUpload
 from serve_app.domain.patient import AnatomSite, ClinicalContext, Sex
 
-#: Smartphone photographs of skin, which are no dermoscopy: a folder of the archive.
-CLINICAL = "clinical"
 #: Reasons that say: this is not what the model knows.
 UNKNOWN_REASONS = frozenset({"not_dermoscopic", "out_of_distribution"})
 _BATCH = 32
@@ -192,37 +188,6 @@ class LocalService:
             image.quality, image.width, image.height, classification, neighbours, context, change=None
         )
         return conclude(findings, self._policy, self._points)
-
-
-def read_clinical(archive: Path) -> list[LabelledImage]:
-    """The rows of clinical/clinical.csv, in file order; none where there is no such file.
-
-    Of their patients p(UNK) may be fitted on one half (fold 1), by a hash of the name; the other is fold 0.
-    """
-    path = archive / CLINICAL / "clinical.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            LabelledImage(
-                isic_id=raw["image_id"],
-                diagnosis=Diagnosis(raw["diagnosis"]),
-                fold=sha256(raw["patient_id"].encode()).digest()[0] % 2 ^ 1,
-                lesion_id=raw["lesion_id"] or None,
-                patient_id=raw["patient_id"] or None,
-                age_approx=int(float(raw["age_approx"])) if raw["age_approx"] else None,
-                sex=None,
-                anatom_site_general=None,
-                diagnosis_confirm_type=None,
-                copyright_license=raw["copyright_license"],
-                attribution=raw["attribution"],
-                width=0,
-                height=0,
-                aspect="true",
-                source=CLINICAL,
-            )
-            for raw in csv.DictReader(file)
-        ]
 
 
 def outcome_figures(rows: Sequence[LabelledImage], answers: Answers) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from PIL import Image
 import pytest
 
 from data_jobs.references.load import ReferenceBundle
-from data_jobs.training.dataset import LabelledImage, read_rows
+from data_jobs.training.dataset import LabelledImage, read_clinical, read_rows
 from data_jobs.training.evaluation import robustness
 from data_jobs.training.evaluation.outcomes import (
     Answers,
     LocalService,
     ReferenceSearch,
     outcome_figures,
-    read_clinical,
 )
 from deployments.preprocess.preprocess import PreparedImage, measure_quality
 from deployments.risk.policy import read_policy
