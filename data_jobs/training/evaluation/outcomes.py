@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from data_jobs.training.dataset import LabelledImage
-from data_jobs.training.evaluation.predictions import Predictions, classify, tabulate
+from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, classify, tabulate
 from data_jobs.training.probabilities import rounded
 from data_jobs.training.scan import Scan
 from deployments.classifier.calibration import Calibrator
@@ -190,22 +190,24 @@ class LocalService:
         return conclude(findings, self._policy, self._points)
 
 
-def outcome_figures(rows: Sequence[LabelledImage], answers: Answers) -> dict[str, Any]:
+def outcome_figures(rows: Sequence[LabelledImage], answers: Answers, policy: RiskPolicy) -> dict[str, Any]:
     """What a clinician is told of these images: levels by diagnosis, doubts by cause, shares of all images.
 
-    An image counts under every cause that it has. `for_unknown`: refused or in review for UNK, whatever else for.
+    An image counts under every cause that it has. `for_unknown`: refused or in review for UNK, whatever else for;
+    `p_unk_over_limit`: p(UNK) that would be, also where a blurred image was refused before that was asked.
     `low_decided` is the worst that can happen to a malignant lesion: nobody is asked to look.
     """
     reasons = [{reason.code for reason in conclusion.reasons} for conclusion in answers.concluded]
     causes = Counter(code for found in reasons for code in found)
     outcomes = answers.outcomes
     return {
-        "policy_version": answers.concluded[0].policy_version,
+        "policy_version": policy.version,
         "by_image": _levels([(row.diagnosis, [i]) for i, row in enumerate(rows)], answers),
         "by_lesion": _levels(_images_of_lesions(rows), answers),
         "review": rounded((outcomes == Outcome.REVIEW).mean()),
         "refused": rounded((outcomes == Outcome.REFUSED).mean()),
         "for_unknown": rounded(np.mean([bool(found & UNKNOWN_REASONS) for found in reasons])),
+        "p_unk_over_limit": rounded((answers.nine[:, UNKNOWN] >= policy.review.max_unknown).mean()),
         "causes": {code: rounded(count / len(rows)) for code, count in causes.most_common()},
         "mean_set_size": rounded(answers.sets.sum(1).mean(), 3),
     }

@@ -12,6 +12,7 @@ from data_jobs.training.evaluation.figures import source_figures
 from data_jobs.training.evaluation.outcomes import Answers, outcome_figures
 from data_jobs.training.evaluation.predictions import Predictions
 from data_jobs.training.evaluation.robustness import SOFTENED
+from deployments.risk.policy import read_policy
 from model_store.manifest import MANIFEST_NAME, read_manifest
 from model_store.registry import verify_files
 
@@ -52,7 +53,7 @@ def test_evidence_is_written_and_vouched_for(
     kind = {"lost": 3, "lost_or_doubted": 4, "more_high": 0.07, "review_or_refused": 0.1}
     report |= {
         "sources": source_figures(predictions.eight, predictions.rows),
-        "outcomes": {"archive": outcome_figures(predictions.rows[1:3], told)},
+        "outcomes": {"archive": outcome_figures(predictions.rows[1:3], told, read_policy())},
         "views": {
             "images": 500,
             "views": {SOFTENED: changes},
@@ -82,7 +83,7 @@ def test_evidence_is_written_and_vouched_for(
     told = " ".join(card.split())
     assert "16-neighbour vote 0.8000, the softmax (without UNK) 0.9000; the vote's minus" in told
     assert "is -0.1000, 95 % interval -0.1200 to -0.0800 (paired" in told
-    assert "5.1% / 1.2% (mean of four); 5.1% |" in told
+    assert "5.1% / 1.2%; 5.1% |" in told
     assert "| ink | 3 | 4 | +7% | 10% |" in told
     assert "of all images (one may have several): low_margin 50.0%." in told
     assert "None" not in card

@@ -42,6 +42,7 @@ def test_the_less_favourable_image_of_a_lesion_counts(
             *(("refused", None), ("review", "low")),
             reasons=["low_margin", "out_of_distribution"],
         ),
+        read_policy(),
     )
     melanomas, naevi = found["by_lesion"]["MEL"], found["by_lesion"]["NV"]
     assert melanomas == {"cases": 2, "low": 1, "medium": 0, "high": 0, "low_decided": 1, "refused": 1}
