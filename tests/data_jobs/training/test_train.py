@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 import json
@@ -16,14 +15,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data_jobs.training import train as training
-from data_jobs.training.dataset import BCN84, LabelledImage
 from data_jobs.training.export import PixelsIn, export_weights, write_onnx
 from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers
 from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import DistillationPlan, LossPlan, Stage, TeacherPlan, read_recipe
 from data_jobs.training.scan import open_onnx
-from data_jobs.training.source_figures import by_source
 from data_jobs.training.train import learning_rate, train, write_weights
 from serve_app.domain.diagnosis import TRAINED
 
@@ -207,20 +204,6 @@ def test_a_student_comes_nearer_to_its_teachers_and_is_not_trained_without_them(
     with pytest.raises(ValueError, match="SHA-256 is another"):
         Teachers(wrong, models, PRIOR)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-def test_every_source_is_told_by_itself(make_row: Callable[..., LabelledImage]) -> None:
-    rows = [make_row(i, i % 8) for i in range(80)]
-    rows += [replace(make_row(100 + i, i % 8), source=BCN84, lesion_id=f"BCN_{i}") for i in range(40)]
-    logits = np.eye(8, dtype=np.float32)[[row.label for row in rows]]
-    logits[80:] = logits[[80 + (i + 1) % 8 for i in range(40)]]
-    figures = by_source(logits, rows)
-    assert (figures["archive"]["images"], figures[BCN84]["images"]) == (80, 40)
-    ham, rest = figures["HAM10000"]["images"], figures["archive without HAM10000"]["images"]
-    assert ham + rest == 80
-    assert min(ham, rest) > 0
-    assert figures["archive"]["top1"] == figures["archive"]["melanoma_auc"] == 1.0
-    assert figures[BCN84]["top1"] == 0.0
 
 
 def test_what_training_writes_is_what_is_exported_to_be_scored(tmp_path: Path) -> None:
