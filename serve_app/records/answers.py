@@ -222,6 +222,7 @@ def assessment_document(
     if pms_url is not None and record.encounter_id is not None:
         optional["links"] = LinksDocument(encounter=encounter_url(pms_url, record.encounter_id))
     recorded: dict[str, Any] = {name: getattr(record, name) for name in _SHOWN_AS_RECORDED}
+    shown: dict[str, Any] = {name: getattr(found, name, None) for name in _SHOWN_AS_FOUND}
     return AssessmentDocument(
         lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
@@ -230,7 +231,7 @@ def assessment_document(
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
         **recorded,
-        **{name: getattr(found, name, None) for name in _SHOWN_AS_FOUND},
+        **shown,
         **{name: value for name, value in optional.items() if value is not None},
     )
 
