@@ -79,7 +79,7 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
     parity = onnx_parity(served, tmp_path / "model.onnx", pixels)
     assert parity["max_abs_logit"] < 1e-4
     assert parity["max_abs_bottleneck"] < 1e-3
-    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels[:1])
+    logits, bottleneck, *_ = open_onnx(tmp_path / "model.onnx")(pixels[:1])
     assert (logits.shape, bottleneck.shape) == ((1, 8), (1, 512))
     assert (logits.dtype, bottleneck.dtype) == (np.float32, np.float32)
 
