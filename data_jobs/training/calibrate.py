@@ -31,6 +31,7 @@ from data_jobs.training.embedding_spaces import choose_space, pair_figures
 from data_jobs.training.evaluation.figures import by_diagnosis
 from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
 from data_jobs.training.operating_points import choose_points, conformal_thresholds
+from data_jobs.training.outliers import make_outliers, skin_like
 from data_jobs.training.probabilities import calibration_error, fit_temperature, quantiles, rounded, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.scan import Pixels, open_onnx, scan_images, scan_pixels, soften
@@ -38,9 +39,7 @@ from data_jobs.training.unknown import (
     SPOILT,
     fit_logistic,
     fit_statistics,
-    make_outliers,
     outlier_figures,
-    skin_like,
 )
 from deployments.classifier.calibration import unknown_probability
 from deployments.preprocess.pixels import InputGeometry
@@ -84,7 +83,7 @@ def calibrate(recipe: Recipe, export: Path, models: Path) -> Path:
     lesions = [row.lesion for row in held_rows]
     points = choose_points(p, labels, lesions)
     thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6
-    drawn = make_outliers(geometry, recipe.seed)
+    drawn = make_outliers(geometry, recipe.seed, archive)
     outliers = drawn + skin_like(pixels[:: len(pixels) // SPOILT], recipe.seed)
     fitting = np.array([outlier.part == "fit" for outlier in outliers])
     found = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers])).bottleneck
