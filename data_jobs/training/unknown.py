@@ -36,8 +36,8 @@ ANCHOR = 6.0
 CLASS_WEIGHT = 0.25
 #: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
 PRIOR_UNKNOWN = 0.05
-#: The same for a head, which keeps more of the known images below any limit: it lets
-#: 2 % of dermoscopy reach p(UNK) 0.2.
+#: The same for a head, which keeps more of the known images below any limit: 1.7 % of
+#: the reserve's images of the archive then reach 0.2.
 HEAD_PRIOR = 0.1
 #: How many lesions of a fold are inverted, blurred away and painted over.
 SPOILT = 100
@@ -123,8 +123,10 @@ def fit_head(known: Examples, outliers: Examples) -> UnknownHead:
     kept = min(AXES, len(spread) // 2)
     width, rest = len(spread), 1.0 / float(spread[:-kept].mean())
     axes = axes[:, -kept:] * np.sqrt(np.maximum(rest - 1.0 / spread[-kept:], 0.0) / width)
-    parts = [np.asarray(part, np.float32) for part in (mean, scale, fitted.coef_[0], axes)]
-    head = UnknownHead(*parts, bias=float(fitted.intercept_[0]), rest=rest / width)
+    centre, spans, weight, kept_axes = (
+        np.asarray(part, np.float32) for part in (mean, scale, fitted.coef_[0], axes)
+    )
+    head = UnknownHead(centre, spans, weight, kept_axes, float(fitted.intercept_[0]), rest / width)
     return replace(head, reach=float(np.quantile(head.log_distance(known.measures), REACH)))
 
 

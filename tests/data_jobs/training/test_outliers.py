@@ -15,7 +15,7 @@ from data_jobs.training import outliers as subject
 from data_jobs.training.outliers import CLINICAL, DRAWINGS, captured, make_outliers
 from data_jobs.training.recipe import read_recipe
 from deployments.preprocess.pixels import InputGeometry
-from tests.random_model import RECIPES
+from tests.model_folders import RECIPES
 
 SMALL = InputGeometry(32, "bicubic")
 
