@@ -41,6 +41,7 @@ from data_jobs.training.operating_points import (
     lesion_scores,
     measure_threshold,
 )
+from data_jobs.training.outliers import make_outliers, skin_like
 from data_jobs.training.probabilities import (
     Floats,
     Labels,
@@ -56,9 +57,7 @@ from data_jobs.training.unknown import (
     SPOILT,
     fit_logistic,
     fit_statistics,
-    make_outliers,
     outlier_figures,
-    skin_like,
 )
 from deployments.classifier.calibration import member_disagreement, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
@@ -156,7 +155,7 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     # One network's sets are thresholds, which an app on a device can apply.
     alone = len(ensemble.members) == 1
     thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6 if alone else None
-    drawn = make_outliers(geometry, ensemble.seed)
+    drawn = make_outliers(geometry, ensemble.seed, archive)
     outliers = drawn + skin_like(pixels[:: max(1, len(pixels) // SPOILT)], ensemble.seed)
     fitting = np.array([outlier.part == "fit" for outlier in outliers])
     found = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers])).bottleneck

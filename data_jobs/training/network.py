@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.recipe import NetworkPlan, Recipe
+from data_jobs.training.unknown import CLIP, STRAY, UnknownHead
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
@@ -63,6 +64,18 @@ class DermNetwork(nn.Module):
         bottleneck = self.normalise(self.reduce(self.dropout(pooled)))
         return self.classify(bottleneck), bottleneck
 
+    def measure(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass: logits, bottleneck, and the measures N×F that `UnknownScore` takes.
+
+        Mean and standard deviation over the frame of every channel after each group that halves the resolution: the
+        diagonals of their Gram matrices, centred. Lite2 has 560 channels there, so that F = 1,120.
+        """
+        last, maps = self.trunk.forward_intermediates((pixels - self.mean) / self.std)
+        bottleneck = self.normalise(self.reduce(self.dropout(self.trunk.forward_head(last))))
+        means = [level.mean((2, 3)) for level in maps]
+        deviations = [level.flatten(2).std(2, correction=0) for level in maps]
+        return self.classify(bottleneck), bottleneck, torch.cat([*means, *deviations], dim=1)
+
     def train(self, mode: bool = True) -> DermNetwork:  # noqa: FBT001, FBT002 - torch's signature
         """As nn.Module's, but frozen parts keep their statistics."""
         super().train(mode)
@@ -74,6 +87,23 @@ class DermNetwork(nn.Module):
         if self.frozen_groups == 0:
             return []
         return [self.trunk.conv_stem, self.trunk.bn1, *self.trunk.blocks[: self.frozen_groups]]
+
+
+class UnknownScore(nn.Module):
+    """`UnknownHead.score` in the graph: measures N×F to scores N, float32."""
+
+    def __init__(self, head: UnknownHead) -> None:
+        super().__init__()
+        self.mean, self.scale, self.weight, self.axes = (
+            nn.Buffer(torch.from_numpy(part)) for part in (head.mean, head.scale, head.weight, head.axes)
+        )
+        self.bias, self.rest, self.reach = head.bias, head.rest, head.reach
+
+    def forward(self, measures: Tensor) -> Tensor:
+        """One score an image."""
+        z = ((measures - self.mean) / self.scale).clamp(-CLIP, CLIP)
+        distance = self.rest * z.square().sum(1) - (z @ self.axes).square().sum(1)
+        return z @ self.weight + self.bias + STRAY * (distance.log() - self.reach).clamp(min=0.0)
 
 
 def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:

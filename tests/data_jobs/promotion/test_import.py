@@ -153,8 +153,8 @@ def steps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for importer in ("source", "import_model"):
         monkeypatch.setattr(f"data_jobs.promotion.{importer}.run_step", run_step)
     # A tenth of the outliers: drawing them is most of an import of so few images.
-    monkeypatch.setattr("data_jobs.training.unknown._VIEWS", 1)
-    monkeypatch.setattr("data_jobs.training.unknown._DRAWN", 2)
+    monkeypatch.setattr("data_jobs.training.outliers._VIEWS", 1)
+    monkeypatch.setattr("data_jobs.training.outliers._DRAWN", 2)
 
 
 @pytest.fixture

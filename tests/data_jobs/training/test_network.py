@@ -17,13 +17,16 @@ from data_jobs.training.draws import class_counts, draw_epoch
 from data_jobs.training.export import PixelsIn, export_weights, onnx_parity, write_onnx
 from data_jobs.training.network import (
     DermNetwork,
+    UnknownScore,
     averaged_weights,
     load_imagenet,
     load_start,
     wheel_weights,
 )
+from data_jobs.training.outliers import CLINICAL
 from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
 from data_jobs.training.scan import open_onnx
+from data_jobs.training.unknown import Examples, fit_head
 from tests.model_folders import RECIPES
 
 pytestmark = [
@@ -61,6 +64,48 @@ def test_frozen_parts_stay_as_they_are() -> None:
     assert torch.equal(network.trunk.bn1.running_mean, before)
     assert network.trunk.blocks[1][0].conv_pw.weight.grad is None
     assert network.trunk.blocks[2][0].conv_pw.weight.grad is not None
+
+
+def test_the_unknown_score_is_told_in_the_graph(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    torch.manual_seed(3)
+    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    pixels = torch.rand(12, 3, 64, 64) * 255.0
+    with torch.inference_mode():
+        logits, bottleneck, measures = network.measure(pixels)
+        for told, expected in zip((logits, bottleneck), network(pixels), strict=True):
+            torch.testing.assert_close(told, expected)
+    assert measures.shape == (12, 2 * sum(level["num_chs"] for level in network.trunk.feature_info))
+    rng = np.random.default_rng(3)
+    near, far = (measures.numpy().repeat(5, 0) * rng.uniform(0.7, 1.3, (60, 1)) for _ in range(2))
+    kinds, groups = np.full(60, CLINICAL), np.arange(60).astype(str)
+    head = fit_head(Examples(near, kinds, groups), Examples(far * 2.0, kinds, groups))
+
+    class Told(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.unknown = network, UnknownScore(head)
+
+        def forward(self, x):
+            return self.unknown(self.network.measure(x)[2])
+
+    path = str(tmp_path / "model.onnx")
+    axes = {"pixels": {0: "batch"}}
+    torch.onnx.export(
+        Told().eval(),
+        (pixels[:2],),
+        path,
+        input_names=["pixels"],
+        dynamic_axes=axes,
+        opset_version=18,
+        dynamo=False,
+    )
+    (told,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"pixels": pixels.numpy()}
+    )
+    assert told.shape == (12,)
+    np.testing.assert_allclose(told, head.score(measures.numpy()), rtol=2e-3, atol=2e-2)
 
 
 def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
