@@ -158,10 +158,17 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     drawn = make_outliers(geometry, ensemble.seed, archive)
     outliers = drawn + skin_like(pixels[:: max(1, len(pixels) // SPOILT)], ensemble.seed)
     fitting = np.array([outlier.part == "fit" for outlier in outliers])
-    found = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers])).bottleneck
-    statistics = fit_statistics(train.bottleneck, labels_of(train_rows), found[fitting])
-    known, distances = statistics.score(held.bottleneck), statistics.score(found)
-    slope, intercept = fit_logistic(known, distances[fitting])
+    found = scan_pixels(run, np.stack([outlier.pixels for outlier in outliers]))
+    arrays: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+    if held.unknown is not None and found.unknown is not None:
+        # The graph scores, and its export fitted the line.
+        known, distances = held.unknown.astype(np.float64), found.unknown.astype(np.float64)
+        slope, intercept = exported["unknown"]["slope"], exported["unknown"]["intercept"]
+    else:
+        statistics = fit_statistics(train.bottleneck, labels_of(train_rows), found.bottleneck[fitting])
+        arrays["ood.npz"] = {"means": statistics.means, "precision": statistics.precision}
+        known, distances = statistics.score(held.bottleneck), statistics.score(found.bottleneck)
+        slope, intercept = fit_logistic(known, distances[fitting])
     space_name, space, space_figures = choose_space(train, train_rows, held, held_rows)
     of_mean = softmax(held.logits, temperature)
     fitted = {
@@ -204,10 +211,7 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
         "doubt": doubt_figures(held, held_labels, temperature, member_temperature),
     }
     content = manifest_content(ensemble, exported["side"], fitted, points, thresholds, space_name)
-    arrays: dict[str, Mapping[str, NDArray[np.float32]]] = {
-        "ood.npz": {"means": statistics.means, "precision": statistics.precision},
-        content["spaces"][0]["transform"]: {"mean": space.mean, "matrix": space.matrix},
-    }
+    arrays[content["spaces"][0]["transform"]] = {"mean": space.mean, "matrix": space.matrix}
     if not alone:
         arrays[SCORES_NAME] = member_scores(p, labels, lesions, of_member, len(ensemble.members))
     return _write_folder(models / ensemble.model_id, ensemble, export, arrays, report, content)

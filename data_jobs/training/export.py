@@ -30,6 +30,7 @@ from data_jobs.training.dataset import (
     isic_folder,
     labels_of,
     load_pixels,
+    read_bcn84,
     read_rows,
     training_indices,
 )
@@ -47,6 +48,7 @@ from data_jobs.training.network import (
 from data_jobs.training.probabilities import fit_prior_shift, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
+from data_jobs.training.unknown_heads import fit_heads
 from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
@@ -246,8 +248,10 @@ def export_ensemble(ensemble: Ensemble, weights: list[Path], output: Path) -> di
         network.classify.bias += torch.from_numpy(found["shift"] * np.log(prior)).float()
         figures.append({"member": recipe.tag, "training_images": len(trained_on), **found})
         print(json.dumps(figures[-1]), flush=True)
-    whole = EnsembleNetwork(networks).eval()
     unseen = ensemble.unseen(rows)
+    both = rows + (read_bcn84(folder) if ensemble.members[0].data.with_bcn84 else [])
+    fitted = fit_heads(ensemble, networks, both, [rows[i] for i in unseen], folder, geometry)
+    whole = EnsembleNetwork(networks, fitted.heads).eval()
     kept = 1.0
     if len(networks) > 1:
         left_out = np.flatnonzero(ensemble.member_of(rows) >= 0)
@@ -255,8 +259,14 @@ def export_ensemble(ensemble: Ensemble, weights: list[Path], output: Path) -> di
         features = [run_torch(PixelsIn(network), pixels, output=1) for network in networks]
         kept = whole.fit_bottleneck(np.concatenate(features, axis=1))
     sample = load_pixels(rows, unseen[:64], folder, geometry)
-    report = {"model_id": ensemble.model_id, "side": side, "members": figures, "bottleneck_variance": kept}
-    served = PixelsIn(whole, ("member_logits", "logits", "bottleneck"))
+    report = {
+        "model_id": ensemble.model_id,
+        "side": side,
+        "members": figures,
+        "bottleneck_variance": kept,
+        "unknown": {"slope": fitted.slope, "intercept": fitted.intercept},
+    }
+    served = PixelsIn(whole, ("member_logits", "logits", "bottleneck", "unknown"))
     return _write(served, side, sample, output, report, halved=True)
 
 

@@ -66,7 +66,11 @@ def manifest_content(
             "label_space": [d.value for d in TRAINED],
             "label_map": {d.value: d.value for d in TRAINED},
         }
-        | ({"member_logits": "member_logits", "members": members} if members > 1 else {}),
+        | (
+            {"member_logits": "member_logits", "members": members, "unknown": "unknown"}
+            if members > 1
+            else {}
+        ),
         "calibration": {
             "temperature": fitted["temperature"],
             "member_temperature": fitted["member_temperature"],
@@ -78,13 +82,19 @@ def manifest_content(
             if thresholds is None
             else {"thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)}}
         ),
-        "ood": {
-            "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
-            "statistics": "ood.npz",
-            "slope": fitted["slope"],
-            "intercept": fitted["intercept"],
-            "fitted_on": f"{fold}, against photographs, text, noise and plain colours",
-        },
+        "ood": {"slope": fitted["slope"], "intercept": fitted["intercept"]}
+        | (
+            {
+                "method": "mean of the members' heads: ridge logistic regression on all levels, and distance to the known",
+                "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
+            }
+            if members > 1
+            else {
+                "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
+                "statistics": "ood.npz",
+                "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
+            }
+        ),
         "spaces": [
             {
                 "embedding_space": space_name,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.recipe import NetworkPlan, Recipe
-from data_jobs.training.unknown import CLIP, STRAY, UnknownHead
+from data_jobs.training.unknown import CLIP, LEAST_DISTANCE, STRAY, UnknownHead
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
@@ -103,7 +103,11 @@ class UnknownScore(nn.Module):
         """One score an image."""
         z = ((measures - self.mean) / self.scale).clamp(-CLIP, CLIP)
         distance = self.rest * z.square().sum(1) - (z @ self.axes).square().sum(1)
-        return z @ self.weight + self.bias + STRAY * (distance.log() - self.reach).clamp(min=0.0)
+        return (
+            z @ self.weight
+            + self.bias
+            + STRAY * (distance.clamp(min=LEAST_DISTANCE).log() - self.reach).clamp(min=0.0)
+        )
 
 
 def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
@@ -114,24 +118,26 @@ def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
 
 
 class EnsembleNetwork(nn.Module):
-    """Pixels 0-255, float N×3×H×W, to member logits N×M×8, their mean N×8 and a bottleneck N×512."""
+    """Pixels 0-255, float N×3×H×W, to member logits N×M×8, their mean N×8, a bottleneck N×512 and UNK scores N."""
 
-    def __init__(self, members: list[DermNetwork]) -> None:
+    def __init__(self, members: list[DermNetwork], heads: list[UnknownHead]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.heads = nn.ModuleList(UnknownScore(head) for head in heads)
         width = EMBEDDING_DIM * len(members)
         # Of one member the identity, which the graph leaves out.
         self.centre = nn.Buffer(torch.zeros(width))
         self.axes = nn.Buffer(torch.eye(EMBEDDING_DIM, width))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass: (member logits, logits, bottleneck)."""
-        answers = [member(pixels) for member in self.members]
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One pass: (member logits, logits, bottleneck, mean of the heads' scores)."""
+        answers = [member.measure(pixels) for member in self.members]
         logits = torch.stack([answer[0] for answer in answers], dim=1)
         features = torch.cat([answer[1] for answer in answers], dim=1)
         if len(answers) > 1:
             features = (features - self.centre) @ self.axes.T
-        return logits, logits.mean(1), features
+        scores = [head(answer[2]) for head, answer in zip(self.heads, answers, strict=True)]
+        return logits, logits.mean(1), features, torch.stack(scores, dim=1).mean(1)
 
     @torch.no_grad()
     def fit_bottleneck(self, features: NDArray[np.float32]) -> float:

@@ -50,6 +50,8 @@ CLIP = 8.0
 AXES = 96
 REACH = 0.95
 STRAY = 10.0
+#: Rounding may leave less than nothing of a difference of squares; its logarithm must stay a number.
+LEAST_DISTANCE = 1e-6
 _SPLITS = 20
 
 
@@ -99,7 +101,8 @@ class UnknownHead:
     def log_distance(self, measures: NDArray[np.floating]) -> Floats:
         """Log d of measures N×F."""
         z = self.standard(measures)
-        return np.asarray(np.log(self.rest * (z**2).sum(1) - ((z @ self.axes) ** 2).sum(1)))
+        distance = self.rest * (z**2).sum(1) - ((z @ self.axes) ** 2).sum(1)
+        return np.asarray(np.log(np.maximum(distance, LEAST_DISTANCE)))
 
     def score(self, measures: NDArray[np.floating]) -> Floats:
         """Out-of-distribution scores N of measures N×F."""

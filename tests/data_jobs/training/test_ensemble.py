@@ -21,6 +21,8 @@ from data_jobs.training.network import DermNetwork, EnsembleNetwork, load_member
 from data_jobs.training.recipe import read_recipe
 from data_jobs.training.restore import restore
 from data_jobs.training.scan import open_onnx
+from data_jobs.training.unknown import Examples, UnknownHead, fit_head
+from data_jobs.training.unknown_heads import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 RECIPES = Path("data_jobs/training/recipes")
@@ -40,6 +42,14 @@ def network(seed: int) -> DermNetwork:
     return made
 
 
+def some_head(measures: np.ndarray) -> UnknownHead:
+    """Of what is near these measures, against twice as much."""
+    rng = np.random.default_rng(2)
+    near = np.repeat(measures, 8, axis=0) * rng.normal(1.0, 0.1, (8 * len(measures), measures.shape[1]))
+    names = np.arange(len(near)).astype(str)
+    return fit_head(Examples(near, names, names), Examples(2.0 * near, names, names))
+
+
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (6, SIDE, SIDE, 3)).astype(np.uint8)
@@ -50,10 +60,14 @@ def test_one_graph_gives_every_member_their_mean_and_one_bottleneck(
     members: int, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     networks = [network(seed) for seed in range(members)]
-    whole = EnsembleNetwork(networks).eval()
+    heads = [some_head(measure(one, pixels)) for one in networks]
+    whole = EnsembleNetwork(networks, heads).eval()
     features = np.random.default_rng(1).normal(size=(1500, 512 * members)).astype(np.float32)
     assert 0 < whole.fit_bottleneck(features) <= 1
-    served, path = PixelsIn(whole, ("member_logits", "logits", "bottleneck")), tmp_path / "model.onnx"
+    served, path = (
+        PixelsIn(whole, ("member_logits", "logits", "bottleneck", "unknown")),
+        tmp_path / "model.onnx",
+    )
     write_onnx(served, SIDE, path)
     size = path.stat().st_size
     write_float16(onnx.load(path), path)
@@ -64,6 +78,8 @@ def test_one_graph_gives_every_member_their_mean_and_one_bottleneck(
     assert found.members.shape == (6, members, 8)
     assert np.allclose(found.logits, found.members.mean(1), atol=1e-5)
     assert found.bottleneck.shape == (6, 512)
+    scores = [head.score(measure(one, pixels)) for head, one in zip(heads, networks, strict=True)]
+    assert found.unknown == pytest.approx(np.mean(scores, axis=0), abs=0.2)
     for k, one in enumerate(networks):
         with torch.no_grad():
             alone = one(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
