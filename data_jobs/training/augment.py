@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_jobs.training.dataset import BCN84_SIDE
-from data_jobs.training.recipe import AugmentPlan
+from data_jobs.training.recipe import BCN84_SIDE, AugmentPlan
 
 Rng = np.random.Generator
 Points = list[tuple[float, float]]

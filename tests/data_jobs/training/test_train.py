@@ -22,14 +22,16 @@ safetensors = pytest.importorskip("safetensors.torch", reason="needs the train e
 
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
-from data_jobs.training import train as training  # noqa: E402
+from data_jobs.training import steps  # noqa: E402
 from data_jobs.training.export import export_weights, write_onnx  # noqa: E402
-from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers  # noqa: E402
+from data_jobs.training.loss import AdjustedLoss, Mixture  # noqa: E402
 from data_jobs.training.machine import Machine  # noqa: E402
 from data_jobs.training.network import DermNetwork  # noqa: E402
 from data_jobs.training.scan import open_onnx  # noqa: E402
 from data_jobs.training.source_figures import by_source  # noqa: E402
-from data_jobs.training.train import learning_rate, train, write_weights  # noqa: E402
+from data_jobs.training.steps import learning_rate, write_weights  # noqa: E402
+from data_jobs.training.teachers import Teachers  # noqa: E402
+from data_jobs.training.train import train  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,
@@ -77,7 +79,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
 
     train(*arguments, tmp_path / "whole", machine=machine)
 
-    real, begun = training.run_epoch, []
+    real, begun = steps.run_epoch, []
 
     class StoppedError(Exception):
         """The process dies here."""
@@ -89,7 +91,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "run_epoch", stopping)
+        patch.setattr(steps, "run_epoch", stopping)
         with pytest.raises(StoppedError):
             train(*arguments, tmp_path / "stopped", machine=machine)
     train(*arguments, tmp_path / "stopped", machine=machine)
