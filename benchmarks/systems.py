@@ -31,7 +31,7 @@ from data_jobs.references.load import publish_bundled
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.audit.events import account_event
-from serve_app.records.access import AccessStore
+from serve_app.records.access import AccessStore, CareAssignment
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
 from serve_app.settings import model_folder
@@ -150,7 +150,7 @@ def prepare_records(home: Path, urls: DatabaseUrls, *, clinician: str, patient: 
         await publish_bundled(urls.owner, models, next(iter(ModelStore(models))))
         pool = await open_pool(urls.owner, minimum=0, maximum=1)
         since, event = datetime(2026, 1, 1, tzinfo=UTC), account_event("assign", patient_id=patient)
-        await AccessStore(pool).assign(patient, clinician, starts_at=since, ends_at=None, event=event)
+        await AccessStore(pool).assign(CareAssignment(patient, clinician, since, None), event=event)
         await pool.close()
 
     asyncio.run(fill())

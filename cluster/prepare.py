@@ -25,7 +25,7 @@ from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import DermError, ModelContractError
-from serve_app.records.access import AccessStore
+from serve_app.records.access import AccessStore, CareAssignment
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import Pool, open_pool
@@ -102,9 +102,8 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
 async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:
     if not (await LesionStore(pool).access(CLINICIAN, PATIENT)).assigned:
         event = account_event("assign", {"subject": CLINICIAN}, patient_id=PATIENT)
-        await AccessStore(pool).assign(
-            PATIENT, CLINICIAN, starts_at=_ASSIGNED_FROM, ends_at=None, event=event
-        )
+        care = CareAssignment(PATIENT, CLINICIAN, _ASSIGNED_FROM, None)
+        await AccessStore(pool).assign(care, event=event)
     image = settings.home / "sample-lesion.jpg"
     if not image.exists():
         write_sample(image)

@@ -34,4 +34,4 @@ async def warm_at_start(settings: Settings, warm: Callable[[Sequence[LiveModel]]
         try:
             await asyncio.to_thread(warm, (live, candidate.model))
         except ModelContractError as error:
-            _log.error("A candidate is not ready: %(cause)s", {"cause": str(error)})
+            _log.error("A candidate is not ready: %s", error)

@@ -1,13 +1,12 @@
 """Log records that are clean before any handler sees them, and their form as JSON lines.
 
 The cleaning is in the record factory, not in a filter or formatter: Ray Serve, uvicorn and asyncio bring
-handlers of their own, and put new ones in place whenever they are reconfigured. From top to bottom: the request that
-a line is of, the cleaning of text, what is told of an exception, the record, the line, the log of a process.
+handlers of their own, and put new ones in place whenever they are reconfigured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -200,7 +199,7 @@ def _short(path: str) -> str:
     return path.removeprefix(f"{max(roots, key=len)}/") if roots else path.rpartition("/")[2]
 
 
-#: Fields an event may carry, named in the message or as `extra`. Any other is dropped and its name said.
+#: Fields an event may carry as `extra`. Any other is dropped and its name said.
 FIELDS = frozenset(
     {
         *("assessment_id", "lesion_id", "image_id", "model_id", "embedding_space", "policy_version"),
@@ -215,13 +214,12 @@ FIELDS = frozenset(
 _SILENT = frozenset(
     {
         *vars(logging.makeLogRecord({})),
-        *("message", "asctime", "taskName", "described", "safe_fields"),
+        *("message", "asctime", "taskName", "described"),
         *("serve_access_log", "log_to_stderr", "skip_context_filter", "request_id", "description"),
         *("_ray_timestamp_ns", "timestamp_ns", "actor_name", "task_name", "task_func_name", "color_message"),
     }
 )
 _LONGEST_VALUE = 128
-_PLACEHOLDER = re.compile(r"%\((\w+)\)[-#0-9.]*[a-z]")
 
 
 def _is_data(value: object) -> bool:
@@ -252,10 +250,7 @@ class CleanRecords(logging.Formatter):
     ) -> logging.LogRecord:
         """Make a record as `logging.LogRecord` would."""
         record = logging.LogRecord(name, level, fn, lno, "", (), None, func, None)
-        if isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], Mapping):
-            args = args[0]
         record.msg = self._message(msg, args)
-        record.safe_fields = self._fields(args if isinstance(args, Mapping) else {})
         error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
         if isinstance(error, BaseException):
             record.described = described = describe(error, self._clean)
@@ -267,19 +262,9 @@ class CleanRecords(logging.Formatter):
             return self._clean(self._argument(msg))
         text = str(msg)
         try:
-            if isinstance(args, Mapping):
-                return self._named_message(text, args)
             return self._clean(text % tuple(map(self._argument, args)) if args else text)
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError):
             return self._clean(text)
-
-    def _named_message(self, text: str, args: Mapping[str, object]) -> str:
-        """Fill in values by their names: an allowed one stays as it is, so the words are cleaned apart."""
-        literal, *rest = _PLACEHOLDER.split(text)
-        said = [self._clean(literal)]
-        for name, following in zip(rest[::2], rest[1::2], strict=True):
-            said += [str(self._field(name, args[name])), self._clean(following)]
-        return "".join(said)
 
     def _argument(self, value: object) -> Any:  # noqa: ANN401
         """A positional argument; numbers stay numbers, for %d."""
@@ -290,8 +275,8 @@ class CleanRecords(logging.Formatter):
             return f"{type(value).__name__}{f', {text}' if text else ''}"
         return "[bytes]" if _is_data(value) else str(value)
 
-    def _field(self, name: str, value: object) -> object:
-        """The value of a named field: ids of ours, numbers and short names stay, anything else is a digest."""
+    def _field(self, value: object) -> object:
+        """The value of an allowed field: ids of ours, numbers and short names stay, anything else is a digest."""
         if value is None or (isinstance(value, bool | int | float) and math.isfinite(value)):
             return value
         if isinstance(value, float | UUID):
@@ -302,7 +287,6 @@ class CleanRecords(logging.Formatter):
         concealed = request.concealed if request else ()
         if (
             isinstance(value, BaseException)
-            or name not in FIELDS
             or len(text) > _LONGEST_VALUE
             or any(word in text for word in concealed)
         ):
@@ -326,17 +310,13 @@ class CleanRecords(logging.Formatter):
         }
         if request_id := self._request_id(record):
             line["request_id"] = request_id
-        line.update(getattr(record, "safe_fields", {}))
         extra = {name: value for name, value in vars(record).items() if name not in _SILENT}
-        line.update(self._fields(extra))
+        line.update({name: self._field(value) for name, value in extra.items() if name in FIELDS})
         if dropped := sorted(extra.keys() - FIELDS):
             line["dropped"] = dropped
         if told := getattr(record, "described", None):
             line["exception"] = told
         return json.dumps(line, ensure_ascii=True, default=lambda _: REMOVED)
-
-    def _fields(self, values: Mapping[str, object]) -> dict[str, object]:
-        return {name: self._field(name, value) for name, value in values.items() if name in FIELDS}
 
     def _clean(self, text: str) -> str:
         request = _request.get() or RequestContext("")
@@ -351,12 +331,11 @@ class ProcessLog(logging.Handler):
     Serve takes standard error in at a level that it then does not write.
     """
 
-    def __init__(self, key: bytes, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    def __init__(self, key: bytes, *, stream: TextIO | None = None) -> None:
         super().__init__()
         self._records = CleanRecords(Redactor(key))
         self._stream = logging.StreamHandler(stream or sys.__stderr__)
         self._stream.setFormatter(self._records)
-        self._least = level
 
     @classmethod
     def of_node(cls, secret: SecretStr) -> Self:
@@ -368,7 +347,7 @@ class ProcessLog(logging.Handler):
         logging.setLogRecordFactory(self._records)
         root = logging.getLogger()
         root.addHandler(self)
-        root.setLevel(self._least)
+        root.setLevel(logging.INFO)
         self._take_over()
         threading.excepthook = _on_dead_thread
 

@@ -29,6 +29,8 @@ from serve_app.records.pool import Pool
 FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 60.0, 300.0
 #: A loop that ended so often in a row is a finding.
 KEEPS_ENDING_AFTER = 3
+#: How long one piece of a round may take: each can be broken off anywhere, and its next round goes on from there.
+WITHIN_S = 600.0
 #: How long a shutdown waits for all loops, and each loop for its last act.
 STOP_WITHIN_S, LAST_WITHIN_S = 10.0, 3.0
 
@@ -86,7 +88,11 @@ class Worker:
         state, task = self._states[name], asyncio.current_task()
         while True:
             since, state.running = monotonic(), True
-            state.last_error = await _ending(loop)
+            try:
+                await loop()
+                state.last_error = "returned"
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever it was, it starts again
+                state.last_error = type(error).__name__
             state.running = False
             if task is not None and task.cancelling():  # by whoever stops the worker, and not within the loop
                 raise asyncio.CancelledError
@@ -99,20 +105,11 @@ class Worker:
             state.restarts += 1
 
 
-async def _ending(loop: Loop) -> str:
-    """Run a loop until it ends; say by which kind of error."""
-    try:
-        await loop()
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever ended it, it starts again
-        return type(error).__name__
-    return "returned"
-
-
 def every(
     period_s: float,
     *work: Callable[[], Awaitable[object]],
     first_after_s: float | None = None,
-    within_s: float | None = None,
+    within_s: float = WITHIN_S,
     last: Callable[[], Awaitable[object]] | None = None,
 ) -> Loop:
     """Make a loop of rounds: about every `period_s`, do each piece of `work`, none for longer than `within_s`.
@@ -148,24 +145,19 @@ async def finish(name: str, last: Callable[[], Awaitable[object]]) -> None:
         _log.error("%s: its last act failed (%s)", name, type(error).__name__)
 
 
-async def _do_each(work: tuple[Callable[[], Awaitable[object]], ...], within_s: float | None) -> None:
+async def _do_each(work: tuple[Callable[[], Awaitable[object]], ...], within_s: float) -> None:
     defects = []
     for piece in work:
         try:
-            await _attempt(piece, within_s)
+            async with asyncio.timeout(within_s):
+                await piece()
+        except (DermError, TimeoutError) as error:
+            task = asyncio.current_task()
+            _log.warning("%s waits: %s", task.get_name() if task else "?", type(error).__name__)
         except Exception as defect:  # noqa: BLE001 - raised below, once the others are done
             defects.append(defect)
     if defects:
         raise defects[0]
-
-
-async def _attempt(piece: Callable[[], Awaitable[object]], within_s: float | None) -> None:
-    try:
-        async with asyncio.timeout(within_s):
-            await piece()
-    except (DermError, TimeoutError) as error:
-        task = asyncio.current_task()
-        _log.warning("%s waits: %s", task.get_name() if task else "?", type(error).__name__)
 
 
 #: A check reads the live space through: 50 ms of the database for 50,000 references. Not while the service starts.

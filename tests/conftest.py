@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState, programs
-from model_store.registry import ModelStore
+from model_store.registry import ModelStore, StoredModel
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
 from serve_app.records.pool import open_pool
@@ -187,3 +187,9 @@ def models() -> Path:
 def model_id(models: Path) -> str:
     """The model that answers: the first of the store, which is never empty."""
     return next(iter(ModelStore(models)))
+
+
+@pytest.fixture(scope="session")
+def model(models: Path, model_id: str) -> StoredModel:
+    """That model, opened and verified."""
+    return ModelStore(models).open(model_id)

@@ -12,7 +12,7 @@ from cluster.commands.records import ask_as_owner
 from serve_app.audit.events import account_event, os_account
 from serve_app.domain.errors import InvalidField, NotFound
 from serve_app.domain.identifiers import parse_opaque_id
-from serve_app.records.access import AccessStore, RevocationKind
+from serve_app.records.access import AccessStore, CareAssignment, RevocationKind
 
 #: How times are given, for help and refusals.
 TIME = "RFC 3339 time with a zone (2026-12-01T08:00:00Z, 2026-12-01T09:00:00+01:00)"
@@ -61,7 +61,7 @@ def _assign(arguments: argparse.Namespace) -> None:
     starts_at = since or datetime.now(UTC)
     _ask(
         arguments,
-        lambda store: store.assign(patient, clinician, starts_at=starts_at, ends_at=until, event=event),
+        lambda store: store.assign(CareAssignment(patient, clinician, starts_at, until), event=event),
     )
     begin = f"from {since.isoformat()} " if since else ""
     end = f"until {until.isoformat()}" if until else "until further notice"

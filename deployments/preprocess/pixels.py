@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from deployments.preprocess.structure import MAX_PROFILE
 from model_store.manifest import InputSpec
@@ -26,7 +26,7 @@ _SAMPLE_SIDE = 256
 
 
 def reduce_to_rgb(image: Image.Image, factor: int, profile: bytes | None = None) -> Image.Image:
-    """Average blocks of factor x factor pixels and convert to sRGB; always a new image.
+    """Average blocks of factor x factor pixels and convert to sRGB; never the file's own image.
 
     Transparency is laid on white, as a viewer shows it. A grey of 16 bits keeps its high
     byte. A profile that is broken or fits other pixels is ignored. Reducing comes before compositing, so that a 40-megapixel image is never held in
@@ -44,7 +44,7 @@ def reduce_to_rgb(image: Image.Image, factor: int, profile: bytes | None = None)
     if plain.mode != "RGB":
         return plain.convert("RGB")
     # A copy leaves the file's own object, and the metadata that hangs on it, behind.
-    return plain.copy() if plain is image else plain
+    return plain.copy() if isinstance(plain, ImageFile.ImageFile) else plain
 
 
 def _averageable(image: Image.Image) -> Image.Image:

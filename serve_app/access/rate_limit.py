@@ -59,8 +59,6 @@ class AuditBudget:
             self._window = window
             self._written.clear()
         if self._written[key] >= self._per_key or self._written.total() >= self._total:
-            if not self._written[key]:
-                del self._written[key]
             self.suppress()
             return False
         self._written[key] += 1

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from uuid import UUID
 
 from serve_app.audit.events import AuditEvent, AuditOutcome, event_about
-from serve_app.domain.errors import InvalidField
 from serve_app.keys.receipts import ErasureReason
 
 
@@ -251,19 +250,3 @@ def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpos
 def recorded_purpose(event: AuditEvent) -> Purpose | None:
     """The purpose that an event was recorded with; None for events from before there was one."""
     return next((purpose for purpose in Purpose if purpose == event.detail.get(PURPOSE)), None)
-
-
-@dataclass(frozen=True, slots=True)
-class EmergencyLimits:
-    """`minutes` where the caller names none, `max_minutes` at the most."""
-
-    minutes: int
-    max_minutes: int
-
-    def choose(self, wanted: int | None) -> int:
-        """Take what the caller wants; InvalidField for more than there is."""
-        if wanted is None:
-            return self.minutes
-        if wanted > self.max_minutes:
-            raise InvalidField(f"minutes: at most {self.max_minutes}.")
-        return wanted

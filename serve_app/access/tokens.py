@@ -254,7 +254,7 @@ class IssuerKeys:
 async def _fetch(source: str) -> bytes:
     """Read a path or an http(s) URL; OSError or httpx.HTTPError when it cannot be had, KeySetRefused when too large."""
     if urllib.parse.urlsplit(source).scheme not in {"http", "https"}:
-        content = await asyncio.to_thread(Path(source.removeprefix("file://")).read_bytes)
+        content = await asyncio.to_thread(_read_file, Path(source.removeprefix("file://")))
     else:
         content = b""
         # Who may sign is for the configured address to say, behind no redirect; and no proxy: the issuer is on premises.
@@ -270,6 +270,11 @@ async def _fetch(source: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise KeySetRefused("too large")
     return content
+
+
+def _read_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def read_key_set(content: bytes) -> tuple[Key, ...]:

@@ -36,9 +36,9 @@ class Shape:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "json_schema_extra": _describe}
 
 
-def format_time(moment: datetime) -> str:
-    """RFC 3339 in UTC, to the millisecond."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def format_time(moment: datetime, timespec: str = "milliseconds") -> str:
+    """RFC 3339 in UTC; a receipt's record hash has all six places (`microseconds`)."""
+    return moment.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def one_of(words: type[StrEnum], title: str) -> WithJsonSchema:

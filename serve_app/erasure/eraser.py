@@ -13,6 +13,7 @@ says who wanted that.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 import logging
 from uuid import UUID
 
@@ -28,14 +29,16 @@ logger = logging.getLogger("derm.erasure")
 ABANDONED_AFTER_S = 15.0
 
 
+@dataclass(frozen=True, slots=True)
 class Eraser:
-    """Erases images, and finishes what was accepted and not proven."""
+    """Erases images, and finishes what was accepted and not proven.
 
-    def __init__(self, erasures: ErasureStore, keys: KeyStore, *, tells_pms: bool = False) -> None:
-        """`tells_pms`: an erasure for an encounter goes into the outbox, in the receipt's own transaction."""
-        self._erasures = erasures
-        self._keys = keys
-        self._tells_pms = tells_pms
+    `tells_pms`: an erasure for an encounter goes into the outbox, in the receipt's own transaction.
+    """
+
+    erasures: ErasureStore
+    keys: KeyStore
+    tells_pms: bool = False
 
     async def erase(self, request: ErasureRequest) -> tuple[Erasure, bool]:
         """Erase an image; returns the erasure, and whether it is this request's or an earlier one's.
@@ -44,10 +47,10 @@ class Eraser:
         as soon as that answers. DataKeyMissing when this node's key store does not hold the key: accepted as
         well, and finished where the key is. Raises LegalHold, NotFound and RecordsUnavailable with nothing changed.
         """
-        verdict = await self._erasures.accept(request)
+        verdict = await self.erasures.accept(request)
         if verdict is Verdict.HELD:
             raise LegalHold
-        erasure = await self._erasures.find(request.lesion_id, request.image_id)
+        erasure = await self.erasures.find(request.lesion_id, request.image_id)
         if verdict is Verdict.ABSENT or erasure is None:
             raise NotFound
         if erasure.receipt is None:
@@ -70,10 +73,10 @@ class Eraser:
         What this node's key store does not hold the key of holds up no other; it stays to be done.
         """
         finished, missing, after = 0, 0, UUID(int=0)
-        while page := await self._erasures.unproven(older_than_s=older_than_s, limit=limit, after=after):
+        while page := await self.erasures.unproven(older_than_s=older_than_s, limit=limit, after=after):
             after = page[-1][0]
             for _, lesion_id, image_id in page:
-                erasure = await self._erasures.find(lesion_id, image_id)
+                erasure = await self.erasures.find(lesion_id, image_id)
                 if erasure is not None and erasure.receipt is None:
                     try:
                         await self._finish(erasure)
@@ -92,9 +95,9 @@ class Eraser:
         key store, which was not restored with it, remembers; each gets its old receipt's id, reason and actor.
         """
         erased, after = 0, 0
-        while page := await asyncio.to_thread(self._keys.list_destroyed, after=after):
+        while page := await asyncio.to_thread(self.keys.list_destroyed, after=after):
             after = page[-1][0]
-            back = await self._erasures.restored([key.data_key_id for _, key in page])
+            back = await self.erasures.restored([key.data_key_id for _, key in page])
             for _, key in page:
                 if key.data_key_id in back:
                     erased += await self._erase_again(key, *back[key.data_key_id])
@@ -118,7 +121,7 @@ class Eraser:
 
     async def find(self, lesion_id: UUID, image_id: UUID) -> Erasure:
         """Find an image's erasure; NotFound when it was never erased, IntegrityError for a changed receipt."""
-        erasure = await self._erasures.find(lesion_id, image_id)
+        erasure = await self.erasures.find(lesion_id, image_id)
         if erasure is None:
             raise NotFound("This image was not erased.")
         return erasure
@@ -126,5 +129,5 @@ class Eraser:
     async def _finish(self, erasure: Erasure) -> Receipt:
         """Destroy the key, then say so. Any number may do this at once: each step is safe to repeat."""
         key = DestroyedKey(erasure.data_key_id, erasure.receipt_id, erasure.reason, erasure.actor)
-        await asyncio.to_thread(self._keys.destroy, key)
-        return await self._erasures.prove(erasure, message_id=new_id() if self._tells_pms else None)
+        await asyncio.to_thread(self.keys.destroy, key)
+        return await self.erasures.prove(erasure, message_id=new_id() if self.tells_pms else None)

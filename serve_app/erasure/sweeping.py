@@ -17,8 +17,6 @@ from serve_app.records.retention import Housekeeping, RetentionStore
 
 #: How often accepted erasures and new images' keys are looked after, and everything else.
 ERASURES_EVERY_S, REST_EVERY_S = 10.0, 3600.0
-#: How long one part may take: each can be broken off anywhere, and goes on from there in its next round.
-ATTEMPT_S = 600.0
 #: Far longer than an upload lasts. Only courtesy: an upload that is slower still is refused, and loses nothing.
 ORPHANED_AFTER_S = 3600
 #: From so many lost images on the database is not trusted in what it says of failed uploads either.

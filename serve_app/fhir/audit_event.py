@@ -46,8 +46,6 @@ _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
         "read_receipt": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "download": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "list": _Pattern("E", "search", "IHE.BasicAudit.PatientQuery"),
-        "replay": _Pattern("E"),
-        "classify": _Pattern("E"),
         "erase": _Pattern("D", "delete", "IHE.BasicAudit.PatientDelete"),
         "export": _Pattern("R"),
     }

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_address
-from serve_app.access.rules import Action, Principal, RequestedAction, begin, may
+from serve_app.access.rules import Action, RequestedAction, begin, may
 from serve_app.access.tokens import token_verifier
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import Forbidden, NotFound, RateLimited, Unauthenticated
@@ -72,8 +72,8 @@ class Authenticator:
         singly = {"unauthenticated": per_minute, "rate_limited": 1, "invalid_field": per_minute}
         self._budgets = {code: AuditBudget(per_key=key, total=total) for code, key in singly.items()}
 
-    async def admit(self, request: Request) -> Principal:
-        """Say who asks. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
+    async def admit(self, request: Request) -> RequestedAction:
+        """Say who asks for what. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
         begin(None)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -98,7 +98,7 @@ class Authenticator:
         if reason in {"role", "no_rule"}:
             await self._records.record_event(requested.event("denied", reason=reason))
             raise Forbidden
-        return principal
+        return requested
 
     async def record_invalid(self, requested: RequestedAction) -> None:
         """Record a request whose parameters say nothing, within bounds."""
@@ -134,17 +134,17 @@ def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     )
 
 
-async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> Principal:
+async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> RequestedAction:
     """Verify `Authorization: Bearer <JWT>`, and that the route is for this principal at all.
 
     Raises Unauthenticated, RateLimited or Forbidden; each is in the audit log. RequestValidationError for a query
     parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
     """
     services: Services = request.app.state.services
-    principal = await services.authenticator.admit(request)
+    requested = await services.authenticator.admit(request)
     if request.query_params:
         _judge_query(request)
-    return principal
+    return requested
 
 
 def _judge_query(request: Request) -> None:
@@ -166,43 +166,34 @@ def _judge_query(request: Request) -> None:
             raise RequestValidationError([{"loc": ("query", name), "msg": "sent twice"}])
 
 
-Caller = Annotated[Principal, Depends(authenticate)]
+#: Who asks, and for what.
+Caller = Annotated[RequestedAction, Depends(authenticate)]
 
 
 async def permit(
-    request: Request,
-    action: Action,
-    *,
-    patient_id: str | None,
-    access: PatientAccess,
-    lesion_id: UUID | None = None,
-) -> RequestedAction:
+    services: Services, requested: RequestedAction, access: PatientAccess, patient_id: str | None
+) -> None:
     """Permit a request for a patient, or record the denial and raise Forbidden.
 
-    The caller reads the same words whether the patient is another's or does not exist. Returns what events of the
-    request are made with; what rests on an emergency access is marked so in all of them.
+    The caller reads the same words whether the patient is another's or does not exist. What rests on an emergency
+    access is marked so in all events of the request.
     """
-    services: Services = request.app.state.services
-    requested: RequestedAction = request.state.requested
+    action = Action(requested.action)
     decision = may(requested.principal, action, assigned=access.assigned, emergency=access.emergency)
-    requested.patient_id, requested.lesion_id = patient_id, lesion_id
-    requested.emergency = decision.emergency
+    requested.patient_id, requested.emergency = patient_id, decision.emergency
     if not decision:
         await services.records.record_event(requested.event("denied", reason=decision.reason))
         raise Forbidden
-    return requested
 
 
-async def permit_lesion(request: Request, action: Action, lesion_id: UUID) -> RequestedAction:
+async def permit_lesion(services: Services, requested: RequestedAction, lesion_id: UUID) -> None:
     """Permit a request for a lesion by its patient, as `permit` does.
 
     An unknown lesion is denied like a stranger's: Forbidden, and on record. Only who may do this
     for any patient learns that it is unknown: NotFound.
     """
-    services: Services = request.app.state.services
-    requested: RequestedAction = request.state.requested
-    access = await services.records.access(requested.principal.subject, None, lesion_id)
-    await permit(request, action, patient_id=access.lesion_patient, access=access, lesion_id=lesion_id)
+    access = await services.records.access(requested.actor, None, lesion_id)
+    requested.lesion_id = lesion_id
+    await permit(services, requested, access, access.lesion_patient)
     if access.lesion_patient is None:
         raise NotFound
-    return requested

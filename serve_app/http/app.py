@@ -70,11 +70,6 @@ def create_app(
     )
     install_problem_handlers(app)
     app.add_middleware(RequestIdMiddleware, answer=answer_request_id)
-    app.include_router(health.router)
-    app.include_router(lesions.router)
-    app.include_router(lesions.timeline_router)
-    app.include_router(erasure.router)
-    app.include_router(similar.router)
-    app.include_router(similar.references_router)
-    app.include_router(emergency_access.router)
+    for routes in (health, lesions, erasure, similar, emergency_access):
+        app.include_router(routes.router)
     return app

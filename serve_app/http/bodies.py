@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
 from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs import conceal
+from serve_app.settings import Settings
 
 if TYPE_CHECKING:  # they hold the AdmissionGate
     from serve_app.http.services import Services
@@ -37,20 +38,12 @@ if TYPE_CHECKING:  # they hold the AdmissionGate
 GRACE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class BodyPace:
-    """What the whole of a body may take, and how fast it must come on average once GRACE_S is over."""
-
-    timeout_s: float
-    min_bytes_per_s: float
-
-
 class Place:
     """What one request holds: memory for its body, and while that is being read, only as long as it comes on."""
 
-    def __init__(self, size: int, pace: BodyPace) -> None:
+    def __init__(self, size: int, settings: Settings) -> None:
         self.size = size
-        self._pace = pace
+        self._settings = settings
         self._since: float | None = None
         self._wait: asyncio.Timeout | None = None
         self._cut_off = False
@@ -61,7 +54,8 @@ class Place:
         self._since = since = clock()
         try:
             while not self._cut_off:
-                allowed = min(self._pace.timeout_s, GRACE_S + received / self._pace.min_bytes_per_s)
+                at_pace = GRACE_S + received / self._settings.body_min_bytes_per_s
+                allowed = min(self._settings.body_timeout_s, at_pace)
                 async with asyncio.timeout_at(since + allowed) as self._wait:
                     chunk = await anext(stream, None)
                 self._wait = None
@@ -86,15 +80,13 @@ class Place:
             self._wait.reschedule(0.0)
 
 
+@dataclass(slots=True)
 class AdmissionGate:
-    """Counts uploads under way; `max_bytes` bounds what their bodies hold together."""
+    """Counts uploads under way, and what their bodies hold together."""
 
-    def __init__(self, *, max_requests: int, max_bytes: int, pace: BodyPace) -> None:
-        self._max_requests = max_requests
-        self._max_bytes = max_bytes
-        self.pace = pace
-        #: Oldest first.
-        self._places: list[Place] = []
+    settings: Settings
+    #: Oldest first.
+    _places: list[Place] = field(default_factory=list, init=False)
 
     @contextmanager
     def enter(self, body_bytes: int) -> Iterator[Place]:
@@ -111,7 +103,7 @@ class AdmissionGate:
             kept.remove(slow.pop(0))
         for place in set(self._places) - set(kept):
             place.cut_off()
-        self._places = [*kept, place := Place(body_bytes, self.pace)]
+        self._places = [*kept, place := Place(body_bytes, self.settings)]
         try:
             yield place
         finally:
@@ -119,9 +111,8 @@ class AdmissionGate:
                 self._places.remove(place)
 
     def _fits(self, places: list[Place], body_bytes: int) -> bool:
-        return len(places) < self._max_requests and (
-            not places or sum(place.size for place in places) + body_bytes <= self._max_bytes
-        )
+        room = self.settings.max_upload_bytes_in_flight - sum(place.size for place in places)
+        return len(places) < self.settings.max_uploads_in_flight and (not places or body_bytes <= room)
 
 
 #: Of a JSON body.
@@ -143,7 +134,7 @@ async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
     BodyTimeout as Place.read says.
     """
     services: Services = request.app.state.services
-    chunks = Place(MAX_BYTES, services.admission.pace).read(request)
+    chunks = Place(MAX_BYTES, services.settings).read(request)
     try:
         body = b"".join(
             [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
@@ -308,7 +299,7 @@ def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers 
         raise InvalidField(f"{name}: {twice}: sent twice.") from twice
     except ValueError as error:
         raise InvalidField(f"{name}: not valid JSON.") from error
-    known = {field.name for field in fields(kind)}
+    known = {item.name for item in fields(kind)}
     may_hold = f"it may hold {', '.join(sorted(known))}"
     if not isinstance(answers, dict):
         raise InvalidField(f"{name}: not an object; {may_hold}.")

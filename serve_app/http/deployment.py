@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-import numpy as np
-from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Gauge
 
-from deployments.classifier.classifier import ClassifierOutput
 from deployments.preprocess.preprocess import PreparedImage
-from deployments.risk.rules import Findings
-from serve_app.domain.assessment import Conclusion, Neighbours, ReferenceFilter
 from serve_app.domain.errors import DermError, Overloaded, RejectedUpload, StageFailed
 from serve_app.http.app import create_app
 from serve_app.http.services import Counts
@@ -38,20 +33,16 @@ STAGES = ("preprocess", "classifier", "embedder", "retriever", "risk")
 
 
 class ServeStages:
-    """The five stages as deployments of this application, each handle by its name in STAGES.
-
-    Small arguments travel by gRPC, an original above the crossover by reference: the
-    transport is chosen here, per handle, and nowhere by default.
-    """
+    """The five stages as deployments of this application, each handle by its name in STAGES."""
 
     def __init__(self, **stages: DeploymentHandle[Any]) -> None:
         self._handles = {stage: by_message(stages[stage]) for stage in STAGES}
         self._prepare_small = self._handles["preprocess"].prepare
         self._prepare_large = stages["preprocess"].options(_by_reference=True).prepare
-        self._classify = self._handles["classifier"].classify
-        self._embed = self._handles["embedder"].embed
-        self._nearest = self._handles["retriever"].nearest
-        self._conclude = self._handles["risk"].conclude
+        self.classify = _asked(self._handles["classifier"].classify)
+        self.embed = _asked(self._handles["embedder"].embed)
+        self.nearest = _asked(self._handles["retriever"].nearest)
+        self.conclude = _asked(self._handles["risk"].conclude)
 
     async def warm(self, models: Sequence[LiveModel]) -> list[Mapping[str, str]]:
         """Have every replica of every stage load these models: a broadcast, where a call reaches one replica."""
@@ -84,26 +75,6 @@ class ServeStages:
         handle = self._prepare_large if large else self._prepare_small
         return await _answer(handle.remote(model_id, data))
 
-    async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
-        """Classify prepared pixels."""
-        return await _answer(self._classify.remote(model_id, pixels))
-
-    async def embed(
-        self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """Embed a bottleneck."""
-        return await _answer(self._embed.remote(model_id, embedding_space, bottleneck))
-
-    async def nearest(
-        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
-    ) -> Neighbours:
-        """Search the references."""
-        return await _answer(self._nearest.remote(embedding, embedding_space, k, reference_filter))
-
-    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
-        """Conclude from everything found."""
-        return await _answer(self._conclude.remote(model_id, findings))
-
 
 def by_message(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
     """Send what is asked and answered in the message itself: small values need no object store."""
@@ -120,6 +91,15 @@ async def _answer(response: Awaitable[Answer]) -> Answer:
         raise Overloaded from error
     except (RayError, RayServeException) as error:
         raise StageFailed(f"A stage failed: {type(error).__name__}.") from error
+
+
+def _asked(method: DeploymentHandle[Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """A method of a stage as Stages has it."""
+
+    async def ask(*arguments: object) -> object:
+        return await _answer(method.remote(*arguments))
+
+    return ask
 
 
 #: The counts of /readyz that are metrics, and what each says.

@@ -60,6 +60,9 @@ class ErasureDocument(Document):
     record_hash: str | None = Field(pattern="^[0-9a-f]{64}$")
 
 
+#: For what is of a patient, or of who did what: nothing between here and the caller keeps it.
+NO_STORE = {"Cache-Control": "no-store"}
+
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "content": {"application/problem+json": {}}}
     for status in (401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 431, 503)

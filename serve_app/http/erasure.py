@@ -10,16 +10,16 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from serve_app.access.rules import Action
+from serve_app.domain.assessment import format_time
 from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import Form, body_of, read_form
-from serve_app.http.documents import PROBLEM_RESPONSES, ErasureDocument
-from serve_app.http.services import Services
-from serve_app.keys.receipts import ErasureReason, format_instant
+from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES, ErasureDocument
+from serve_app.http.services import Parts
+from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Erasure, ErasureRequest
 
 router = APIRouter(tags=["erasure"], responses=PROBLEM_RESPONSES)
 
-_NO_STORE = {"Cache-Control": "no-store"}
 #: Seconds until an accepted erasure is worth asking for again: housekeeping's own rhythm.
 _RETRY_AFTER = "10"
 
@@ -39,14 +39,15 @@ class ErasureForm(Form):
     openapi_extra=rule(Action.ERASE, requestBody=body_of(ErasureForm)),
     summary="Erase an image for good",
 )
-async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
+async def erase_image(
+    request: Request, requested: Caller, services: Parts, lesion_id: UUID, image_id: UUID
+) -> JSONResponse:
     """Destroy key, ciphertext, vectors and findings; 200 with the receipt, the same one for every repetition.
 
     202: it is accepted and can no longer be undone, and the receipt follows; so does 503 `data_key_missing`, where
     this node does not hold the image's data key.
     """
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.ERASE, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     form = await read_form(request, ErasureForm)
     requested.image_id = image_id
     erasure, accepted = await services.eraser.erase(
@@ -55,7 +56,7 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
             image_id=image_id,
             reason=ErasureReason(form.reason),
             note=form.note,
-            actor=caller.subject,
+            actor=requested.actor,
             request_id=requested.request_id,
         )
     )
@@ -71,10 +72,9 @@ async def erase_image(request: Request, caller: Caller, lesion_id: UUID, image_i
     openapi_extra=rule(Action.READ_RECEIPT),
     summary="The receipt of an erased image",
 )
-async def read_receipt(request: Request, _: Caller, lesion_id: UUID, image_id: UUID) -> JSONResponse:
+async def read_receipt(requested: Caller, services: Parts, lesion_id: UUID, image_id: UUID) -> JSONResponse:
     """Answer with the receipt; 202 while the erasure is accepted and its key not yet known to be gone."""
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.READ_RECEIPT, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     requested.image_id = image_id
     erasure = await services.eraser.find(lesion_id, image_id)
     await services.records.record_event(requested.event("success", receipt_id=str(erasure.receipt_id)))
@@ -86,7 +86,7 @@ def _answer(erasure: Erasure) -> JSONResponse:
     answer = {
         "receipt_id": str(erasure.receipt_id),
         "image_id": str(erasure.image_id),
-        "erased_at": format_instant(receipt.erased_at) if receipt else None,
+        "erased_at": format_time(receipt.erased_at, "microseconds") if receipt else None,
         "actor": erasure.actor,
         "reason": erasure.reason,
         "ciphertext_sha256": erasure.ciphertext_sha256.hex(),
@@ -94,5 +94,5 @@ def _answer(erasure: Erasure) -> JSONResponse:
         "record_hash": receipt.record_hash.hex() if receipt else None,
     }
     if receipt is None:
-        return JSONResponse(answer, 202, _NO_STORE | {"Retry-After": _RETRY_AFTER})
-    return JSONResponse(answer, 200, _NO_STORE)
+        return JSONResponse(answer, 202, NO_STORE | {"Retry-After": _RETRY_AFTER})
+    return JSONResponse(answer, 200, NO_STORE)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from serve_app.access.rules import Action
 from serve_app.http.access import Caller, rule
-from serve_app.http.services import Services
+from serve_app.http.services import Parts
 from serve_app.records.serving import live_model
 
 router = APIRouter()
@@ -22,7 +22,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", tags=["health"], summary="The database answers and a model is live")
-async def readyz(request: Request) -> JSONResponse:
+async def readyz(services: Parts) -> JSONResponse:
     """Ask the database which model is live; RecordsUnavailable (503) when it does not answer.
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
@@ -30,7 +30,6 @@ async def readyz(request: Request) -> JSONResponse:
     assessments are pending or have failed, how many messages to the PMS wait or are dead, and how each background
     loop fares, with a finding for one that keeps ending.
     """
-    services: Services = request.app.state.services
     await live_model(services.pool)
     live = await services.live.current()
     return JSONResponse(

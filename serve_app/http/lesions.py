@@ -29,8 +29,8 @@ from serve_app.http.bodies import (
     read_form,
     read_upload,
 )
-from serve_app.http.documents import PROBLEM_RESPONSES, UPLOAD_BODY
-from serve_app.http.services import Services
+from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES, UPLOAD_BODY
+from serve_app.http.services import Parts, Services
 from serve_app.http.similar import Confirmed, Licences, TopK
 from serve_app.lesions.replay import ReplayDocument
 from serve_app.lesions.triage import Submission, read_original
@@ -47,25 +47,25 @@ from serve_app.records.answers import (
 )
 from serve_app.records.lesion_rows import AssessmentRecord, Replay
 
-router = APIRouter(tags=["lesions"])
+router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 #: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
 _PENDING_RETRY_AFTER = "5"
-_NO_STORE = {"Cache-Control": "no-store"}
 
 
 @router.post(
     "/api/lesions",
     status_code=201,
     response_model=AssessmentDocument,
-    responses={202: {"model": AssessmentDocument}, **PROBLEM_RESPONSES},
+    responses={202: {"model": AssessmentDocument}},
     openapi_extra=rule(Action.UPLOAD, requestBody=UPLOAD_BODY),
     summary="Assess a dermoscopic image",
 )
 async def create_lesion(
     request: Request,
-    _: Caller,
+    requested: Caller,
+    services: Parts,
     *,
     top_k: TopK = 10,
     licence: Licences = None,
@@ -73,13 +73,12 @@ async def create_lesion(
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> JSONResponse:
     """Assess one image: 201 with the answer, or 202 when it is stored and the answer follows."""
-    services: Services = request.app.state.services
-    requested: RequestedAction = request.state.requested
     shown = ReferenceFilter(licences=tuple(licence or ()), confirmed_only=confirmed)
-    with services.admission.enter(
-        expected_bytes(request, max_image_bytes=services.limits.max_bytes)
-    ) as place:
-        submission = await _read_submission(request, place, top_k, shown, idempotency_key)
+    size = expected_bytes(request, max_image_bytes=services.settings.max_upload_bytes)
+    with services.admission.enter(size) as place:
+        submission = await _read_submission(
+            request, services, requested, place, shown, top_k, idempotency_key
+        )
         stored: AssessmentRecord | Replay | None = None
         if idempotency_key is not None:
             stored = await services.records.find_replay(submission.actor, idempotency_key)
@@ -92,8 +91,8 @@ async def create_lesion(
     # The image is on record: an error now would have it sent a second time, for want of a few links.
     with contextlib.suppress(RecordsUnavailable):
         pictured = await services.records.pictured(references_of(stored.image))
-    document = assessment_document(stored.image, stored, pictured=pictured, pms_url=services.pms.url)
-    headers = _NO_STORE | {"Location": lesion_url(stored.lesion_id)}
+    document = assessment_document(stored.image, stored, pictured=pictured, pms_url=services.settings.pms_url)
+    headers = NO_STORE | {"Location": lesion_url(stored.lesion_id)}
     if stored.image.outcome is Outcome.PENDING:
         return JSONResponse(document.answer(), 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
     document.open_demand = stored.open_demand
@@ -101,25 +100,29 @@ async def create_lesion(
 
 
 async def _read_submission(
-    request: Request, place: Place, top_k: int, shown: ReferenceFilter, idempotency_key: str | None
+    request: Request,
+    services: Services,
+    requested: RequestedAction,
+    place: Place,
+    shown: ReferenceFilter,
+    top_k: int,
+    idempotency_key: str | None,
 ) -> Submission:
     """Read the body, and decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
-    services: Services = request.app.state.services
-    requested: RequestedAction = request.state.requested
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
-    form = await read_upload(request, place, max_image_bytes=services.limits.max_bytes)
+    form = await read_upload(request, place, max_image_bytes=services.settings.max_upload_bytes)
     requested.patient_id = form.patient_id
     sent_lesion, encounter = form.values.get("lesion_id"), form.values.get("encounter_id")
     lesion_id = parse_lesion_id(sent_lesion) if sent_lesion else None
-    access = await services.records.access(requested.principal.subject, form.patient_id, lesion_id)
-    await permit(request, Action.UPLOAD, patient_id=form.patient_id, access=access)
+    access = await services.records.access(requested.actor, form.patient_id, lesion_id)
+    await permit(services, requested, access, form.patient_id)
     if lesion_id is not None and access.lesion_patient != form.patient_id:
         raise NotFound("lesion_id: this patient has no such lesion.")
     # What beside the form may change the answer; as before `confirmed` could be asked for when it is not.
     asked = (str(top_k), *sorted(shown.licences), *(("confirmed",) if shown.confirmed_only else ()))
     return Submission(
-        actor=requested.principal.subject,
+        actor=requested.actor,
         request_id=requested.request_id,
         patient_id=form.patient_id,
         encounter_id=parse_opaque_id("encounter_id", encounter) if encounter else None,
@@ -156,71 +159,65 @@ async def _find_again(
     return found
 
 
-timeline_router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
-
-
-@timeline_router.get(
+@router.get(
     "/api/lesions",
     response_model=WorklistDocument,
     openapi_extra=rule(Action.LIST),
     summary="A patient's lesions, newest first",
 )
 async def list_lesions(
-    request: Request,
-    caller: Caller,
+    requested: Caller,
+    services: Parts,
     patient_id: Annotated[str, Query()],
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> JSONResponse:
     """List lesions; `next` is the cursor of the following page, null on the last."""
-    services: Services = request.app.state.services
     patient_id = parse_opaque_id("patient_id", patient_id)
     after = _read_cursor(cursor) if cursor else None
-    access = await services.records.access(caller.subject, patient_id)
-    requested = await permit(request, Action.LIST, patient_id=patient_id, access=access)
+    access = await services.records.access(requested.actor, patient_id)
+    await permit(services, requested, access, patient_id)
     found = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
     await services.records.record_event(requested.event("success"))
     page = found[:limit]
     last = _write_cursor(page[-1].created_at, page[-1].lesion_id) if len(found) > limit else None
     lesions = [LesionSummaryDocument.model_validate(summary) for summary in page]
     document = WorklistDocument(lesions=lesions, next=last)
-    return JSONResponse(document.answer(), headers=_NO_STORE)
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
 
-@timeline_router.get(
+@router.get(
     "/api/lesions/{lesion_id}",
     response_model=TimelineDocument,
     openapi_extra=rule(Action.READ),
     summary="A lesion's timeline",
 )
-async def read_lesion(request: Request, _: Caller, lesion_id: UUID) -> JSONResponse:
+async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JSONResponse:
     """Every image of a lesion with its assessment, newest first."""
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.READ, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
     pictured = await services.records.pictured(references_of(*timeline.images))
     await services.records.record_event(requested.event("success"))
-    document = timeline_document(timeline, pictured=pictured, pms_url=services.pms.url)
-    return JSONResponse(document.answer(), headers=_NO_STORE)
+    document = timeline_document(timeline, pictured=pictured, pms_url=services.settings.pms_url)
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
 
-@timeline_router.get(
+@router.get(
     "/api/lesions/{lesion_id}/images/{image_id}",
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {}, "image/png": {}}}},
     openapi_extra=rule(Action.DOWNLOAD),
     summary="The original image, decrypted",
 )
-async def read_image(request: Request, _: Caller, lesion_id: UUID, image_id: UUID) -> Response:
+async def read_image(requested: Caller, services: Parts, lesion_id: UUID, image_id: UUID) -> Response:
     """Answer with the very bytes that were uploaded."""
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.DOWNLOAD, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     requested.image_id = image_id
     image, media_type = await read_original(services.records, services.keys, lesion_id, image_id)
     await services.records.record_event(requested.event("success"))
-    headers = _NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
+    headers = NO_STORE | {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
     return Response(image, media_type=media_type, headers=headers)
 
 
@@ -230,41 +227,41 @@ class ConfirmationForm(Form):
     image_id: UUID
 
 
-@timeline_router.post(
+@router.post(
     "/api/lesions/{lesion_id}/confirm",
     response_model=ConfirmationDocument,
     openapi_extra=rule(Action.CONFIRM, requestBody=body_of(ConfirmationForm)),
     summary="Confirm that an image is of this lesion",
 )
-async def confirm_image(request: Request, caller: Caller, lesion_id: UUID) -> JSONResponse:
+async def confirm_image(
+    request: Request, requested: Caller, services: Parts, lesion_id: UUID
+) -> JSONResponse:
     """Let an image count as the lesion's own: the next is compared with it. Nothing recorded changes; the first word stands."""
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.CONFIRM, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     image_id = requested.image_id = (await read_form(request, ConfirmationForm)).image_id
     event = requested.event("success")
     try:
         identity = await services.records.confirm(
-            lesion_id, image_id, confirmed_by=caller.subject, event=event
+            lesion_id, image_id, confirmed_by=requested.actor, event=event
         )
     except (NotFound, Erased):
         requested.recorded = False  # nothing was written, the event neither
         raise
     document = ConfirmationDocument(lesion_id=lesion_id, image_id=image_id, identity=identity)
-    return JSONResponse(document.answer(), headers=_NO_STORE)
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
 
-@timeline_router.post(
+@router.post(
     "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay",
     response_model=ReplayDocument,
     openapi_extra=rule(Action.REPLAY),
     summary="Make a past answer again, and compare",
 )
 async def replay_assessment(
-    request: Request, _: Caller, lesion_id: UUID, assessment_id: UUID
+    requested: Caller, services: Parts, lesion_id: UUID, assessment_id: UUID
 ) -> JSONResponse:
     """Recompute an answer from the sealed image on the recorded versions; nothing is stored but the audit."""
-    services: Services = request.app.state.services
-    requested = await permit_lesion(request, Action.REPLAY, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     requested.assessment_id = assessment_id
     case = await services.records.recorded_case(lesion_id, assessment_id)
     if case is None:
@@ -275,7 +272,7 @@ async def replay_assessment(
         document = await services.replayer.replay(case)
     cause = {"cause": document.cause.code} if document.cause else {}
     await services.records.record_event(requested.event("success", verdict=document.verdict, **cause))
-    return JSONResponse(document.answer(), headers=_NO_STORE)
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
 
 def _write_cursor(created_at: datetime, lesion_id: UUID) -> str:

@@ -7,7 +7,7 @@ a patient's number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import contextlib
 from http import HTTPStatus
 import logging
@@ -105,11 +105,6 @@ def _allowed(request: Request) -> str:
     return ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))
 
 
-def _name(location: Sequence[str | int]) -> str:
-    """The field that a fault is in; of a repeated one, a location ends with which of its values it is."""
-    return next((part for part in reversed(location) if isinstance(part, str)), "request")
-
-
 async def _on_derm_error(request: Request, error: DermError) -> JSONResponse:
     error = await _record_failure(request, error)
     headers = {}
@@ -140,9 +135,12 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
             await services.authenticator.record_invalid(requested)
         except DermError as unrecorded:
             return await _on_derm_error(request, unrecorded)
-    # Locations and rules only: the offending value may be patient data.
-    faults = "; ".join(f"{_name(fault['loc'])}: {fault['msg']}" for fault in error.errors())
-    return problem_response(request, status=422, code="invalid_field", detail=faults)
+    # Locations and rules only: the offending value may be patient data. A location may end with a number.
+    faults = [
+        f"{next((part for part in reversed(fault['loc']) if isinstance(part, str)), 'request')}: {fault['msg']}"
+        for fault in error.errors()
+    ]
+    return problem_response(request, status=422, code="invalid_field", detail="; ".join(faults))
 
 
 async def _on_defect(request: Request, error: Exception) -> JSONResponse:

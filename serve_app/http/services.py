@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
+from typing import Annotated
 
-from deployments.preprocess.decode import UploadLimits
+from fastapi import Depends, Request
+
 from serve_app import worker
 from serve_app.access.rate_limit import WINDOW_S
-from serve_app.access.rules import EmergencyLimits
 from serve_app.audit.checkpoints import CheckpointLog
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
 from serve_app.http.access import Authenticator
-from serve_app.http.bodies import AdmissionGate, BodyPace
+from serve_app.http.bodies import AdmissionGate
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.lesions import live_model, recovery
@@ -25,7 +26,7 @@ from serve_app.lesions.live_model import LiveModelWatch
 from serve_app.lesions.replay import Replayer
 from serve_app.lesions.triage import Triage
 from serve_app.pms import delivery
-from serve_app.pms.delivery import PmsConnection, open_pms
+from serve_app.pms.delivery import open_pms
 from serve_app.records import serving
 from serve_app.records.access import AccessStore
 from serve_app.records.audit_log import AuditChain
@@ -44,31 +45,42 @@ Counts = Mapping[str, Mapping[str, float | None] | None]
 COUNT_EVERY_S = 15.0
 
 
-@dataclass(frozen=True, slots=True)
 class Services:
     """The parts behind the interface."""
 
-    pool: Pool
-    records: LesionStore
-    keys: KeyStore
-    live: LiveModelWatch
-    invariants: InvariantWatch
-    sealer: Sealer
-    triage: Triage
-    replayer: Replayer
-    searcher: Searcher
-    eraser: Eraser
-    pms: PmsConnection
-    admission: AdmissionGate
-    limits: UploadLimits
-    authenticator: Authenticator
-    access: AccessStore
-    emergency_limits: EmergencyLimits
-    worker: Worker
+    def __init__(self, settings: Settings, stages: Stages, pool: Pool, keys: KeyStore, version: str) -> None:
+        """`version` is the service's own, for every answer's provenance."""
+        self.settings, self.pool, self.keys, files = settings, pool, keys, settings.files
+        self.records, self.access = LesionStore(pool), AccessStore(pool)
+        self.live = LiveModelWatch(pool, settings.models, stages.warm)
+        self.invariants = InvariantWatch(pool)
+        checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
+        self.sealer = Sealer(AuditChain(pool), checkpoints)
+        self.pms = open_pms(settings, pool, self.records)
+        consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
+        assessor = Assessor(stages, service_version=version)
+        self.triage = Triage(
+            assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
+        )
+        self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
+        self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
+        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.admission = AdmissionGate(settings)
+        self.authenticator = Authenticator(settings, self.access, self.records)
+        self.worker = Worker()
 
     async def counts(self) -> Counts:
         """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
         return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+
+
+async def _services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+#: The services, for a route.
+Parts = Annotated[Services, Depends(_services_of)]
 
 
 @asynccontextmanager
@@ -88,55 +100,23 @@ async def open_services(
             timeout_s=settings.database_timeout_s,
         )
         closing.push_async_callback(pool.close)
-        keys = await _open_keys(settings, pool)
+        keystore = settings.files.keystore
+        await refuse_lost_keys(pool, keystore)
+        keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
         closing.callback(keys.close)
-        records, access, files = LesionStore(pool), AccessStore(pool), settings.files
-        pms = open_pms(settings, pool, records)
-        closing.push_async_callback(pms.close)
-        assessor = Assessor(stages, service_version=await asyncio.to_thread(service_version))
-        tells_pms = pms.delivery is not None
-        services = Services(
-            pool=pool,
-            records=records,
-            keys=keys,
-            live=LiveModelWatch(pool, settings.models, stages.warm),
-            invariants=InvariantWatch(pool),
-            sealer=Sealer(AuditChain(pool), CheckpointLog(files.audit_checkpoints, files.audit_signing_key)),
-            triage=Triage(
-                assessor=assessor,
-                records=records,
-                keys=keys,
-                consultation=pms.consultation,
-                tells_pms=tells_pms,
-            ),
-            replayer=Replayer(assessor=assessor, records=records, keys=keys, models=settings.models),
-            searcher=Searcher(stages=stages, records=records, references=ReferenceStore(pool)),
-            eraser=Eraser(ErasureStore(pool), keys, tells_pms=tells_pms),
-            pms=pms,
-            admission=AdmissionGate(
-                max_requests=settings.max_uploads_in_flight,
-                max_bytes=settings.max_upload_bytes_in_flight,
-                pace=BodyPace(settings.body_timeout_s, settings.body_min_bytes_per_s),
-            ),
-            limits=UploadLimits(settings.max_upload_bytes, settings.max_upload_pixels, settings.min_side),
-            authenticator=Authenticator(settings, access, records),
-            access=access,
-            emergency_limits=EmergencyLimits(
-                minutes=settings.emergency_access_minutes, max_minutes=settings.emergency_access_max_minutes
-            ),
-            worker=Worker(),
-        )
+        await claim_key_store(pool, keys, keystore)
+        version = await asyncio.to_thread(service_version)
+        services = Services(settings, stages, pool, keys, version)
+        closing.push_async_callback(services.pms.close)
         # Once the loops have ended: what they write last is sealed and signed, too.
         closing.push_async_callback(worker.finish, "sealing", services.sealer.finish)
-        async with services.worker.running(_loops(settings, services, observe)):
+        async with services.worker.running(_loops(services, observe)):
             yield services
 
 
-def _loops(
-    settings: Settings, services: Services, observe: Callable[[Counts], None] | None
-) -> dict[str, Loop]:
+def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict[str, Loop]:
     """Every loop of this replica, by the name that /readyz shows."""
-    records, live, eraser = services.records, services.live, services.eraser
+    settings, live, eraser = services.settings, services.live, services.eraser
     housekeeping, keys = Housekeeping(services.pool), services.keys
     rest: list[Callable[[], Awaitable[object]]] = [
         eraser.erase_restored,
@@ -149,7 +129,9 @@ def _loops(
     loops = {
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
-        "recovery": every(recovery.PERIOD_S, partial(recovery.recover_once, records, services.triage, live)),
+        "recovery": every(
+            recovery.PERIOD_S, partial(recovery.recover_once, services.records, services.triage, live)
+        ),
         "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
@@ -161,14 +143,8 @@ def _loops(
             sweeping.ERASURES_EVERY_S,
             eraser.finish_accepted,
             partial(sweeping.stop_awaiting_stored, housekeeping, keys),
-            within_s=sweeping.ATTEMPT_S,
         ),
-        "sweeping": every(
-            sweeping.REST_EVERY_S,
-            *rest,
-            first_after_s=sweeping.ERASURES_EVERY_S,
-            within_s=sweeping.ATTEMPT_S,
-        ),
+        "sweeping": every(sweeping.REST_EVERY_S, *rest, first_after_s=sweeping.ERASURES_EVERY_S),
     }
     if services.pms.delivery is not None:
         loops["delivery"] = every(delivery.PERIOD_S, services.pms.delivery.deliver_due)
@@ -180,15 +156,3 @@ def _loops(
 
         loops["counts"] = every(COUNT_EVERY_S, count, first_after_s=0)
     return loops
-
-
-async def _open_keys(settings: Settings, pool: Pool) -> KeyStore:
-    keystore = settings.files.keystore
-    await refuse_lost_keys(pool, keystore)
-    keys = KeyStore(keystore, open_key_provider(settings, first_start=not keystore.exists()))
-    try:
-        await claim_key_store(pool, keys, keystore)
-    except BaseException:
-        keys.close()
-        raise
-    return keys

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from urllib.parse import quote
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query
 from fastapi.responses import JSONResponse, Response
 
 from serve_app.access.rules import Action
@@ -15,8 +15,8 @@ from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, Erased, NotFound, StageFailed
 from serve_app.domain.patient import AnatomSite
 from serve_app.http.access import Caller, permit_lesion, rule
-from serve_app.http.documents import PROBLEM_RESPONSES
-from serve_app.http.services import Services
+from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
+from serve_app.http.services import Parts
 from serve_app.records.answers import (
     NeighboursDocument,
     Similar,
@@ -44,7 +44,7 @@ Confirmed = Annotated[
 ]
 
 
-router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
+router = APIRouter(responses=PROBLEM_RESPONSES)
 
 #: What the audit log says of this beside `read`; not what was asked for: which diagnosis is thought of says something
 #: of the patient.
@@ -53,13 +53,14 @@ _SEARCH = {"search": "similar"}
 
 @router.get(
     "/api/lesions/{lesion_id}/images/{image_id}/similar",
+    tags=["lesions"],
     response_model=SimilarCasesDocument,
     openapi_extra=rule(Action.READ),
     summary="The confirmed cases most similar to an image",
 )
 async def find_similar(
-    request: Request,
-    _: Caller,
+    requested: Caller,
+    services: Parts,
     lesion_id: UUID,
     image_id: UUID,
     *,
@@ -70,7 +71,6 @@ async def find_similar(
     confirmed: Confirmed = False,
 ) -> JSONResponse:
     """Search again with an assessed image, in the space it was assessed in; its assessment stays as it is."""
-    services: Services = request.app.state.services
     reference_filter = ReferenceFilter(
         # Each once: the caller may repeat a value as often as a URL is long.
         licences=tuple(dict.fromkeys(licence or ())),
@@ -78,7 +78,7 @@ async def find_similar(
         confirmed_only=confirmed,
         diagnoses=tuple(dict.fromkeys(map(Diagnosis, diagnosis or ()))),
     )
-    requested = await permit_lesion(request, Action.READ, lesion_id)
+    await permit_lesion(services, requested, lesion_id)
     requested.image_id = image_id
     try:
         # Searches take places of uploads: a flood of them must not find the retriever before an image does.
@@ -98,10 +98,8 @@ async def find_similar(
         similar=[Similar.of(case, pictured) for case in found.similar],
         neighbours=NeighboursDocument.of(found, pictured),
     )
-    return JSONResponse(document.answer(), headers={"Cache-Control": "no-store"})
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
-
-references_router = APIRouter(tags=["references"], responses=PROBLEM_RESPONSES)
 
 #: Where each licence of the archive is written down.
 LICENCE_TEXTS = {
@@ -111,8 +109,9 @@ LICENCE_TEXTS = {
 }
 
 
-@references_router.get(
+@router.get(
     "/api/references/{isic_id}/image",
+    tags=["references"],
     response_class=Response,
     responses={
         200: {
@@ -131,8 +130,8 @@ LICENCE_TEXTS = {
     summary="A reference image, small",
 )
 async def read_reference_image(
-    request: Request,
     _: Caller,
+    services: Parts,
     isic_id: Annotated[str, Path(max_length=40)],
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
@@ -140,7 +139,6 @@ async def read_reference_image(
 
     404 names the archive's own page where the cache holds the case but no picture of it.
     """
-    services: Services = request.app.state.services
     found = await find_picture(services.pool, isic_id)
     if found is None:
         raise NotFound("No reference case has this isic_id.")

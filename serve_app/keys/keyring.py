@@ -56,7 +56,7 @@ class Keys(Protocol):
 class KeyProvider(Keys, Protocol):
     """Holds the KEKs: a file here, Vault and AWS KMS in `providers`.
 
-    `str()` names it for people. KeyProviderUnavailable when it does not answer, or refuses.
+    `str()` names it for people. For many threads. KeyProviderUnavailable when it does not answer in time, or refuses.
     """
 
     def now(self) -> Keys:

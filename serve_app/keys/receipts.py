@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 import json
 from uuid import UUID
+
+from serve_app.domain.assessment import format_time
 
 _DOMAIN = "derm-cds erasure receipt 1"
 
@@ -45,15 +47,10 @@ class Receipt:
             _DOMAIN,
             str(self.receipt_id),
             str(self.image_id),
-            format_instant(self.erased_at),
+            format_time(self.erased_at, "microseconds"),
             self.actor,
             self.reason.value,
             self.ciphertext_sha256.hex(),
             str(self.data_key_id),
         ]
         return sha256(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()).digest()
-
-
-def format_instant(moment: datetime) -> str:
-    """RFC 3339 in UTC with all six places: as the record hash has it."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

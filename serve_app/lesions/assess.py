@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 from uuid import UUID
@@ -110,7 +110,7 @@ class Examination:
     live: LiveModel
     prepared: PreparedImage
     classifying: asyncio.Task[ClassifierOutput]
-    timings: Timings = field(default_factory=Timings)
+    timings: Timings
 
     async def discard(self) -> None:
         """End the classifier's work if it is still wanted by nobody."""
@@ -119,18 +119,18 @@ class Examination:
         await asyncio.gather(self.classifying, return_exceptions=True)
 
 
+@dataclass(frozen=True, slots=True)
 class Assessor:
     """Runs the stages; stores nothing."""
 
-    def __init__(self, stages: Stages, *, service_version: str) -> None:
-        self._stages = stages
-        self._service_version = service_version
+    stages: Stages
+    service_version: str
 
     async def examine(self, image: bytes, live: LiveModel) -> Examination:
         """Prepare an image and start classifying it; RejectedUpload for one that this service does not take."""
         timings = Timings()
         with timings.lap("preprocess"):
-            prepared = await self._stages.prepare(live.model_id, image)
+            prepared = await self.stages.prepare(live.model_id, image)
         if isinstance(prepared, RejectedUpload):
             raise prepared
         classifying = asyncio.create_task(self._classify(live.model_id, prepared.pixels, timings))
@@ -138,7 +138,7 @@ class Assessor:
 
     async def _classify(self, model_id: str, pixels: NDArray[np.uint8], timings: Timings) -> ClassifierOutput:
         with timings.lap("classifier"):
-            return await self._stages.classify(model_id, pixels)
+            return await self.stages.classify(model_id, pixels)
 
     async def assess(
         self,
@@ -161,7 +161,7 @@ class Assessor:
             raise StageFailed("The classifier's model is not the one that was published.")
         space = live.embedding_space
         with timings.lap("embedder"):
-            embedding = await self._stages.embed(live.model_id, space, output.bottleneck)
+            embedding = await self.stages.embed(live.model_id, space, output.bottleneck)
         with timings.lap("retriever"):
             neighbours, similar = await self._search(embedding, space, case)
         change = None if previous is None else _compare(previous, output, embedding)
@@ -176,7 +176,7 @@ class Assessor:
             compared_level=previous.level if previous else None,
         )
         with timings.lap("risk"):
-            conclusion = await self._stages.conclude(live.model_id, findings)
+            conclusion = await self.stages.conclude(live.model_id, findings)
         timings.stop()
         answered = conclusion.outcome is not Outcome.REFUSED
         return Assessment(
@@ -194,7 +194,7 @@ class Assessor:
                 embedding_space=space,
                 preprocess_version=prepared.preprocess_version,
                 policy_version=conclusion.policy_version,
-                service_version=self._service_version,
+                service_version=self.service_version,
             ),
             embedding=embedding if answered else None,
             timings_ms=timings,
@@ -204,13 +204,13 @@ class Assessor:
         self, embedding: NDArray[np.float32], space: str, case: AdmittedImage | RecordedCase
     ) -> tuple[Neighbours, tuple[SimilarCase, ...]]:
         """Find the neighbours to weigh, and the similar cases to show: no conclusion depends on those."""
-        weigh = self._stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
+        weigh = self.stages.nearest(embedding, space, WEIGHED, EVERY_REFERENCE)
         if case.top_k <= WEIGHED and not case.reference_filter:
             weighed = await weigh
             return weighed, weighed.similar[: case.top_k]
         # Two searches: one for more than WEIGHED may walk an index further, and find others among the nearest.
         weighed, shown = await asyncio.gather(
-            weigh, self._stages.nearest(embedding, space, case.top_k, case.reference_filter)
+            weigh, self.stages.nearest(embedding, space, case.top_k, case.reference_filter)
         )
         return weighed, shown.similar
 

@@ -91,7 +91,7 @@ class LiveModelWatch:
             self._ready, self._fault = candidate.announcement if candidate else None, None
         except DermError as error:
             if self._fault is None:
-                _log.error("A stage is not ready: %(cause)s", {"cause": str(error)})
+                _log.error("A stage is not ready: %s", error)
             self._ready, self._fault = None, str(error)
 
     async def _may_answer(self, published: LiveModel) -> bool:
@@ -104,10 +104,8 @@ class LiveModelWatch:
                 await self._hold((published, self._live))
         except (DermError, TimeoutError) as error:
             if self.refused is None:
-                _log.error(
-                    "%(model_id)s does not take over: %(cause)s",
-                    {"model_id": published.model_id, "cause": str(error)},
-                )
+                model = {"model_id": published.model_id}
+                _log.error("The published model does not take over: %s", error, extra=model)
             self.refused = str(error) or f"{published.model_id} could not be read in time."
             return False
         self.refused = None

@@ -89,7 +89,7 @@ class Triage:
     assessor: Assessor
     records: LesionStore
     keys: KeyStore
-    consultation: RecordConsultation | None = None
+    consultation: RecordConsultation
     tells_pms: bool = False
 
     async def submit(self, submission: Submission, live: LiveModel) -> AssessmentRecord | Replay:
@@ -99,7 +99,11 @@ class Triage:
         Raises RejectedUpload, Overloaded, StageFailed or RecordsUnavailable with nothing stored.
         """
         # Asked while the image is prepared: the PMS costs the answer only what it takes longer.
-        consulting = asyncio.create_task(self._consult(submission))
+        consulting = asyncio.create_task(
+            self.consultation.consult(
+                submission.context, patient_id=submission.patient_id, encounter_id=submission.encounter_id
+            )
+        )
         examination = None
         try:
             async with asyncio.timeout(PREPARE_S):
@@ -123,8 +127,13 @@ class Triage:
         if replay is not None:
             await examination.discard()
             return replay
-        assessment = await self._finish(examination, admission, follow_up=not admission.new_lesion)
-        open_demand = None
+        assessment = open_demand = None
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                follow_up = not admission.new_lesion
+                assessment = await self._complete(examination, admission, follow_up=follow_up)
+        except Exception as error:  # noqa: BLE001 - the image is on record: whatever failed, recovery retries
+            logger.warning("Assessment %s stays pending: %s", admission.assessment_id, type(error).__name__)
         if assessment is not None:
             try:
                 open_demand = await self._open_demand(admission, assessment)
@@ -162,14 +171,6 @@ class Triage:
     def _message_id(self) -> UUID | None:
         return new_id() if self.tells_pms else None
 
-    async def _consult(self, submission: Submission) -> ClinicalContext:
-        """What is known of the patient beside what was sent; WrongEncounter for one of another patient."""
-        if self.consultation is None:
-            return submission.context
-        return await self.consultation.consult(
-            submission.context, patient_id=submission.patient_id, encounter_id=submission.encounter_id
-        )
-
     async def _admission(
         self, submission: Submission, context: ClinicalContext, prepared: PreparedImage
     ) -> Admission:
@@ -191,17 +192,6 @@ class Triage:
             width=prepared.width,
             height=prepared.height,
         )
-
-    async def _finish(
-        self, examination: Examination, case: Admission, *, follow_up: bool
-    ) -> Assessment | None:
-        """Everything after T1: any failure leaves the record pending, and says so in the log."""
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await self._complete(examination, case, follow_up=follow_up)
-        except Exception as error:  # noqa: BLE001 - the image is on record: whatever failed, recovery retries
-            logger.warning("Assessment %s stays pending: %s", case.assessment_id, type(error).__name__)
-            return None
 
     async def _complete(
         self, examination: Examination, case: AdmittedImage, *, follow_up: bool

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-import json
 import logging
 from pathlib import Path
 import ssl
@@ -33,29 +32,27 @@ class State(StrEnum):
     HALF_OPEN = "half_open"
 
 
+@dataclass(slots=True)
 class CircuitBreaker:
     """Opens after `failures` in a row; `rest_s` later one trial decides whether it closes again.
 
     Belongs to one event loop. `clock` gives seconds that never go back.
     """
 
-    def __init__(
-        self, *, failures: int = 5, rest_s: float = 10.0, clock: Callable[[], float] = monotonic
-    ) -> None:
-        self._limit = failures
-        self._rest_s = rest_s
-        self._clock = clock
-        self._failures = 0
-        self._opened_at: float | None = None
-        self._trial_until = 0.0
+    failures: int = 5
+    rest_s: float = 10.0
+    clock: Callable[[], float] = monotonic
+    _in_a_row: int = field(default=0, init=False)
+    _opened_at: float | None = field(default=None, init=False)
+    _trial_until: float = field(default=0.0, init=False)
 
     @property
     def state(self) -> State:
         """What the next call will find."""
         if self._opened_at is None:
             return State.CLOSED
-        now = self._clock()
-        if now < self._opened_at + self._rest_s or now < self._trial_until:
+        now = self.clock()
+        if now < self._opened_at + self.rest_s or now < self._trial_until:
             return State.OPEN
         return State.HALF_OPEN
 
@@ -66,18 +63,18 @@ class CircuitBreaker:
         """
         state = self.state
         if state is State.HALF_OPEN:
-            self._trial_until = self._clock() + self._rest_s
+            self._trial_until = self.clock() + self.rest_s
         return state is not State.OPEN
 
     def succeed(self) -> None:
         """Note an answer: whatever it said, somebody is there."""
-        self._failures, self._opened_at, self._trial_until = 0, None, 0.0
+        self._in_a_row, self._opened_at, self._trial_until = 0, None, 0.0
 
     def fail(self) -> None:
         """Note that there was no answer."""
-        self._failures += 1
-        if self._failures >= self._limit:
-            self._opened_at, self._trial_until = self._clock(), 0.0
+        self._in_a_row += 1
+        if self._in_a_row >= self.failures:
+            self._opened_at, self._trial_until = self.clock(), 0.0
 
 
 #: More than any record of a patient; a longer answer is not one.
@@ -117,15 +114,13 @@ class PmsClient:
 
     async def get(self, *path: str, timeout_s: float) -> PmsAnswer:
         """Ask for a resource; PmsUnavailable when nothing usable came back in time."""
-        return await self._send("GET", path, {}, None, timeout_s)
+        return await self._send("GET", path, timeout_s)
 
     async def post(
         self, *path: str, body: dict[str, Any], idempotency_key: str, timeout_s: float
     ) -> PmsAnswer:
         """Send a resource; PmsUnavailable when it is not known what became of it."""
-        content = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-        headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
-        return await self._send("POST", path, headers, content, timeout_s)
+        return await self._send("POST", path, timeout_s, body, {"Idempotency-Key": idempotency_key})
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,17 +130,17 @@ class PmsClient:
         self,
         method: str,
         path: tuple[str, ...],
-        headers: dict[str, str],
-        content: bytes | None,
         timeout_s: float,
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> PmsAnswer:
         url = "/".join(quote(part, safe="") for part in path)
         try:
             # httpx's own timeout is for each step; this one is for all of it.
             async with asyncio.timeout(timeout_s):
-                headers = headers | await self._authorization()
+                headers = (headers or {}) | await self._authorization()
                 async with self._client.stream(
-                    method, url, headers=headers, content=content, timeout=timeout_s
+                    method, url, json=body, headers=headers, timeout=timeout_s
                 ) as response:
                     return PmsAnswer(response.status_code, await _read(response))
         except (TimeoutError, httpx.TimeoutException):

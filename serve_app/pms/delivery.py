@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 import logging
 import random
@@ -49,29 +49,18 @@ PERIOD_S = 1.0
 ACTOR = "derm-cds:outbox"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
     """Delivers what is due. Any number may run, in any number of processes: claims pass each other by."""
 
-    def __init__(
-        self,
-        *,
-        outbox: Outbox,
-        records: LesionStore,
-        client: PmsClient,
-        pms_url: str,
-        dead_after: timedelta,
-        breaker: CircuitBreaker | None = None,
-        first_wait_s: float = FIRST_WAIT_S,
-        timeout_s: float = TIMEOUT_S,
-    ) -> None:
-        self._outbox = outbox
-        self._records = records
-        self._client = client
-        self._pms_url = pms_url
-        self._dead_after = dead_after
-        self._breaker = breaker or CircuitBreaker()
-        self._first_wait_s = first_wait_s
-        self._timeout_s = timeout_s
+    outbox: Outbox
+    records: LesionStore
+    client: PmsClient
+    pms_url: str
+    dead_after: timedelta
+    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
+    first_wait_s: float = FIRST_WAIT_S
+    timeout_s: float = TIMEOUT_S
 
     async def deliver_due(self, *, lease_s: float = LEASE_S) -> int:
         """Deliver what is due now, one message of each encounter at a time; returns how many were.
@@ -79,10 +68,10 @@ class Delivery:
         RecordsUnavailable as the outbox says; what was claimed then comes up again after its lease.
         """
         delivered = 0
-        while (state := self._breaker.state) is not State.OPEN:
+        while (state := self.breaker.state) is not State.OPEN:
             # A PMS that was away is tried with one message, not with all that wait.
             limit = _BATCH if state is State.CLOSED else 1
-            claimed = await self._outbox.claim(lease_s=lease_s, limit=limit)
+            claimed = await self.outbox.claim(lease_s=lease_s, limit=limit)
             outcomes = await asyncio.gather(*map(self._deliver, claimed), return_exceptions=True)
             delivered += sum(outcome is True for outcome in outcomes)
             for outcome in outcomes:
@@ -104,18 +93,18 @@ class Delivery:
         return False
 
     async def _attempt(self, message: ClaimedMessage) -> bool:
-        found = await self._records.assessment_record(message.assessment_id)
+        found = await self.records.assessment_record(message.assessment_id)
         if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
-            await self._outbox.give_up(message.message_id, error="not_finished")
+            await self.outbox.give_up(message.message_id, error="not_finished")
             return False
-        pictured = await self._records.pictured(references_of(found.image))
-        if not self._breaker.enter():
-            await self._outbox.postpone(
-                message.message_id, delay_s=self._first_wait_s, error="circuit_open", counts=False
+        pictured = await self.records.pictured(references_of(found.image))
+        if not self.breaker.enter():
+            await self.outbox.postpone(
+                message.message_id, delay_s=self.first_wait_s, error="circuit_open", counts=False
             )
             return False
         await self._post(message, found, pictured)
-        return await self._outbox.deliver(
+        return await self.outbox.deliver(
             message.message_id, told=found.image.outcome, event=_disclosed(message, found)
         )
 
@@ -123,24 +112,20 @@ class Delivery:
         self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
     ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
-        body = assessment_document(found.image, found, pictured=pictured, pms_url=self._pms_url).answer()
+        body = assessment_document(found.image, found, pictured=pictured, pms_url=self.pms_url).answer()
+        path, key = (
+            ("api", "encounters", message.encounter_id, "assessments"),
+            _idempotency_key(message, found),
+        )
         try:
-            answer = await self._client.post(
-                "api",
-                "encounters",
-                message.encounter_id,
-                "assessments",
-                body=body,
-                idempotency_key=_idempotency_key(message, found),
-                timeout_s=self._timeout_s,
-            )
+            answer = await self.client.post(*path, body=body, idempotency_key=key, timeout_s=self.timeout_s)
         except PmsUnavailable:
-            self._breaker.fail()
+            self.breaker.fail()
             raise
         if answer.status >= 500 or answer.status in _NOT_THE_MESSAGE:
-            self._breaker.fail()
+            self.breaker.fail()
             raise PmsUnavailable(f"http_{answer.status}")
-        self._breaker.succeed()
+        self.breaker.succeed()
         if answer.status >= 400:
             raise PmsRefused(f"http_{answer.status}")
         if answer.status >= 300 or answer.body is None:
@@ -149,15 +134,15 @@ class Delivery:
             raise PmsUnavailable("acknowledged_another")
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
-        limit = min(REFUSED_FOR, self._dead_after) if isinstance(fault, PmsRefused) else self._dead_after
+        limit = min(REFUSED_FOR, self.dead_after) if isinstance(fault, PmsRefused) else self.dead_after
         counts = str(fault) not in {f"http_{status}" for status in _NOT_THE_MESSAGE}
         late = datetime.now(UTC) - message.waiting_since >= limit
         if late or (counts and message.setbacks >= DEAD_AFTER_SETBACKS):
-            await self._outbox.give_up(message.message_id, error=str(fault))
+            await self.outbox.give_up(message.message_id, error=str(fault))
             logger.error("Message %s is dead: %s", message.message_id, fault)
             return
-        delay = wait_s(message.attempts, first_s=self._first_wait_s)
-        await self._outbox.postpone(message.message_id, delay_s=delay, error=str(fault), counts=counts)
+        delay = wait_s(message.attempts, first_s=self.first_wait_s)
+        await self.outbox.postpone(message.message_id, delay_s=delay, error=str(fault), counts=counts)
         logger.warning("Message %s waits %.0f s: %s", message.message_id, delay, fault)
 
 
@@ -189,17 +174,15 @@ def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class PmsConnection:
-    """Each part is None where it is not configured."""
+    """Client and delivery are None where they are not configured."""
 
-    url: str | None
     client: PmsClient | None
-    consultation: RecordConsultation | None
-    outbox: Outbox | None
+    consultation: RecordConsultation
     delivery: Delivery | None
 
     async def describe(self) -> dict[str, int | float | None] | None:
         """For /readyz: what waits for the PMS and what is dead; None where nothing is delivered."""
-        return None if self.outbox is None else asdict(await self.outbox.counts())
+        return None if self.delivery is None else asdict(await self.delivery.outbox.counts())
 
     async def close(self) -> None:
         """Close the connections to the PMS."""
@@ -211,7 +194,7 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
     """Put together what the settings ask for; nothing connects before its first use."""
     url, client = settings.pms_url, None
     directory: PatientDirectory | None = None
-    outbox = delivery = None
+    delivery = None
     if settings.patient_directory == "local":
         directory = PatientTable(pool, timeout_s=settings.pms_timeout_s)
     if url is not None:
@@ -219,13 +202,8 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
         if settings.patient_directory == "pms":
             directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
         if settings.pms_deliver:
-            outbox = Outbox(pool)
+            dead_after = timedelta(days=settings.pms_dead_after_days)
             delivery = Delivery(
-                outbox=outbox,
-                records=records,
-                client=client,
-                pms_url=url,
-                dead_after=timedelta(days=settings.pms_dead_after_days),
+                outbox=Outbox(pool), records=records, client=client, pms_url=url, dead_after=dead_after
             )
-    consultation = None if directory is None else RecordConsultation(directory)
-    return PmsConnection(url, client, consultation, outbox, delivery)
+    return PmsConnection(client, RecordConsultation(directory), delivery)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime
 from functools import partial
 import logging
@@ -108,14 +108,12 @@ def read_encounter(encounter_id: str, body: Mapping[str, Any]) -> str:
     return patient_id
 
 
-def _age(birth_date: object, today: date) -> int | None:
+def _age(birth_date: Any, today: date) -> int | None:  # noqa: ANN401
     if birth_date is None:
         return None
-    if not isinstance(birth_date, str):
-        raise ValueError("birth_date is not a date")  # noqa: TRY004
     try:
         born = date.fromisoformat(birth_date)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError("birth_date is not a date") from None
     age = today.year - born.year - ((today.month, today.day) < (born.month, born.day))
     if not 0 <= age <= MAX_AGE:
@@ -146,12 +144,7 @@ class PmsDirectory:
     """
 
     def __init__(
-        self,
-        client: PmsClient,
-        *,
-        timeout_s: float,
-        max_age_s: float,
-        breaker: CircuitBreaker | None = None,
+        self, client: PmsClient, *, timeout_s: float, max_age_s: float, breaker: CircuitBreaker | None = None
     ) -> None:
         self._client = client
         self._timeout_s = timeout_s
@@ -237,16 +230,12 @@ def reconcile(
         return replace(context, record=RecordCheck(Lookup.UNKNOWN, encounter))
     return replace(
         context,
-        age_approx=_older(context.age_approx, record.age),
+        # The higher: the policy's risk rises with it.
+        age_approx=max((age for age in (context.age_approx, record.age) if age is not None), default=None),
         sex=record.sex if context.sex in {None, Sex.UNKNOWN} and record.sex else context.sex,
         history=_join(context.history, record.history),
         record=RecordCheck(Lookup.FOUND, encounter, _discrepancies(context, record)),
     )
-
-
-def _older(sent: int | None, recorded: int | None) -> int | None:
-    """The higher age: the policy's risk rises with it."""
-    return max((age for age in (sent, recorded) if age is not None), default=None)
 
 
 def _join(sent: History, recorded: History) -> History:
@@ -276,25 +265,27 @@ def _yes_or_no(answer: object) -> str:
     return "yes" if answer else "no"
 
 
+@dataclass(frozen=True, slots=True)
 class RecordConsultation:
     """Asks one directory about the patient and the encounter of an upload, both at once.
 
     It takes the directory's own time limit at most: an upload never waits longer for the record.
     """
 
-    def __init__(self, directory: PatientDirectory) -> None:
-        self._directory = directory
+    directory: PatientDirectory | None
 
     async def consult(
         self, context: ClinicalContext, *, patient_id: str, encounter_id: str | None
     ) -> ClinicalContext:
         """Reconcile what was sent with the patient's record; without an answer, say so in the context.
 
-        Raises WrongEncounter when the directory has no such encounter of this patient.
+        As it was sent where there is no directory. WrongEncounter when it has no such encounter of this patient.
         """
-        asked = None if encounter_id is None else self._directory.patient_of(encounter_id)
+        if self.directory is None:
+            return context
+        asked = None if encounter_id is None else self.directory.patient_of(encounter_id)
         (patient, record), (encounter, owner) = await asyncio.gather(
-            _look_up("patient", self._directory.patient(patient_id)), _look_up("encounter", asked)
+            _look_up("patient", self.directory.patient(patient_id)), _look_up("encounter", asked)
         )
         # The same whether it is another patient's or nobody's: the caller learns nothing of others.
         if encounter in {Lookup.FOUND, Lookup.UNKNOWN} and owner != patient_id:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
@@ -13,7 +13,7 @@ from serve_app.access.rules import Principal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Id, Shape, Time
 from serve_app.records.audit_log import record_event
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Store, queries
 
 _SQL = queries("access")
 
@@ -58,15 +58,12 @@ class EmergencyAccess(Shape):
     accesses: dict[str, int]
 
 
-class AccessStore:
+class AccessStore(Store):
     """Reads and changes access; every change is committed with its audit event, or not at all.
 
     Assigning, ending, revoking and restoring need the owner's role: the service cannot widen
     anyone's access but by an emergency access, which is reviewed.
     """
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
 
     async def is_revoked(self, principal: Principal) -> bool:
         """Say whether the principal, or the very token it came with, is locked out."""
@@ -83,19 +80,11 @@ class AccessStore:
 
     async def revocations(self) -> list[Revocation]:
         """List who is locked out, newest first."""
-        return [Revocation(**row) for row in await self._pool.fetch(_SQL["revocations"])]
+        return await self._pool.find_all(Revocation, _SQL["revocations"])
 
-    async def assign(
-        self,
-        patient_id: str,
-        clinician: str,
-        *,
-        starts_at: datetime,
-        ends_at: datetime | None,
-        event: AuditEvent,
-    ) -> None:
+    async def assign(self, care: CareAssignment, *, event: AuditEvent) -> None:
         """Put a patient into somebody's care. Conflict when the end is not after the start."""
-        await self._change("assign", patient_id, clinician, starts_at, ends_at, event=event)
+        await self._change("assign", *astuple(care), event=event)
 
     async def end_assignment(self, patient_id: str, clinician: str, *, event: AuditEvent) -> int:
         """End somebody's care for a patient now; returns how many assignments were in force or to come."""
@@ -106,8 +95,9 @@ class AccessStore:
         self, *, patient_id: str | None = None, clinician: str | None = None, ended_too: bool = False
     ) -> list[CareAssignment]:
         """List care assignments: those in force or to come, unless `ended_too`."""
-        rows = await self._pool.fetch(_SQL["assignments"], patient_id, clinician, ended_too)
-        return [CareAssignment(**row) for row in rows]
+        return await self._pool.find_all(
+            CareAssignment, _SQL["assignments"], patient_id, clinician, ended_too
+        )
 
     async def break_glass(
         self,
@@ -128,13 +118,11 @@ class AccessStore:
 
     async def emergency(self, emergency_id: UUID) -> EmergencyAccess | None:
         """Find one emergency access, without counting what was done under it."""
-        row = await self._pool.fetchrow(_SQL["emergency"], emergency_id)
-        return EmergencyAccess(**row) if row else None
+        return await self._pool.find(EmergencyAccess, _SQL["emergency"], emergency_id)
 
     async def emergencies(self, *, reviewed: bool, after: UUID | None, limit: int) -> list[EmergencyAccess]:
         """List the emergency accesses that wait for a review, or those reviewed; oldest first."""
-        rows = await self._pool.fetch(_SQL["emergencies"], reviewed, after, limit)
-        return [EmergencyAccess(**row) for row in rows]
+        return await self._pool.find_all(EmergencyAccess, _SQL["emergencies"], reviewed, after, limit)
 
     async def review(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import UUID
@@ -47,6 +47,9 @@ class Document(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+_OF_A_CASE = tuple(each.name for each in fields(SimilarCase))
+
+
 @dataclass(frozen=True, slots=True)
 class Similar(SimilarCase):
     """A confirmed reference case; similarity is the cosine. `archive_url` is the archive's own page.
@@ -61,7 +64,8 @@ class Similar(SimilarCase):
     def of(cls, case: SimilarCase, pictured: Collection[str]) -> Similar:
         """Add where its picture is; `pictured` are the references of which there is one here."""
         image_url = f"/api/references/{case.isic_id}/image" if case.isic_id in pictured else None
-        return cls(**asdict(case), image_url=image_url, archive_url=archive_url(case.isic_id))
+        found: dict[str, Any] = {name: getattr(case, name) for name in _OF_A_CASE}
+        return cls(**found, image_url=image_url, archive_url=archive_url(case.isic_id))
 
 
 class NeighboursDocument(Document):
@@ -196,6 +200,7 @@ def references_of(*found: ImageRecord | Neighbours) -> set[str]:
     return {case.isic_id for part in parts if part is not None for case in part.cases}
 
 
+_SHOWN_AS_RECORDED = ("assessment_id", "image_id", "encounter_id", "created_at", "outcome")
 _SHOWN_AS_FOUND = ("quality", "classification", "risk", "change", "provenance")
 
 
@@ -217,17 +222,13 @@ def assessment_document(
     if pms_url is not None and record.encounter_id is not None:
         optional["links"] = LinksDocument(encounter=encounter_url(pms_url, record.encounter_id))
     return AssessmentDocument(
-        assessment_id=record.assessment_id,
         lesion_id=lesion.lesion_id,
-        image_id=record.image_id,
         patient_id=lesion.patient_id,
-        encounter_id=record.encounter_id,
-        created_at=record.created_at,
-        outcome=record.outcome,
         reasons=list(found.reasons) if found else [_why_unanswered(record)],
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
+        **{name: getattr(record, name) for name in _SHOWN_AS_RECORDED},
         **{name: getattr(found, name, None) for name in _SHOWN_AS_FOUND},
         **{name: value for name, value in optional.items() if value is not None},
     )

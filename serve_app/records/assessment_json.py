@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serve_app.domain.assessment import Assessment, OpenDemand
+from serve_app.domain.assessment import Assessment
 from serve_app.domain.patient import ClinicalContext
 
 #: Raised when the form changes; older versions stay readable.
@@ -18,7 +18,6 @@ VERSION = 1
 
 _ASSESSMENT = TypeAdapter(Assessment)
 _CONTEXT = TypeAdapter(ClinicalContext)
-_DEMAND = TypeAdapter(OpenDemand | None)
 #: Records from before these were measured have no such keys.
 _MEASURED_LATER = {"colour": None, "two_levels": None, "damaged": None}
 
@@ -50,8 +49,3 @@ def context_to_json(context: ClinicalContext) -> dict[str, Any]:
     """Write a clinical context as JSON-able values."""
     written: dict[str, Any] = _CONTEXT.dump_python(context, mode="json")
     return written
-
-
-def demand_from_json(demand: Mapping[str, Any] | None) -> OpenDemand | None:
-    """Read what the database's `open_demand` gives."""
-    return _DEMAND.validate_python(demand)

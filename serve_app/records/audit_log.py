@@ -21,7 +21,7 @@ from serve_app.access.rules import PURPOSE, purpose_of, requested_action
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal, in_force
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Pool, Store, from_row, queries
 from serve_app.sql import bind
 
 #: What is before the first seal.
@@ -46,8 +46,7 @@ async def events_between(
     after = 0
     while rows := await pool.fetch(_SQL["events_between"], start, end, after, 1_000):
         for row in rows:
-            fields = {name: row[name] for name in AuditEvent.__dataclass_fields__}
-            yield row["event_id"], row["recorded_at"], AuditEvent(**fields)
+            yield row["event_id"], row["recorded_at"], from_row(AuditEvent, row)
         after = rows[-1]["event_id"]
 
 
@@ -98,11 +97,8 @@ def link(before: bytes, position: int, digest: bytes) -> bytes:
     return sha256(before + position.to_bytes(8, "big") + digest).digest()
 
 
-class AuditChain:
-    """Seals and verifies. RecordsUnavailable as the pool says; the application's role will do."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class AuditChain(Store):
+    """Seals and verifies; the application's role will do."""
 
     async def head(self) -> Seal:
         """The newest seal."""

@@ -7,7 +7,7 @@ proven in a second one, once its data key is gone. What was accepted and not pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from uuid import UUID, uuid4
@@ -19,7 +19,7 @@ from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
 from serve_app.domain.identifiers import new_id
 from serve_app.keys.receipts import ErasureReason, Receipt
 from serve_app.records.audit_log import event_parameters, record_event
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Store, from_row, queries
 from serve_app.sql import bind
 
 _SQL = queries("erasures")
@@ -64,7 +64,7 @@ class Erasure:
     reason: ErasureReason
     actor: str
     request_id: str
-    receipt: Receipt | None
+    receipt: Receipt | None = None
 
     def prove(self, erased_at: datetime) -> Receipt:
         """Make the receipt; only for whoever has seen the data key destroyed."""
@@ -72,11 +72,8 @@ class Erasure:
         return Receipt(**shared, erased_at=erased_at)
 
 
-class ErasureStore:
-    """Accepts, finds and proves erasures; RecordsUnavailable as the pool says."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class ErasureStore(Store):
+    """Accepts, finds and proves erasures."""
 
     async def accept(self, request: ErasureRequest) -> Verdict:
         """Commit to an erasure: ciphertext, vectors and findings are gone, a pending assessment is cancelled.
@@ -127,16 +124,13 @@ class ErasureStore:
 
 
 def _erasure(row: asyncpg.Record) -> Erasure:
-    values = dict(row)
-    erased_at, record_hash = values.pop("erased_at"), values.pop("record_hash")
-    values["reason"] = ErasureReason(values["reason"])
-    erasure = Erasure(**values, receipt=None)
-    if erased_at is None:
+    erasure = from_row(Erasure, row)
+    if row["erased_at"] is None:
         return erasure
-    receipt = erasure.prove(erased_at)
-    if receipt.record_hash != record_hash:
+    receipt = erasure.prove(row["erased_at"])
+    if receipt.record_hash != row["record_hash"]:
         raise IntegrityError(f"The receipt {receipt.receipt_id} is not the one that was recorded.")
-    return Erasure(**values, receipt=receipt)
+    return replace(erasure, receipt=receipt)
 
 
 _HOLDS_SQL = queries("holds")
@@ -163,11 +157,8 @@ class Hold(Held):
     released_at: datetime | None
 
 
-class HoldStore:
+class HoldStore(Store):
     """Sets, releases and lists holds; needs the owner's role. Each change is audited in its transaction."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
 
     async def set(self, held: Held, *, reason: str, actor: str) -> UUID:
         """Put a hold in force and return its id; what is erased later than this returns is not held's.
@@ -178,16 +169,12 @@ class HoldStore:
         hold_id = new_id()
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(_HOLDS_SQL["against_erasure"])
-            found = await connection.fetchrow(
-                _HOLDS_SQL["find_patient"], held.patient_id, held.lesion_id, held.image_id
-            )
+            found = await connection.fetchrow(_HOLDS_SQL["find_patient"], *astuple(held))
             if found["patient_id"] is None:
                 raise NotFound("There is nothing by that id to hold.")
             if found["erased"]:
                 raise Erased
-            await connection.execute(
-                _HOLDS_SQL["set"], hold_id, held.patient_id, held.lesion_id, held.image_id, reason, actor
-            )
+            await connection.execute(_HOLDS_SQL["set"], hold_id, *astuple(held), reason, actor)
             about = asdict(held) | {"patient_id": found["patient_id"]}
             event = account_event("hold_set", {"hold_id": str(hold_id)}, actor=actor, **about)
             await record_event(connection, event)
@@ -204,4 +191,4 @@ class HoldStore:
 
     async def find(self, *, released: bool = False) -> list[Hold]:
         """List the holds in force, newest first; with `released`, those that were, too."""
-        return [Hold(**row) for row in await self._pool.fetch(_HOLDS_SQL["list"], released)]
+        return await self._pool.find_all(Hold, _HOLDS_SQL["list"], released)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from uuid import UUID
 
 import asyncpg
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PlainValidator, TypeAdapter
+from pydantic import PlainValidator
 
 from serve_app.audit.events import event_about
 from serve_app.domain.assessment import (
@@ -31,12 +30,9 @@ from serve_app.domain.assessment import (
 from serve_app.domain.patient import ClinicalContext
 from serve_app.keys.envelope import data_key_id_of
 from serve_app.keys.receipts import ErasureReason
-from serve_app.records.assessment_json import (
-    answer_from_json,
-    context_to_json,
-    demand_from_json,
-)
+from serve_app.records.assessment_json import answer_from_json, context_to_json
 from serve_app.records.audit_log import event_parameters
+from serve_app.records.pool import from_row
 
 
 def _vector(embedding: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
@@ -45,14 +41,7 @@ def _vector(embedding: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
 
 
 Vector = Annotated[NDArray[np.float32] | None, PlainValidator(_vector)]
-_Row = TypeVar("_Row")
-_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
-
-
-def from_row(kind: type[_Row], row: asyncpg.Record) -> _Row:
-    """Make one of a row whose columns are named like its fields; what is JSON or an enumeration's word there is read."""
-    made: _Row = _adapter(kind).validate_python(dict(row))
-    return made
+Answer = Annotated[Assessment | None, PlainValidator(answer_from_json)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +178,7 @@ class ImageRecord(ImageFacts):
     """
 
     outcome: Outcome
-    assessment: Assessment | None
+    assessment: Answer
     failure: str | None = None
     erasure: ErasureNote | None = None
     identity: Identity | None = None
@@ -205,22 +194,6 @@ class ImageRecord(ImageFacts):
         facts = {item.name: getattr(image, item.name) for item in fields(ImageFacts)}
         outcome = Outcome.PENDING if assessment is None else assessment.outcome
         return cls(**facts, outcome=outcome, assessment=assessment)
-
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> ImageRecord:
-        """Make one of a row of `timeline`, `worklist` or `assessment_record`."""
-        return cls(
-            **{item.name: row[item.name] for item in fields(ImageFacts)},
-            outcome=Outcome(row["outcome"]),
-            assessment=answer_from_json(row["answer"]),
-            failure=row["failure"],
-            erasure=None
-            if row["receipt_id"] is None
-            else ErasureNote(row["receipt_id"], row["erased_at"], ErasureReason(row["erasure_reason"])),
-            identity=None
-            if row["confirmed_by"] is None
-            else Identity(row["confirmed_by"], row["confirmed_at"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +218,7 @@ class RecordedCase:
     top_k: int
     reference_filter: ReferenceFilter
     outcome: Outcome
-    assessment: Annotated[Assessment | None, PlainValidator(answer_from_json)]
+    assessment: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +242,9 @@ class LesionTimeline:
     @classmethod
     def from_rows(cls, rows: Sequence[asyncpg.Record]) -> LesionTimeline:
         """Make one of the rows of a lesion in `timeline` or `worklist`."""
-        first, images = rows[0], tuple(map(ImageRecord.from_row, rows))
-        demand = demand_from_json(first["open_demand"])
-        return cls(first["lesion_id"], first["patient_id"], first["lesion_created_at"], images, demand)
+        lesion = dict(rows[0])
+        images = [dict(row) for row in rows]
+        return from_row(cls, lesion | {"created_at": lesion["lesion_created_at"], "images": images})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from uuid import UUID
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Assessment, OpenDemand, Outcome
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
-from serve_app.records.assessment_json import assessment_to_json, demand_from_json
+from serve_app.records.assessment_json import assessment_to_json
 from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.lesion_rows import (
     Admission,
@@ -18,7 +18,6 @@ from serve_app.records.lesion_rows import (
     AssessmentRecord,
     Identity,
     ImageEmbedding,
-    ImageRecord,
     LesionTimeline,
     PatientAccess,
     PendingAssessment,
@@ -26,23 +25,15 @@ from serve_app.records.lesion_rows import (
     RecordedCase,
     Replay,
     SealedImageRecord,
-    from_row,
 )
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Store, from_row, queries
 from serve_app.sql import bind
 
 _SQL = queries("lesions")
 
 
-class LesionStore:
-    """Lesions, images, assessments and the audit log.
-
-    Every method is one statement, and so one transaction. RecordsUnavailable when the database
-    does not answer in time; a write may then have been committed or not.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class LesionStore(Store):
+    """Lesions, images, assessments and the audit log; every method is one statement, and so one transaction."""
 
     async def access(
         self, principal_subject: str, patient_id: str | None, lesion_id: UUID | None = None
@@ -51,13 +42,14 @@ class LesionStore:
 
         Without a patient, it is the lesion's own that is asked about.
         """
-        row = await self._pool.fetchrow(_SQL["access"], principal_subject, patient_id, lesion_id)
-        return PatientAccess(**row) if row else PatientAccess(assigned=False, lesion_patient=None)
+        (access,) = await self._pool.find_all(
+            PatientAccess, _SQL["access"], principal_subject, patient_id, lesion_id
+        )
+        return access
 
     async def find_replay(self, actor: str, key: str) -> Replay | None:
         """Find what this caller's Idempotency-Key led to."""
-        row = await self._pool.fetchrow(_SQL["find_replay"], actor, key)
-        return Replay(**row) if row else None
+        return await self._pool.find(Replay, _SQL["find_replay"], actor, key)
 
     async def admit(self, admission: Admission, *, lease_s: float = 0.0) -> Replay | None:
         """T1: commit the sealed image, its pending assessment and the audit event; None when done.
@@ -125,8 +117,8 @@ class LesionStore:
 
         Each try doubles the lease, up to five minutes: one that always fails does not wear the stages out.
         """
-        rows = await self._pool.fetch(_SQL["claim_pending"], timedelta(seconds=lease_s), limit)
-        return [from_row(PendingAssessment, row) for row in rows]
+        lease = timedelta(seconds=lease_s)
+        return await self._pool.find_all(PendingAssessment, _SQL["claim_pending"], lease, limit)
 
     async def set_back(self, assessment_id: UUID) -> int:
         """Note a try that failed; returns how many have counted: those since whose last one others were answered."""
@@ -135,8 +127,8 @@ class LesionStore:
 
     async def counts(self) -> AssessmentCounts:
         """Count the assessments without an answer."""
-        row = await self._pool.fetchrow(_SQL["counts"])
-        return AssessmentCounts(**row) if row else AssessmentCounts(0, 0, None)
+        (counts,) = await self._pool.find_all(AssessmentCounts, _SQL["counts"])
+        return counts
 
     async def previous(
         self, lesion_id: UUID, *, before: datetime, embedding_space: str
@@ -145,15 +137,15 @@ class LesionStore:
 
         One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
         """
-        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, before, embedding_space, None)
-        return from_row(PreviousAssessment, row) if row else None
+        asked = (lesion_id, before, embedding_space, None)
+        return await self._pool.find(PreviousAssessment, _SQL["previous"], *asked)
 
     async def compared(
         self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
     ) -> PreviousAssessment | None:
         """Find again the image that a later one was compared with; None when it is gone."""
-        row = await self._pool.fetchrow(_SQL["previous"], lesion_id, None, embedding_space, image_id)
-        return from_row(PreviousAssessment, row) if row else None
+        asked = (lesion_id, None, embedding_space, image_id)
+        return await self._pool.find(PreviousAssessment, _SQL["previous"], *asked)
 
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""
@@ -162,7 +154,8 @@ class LesionStore:
 
     async def open_demand(self, lesion_id: UUID) -> OpenDemand | None:
         """Say what the lesion's images demand and no clinician has answered; no later image lowers it."""
-        return demand_from_json(await self._pool.fetchval(_SQL["open_demand"], lesion_id))
+        demand = await self._pool.fetchval(_SQL["open_demand"], lesion_id)
+        return from_row(OpenDemand, demand) if demand else None
 
     async def confirm(
         self, lesion_id: UUID, image_id: UUID, *, confirmed_by: str, event: AuditEvent
@@ -190,10 +183,7 @@ class LesionStore:
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:
         """Find one assessment with its image, lesion and patient."""
         row = await self._pool.fetchrow(_SQL["assessment_record"], assessment_id)
-        if row is None:
-            return None
-        demand = demand_from_json(row["open_demand"])
-        return AssessmentRecord(row["lesion_id"], row["patient_id"], ImageRecord.from_row(row), demand)
+        return from_row(AssessmentRecord, dict(row) | {"image": dict(row)}) if row else None
 
     async def pictured(self, isic_ids: Collection[str]) -> frozenset[str]:
         """Say which of these references have a picture to show."""
@@ -204,8 +194,7 @@ class LesionStore:
 
     async def recorded_case(self, lesion_id: UUID, assessment_id: UUID) -> RecordedCase | None:
         """Find what an assessment was asked and answered; None when the lesion has no such assessment."""
-        row = await self._pool.fetchrow(_SQL["recorded_case"], lesion_id, assessment_id)
-        return from_row(RecordedCase, row) if row else None
+        return await self._pool.find(RecordedCase, _SQL["recorded_case"], lesion_id, assessment_id)
 
     async def sealed_image(self, lesion_id: UUID, image_id: UUID) -> SealedImageRecord | None:
         """Fetch a sealed image; None when the lesion has no such image, Erased when it had."""

@@ -16,6 +16,9 @@ from serve_app.records.pool import UNAVAILABLE, border, queries
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+#: The files up to this version are a squash of the first builds' steps, of which there was one for each version.
+BASELINE = 14
+
 _FILE = re.compile(r"(\d{4})_\w+\.sql")
 _SQL = queries("migrations")
 
@@ -41,20 +44,18 @@ async def migrate(dsn: str, *, application_role: str | None, directory: Path = M
 
     Any number may start this at once: one works, the others wait. `dsn` is of the role that owns the schema;
     `application_role` gets what serving needs and no more (None: serving runs as the owner). SchemaMismatch when an
-    applied file has changed, is missing here (the database is newer than the code), was passed over, or fails.
+    applied file has changed, is missing here (the database is newer than the code), was passed over, or fails, and when
+    the database is older than the baseline.
     """
     available = read_migrations(directory)
     async with _connection(dsn) as connection:
         await connection.execute(_SQL["lock"])
-        try:
-            missing = await _pending(connection, available)
-            await connection.execute(_SQL["make_ledger"])
-            for migration in missing:
-                await _apply(connection, migration)
-            if application_role is not None:
-                await _grant(connection, application_role)
-        finally:
-            await connection.execute(_SQL["unlock"])
+        missing = await _pending(connection, available)
+        await connection.execute(_SQL["make_ledger"])
+        for migration in missing:
+            await _apply(connection, migration)
+        if application_role is not None:
+            await _grant(connection, application_role)
     return [migration.name for migration in missing]
 
 
@@ -110,6 +111,14 @@ async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:
 
 async def _pending(connection: asyncpg.Connection, available: list[Migration]) -> list[Migration]:
     applied = await connection.fetch(_SQL["applied"]) if await connection.fetchval(_SQL["has_ledger"]) else []
+    done = {row["version"] for row in applied}
+    if 1 in done:  # made step by step, by files that are gone
+        if not done.issuperset(range(1, BASELINE + 1)):
+            raise SchemaMismatch(
+                f"The database is at {applied[-1]['name']}, and this version begins at {BASELINE:04}: start it once with "
+                "an earlier build, which brings it there, and then with this one."
+            )
+        applied = [row for row in applied if row["version"] > BASELINE]
     known = {migration.version: migration for migration in available}
     for row in applied:
         migration = known.get(row["version"])
@@ -117,7 +126,6 @@ async def _pending(connection: asyncpg.Connection, available: list[Migration]) -
             raise SchemaMismatch(f"The database has {row['name']}, which this version does not know.")
         if migration.sha256 != row["sha256"]:
             raise SchemaMismatch(f"{migration.name} has changed since it was applied.")
-    done = {row["version"] for row in applied}
     missing = [migration for migration in available if migration.version not in done]
     if missing and missing[0].version < max(done, default=0):
         raise SchemaMismatch(f"{missing[0].name} was passed over: the database is already past it.")

@@ -15,7 +15,7 @@ from uuid import UUID
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
 from serve_app.records.audit_log import event_parameters
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Store, queries
 from serve_app.sql import bind
 
 _SQL = queries("outbox")
@@ -59,19 +59,12 @@ class OutboxCounts:
     oldest_waiting_s: float | None
 
 
-class Outbox:
-    """The messages as senders and operators use them; the application's role will do.
-
-    Every method is one transaction. RecordsUnavailable as the pool says.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class Outbox(Store):
+    """The messages as senders and operators use them; the application's role will do."""
 
     async def claim(self, *, lease_s: float, limit: int) -> list[ClaimedMessage]:
         """Lease messages that are due, at most one of each encounter: its oldest that waits."""
-        rows = await self._pool.fetch(_SQL["claim"], timedelta(seconds=lease_s), limit)
-        return [ClaimedMessage(**row) for row in rows]
+        return await self._pool.find_all(ClaimedMessage, _SQL["claim"], timedelta(seconds=lease_s), limit)
 
     async def deliver(self, message_id: UUID, *, told: Outcome, event: AuditEvent) -> bool:
         """Note the PMS's acknowledgement, with the audit event of the disclosure; False when noted before.
@@ -99,13 +92,12 @@ class Outbox:
 
     async def counts(self) -> OutboxCounts:
         """Count what was not delivered."""
-        row = await self._pool.fetchrow(_SQL["counts"])
-        return OutboxCounts(**row) if row else OutboxCounts(0, 0, None)
+        (counts,) = await self._pool.find_all(OutboxCounts, _SQL["counts"])
+        return counts
 
     async def list(self, *, dead_only: bool, limit: int) -> list[UndeliveredMessage]:
         """List what was not delivered, oldest first."""
-        rows = await self._pool.fetch(_SQL["list"], dead_only, limit)
-        return [UndeliveredMessage(**row) for row in rows]
+        return await self._pool.find_all(UndeliveredMessage, _SQL["list"], dead_only, limit)
 
     async def retry(self, message_id: UUID | None, *, actor: str, request_id: str) -> int:
         """Have one message, or every dead one, sent at once; each on record. Returns how many."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 from pgvector.asyncpg import register_vector
+from pydantic import TypeAdapter
 
 from serve_app.domain.errors import Conflict, InvalidField, RecordsUnavailable
 from serve_app.sql import parse
@@ -53,6 +54,16 @@ def border() -> Iterator[None]:
         raise RecordsUnavailable("The clinical record did not answer; try again.") from error
 
 
+_Row = TypeVar("_Row")
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+def from_row(kind: type[_Row], row: asyncpg.Record | Mapping[str, Any]) -> _Row:
+    """Make one of a row whose columns are named like its fields; what is JSON or an enumeration's word there is read."""
+    made: _Row = _adapter(kind).validate_python(dict(row))
+    return made
+
+
 class Pool:
     """A bounded set of connections; each call takes one for one statement.
 
@@ -87,6 +98,15 @@ class Pool:
         async with self.connection() as connection:
             return await connection.fetchrow(query, *args)
 
+    async def find(self, kind: type[_Row], query: str, *args: object) -> _Row | None:
+        """Run one statement and make one of its first row; None without a row."""
+        row = await self.fetchrow(query, *args)
+        return None if row is None else from_row(kind, row)
+
+    async def find_all(self, kind: type[_Row], query: str, *args: object) -> list[_Row]:
+        """Run one statement and make one of each of its rows."""
+        return [from_row(kind, row) for row in await self.fetch(query, *args)]
+
     async def fetchval(self, query: str, *args: object) -> Any:  # noqa: ANN401
         """Run one statement and return the first value of its first row."""
         async with self.connection() as connection:
@@ -104,6 +124,13 @@ class Pool:
                 await self._pool.close()
         except TimeoutError:
             self._pool.terminate()
+
+
+class Store:
+    """What is read and written over a pool; RecordsUnavailable as that says."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
 
 async def open_pool(dsn: str, *, minimum: int = 1, maximum: int = 4, timeout_s: float = 5.0) -> Pool:
@@ -155,7 +182,9 @@ _QUERIES = Path(__file__).parent / "queries"
 def queries(file: str) -> Mapping[str, str]:
     """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does.
 
-    `:record_event` stands for the statement of that name, which adds an audit event.
+    `:record_event` and `:recorded_image` stand for the statements of these names in lesions.sql.
     """
-    record_event = parse((_QUERIES / "lesions.sql").read_text())["record_event"]
-    return parse((_QUERIES / f"{file}.sql").read_text().replace(":record_event", record_event))
+    text, shared = (_QUERIES / f"{file}.sql").read_text(), parse((_QUERIES / "lesions.sql").read_text())
+    for name in ("record_event", "recorded_image"):
+        text = text.replace(f":{name}", shared[name])
+    return parse(text)

@@ -15,7 +15,7 @@ from serve_app.domain.assessment import EVERY_REFERENCE, Neighbours, ReferenceFi
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
 from serve_app.records.audit_log import record_event
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Pool, Store, queries
 
 #: Width of every embedding.
 DIMENSIONS = 512
@@ -172,8 +172,7 @@ class CachedPicture:
 
 async def find_picture(pool: Pool, isic_id: str) -> CachedPicture | None:
     """Look a reference image up; None when no reference has this id."""
-    row = await pool.fetchrow(_SQL["picture"], isic_id)
-    return CachedPicture(**row) if row else None
+    return await pool.find(CachedPicture, _SQL["picture"], isic_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +219,8 @@ class SpaceSummary:
     live: bool
 
 
-class ReferenceCache:
-    """The writing side of the references; needs the owner's role. RecordsUnavailable as the pool says."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class ReferenceCache(Store):
+    """The writing side of the references; needs the owner's role."""
 
     async def begin(self, embedder: SpaceEmbedder, *, expected: int) -> None:
         """Claim a space for an embedder that will put `expected` images into it. Safe to repeat.
@@ -240,7 +236,6 @@ class ReferenceCache:
                     f"(embedder {known['embedder_digest'][:12]}, not {embedder.digest[:12]}). Give the new "
                     "model a space of its own, or drop this one: `derm-cds references drop`."
                 )
-            await connection.execute(_SQL["begun"], embedder.embedding_space)
 
     async def embedder(self, embedding_space: str) -> SpaceEmbedder | None:
         """Say what fills a space; None when nobody has said so."""
@@ -299,7 +294,7 @@ class ReferenceCache:
 
     async def spaces(self) -> list[SpaceSummary]:
         """List all spaces, by name."""
-        return [SpaceSummary(**row) for row in await self._pool.fetch(_SQL["spaces"])]
+        return await self._pool.find_all(SpaceSummary, _SQL["spaces"])
 
     async def count_unfit(self, embedding_space: str) -> int:
         """Count the vectors that are not of unit norm, to a halfvec's precision."""
@@ -320,7 +315,8 @@ class ReferenceCache:
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(_SQL["prepare_to_load"])
             await connection.execute(_SERVING["lock_serving"])
-            if await connection.fetchval(_SQL["is_live"], embedding_space):
+            live = await connection.fetchrow(_SERVING["live_model"])
+            if live is not None and live["embedding_space"] == embedding_space:
                 raise Conflict(f"{embedding_space} is the space that the live model answers in.")
             await _wait_for_loaders(connection)
             for (statement,) in await connection.fetch(_SQL["drop_index_statements"], embedding_space):

@@ -17,7 +17,7 @@ from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.keys.keystore import KeyStore, look_into
 from serve_app.records.audit_log import record_event
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Pool, Store, queries
 
 _SQL = queries("retention")
 
@@ -31,11 +31,8 @@ class RetentionCount:
     held: int
 
 
-class RetentionStore:
-    """Closes records, and finds what is past its retention. RecordsUnavailable as the pool says."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class RetentionStore(Store):
+    """Closes records, and finds what is past its retention."""
 
     async def close(self, patient_id: str, *, closed_at: datetime, actor: str) -> None:
         """Close a patient's record as of then, on record; needs the owner's role. Conflict when it is closed."""
@@ -52,9 +49,8 @@ class RetentionStore:
 
     async def count(self, *, days: int) -> RetentionCount:
         """Count what a retention of this many days would erase, and what a hold keeps."""
-        row = await self._pool.fetchrow(_SQL["count"], timedelta(days=days))
-        assert row is not None  # noqa: S101  an aggregate always has one
-        return RetentionCount(**row)
+        (counted,) = await self._pool.find_all(RetentionCount, _SQL["count"], timedelta(days=days))
+        return counted
 
     async def _change(self, change: str, patient_id: str, actor: str, refusal: str, *values: object) -> None:
         async with self._pool.connection() as connection, connection.transaction():
@@ -68,11 +64,8 @@ class RetentionStore:
 _HOUSEKEEPING_SQL = queries("housekeeping")
 
 
-class Housekeeping:
-    """Finds what can go, and lets go of it; RecordsUnavailable as the pool says. For any number at once."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+class Housekeeping(Store):
+    """Finds what can go, and lets go of it. For any number at once."""
 
     async def expire_idempotency_keys(self, *, days: int) -> int:
         """Delete idempotency keys of this age, which no caller repeats any more, but for pending assessments'."""

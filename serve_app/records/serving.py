@@ -10,17 +10,16 @@ replica of every stage has it ready.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from datetime import datetime
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import Literal
 from uuid import UUID
 
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import Conflict
 from serve_app.records.audit_log import record_event
-from serve_app.records.pool import Pool, queries
+from serve_app.records.pool import Pool, from_row, queries
 
 _SQL = queries("serving")
 
@@ -64,9 +63,6 @@ class Approval:
     takes_back: int | None = None
 
 
-_Part = TypeVar("_Part", LiveModel, Approval)
-
-
 @dataclass(frozen=True, slots=True)
 class Publication:
     """One entry of the history."""
@@ -79,17 +75,13 @@ class Publication:
 
 async def live_model(pool: Pool) -> LiveModel | None:
     """Say which model answers; None when none has been published yet."""
-    row = await pool.fetchrow(_SQL["live_model"])
-    return LiveModel(*row) if row else None
+    return await pool.find(LiveModel, _SQL["live_model"])
 
 
 async def announced(pool: Pool) -> Candidate | None:
     """Say which model is to be made ready, if any."""
     row = await pool.fetchrow(_SQL["announced"])
-    if row is None:
-        return None
-    announcement, *model = row
-    return Candidate(announcement, LiveModel(*model))
+    return Candidate(row["announcement"], from_row(LiveModel, row)) if row else None
 
 
 async def report_replica(pool: Pool, replica_id: UUID, *, ready: UUID | None, fault: str | None) -> None:
@@ -184,10 +176,8 @@ async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -
     """
     rows = await pool.fetch(_SQL["publications"], limit, standing)
     return [
-        Publication(row["publication_id"], row["published_at"], _part(LiveModel, row), _part(Approval, row))
+        Publication(
+            row["publication_id"], row["published_at"], from_row(LiveModel, row), from_row(Approval, row)
+        )
         for row in rows
     ]
-
-
-def _part(kind: type[_Part], row: Mapping[str, Any]) -> _Part:
-    return kind(*(row[name] for name in kind.__dataclass_fields__))

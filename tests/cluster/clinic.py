@@ -19,8 +19,9 @@ from serve_app.keys.providers import open_key_provider
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Erasure, ErasureRequest, ErasureStore
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.settings import KeySettings, NodeFiles
+from tests.pools import connected
 
 #: A sealed image of patient p-1, of 2020, whose assessment failed: ids of its lesion, itself and its key; itself.
 IMAGE = """
@@ -57,11 +58,8 @@ class Clinic:
 
     def ask(self, question: Callable[[Pool], Awaitable[Any]]) -> Any:
         async def run() -> Any:
-            pool = await open_pool(self.server.ensure().owner, minimum=0, maximum=1, timeout_s=20)
-            try:
+            async with connected(self.server.ensure().owner) as pool:
                 return await question(pool)
-            finally:
-                await pool.close()
 
         return asyncio.run(run())
 

@@ -16,9 +16,9 @@ import pytest
 from cluster.cli import main
 from cluster.postgres import DatabaseUrls
 from serve_app.records.migrate import migrate
-from serve_app.records.pool import open_pool
 from serve_app.settings import load_settings
 from tests.cluster.clinic import IMAGE, Clinic
+from tests.pools import connected
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +70,8 @@ def sql(own_home: Path) -> Callable[..., list[Any]]:
     """Ask that home's database, as its owner."""
 
     async def ask(statement: str, *values: object) -> list[Any]:
-        pool = await open_pool(os.environ["DERM_OWNER_DATABASE_URL"], minimum=0, maximum=1)
-        try:
+        async with connected(os.environ["DERM_OWNER_DATABASE_URL"]) as pool:
             return await pool.fetch(statement, *values)
-        finally:
-            await pool.close()
 
     return lambda statement, *values: asyncio.run(ask(statement, *values))
 

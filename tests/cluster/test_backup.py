@@ -57,6 +57,9 @@ def test_the_drill(clinic: Clinic, derm_cds, good: Path) -> None:
         server.ensure()
     away.rename(server.data)
 
+    # As an earlier build names its schema: the steps up to the baseline have no files any more.
+    manifest = json.loads((good / "manifest.json").read_text()) | {"schema": "0014_purpose"}
+    (good / "manifest.json").write_text(json.dumps(manifest))
     restored = derm_cds("restore", str(good), home=home)
     assert restored.code == 0, restored.err
     assert "as it was at" in restored.out

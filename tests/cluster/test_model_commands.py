@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
-import shutil
 import subprocess
 import sys
-import tomllib
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
-from data_jobs.training.manifest_file import seal, write_manifest
-from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
 from serve_app.audit.events import os_account
 from serve_app.records.health import INVARIANTS
 from serve_app.settings import REPOSITORY
+from tests.data_jobs.promotion.conftest import Rows, write_part
+from tests.model_folders import RECIPES, copy_model, rewrite, thin_references
 
-RECIPE = ("--recipe", str(REPOSITORY / "data_jobs" / "training" / "recipes" / "efficientnet_b4.toml"))
+RECIPE = ("--recipe", str(RECIPES / "efficientnet_b4.toml"))
 
 
 @pytest.fixture
 def store(models: Path, model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The shipped model with 200 of its references, and the same under another tag with criteria that it meets."""
     folder = tmp_path / "models"
-    other = f"{model_id.partition('.')[0]}.candidate"
-    shutil.copytree(models / model_id, folder / model_id)
-    references = folder / model_id / ModelStore(models).open(model_id).manifest.live_space.references
-    table = pq.read_table(references)
-    pq.write_table(table.take(list(range(0, table.num_rows, table.num_rows // 200))[:200]), references)
-    seal(folder / model_id, references=200)
-    shutil.copytree(folder / model_id, folder / other)
-    content = tomllib.loads((folder / other / MANIFEST_NAME).read_text())
-    del content["files"]
-    content |= {"model_id": other, "tag": "candidate"}
-    content["spaces"][0]["embedding_space"] = f"{other}.space1"
-    (folder / other / "acceptance.json").write_text(json.dumps({"max_top1_loss": 0.0}))
-    write_manifest(folder / other, content)
+    copy_model(models / model_id, folder)
+    rewrite(folder / model_id / "acceptance.json", json.dumps({"max_top1_loss": 0.0}).encode())
+    thin_references(folder / model_id, 200)
+
+    def own_space(content: dict[str, Any]) -> None:
+        content["spaces"][0]["embedding_space"] = f"{content['model_id']}.space1"
+
+    copy_model(folder / model_id, folder, "candidate", own_space)
     monkeypatch.setenv("DERM_MODELS", str(folder))
     return folder
 
@@ -49,18 +40,13 @@ def store(models: Path, model_id: str, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.fixture
 def cases(isic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive with four cases in the held-out fold."""
-    with (isic_dir / "train.csv").open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    held = [row for row in rows if row["fold"] == "0"]
-    chosen = [row for row in held if row["diagnosis"] == "MEL"][:2]
-    chosen += [row for row in held if row["diagnosis"] == "NV"][:2]
-    with (tmp_path / "train.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames or [])
-        writer.writeheader()
-        writer.writerows(chosen + [row for row in rows if row["fold"] != "0"])
-    (tmp_path / "images").symlink_to((isic_dir / "images").resolve())
-    monkeypatch.setenv("DERM_ISIC_DIR", str(tmp_path))
+
+    def choose(rows: Rows) -> Rows:
+        held = [row for row in rows if row["fold"] == "0"]
+        chosen = [row for name in ("MEL", "NV") for row in [r for r in held if r["diagnosis"] == name][:2]]
+        return chosen + [row for row in rows if row["fold"] != "0"]
+
+    monkeypatch.setenv("DERM_ISIC_DIR", str(write_part(isic_dir, tmp_path, choose)))
 
 
 def test_a_space_is_loaded_listed_verified_and_dropped_only_when_not_live(

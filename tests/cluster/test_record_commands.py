@@ -1,17 +1,32 @@
-"""`derm-cds audit`, `hold` and `retention` against a real database and key store."""
+"""`derm-cds audit`, `hold`, `retention`, `keys`, `outbox` and `patients` against a real database and key store.
+
+What Vault and KMS answer is in tests/serve_app/keys.
+"""
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+import json
 from pathlib import Path
+import sqlite3
 from uuid import UUID, uuid4
 
 import pytest
 
+from serve_app.audit.events import os_account
+from serve_app.domain.errors import DataKeyMissing
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.settings import NodeFiles
+from tests.cluster.conftest import Said
+
+BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
+_MESSAGE = """
+INSERT INTO outbox (message_id, assessment_id, encounter_id, last_error, dead_at)
+VALUES (gen_random_uuid(), $1, 'e-1', 'http_500', CASE WHEN $2 THEN now() END) RETURNING message_id
+"""
 
 
 @pytest.fixture
@@ -20,6 +35,13 @@ def home(own_home: Path) -> Path:
     files = NodeFiles(own_home)
     KeyStore(files.keystore, FileKeyring.make(files.keyring)).close()
     return own_home
+
+
+@contextmanager
+def open_keys(home: Path) -> Iterator[KeyStore]:
+    files = NodeFiles(home)
+    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+        yield keys
 
 
 def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
@@ -70,8 +92,8 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
 @pytest.fixture
 def image(home: Path, add_image) -> UUID:
     """One sealed image of patient p-1, of 2020; its data key's id."""
-    files, image_id = NodeFiles(home), uuid4()
-    with closing(KeyStore(files.keystore, FileKeyring(files.keyring))) as keys:
+    image_id = uuid4()
+    with open_keys(home) as keys:
         key = keys.create()
         sealed = seal(b"image", data_key=key, binding=ImageBinding(image_id, "p-1", "image/png"))
     add_image(image_id, key.id, sealed)
@@ -115,3 +137,122 @@ def test_nothing_expires_without_a_retention_or_a_closed_record(derm_cds, home, 
     assert "0 images erased" in derm_cds("retention", "run", "--days", "0", "--yes", home=home).out
     missing = derm_cds("hold", "set", "--lesion", str(uuid4()), "--reason", "case", home=home)
     assert (missing.code, "nothing by that id" in missing.err) == (1, True)
+
+
+def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, sql) -> None:
+    with open_keys(home) as keys:
+        sealed = seal(b"image", data_key=keys.create(), binding=BINDING)
+    status = derm_cds("keys", "status", home=home).out
+    assert "version 1 (current): wraps 1 data keys; 1 of at most" in status
+    rotated = derm_cds("keys", "rotate", home=home)
+    assert (rotated.code, rotated.out.startswith("version 2 wraps from now on")) == (0, True)
+    rewrapped = derm_cds("keys", "rewrap", home=home).out
+    assert "1 data keys rewrapped; all are under version 2" in rewrapped
+    current = derm_cds("keys", "retire", "2", home=home)
+    assert (current.code, "`derm-cds keys rewrap` first" in current.err) == (1, True)
+    assert derm_cds("keys", "retire", "1", home=home).code == 0
+    unknown = derm_cds("keys", "retire", "1", home=home)
+    assert (unknown.code, unknown.err.count("\n")) == (1, 1)
+    with open_keys(home) as keys:
+        assert keys.open_image(sealed, BINDING) == b"image"
+    assert "version 1 (retired): wraps 0" in derm_cds("keys", "status", home=home).out
+    events = sql("SELECT action, outcome FROM audit_events WHERE action LIKE 'key_%' ORDER BY event_id")
+    done = [(row["action"].removeprefix("key_"), row["outcome"]) for row in events]
+    assert done == [
+        ("rotate", "success"),
+        ("rewrap", "success"),
+        ("retire", "success"),
+        ("retire", "success"),
+        ("retire", "failed"),
+    ]
+
+
+def test_another_keyrings_store_is_not_rotated(derm_cds, home, sql) -> None:
+    keyring = NodeFiles(home).keyring
+    keyring.unlink()
+    FileKeyring.make(keyring)
+    before = keyring.read_bytes()
+    said = derm_cds("keys", "rotate", home=home)
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert keyring.read_bytes() == before
+    assert sql("SELECT * FROM audit_events") == []
+
+
+def test_keys_without_an_image_are_counted_and_swept_when_told_to(derm_cds, home) -> None:
+    with open_keys(home) as keys:
+        failed, lost, young = (keys.create().id for _ in range(3))
+        keys.stop_awaiting([lost])
+    with closing(sqlite3.connect(NodeFiles(home).keystore)) as store, store:
+        store.execute(
+            "UPDATE data_keys SET created_at = datetime('now', '-2 hours') WHERE data_key_id <> ?",
+            (young.bytes,),
+        )
+    said = derm_cds("keys", "sweep", home=home)
+    assert said.code == 0, said.err
+    assert "1 data keys of uploads that failed" in said.out
+    assert "1 data keys of images that this database has no more" in said.out
+    assert "put the newer one back" in said.out
+    with open_keys(home) as keys:
+        assert keys.load(failed).id == failed
+        assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("2 data keys are destroyed\n")
+        assert keys.load(young).id == young
+        for key in (failed, lost):
+            with pytest.raises(DataKeyMissing):
+                keys.load(key)
+    assert derm_cds("keys", "sweep", "--yes", home=home).out.endswith("0 data keys are destroyed\n")
+
+
+def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_home, sql, add_image) -> None:
+    assert derm_cds("outbox", "status", home=own_home).out == "0 wait; 0 dead\n"
+    assert derm_cds("outbox", "list", home=own_home).out == "nothing\n"
+    waiting, dead = (
+        sql(_MESSAGE, add_image(uuid4(), uuid4(), b"x"), is_dead)[0]["message_id"]
+        for is_dead in (False, True)
+    )
+    status = derm_cds("outbox", "status", home=own_home)
+    assert status.code == 1
+    assert status.out.startswith("1 wait, the oldest for ")
+    assert status.out.endswith("; 1 dead\n")
+    listed = derm_cds("outbox", "list", home=own_home).out
+    assert str(waiting) in listed
+    assert "last error http_500" in listed
+    assert derm_cds("outbox", "list", "--dead", home=own_home).out.startswith(f"{dead} encounter e-1")
+    unknown = derm_cds("outbox", "retry", str(uuid4()), home=own_home)
+    assert unknown.code == 1
+    assert "derm-cds outbox list" in unknown.err
+    assert derm_cds("outbox", "retry", "--dead", home=own_home).out == "1 will be sent at once\n"
+    assert derm_cds("outbox", "retry", str(waiting), home=own_home).out == "1 will be sent at once\n"
+    assert derm_cds("outbox", "status", home=own_home).code == 0
+    events = sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
+    assert [row["detail"]["message_id"] for row in events] == [str(dead), str(waiting)]
+    assert {row["actor"] for row in events} == {os_account()}
+
+
+def test_patients_are_loaded_whole_or_not_at_all_each_an_event_without_what_was_written(
+    derm_cds, own_home, sql
+) -> None:
+    file = own_home / "patients.jsonl"
+
+    def load(*patients: dict) -> Said:
+        file.write_text("".join(json.dumps(patient) + "\n" for patient in patients))
+        return derm_cds("patients", "load", str(file), home=own_home)
+
+    first = {"patient_id": "p-1", "birth_date": "1961-04-02", "sex": "female", "encounters": ["e-1", "e-2"]}
+    second = {"patient_id": "p-2", "history": {"personal_melanoma": True}}
+    failed = load(first, {"patient_id": "p-2", "sex": "f"})
+    assert (failed.code, "line 2" in failed.err, "1961" in failed.err) == (1, True, False)
+    assert sql("SELECT * FROM patient_records") == []
+    for _ in range(2):
+        assert load(first, second).out == "2 patients loaded\n"
+    (row,) = sql("SELECT patient_id FROM patient_encounters WHERE encounter_id = 'e-1'")
+    assert row["patient_id"] == "p-1"
+    rows = sql("SELECT * FROM audit_events WHERE action = 'patient_load' ORDER BY event_id")
+    assert [(row["patient_id"], row["detail"]["encounters"]) for row in rows] == [("p-1", 2), ("p-2", 0)] * 2
+    assert {row["actor"] for row in rows} == {os_account()}
+    written = json.dumps([row["detail"] for row in rows])
+    assert not any(private in written for private in ("1961", "female", "melanoma", "e-1"))
+    # What cannot be audited is not written, for any of them.
+    sql("ALTER TABLE audit_events ADD CONSTRAINT no_p2 CHECK (patient_id <> 'p-2') NOT VALID")
+    sql("DELETE FROM patient_records")
+    assert load(first, second).code == 1
+    assert sql("SELECT * FROM patient_records") == []

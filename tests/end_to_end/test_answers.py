@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+import ssl
 from uuid import uuid4
 
 import httpx
@@ -12,6 +14,8 @@ import pytest
 from benchmarks.baseline import LocalStages
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
+from tests.cluster.tls_terminator import terminator
+from tests.end_to_end.conftest import draw_original
 
 pytestmark = pytest.mark.ray
 
@@ -66,9 +70,9 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
     assert compared
 
 
-async def test_a_large_original_travels_by_reference(pms, large_original) -> None:
+async def test_a_large_original_travels_by_reference(pms) -> None:
     """12 MB: above the 1.5 MB from which an argument goes through the object store."""
-    image = large_original(2000)
+    image = draw_original(2000, seed=2000)
     response = await pms.upload(await pms.care(), image)
     assert response.status_code == 201, response.text
     answer = response.json()
@@ -123,3 +127,21 @@ async def test_an_uploads_request_id_is_the_one_on_record(pms, lesion_image) -> 
         assert response.headers.get_list("x-request-id") == [sent]
         query = "SELECT count(*) FROM audit_events WHERE request_id = $1"
         assert await pms.owner.fetchval(query, sent) == events
+
+
+async def test_an_image_is_sent_and_read_through_the_documented_tls_terminator(
+    pms, node, lesion_image, tmp_path
+) -> None:
+    patient = await pms.care()
+    with terminator(tmp_path, api=node.port) as tls:
+        options = {"verify": ssl.create_default_context(cafile=str(tls.authority)), "timeout": 60}
+        async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{tls.port}", **options) as client:
+            there = replace(pms, client=client)
+            for image in (lesion_image(5), draw_original(1500, seed=5)):
+                sent = await there.upload(patient, image)
+                assert sent.status_code == 201, sent.text
+                assert await there.original(sent.json()) == image
+        said = tls.said(" GET 200 ", 2)
+    assert said.count(" POST 201 ") == 2
+    assert patient not in said
+    assert "patient_id" not in said

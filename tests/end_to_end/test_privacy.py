@@ -26,6 +26,7 @@ from cluster.ray_node import SHARED, is_memory
 from cluster.safety import process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.conftest import draw_original
+from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -56,30 +57,23 @@ class Needles:
 
     def of(self, content: bytes) -> set[str]:
         """Name those that stand in `content`."""
-        return {
-            name
-            for odd in range(_PREFIX)
-            for place in self._candidates(content, odd)
-            for needle, name in self._by_beginning[content[place : place + _PREFIX]]
-            if content.startswith(needle, place)
-        }
-
-    def _candidates(self, content: bytes, odd: int) -> list[int]:
-        pairs = max(0, len(content) - odd) // _PREFIX
-        data = np.frombuffer(content, "<u2", count=pairs, offset=odd if pairs else 0)
-        places: list[int] = (np.flatnonzero(self._begins[data]) * _PREFIX + odd).tolist()
-        return places
+        found: set[str] = set()
+        for odd in range(_PREFIX):
+            data = np.frombuffer(content[odd:][: (len(content) - odd) // _PREFIX * _PREFIX], "<u2")
+            for place in (np.flatnonzero(self._begins[data]) * _PREFIX + odd).tolist():
+                beginning = self._by_beginning[content[place : place + _PREFIX]]
+                found |= {name for needle, name in beginning if content.startswith(needle, place)}
+        return found
 
     def inside(self, path: Path) -> set[str]:
         """Name those that stand in a file; none when it goes while it is being read."""
         found: set[str] = set()
         try:
             with path.open("rb") as file:
-                kept = b""
+                content = b""
                 while chunk := file.read(_CHUNK):
-                    content = kept + chunk
+                    content = content[-self._longest :] + chunk
                     found |= self.of(content)
-                    kept = content[-self._longest :]
         except FileNotFoundError:
             pass
         return found
@@ -188,12 +182,8 @@ async def load(pms, node, lesion_image) -> Load:
 
 
 async def _upload(pms, subject: str, patient: str, image: bytes, **fields: str) -> httpx.Response:
-    return await pms.client.post(
-        "/api/lesions",
-        data={"patient_id": patient, **fields},
-        files={"image": ("lesion.jpg", image)},
-        headers={**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"},
-    )
+    headers = {**pms.token(subject), "X-Request-ID": f"{patient}.1950-01-31"}
+    return await pms.upload(patient, image, headers=headers, **fields)
 
 
 async def _upload_and_read(pms, load: Load, subject: str, patient: str, image: bytes) -> None:
@@ -273,7 +263,7 @@ def test_no_temporary_file_and_no_object_of_ray_holds_an_image_or_a_patient(load
     looked = list(files(_TEMPORARY, since=load.since, without=node.home / "postgres" / "data"))
     assert looked
     assert needles.among(looked) == {}
-    assert _until(lambda: not needles.among(files(node.ray.objects)))
+    assert until(lambda: not needles.among(files(node.ray.objects)), _GONE_S, 0.2)
 
 
 _HOLDING = """
@@ -319,18 +309,13 @@ def test_what_does_not_fit_into_the_object_store_is_spilled_into_memory(node) ->
     assert is_memory(node.ray.objects)
     assert "object_memory" not in {finding.name for finding in process_findings(node.home)}
     with _held(node, mark) as let_go:
-        assert _until(lambda: needles.among(files(node.ray.objects)))
+        assert until(lambda: needles.among(files(node.ray.objects)), _GONE_S, 0.2)
         on_disk = [*files(node.home), *files(node.ray.directory), *files(_TEMPORARY, since=since)]
         assert needles.among(on_disk) == {}
         let_go()
-        assert _until(lambda: not needles.among(files(node.ray.objects))), list(files(node.ray.objects))
-
-
-def _until(condition: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + _GONE_S
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return bool(condition())
+        assert until(lambda: not needles.among(files(node.ray.objects)), _GONE_S, 0.2), list(
+            files(node.ray.objects)
+        )
 
 
 async def test_the_secrets_of_the_node_are_its_users_alone(node) -> None:

@@ -6,13 +6,10 @@ import asyncio
 from contextlib import AsyncExitStack
 import os
 from pathlib import Path
-import shutil
 from threading import Event, Thread
-import tomllib
 
 import numpy as np
 import pytest
-import tomli_w
 
 from data_jobs.references.load import publish_bundled
 from deployments.classifier.deployment import ClassifierDeployment
@@ -25,9 +22,10 @@ from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import ModelContractError
 from serve_app.logs import ProcessLog
-from serve_app.records.pool import open_pool
 from serve_app.records.serving import LiveModel, live_model
 from serve_app.settings import load_settings
+from tests.model_folders import copy_model
+from tests.pools import connected
 
 STAGES = {
     "preprocess": (PreprocessDeployment, {}),
@@ -42,11 +40,8 @@ STAGES = {
 def store(models: Path, model_id: str, tmp_path_factory) -> Path:
     """The shipped model, and the same one under another name."""
     folder = tmp_path_factory.mktemp("models")
-    content = tomllib.loads((models / model_id / MANIFEST_NAME).read_text())
-    content |= {"model_id": f"{content['architecture']}.next", "tag": "next"}
-    for name in (model_id, content["model_id"]):
-        shutil.copytree(models / model_id, folder / name)
-    (folder / content["model_id"] / MANIFEST_NAME).write_text(tomli_w.dumps(content))
+    for tag in (None, "next"):
+        copy_model(models / model_id, folder, tag)
     return folder
 
 
@@ -86,9 +81,8 @@ async def start(served, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", STAGES)
 async def test_a_stage_has_what_it_is_told_to(served, store, start, name, model_id) -> None:
-    pool = await open_pool(served.owner, minimum=0, maximum=1)
-    live = await live_model(pool)
-    await pool.close()
+    async with connected(served.owner) as pool:
+        live = await live_model(pool)
     assert live is not None
     (other,) = set(ModelStore(store)) - {model_id}
     candidate = LiveModel(other, ModelStore(store).open(other).digest, live.embedding_space)

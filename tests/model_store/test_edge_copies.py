@@ -20,11 +20,6 @@ BUDGET = 60_000_000
 LITERT_BUDGET = 15_000_000
 
 
-@pytest.fixture(scope="module")
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
-
-
 @pytest.fixture
 def changed(altered: Callable[..., Path], model_id: str) -> Callable[..., StoredModel]:
     """A copy of the model in which a JSON file is another, with a true digest; `(name, change) -> model`."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from hashlib import sha256
 import os
 from pathlib import Path
-import shutil
 import subprocess
 import sys
 
@@ -18,15 +17,10 @@ from data_jobs.training.manifest_file import seal
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
 from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore, digest_file, verify_files
+from model_store.registry import ModelStore, StoredModel, digest_file, verify_files
 from model_store.session import PROVIDERS, InferenceSession
-from serve_app.domain.diagnosis import TRAINED
 from serve_app.domain.errors import ModelContractError
-
-
-def rewrite(path: Path, content: bytes) -> None:
-    path.unlink()  # a hard link: the original stays as it is
-    path.write_bytes(content)
+from tests.model_folders import copy_model, rewrite
 
 
 def test_every_model_of_the_store_loads_and_has_its_card(models: Path) -> None:
@@ -48,13 +42,7 @@ def test_every_model_of_the_store_loads_and_has_its_card(models: Path) -> None:
 def beside(altered, model_id: str) -> tuple[Path, str]:
     """A copy of the live model beside it under another name: the store, and the name."""
     store = altered()
-    architecture, _, tag = model_id.partition(".")
-    other = f"{architecture}.tampered"
-    shutil.copytree(store / model_id, store / other, copy_function=os.link)
-    manifest = store / other / MANIFEST_NAME
-    text = manifest.read_text().replace(f'model_id = "{model_id}"', f'model_id = "{other}"')
-    rewrite(manifest, text.replace(f'tag = "{tag}"', 'tag = "tampered"').encode())
-    return store, other
+    return store, copy_model(store / model_id, store, "tampered")
 
 
 def test_one_bit_of_any_file_or_its_absence_is_refused(beside, models: Path, model_id: str) -> None:
@@ -102,22 +90,15 @@ def test_a_truncated_graph_is_refused_and_the_live_model_goes_on(beside, model_i
     )
 
 
-def _with_labels(content: bytes, labels: str) -> bytes:
-    """Append a metadata entry to a ModelProto: field 14 is repeated, so that it may stand at the end."""
-    pair = b"\x0a\x0blabel_space\x12" + bytes([len(labels)]) + labels.encode()
-    return content + b"\x72" + bytes([len(pair)]) + pair
-
-
 def test_labels_in_another_order_than_the_graphs_own_are_refused(altered, model_id: str) -> None:
-    """One to one and complete, so that no other rule can tell; every answer would be wrong."""
-    folder = altered() / model_id
-    rewrite(folder / "model.onnx", _with_labels((folder / "model.onnx").read_bytes(), ",".join(TRAINED)))
-    seal(folder)
-    InferenceSession(ModelStore(folder.parent).open(model_id), threads=1)
-    manifest = folder / MANIFEST_NAME
-    rewrite(manifest, manifest.read_text().replace('"MEL",\n    "NV",', '"NV",\n    "MEL",', 1).encode())
-    with pytest.raises(ModelContractError, match=r"gives its logits as MEL,NV,.*its manifest as NV,MEL,"):
-        InferenceSession(ModelStore(folder.parent).open(model_id), threads=1)
+    """One to one, complete, each digest right, and every diagnosis another's: only the graph's own words tell."""
+
+    def change(content: dict) -> None:
+        labels = content["output"]["label_space"]
+        content["output"]["label_space"] = [labels[i] for i in (3, 0, 7, 5, 1, 6, 2, 4)]
+
+    with pytest.raises(ModelContractError, match=r"model\.onnx gives its logits as MEL,NV,.*its manifest as"):
+        InferenceSession(ModelStore(altered(change)).open(model_id), threads=1)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/inside", ".."])
@@ -144,8 +125,7 @@ def test_a_folder_that_holds_another_model_is_refused(altered, model_id: str) ->
         ModelStore(store).open("another.name")
 
 
-def test_only_files_that_are_vouched_for_have_a_path(models: Path, model_id: str) -> None:
-    model = ModelStore(models).open(model_id)
+def test_only_files_that_are_vouched_for_have_a_path(model: StoredModel) -> None:
     assert model.path(model.manifest.onnx).is_file()
     for name in ("manifest.toml", "../x", "other.onnx"):
         with pytest.raises(ModelContractError):

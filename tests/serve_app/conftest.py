@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from inspect import isawaitable
 import io
-import json
 import logging
 from pathlib import Path
 import threading
@@ -34,6 +35,7 @@ from serve_app.lesions.assess import Stages
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.settings import Settings
+from tests.serve_app.erasure.erasing import uploaded
 
 SECRET = "a secret of the tests, long enough for HS256"
 POLICY = "2026-11.4"
@@ -42,6 +44,23 @@ TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),
     "audit_events",
 )
+
+
+async def until(holds: Callable[[], Any], *, within_s: float = 60.0) -> Any:
+    """Wait until something holds, or what it awaits does; returns what that is."""
+    async with asyncio.timeout(within_s):
+        while not (found := await value if isawaitable(value := holds()) else value):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+        return found
+
+
+class Clock:
+    """A clock that goes when a test moves it, seconds."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -180,12 +199,23 @@ class Service:
             headers=headers or self.token("dr"),
         )
 
+    async def get(self, url: str, *, params: Any = None, **named: str) -> httpx.Response:
+        """Ask as the clinician in charge, with these headers too."""
+        return await self.client.get(url, params=params, headers={**self.token("dr"), **named})
+
     async def counts(self) -> dict[str, int]:
         """Rows of every table an upload writes to."""
         return {
             table: await self.owner.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608 - our own names
             for table in TABLES
         }
+
+    @asynccontextmanager
+    async def storing_nothing(self, *, events: int = 1) -> AsyncIterator[None]:
+        """What is done meanwhile stores nothing but so many audit events."""
+        before = await self.counts()
+        yield
+        assert await self.counts() == {**before, "audit_events": before["audit_events"] + events}
 
     async def events(self, response: httpx.Response) -> list[dict[str, Any]]:
         """The audit events of a request; the purpose, which every event has, apart from the rest of its detail."""
@@ -195,6 +225,30 @@ class Service:
         )
         events = [{**row, "detail": dict(row["detail"])} for row in rows]
         return [{**event, "purpose": event["detail"].pop("purpose", None)} for event in events]
+
+    async def hold_to_event(
+        self,
+        response: httpx.Response,
+        action: str,
+        outcome: str,
+        *,
+        about: Mapping[str, Any] | None = None,
+        names: tuple[str, ...] = ("patient_id", "lesion_id", "image_id"),
+        **detail: Any,
+    ) -> dict[str, Any]:
+        """Hold a request against its only audit event: the ids it names of an answer, and its detail, where given."""
+        (event,) = await self.events(response)
+        assert (event["action"], event["outcome"]) == (action, outcome)
+        assert about is None or [str(event[name]) for name in names] == [about[name] for name in names]
+        assert not detail or event["detail"] == detail
+        return event
+
+    async def hold_to_failure(
+        self, response: httpx.Response, status: int, code: str, action: str
+    ) -> dict[str, Any]:
+        """Hold a problem and its only audit event against each other."""
+        await self.hold_to_event(response, action, "failed", code=code)
+        return self.hold_to_problem(response, status, code)
 
     def hold_to(self, schema: str, body: Any) -> None:
         """Hold a body against a schema of the published OpenAPI document."""
@@ -221,16 +275,18 @@ StartService = Callable[..., AbstractAsyncContextManager[Service]]
 
 
 @pytest.fixture(scope="session")
-def start_service(
-    settings: Settings, service_owner: Pool, drawn_lesion: Callable[..., bytes]
-) -> StartService:
-    """Run an application over given stages, with other settings where a test asks for them."""
+def start_service(settings: Settings, service_owner: Pool, local_stages, drawn_lesion) -> StartService:
+    """Run an application over given stages or plain ones, with other settings where a test asks for them."""
 
     @asynccontextmanager
     async def start(
-        stages: Stages, *, raise_app_exceptions: bool = True, observe: Any = None, **changed: object
+        stages: Stages | None = None,
+        *,
+        raise_app_exceptions: bool = True,
+        observe: Any = None,
+        **changed: object,
     ) -> AsyncIterator[Service]:
-        app = create_app(settings.model_copy(update=changed), stages, observe=observe)
+        app = create_app(settings.model_copy(update=changed), stages or local_stages(), observe=observe)
         transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions)
         async with (
             app.router.lifespan_context(app),
@@ -245,10 +301,16 @@ def start_service(
 
 
 @pytest.fixture(scope="session")
-async def service(start_service: StartService, local_stages) -> AsyncIterator[Service]:
+async def service(start_service: StartService) -> AsyncIterator[Service]:
     """The service over all five real stages."""
-    async with start_service(local_stages()) as service:
+    async with start_service() as service:
         yield service
+
+
+@pytest.fixture
+async def answer(service: Service) -> dict[str, Any]:
+    """The answer to an image of a patient in care."""
+    return await uploaded(service)
 
 
 @pytest.fixture(scope="session")
@@ -272,9 +334,3 @@ def drawn_lesion() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def history() -> str:
-    """A patient's history as the PMS sends it."""
-    return json.dumps({"personal_melanoma": True, "immunosuppression": None})

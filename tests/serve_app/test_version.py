@@ -15,15 +15,8 @@ from serve_app.domain.errors import InvalidSetting
 def git(folder: Path, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     who = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(
-        ["git", *who, *arguments],  # noqa: S607 - the same that the service finds
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+    command = ["git", *who, *arguments]  # the same git that the service finds
+    return subprocess.check_output(command, cwd=folder, env=environment, text=True).strip()
 
 
 @pytest.fixture

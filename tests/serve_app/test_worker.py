@@ -11,17 +11,12 @@ import pytest
 from serve_app import worker
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.worker import KEEPS_ENDING_AFTER, Worker, every
+from tests.serve_app.conftest import until
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "FIRST_PAUSE_S", 0.01)
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - the loops' own state is what is looked at
-            await asyncio.sleep(0.005)
 
 
 async def for_ever() -> None:
@@ -41,8 +36,7 @@ async def returns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "error"),
-    [(defective, "KeyError"), (returns, "returned"), (cancelled_within, "CancelledError")],
+    ("ends", "error"), [(defective, "KeyError"), (returns, "returned"), (cancelled_within, "CancelledError")]
 )
 async def test_a_loop_that_ends_is_started_again_and_shown(ends, error: str, caplog) -> None:
     started = 0

@@ -35,8 +35,7 @@ logging.getLogger("botocore").setLevel(logging.INFO)
 class AwsKms(KeyProvider):
     """One symmetric KMS key. A wrapped key is KMS's ciphertext; the data key's id is its encryption context.
 
-    The context is written to CloudTrail in clear: the id is a random number, and says nothing of
-    a patient. For many threads. KeyProviderUnavailable when KMS does not answer in time, or refuses.
+    The context is written to CloudTrail in clear: the id is a random number, and says nothing of a patient.
     """
 
     def __init__(self, key_id: str) -> None:
@@ -45,14 +44,9 @@ class AwsKms(KeyProvider):
         parts = key_id.split(":")
         region = parts[3] if key_id.startswith("arn:") and len(parts) > 5 else os.environ.get("AWS_REGION")
         try:
-            self._client = boto3.session.Session(region_name=region).client(
-                "kms",
-                config=Config(
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=READ_TIMEOUT_S,
-                    retries={"total_max_attempts": 1},  # `RetryPolicy` does that
-                ),
-            )
+            once = {"total_max_attempts": 1}  # `RetryPolicy` asks again
+            config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S, retries=once)
+            self._client = boto3.session.Session(region_name=region).client("kms", config=config)
         except BotoCoreError as error:
             raise InvalidSetting(f"AWS KMS cannot be used: {error}") from error
         key = self._ask(self._client.describe_key)["KeyMetadata"]

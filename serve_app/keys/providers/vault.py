@@ -71,20 +71,15 @@ class VaultAddress:
         if plain and not _is_this_machine(host):
             raise InvalidSetting("vault+http:// is for this machine only: data keys would cross a network.")
         shown = f"[{host}]" if ":" in host else host
-        return cls(
-            url=f"{'http' if plain else 'https'}://{shown}:{port}",
-            mount=mount,
-            key=key,
-            namespace=parse_qs(parts.query).get("namespace", [None])[0],
-        )
+        url = f"{'http' if plain else 'https'}://{shown}:{port}"
+        return cls(url, mount, key, namespace=parse_qs(parts.query).get("namespace", [None])[0])
 
 
 class VaultTransit(KeyProvider):
     """One key of a transit engine, versioned by Vault; `token` is asked before every request.
 
     A wrapped key is Vault's own ciphertext ("vault:v1:…"). The data key's id is its associated
-    data, and its context, too, where the key derives. For many threads. KeyProviderUnavailable
-    when Vault does not answer in time, or refuses.
+    data, and its context, too, where the key derives.
     """
 
     def __init__(self, address: VaultAddress, token: Callable[[], str]) -> None:

@@ -34,11 +34,8 @@ RETURNING patient_id;
 -- name: end_assignment
 -- End what is in force of somebody's care for a patient, and withdraw what has not begun.
 WITH ended AS (
-    UPDATE care_assignments
-    SET ends_at = now()
-    WHERE patient_id = $1 AND clinician = $2
-        AND starts_at < now()
-        AND (ends_at IS NULL OR ends_at > now())
+    UPDATE care_assignments SET ends_at = now()
+    WHERE patient_id = $1 AND clinician = $2 AND starts_at < now() AND (ends_at IS NULL OR ends_at > now())
     RETURNING starts_at
 ),
 withdrawn AS (

@@ -168,29 +168,35 @@ WHERE i.lesion_id = $1
 ORDER BY i.created_at DESC, i.image_id DESC
 LIMIT 1;
 
--- name: timeline
--- List a lesion's images, newest first.
+-- name: recorded_image
+-- Tell of images, each with its lesion and what was made of it: all, for other statements to choose from.
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
-    a.confirmed_by, a.confirmed_at, (SELECT open_demand($1)) AS open_demand
+    a.assessment_id, a.answer AS assessment, a.outcome, a.failure,
+    CASE WHEN e.receipt_id IS NOT NULL THEN
+        jsonb_build_object('receipt_id', e.receipt_id, 'erased_at', i.erased_at, 'reason', e.reason)
+    END AS erasure,
+    CASE WHEN a.confirmed_by IS NOT NULL THEN
+        jsonb_build_object('confirmed_by', a.confirmed_by, 'confirmed_at', a.confirmed_at)
+    END AS identity
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
 INNER JOIN assessments AS a USING (image_id)
-LEFT JOIN erasures AS e USING (image_id)
-WHERE l.lesion_id = $1
-ORDER BY i.created_at DESC, i.image_id DESC;
+LEFT JOIN erasures AS e USING (image_id);
+
+-- name: timeline
+-- List a lesion's images, newest first.
+SELECT r.*, (SELECT open_demand($1)) AS open_demand
+FROM (:recorded_image) AS r
+WHERE r.lesion_id = $1
+ORDER BY r.created_at DESC, r.image_id DESC;
 
 -- name: worklist
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
-SELECT
-    l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
-    i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
-    a.confirmed_by, a.confirmed_at, open_demand(l.lesion_id) AS open_demand
+SELECT r.*, open_demand(r.lesion_id) AS open_demand
 FROM (
-    SELECT lesion_id, patient_id, created_at
+    SELECT lesion_id
     FROM lesions
     WHERE patient_id = $1
         AND ($3::timestamptz IS NULL OR (created_at, lesion_id) < ($3, $4::uuid))
@@ -198,14 +204,13 @@ FROM (
     LIMIT $2
 ) AS l
 CROSS JOIN LATERAL (
-    SELECT * FROM lesion_images
+    SELECT image_id FROM lesion_images
     WHERE lesion_id = l.lesion_id
     ORDER BY created_at DESC, image_id DESC
     LIMIT 1
-) AS i
-INNER JOIN assessments AS a USING (image_id)
-LEFT JOIN erasures AS e USING (image_id)
-ORDER BY l.created_at DESC, l.lesion_id DESC;
+) AS newest
+INNER JOIN (:recorded_image) AS r USING (image_id)
+ORDER BY r.lesion_created_at DESC, r.lesion_id DESC;
 
 -- name: open_demand
 -- Say what a lesion's images demand that no clinician has answered yet.
@@ -231,15 +236,9 @@ LEFT JOIN confirmed AS c ON true;
 
 -- name: assessment_record
 -- Find one assessment with its image and lesion.
-SELECT
-    i.lesion_id, i.patient_id,
-    i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer, a.outcome, a.failure, i.erased_at, e.receipt_id, e.reason AS erasure_reason,
-    a.confirmed_by, a.confirmed_at, open_demand(i.lesion_id) AS open_demand
-FROM assessments AS a
-INNER JOIN lesion_images AS i USING (image_id)
-LEFT JOIN erasures AS e USING (image_id)
-WHERE a.assessment_id = $1;
+SELECT r.*, open_demand(r.lesion_id) AS open_demand
+FROM (:recorded_image) AS r
+WHERE r.assessment_id = $1;
 
 -- name: recorded_case
 -- Find what one assessment of a lesion was asked and what it answered; of its image only the size.

@@ -16,10 +16,6 @@ SELECT to_regclass('schema_migrations') IS NOT NULL;
 -- Wait until no other process migrates this database; the session's end lets go ("dermmigr" in ASCII).
 SELECT pg_advisory_lock(7234309766869477234);
 
--- name: unlock
--- Let the next process migrate.
-SELECT pg_advisory_unlock(7234309766869477234);
-
 -- name: applied
 -- List what has been applied, in order.
 SELECT version, name, sha256 FROM schema_migrations ORDER BY version;
@@ -36,21 +32,15 @@ SELECT quote_ident(rolname) AS role, rolname = current_user AS migrates FROM pg_
 -- Give the application role what serving needs and no more; {role} is filled in, quoted.
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
 GRANT USAGE ON SCHEMA public TO {role};
-GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications, serving_candidate TO {role};
-GRANT SELECT, INSERT, UPDATE, DELETE ON serving_replicas TO {role};
-GRANT SELECT ON reference_images, reference_embeddings, reference_counts, reference_pictures TO {role};
-GRANT SELECT ON care_assignments, space_embedders, reference_failures TO {role};
-GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys TO {role};
+GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications, serving_candidate, space_embedders,
+    reference_images, reference_embeddings, reference_counts, reference_pictures, reference_failures, care_assignments,
+    revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
+GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys, audit_events, audit_seals, outbox,
+    emergency_accesses, erasure_receipts, condemned_data_keys, key_stores TO {role};
 GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
-GRANT SELECT, INSERT ON audit_events, audit_seals TO {role};
-GRANT SELECT ON revocations TO {role};
-GRANT SELECT, INSERT ON emergency_accesses TO {role};
-GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note) ON emergency_accesses TO {role};
-GRANT SELECT ON erasures, legal_holds, closed_records TO {role};
-GRANT SELECT, INSERT ON erasure_receipts, condemned_data_keys, key_stores TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON serving_replicas TO {role};
 GRANT DELETE ON idempotency_keys TO {role};
+GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note) ON emergency_accesses TO {role};
+GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, delivered_at, dead_at, setbacks,
+    set_back_at) ON outbox TO {role};
 GRANT EXECUTE ON FUNCTION erase_image TO {role};
-GRANT SELECT ON patient_records, patient_encounters TO {role};
-GRANT SELECT, INSERT ON outbox TO {role};
-GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, delivered_at, dead_at) ON outbox TO {role};
-GRANT UPDATE (setbacks, set_back_at) ON outbox TO {role};

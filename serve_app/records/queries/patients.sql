@@ -16,9 +16,8 @@ INSERT INTO patient_records
     (patient_id, birth_date, sex, personal_melanoma, personal_skin_cancer, family_melanoma, immunosuppression)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (patient_id) DO UPDATE
-SET birth_date = excluded.birth_date, sex = excluded.sex,
-    personal_melanoma = excluded.personal_melanoma, personal_skin_cancer = excluded.personal_skin_cancer,
-    family_melanoma = excluded.family_melanoma, immunosuppression = excluded.immunosuppression, updated_at = now();
+SET (birth_date, sex, personal_melanoma, personal_skin_cancer, family_melanoma, immunosuppression, updated_at)
+    = ($2, $3, $4, $5, $6, $7, now());
 
 -- name: put_encounters
 -- Add a patient's encounters; one that was another patient's is this one's from now on.

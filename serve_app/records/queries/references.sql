@@ -57,27 +57,15 @@ near AS MATERIALIZED (
     UNION ALL
     (SELECT * FROM looked_through WHERE NOT malignant ORDER BY distance, isic_id LIMIT $8)
     UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM passing
-        WHERE malignant AND true <> ALL($9)
-        ORDER BY embedding <=> $1
-        LIMIT $8
-    )
+    (SELECT isic_id, lesion_key, malignant, distance FROM passing
+     WHERE malignant AND true <> ALL($9) ORDER BY embedding <=> $1 LIMIT $8)
     UNION ALL
-    (
-        SELECT isic_id, lesion_key, malignant, distance
-        FROM passing
-        WHERE NOT malignant AND false <> ALL($9)
-        ORDER BY embedding <=> $1
-        LIMIT $8
-    )
+    (SELECT isic_id, lesion_key, malignant, distance FROM passing
+     WHERE NOT malignant AND false <> ALL($9) ORDER BY embedding <=> $1 LIMIT $8)
 ),
 -- The nearest $8 of each kind hold the nearest $8 of all; further ones might hide a nearer image of their lesion.
 nearest_images AS MATERIALIZED (
-    SELECT * FROM near
-    ORDER BY distance, isic_id
-    LIMIT $8
+    SELECT * FROM near ORDER BY distance, isic_id LIMIT $8
 ),
 quick AS MATERIALIZED (
     SELECT DISTINCT ON (lesion_key) isic_id, distance
@@ -92,26 +80,14 @@ thorough AS (
     ORDER BY lesion_key, distance, isic_id
 ),
 found AS (
-    (
-        SELECT 'similar' AS role, isic_id, distance
-        FROM (SELECT * FROM quick UNION SELECT * FROM thorough) AS either
-        ORDER BY distance, isic_id
-        LIMIT $3
-    )
+    (SELECT 'similar' AS role, isic_id, distance FROM (SELECT * FROM quick UNION SELECT * FROM thorough) AS either
+     ORDER BY distance, isic_id LIMIT $3)
     UNION ALL
-    (
-        SELECT 'nearest_benign', isic_id, distance FROM near
-        WHERE NOT malignant
-        ORDER BY distance, isic_id
-        LIMIT 1
-    )
+    (SELECT 'nearest_benign', isic_id, distance FROM near
+     WHERE NOT malignant ORDER BY distance, isic_id LIMIT 1)
     UNION ALL
-    (
-        SELECT 'nearest_malignant', isic_id, distance FROM near
-        WHERE malignant
-        ORDER BY distance, isic_id
-        LIMIT 1
-    )
+    (SELECT 'nearest_malignant', isic_id, distance FROM near
+     WHERE malignant ORDER BY distance, isic_id LIMIT 1)
 )
 SELECT
     f.role, r.isic_id, r.lesion_id, r.diagnosis, r.diagnosis_confirm_type, 1 - f.distance AS similarity,
@@ -127,15 +103,7 @@ SELECT count(*) FROM reference_embeddings WHERE embedding_space = $1;
 -- name: make_arrivals
 -- Make the table that COPY fills; it ends with its transaction.
 CREATE TEMPORARY TABLE arrivals (
-    isic_id text COLLATE "C",
-    lesion_id text,
-    diagnosis text,
-    diagnosis_confirm_type text,
-    age_approx smallint,
-    sex text,
-    anatom_site_general text,
-    copyright_license text,
-    attribution text,
+    LIKE reference_images,
     malignant boolean,
     confirmed boolean,
     embedding halfvec(512)
@@ -167,24 +135,16 @@ FROM arrivals
 ORDER BY isic_id
 ON CONFLICT (isic_id) DO UPDATE
 SET
-    lesion_id = excluded.lesion_id,
-    diagnosis = excluded.diagnosis,
-    diagnosis_confirm_type = excluded.diagnosis_confirm_type,
-    age_approx = excluded.age_approx,
-    sex = excluded.sex,
-    anatom_site_general = excluded.anatom_site_general,
-    copyright_license = excluded.copyright_license,
-    attribution = excluded.attribution;
+    (lesion_id, diagnosis, diagnosis_confirm_type, age_approx, sex, anatom_site_general, copyright_license, attribution)
+    = (excluded.lesion_id, excluded.diagnosis, excluded.diagnosis_confirm_type, excluded.age_approx, excluded.sex,
+       excluded.anatom_site_general, excluded.copyright_license, excluded.attribution);
 
 -- Other spaces hold copies of what changed.
 UPDATE reference_embeddings AS e
 SET
-    lesion_key = coalesce(a.lesion_id, a.isic_id),
-    malignant = a.malignant,
-    diagnosis = a.diagnosis,
-    copyright_license = a.copyright_license,
-    anatom_site_general = a.anatom_site_general,
-    confirmed = a.confirmed
+    (lesion_key, malignant, diagnosis, copyright_license, anatom_site_general, confirmed)
+    = (coalesce(a.lesion_id, a.isic_id), a.malignant, a.diagnosis, a.copyright_license, a.anatom_site_general,
+       a.confirmed)
 FROM arrivals AS a
 WHERE e.isic_id = a.isic_id
     AND (e.lesion_key, e.malignant, e.diagnosis, e.copyright_license, e.anatom_site_general, e.confirmed)
@@ -204,13 +164,9 @@ FROM arrivals
 ORDER BY malignant, copyright_license, anatom_site_general, confirmed, diagnosis, isic_id
 ON CONFLICT (embedding_space, isic_id) DO UPDATE
 SET
-    lesion_key = excluded.lesion_key,
-    malignant = excluded.malignant,
-    diagnosis = excluded.diagnosis,
-    copyright_license = excluded.copyright_license,
-    anatom_site_general = excluded.anatom_site_general,
-    confirmed = excluded.confirmed,
-    embedding = excluded.embedding;
+    (lesion_key, malignant, diagnosis, copyright_license, anatom_site_general, confirmed, embedding)
+    = (excluded.lesion_key, excluded.malignant, excluded.diagnosis, excluded.copyright_license,
+       excluded.anatom_site_general, excluded.confirmed, excluded.embedding);
 
 -- name: recount
 -- Count the sorts of reference anew, in every space: loading changes the copies of others too.
@@ -250,16 +206,11 @@ SELECT
     set_config('lock_timeout', '0', true);
 
 -- name: claim_space
--- Say what fills space $1; what was said before stays, and comes back.
+-- Say what fills space $1, and that it is not complete; what was said of the embedder before stays, and comes back.
 INSERT INTO space_embedders AS known (embedding_space, model_id, embedder_digest, preprocess_version, images_expected)
 VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (embedding_space) DO UPDATE
-SET
-    images_expected = CASE
-        WHEN known.embedder_digest = excluded.embedder_digest
-            THEN greatest(known.images_expected, excluded.images_expected)
-        ELSE known.images_expected
-    END
+SET images_expected = greatest(known.images_expected, excluded.images_expected), completed_at = NULL
 RETURNING model_id, embedder_digest;
 
 -- name: embedder
@@ -279,14 +230,6 @@ SELECT isic_id, embedding FROM reference_embeddings
 WHERE embedding_space = $1
 ORDER BY md5(isic_id), isic_id
 LIMIT $2;
-
--- name: begun
--- The job goes on: what it said it had completed is no longer so.
-UPDATE space_embedders SET completed_at = NULL WHERE embedding_space = $1;
-
--- name: is_live
--- Whether the live model answers in space $1.
-SELECT EXISTS (SELECT FROM serving WHERE embedding_space = $1);
 
 -- name: present
 -- Name the images of space $1; with $2, only those that have a picture too.

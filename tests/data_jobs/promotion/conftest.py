@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 import csv
+from importlib.util import find_spec
 import json
-import os
 from pathlib import Path
-import shutil
-import tomllib
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cluster.postgres import DatabaseUrls
 from data_jobs.references.load import publish_bundled
-from data_jobs.training.manifest_file import seal, write_manifest
-from model_store.manifest import MANIFEST_NAME
-from model_store.registry import ModelStore
+from data_jobs.training.manifest_file import seal
 from serve_app.domain.diagnosis import TRAINED
-from serve_app.records.pool import open_pool
 from serve_app.records.serving import live_model
+from tests.model_folders import Change, copy_model, thin_references, turn_references
+from tests.pools import connected
 
+#: It imports what the train extra has, and its steps do.
+collect_ignore = [] if find_spec("onnx") and find_spec("skimage") else ["test_import.py"]
 #: Cases of fold 0: few enough for seconds, enough melanomas for a sensitivity.
 MELANOMAS, OTHERS = 12, 12
 LENIENT = {"max_top1_loss": 0.0, "max_melanoma_sensitivity_loss": 0.0, "max_malignant_downgrade_share": 0.0}
-
-
-def link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 Rows = list[dict[str, str]]
@@ -87,66 +77,44 @@ def answers_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_store(models: Path, model_id: str, tmp_path_factory) -> Path:
-    """The shipped model with 300 of its references: thousands take the database seconds for every test."""
+    """The shipped model with 300 of its references."""
     folder = tmp_path_factory.mktemp("small") / "models"
-    shutil.copytree(models / model_id, folder / model_id, copy_function=link)
-    path = folder / model_id / "references.parquet"
-    table = pq.read_table(path)
-    path.unlink()  # a hard link: the original stays as it is
+    copy_model(models / model_id, folder)
     # The candidates get criteria of their own.
     (folder / model_id / "acceptance.json").unlink(missing_ok=True)
-    pq.write_table(table.take(list(range(0, table.num_rows, table.num_rows // 300))[:300]), path)
-    manifest = folder / model_id / MANIFEST_NAME
-    rewrite(manifest, manifest.read_bytes())
-    seal(folder / model_id, references=300)
+    thin_references(folder / model_id, 300)
     return folder
 
 
 @pytest.fixture
 def store(small_store: Path, model_id: str, tmp_path: Path) -> Path:
     """A store of its own with that model in it."""
-    folder = tmp_path / "models"
-    shutil.copytree(small_store / model_id, folder / model_id, copy_function=link)
-    return folder
+    copy_model(small_store / model_id, tmp_path / "models")
+    return tmp_path / "models"
 
 
 @pytest.fixture
 def make_candidate(small_store: Path, model_id: str) -> Callable[..., str]:
-    """Copy a store's model under another tag: `(store, tag, acceptance, change) -> model_id`."""
+    """Copy a store's model under another tag, with a space of its own: `(store, tag, change) -> model_id`."""
 
-    def make(
-        store: Path,
-        tag: str = "candidate",
-        acceptance: dict[str, float] | None = None,
-        change: Callable[[dict[str, Any]], object] | None = None,
-    ) -> str:
-        content = tomllib.loads((small_store / model_id / MANIFEST_NAME).read_text())
-        new_id = f"{content['architecture']}.{tag}"
-        folder = store / new_id
-        folder.mkdir()
-        (space,) = content["spaces"]
-        renamed = {space["transform"]: f"{new_id}.space1.npz"}
-        for name in content.pop("files"):
-            link(str(small_store / model_id / name), str(folder / renamed.get(name, name)))
-        space |= {"embedding_space": f"{new_id}.space1", "transform": f"{new_id}.space1.npz"}
-        content |= {"model_id": new_id, "tag": tag}
-        (folder / "acceptance.json").write_text(json.dumps(LENIENT if acceptance is None else acceptance))
-        if change is not None:
+    def make(store: Path, tag: str = "candidate", change: Change = lambda _: None) -> str:
+        def changed(content: dict[str, Any]) -> None:
+            content["spaces"][0]["embedding_space"] = f"{content['model_id']}.space1"
             change(content)
-        write_manifest(folder, content)
-        return new_id
+
+        candidate = copy_model(small_store / model_id, store, tag, changed)
+        (store / candidate / "acceptance.json").write_text(json.dumps(LENIENT))
+        seal(store / candidate)
+        return candidate
 
     return make
 
 
 async def answering(dsn: str) -> str | None:
     """The model that answers in a database."""
-    pool = await open_pool(dsn, minimum=0, maximum=1)
-    try:
+    async with connected(dsn) as pool:
         live = await live_model(pool)
         return live.model_id if live else None
-    finally:
-        await pool.close()
 
 
 @pytest.fixture
@@ -173,20 +141,12 @@ def weaken_melanoma(content: dict[str, Any]) -> None:
     content["operating_points"]["melanoma"]["threshold"] = 0.9
 
 
-def rewrite(path: Path, content: bytes) -> None:
-    path.unlink()  # a hard link: the original stays as it is
-    path.write_bytes(content)
-
-
-def replace_references(store: Path, model_id: str) -> None:
+def replace_references(folder: Path) -> None:
     """Ship vectors of another model: unit, finite, of the right count, and meaningless."""
-    path = store / model_id / ModelStore(store).open(model_id).manifest.live_space.references
-    table = pq.read_table(path)
-    vectors = np.random.default_rng(0).normal(size=(table.num_rows, 512))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    halves = pa.FixedSizeListArray.from_arrays(
-        pa.array(vectors.astype(np.float16).ravel(), pa.float16()), 512
-    )
-    path.unlink()
-    pq.write_table(table.set_column(table.schema.get_field_index("embedding"), "embedding", halves), path)
-    seal(store / model_id)
+
+    def random(vectors: np.ndarray) -> np.ndarray:
+        found = np.random.default_rng(0).normal(size=vectors.shape)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    turn_references(folder, random)
+    seal(folder)

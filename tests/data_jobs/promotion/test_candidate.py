@@ -13,7 +13,7 @@ from data_jobs.promotion.promotion import PromotionRequest, promote
 from data_jobs.references.embedder import identify_embedder
 from data_jobs.references.load import ReferenceBundle, read_bundle
 from model_store.registry import ModelStore, StoredModel
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.records.references import (
     FailedReference,
     ReferenceCache,
@@ -22,13 +22,13 @@ from serve_app.records.references import (
     SpaceSummary,
 )
 from serve_app.records.serving import live_model
+from tests.pools import connected
 
 
 @pytest.fixture
 async def pool(served: str) -> AsyncIterator[Pool]:
-    opened = await open_pool(served, minimum=0, maximum=2, timeout_s=20)
-    yield opened
-    await opened.close()
+    async with connected(served) as pool:
+        yield pool
 
 
 @pytest.fixture

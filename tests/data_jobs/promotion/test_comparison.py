@@ -21,8 +21,8 @@ from data_jobs.promotion.comparison import (
 )
 from data_jobs.training.recipe import AcceptancePlan, read_recipe
 from serve_app.domain.errors import DermError
+from tests.model_folders import RECIPES
 
-RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
 NAN = float("nan")
 
 
@@ -121,10 +121,9 @@ def test_the_report_holds_everything_and_is_json() -> None:
     assert content["changed"][0]["downgraded"] is True
     assert content["subgroups"]["sex: female"]["candidate_melanoma_auc"] is None
     assert (content["malignant_downgrades"], content["malignant_upgrades"]) == (1, 0)
-    text = report_text(comparison(malignant_upgrades=3), verdicts)
-    assert "less urgent referral: 1 of 40; with a more urgent one: 3" in text
-    assert "ISIC_1 MEL   MEL  {MEL NV} urgent  ->  NV   {NV} routine  LESS URGENT" in text
-    assert "FAILED" in text
+    assert "less urgent referral: 1 of 40; with a more urgent one: 3" in report_text(
+        comparison(malignant_upgrades=3), verdicts
+    )
 
 
 def test_a_refused_image_counts_as_less_urgent_than_any() -> None:

@@ -11,25 +11,36 @@ import json
 from pathlib import Path
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
+import torch
 
+from benchmarks.baseline import LocalStages
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.import_model import ImportRequest, import_model
+from data_jobs.references.load import publish_bundled
+from data_jobs.training.network import averaged_weights
+from deployments.preprocess.decode import UploadLimits
+from deployments.risk.policy import CURRENT_VERSION
 from model_store.registry import ModelStore
 from model_store.session import InferenceSession
-from serve_app.domain.diagnosis import TRAINED
+from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
+from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.patient import ClinicalContext
+from serve_app.lesions.assess import Assessor
+from serve_app.records.references import ReferenceStore
+from serve_app.records.serving import live_model
+from tests.model_folders import RECIPES
+from tests.pools import connected
 
 from .conftest import MILK10K, MILK10K_MAP, Rows, write_map, write_part
 
-onnx = pytest.importorskip("onnx", reason="needs the train extra")
-pytest.importorskip("skimage", reason="needs the train extra")
-pytest.importorskip("matplotlib", reason="needs the train extra")
-
 pytestmark = pytest.mark.torch
 
-RECIPES = Path(__file__).parents[3] / "data_jobs" / "training" / "recipes"
 SIDE = 64
 DECLARED = {"licence": "CC0-1.0", "training_data": "nothing: random weights"}
 
@@ -156,9 +167,10 @@ def request_for(folder: Path, recipe: Path) -> Callable[..., ImportRequest]:
 
 @pytest.mark.usefixtures("steps_in_process")
 @pytest.mark.timeout(600)
-def test_an_eleven_class_model_comes_in_with_a_mapping(
-    folder: Path, request_for, label_map: Path, recipe: Path
+async def test_an_eleven_class_model_comes_in_with_a_mapping_and_answers(
+    folder: Path, request_for, label_map: Path, new_database, isic_dir: Path
 ) -> None:
+    """By all five stages, on a real image, with references in a database: another trunk and input size than ours."""
     store = folder / "models"
     store.mkdir()
     source = write_graph(folder / "milk10k.onnx")
@@ -179,8 +191,6 @@ def test_an_eleven_class_model_comes_in_with_a_mapping(
     acceptance = json.loads(model.path("acceptance.json").read_text())
     assert acceptance["max_melanoma_sensitivity_loss"] == 0.0
     # The eight logits are those of the file, in our order.
-    import onnxruntime as ort
-
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
     scores = ort.InferenceSession(str(source)).run(["scores"], {"image": pixels})[0]
     eight = [label for d in TRAINED for label in MILK10K if MILK10K_MAP[label] == d]
@@ -191,12 +201,34 @@ def test_an_eleven_class_model_comes_in_with_a_mapping(
     with pytest.raises(ImportRefused, match="is there already"):
         import_model(store, request_for(source, label_map=label_map), said.append)
 
+    urls = await new_database()
+    await publish_bundled(urls.owner, store, manifest.model_id)
+    async with connected(urls.app) as pool:
+        live = await live_model(pool)
+        assert live is not None
+        references = ReferenceStore(pool)
+        limits, version = UploadLimits(), CURRENT_VERSION
+        stages = LocalStages(
+            models=store, references=references, limits=limits, threads=1, policy_version=version
+        )
+        assessor = Assessor(stages, service_version="test")
+        image = min((isic_dir / "uploads").iterdir()).read_bytes()
+        examination = await assessor.examine(image, live)
+        assert examination.prepared.pixels.shape == (SIDE, SIDE, 3)
+        case = SimpleNamespace(context=ClinicalContext(), top_k=3, reference_filter=EVERY_REFERENCE)
+        answer = await assessor.assess(examination, case, previous=None)
+    assert answer.outcome in {Outcome.DECIDED, Outcome.REVIEW}
+    assert answer.provenance.model_id == manifest.model_id
+    assert set(answer.classification.probabilities) == set(Diagnosis)
+    assert sum(answer.classification.probabilities.values()) == pytest.approx(1.0)
+    assert len(answer.similar) == 3
+    assert answer.risk is not None
+
 
 @pytest.mark.usefixtures("steps_in_process")
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        ({"labels": 2}, "two labels"),
         ({"labels": 11}, r"11 labels.*--label-map"),
         ({"labels": 8, "metadata": {"label_space": ",".join(TRAINED), "modality": "clinical"}}, "clinical"),
         (
@@ -237,8 +269,6 @@ def test_a_step_that_fails_leaves_nothing(tmp_path: Path, request_for, label_map
 
 
 def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, request_for) -> None:
-    torch = pytest.importorskip("torch", reason="needs the train extra")
-
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (tmp_path / "touched",))
@@ -248,8 +278,6 @@ def test_a_checkpoint_is_read_only_when_its_digest_is_stated(tmp_path: Path, req
     with pytest.raises(ImportRefused, match="only when it is our own"):
         import_model(tmp_path, request_for(source), print)
     # And even then as weights only.
-    from data_jobs.training.network import averaged_weights
-
     with pytest.raises(pickle.UnpicklingError):
         averaged_weights(source)
     assert not (tmp_path / "touched").exists()

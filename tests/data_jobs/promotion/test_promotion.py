@@ -14,13 +14,15 @@ import pytest
 from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.promotion import PromotionRequest, promote
 from data_jobs.references.load import publish_bundled
+from data_jobs.training.manifest_file import seal
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError
-from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import LiveModel, live_model, publications, publish
+from tests.model_folders import rewrite
+from tests.pools import connected
 
-from .conftest import MELANOMAS, OTHERS, answering, replace_references, rewrite, weaken_melanoma
+from .conftest import MELANOMAS, OTHERS, answering, replace_references, weaken_melanoma
 
 pytestmark = pytest.mark.usefixtures("archive")
 
@@ -58,8 +60,7 @@ async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
     assert report["mcnemar"]["first answer right"]["p_value"] == 1.0
     assert report["references"]["least_cosine"] > 0.999
     assert {name.partition(":")[0] for name in report["subgroups"]} == {"sex", "age", "site", "source"}
-    pool = await open_pool(served, minimum=0, maximum=1)
-    try:
+    async with connected(served) as pool:
         newest, first = await publications(pool)
         assert (newest.approval.action, newest.approval.approved_by) == ("promote", "Dr Test")
         text = (store / f"{candidate}.promotion.json").read_bytes()
@@ -69,8 +70,6 @@ async def test_a_candidate_as_good_as_the_live_model_takes_its_place(
         for model in (newest.model, first.model):
             space = ModelStore(store).open(model.model_id).manifest.live_space
             assert await ReferenceStore(pool).count(space.embedding_space) == space.count
-    finally:
-        await pool.close()
     with pytest.raises(PromotionRefused, match="answers already"):
         await promote(served, store, request_for(candidate), said.append)
 
@@ -109,7 +108,7 @@ async def test_an_altered_candidate_or_references_of_another_model_are_refused(
     rewrite(path, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelContractError, match=r"model\.onnx"):
         await promote(served, store, request_for(altered), print)
-    replace_references(store, foreign)
+    replace_references(store / foreign)
     with pytest.raises(PromotionRefused, match="not embedded by this model"):
         await promote(served, store, request_for(foreign), print)
     assert await answering(served) == model_id
@@ -149,19 +148,19 @@ async def test_what_cannot_be_compared_or_judged_is_refused(
     with pytest.raises(PromotionRefused, match="space of its own"):
         await promote(served, store, request_for(same_space), print)
 
-    without = f"{model_id.partition('.')[0]}.without"
-    make_candidate(store, "without", change=lambda _: (store / without / "acceptance.json").unlink())
+    without = make_candidate(store, "without")
+    (store / without / "acceptance.json").unlink()
+    seal(store / without)
     with pytest.raises(PromotionRefused, match="--acceptance"):
         await promote(served, store, request_for(without), print)
     await promote(
         served, store, request_for(without, acceptance=given, dry_run=True, report=tmp_path / "r.json"), print
     )
 
-    pool = await open_pool(served, minimum=0, maximum=1)
-    live = await live_model(pool)
-    assert live is not None
-    await publish(pool, LiveModel(model_id, "0" * 64, live.embedding_space))
-    await pool.close()
+    async with connected(served) as pool:
+        live = await live_model(pool)
+        assert live is not None
+        await publish(pool, LiveModel(model_id, "0" * 64, live.embedding_space))
     with pytest.raises(PromotionRefused, match="another digest"):
         await promote(served, store, request_for(candidate), print)
 

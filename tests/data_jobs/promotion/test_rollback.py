@@ -12,11 +12,12 @@ from data_jobs.promotion.candidate import PromotionRefused
 from data_jobs.promotion.rollback import roll_back
 from data_jobs.references.load import publish_bundled
 from serve_app.domain.errors import Conflict
-from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import publications
+from tests.model_folders import rewrite
+from tests.pools import connected
 
-from .conftest import answering, rewrite
+from .conftest import answering
 
 
 def back(dsn: str, store: Path):
@@ -36,8 +37,7 @@ async def test_it_goes_back_one_publication_at_a_time(served, store, model_id, m
         await back(served, store)
     await publish_bundled(served, store, third)
     assert (await back(served, store)).model_id == model_id
-    pool = await open_pool(served, minimum=0, maximum=1)
-    try:
+    async with connected(served) as pool:
         entries = await publications(pool)
         actions = [(entry.approval.action, entry.model.model_id) for entry in reversed(entries)]
         assert actions == [
@@ -54,8 +54,6 @@ async def test_it_goes_back_one_publication_at_a_time(served, store, model_id, m
         assert taken_back == [None, None, None, first + 2, first + 1, None, first + 5]
         # The space of the model that was taken back stays: it may be promoted again.
         assert await ReferenceStore(pool).count(f"{third}.space1") == 300
-    finally:
-        await pool.close()
 
 
 async def test_a_model_whose_folder_is_gone_or_altered_or_without_references_does_not_come_back(
@@ -82,9 +80,8 @@ async def test_a_model_whose_folder_is_gone_or_altered_or_without_references_doe
     rewrite(manifest, text.encode())
     assert (await back(served, store)).model_id == model_id
     await publish_bundled(served, store, candidate)
-    pool = await open_pool(served, minimum=0, maximum=1)
-    await pool.execute("DELETE FROM reference_embeddings WHERE embedding_space NOT LIKE '%.space1'")
-    await pool.close()
+    async with connected(served) as pool:
+        await pool.execute("DELETE FROM reference_embeddings WHERE embedding_space NOT LIKE '%.space1'")
     with pytest.raises(PromotionRefused, match="0 references of 300"):
         await back(served, store)
     assert await answering(served) == candidate

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 import hashlib
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 import json
 from pathlib import Path
 import pickle
 import struct
-from threading import Thread
 import zipfile
 
 import pytest
@@ -18,52 +16,42 @@ import pytest
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.promotion.source import map_own_labels, read_label_map, sniff_kind, take_source
 from serve_app.domain.diagnosis import TRAINED
+from tests.http_server import serving
 
 from .conftest import MILK10K, MILK10K_MAP, write_map
 
 CONTENT = b"\x08\x0aa model, or so it says" * 1000
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_arguments: object) -> None:
-        """Keep the test's output clean."""
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+PAGES = {
+    "/model.onnx": (200, {}, CONTENT),
+    "/org/name/resolve/main/model.safetensors": (200, {}, CONTENT),
+    "/elsewhere": (302, {"Location": "http://192.0.2.1/model.onnx"}, b""),
+    "/short": (200, {"Content-Length": "1000"}, b"\x08" * 10),
+}
 
+
+class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.path == "/elsewhere":
-            self.send_response(302)
-            self.send_header("Location", "http://192.0.2.1/model.onnx")
-            self.end_headers()
-        elif self.path == "/short":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"\x08" * 10)
-        else:
-            super().do_GET()
+        status, headers, body = PAGES.get(self.path, (404, {}, b""))
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    served = tmp_path / "served" / "org" / "name" / "resolve" / "main"
-    served.mkdir(parents=True)
-    (tmp_path / "served" / "model.onnx").write_bytes(CONTENT)
-    (served / "model.safetensors").write_bytes(CONTENT)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path / "served")))
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving(Handler) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "staging").mkdir()
     return tmp_path / "staging"
-
-
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_a_download_with_its_digest_is_taken(server: str, folder: Path) -> None:

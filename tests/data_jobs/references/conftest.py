@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from PIL import Image
 import pytest
 
 from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
-from data_jobs.sample_lesion import draw_lesion
 from serve_app.domain.diagnosis import TRAINED
 from serve_app.records.references import ReferenceImage
+from tests.images import encode, lesion_jpeg
 
 LEVELS = {
     "MEL": ("Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma Invasive"),
@@ -30,9 +29,7 @@ LEVELS = {
 def jpeg(seed: int, side: int = 64) -> bytes:
     """A small JPEG that no other seed gives."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), "JPEG", quality=60)
 
 
 def image_out(number: int, diagnosis: str = "NV", **changes) -> dict:
@@ -99,7 +96,7 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
             )
             if number in bad[:1]:
                 continue
-            content = b"not an image" if number in bad else _drawn(number)
+            content = b"not an image" if number in bad else lesion_jpeg(number, (240, 180))
             (folder / path).write_bytes(content)
         write_catalogue(folder, entries)
         return folder
@@ -109,9 +106,3 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
 
 def reference_image(entry: CatalogueEntry) -> ReferenceImage:
     return ReferenceImage(**{field.name: getattr(entry, field.name) for field in fields(ReferenceImage)})
-
-
-def _drawn(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    draw_lesion(size=(240, 180), seed=seed).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()

@@ -70,19 +70,14 @@ def test_what_is_written_is_read_ordered_by_id(tmp_path):
         ("ISIC_0000002,NV,CC-0,Someone,../x.jpg", "leads out of the folder"),
         ("ISIC_0000002,NV,CC-0,Someone,/x.jpg", "leads out of the folder"),
         ("ISIC_0000002,NV,CC-0,Someone,,abc", "is no SHA-256"),
+        ("ISIC_0000002,NV,CC-0,Someone,,,False", "row 1: public is 'False'; only a public image"),
+        ("ISIC_0000002,NV,CC-0,Someone,,,no", "row 1: public is 'no'; only a public image"),
     ],
 )
 def test_a_row_that_is_no_reference_is_refused_by_name(tmp_path, row, message):
-    csv_folder(tmp_path, row, header=f"{HEADER},path,sha256")
+    csv_folder(tmp_path, row, header=f"{HEADER},path,sha256,public")
     with pytest.raises(Conflict, match=message):
         read_catalogue(tmp_path)
-
-
-def test_an_image_that_is_not_public_is_refused(tmp_path):
-    for public in ("False", "no"):
-        csv_folder(tmp_path, f"ISIC_0000002,NV,CC-0,Someone,{public}", header=f"{HEADER},public")
-        with pytest.raises(Conflict, match=f"row 1: public is '{public}'; only a public image"):
-            read_catalogue(tmp_path)
 
 
 def test_what_other_tools_write_is_understood_and_parquet_goes_before_csv(tmp_path):

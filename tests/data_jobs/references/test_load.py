@@ -17,29 +17,32 @@ from data_jobs.references.embedder import (
     identify_embedder,
     prepare_reference,
 )
-from data_jobs.references.load import CANARIES, Check, publish_bundled, publish_space, verify_space
+from data_jobs.references.load import (
+    CANARIES,
+    Check,
+    publish_bundled,
+    publish_space,
+    read_bundle,
+    verify_space,
+)
 from deployments.preprocess.pixels import InputGeometry
 from model_store.registry import ModelStore, StoredModel
+from serve_app.domain.diagnosis import MALIGNANT
 from serve_app.domain.errors import Conflict
-from serve_app.records.pool import Pool, open_pool
+from serve_app.records.pool import Pool
 from serve_app.records.references import ReferenceCache, ReferenceStore
 from serve_app.records.serving import live_model, publish
 from tests.data_jobs.references.conftest import reference_image
+from tests.pools import connected
 
 IMAGES, CLINICAL = 12, (0, 5)
 
 
 @pytest.fixture
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
-
-
-@pytest.fixture
 async def pool(new_database) -> AsyncIterator[Pool]:
     urls = await new_database()
-    opened = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
-    yield opened
-    await opened.close()
+    async with connected(urls.owner) as pool:
+        yield pool
 
 
 @pytest.fixture
@@ -104,8 +107,7 @@ async def test_references_load_once_and_again_for_a_rebuilt_folder(new_database,
     space = ModelStore(models).open(model_id).manifest.live_space
     assert await publish_bundled(urls.owner, models, model_id) == space.count
     assert await publish_bundled(urls.owner, models, model_id) == 0
-    pool = await open_pool(urls.owner, minimum=0, maximum=1)
-    try:
+    async with connected(urls.owner) as pool:
         answering = await live_model(pool)
         assert answering is not None
         # As if an earlier build of the same model, of as many references, had been published.
@@ -113,5 +115,12 @@ async def test_references_load_once_and_again_for_a_rebuilt_folder(new_database,
         assert await publish_bundled(urls.owner, models, model_id) == space.count
         assert await live_model(pool) == answering
         assert await ReferenceStore(pool).count(space.embedding_space) == space.count
-    finally:
-        await pool.close()
+
+
+def test_every_shipped_reference_may_be_shown(model) -> None:
+    bundle = read_bundle(model, model.manifest.live_space)
+    assert len({image.isic_id for image in bundle.images}) == len(bundle.images) >= 1000
+    assert all(image.copyright_license and image.attribution for image in bundle.images)
+    assert {image.diagnosis for image in bundle.images} > set(MALIGNANT)
+    norms = np.linalg.norm(bundle.embeddings, axis=1)
+    assert np.abs(norms - 1).max() < 1e-2

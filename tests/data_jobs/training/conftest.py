@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,6 +9,17 @@ import pytest
 from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.evaluation.predictions import Predictions
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
+
+#: They import what the train extra has, as the modules that they are about do.
+_TRAINING = [
+    "test_device_views.py",
+    "test_gpu_run.py",
+    "test_machine.py",
+    "test_network.py",
+    "test_train.py",
+    "edge/test_onnx_copies.py",
+]
+collect_ignore = [] if find_spec("torch") and find_spec("onnx") else _TRAINING
 
 
 @pytest.fixture(scope="session")

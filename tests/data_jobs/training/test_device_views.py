@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 import pytest
+import torch
 
 from data_jobs.training.augment import as_jpeg, augment, clutter, overlay
+from data_jobs.training.device_views import DeviceViews, Overlays, blur, jpeg
 from data_jobs.training.recipe import Stage, read_recipe
-
-torch = pytest.importorskip("torch", reason="needs the train extra")
-
-from data_jobs.training.device_views import DeviceViews, Overlays, blur, jpeg  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors.torch as safetensors
+import torch
 
+from data_jobs.training import gpu_run, network, steps
 from data_jobs.training.dataset import BCN84, LabelledImage, read_bcn84, read_pixels, read_rows
+from data_jobs.training.device_views import Overlays
+from data_jobs.training.export import export_weights
+from data_jobs.training.gpu_run import Trainer, in_batches, plan_epochs, train_members
+from data_jobs.training.machine import Machine
+from data_jobs.training.pack import pack_images, pack_start
+from data_jobs.training.parts import PackedImages, read_parts
 from data_jobs.training.recipe import DistillationPlan, Stage, TeacherPlan, read_recipe
+from data_jobs.training.scan import open_onnx
 from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM
-
-torch = pytest.importorskip("torch", reason="needs the train extra")
-pytest.importorskip("timm", reason="needs the train extra")
-safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
-
-from data_jobs.training import gpu_run, network, steps  # noqa: E402
-from data_jobs.training.device_views import Overlays  # noqa: E402
-from data_jobs.training.export import export_weights  # noqa: E402
-from data_jobs.training.gpu_run import Trainer, in_batches, plan_epochs, train_members  # noqa: E402
-from data_jobs.training.machine import Machine  # noqa: E402
-from data_jobs.training.pack import pack_images, pack_start  # noqa: E402
-from data_jobs.training.parts import PackedImages, read_parts  # noqa: E402
-from data_jobs.training.scan import open_onnx  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -6,11 +6,10 @@ import copy
 import os
 
 import pytest
+import timm
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the train extra")
-timm = pytest.importorskip("timm", reason="needs the train extra")
-
-from data_jobs.training.machine import DepthwiseConv2d, Machine, speed_up_depthwise  # noqa: E402
+from data_jobs.training.machine import DepthwiseConv2d, Machine, speed_up_depthwise
 
 pytestmark = pytest.mark.torch
 

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
+import timm
+import torch
 
-from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
-from tests.random_model import RECIPES, random_checkpoint
-
-torch = pytest.importorskip("torch", reason="needs the train extra")
-pytest.importorskip("timm", reason="needs the train extra")
-pytest.importorskip("onnxruntime", reason="needs the cpu or gpu extra")
-safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
-
-from data_jobs.training.draws import class_counts, draw_epoch  # noqa: E402
-from data_jobs.training.network import (  # noqa: E402
+from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE
+from data_jobs.training.draws import class_counts, draw_epoch
+from data_jobs.training.export import export_weights, onnx_parity, write_onnx
+from data_jobs.training.network import (
     DermNetwork,
     averaged_weights,
     load_imagenet,
     load_start,
     wheel_weights,
 )
+from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
+from data_jobs.training.scan import open_onnx
+from tests.model_folders import RECIPES
 
 pytestmark = [
     pytest.mark.torch,
@@ -64,22 +64,32 @@ def test_frozen_parts_stay_as_they_are() -> None:
 
 
 def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
-    import onnxruntime as ort
-
-    from data_jobs.training.export import onnx_parity, write_onnx
-
     torch.manual_seed(2)
-    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    network = DermNetwork(OTHER.architecture, OTHER.network).eval()
+    # Mean and std are the recipe's, one a channel, and no part of a checkpoint.
+    assert not {"mean", "std"} & set(network.state_dict())
+    images = torch.randint(0, 256, (2, 3, 64, 64)).float()
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (OTHER.network.mean, OTHER.network.std))
+    reduced = network.normalise(network.reduce(network.trunk((images - mean) / std)))
+    assert torch.allclose(network(images)[1], reduced, atol=1e-5)
+
     write_onnx(network, 64, tmp_path / "model.onnx")
     pixels = np.random.default_rng(2).integers(0, 256, (5, 64, 64, 3)).astype(np.uint8)
     parity = onnx_parity(network, tmp_path / "model.onnx", pixels)
     assert parity["max_abs_logit"] < 1e-4
     assert parity["max_abs_bottleneck"] < 1e-3
-    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    assert [i.name for i in session.get_inputs()] == ["pixels"]
-    logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels[:1]})
+    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels[:1])
     assert (logits.shape, bottleneck.shape) == ((1, 8), (1, 512))
     assert (logits.dtype, bottleneck.dtype) == (np.float32, np.float32)
+
+
+def test_a_timm_checkpoint_keeps_the_logits_of_the_eight(tmp_path: Path) -> None:
+    checkpoint = timm.create_model(OTHER.architecture, num_classes=11).state_dict()
+    safetensors.save_file(checkpoint, tmp_path / "timm.safetensors")
+    positions = [7, 8, 1, 0, 3, 4, 10, 9]  # of the eight among eleven, in an order that is not ours
+    report = export_weights(OTHER, tmp_path / "timm.safetensors", positions, 64, tmp_path)
+    assert report["parity"]["max_abs_logit"] < MAX_LOGIT_DIFFERENCE
+    assert report["max_abs_logit_of_timm"] < MAX_LOGIT_DIFFERENCE
 
 
 def test_neither_hospital_nor_softness_tells_the_class() -> None:
@@ -112,7 +122,9 @@ def naming(path: Path) -> Recipe:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """timm's own network with its 1000-class head, seeded instead of trained."""
     path = tmp_path_factory.mktemp("timm") / "timm.safetensors"
-    return random_checkpoint(OTHER.architecture, path, classes=1000)
+    torch.manual_seed(4)
+    safetensors.save_file(timm.create_model(OTHER.architecture, num_classes=1000).state_dict(), path)
+    return path
 
 
 def test_training_starts_from_the_averaged_weights_that_the_recipe_names(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import pytest
 from data_jobs.training.operating_points import (
     choose_threshold,
     conformal_threshold,
-    conformal_thresholds,
     lower_bound,
     misses_allowed,
 )
@@ -36,19 +35,6 @@ def test_conformal_threshold_by_hand() -> None:
     assert conformal_threshold(scores, 0.90) == 0.10
     # n = 18: k = 0, nothing finite keeps the promise.
     assert conformal_threshold(scores[:18], 0.95) == 0.0
-
-
-def test_a_rare_class_is_held_to_no_higher_threshold_than_the_rare_together() -> None:
-    rng = np.random.default_rng(15)
-    labels = np.repeat([0, 1, 2], [1000, 40, 40])
-    told = np.full((1080, 3), 0.1)
-    told[np.arange(1080), labels] = np.concatenate(
-        [rng.uniform(0.5, 0.9, 1000), rng.uniform(0.3, 0.9, 40), rng.uniform(0.05, 0.9, 40)]
-    )
-    alone = [conformal_threshold(told[labels == c, c], 0.95) for c in range(3)]
-    together = conformal_threshold(np.concatenate([told[labels == c, c] for c in (1, 2)]), 0.95)
-    assert alone[2] < together < alone[1]
-    assert conformal_thresholds(told, labels, 0.95).tolist() == [alone[0], together, alone[2]]
 
 
 def test_temperature_and_prior_are_recovered() -> None:

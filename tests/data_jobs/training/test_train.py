@@ -11,27 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
+import torch
+from torch.optim.swa_utils import AveragedModel
 
+from data_jobs.training import steps
 from data_jobs.training.dataset import BCN84, LabelledImage
+from data_jobs.training.export import export_weights, write_onnx
+from data_jobs.training.loss import AdjustedLoss, Mixture
+from data_jobs.training.machine import Machine
+from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import DistillationPlan, LossPlan, Stage, TeacherPlan, read_recipe
+from data_jobs.training.scan import open_onnx
+from data_jobs.training.source_figures import by_source
+from data_jobs.training.steps import learning_rate, write_weights
+from data_jobs.training.teachers import Teachers
+from data_jobs.training.train import train
 from serve_app.domain.diagnosis import TRAINED
-
-torch = pytest.importorskip("torch", reason="needs the train extra")
-pytest.importorskip("timm", reason="needs the train extra")
-safetensors = pytest.importorskip("safetensors.torch", reason="needs the train extra")
-
-from torch.optim.swa_utils import AveragedModel  # noqa: E402
-
-from data_jobs.training import steps  # noqa: E402
-from data_jobs.training.export import export_weights, write_onnx  # noqa: E402
-from data_jobs.training.loss import AdjustedLoss, Mixture  # noqa: E402
-from data_jobs.training.machine import Machine  # noqa: E402
-from data_jobs.training.network import DermNetwork  # noqa: E402
-from data_jobs.training.scan import open_onnx  # noqa: E402
-from data_jobs.training.source_figures import by_source  # noqa: E402
-from data_jobs.training.steps import learning_rate, write_weights  # noqa: E402
-from data_jobs.training.teachers import Teachers  # noqa: E402
-from data_jobs.training.train import train  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 import hashlib
-import os
 from pathlib import Path
-import shutil
 from threading import Event
 import tomllib
 
 import numpy as np
 import pytest
-import tomli_w
 
 from deployments.classifier.classifier import Classifier
 from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.serving import LiveModel
+from tests.model_folders import copy_model, rewrite
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +27,9 @@ def classifier(models: Path, model_id: str) -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def pixels(models: Path, model_id: str) -> list[np.ndarray]:
+def pixels(model: StoredModel) -> list[np.ndarray]:
     """Eight different pictures of the model's input size."""
-    _, height, width = ModelStore(models).open(model_id).manifest.input.input_size
+    _, height, width = model.manifest.input.input_size
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     pictures = []
     for seed in range(8):
@@ -86,7 +84,8 @@ class _HeldStore(ModelStore):
 
 
 def test_the_live_model_answers_while_another_is_built(models, model_id, pixels, tmp_path) -> None:
-    (other,) = _copies(models / model_id, tmp_path, ["next"])
+    copy_model(models / model_id, tmp_path)
+    other = copy_model(models / model_id, tmp_path, "next")
     store = _HeldStore(tmp_path, other)
     classifier = Classifier(store, threads=1)
     classifier.load(model_id)
@@ -105,7 +104,9 @@ def test_the_live_model_answers_while_another_is_built(models, model_id, pixels,
 
 def test_replays_of_old_models_do_not_fill_the_memory(models, model_id, pixels, tmp_path) -> None:
     """At most three stay; the live one and the candidate are never the ones that go."""
-    candidate, *old = _copies(models / model_id, tmp_path, ["candidate", "old1", "old2", "old3"])
+    copy_model(models / model_id, tmp_path)
+    tags = ("candidate", "old1", "old2", "old3")
+    candidate, *old = (copy_model(models / model_id, tmp_path, tag) for tag in tags)
     classifier = Classifier(ModelStore(tmp_path), threads=1)
     held = [_answering(tmp_path, name) for name in (model_id, candidate)]
     digests = classifier.warm(held)
@@ -128,20 +129,6 @@ def test_replays_of_old_models_do_not_fill_the_memory(models, model_id, pixels, 
 def _answering(store: Path, model_id: str) -> LiveModel:
     model = ModelStore(store).open(model_id)
     return LiveModel(model_id, model.digest, model.manifest.live_space.embedding_space)
-
-
-def _copies(source: Path, root: Path, tags: list[str]) -> list[str]:
-    """Copy a model under other tags, and under its own, into a store; returns the new ids."""
-    shutil.copytree(source, root / source.name, copy_function=_link)
-    content = tomllib.loads((source / MANIFEST_NAME).read_text())
-    names = []
-    for tag in tags:
-        names.append(f"{content['architecture']}.{tag}")
-        changed = {**content, "model_id": names[-1], "tag": tag}
-        shutil.copytree(source, root / names[-1], copy_function=_link)
-        (root / names[-1] / MANIFEST_NAME).unlink()
-        (root / names[-1] / MANIFEST_NAME).write_text(tomli_w.dumps(changed))
-    return names
 
 
 @pytest.mark.torch
@@ -169,40 +156,10 @@ def test_the_order_of_the_labels_is_the_models_own_affair(
     content["output"]["label_space"] = stated
     served = graph.SerializeToString()
     content["files"][content["onnx"]] = {"bytes": len(served), "sha256": hashlib.sha256(served).hexdigest()}
-    changed = _store(tmp_path, source, content)
-    path = changed / model_id / content["onnx"]
-    path.unlink()
-    path.write_bytes(served)
-    found = Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:3])
+    copy_model(source, tmp_path, change=lambda manifest: manifest.update(content))
+    rewrite(tmp_path / model_id / content["onnx"], served)
+    found = Classifier(ModelStore(tmp_path), threads=1).classify(model_id, pixels[:3])
     expected = classifier.classify(model_id, pixels[:3])
     for new, old in zip(found, expected, strict=True):
         assert values(new) == pytest.approx(values(old), abs=1e-6)
         assert new.classification.prediction_set == old.classification.prediction_set
-
-
-def test_a_label_space_in_another_order_than_the_graph_states_is_refused(
-    models: Path, model_id: str, pixels, tmp_path: Path
-) -> None:
-    """One to one, each digest right, and every diagnosis another's: only the graph's own words tell."""
-    source = models / model_id
-    content = tomllib.loads((source / MANIFEST_NAME).read_text())
-    labels = content["output"]["label_space"]
-    content["output"]["label_space"] = [labels[i] for i in (3, 0, 7, 5, 1, 6, 2, 4)]
-    changed = _store(tmp_path, source, content)
-    with pytest.raises(ModelContractError, match=r"model\.onnx gives its logits as MEL,NV"):
-        Classifier(ModelStore(changed), threads=1).classify(model_id, pixels[:1])
-
-
-def _store(tmp_path: Path, source: Path, content: dict) -> Path:
-    folder = tmp_path / "models" / source.name
-    shutil.copytree(source, folder, copy_function=_link)
-    (folder / MANIFEST_NAME).unlink()
-    (folder / MANIFEST_NAME).write_text(tomli_w.dumps(content))
-    return folder.parent
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)

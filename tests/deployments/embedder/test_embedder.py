@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from deployments.embedder.embedder import Embedder, EmbeddingSpace
-from model_store.registry import ModelStore
+from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError, StageFailed
 
 
 @pytest.fixture(scope="module")
-def space(models: Path, model_id: str) -> str:
-    return ModelStore(models).open(model_id).manifest.live_space.embedding_space
+def space(model: StoredModel) -> str:
+    return model.manifest.live_space.embedding_space
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,7 @@ def test_another_space_or_model_is_refused(embedder: Embedder, model_id: str, sp
         embedder.embed("nobody.here", space, bottleneck)
 
 
-def test_a_transform_of_another_shape_is_refused(tmp_path: Path, models: Path, model_id: str) -> None:
-    model = ModelStore(models).open(model_id)
+def test_a_transform_of_another_shape_is_refused(tmp_path: Path, model: StoredModel) -> None:
     np.savez(tmp_path / "space.npz", mean=np.zeros(256), matrix=np.eye(256))
 
     class Elsewhere:

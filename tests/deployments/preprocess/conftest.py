@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-import io
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 import pytest
 
-Encode = Callable[..., bytes]
+from tests import images
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +36,9 @@ def lesion() -> Callable[[int, int], Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def encode() -> Encode:
+def encode() -> Callable[..., bytes]:
     """`encode(image, "PNG", **options) -> bytes`."""
-
-    def to_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        return buffer.getvalue()
-
-    return to_bytes
+    return images.encode
 
 
 @pytest.fixture(scope="session")

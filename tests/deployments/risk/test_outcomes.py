@@ -13,12 +13,20 @@ from deployments.preprocess.preprocess import prepare_image
 from deployments.risk.doubts import judge_quality
 from deployments.risk.policy import read_policy
 from serve_app.domain.assessment import Change, Outcome, QualityMeasures, RiskLevel, Urgency
-from serve_app.domain.patient import AnatomSite, Checklist
-from tests.deployments.risk.conftest import GOOD
+from serve_app.domain.patient import AnatomSite, Checklist, Discrepancy, Lookup, RecordCheck
+from tests.deployments.risk.conftest import GOOD, NOTHING_OF_NOTE
+
+AGE = Discrepancy("age_approx", "43", "61")
+SEX = Discrepancy("sex", "female", "male")
+HISTORY = Discrepancy("personal_melanoma", "no", "yes")
 
 
 def codes(conclusion) -> list[str]:
     return [reason.code for reason in conclusion.reasons]
+
+
+def factors(conclusion) -> set[str]:
+    return {factor.code for factor in conclusion.risk.factors}
 
 
 @pytest.mark.parametrize(
@@ -198,3 +206,31 @@ def test_fold_0_is_hardly_ever_refused(isic_dir, policy):
     assert len(verdicts) > 100
     assert sum(not v.acceptable for v in verdicts) <= 0.01 * len(verdicts)
     assert sum(bool(v.concerns) for v in verdicts) <= 0.03 * len(verdicts)
+
+
+@pytest.mark.parametrize(
+    ("check", "code"),
+    [
+        (RecordCheck(Lookup.NOT_AVAILABLE), "record_not_available"),
+        (RecordCheck(Lookup.UNKNOWN), "record_not_found"),
+        (RecordCheck(Lookup.FOUND, Lookup.NOT_AVAILABLE), "encounter_not_verified"),
+        (RecordCheck(Lookup.FOUND, Lookup.FOUND, (HISTORY,)), "history_discrepancy"),
+        (RecordCheck(Lookup.FOUND, Lookup.FOUND), None),
+    ],
+)
+def test_what_the_record_could_not_add_is_a_neutral_factor(assess, check, code) -> None:
+    plain = assess(context=NOTHING_OF_NOTE)
+    stated = assess(context=replace(NOTHING_OF_NOTE, record=check))
+    assert factors(stated) - factors(plain) == ({code} if code else set())
+    assert stated.outcome is plain.outcome
+    assert replace(stated.risk, factors=()) == replace(plain.risk, factors=())
+
+
+@pytest.mark.parametrize(("found", "code"), [(AGE, "age_discrepancy"), (SEX, "sex_discrepancy")])
+def test_another_age_or_sex_is_a_doubt_about_whose_image_it_is(assess, found, code) -> None:
+    conclusion = assess(context=replace(NOTHING_OF_NOTE, record=RecordCheck(Lookup.FOUND, None, (found,))))
+    assert conclusion.outcome is Outcome.REVIEW
+    (reason,) = [reason for reason in conclusion.reasons if reason.code == "identity_discrepancy"]
+    assert found.sent in reason.message
+    assert found.recorded in reason.message
+    assert code in factors(conclusion)

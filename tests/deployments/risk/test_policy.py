@@ -16,7 +16,6 @@ from deployments.risk.policy import (
     read_table,
     with_overrides,
 )
-from model_store.registry import ModelStore
 
 
 def table() -> dict[str, Any]:
@@ -126,8 +125,6 @@ def test_a_policy_may_not_contradict_itself_or_a_guideline(policy, overrides, co
         with_overrides(policy, overrides)
 
 
-def test_the_limits_of_sharpness_were_measured_at_the_size_of_the_model_that_answers(
-    policy, models, model_id
-):
-    _, height, width = ModelStore(models).open(model_id).manifest.input.input_size
+def test_the_limits_of_sharpness_were_measured_at_the_size_of_the_model_that_answers(policy, model):
+    _, height, width = model.manifest.input.input_size
     assert height == width == policy.quality.input_side

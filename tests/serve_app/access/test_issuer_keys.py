@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
-from pathlib import Path
 import socket
 import threading
 import time
 from typing import Any
-import warnings
 
 from joserfc import jwt
-from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 import pytest
 
 from serve_app.access import tokens
 from serve_app.access.tokens import (
-    MAX_BYTES,
     PUBLIC_ALGORITHMS,
     IssuerKeys,
     KeySetRefused,
@@ -30,7 +26,9 @@ from serve_app.access.tokens import (
     read_key_set,
 )
 from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
+from tests.serve_app.conftest import Clock
 
+pytestmark = pytest.mark.filterwarnings("ignore::joserfc.errors.SecurityWarning")
 ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
 #: What the issuer may take here, seconds.
 ANSWER_S = 2.0
@@ -45,11 +43,8 @@ def make_key(algorithm: str, kid: str | None) -> Key:
 def sign(key: Key, algorithm: str, *, header: dict[str, Any] | None = None, **changed: Any) -> str:
     claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "dr-1", "roles": ["clinician"], "exp": time.time() + 600}
     kid = {"kid": key.get("kid")} if key.get("kid") else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SecurityWarning)
-        return jwt.encode(
-            {"alg": algorithm, **kid, **(header or {})}, {**claims, **changed}, key, algorithms=[algorithm]
-        )
+    header = {"alg": algorithm, **kid, **(header or {})}
+    return jwt.encode(header, {**claims, **changed}, key, algorithms=[algorithm])
 
 
 def published(*keys: Key) -> bytes:
@@ -78,14 +73,11 @@ def issuer() -> Iterator[Issuer]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(found.body)))
             self.end_headers()
-            for byte in found.body if found.trickle_s else ():
-                try:
+            with suppress(OSError):  # whoever asks may have gone
+                for byte in found.body if found.trickle_s else ():
                     self.wfile.write(bytes([byte]))
-                except OSError:
-                    return
-                time.sleep(found.trickle_s)
-            if not found.trickle_s:
-                self.wfile.write(found.body)
+                    time.sleep(found.trickle_s)
+                self.wfile.write(b"" if found.trickle_s else found.body)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -105,11 +97,12 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "ANSWER_S", ANSWER_S)
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@contextmanager
+def within(share: float) -> Iterator[None]:
+    """What is done meanwhile takes no longer than this share of an issuer's time."""
+    since = time.monotonic()
+    yield
+    assert time.monotonic() - since < share * ANSWER_S
 
 
 def verifier(
@@ -137,9 +130,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 @pytest.mark.parametrize("age", [700, 80_000])
-async def test_nobody_waits_for_an_issuer_that_never_answers(
-    issuer: Issuer, silent: socket.socket, age: float
-) -> None:
+async def test_nobody_waits_for_an_issuer_that_never_answers(issuer, silent, age: float) -> None:
     key, stranger, clock = make_key("ES256", "a"), make_key("ES256", "b"), Clock()
     issuer.body = published(key)
     found = verifier(issuer.url, clock=clock)
@@ -147,34 +138,26 @@ async def test_nobody_waits_for_an_issuer_that_never_answers(
     assert await found.identify(token)
     found._keys._source = url_of(silent)
     clock.now += age
-    since = time.monotonic()
-    await found.identify(token)  # may wait a moment where the keys are old
-    assert time.monotonic() - since < 0.8 * ANSWER_S
+    with within(0.8):
+        await found.identify(token)  # may wait a moment where the keys are old
     # One with an unknown key waits for the issuer; nobody waits with it
     unknown = asyncio.create_task(found.identify(sign(stranger, "ES256")))
-    since = time.monotonic()
-    for _ in range(20):
-        assert await found.identify(token)
-    assert time.monotonic() - since < 0.5 * ANSWER_S
-    with pytest.raises(Unauthenticated):
+    with within(0.5):
+        for _ in range(20):
+            assert await found.identify(token)
+    with within(2.5), pytest.raises(Unauthenticated):
         await unknown
-    assert time.monotonic() - since < 3 * ANSWER_S
     # and not again before the interval is over
-    since = time.monotonic()
-    with pytest.raises(Unauthenticated):
+    with within(0.5), pytest.raises(Unauthenticated):
         await found.identify(sign(stranger, "ES256"))
-    assert time.monotonic() - since < 0.5 * ANSWER_S
 
 
-async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(
-    silent: socket.socket,
-) -> None:
+async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_longer(silent) -> None:
     found = verifier(url_of(silent))
     token = sign(make_key("ES256", "a"), "ES256")
-    since = time.monotonic()
-    answers = await asyncio.gather(*(found.identify(token) for _ in range(20)), return_exceptions=True)
+    with within(3):
+        answers = await asyncio.gather(*(found.identify(token) for _ in range(20)), return_exceptions=True)
     assert {type(answer) for answer in answers} == {IssuerKeysUnavailable}
-    assert time.monotonic() - since < 3 * ANSWER_S
     silent.setblocking(False)  # noqa: FBT003 - the standard library's own
     with closing(silent.accept()[0]), pytest.raises(BlockingIOError):
         silent.accept()  # 20 callers, one connection
@@ -182,17 +165,13 @@ async def test_without_a_key_that_is_trusted_all_wait_for_one_answer_and_no_long
 
 async def test_an_issuer_that_trickles_is_not_listened_to_for_ever(issuer: Issuer) -> None:
     issuer.trickle_s, issuer.body = ANSWER_S / 4, b" " * 40
-    since = time.monotonic()
-    with pytest.raises(IssuerKeysUnavailable):
+    with within(2), pytest.raises(IssuerKeysUnavailable):
         await verifier(issuer.url).identify(sign(make_key("ES256", "a"), "ES256"))
-    assert time.monotonic() - since < 2 * ANSWER_S
 
 
 @pytest.mark.parametrize("algorithm", PUBLIC_ALGORITHMS)
 @pytest.mark.parametrize("kid", ["2026-11", None])
-async def test_each_algorithm_gets_in_and_keys_may_come_from_a_file(
-    tmp_path: Path, algorithm: str, kid: str | None
-) -> None:
+async def test_each_algorithm_gets_in_and_keys_may_come_from_a_file(tmp_path, algorithm, kid) -> None:
     key, path = make_key(algorithm, kid), tmp_path / "jwks.json"
     path.write_bytes(published(key))
     found = verifier(f"file://{path}" if kid else str(path))
@@ -248,7 +227,7 @@ async def test_unknown_keys_cost_the_issuer_one_request_an_interval(issuer: Issu
         {"status": 500},
         {"status": 302, "headers": {"Location": "/other.json"}},
         {"body": b"<html>"},
-        {"body": b" " * (MAX_BYTES + 1)},
+        {"body": b" " * (tokens.MAX_BYTES + 1)},
         {},
     ],
     ids=["500", "redirect", "garbage", "huge", "down"],
@@ -275,9 +254,7 @@ async def test_algorithms_are_from_the_allow_list_and_fit_the_key(issuer: Issuer
     issuer.body = published(rsa, ec)
     only_ec = verifier(issuer.url, algorithms=("ES256",))
     assert await only_ec.identify(sign(ec, "ES256"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SecurityWarning)
-        confused = OctKey.import_key(json.dumps(rsa.as_dict(private=False)))
+    confused = OctKey.import_key(json.dumps(rsa.as_dict(private=False)))
     forged = [
         sign(rsa, "RS256"),
         sign(ec, "ES256", header={"kid": "rsa"}),
@@ -302,9 +279,7 @@ def test_an_allow_list_that_makes_no_sense_is_refused() -> None:
 def test_a_set_is_read_strictly() -> None:
     good = make_key("ES256", "a")
     public = good.as_dict(private=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SecurityWarning)
-        weak = RSAKey.generate_key(1024, {"kid": "weak"}).as_dict(private=False)
+    weak = RSAKey.generate_key(1024, {"kid": "weak"}).as_dict(private=False)
     others = [
         {"kty": "PQC", "kid": "later"},
         {**public, "kid": "enc", "use": "enc"},

@@ -58,9 +58,7 @@ def test_keys_come_by_a_way_that_nobody_can_change() -> None:
         settings(token_jwks="http://pms.example/jwks", env="production")
 
 
-def test_a_node_makes_a_secret_that_production_refuses_unless_an_issuer_is_named(
-    tmp_path, monkeypatch
-) -> None:
+def test_a_node_makes_a_secret_that_production_refuses_without_an_issuer(tmp_path, monkeypatch) -> None:
     urls = DatabaseUrls(owner="postgresql://o", app="postgresql://a")
     write_service_environment(tmp_path, urls)
     assert find_weakness(read_service_environment(tmp_path)["DERM_TOKEN_SECRET"])

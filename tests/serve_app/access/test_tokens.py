@@ -53,9 +53,8 @@ def refuse(token: str) -> None:
 
 
 def test_a_minted_token_says_who_it_is() -> None:
-    token = mint_token(
-        secret=SECRET, issuer=ISSUER, audience=AUDIENCE, subject="dr-1", roles=["pms_service", "clinician"]
-    )
+    roles = ["pms_service", "clinician"]
+    token = mint_token(secret=SECRET, issuer=ISSUER, audience=AUDIENCE, subject="dr-1", roles=roles)
     assert VERIFIER.verify(token) == Principal("dr-1", frozenset({"clinician", "pms_service"}))
 
 
@@ -142,12 +141,6 @@ def test_odd_headers_stay_out_although_signed(header: Any) -> None:
     refuse(forge(header, claims()))
 
 
-def test_none_stays_out_without_a_signature_too() -> None:
-    signed = ".".join(b64(json.dumps(part).encode()) for part in ({"alg": "none"}, claims()))
-    for token in (signed, f"{signed}.", f"{signed}.{b64(bytes(32))}"):
-        refuse(token)
-
-
 def test_a_public_key_is_no_secret() -> None:
     """Algorithm confusion: signed with a key of another kind, or with its public half as secret."""
     key = RSAKey.generate_key(2048)
@@ -184,8 +177,15 @@ def test_garbage_around_a_good_token(change: str) -> None:
     refuse(change.format(forge(HS256, claims())))
 
 
-def test_an_oversized_token_is_not_even_looked_at() -> None:
-    refuse(forge(HS256, claims(padding="x" * 8192)))
+def test_without_a_signature_or_oversized_it_stays_out() -> None:
+    signed = ".".join(b64(json.dumps(part).encode()) for part in ({"alg": "none"}, claims()))
+    for token in (
+        signed,
+        f"{signed}.",
+        f"{signed}.{b64(bytes(32))}",
+        forge(HS256, claims(padding="x" * 8192)),
+    ):
+        refuse(token)
 
 
 def test_a_short_secret_is_refused_and_none_is_shown() -> None:
@@ -220,9 +220,3 @@ def test_any_signed_json_gets_in_or_gets_our_error(changed: dict[str, Any], head
 @given(header=JSON, payload=st.binary(max_size=64) | JSON)
 def test_any_signed_value_gets_our_error(header: Any, payload: Any) -> None:
     refuse(forge(header, payload))
-
-
-@settings(deadline=None, max_examples=60)
-@given(token=st.text() | st.from_regex(r"[\w-]{0,40}\.[\w-]{0,40}\.[\w-]{0,40}"))
-def test_noise_gets_our_error(token: str) -> None:
-    refuse(token)

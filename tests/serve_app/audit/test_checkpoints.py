@@ -55,9 +55,7 @@ def test_a_changed_line_is_refused(log: CheckpointLog, tmp_path: Path, change: d
 
 
 @pytest.mark.parametrize("left", [1, 150])
-def test_an_append_that_a_full_disk_cut_short_spoils_no_other(
-    log: CheckpointLog, tmp_path: Path, left: int
-) -> None:
+def test_an_append_that_a_full_disk_cut_short_spoils_no_other(log, tmp_path, left: int) -> None:
     first, second = log.add(Seal(3, b"a" * 32)), log.add(Seal(5, b"b" * 32))
     file = tmp_path / "audit" / "checkpoints.jsonl"
     whole, cut = file.read_bytes().splitlines(keepends=True)
@@ -71,9 +69,7 @@ def test_an_append_that_a_full_disk_cut_short_spoils_no_other(
     assert [checkpoint.position for checkpoint in log.read()] == [5]
 
 
-def test_a_copy_is_checked_by_the_public_key_that_was_kept_with_it(
-    log: CheckpointLog, tmp_path: Path
-) -> None:
+def test_a_copy_is_checked_by_the_public_key_that_was_kept_with_it(log, tmp_path) -> None:
     made = [log.add(Seal(position, bytes([position]) * 32)) for position in (1, 5)]
     copy, key = tmp_path / "copy.jsonl", tmp_path / "audit.pem"
     copy.write_text("".join(log.line(checkpoint) + "\n" for checkpoint in made))

@@ -32,9 +32,7 @@ async def log(new_database, as_superuser, tmp_path: Path):
     await pool.close()
 
 
-async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
-    log, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(log, monkeypatch) -> None:
     sealer, checkpoints, records, _ = log
     await records.record_event(EVENT)
     signed, sign = asyncio.Event(), sealer.sign
@@ -52,9 +50,7 @@ async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(
     assert [checkpoint.position for checkpoint in checkpoints.read()] == [1, 4]
 
 
-async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(
-    log, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(log, caplog) -> None:
     sealer, checkpoints, records, administrator = log
     assert sealer.describe() == {"checkpoint_at": None, "sound": None}
     await records.record_event(EVENT)
@@ -73,15 +69,9 @@ async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(
     assert sealer.describe()["sound"] is True
 
 
-async def test_readyz_reports_it_and_the_service_goes_on(service) -> None:
-    response = await service.client.get("/readyz")
-    assert response.status_code == 200
-    assert set(response.json()["audit"]) == {"checkpoint_at", "sound"}
-
-
-async def test_what_the_loops_write_last_is_sealed_too(start_service, local_stages, monkeypatch) -> None:
+async def test_what_the_loops_write_last_is_sealed_too(start_service, monkeypatch) -> None:
     """Were all ended at once, the summary of refused requests would wait for the next start, and could go unseen."""
-    async with start_service(local_stages(), refusal_events_per_minute=1) as service:
+    async with start_service(refusal_events_per_minute=1) as service:
         for _ in range(3):
             assert (await service.client.get("/api/lesions")).status_code == 401
         monkeypatch.setattr(LesionStore, "record_event", _later(LesionStore.record_event))

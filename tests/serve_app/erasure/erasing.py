@@ -1,4 +1,4 @@
-"""An image to erase, and what is on record of it."""
+"""An image and its answer, what is on record of them, changes behind the service's back, and what ends them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from uuid import UUID
 import httpx
 
 from serve_app.keys.receipts import ErasureReason
+from serve_app.lesions.recovery import recover_once
 from serve_app.records.erasures import ErasureRequest
 
 
 async def uploaded(service, **fields: str) -> dict[str, Any]:
     """One image with its answer."""
     response = await service.upload(await service.care(), **fields)
+    assert response.status_code == 201, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def followed(service, first: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The answer to a later image of the same lesion."""
+    response = await service.upload(first["patient_id"], lesion_id=first["lesion_id"], **fields)
     assert response.status_code == 201, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -48,7 +57,7 @@ def request_of(answer: dict[str, Any]) -> ErasureRequest:
 async def row(service, answer: dict[str, Any]) -> Any:
     """What the database has of the image."""
     return await service.owner.fetchrow(
-        "SELECT i.*, a.outcome, a.answer, a.context,"
+        "SELECT i.*, a.outcome, a.failure, a.attempts, a.answer, a.context,"
         " (SELECT count(*) FROM lesion_embeddings AS e WHERE e.image_id = i.image_id) AS vectors"
         " FROM lesion_images AS i JOIN assessments AS a USING (image_id) WHERE image_id = $1::text::uuid",
         answer["image_id"],
@@ -66,6 +75,22 @@ async def change(service, answer: dict[str, Any], table: str, assignments: str, 
 
 async def damage(service, answer: dict[str, Any]) -> None:
     """Flip a bit of the sealed image."""
-    await change(
-        service, answer, "lesion_images", "sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
-    )
+    flipped = "sealed = set_byte(sealed, 100, get_byte(sealed, 100) # 1)"
+    await change(service, answer, "lesion_images", flipped)
+
+
+async def end_leases(service) -> None:
+    """Whatever is pending may be recovered by anybody."""
+    await service.owner.execute("UPDATE assessments SET lease_until = NULL WHERE outcome = 'pending'")
+
+
+async def recover_expired(service) -> int:
+    """Recover what is pending and leased by nobody."""
+    services = service.app.state.services
+    return await recover_once(services.records, services.triage, services.live)
+
+
+async def recover(service) -> int:
+    """Recover what is pending as if every lease on it had ended."""
+    await end_leases(service)
+    return await recover_expired(service)

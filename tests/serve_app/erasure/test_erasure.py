@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hashlib import sha256
 import json
-from typing import Any
 
 import pytest
 
@@ -12,12 +11,7 @@ from serve_app.access.rules import purpose_of
 from serve_app.audit.events import AuditEvent
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import Held, HoldStore
-from tests.serve_app.erasure.erasing import erase, path, row, uploaded
-
-
-@pytest.fixture
-async def answer(service) -> dict[str, Any]:
-    return await uploaded(service)
+from tests.serve_app.erasure.erasing import erase, followed, path, row
 
 
 async def test_erasing_leaves_a_tombstone_and_a_receipt_that_can_be_checked(service, answer) -> None:
@@ -53,9 +47,9 @@ async def test_a_second_delete_and_a_reader_get_the_same_receipt(service, answer
     assert [event["action"] for event in await service.events(again)] == ["erase"]
     read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("a", ("auditor",)))
     assert (read.status_code, read.json()) == (200, first)
-    (event,) = await service.events(read)
-    assert (event["action"], event["outcome"], event["purpose"]) == ("read_receipt", "success", "HCOMPL")
-    assert event["detail"] == {"receipt_id": first["receipt_id"]}
+    receipt_id = first["receipt_id"]
+    event = await service.hold_to_event(read, "read_receipt", "success", receipt_id=receipt_id)
+    assert event["purpose"] == "HCOMPL"
 
 
 @pytest.mark.parametrize("reason", [reason for reason in ErasureReason if reason != "retention"])
@@ -70,12 +64,9 @@ async def test_an_erasure_is_recorded_with_the_purpose_of_its_reason(service, an
 
 async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> None:
     receipt = (await erase(service, answer)).json()
-    gone = await service.client.get(path(answer), headers=service.token("dr"))
-    service.hold_to_problem(gone, 410, "erased")
-    (event,) = await service.events(gone)
-    assert (event["outcome"], event["detail"]) == ("failed", {"code": "erased"})
-    lesion = f"/api/lesions/{answer['lesion_id']}"
-    seen = (await service.client.get(lesion, headers=service.token("dr"))).json()
+    gone = await service.get(path(answer))
+    await service.hold_to_failure(gone, 410, "erased", "download")
+    seen = (await service.get(f"/api/lesions/{answer['lesion_id']}")).json()
     service.hold_to("TimelineDocument", seen)
     (shown,) = seen["assessments"]
     assert (shown["outcome"], shown["risk"], shown["classification"]) == ("erased", None, None)
@@ -83,18 +74,14 @@ async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> 
     replayed = (await service.replay(answer)).json()
     service.hold_to("ReplayDocument", replayed)
     assert (replayed["verdict"], replayed["cause"]["code"]) == ("cannot", "image_erased")
-    page = await service.client.get(
-        "/api/lesions", params={"patient_id": answer["patient_id"]}, headers=service.token("dr")
-    )
+    page = await service.get("/api/lesions", params={"patient_id": answer["patient_id"]})
     service.hold_to("WorklistDocument", page.json())
     assert page.json()["lesions"][0]["latest"]["outcome"] == "erased"
 
 
 async def test_a_follow_up_is_not_compared_with_an_erased_image(service, answer, drawn_lesion) -> None:
     await erase(service, answer)
-    patient, lesion = answer["patient_id"], answer["lesion_id"]
-    after = await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=lesion)
-    assert after.json()["change"] is None
+    assert (await followed(service, answer, image=drawn_lesion(seed=3)))["change"] is None
 
 
 async def test_a_repeated_upload_does_not_bring_it_back(service) -> None:
@@ -120,9 +107,7 @@ async def test_a_hold_keeps_an_image_until_it_is_released(service, answer, kind:
     holds = HoldStore(service.owner)
     hold = await holds.set(Held(**{kind: answer[kind]}), reason="case 7", actor="counsel")
     refused = await erase(service, answer)
-    service.hold_to_problem(refused, 409, "legal_hold")
-    (event,) = await service.events(refused)
-    assert (event["outcome"], event["detail"]) == ("failed", {"code": "legal_hold"})
+    await service.hold_to_failure(refused, 409, "legal_hold", "erase")
     await holds.release(hold, actor="counsel")
     assert (await erase(service, answer)).status_code == 200
     actions = await service.owner.fetch(

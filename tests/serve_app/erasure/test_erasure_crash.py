@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 import sqlite3
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
@@ -13,15 +14,10 @@ import pytest
 from serve_app.domain.errors import Erased, RecordsUnavailable
 from serve_app.keys.envelope import ImageBinding
 from serve_app.keys.keystore import DestroyedKey
-from serve_app.lesions.recovery import FAILED_AFTER_TRIES, recover_once
+from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.records.erasures import ErasureStore, Verdict
 from serve_app.settings import NodeFiles
-from tests.serve_app.erasure.erasing import change, damage, erase, path, request_of, row, uploaded
-
-
-@pytest.fixture
-async def answer(service) -> dict[str, Any]:
-    return await uploaded(service)
+from tests.serve_app.erasure.erasing import change, damage, erase, path, recover, request_of, row, uploaded
 
 
 @pytest.mark.parametrize("step", ["accepted", "destroyed"])
@@ -33,21 +29,15 @@ async def test_what_was_accepted_is_finished_after_a_crash(service, answer, step
     assert await erasures.accept(request) is Verdict.ACCEPTED
     erasure = await erasures.find(request.lesion_id, request.image_id)
     if step == "destroyed":
-        services.keys.destroy(
-            DestroyedKey(
-                data_key_id=erasure.data_key_id,
-                receipt_id=erasure.receipt_id,
-                reason=erasure.reason,
-                actor=erasure.actor,
-            )
-        )
-    reading = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+        names = ("data_key_id", "receipt_id", "reason", "actor")
+        services.keys.destroy(DestroyedKey(**{name: getattr(erasure, name) for name in names}))
+    reading = await service.get(f"{path(answer)}/receipt")
     assert (reading.status_code, reading.json()["record_hash"]) == (202, None)
     assert await services.eraser.finish_accepted(older_than_s=0) >= 1
     assert await services.eraser.finish_accepted(older_than_s=0) == 0
     with pytest.raises(Erased):
         services.keys.load(erasure.data_key_id)
-    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+    read = await service.get(f"{path(answer)}/receipt")
     assert (read.status_code, read.json()["receipt_id"]) == (200, str(erasure.receipt_id))
     events = await service.owner.fetch(
         "SELECT action FROM audit_events WHERE image_id = $1 AND request_id = 'crashed'", request.image_id
@@ -70,10 +60,7 @@ def key_elsewhere(settings, data_key_id: UUID) -> Iterator[None]:
 
 async def receipts(service, *images: dict[str, Any]) -> list[bool]:
     """Whether each has one."""
-    found = [
-        (await service.client.get(f"{path(image)}/receipt", headers=service.token("dr"))).status_code
-        for image in images
-    ]
+    found = [(await service.get(f"{path(image)}/receipt")).status_code for image in images]
     assert set(found) <= {200, 202}
     return [status == 200 for status in found]
 
@@ -113,20 +100,13 @@ async def test_more_erasures_than_a_page_without_their_keys_hold_up_no_other(ser
 
 
 async def test_a_key_store_that_does_not_answer_is_an_erasure_accepted(service, answer, monkeypatch) -> None:
-    services = service.app.state.services
-
-    def fail(_key: object) -> None:
-        raise RecordsUnavailable
-
-    with monkeypatch.context() as patch:
-        patch.setattr(services.keys, "destroy", fail)
-        accepted = await erase(service, answer)
-        assert accepted.status_code == 202
-        assert int(accepted.headers["retry-after"]) > 0
-        service.hold_to("ErasureDocument", accepted.json())
-        service.hold_to_problem(
-            await service.client.get(path(answer), headers=service.token("dr")), 410, "erased"
-        )
+    monkeypatch.setattr(service.app.state.services.keys, "destroy", Mock(side_effect=RecordsUnavailable))
+    accepted = await erase(service, answer)
+    assert accepted.status_code == 202
+    assert int(accepted.headers["retry-after"]) > 0
+    service.hold_to("ErasureDocument", accepted.json())
+    service.hold_to_problem(await service.get(path(answer)), 410, "erased")
+    monkeypatch.undo()
     finished = await erase(service, answer)
     assert finished.status_code == 200
     assert finished.json()["receipt_id"] == accepted.json()["receipt_id"]
@@ -150,13 +130,13 @@ async def test_a_backup_from_before_opens_nothing_and_is_erased_again(service, a
     await change(service, answer, "lesion_images", "sealed = $2, erased_at = NULL", before["sealed"])
     values = (before["outcome"], before["answer"], before["context"])
     await change(service, answer, "assessments", "outcome = $2, answer = $3, context = $4", *values)
-    gone = await service.client.get(path(answer), headers=service.token("dr"))
+    gone = await service.get(path(answer))
     service.hold_to_problem(gone, 410, "erased")
     assert await services.eraser.erase_restored() == 1
     assert await services.eraser.erase_restored() == 0
     again = await row(service, answer)
     assert (again["sealed"], again["answer"]) == (None, None)
-    read = await service.client.get(f"{path(answer)}/receipt", headers=service.token("dr"))
+    read = await service.get(f"{path(answer)}/receipt")
     assert read.json()["receipt_id"] == receipt["receipt_id"]
 
 
@@ -170,18 +150,11 @@ async def pending(service) -> dict[str, Any]:
     return answer
 
 
-async def recover(service, answer: dict[str, Any]) -> int:
-    """Try once to complete it, whoever has leased it."""
-    await change(service, answer, "assessments", "lease_until = NULL")
-    services = service.app.state.services
-    return await recover_once(services.records, services.triage, services.live)
-
-
 async def test_a_pending_assessment_of_an_erased_image_is_cancelled(service) -> None:
     answer = await pending(service)
     assert (await erase(service, answer)).status_code == 200
     assert (await row(service, answer))["outcome"] == "cancelled"
-    assert await recover(service, answer) == 0
+    assert await recover(service) == 0
     after = await row(service, answer)
     assert (after["outcome"], after["vectors"]) == ("cancelled", 0)
 
@@ -190,12 +163,12 @@ async def test_recovery_without_the_images_key_leaves_it_pending(service, settin
     answer = await pending(service)
     with key_elsewhere(settings, (await row(service, answer))["data_key_id"]):
         for _ in range(FAILED_AFTER_TRIES + 2):
-            assert await recover(service, answer) == 0
+            assert await recover(service) == 0
         assert (await row(service, answer))["outcome"] == "pending"
-        missing = await service.client.get(path(answer), headers=service.token("dr"))
+        missing = await service.get(path(answer))
         service.hold_to_problem(missing, 503, "data_key_missing")
         assert [event["detail"] for event in await service.events(missing)] == [{"code": "data_key_missing"}]
-    assert await recover(service, answer) == 1
+    assert await recover(service) == 1
 
 
 @pytest.mark.parametrize("cause", ["image_too_small", "integrity"])
@@ -209,8 +182,8 @@ async def test_an_image_that_can_never_be_assessed_ends_as_failed_once(
         for tried in range(FAILED_AFTER_TRIES + 2):
             found = await row(service, answer)
             assert found["outcome"] == ("pending" if tried < FAILED_AFTER_TRIES else "failed")
-            await recover(other, answer)
-    seen = await service.client.get(f"/api/lesions/{answer['lesion_id']}", headers=service.token("dr"))
+            await recover(other)
+    seen = await service.get(f"/api/lesions/{answer['lesion_id']}")
     service.hold_to("TimelineDocument", seen.json())
     (shown,) = seen.json()["assessments"]
     assert (shown["outcome"], shown["reasons"][0]["code"]) == ("failed", cause)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
 
 from serve_app.domain.errors import Conflict, DataKeyMissing, RecordsUnavailable
-from serve_app.erasure.sweeping import (
-    erase_expired,
-    find_orphaned_keys,
-    shred_orphaned_keys,
-    stop_awaiting_stored,
-    sweep_orphaned_keys,
-)
+from serve_app.erasure import sweeping
+from serve_app.erasure.sweeping import erase_expired, stop_awaiting_stored
 from serve_app.records.erasures import Held, HoldStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.retention import Housekeeping, RetentionStore
+from tests.serve_app.erasure.erasing import change, path, row
 
 
 @pytest.fixture
@@ -27,7 +24,9 @@ def housekeeping(service) -> Housekeeping:
 
 
 async def sweep(service, housekeeping: Housekeeping, **options: int) -> int:
-    return await sweep_orphaned_keys(housekeeping, service.app.state.services.keys, **{"age_s": 0, **options})
+    return await sweeping.sweep_orphaned_keys(
+        housekeeping, service.app.state.services.keys, **{"age_s": 0, **options}
+    )
 
 
 async def test_only_keys_without_an_image_are_swept(service, housekeeping) -> None:
@@ -40,9 +39,7 @@ async def test_only_keys_without_an_image_are_swept(service, housekeeping) -> No
     for orphan in (orphans[0], orphans[-1]):
         with pytest.raises(DataKeyMissing):
             keys.load(orphan)
-    image = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
-    read = await service.client.get(image, headers=service.token("dr"))
-    assert read.content == service.image
+    assert (await service.get(path(answer))).content == service.image
 
 
 async def test_an_upload_that_comes_after_the_sweep_is_refused_and_loses_nothing(
@@ -82,24 +79,21 @@ async def test_a_key_whose_image_was_seen_is_never_swept(service, housekeeping, 
         assert [keys.load(key).id for key in lost] == lost
         with pytest.raises(DataKeyMissing):
             keys.load(failed)
-        found = await find_orphaned_keys(housekeeping, keys, age_s=0)
+        found = await sweeping.find_orphaned_keys(housekeeping, keys, age_s=0)
         assert (set(found.lost), list(found.failed)) == (set(lost), [])
     finally:
-        assert await shred_orphaned_keys(housekeeping, keys, lost) == 2
+        assert await sweeping.shred_orphaned_keys(housekeeping, keys, lost) == 2
 
 
 async def test_an_image_that_is_in_is_awaited_no_more(service, housekeeping) -> None:
     keys = service.app.state.services.keys
     answer = (await service.upload(await service.care())).json()
-    (key,) = await service.owner.fetch(
-        "SELECT data_key_id FROM lesion_images WHERE image_id = $1::text::uuid", answer["image_id"]
-    )
     await stop_awaiting_stored(housekeeping, keys)
     orphan = keys.create().id
     await stop_awaiting_stored(housekeeping, keys)
     awaited = keys.list_awaited()
     assert orphan in awaited
-    assert UUID(str(key["data_key_id"])) not in awaited
+    assert UUID(str((await row(service, answer))["data_key_id"])) not in awaited
     keys.shred(orphan)
     assert orphan not in keys.list_awaited()
 
@@ -108,19 +102,15 @@ async def test_a_condemned_key_is_found_again_after_a_crash(service, housekeepin
     """And while the database does not answer, nothing is swept."""
     keys = service.app.state.services.keys
     orphan = keys.create().id
-    with monkeypatch.context() as patch:
-        patch.setattr(Housekeeping, "condemn", _unavailable)
-        with pytest.raises(RecordsUnavailable):
-            await sweep(service, housekeeping)
+    monkeypatch.setattr(Housekeeping, "condemn", AsyncMock(side_effect=RecordsUnavailable))
+    with pytest.raises(RecordsUnavailable):
+        await sweep(service, housekeeping)
+    monkeypatch.undo()
     assert keys.load(orphan).id == orphan
     assert await housekeeping.condemn([orphan]) == [orphan]
     assert await sweep(service, housekeeping) >= 1
     with pytest.raises(DataKeyMissing):
         keys.load(orphan)
-
-
-async def _unavailable(*_: object) -> list[UUID]:
-    raise RecordsUnavailable
 
 
 async def test_idempotency_keys_expire_but_for_pending_ones(service, housekeeping) -> None:
@@ -129,27 +119,18 @@ async def test_idempotency_keys_expire_but_for_pending_ones(service, housekeepin
         headers = {"Idempotency-Key": f"expiry-{key}"}
         answer = (await service.upload(patient, headers=headers)).json()
         if key == "waits":
-            await service.owner.execute(
-                "UPDATE assessments SET outcome = 'pending', answer = NULL, completed_at = NULL"
-                " WHERE assessment_id = $1::text::uuid",
-                answer["assessment_id"],
-            )
+            waits = "outcome = 'pending', answer = NULL, completed_at = NULL"
+            await change(service, answer, "assessments", waits)
         if key != "new":
             await service.owner.execute(
                 "UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = $1",
                 headers["Idempotency-Key"],
             )
     assert await housekeeping.expire_idempotency_keys(days=7) >= 1
-    left = await service.owner.fetch(
-        "SELECT key FROM idempotency_keys WHERE key LIKE 'expiry-%' ORDER BY key"
-    )
-    assert [row["key"] for row in left] == ["expiry-new", "expiry-waits"]
+    query = "SELECT key FROM idempotency_keys WHERE key LIKE 'expiry-%' ORDER BY key"
+    assert [row["key"] for row in await service.owner.fetch(query)] == ["expiry-new", "expiry-waits"]
     # Left as they are, the service's own housekeeping would change other tests' counts.
     await service.owner.execute("DELETE FROM idempotency_keys WHERE key LIKE 'expiry-%'")
-    await service.owner.execute(
-        "UPDATE assessments SET outcome = 'failed', failure = 'test', completed_at = now()"
-        " WHERE outcome = 'pending'"
-    )
 
 
 async def test_only_closed_records_expire_and_a_hold_keeps_them(service) -> None:
@@ -166,19 +147,13 @@ async def test_only_closed_records_expire_and_a_hold_keeps_them(service) -> None
         await store.close(patient, closed_at=long_ago, actor="ops")
     with pytest.raises(Conflict, match="closed already"):
         await store.close(closed, closed_at=long_ago, actor="ops")
-    hold = await HoldStore(service.owner).set(
-        Held(image_id=UUID(answers[held]["image_id"])), reason="case 9", actor="counsel"
-    )
+    image = Held(image_id=UUID(answers[held]["image_id"]))
+    hold = await HoldStore(service.owner).set(image, reason="case 9", actor="counsel")
     assert (await store.count(days=500)).expired == 0
     counted = await store.count(days=365)
     assert (counted.expired, counted.held) == (2, 1)
     assert await erase_expired(store, services.eraser, days=365, actor="ops") == 1
-    outcomes = {
-        patient: await service.owner.fetchval(
-            "SELECT outcome FROM assessments WHERE image_id = $1::text::uuid", answer["image_id"]
-        )
-        for patient, answer in answers.items()
-    }
+    outcomes = {patient: (await row(service, answer))["outcome"] for patient, answer in answers.items()}
     assert outcomes[closed] == "erased"
     assert "erased" not in (outcomes[held], outcomes[opened])
     reason = await service.owner.fetchval(

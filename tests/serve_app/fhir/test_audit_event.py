@@ -27,15 +27,8 @@ _ACTIONS = sorted({*map(str, Action), "classify", "key_rotate", "an action of to
 
 
 def resource(action: str, *, outcome: str = "success", patient: str | None = "PAT-1", **detail) -> dict:
-    event = AuditEvent(
-        action=action,
-        actor="dr",
-        outcome=outcome,
-        request_id="r-1",
-        patient_id=patient,
-        lesion_id=_LESION,
-        detail=detail,
-    )
+    ids = {"request_id": "r-1", "patient_id": patient, "lesion_id": _LESION}
+    event = AuditEvent(action=action, actor="dr", outcome=outcome, detail=detail, **ids)
     recorded = datetime(2026, 11, 24, 12, tzinfo=UTC)
     return audit_event_resource(event, event_id=5, recorded_at=recorded, server="node-1")
 
@@ -49,9 +42,8 @@ def test_every_event_is_valid_r4b(action: str) -> None:
     fhir = pytest.importorskip("fhir.resources.R4B.auditevent", reason="fhir.resources is not installed")
     for patient, outcome in (("PAT-1", "success"), ("PAT-1", "failed"), (None, "success"), (None, "denied")):
         made = resource(action, outcome=outcome, patient=patient, code="x")
-        assert (
-            json.loads(fhir.AuditEvent.model_validate(made).model_dump_json())["resourceType"] == "AuditEvent"
-        )
+        valid = json.loads(fhir.AuditEvent.model_validate(made).model_dump_json())
+        assert valid["resourceType"] == "AuditEvent"
 
 
 @pytest.mark.parametrize("action", _PROFILES)
@@ -59,9 +51,8 @@ def test_a_success_is_of_its_profile(action: str) -> None:
     """What https://profiles.ihe.net/ITI/BALP fixes: type, subtype, action, outcome, agents and entities."""
     profile, verb, interaction, client = _PROFILES[action]
     made = resource(action, purpose="TREAT")
-    assert made["meta"]["profile"] == [
-        f"https://profiles.ihe.net/ITI/BALP/StructureDefinition/IHE.BasicAudit.{profile}"
-    ]
+    balp = "https://profiles.ihe.net/ITI/BALP/StructureDefinition"
+    assert made["meta"]["profile"] == [f"{balp}/IHE.BasicAudit.{profile}"]
     assert made["type"]["code"] == "rest"
     assert made["subtype"][0] == {"system": "http://hl7.org/fhir/restful-interaction", "code": interaction}
     assert (made["action"], made["outcome"]) == (verb, "0")

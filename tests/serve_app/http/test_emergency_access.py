@@ -32,9 +32,8 @@ async def queue(service, *, reviewed: bool = False) -> list[dict]:
     found, after = [], None
     while True:
         params = {"reviewed": reviewed, "limit": 2, **({"after": after} if after else {})}
-        answer = await service.client.get(
-            "/api/emergency-access", params=params, headers=service.token("auditor", ("auditor",))
-        )
+        headers = service.token("auditor", ("auditor",))
+        answer = await service.client.get("/api/emergency-access", params=params, headers=headers)
         assert answer.status_code == 200, answer.text
         service.hold_to("EmergencyQueueDocument", answer.json())
         found += answer.json()["emergency_accesses"]
@@ -53,19 +52,16 @@ async def test_from_the_emergency_to_its_review(service) -> None:
     assert opened.status_code == 201, opened.text
     service.hold_to("EmergencyAccessDocument", opened.json())
     emergency_id = opened.json()["emergency_id"]
-    (event,) = await service.events(opened)
-    assert (event["action"], event["outcome"], event["patient_id"]) == ("break_glass", "success", patient)
-    assert event["detail"] == {"emergency_access": emergency_id, "minutes": 240}
-    lasts = datetime.fromisoformat(opened.json()["ends_at"]) - datetime.fromisoformat(
-        opened.json()["starts_at"]
-    )
-    assert abs(lasts - timedelta(hours=4)) < timedelta(seconds=2)
+    detail = {"emergency_access": emergency_id, "minutes": 240}
+    event = await service.hold_to_event(opened, "break_glass", "success", **detail)
+    assert event["patient_id"] == patient
+    starts, ends = (datetime.fromisoformat(opened.json()[name]) for name in ("starts_at", "ends_at"))
+    assert abs(ends - starts - timedelta(hours=4)) < timedelta(seconds=2)
 
     for _ in range(2):
         answer = await service.client.get(f"/api/lesions/{lesion}", headers=headers)
         assert answer.status_code == 200
-        (event,) = await service.events(answer)
-        assert event["detail"] == {"emergency_access": emergency_id}
+        await service.hold_to_event(answer, "read", "success", emergency_access=emergency_id)
     uploaded = await service.upload(patient, subject=subject, lesion_id=lesion)
     assert uploaded.status_code == 201
     events = await service.events(uploaded)
@@ -81,21 +77,15 @@ async def test_from_the_emergency_to_its_review(service) -> None:
     assert emergency_id not in {access["emergency_id"] for access in await queue(service)}
     assert emergency_id in {access["emergency_id"] for access in await queue(service, reviewed=True)}
     again = await review(service, emergency_id, "chief-2")
-    service.hold_to_problem(again, 409, "conflict")
-    (event,) = await service.events(again)
-    assert (event["action"], event["outcome"], event["detail"]) == (
-        *("review_access", "failed", {"code": "conflict"}),
-    )
+    await service.hold_to_failure(again, 409, "conflict", "review_access")
 
 
 async def test_nobody_reviews_their_own(service) -> None:
-    subject = f"dr-{uuid4().hex[:8]}"
-    opened = await break_glass(service, subject, "p-own", minutes=30)
-    emergency_id = opened.json()["emergency_id"]
-    own = await review(service, emergency_id, subject)
+    emergency_id = (await break_glass(service, "dr-own", "p-own", minutes=30)).json()["emergency_id"]
+    own = await review(service, emergency_id, "dr-own")
     service.hold_to_problem(own, 403, "forbidden")
-    (event,) = await service.events(own)
-    assert (event["outcome"], event["detail"]["reason"]) == ("denied", "own")
+    event = await service.hold_to_event(own, "review_access", "denied")
+    assert event["detail"]["reason"] == "own"
     assert (await review(service, emergency_id, "chief")).status_code == 200
 
 
@@ -107,10 +97,8 @@ async def test_one_request_does_not_lend_its_emergency_to_the_next(service) -> N
     for asked, flagged in ((patient, True), (own, False), (patient, True), (patient, False)):
         if (asked, flagged) == (patient, False):
             await service.care(subject, patient)
-        answer = await service.client.get(
-            "/api/lesions", params={"patient_id": asked}, headers=service.token(subject)
-        )
-        (event,) = await service.events(answer)
+        answer = await service.client.get(f"/api/lesions?patient_id={asked}", headers=service.token(subject))
+        event = await service.hold_to_event(answer, "list", "success")
         assert ("emergency_access" in event["detail"]) is flagged
 
 
@@ -136,8 +124,7 @@ async def test_what_is_no_emergency_is_refused(service, changed: dict[str, objec
     before = await service.owner.fetchval("SELECT count(*) FROM emergency_accesses")
     answer = await break_glass(service, "dr", "p-none", **changed)
     service.hold_to_problem(answer, 422, "invalid_field")
-    (event,) = await service.events(answer)
-    assert (event["action"], event["outcome"]) == ("break_glass", "failed")
+    await service.hold_to_event(answer, "break_glass", "failed")
     assert await service.owner.fetchval("SELECT count(*) FROM emergency_accesses") == before
 
 

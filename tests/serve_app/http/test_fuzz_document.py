@@ -48,11 +48,7 @@ async def known(service) -> dict[str, str]:
 
 @pytest.mark.parametrize(("operation", "mode"), TRIES)
 @settings(
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(data=st.data())
 async def test_no_request_is_a_failure_of_the_service(service, known, operation, mode, data) -> None:
@@ -72,11 +68,8 @@ async def _ask(service, case) -> None:
         for name, value in (arguments.get("headers") or {}).items()
         if name.lower() not in {"authorization", "x-schemathesis-testcaseid"} and _is_sendable(value)
     } | service.token("fuzz", ROLES)
-    sent = {
-        name: arguments[name]
-        for name in ("params", "json", "files", "data")
-        if arguments.get(name) is not None
-    }
+    names = ("params", "json", "files", "data")
+    sent = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if isinstance(sent.get("data"), (bytes, str)):
         sent["content"] = sent.pop("data")
     if "files" in sent:
@@ -107,8 +100,7 @@ def _is_sendable(value: str) -> bool:
 def _hold_to_document(service, case, response) -> None:
     documented = DOCUMENT["paths"][case.path][case.method.lower()]["responses"]
     assert str(response.status_code) in documented, (case.path, response.status_code)
-    schema = (
-        documented[str(response.status_code)].get("content", {}).get("application/json", {}).get("schema", {})
-    )
+    content = documented[str(response.status_code)].get("content", {})
+    schema = content.get("application/json", {}).get("schema", {})
     if "$ref" in schema:
         service.hold_to(schema["$ref"].rsplit("/", 1)[1], response.json())

@@ -11,9 +11,12 @@ import tempfile
 import threading
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 import pytest
+
+from tests.serve_app.erasure.erasing import path
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +72,21 @@ async def test_a_large_upload_is_in_no_file(
     assert [path for path in opened if not path.endswith((".json", ".partial", "/keys"))] == []
     assert list(tmp_path.iterdir()) == []
     answer = response.json()
-    url = f"/api/lesions/{answer['lesion_id']}/images/{answer['image_id']}"
-    original = await service.client.get(url, headers=service.token("dr"))
+    original = await service.get(path(answer))
     assert original.content == large_image
 
 
 async def _send_in_pieces(service, patient: str, image: bytes) -> Any:
-    head = (
-        f'--b\r\nContent-Disposition: form-data; name="patient_id"\r\n\r\n{patient}\r\n'
-        '--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    form = httpx.Request(
+        "POST", "http://derm", data={"patient_id": patient}, files={"image": ("a.png", image)}
     )
-    body = head.encode() + image + b"\r\n--b--\r\n"
+    body = form.read()
 
     async def pieces():
         for start in range(0, len(body), 65_536):
             yield body[start : start + 65_536]
 
-    headers = {**service.token("dr"), "Content-Type": "multipart/form-data; boundary=b"}
+    headers = {**service.token("dr"), "Content-Type": form.headers["content-type"]}
     return await service.client.post("/api/lesions", content=pieces(), headers=headers)
 
 
@@ -108,8 +109,8 @@ async def test_the_key_store_holds_no_image(service, settings) -> None:
     assert not any(service.image[2000:2064] in path.read_bytes() for path in files)
 
 
-async def test_above_the_gate_uploads_are_refused_and_nothing_is_stored(start_service, local_stages) -> None:
-    async with start_service(local_stages(), max_uploads_in_flight=3) as service:
+async def test_above_the_gate_uploads_are_refused_and_nothing_is_stored(start_service) -> None:
+    async with start_service(max_uploads_in_flight=3) as service:
         patient = await service.care()
         before = await service.counts()
         responses = await asyncio.gather(*(service.upload(patient) for _ in range(12)))

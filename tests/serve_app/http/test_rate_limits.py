@@ -9,13 +9,7 @@ import pytest
 
 from serve_app.access import rate_limit
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_address
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.serve_app.conftest import Clock
 
 
 def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
@@ -57,12 +51,9 @@ def limited(start_service, local_stages):
     return partial(start_service, local_stages())
 
 
-async def refusals(service, **detail: object) -> int:
-    count: int = await service.owner.fetchval(
-        "SELECT count(*) FROM audit_events WHERE detail @> $1::text::jsonb",
-        "{" + ", ".join(f'"{key}": "{value}"' for key, value in detail.items()) + "}",
-    )
-    return count
+async def refusals(service, client: str) -> int:
+    query = "SELECT count(*) FROM audit_events WHERE detail ->> 'client' = $1"
+    return await service.owner.fetchval(query, client)
 
 
 async def test_a_principal_that_asks_too_often_waits(limited) -> None:
@@ -88,15 +79,15 @@ async def test_a_principal_that_asks_too_often_waits(limited) -> None:
 
 async def test_strangers_cannot_flood_the_log_and_keep_nobody_out(limited) -> None:
     async with limited(unauthenticated_per_minute=5) as service:
-        before = await refusals(service, code="unauthenticated", client="127.0.0.1")
+        before = await refusals(service, "127.0.0.1")
         answers = [await service.client.get("/api/lesions") for _ in range(40)]
         codes = [answer.status_code for answer in answers]
         assert codes[:5] == [401] * 5
         assert codes.count(429) >= 30
-        after = await refusals(service, code="unauthenticated", client="127.0.0.1")
+        after = await refusals(service, "127.0.0.1")
         assert after - before == codes.count(401)
         # Whoever has a token does not wait behind who has none.
-        answer = await service.client.get("/api/references/x/image", headers=service.token("dr"))
+        answer = await service.get("/api/references/x/image")
         assert answer.status_code == 404
         await service.app.state.services.authenticator.summarise()
         (summary,) = await service.owner.fetch(
@@ -119,7 +110,7 @@ async def test_many_addresses_do_not_make_many_events(limited) -> None:
             service.hold_to_problem(answer, 401, "unauthenticated")
         after = await service.counts()
         assert after["audit_events"] - before["audit_events"] in {6, 12}  # a window may have ended meanwhile
-        assert await refusals(service, client="10.1.2.0") == 1
+        assert await refusals(service, "10.1.2.0") == 1
 
 
 @pytest.mark.parametrize(

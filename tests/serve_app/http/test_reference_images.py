@@ -30,7 +30,7 @@ async def answered(service):
 async def test_a_picture_comes_with_its_licence_and_whom_to_name(service, answered) -> None:
     case = answered["similar"][0]
     url = f"/api/references/{case['isic_id']}/image"
-    response = await service.client.get(url, headers=service.token("dr"))
+    response = await service.get(url)
     assert (response.status_code, response.content) == (200, JPEG)
     assert response.headers["Content-Type"] == "image/jpeg"
     assert 'rel="license"' in response.headers["Link"]
@@ -44,7 +44,7 @@ async def test_a_picture_comes_with_its_licence_and_whom_to_name(service, answer
 async def test_without_a_picture_or_reference_it_is_not_found(service, answered, isic_id: str | None) -> None:
     without = answered["similar"][1]
     url = f"/api/references/{isic_id or without['isic_id']}/image"
-    response = await service.client.get(url, headers=service.token("dr"))
+    response = await service.get(url)
     problem = service.hold_to_problem(response, 404, "not_found")
     assert (without["archive_url"] in problem["detail"]) == (isic_id is None)
 
@@ -54,7 +54,7 @@ async def test_what_an_answer_links_to_is_there(service, answered) -> None:
     assert {case["image_url"] for case in _cases(answered)} == {None}
     pictured = answered["similar"][0]["isic_id"]
     for url in (f"/api/lesions/{answered['lesion_id']}", f"{path(answered)}/similar"):
-        body = (await service.client.get(url, headers=service.token("dr"))).json()
+        body = (await service.get(url)).json()
         for answer in body.get("assessments", [body]):
             links = {case["isic_id"]: case["image_url"] for case in _cases(answer)}
             assert links.pop(pictured) == f"/api/references/{pictured}/image"

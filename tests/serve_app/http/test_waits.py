@@ -11,15 +11,13 @@ import pytest
 
 from serve_app.http import bodies
 from serve_app.lesions import recovery, triage
-from tests.serve_app.lesions.test_pending import Faulty, failing, recover, row_of
+from tests.serve_app.conftest import until
+from tests.serve_app.erasure.erasing import recover, row
+from tests.serve_app.lesions.conftest import AlteredStages, failing, hang
 
 HEAD = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 #: Far above what a loaded machine needs; a wait without an end fails the test here.
 PATIENCE_S = 60
-
-
-async def hang() -> None:
-    await asyncio.Event().wait()
 
 
 async def trickle(first: bytes = HEAD, every_s: float = 0.01) -> AsyncIterator[bytes]:
@@ -33,7 +31,7 @@ async def trickle(first: bytes = HEAD, every_s: float = 0.01) -> AsyncIterator[b
 async def stall(first: bytes = HEAD) -> AsyncIterator[bytes]:
     """A body that stops in the middle."""
     yield first
-    await hang()
+    await asyncio.Event().wait()
 
 
 async def send(service, body: AsyncIterator[bytes], **headers: str) -> httpx.Response:
@@ -54,27 +52,21 @@ async def send(service, body: AsyncIterator[bytes], **headers: str) -> httpx.Res
     ids=["without end", "half sent", "slow"],
 )
 async def test_a_body_that_takes_too_long_is_refused_and_frees_its_place(
-    start_service, local_stages, monkeypatch, body, bounds: dict[str, Any]
+    start_service, monkeypatch, body, bounds: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(bodies, "GRACE_S", 0.2)
-    async with start_service(local_stages(), max_uploads_in_flight=1, **bounds) as service:
-        before = await service.counts()
-        response = await send(service, body())
-        service.hold_to_problem(response, 408, "body_timeout")
-        assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
-        (event,) = await service.events(response)
-        assert (event["action"], event["outcome"]) == ("upload", "failed")
-        assert event["detail"] == {"code": "body_timeout"}
+    async with start_service(max_uploads_in_flight=1, **bounds) as service:
+        async with service.storing_nothing():
+            response = await send(service, body())
+        await service.hold_to_failure(response, 408, "body_timeout", "upload")
         assert (await service.upload(await service.care())).status_code == 201
 
 
-async def test_a_crowd_that_sends_half_of_its_bodies_stops_nobody_else(
-    start_service, local_stages, monkeypatch
-) -> None:
+async def test_a_crowd_that_sends_half_of_its_bodies_stops_nobody_else(start_service, monkeypatch) -> None:
     monkeypatch.setattr(bodies, "GRACE_S", 0.05)
     places = 4
     settings = {"body_timeout_s": 3600, "body_min_bytes_per_s": 1e-6}
-    async with start_service(local_stages(), max_uploads_in_flight=places, **settings) as service:
+    async with start_service(max_uploads_in_flight=places, **settings) as service:
         patient = await service.care()
         crowd = [
             asyncio.create_task(send(service, (trickle, stall)[n % 2](), **{"Content-Length": "20000000"}))
@@ -82,8 +74,7 @@ async def test_a_crowd_that_sends_half_of_its_bodies_stops_nobody_else(
         ]
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while len(service.app.state.services.admission._places) < places:  # noqa: ASYNC110 - the gate tells nobody
-                    await asyncio.sleep(0.01)
+                await until(lambda: len(service.app.state.services.admission._places) >= places)
                 # Moments after a body has begun, its place is not taken away.
                 while (await service.upload(patient)).status_code == 503:  # noqa: ASYNC110 - as a caller tries again
                     await asyncio.sleep(0.05)
@@ -97,8 +88,8 @@ async def test_a_crowd_that_sends_half_of_its_bodies_stops_nobody_else(
             await asyncio.gather(*crowd, return_exceptions=True)
 
 
-async def test_a_small_body_has_an_end_too(start_service, local_stages) -> None:
-    async with start_service(local_stages(), body_timeout_s=0.2) as service:
+async def test_a_small_body_has_an_end_too(start_service) -> None:
+    async with start_service(body_timeout_s=0.2) as service:
         async with asyncio.timeout(PATIENCE_S):
             response = await service.client.post(
                 "/api/emergency-access", content=stall(b"{"), headers=service.token("dr")
@@ -110,28 +101,26 @@ async def test_a_prepare_that_hangs_is_an_error_and_stores_nothing(
     start_service, local_stages, monkeypatch
 ) -> None:
     monkeypatch.setattr(triage, "PREPARE_S", 0.2)
-    async with start_service(Faulty(local_stages(), "prepare", hang, calls={1})) as service:
+    async with start_service(AlteredStages(local_stages(), "prepare", hang, calls={1})) as service:
         patient = await service.care()
-        before = await service.counts()
-        async with asyncio.timeout(PATIENCE_S):
+        async with service.storing_nothing(), asyncio.timeout(PATIENCE_S):
             response = await service.upload(patient)
         service.hold_to_problem(response, 503, "stage_failed")
         assert int(response.headers["retry-after"]) > 0
-        assert await service.counts() == {**before, "audit_events": before["audit_events"] + 1}
 
 
 @pytest.mark.parametrize("stage", ["prepare", "conclude"])
 async def test_a_stage_that_hangs_holds_up_no_recovery_for_good(
     start_service, local_stages, monkeypatch, stage: str
 ) -> None:
-    failed_uploads = Faulty(local_stages(), "classify", failing(ValueError()), calls={1, 2})
+    failed_uploads = AlteredStages(local_stages(), "classify", failing(ValueError()), calls={1, 2})
     seen = {"prepare": {3}, "conclude": {1}}[stage]
     monkeypatch.setattr(recovery, "ATTEMPT_S", 3.0)
-    async with start_service(Faulty(failed_uploads, stage, hang, calls=seen)) as service:
+    async with start_service(AlteredStages(failed_uploads, stage, hang, calls=seen)) as service:
         uploads = [await service.upload(await service.care()) for _ in range(2)]
         assert [response.status_code for response in uploads] == [202, 202]
         async with asyncio.timeout(PATIENCE_S):
             assert await recover(service) == 1
             assert await recover(service) == 1
         for response in uploads:
-            assert (await row_of(service, response))["outcome"] != "pending"
+            assert (await row(service, response.json()))["outcome"] != "pending"

@@ -106,15 +106,9 @@ class Vault:
 
     def make_key(self, name: str, *, kind: str = "aes256-gcm96", derived: bool = False) -> None:
         """Add a key with one version."""
-        self.keys[name] = {
-            "name": name,
-            "type": kind,
-            "derived": derived,
-            "versions": {1: os.urandom(32)},
-            "min_decryption_version": 1,
-            "min_encryption_version": 0,
-            "min_available_version": 0,
-        }
+        oldest = {"min_decryption_version": 1, "min_encryption_version": 0, "min_available_version": 0}
+        made = {"name": name, "type": kind, "derived": derived, "versions": {1: os.urandom(32)}}
+        self.keys[name] = made | oldest
 
     def fault(self, status: int) -> dict[str, Any]:
         return {"errors": ["Vault is sealed" if status == 503 else f"fault {status}"]}
@@ -171,9 +165,7 @@ class Vault:
     def _trim(self, key: dict[str, Any], body: dict[str, Any]) -> None:
         oldest = body["min_available_version"]
         if not key["min_encryption_version"]:
-            raise ValueError(
-                "minimum available version cannot be set when minimum encryption version is not set"
-            )
+            raise ValueError("minimum available version cannot be set before minimum encryption version")
         if oldest > min(key["min_encryption_version"], key["min_decryption_version"], max(key["versions"])):
             raise ValueError("minimum available version cannot be greater than the others")
         key["min_available_version"] = oldest
@@ -247,13 +239,9 @@ class Kms:
     def _describe(self, body: dict[str, Any]) -> dict[str, Any]:
         key = self._key(body)
         state = "Enabled" if key["enabled"] else "Disabled"
-        metadata = {
-            "KeyId": key["id"],
-            "Arn": _ACCOUNT + key["id"],
-            "Enabled": key["enabled"],
-            "KeyState": state,
-        }
-        return {"KeyMetadata": {**metadata, "KeySpec": key["spec"], "KeyUsage": "ENCRYPT_DECRYPT"}}
+        metadata = {"KeyId": key["id"], "Arn": _ACCOUNT + key["id"], "Enabled": key["enabled"]}
+        usage = {"KeyState": state, "KeySpec": key["spec"], "KeyUsage": "ENCRYPT_DECRYPT"}
+        return {"KeyMetadata": metadata | usage}
 
     def _encrypt(self, body: dict[str, Any]) -> dict[str, Any]:
         key, nonce = self._enabled(body), os.urandom(12)

@@ -30,15 +30,10 @@ def test_the_frame_is_the_documented_one() -> None:
     material, key_id = os.urandom(32), uuid4()
     key = DataKey(key_id, material, spent=False)
     sealed = seal(b"image", data_key=key, binding=BINDING)
-    assert sealed[:4] == b"DERM"
-    assert sealed[4] == 1
-    assert sealed[5:21] == key_id.bytes
+    assert sealed[:21] == b"DERM\x01" + key_id.bytes
     nonce, ciphertext = sealed[21:33], sealed[33:]
-    aad = b"DERM\x01"
-    aad += b"\x00\x00\x00\x10" + BINDING.image_id.bytes
-    aad += b"\x00\x00\x00\x09" + b"patient-1"
-    aad += b"\x00\x00\x00\x0a" + b"image/jpeg"
-    aad += b"\x00\x00\x00\x10" + key_id.bytes
+    aad = b"DERM\x01\x00\x00\x00\x10" + BINDING.image_id.bytes + b"\x00\x00\x00\x09patient-1"
+    aad += b"\x00\x00\x00\x0aimage/jpeg\x00\x00\x00\x10" + key_id.bytes
     assert AESGCM(material).decrypt(nonce, ciphertext, aad) == b"image"
 
 

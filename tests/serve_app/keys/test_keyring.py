@@ -49,17 +49,13 @@ def test_the_first_start_makes_a_private_keyring_and_the_second_keeps_it(keys: P
 @pytest.mark.parametrize(
     ("name", "wider"), [("keyring.json", 0o604), ("keyring.json", 0o620), (".", 0o701), (".", 0o710)]
 )
-def test_a_keyring_or_folder_open_to_others_is_refused(
-    keys: Path, keyring: FileKeyring, name: str, wider: int
-) -> None:
+def test_a_keyring_or_folder_open_to_others_is_refused(keys, keyring, name: str, wider: int) -> None:
     (keys / name).chmod(wider)
     with pytest.raises(IntegrityError, match="chmod go-rwx"):
         FileKeyring(keys / "keyring.json")
 
 
-def test_a_keyring_of_another_user_is_refused(
-    keys: Path, keyring: FileKeyring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keyring_of_another_user_is_refused(keys, keyring, monkeypatch) -> None:
     if os.geteuid() == 0:
         os.chown(keys / "keyring.json", 65534, 65534)
     else:  # only root can give a file away; anyone can be somebody else than its owner
@@ -68,20 +64,24 @@ def test_a_keyring_of_another_user_is_refused(
         FileKeyring(keys / "keyring.json")
 
 
+_SOUND = b"c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"null",
-        b"{}",
-        b'{"current": 1, "keys": {}}',
-        b'{"keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 2, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"one": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZQ=="}}',
-        b'{"current": 1, "keys": {"1": "!c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
-        b'{"current": 1, "keys": {"1": 7}}',
-        b'{"current": null, "keys": {"1": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I="}}',
+        *(b"", b"null", b"{}", b'{"keys": {"1": "%s"}}' % _SOUND),
+        *(b'{"current": %s, "keys": {"1": "%s"}}' % (current, _SOUND) for current in (b"2", b"null")),
+        *(
+            b'{"current": 1, "keys": {%s}}' % keys
+            for keys in (
+                b"",
+                b'"one": "%s"' % _SOUND,
+                b'"1": "c2VjcmV0LXNlY3JldC1zZQ=="',
+                b'"1": "!%s"' % _SOUND,
+                b'"1": 7',
+            )
+        ),
     ],
 )
 def test_a_damaged_keyring_is_refused_kept_and_not_quoted(keys: Path, content: bytes) -> None:

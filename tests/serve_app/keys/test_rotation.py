@@ -11,14 +11,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from serve_app.domain.errors import (
-    Conflict,
-    DataKeyMissing,
-    IntegrityError,
-    KeyProviderUnavailable,
-    NotFound,
-    RecordsUnavailable,
-)
+from serve_app.domain import errors
+from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
 from serve_app.keys.envelope import seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import DestroyedKey, KeyStore, look_into
@@ -92,7 +86,7 @@ def test_a_key_shredded_while_others_are_rewrapped_stays_gone(store, keyring, mo
 
     monkeypatch.setattr(store.checks, "wrap", shred_then_wrap)
     store.rewrap()
-    with pytest.raises(DataKeyMissing):
+    with pytest.raises(errors.DataKeyMissing):
         store.open_image(sealed, BINDING)
 
 
@@ -116,7 +110,7 @@ def test_rewrapping_counts_towards_the_bound(store, keyring, keys) -> None:
     sealed_images(store, 3)
     keyring.rotate()
     sqlite(keys / "keystore.sqlite", "INSERT INTO wrap_counts VALUES (2, 2147483647)")
-    with pytest.raises(RecordsUnavailable, match="rotate it"):
+    with pytest.raises(errors.RecordsUnavailable, match="rotate it"):
         store.rewrap()
     # All or nothing: the three are under the old key, none half way.
     assert versions(store)[1] == 3
@@ -161,9 +155,7 @@ def test_a_foreign_keyring_wraps_nothing(store, keys, tmp_path, foreign, rotated
         assert [again.load(key.id).id for key in made] == [key.id for key in made]
 
 
-def test_a_keyring_from_before_a_rotation_wraps_nothing(
-    store: KeyStore, keyring: FileKeyring, keys: Path
-) -> None:
+def test_a_keyring_from_before_a_rotation_wraps_nothing(store, keyring, keys) -> None:
     before = (keys / "keyring.json").read_bytes()
     keyring.rotate()
     store.checks.verify()
@@ -177,9 +169,7 @@ def test_a_keyring_from_before_a_rotation_wraps_nothing(
     assert store.load(store.create().id)
 
 
-def test_the_first_start_settles_whose_store_it_is_and_before_that_did_the_newest_key(
-    store: KeyStore, keys: Path, foreign: FileKeyring
-) -> None:
+def test_the_first_start_settles_whose_store_it_is(store, keys, foreign) -> None:
     """Stores from before there were checks are known by it."""
     assert count_keys(keys / "keystore.sqlite") == 0
     for _ in range(2):

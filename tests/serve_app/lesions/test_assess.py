@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.version import service_version
-from tests.serve_app.erasure.erasing import row, uploaded
+from tests.serve_app.erasure.erasing import followed, row, uploaded
 
 STAGES = {"preprocess", "classifier", "embedder", "retriever", "risk", "store", "total"}
 
@@ -87,9 +86,8 @@ async def test_what_is_asked_to_be_shown_changes_nothing_that_is_concluded(servi
         answer = await uploaded(service, image=image, params=params)
         shown = [case["copyright_license"] for case in answer["similar"]]
         allowed = params.get("licence", ["CC-0", "CC-BY", "CC-BY-NC"])
-        there = await service.owner.fetchval(
-            "SELECT count(*) FROM reference_images WHERE copyright_license = ANY($1)", allowed
-        )
+        query = "SELECT count(*) FROM reference_images WHERE copyright_license = ANY($1)"
+        there = await service.owner.fetchval(query, allowed)
         assert len(shown) == min(params.get("top_k", 10), there)
         assert set(shown) <= set(allowed)
         concluded.append({part: answer[part] for part in ("outcome", "reasons", "risk", "neighbours")})
@@ -103,11 +101,11 @@ async def test_only_confirmed_references_are_shown_when_asked_for(service) -> No
     confirmed = [tuple(row) for row in await service.owner.fetch(query, nearest)]
 
     async def note(cases: list[tuple[str, str | None]]) -> None:
+        image = "UPDATE reference_images SET diagnosis_confirm_type = $2 WHERE isic_id = $1"
+        vector = "UPDATE reference_embeddings SET confirmed = $2 WHERE isic_id = $1"
         for isic_id, kind in cases:
-            query = "UPDATE reference_images SET diagnosis_confirm_type = $2 WHERE isic_id = $1"
-            await service.owner.execute(query, isic_id, kind)
-            query = "UPDATE reference_embeddings SET confirmed = $2 WHERE isic_id = $1"
-            await service.owner.execute(query, isic_id, bool(kind))
+            await service.owner.execute(image, isic_id, kind)
+            await service.owner.execute(vector, isic_id, bool(kind))
 
     await note([(isic_id, None) for isic_id in nearest])
     every = (await service.upload(patient, params={"confirmed": "false"})).json()
@@ -125,8 +123,7 @@ async def test_only_confirmed_references_are_shown_when_asked_for(service) -> No
 
 async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:
     first = await uploaded(service)
-    patient = first["patient_id"]
-    second = (await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=first["lesion_id"])).json()
+    second = await followed(service, first, image=drawn_lesion(seed=3))
     service.hold_to("AssessmentDocument", second)
     assert second["lesion_id"] == first["lesion_id"]
     change = second["change"]
@@ -137,21 +134,10 @@ async def test_a_follow_up_says_what_changed(service, drawn_lesion) -> None:
     # Among the known eight: doubt about one of the images must not look like a change.
     moved = now["MEL"] / (1 - now["UNK"]) - then["MEL"] / (1 - then["UNK"])
     assert change["melanoma_probability_delta"] == pytest.approx(moved, abs=1e-9)
-    same = await service.upload(patient, image=drawn_lesion(seed=3), lesion_id=first["lesion_id"])
+    same = (await followed(service, first, image=drawn_lesion(seed=3)))["change"]
     # The stored embedding is of half precision.
-    assert same.json()["change"]["similarity"] == pytest.approx(1, abs=2e-3)
-    assert same.json()["change"]["melanoma_probability_delta"] == pytest.approx(0, abs=1e-6)
-
-
-async def test_the_answer_does_not_depend_on_company(service, drawn_lesion) -> None:
-    images = [drawn_lesion(seed=seed) for seed in range(3)]
-    patient = await service.care()
-    alone = [(await service.upload(patient, image=image)).json() for image in images]
-    responses = await asyncio.gather(*(service.upload(patient, image=image) for image in images))
-    assert [response.status_code for response in responses] == [201] * 3
-    for one, other in zip(alone, responses, strict=True):
-        expected = one["classification"]["probabilities"]
-        assert other.json()["classification"]["probabilities"] == pytest.approx(expected, abs=1e-6)
+    assert same["similarity"] == pytest.approx(1, abs=2e-3)
+    assert same["melanoma_probability_delta"] == pytest.approx(0, abs=1e-6)
 
 
 async def test_one_upload_leaves_one_row_in_each_place(service) -> None:
@@ -160,13 +146,8 @@ async def test_one_upload_leaves_one_row_in_each_place(service) -> None:
     response = await service.upload(patient)
     after = await service.counts()
     added = {table: after[table] - before[table] for table in before if after[table] != before[table]}
-    assert added == {
-        "lesions": 1,
-        "lesion_images": 1,
-        "lesion_embeddings": 1,
-        "assessments": 1,
-        "audit_events": 2,
-    }
+    once = ("lesions", "lesion_images", "lesion_embeddings", "assessments")
+    assert added == {**dict.fromkeys(once, 1), "audit_events": 2}
     upload, classify = await service.events(response)
     answer = response.json()
     for event in (upload, classify):
@@ -192,7 +173,7 @@ async def test_a_black_image_is_refused_and_kept(service, black) -> None:
     assert answer["similar"] == []
     assert all(answer["provenance"].values())
     assert [event["action"] for event in await service.events(response)] == ["upload", "classify"]
-    seen = (await service.client.get(response.headers["location"], headers=service.token("dr"))).json()
+    seen = (await service.get(response.headers["location"])).json()
     assert answer.pop("open_demand") is seen["open_demand"] is None
     assert seen["assessments"] == [answer]
     assert (await service.replay(answer)).json()["verdict"] == "identical"

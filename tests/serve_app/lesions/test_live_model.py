@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 import shutil
 import tomllib
@@ -16,16 +17,11 @@ from model_store.manifest import MANIFEST_NAME
 from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict, ModelContractError, StageFailed
 from serve_app.lesions.live_model import PERIOD_S, LiveModelWatch
+from serve_app.records import serving
 from serve_app.records.pool import open_pool
-from serve_app.records.serving import (
-    REPORT_EVERY_S,
-    LiveModel,
-    announced,
-    live_model,
-    publish,
-    publish_when_ready,
-)
+from serve_app.records.serving import LiveModel, live_model, publish, publish_when_ready
 from serve_app.worker import Worker, every
+from tests.serve_app.conftest import until
 
 
 @pytest.fixture
@@ -81,28 +77,16 @@ async def running(watch: LiveModelWatch):
     """Let a watch work in the background, as an ingress replica does."""
     loops = {
         "live_model": every(PERIOD_S, watch.follow, first_after_s=0),
-        "replica_report": every(REPORT_EVERY_S, watch.report, first_after_s=0, last=watch.leave),
+        "replica_report": every(serving.REPORT_EVERY_S, watch.report, first_after_s=0, last=watch.leave),
     }
     async with Worker().running(loops):
         yield
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.05)
-
-
 def published(store: Path, shipped: str, **changes: str) -> LiveModel:
     model = ModelStore(store).open(shipped)
-    values = {
-        "model_id": shipped,
-        "model_digest": model.digest,
-        "embedding_space": model.manifest.live_space.embedding_space,
-    }
-    return LiveModel(**{**values, **changes})
+    found = LiveModel(shipped, model.digest, model.manifest.live_space.embedding_space)
+    return replace(found, **changes)
 
 
 @pytest.fixture
@@ -206,7 +190,7 @@ async def test_a_candidate_is_ready_in_every_stage_before_the_row_flips(
         assert await live_model(pool) == new
         await until(lambda: stages.asked[-1] == (next_id,))
         assert await watch.current() == new
-    assert await announced(pool) is None
+    assert await serving.announced(pool) is None
     assert await pool.fetchval("SELECT count(*) FROM serving_replicas") == 0
 
 

@@ -85,13 +85,9 @@ async def queue(new_database, admission, assessment, event, pms, client) -> Asyn
     async def finish(encounter_id: str | None, **changed: object) -> UUID:
         new = admission(encounter_id=encounter_id, patient_id="patient")
         await lesions.admit(new)
-        await lesions.complete(
-            new.assessment_id,
-            assessment(**changed),
-            embedding_space=SPACE,
-            event=event("classify", assessment_id=new.assessment_id),
-            message_id=new_id(),
-        )
+        named = {"embedding_space": SPACE, "message_id": new_id()}
+        done = event("classify", assessment_id=new.assessment_id)
+        await lesions.complete(new.assessment_id, assessment(**changed), event=done, **named)
         return new.assessment_id
 
     def delivery(**changed: object) -> Delivery:

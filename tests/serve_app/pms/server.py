@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 import uvicorn
 
 TOKEN = "the PMS's token"
+IDS = ("assessment_id", "patient_id", "encounter_id")
 
 
 class PmsServer:
@@ -74,17 +75,20 @@ class PmsServer:
         return app
 
     async def _patient(self, request: Request, patient_id: str) -> Response:
-        if (failed := await self._fail(request)) is not None:
-            return failed
-        found = self.patients.get(patient_id)
-        return JSONResponse(found or {"patient_id": patient_id}, 200 if found else 404)
+        return await self._look_up(request, {"patient_id": patient_id}, self.patients.get(patient_id))
 
     async def _encounter(self, request: Request, encounter_id: str) -> Response:
-        if (failed := await self._fail(request)) is not None:
-            return failed
         owner = self.encounters.get(encounter_id)
-        body = {"encounter_id": encounter_id} | ({"patient_id": owner} if owner else {})
-        return JSONResponse(body, 200 if owner else 404)
+        found = {"patient_id": owner} if owner else None
+        return await self._look_up(request, {"encounter_id": encounter_id}, found)
+
+    async def _look_up(
+        self, request: Request, asked: dict[str, str], found: dict[str, Any] | None
+    ) -> Response:
+        self.asked.append(request.url.path)
+        if (fault := self.fault(request)) is not None:
+            return await self._answer_with(fault)
+        return JSONResponse(asked | (found or {}), 200 if found else 404)
 
     async def _assessment(self, request: Request, encounter_id: str) -> Response:
         body = json.loads(await request.body())
@@ -102,11 +106,6 @@ class PmsServer:
             return Lost()
         return JSONResponse({"assessment_id": body["assessment_id"]}, 201)
 
-    async def _fail(self, request: Request) -> Response | None:
-        self.asked.append(request.url.path)
-        fault = self.fault(request)
-        return None if fault is None else await self._answer_with(fault)
-
     async def _answer_with(self, fault: str) -> Response:
         if fault == "slow":
             await asyncio.sleep(self.slow_s)
@@ -115,9 +114,7 @@ class PmsServer:
             "500": lambda: JSONResponse({"detail": "internal"}, 500),
             "404": lambda: JSONResponse({"message": "no Route matched"}, 404),
             "page": lambda: PlainTextResponse("<html>Please log in</html>", 200),
-            "wrong": lambda: JSONResponse(
-                {"assessment_id": "another", "patient_id": "another", "encounter_id": "another"}, 200
-            ),
+            "wrong": lambda: JSONResponse(dict.fromkeys(IDS, "another"), 200),
             "drop": Lost,
         }
         return answers[fault]()

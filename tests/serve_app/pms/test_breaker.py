@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.pms.client import CircuitBreaker, State
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.serve_app.conftest import Clock
 
 
 @pytest.fixture

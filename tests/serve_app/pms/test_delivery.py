@@ -31,12 +31,7 @@ async def test_a_finished_assessment_is_posted_with_what_the_answer_carries(queu
     assert {"risk", "similar", "neighbours", "change", "provenance", "reasons", "quality"} <= set(body)
     assert {"image", "sealed", "embedding"}.isdisjoint(body)
     (event,) = await queue.owner.fetch("SELECT * FROM audit_events WHERE action = 'disclose'")
-    assert event["detail"] == {
-        "recipient": "pms",
-        "outcome": "review",
-        "attempts": 1,
-        "purpose": "HOPERAT",
-    }
+    assert event["detail"] == {"recipient": "pms", "outcome": "review", "attempts": 1, "purpose": "HOPERAT"}
     assert (event["patient_id"], event["assessment_id"], event["request_id"]) == ("patient", finished, key)
     assert await queue.delivery().deliver_due() == 0
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import pytest
@@ -40,9 +41,8 @@ def admission(admission, keys) -> Callable[..., Admission]:
 
     def make(**overrides: object) -> Admission:
         image_id = uuid4()
-        sealed = seal(
-            b"image", data_key=keys.create(), binding=ImageBinding(image_id, "patient", "image/png")
-        )
+        binding = ImageBinding(image_id, "patient", "image/png")
+        sealed = seal(b"image", data_key=keys.create(), binding=binding)
         return admission(image_id=image_id, sealed=sealed, **overrides)
 
     return make
@@ -136,9 +136,7 @@ async def test_the_erasure_of_what_is_pending_or_failed_is_told(queue, pms, eras
     assert [body["outcome"] for _, body in pms.kept["e-2"]] == ["failed", "erased"]
 
 
-async def test_nothing_is_told_where_it_is_switched_off_or_names_no_encounter(
-    queue, eraser, keys, admission, event
-) -> None:
+async def test_nothing_is_told_where_nobody_is_to_be(queue, eraser, keys, admission, event) -> None:
     silent = Eraser(ErasureStore(queue.outbox._pool), keys)
     await erase(queue, silent, await queue.finish("e-1"))
     await erase(queue, eraser, await queue.finish(None))
@@ -158,22 +156,16 @@ async def test_what_is_erased_before_it_was_told_is_told_once_and_as_erased(queu
     hold_to_nothing_found(body)
 
 
-async def test_an_accepted_erasure_is_told_with_its_receipt_and_not_before(
-    queue, pms, eraser, monkeypatch
-) -> None:
+async def test_an_accepted_erasure_is_told_with_its_receipt(queue, pms, eraser, monkeypatch) -> None:
     finished = await queue.finish("e-1")
-    with monkeypatch.context() as patch:
-        patch.setattr(eraser._keys, "destroy", _unavailable)
-        erasure, _ = await eraser.erase(await request_of(queue, finished))
+    monkeypatch.setattr(eraser.keys, "destroy", Mock(side_effect=RecordsUnavailable))
+    erasure, _ = await eraser.erase(await request_of(queue, finished))
+    monkeypatch.undo()
     assert erasure.receipt is None
     assert (await queue.outbox.counts()).waiting == 0
     assert await eraser.finish_accepted(older_than_s=0) == 1
     await queue.drain(queue.delivery())
     assert [key for key, _ in pms.kept["e-1"]] == [str(erasure.receipt_id)]
-
-
-def _unavailable(_key: object) -> None:
-    raise RecordsUnavailable
 
 
 @pytest.mark.parametrize("delivered_before", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from serve_app.domain.errors import StageFailed
 from serve_app.lesions.recovery import FAILED_AFTER_TRIES
 from serve_app.pms import delivery
 from serve_app.settings import Settings
-from tests.serve_app.erasure.erasing import change, damage, erase
-from tests.serve_app.lesions.test_pending import Faulty, failing, recover
+from tests.serve_app.conftest import until
+from tests.serve_app.erasure.erasing import change, damage, erase, recover
+from tests.serve_app.lesions.conftest import AlteredStages, failing
 from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
 
 
@@ -42,9 +42,9 @@ def ties(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-async def tied(start_service, local_stages, ties, _at_once) -> AsyncIterator:
+async def tied(start_service, ties, _at_once) -> AsyncIterator:
     """The service over all five real stages, with a PMS."""
-    async with start_service(local_stages(), **ties) as service:
+    async with start_service(**ties) as service:
         yield service
 
 
@@ -65,9 +65,7 @@ def factors(answer: dict) -> dict[str, str]:
 
 
 async def told(pms: PmsServer, encounter: str, count: int = 1) -> list[dict]:
-    async with asyncio.timeout(30):
-        while len(pms.kept.get(encounter, [])) < count:  # noqa: ASYNC110 - another process would look as well
-            await asyncio.sleep(0.02)
+    await until(lambda: len(pms.kept.get(encounter, [])) >= count, within_s=30)
     return [body for _, body in pms.kept[encounter]]
 
 
@@ -84,12 +82,9 @@ async def test_the_record_is_weighed_and_the_encounter_is_told(tied, pms) -> Non
     del answer["open_demand"]  # of the lesion, in the answer to the upload alone
     assert await told(pms, f"e-{patient}") == [answer]
     query = "SELECT count(*) FROM audit_events WHERE action = 'disclose' AND assessment_id = $1::text::uuid"
-    async with asyncio.timeout(10):
-        while (disclosed := await tied.owner.fetchval(query, answer["assessment_id"])) == 0:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.02)
-    assert disclosed == 1
+    assert await until(lambda: tied.owner.fetchval(query, answer["assessment_id"]), within_s=10) == 1
     assert (await tied.client.get("/readyz")).json()["outbox"]["dead"] == 0
-    seen = await tied.client.get(response.headers["location"], headers=tied.token("dr"))
+    seen = await tied.get(response.headers["location"])
     assert seen.json()["assessments"] == [answer]
 
 
@@ -109,11 +104,9 @@ async def test_an_encounter_of_another_is_refused_and_nothing_is_stored(tied, pm
 
 
 @pytest.mark.parametrize("fault", ["slow", "drop"])
-async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
-    start_service, local_stages, ties, pms, fault
-) -> None:
+async def test_a_pms_in_trouble_does_not_hold_up_the_upload(start_service, ties, pms, fault) -> None:
     pms.fault = lambda request: fault if request.method == "GET" else None
-    async with start_service(local_stages(), **ties | {"pms_timeout_s": 0.5}) as service:
+    async with start_service(**ties | {"pms_timeout_s": 0.5}) as service:
         patient = await service.care()
         pms.register(patient, f"e-{patient}", history={"personal_melanoma": True})
         response = await service.upload(patient, encounter_id=f"e-{patient}", age_approx="70")
@@ -127,7 +120,7 @@ async def test_a_pms_in_trouble_does_not_hold_up_the_upload(
 async def test_what_is_recovered_fails_or_is_erased_is_told_too(
     start_service, local_stages, ties, pms
 ) -> None:
-    stages = Faulty(local_stages(), "classify", failing(StageFailed()), calls={1, 2})
+    stages = AlteredStages(local_stages(), "classify", failing(StageFailed()), calls={1, 2})
     async with start_service(stages, **ties) as service:
         patient, other = await service.care(), await service.care()
         pms.register(patient, f"e-{patient}", history={"immunosuppression": True})

@@ -8,7 +8,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from serve_app.records.migrate import MIGRATIONS, SchemaMismatch, migrate, pending, read_migrations
+from serve_app.records.migrate import (
+    BASELINE,
+    MIGRATIONS,
+    SchemaMismatch,
+    migrate,
+    pending,
+    read_migrations,
+)
 
 
 @pytest.fixture
@@ -80,7 +87,37 @@ async def test_changed_missing_and_passed_over_files_are_refused(empty, copied: 
         await pending(empty.owner, directory=copied)
 
 
-@pytest.mark.parametrize("name", ["1_short.sql", "0001_again.sql", "0009-dash.sql"])
+STEPS = "INSERT INTO schema_migrations SELECT n, format('%s_step', n), 'x' FROM generate_series(1, {}) AS n"
+
+
+@pytest.mark.parametrize(("through", "left"), [(BASELINE, 4), (18, 0)])
+async def test_a_database_made_step_by_step_counts_as_having_the_baseline(
+    empty, copied: Path, through: int, left: int
+) -> None:
+    """And goes on from there; what came later is compared as ever."""
+    later = [migration.name for migration in read_migrations(copied) if migration.version > through]
+    for name in later:
+        (copied / f"{name}.sql").unlink()
+    await migrate(empty.owner, application_role=None, directory=copied)
+    await _fetch(empty.owner, "DELETE FROM schema_migrations WHERE version < 15")
+    await _fetch(empty.owner, STEPS.format(BASELINE))
+    assert await migrate(empty.owner, application_role="derm_app") == later
+    assert len(later) == left
+    assert await pending(empty.owner) == []
+    await _fetch(empty.owner, "UPDATE schema_migrations SET sha256 = 'x' WHERE version = 15")
+    with pytest.raises(SchemaMismatch, match="0015_failures has changed"):
+        await pending(empty.owner)
+
+
+async def test_a_database_that_stopped_below_the_baseline_is_told_what_to_do(empty) -> None:
+    await migrate(empty.owner, application_role=None)
+    await _fetch(empty.owner, "DELETE FROM schema_migrations")
+    await _fetch(empty.owner, STEPS.format(BASELINE - 1))
+    with pytest.raises(SchemaMismatch, match=r"at 13_step.*start it once with an earlier build"):
+        await migrate(empty.owner, application_role="derm_app")
+
+
+@pytest.mark.parametrize("name", ["1_short.sql", "0014_again.sql", "0009-dash.sql"])
 def test_misnamed_files_are_refused(copied: Path, name: str) -> None:
     (copied / name).write_text("SELECT 1;")
     with pytest.raises(SchemaMismatch):

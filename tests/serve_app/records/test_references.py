@@ -182,11 +182,9 @@ async def test_loading_again_updates_and_reaches_other_spaces(
 async def test_bad_references_are_refused_whole(owner_pool, references, loaded, unit_vectors) -> None:
     images, vectors = loaded
     store = ReferenceStore(owner_pool)
-    unlicensed = [images[0], replace(images[1], copyright_license="")]
-    with pytest.raises(Conflict):
-        await store.load(unlicensed, vectors[:2], embedding_space="bad")
-    with pytest.raises(Conflict):
-        await store.load([replace(images[0], diagnosis=Diagnosis.UNK)], vectors[:1], embedding_space="bad")
+    for bad in ({"copyright_license": ""}, {"copyright_license": "CC-BY-SA"}, {"diagnosis": Diagnosis.UNK}):
+        with pytest.raises(Conflict):
+            await store.load([images[0], replace(images[1], **bad)], vectors[:2], embedding_space="bad")
     for wrong in (vectors[:2], vectors[:1] * 2, np.full((1, 512), np.nan, np.float32)):
         with pytest.raises(ValueError, match="mbeddings"):
             await store.load(images[:1], wrong, embedding_space="bad")

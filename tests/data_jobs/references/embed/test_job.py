@@ -23,12 +23,11 @@ from data_jobs.references.embed.pipeline import EmbedImages, PrepareImages, Targ
 from data_jobs.references.embed.resources import Resources
 from data_jobs.references.load import publish_space, verify_space
 from deployments.preprocess.pixels import InputGeometry
-from model_store.registry import ModelStore
 from serve_app.domain.errors import Conflict
-from serve_app.records.pool import open_pool
 from serve_app.records.references import ReferenceCache
 from serve_app.records.serving import live_model
 from serve_app.settings import REPOSITORY
+from tests.pools import connected
 
 IMAGES, BAD = 64, (7, 8)
 
@@ -80,10 +79,9 @@ async def resumed(folder, new_database, models, model_id):
 
 
 async def test_killed_and_started_again_every_image_is_in_the_space_or_has_a_cause(
-    resumed, folder, model_id, models
+    resumed, folder, model, models
 ) -> None:
     urls, before, report, said, _ = resumed
-    model = ModelStore(models).open(model_id)
     space = model.manifest.live_space.embedding_space
     assert 0 < before < IMAGES - len(BAD)
     assert report["found"] >= before
@@ -93,20 +91,17 @@ async def test_killed_and_started_again_every_image_is_in_the_space_or_has_a_cau
     assert f"{IMAGES} of {IMAGES} images (100.0 %)" in said
     # Bit by bit what one process without Ray makes of them.
     prepare = PrepareImages(folder, InputGeometry.from_manifest(model.manifest.input), pictures=False)
-    embed = EmbedImages(Target(models, model_id, space), Resources(actors=1), prepare)
+    embed = EmbedImages(Target(models, model.manifest.model_id, space), Resources(actors=1), prepare)
     rows = embed(catalogue_table(read_catalogue(folder))).to_pylist()
     assert await stored(urls.owner) == {
         row["isic_id"]: np.frombuffer(row["embedding"], np.float32).astype(np.float16).tobytes()
         for row in rows
         if row["embedding"] is not None
     }
-    pool = await open_pool(urls.owner, minimum=0, maximum=1)
-    try:
+    async with connected(urls.owner) as pool:
         (summary,) = await ReferenceCache(pool).spaces()
         assert summary.completed_at is not None
         assert await pool.fetchval("SELECT count(*) FROM reference_pictures") == IMAGES - len(BAD)
-    finally:
-        await pool.close()
 
 
 def test_the_owners_password_is_in_nothing_that_ray_writes(resumed) -> None:
@@ -118,19 +113,15 @@ def test_the_owners_password_is_in_nothing_that_ray_writes(resumed) -> None:
     assert password not in f"{report}{said}"
 
 
-async def test_a_space_is_verified_before_its_model_answers_in_it(resumed, folder, models, model_id) -> None:
+async def test_a_space_is_verified_before_its_model_answers_in_it(resumed, folder, models, model) -> None:
     urls, *_ = resumed
-    model = ModelStore(models).open(model_id)
-    pool = await open_pool(urls.owner, minimum=0, maximum=2, timeout_s=20)
-    try:
+    async with connected(urls.owner) as pool:
         checks = {check.name: check for check in await verify_space(pool, model, folder=folder)}
         assert {name for name, check in checks.items() if not check.passed} == {"failures"}
         assert checks["failures"].found == "3.12% failed; 1% may"
         with pytest.raises(Conflict, match="must not answer: failures"):
-            await publish_space(pool, models, model_id)
+            await publish_space(pool, models, model.manifest.model_id)
         assert await live_model(pool) is None
-    finally:
-        await pool.close()
 
 
 def test_what_cannot_run_says_why(models, model_id, tmp_path, monkeypatch, capsys) -> None:
@@ -145,9 +136,6 @@ def test_what_cannot_run_says_why(models, model_id, tmp_path, monkeypatch, capsy
 
 async def stored(dsn: str) -> Mapping[str, bytes]:
     """Every vector of the database, bit by bit."""
-    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=20)
-    try:
+    async with connected(dsn) as pool:
         rows = await pool.fetch("SELECT isic_id, embedding FROM reference_embeddings")
         return {row["isic_id"]: row["embedding"].to_numpy().tobytes() for row in rows}
-    finally:
-        await pool.close()

@@ -34,17 +34,12 @@ from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from model_store.registry import ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError
-from serve_app.records.pool import open_pool
 from serve_app.records.references import FailedReference, ReferenceCache
 from tests.data_jobs.references.conftest import reference_image
+from tests.pools import connected
 
 ONE = Resources(actors=1)
 IMAGES = 6
-
-
-@pytest.fixture(scope="module")
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +149,12 @@ async def filled(make_folder, new_database, target):
     folder, urls = make_folder(IMAGES), await new_database()
     images = [reference_image(entry) for entry in read_catalogue(folder)]
     model = ModelStore(target.models).open(target.model_id)
-    pool = await open_pool(urls.owner, minimum=0, maximum=1, timeout_s=20)
-    try:
+    async with connected(urls.owner) as pool:
         cache = ReferenceCache(pool)
         await cache.begin(identify_embedder(model, space_spec(model, None)), expected=IMAGES)
         lost = FailedReference("ISIC_9999999", "undecodable_image", "another folder's")
         vectors = np.eye(IMAGES, 512, dtype=np.float32)
         await cache.take_in(target.embedding_space, images, vectors, failures=[lost])
-    finally:
-        await pool.close()
     return folder, urls.owner
 
 
@@ -179,15 +171,12 @@ async def test_an_image_of_the_folder_that_failed_is_counted_once(filled, target
     folder, dsn = filled
     names = {entry.isic_id for entry in read_catalogue(folder)}
     lost = FailedReference(min(names), "altered", "its picture is away, its vector is there")
-    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=20)
-    try:
+    async with connected(dsn) as pool:
         cache, space = ReferenceCache(pool), target.embedding_space
         await cache.take_in(space, [], np.empty((0, 512), np.float32), failures=[lost])
         assert await count_done(cache, space, names) == (IMAGES - 1, {"altered": 1})
         assert await count_done(cache, space, names, pictures=True) == (0, {"altered": 1})
         assert await count_done(cache, space, {"ISIC_9999999"}) == (0, {"undecodable_image": 1})
-    finally:
-        await pool.close()
 
 
 def embed(folder: Path, geometry: InputGeometry, target: Target) -> pa.Table:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 import csv
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 import io
 import json
 import re
@@ -26,6 +26,7 @@ import pytest
 
 from data_jobs.references.fetch.http import Http, Pace
 from data_jobs.references.fetch.sources import Archive, Bucket, flatten
+from tests.http_server import serving
 
 Fault = int | str | tuple[int, str]
 
@@ -129,9 +130,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     archive: ArchiveServer
 
-    def log_message(self, *_):
-        pass
-
     def do_GET(self):
         archive = self.archive
         archive.seen.append(self.path)
@@ -208,17 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 def archive_server(new_jpeg):
     archive = ArchiveServer(new_jpeg)
     handler = type("ThisHandler", (Handler,), {"archive": archive})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    # A client that goes away is none of the server's errors.
-    server.handle_error = lambda *_: None
-    server.daemon_threads = True
-    archive.base = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield archive
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler) as port:
+        archive.base = f"http://127.0.0.1:{port}"
+        yield archive
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,6 +17,7 @@ from data_jobs.references.fetch import __main__ as command
 from data_jobs.references.fetch.http import Pace
 from data_jobs.references.fetch.job import only_one
 from tests.data_jobs.references.conftest import reference_image
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +54,9 @@ def run(filled, tmp_path, capsys):
     return run
 
 
-def check_folder(output, filled, *, count=None):
+def check_folder(output, filled, *, count):
     entries = read_catalogue(output)
-    if count is not None:
-        assert len(entries) == count
+    assert len(entries) == count
     assert sorted(path.name for path in (output / "images").iterdir()) == [
         f"{entry.isic_id}.jpg" for entry in entries
     ]
@@ -206,9 +205,7 @@ def test_an_interrupted_fetch_goes_on_when_run_again(run, filled, tmp_path):
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
-    while len(filled.paths("/files/")) < 8 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert until(lambda: len(filled.paths("/files/")) >= 8, 60)
     fetch.send_signal(signal.SIGTERM)
     _, said = fetch.communicate(timeout=30)
     assert fetch.returncode == 130

@@ -73,27 +73,21 @@ def test_the_uploads_become_the_expected_pixels(golden: dict) -> None:
         assert np.array_equal(prepared[None], pixels_of(vector))
 
 
-@pytest.mark.parametrize("name", ["server", "float16", "int8"])
-def test_onnx_runtime_answers_as_expected(golden: dict, folder: Path, name: str) -> None:
-    if name != "server" and name not in golden["images"][0]["copies"]:
-        assert json.loads((folder / "edge.json").read_text())["left_out"][name]["problems"]
-        return
-    file = "model.onnx" if name == "server" else f"model.{name}.onnx"
-    session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+def test_onnx_runtime_answers_as_expected(golden: dict, folder: Path) -> None:
+    """The served graph; a copy is held to its own answers whenever it is opened (`model_store.edge_copies`)."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     statistics = np.load(folder / golden["ood"]["statistics"])
     for vector in golden["images"]:
         logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels_of(vector)})
-        expected = vector["expected"] if name == "server" else vector["copies"][name]
-        difference = np.abs(logits[0] - expected["logits"]).max()
-        assert difference <= golden["logit_tolerance"][name], vector["name"]
-        if name == "server":
-            answer = conclude(golden, statistics, logits[0], bottleneck[0])
-            assert answer["prediction_set"] == expected["prediction_set"]
-            assert answer["flagged"] == expected["flagged"]
-            assert answer["p_unk"] == pytest.approx(expected["p_unk"], abs=1e-4)
-            assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
-            assert sum(answer["probabilities"].values()) == pytest.approx(1)
-            assert np.abs(bottleneck[0] - expected["bottleneck"]).max() < 1e-3
+        expected = vector["expected"]
+        assert np.abs(logits[0] - expected["logits"]).max() <= golden["logit_tolerance"]["server"]
+        assert np.abs(bottleneck[0] - expected["bottleneck"]).max() < 1e-3
+        answer = conclude(golden, statistics, logits[0], bottleneck[0])
+        assert answer["prediction_set"] == expected["prediction_set"]
+        assert answer["flagged"] == expected["flagged"]
+        assert answer["p_unk"] == pytest.approx(expected["p_unk"], abs=1e-4)
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
 
 
 def test_what_is_no_skin_is_unknown_and_skin_is_less_so(golden: dict) -> None:

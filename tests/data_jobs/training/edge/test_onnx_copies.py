@@ -6,30 +6,26 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
-onnx = pytest.importorskip("onnx", reason="needs the train extra")
-
-from data_jobs.training.edge.golden import draw_uploads  # noqa: E402
-from data_jobs.training.edge.onnx_copies import (  # noqa: E402
+from data_jobs.training.edge.golden import draw_uploads
+from data_jobs.training.edge.litert import GraphModule
+from data_jobs.training.edge.onnx_copies import (
     measure_ranges,
     plain_graph,
     write_float16,
     write_int8,
 )
-from data_jobs.training.scan import open_onnx  # noqa: E402
-from deployments.preprocess.decode import UploadLimits  # noqa: E402
-from deployments.preprocess.pixels import InputGeometry  # noqa: E402
-from deployments.preprocess.preprocess import prepare_image  # noqa: E402
-from model_store.registry import ModelStore, StoredModel  # noqa: E402
-from serve_app.domain.errors import ModelContractError  # noqa: E402
+from data_jobs.training.scan import open_onnx
+from deployments.preprocess.decode import UploadLimits
+from deployments.preprocess.pixels import InputGeometry
+from deployments.preprocess.preprocess import prepare_image
+from model_store.registry import StoredModel
+from serve_app.domain.errors import ModelContractError
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def model(models: Path, model_id: str) -> StoredModel:
-    return ModelStore(models).open(model_id)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +54,6 @@ def test_the_plain_graph_answers_as_the_served_one(plain, pixels, served, tmp_pa
 
 
 def test_the_torch_twin_answers_as_the_graph(plain, pixels, served) -> None:
-    torch = pytest.importorskip("torch", reason="needs the train extra")
-    from data_jobs.training.edge.litert import GraphModule
-
     with torch.inference_mode():
         found = GraphModule(plain.graph).eval()(torch.from_numpy(pixels))
     assert np.abs(found["logits"].numpy() - served[0]).max() < 1e-4
