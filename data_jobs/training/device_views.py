@@ -8,8 +8,9 @@ resampling filter. Clutter is drawn beforehand by `augment.overlay`, and laid ov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 import io
 
 import numpy as np
@@ -18,7 +19,6 @@ from PIL import Image
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
 
 from data_jobs.training.augment import (
     BCN84_QUALITY,
@@ -42,7 +42,10 @@ _STEP = 16
 #: Pixels to either side that a blur reaches: over three standard deviations of the widest, 1.2.
 _REACH = 4
 # ITU-T T.871 (JFIF): from RGB to luma and the two colour differences.
-_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+_TO_YCC = np.array(
+    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32
+)
+_FROM_YCC = np.linalg.inv(_TO_YCC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,16 @@ class Overlays:
     boxes: Tensor
 
     @classmethod
-    def drawn(cls, count: int, side: int, seed: int, workers: int = 0) -> Overlays:
+    def drawn(cls, count: int, side: int, seed: int, workers: int = 1) -> Overlays:
         """So many of them, drawn by so many processes."""
-        drawings = _Drawings(count, side, seed)
-        batches = list(DataLoader(drawings, batch_size=64, num_workers=workers))
-        return cls(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        draw = partial(_drawing, side, seed)
+        if workers > 1:
+            with ProcessPoolExecutor(workers) as pool:
+                made = list(pool.map(draw, range(count), chunksize=32))
+        else:
+            made = [draw(position) for position in range(count)]
+        layers, boxes = zip(*made, strict=True)
+        return cls(torch.from_numpy(np.stack(layers)), torch.tensor(boxes))
 
     def to(self, device: torch.device) -> Overlays:
         """The same there."""
@@ -78,16 +86,8 @@ class Overlays:
         return layers[:, :3] + images * layers[:, 3:] / 255.0
 
 
-class _Drawings(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, count: int, side: int, seed: int) -> None:
-        self.count, self.side, self.seed = count, side, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        layer, box = overlay(self.side, np.random.default_rng((self.seed, position)))
-        return torch.from_numpy(layer), torch.tensor(box)
+def _drawing(side: int, seed: int, position: int) -> tuple[NDArray[np.uint8], list[float]]:
+    return overlay(side, np.random.default_rng((seed, position)))
 
 
 class DeviceViews:
@@ -209,20 +209,20 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     kernels = (-(taps**2) / (2.0 * sigma[:, None] ** 2)).softmax(1).repeat_interleave(3, 0)[:, None]
     padded = functional.pad(images, (_REACH,) * 4, mode="replicate").flatten(0, 1)[None]
     down = functional.conv2d(padded, kernels.unsqueeze(3), groups=len(kernels))
-    return functional.conv2d(down, kernels.unsqueeze(2), groups=len(kernels)).view_as(images)
+    return functional.conv2d(down, kernels.unsqueeze(2), groups=len(kernels)).reshape(images.shape)
 
 
 def jpeg(images: Tensor, qualities: NDArray[np.int64]) -> Tensor:
     """The images, float N×3×H×W, after a JPEG of each quality with colours of half resolution, as Pillow writes it."""
     side, more = images.shape[-1], -images.shape[-1] % _STEP
     padded = functional.pad(images, (0, more, 0, more), mode="replicate")
-    to_ycc = torch.tensor(_TO_YCC, device=images.device)
+    to_ycc, from_ycc = (torch.from_numpy(matrix).to(images.device) for matrix in (_TO_YCC, _FROM_YCC))
     luma, colours = torch.einsum("kc,nchw->nkhw", to_ycc, padded.round()).split([1, 2], 1)
     tables = torch.from_numpy(_tables()[qualities]).to(images.device)
     luma = _quantized(luma - 128.0, tables[:, 0]) + 128.0
     colours = _quantized(functional.avg_pool2d(colours, 2), tables[:, 1])
     colours = functional.interpolate(colours, scale_factor=2, mode="bilinear", align_corners=False)
-    decoded = torch.einsum("ck,nkhw->nchw", to_ycc.inverse(), torch.cat([luma, colours], 1))
+    decoded = torch.einsum("ck,nkhw->nchw", from_ycc, torch.cat([luma, colours], 1))
     return decoded[..., :side, :side].round().clamp(0.0, 255.0)
 
 

@@ -184,15 +184,16 @@ def check(recipe: Recipe, weights: Path, pixels: Tensor, machine: Machine) -> di
         {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()},
     )
     expected = network(pixels.cpu())[0]
-    latency = {"cpu_1": _milliseconds(lambda: network(pixels[:1].cpu()), 5)}
+    kind, times = machine.device.type, 30 if machine.device.type == "cuda" else 3
+    latency = {"cpu_1": _milliseconds(lambda: network(pixels[:1].cpu()), 3)}
     network.to(machine.device, memory_format=torch.channels_last)
     moved = pixels.to(machine.device)
     exact = network(moved)[0].cpu()
     for count in (1, 32):
-        latency[f"{machine.device.type}_{count}"] = _milliseconds(lambda n=count: network(moved[:n]), 30)
+        latency[f"{kind}_{count}"] = _milliseconds(lambda n=count: network(moved[:n]), times)
     with machine.autocast():
         trained = network(moved)[0].float().cpu()
-        latency[f"{machine.device.type}_32_trained"] = _milliseconds(lambda: network(moved[:32]), 30)
+        latency[f"{kind}_32_trained"] = _milliseconds(lambda: network(moved[:32]), times)
     found: dict[str, Any] = {"images": len(pixels), "latency_ms": latency}
     for name, logits in (("exact", exact), ("trained", trained)):
         found[name] = {

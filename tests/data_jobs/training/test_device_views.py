@@ -47,7 +47,7 @@ HOME, OTHER = lesions(COUNT, 192), lesions(COUNT, 84)
 def views() -> DeviceViews:
     sources = np.repeat([0, 1], COUNT)
     images = [torch.from_numpy(HOME), torch.from_numpy(OTHER)]
-    return DeviceViews(images, sources, Overlays.drawn(128, 192, 3), PLAN)
+    return DeviceViews(images, sources, Overlays.drawn(128, 192, 3, workers=2), PLAN)
 
 
 def test_equal_seeds_give_equal_views(views: DeviceViews) -> None:
