@@ -221,6 +221,8 @@ def assessment_document(
     optional: dict[str, Any] = {"erasure": record.erasure, "identity": record.identity}
     if pms_url is not None and record.encounter_id is not None:
         optional["links"] = LinksDocument(encounter=encounter_url(pms_url, record.encounter_id))
+    recorded: dict[str, Any] = {name: getattr(record, name) for name in _SHOWN_AS_RECORDED}
+    shown: dict[str, Any] = {name: getattr(found, name, None) for name in _SHOWN_AS_FOUND}
     return AssessmentDocument(
         lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
@@ -228,8 +230,8 @@ def assessment_document(
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
-        **{name: getattr(record, name) for name in _SHOWN_AS_RECORDED},
-        **{name: getattr(found, name, None) for name in _SHOWN_AS_FOUND},
+        **recorded,
+        **shown,
         **{name: value for name, value in optional.items() if value is not None},
     )
 
