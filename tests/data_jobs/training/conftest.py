@@ -23,7 +23,14 @@ from serve_app.domain.assessment import (
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 #: They import what the train extra has, as the modules that they are about do.
-_TRAINING = ["test_machine.py", "test_network.py", "test_train.py", "edge/test_onnx_copies.py"]
+_TRAINING = [
+    "test_device_views.py",
+    "test_gpu_run.py",
+    "test_machine.py",
+    "test_network.py",
+    "test_train.py",
+    "edge/test_onnx_copies.py",
+]
 collect_ignore = [] if find_spec("torch") and find_spec("onnx") else _TRAINING
 
 

@@ -16,8 +16,9 @@ import torch
 from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.edge.onnx_copies import write_float16
 from data_jobs.training.ensemble import Ensemble, read_ensemble
+from data_jobs.training.ensemble_network import EnsembleNetwork, load_members
 from data_jobs.training.export import PixelsIn, onnx_parity, write_onnx
-from data_jobs.training.network import DermNetwork, EnsembleNetwork, load_members
+from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import read_recipe
 from data_jobs.training.restore import restore
 from data_jobs.training.scan import open_onnx

@@ -14,10 +14,10 @@ import torch
 
 from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE
 from data_jobs.training.draws import class_counts, draw_epoch
+from data_jobs.training.ensemble_network import UnknownScore
 from data_jobs.training.export import PixelsIn, export_weights, onnx_parity, write_onnx
 from data_jobs.training.network import (
     DermNetwork,
-    UnknownScore,
     averaged_weights,
     load_imagenet,
     load_start,

@@ -14,14 +14,16 @@ import safetensors.torch as safetensors
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data_jobs.training import train as training
+from data_jobs.training import steps
 from data_jobs.training.export import PixelsIn, export_weights, write_onnx
-from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers
+from data_jobs.training.loss import AdjustedLoss, Mixture
 from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import DistillationPlan, LossPlan, Stage, TeacherPlan, read_recipe
 from data_jobs.training.scan import open_onnx
-from data_jobs.training.train import learning_rate, train, write_weights
+from data_jobs.training.steps import learning_rate, write_weights
+from data_jobs.training.teachers import Teachers
+from data_jobs.training.train import train
 from serve_app.domain.diagnosis import TRAINED
 
 pytestmark = [
@@ -70,7 +72,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
 
     train(*arguments, tmp_path / "whole", machine=machine)
 
-    real, begun = training.run_epoch, []
+    real, begun = steps.run_epoch, []
 
     class StoppedError(Exception):
         """The process dies here."""
@@ -82,7 +84,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "run_epoch", stopping)
+        patch.setattr(steps, "run_epoch", stopping)
         with pytest.raises(StoppedError):
             train(*arguments, tmp_path / "stopped", machine=machine)
     train(*arguments, tmp_path / "stopped", machine=machine)
