@@ -205,7 +205,7 @@ def test_four_members_are_trained_in_turns_and_checked(
         assert checks["exact"]["same_first_answer"] == checks["trained"]["same_first_answer"] == 1.0
         assert min(checks["latency_ms"].values()) > 0.0
     export_weights(RECIPE, files[1], list(range(8)), 40, tmp_path / "export")
-    logits, _ = open_onnx(tmp_path / "export" / "model.onnx")(np.zeros((1, 40, 40, 3), np.uint8))
+    logits = open_onnx(tmp_path / "export" / "model.onnx")(np.zeros((1, 40, 40, 3), np.uint8)).logits
     assert np.isfinite(logits).all()
 
 
