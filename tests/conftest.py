@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState, programs
+from model_store.edge_copies import EDGE_NAME
 from model_store.registry import ModelStore, StoredModel
 from serve_app.records.lesions import LesionStore
 from serve_app.records.migrate import migrate
@@ -187,6 +188,13 @@ def models() -> Path:
 def model_id(models: Path) -> str:
     """The model that answers: the first of the store, which is never empty."""
     return next(iter(ModelStore(models)))
+
+
+@pytest.fixture(scope="session")
+def edge_model(models: Path) -> StoredModel:
+    """A model of the store that has copies for devices."""
+    store = ModelStore(models)
+    return next(model for model in map(store.open, store) if EDGE_NAME in model.manifest.files)
 
 
 @pytest.fixture(scope="session")
