@@ -35,6 +35,7 @@ from data_jobs.training.ensemble import Ensemble, read_ensemble
 from data_jobs.training.evaluation.figures import by_diagnosis
 from data_jobs.training.manifest_file import COVERAGE, SCORES_NAME, manifest_content, write_manifest
 from data_jobs.training.operating_points import (
+    OUT_OF_FOLD_SENSITIVITY,
     POINTS,
     choose_points,
     conformal_thresholds,
@@ -151,9 +152,9 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     )
     p = softmax(logits, member_temperature)
     lesions = [row.lesion for row in left_rows]
-    points = choose_points(p, labels, lesions)
     # One network's sets are thresholds, which an app on a device can apply.
     alone = len(ensemble.members) == 1
+    points = choose_points(p, labels, lesions, least=0.0 if alone else OUT_OF_FOLD_SENSITIVITY)
     thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6 if alone else None
     drawn = make_outliers(geometry, ensemble.seed, archive)
     outliers = drawn + skin_like(pixels[:: max(1, len(pixels) // SPOILT)], ensemble.seed)
@@ -176,6 +177,7 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
         "member_temperature": member_temperature,
         "slope": round(slope, 6),
         "intercept": round(intercept, 6),
+        "graph_scores_unknown": held.unknown is not None,
         "training_images": len(seen_indices),
     }
     report = fitted | {

@@ -40,7 +40,10 @@ class UnknownScore(nn.Module):
 
 
 class EnsembleNetwork(nn.Module):
-    """Pixels 0-255, float N×3×H×W, to member logits N×M×8, their mean N×8, a bottleneck N×512 and UNK scores N."""
+    """Pixels 0-255, float N×3×H×W, to the mean of the members' logits N×8, a bottleneck N×512, UNK scores N.
+
+    Of several members also their own logits N×M×8.
+    """
 
     def __init__(self, members: list[DermNetwork], heads: list[UnknownHead]) -> None:
         super().__init__()
@@ -51,15 +54,21 @@ class EnsembleNetwork(nn.Module):
         self.centre = nn.Buffer(torch.zeros(width))
         self.axes = nn.Buffer(torch.eye(EMBEDDING_DIM, width))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One pass: (member logits, logits, bottleneck, mean of the heads' scores)."""
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `forward` gives, in order."""
+        return ("logits", "bottleneck", "unknown", *(("member_logits",) if len(self.members) > 1 else ()))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """One pass: see `outputs`; the UNK scores are the mean of the heads'."""
         answers = [member.measure(pixels) for member in self.members]
         logits = torch.stack([answer[0] for answer in answers], dim=1)
         features = torch.cat([answer[1] for answer in answers], dim=1)
-        if len(answers) > 1:
-            features = (features - self.centre) @ self.axes.T
         scores = [head(answer[2]) for head, answer in zip(self.heads, answers, strict=True)]
-        return logits, logits.mean(1), features, torch.stack(scores, dim=1).mean(1)
+        unknown = torch.stack(scores, dim=1).mean(1)
+        if len(answers) == 1:
+            return logits.squeeze(1), features, unknown
+        return logits.mean(1), (features - self.centre) @ self.axes.T, unknown, logits
 
     @torch.no_grad()
     def fit_bottleneck(self, features: NDArray[np.float32]) -> float:

@@ -64,7 +64,7 @@ class PixelsIn(nn.Module):
         self.outputs = outputs
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """What the network gives: logits N×8 and bottleneck N×512, of an ensemble its members' logits before them."""
+        """What the network gives, as `outputs` names it."""
         found: tuple[Tensor, ...] = self.network(pixels.to(torch.float32).permute(0, 3, 1, 2))
         return found
 
@@ -260,7 +260,7 @@ def export_ensemble(ensemble: Ensemble, weights: list[Path], output: Path) -> di
         "bottleneck_variance": kept,
         "unknown": {"slope": fitted.slope, "intercept": fitted.intercept},
     }
-    served = PixelsIn(whole, ("member_logits", "logits", "bottleneck", "unknown"))
+    served = PixelsIn(whole, whole.outputs)
     return _write(served, side, sample, output, report, halved=True)
 
 

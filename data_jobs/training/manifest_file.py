@@ -66,33 +66,27 @@ def manifest_content(
             "label_space": [d.value for d in TRAINED],
             "label_map": {d.value: d.value for d in TRAINED},
         }
-        | (
-            {"member_logits": "member_logits", "members": members, "unknown": "unknown"}
-            if members > 1
-            else {}
-        ),
-        "calibration": {
-            "temperature": fitted["temperature"],
-            "member_temperature": fitted["member_temperature"],
-            "fitted_on": fold,
-        },
+        | ({"member_logits": "member_logits", "members": members} if members > 1 else {})
+        | ({"unknown": "unknown"} if fitted["graph_scores_unknown"] else {}),
+        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold}
+        | ({"member_temperature": fitted["member_temperature"]} if members > 1 else {}),
         "conformal": {"coverage": COVERAGE, "fitted_on": fold}
         | (
             {"scores": SCORES_NAME}
             if thresholds is None
             else {"thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)}}
         ),
-        "ood": {"slope": fitted["slope"], "intercept": fitted["intercept"]}
+        "ood": {
+            "slope": fitted["slope"],
+            "intercept": fitted["intercept"],
+            "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
+        }
         | (
-            {
-                "method": "mean of the members' heads: ridge logistic regression on all levels, and distance to the known",
-                "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
-            }
-            if members > 1
+            {"method": "ridge logistic regression on all levels of the network, and distance to the known"}
+            if fitted["graph_scores_unknown"]
             else {
                 "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
                 "statistics": "ood.npz",
-                "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
             }
         ),
         "spaces": [
