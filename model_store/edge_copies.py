@@ -34,7 +34,7 @@ def server_contract(model: StoredModel) -> dict[str, Any]:
         "onnx_sha256": manifest.files[manifest.onnx].sha256,
         "input_size": list(manifest.input.input_size),
         "temperature": manifest.calibration.temperature,
-        "conformal_thresholds": {d.value: t for d, t in (manifest.conformal.thresholds or {}).items()},
+        "conformal_thresholds": {d.value: t for d, t in manifest.conformal.thresholds.items()},
         "ood": {
             "statistics_sha256": manifest.files[manifest.ood.statistics or manifest.onnx].sha256,
             "slope": manifest.ood.slope,

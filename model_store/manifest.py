@@ -75,18 +75,11 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
 class ConformalSpec:
-    """Class-conditional conformal sets, at a coverage of 1 - alpha.
-
-    Split conformal (Vovk 2012), `thresholds`: y is in the set when p(y) >= threshold[y]. Or cross-conformal (CV+,
-    Barber et al., Annals of Statistics 2021), `scores`, an .npz with for every member k and diagnosis y an array
-    `k_y` of the p(y) that member k gave to lesions of y it never saw: y is in the set unless the share of those
-    that are at or under the new image's p(y) by the same member, (1 + count) / (n + 1), is alpha or less.
-    """
+    """Class-conditional split conformal sets (Vovk 2012): y is in the set when p(y) >= threshold[y]."""
 
     coverage: float
+    thresholds: Mapping[Diagnosis, float]
     fitted_on: str
-    thresholds: Mapping[Diagnosis, float] | None = None
-    scores: str | None = None
 
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
@@ -196,7 +189,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 def _contract_problems(manifest: Manifest) -> Iterator[str]:
     output, conformal, calibration = manifest.output, manifest.conformal, manifest.calibration
-    named = {manifest.onnx, manifest.ood.statistics, manifest.input.aspect_evidence, conformal.scores}
+    named = {manifest.onnx, manifest.ood.statistics, manifest.input.aspect_evidence}
     named.update(name for space in manifest.spaces for name in (space.transform, space.references))
     unvouched = ", ".join(sorted(filter(None, named - set(manifest.files))))
     rules = (
@@ -212,11 +205,7 @@ def _contract_problems(manifest: Manifest) -> Iterator[str]:
         ),
         (output.embedding_dim == EMBEDDING_DIM, f"embedding_dim is not {EMBEDDING_DIM}"),
         (
-            (conformal.thresholds is None) != (conformal.scores is None),
-            "conformal sets need thresholds or scores, and not both",
-        ),
-        (
-            conformal.thresholds is None or set(conformal.thresholds) == set(TRAINED),
+            set(conformal.thresholds) == set(TRAINED),
             "conformal thresholds do not cover the trained diagnoses",
         ),
         (
@@ -240,7 +229,7 @@ def _contract_problems(manifest: Manifest) -> Iterator[str]:
         ),
         (0 < conformal.coverage < 1, "coverage must lie between 0 and 1"),
         (
-            all(0 <= threshold <= 1 for threshold in (conformal.thresholds or {}).values()),
+            all(0 <= threshold <= 1 for threshold in conformal.thresholds.values()),
             "conformal thresholds must be probabilities",
         ),
         (

@@ -33,7 +33,7 @@ from data_jobs.training.dataset import (
 from data_jobs.training.embedding_spaces import choose_space, pair_figures
 from data_jobs.training.ensemble import Ensemble, read_ensemble
 from data_jobs.training.evaluation.figures import by_diagnosis
-from data_jobs.training.manifest_file import COVERAGE, SCORES_NAME, manifest_content, write_manifest
+from data_jobs.training.manifest_file import COVERAGE, manifest_content, write_manifest
 from data_jobs.training.operating_points import (
     OUT_OF_FOLD_SENSITIVITY,
     POINTS,
@@ -44,7 +44,6 @@ from data_jobs.training.operating_points import (
 )
 from data_jobs.training.outliers import make_outliers, skin_like
 from data_jobs.training.probabilities import (
-    Floats,
     Labels,
     area_under_curve,
     calibration_error,
@@ -82,19 +81,11 @@ def quality_quantiles(pixels: Pixels) -> dict[str, dict[str, float]]:
     return {name: quantiles(found, QUALITY_QUANTILES, 5) for name, found in values.items()}
 
 
-def member_scores(
-    p: Floats, labels: Labels, lesions: Sequence[str], of_member: NDArray[np.int64], members: int
-) -> dict[str, NDArray[np.float32]]:
-    """Ascending p(truth) by member and diagnosis, `k_y`, one score a lesion: that of its first image."""
-    _, first = np.unique(lesions, return_index=True)
-    own = p[np.arange(len(labels)), labels]
-    picked = np.zeros(len(labels), dtype=np.bool_)
-    picked[first] = True
-    return {
-        f"{k}_{diagnosis}": np.sort(own[picked & (of_member == k) & (labels == y)]).astype(np.float32)
-        for k in range(members)
-        for y, diagnosis in enumerate(TRAINED)
-    }
+def first_images(lesions: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of N images are the first of their lesion."""
+    picked = np.zeros(len(lesions), dtype=np.bool_)
+    picked[np.unique(lesions, return_index=True)[1]] = True
+    return picked
 
 
 def doubt_figures(
@@ -152,10 +143,12 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     )
     p = softmax(logits, member_temperature)
     lesions = [row.lesion for row in left_rows]
-    # One network's sets are thresholds, which an app on a device can apply.
     alone = len(ensemble.members) == 1
     points = choose_points(p, labels, lesions, least=0.0 if alone else OUT_OF_FOLD_SENSITIVITY)
-    thresholds = np.floor(conformal_thresholds(p, labels, COVERAGE) * 1e6) / 1e6 if alone else None
+    # The mean is compared with what single members gave: it is surer of the truth than they, so that it is covered.
+    told = np.ones(len(labels), dtype=np.bool_) if alone else first_images(lesions)
+    thresholds = conformal_thresholds(p[told], labels[told], COVERAGE, together=not alone)
+    thresholds = np.floor(thresholds * 1e6) / 1e6
     drawn = make_outliers(geometry, ensemble.seed, archive)
     outliers = drawn + skin_like(pixels[:: max(1, len(pixels) // SPOILT)], ensemble.seed)
     fitting = np.array([outlier.part == "fit" for outlier in outliers])
@@ -186,7 +179,7 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
         "ece": rounded(calibration_error(p, labels)),
         "ece_of_mean": rounded(calibration_error(of_mean, held_labels)),
         "images_a_class": by_diagnosis(np.bincount(labels, minlength=len(TRAINED)), int),
-        **({} if thresholds is None else {"thresholds": by_diagnosis(thresholds, float)}),
+        "thresholds": by_diagnosis(thresholds, float),
         "operating_points": {name: asdict(point) for name, point in points.items()},
         "operating_points_of_mean": {
             name: asdict(
@@ -214,8 +207,6 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     }
     content = manifest_content(ensemble, exported["side"], fitted, points, thresholds, space_name)
     arrays[content["spaces"][0]["transform"]] = {"mean": space.mean, "matrix": space.matrix}
-    if not alone:
-        arrays[SCORES_NAME] = member_scores(p, labels, lesions, of_member, len(ensemble.members))
     return _write_folder(models / ensemble.model_id, ensemble, export, arrays, report, content)
 
 

@@ -256,7 +256,7 @@ def export_ensemble(ensemble: Ensemble, weights: list[Path], output: Path) -> di
     report = {
         "model_id": ensemble.model_id,
         "side": side,
-        "members": figures,
+        "sides": figures,
         "bottleneck_variance": kept,
         "unknown": {"slope": fitted.slope, "intercept": fitted.intercept},
     }

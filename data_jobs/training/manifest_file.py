@@ -18,7 +18,6 @@ from model_store.registry import digest_file, verify_files
 from serve_app.domain.diagnosis import TRAINED
 
 COVERAGE = 0.95
-SCORES_NAME = "conformal.npz"
 
 
 def manifest_content(
@@ -26,7 +25,7 @@ def manifest_content(
     side: int,
     fitted: Mapping[str, Any],
     points: Mapping[str, ChosenThreshold],
-    thresholds: Floats | None,
+    thresholds: Floats,
     space: str,
 ) -> dict[str, Any]:
     """The manifest as plain tables, without digests."""
@@ -70,12 +69,11 @@ def manifest_content(
         | ({"unknown": "unknown"} if fitted["graph_scores_unknown"] else {}),
         "calibration": {"temperature": fitted["temperature"], "fitted_on": fold}
         | ({"member_temperature": fitted["member_temperature"]} if members > 1 else {}),
-        "conformal": {"coverage": COVERAGE, "fitted_on": fold}
-        | (
-            {"scores": SCORES_NAME}
-            if thresholds is None
-            else {"thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)}}
-        ),
+        "conformal": {
+            "coverage": COVERAGE,
+            "fitted_on": fold,
+            "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
+        },
         "ood": {
             "slope": fitted["slope"],
             "intercept": fitted["intercept"],

@@ -59,8 +59,12 @@ def fit_heads(
     folder: Path,
     geometry: InputGeometry,
 ) -> FittedHeads:
-    """Fit them; `rows` are both hospitals'. The line is fitted on half of the lesions of `unseen`, which no member saw."""
-    unseen = [row for row in unseen if hashlib.sha256(row.lesion.encode()).digest()[0] % 2]
+    """Fit them; `rows` are both hospitals'. The line is fitted on `unseen`, which no member saw.
+
+    Of one network that is its whole fold: half of the lesions are then the head's, half the line's.
+    """
+    if len(networks) == 1:
+        unseen = [row for row in unseen if hashlib.sha256(row.lesion.encode()).digest()[0] % 2]
     apart = {row.lesion for row in unseen}
     heads, known_scores, outlier_scores = [], [], []
     outlying = Examples(np.empty(0), np.empty(0, str), np.empty(0, str))

@@ -15,8 +15,6 @@ from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
 
 FloatArray = NDArray[np.float64]
-#: Ascending scores a member and diagnosis, M×8 arrays.
-MemberScores = tuple[tuple[FloatArray, ...], ...]
 
 
 def softmax(logits: FloatArray, temperature: float) -> FloatArray:
@@ -42,20 +40,6 @@ def unknown_probability(score: FloatArray, slope: float, intercept: float) -> Fl
     return np.asarray(1.0 / (1.0 + np.exp(np.clip(-(slope * score + intercept), -60.0, 60.0))))
 
 
-def cross_conformal_sets(members: FloatArray, scores: MemberScores, alpha: float) -> NDArray[np.bool_]:
-    """N×8: which diagnoses are in the class-conditional CV+ sets (Barber et al., Annals of Statistics 2021).
-
-    `members` N×M×8 are the members' probabilities, `scores` M×8 ascending arrays of what member k gave the truth of
-    lesions that it never saw; `model_store.manifest.ConformalSpec` has the rule.
-    """
-    found = np.empty((len(members), members.shape[2]), dtype=np.bool_)
-    for y in range(members.shape[2]):
-        own = [member[y] for member in scores]
-        below = sum(np.searchsorted(kept, members[:, k, y], side="right") for k, kept in enumerate(own))
-        found[:, y] = (1 + below) / (1 + sum(map(len, own))) > alpha
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Calibrator:
     """One model's calibration, as its manifest states it. `statistics` are means and precision of `ood_score`."""
@@ -63,8 +47,7 @@ class Calibrator:
     temperature: float
     member_temperature: float
     coverage: float
-    thresholds: FloatArray | None
-    member_scores: MemberScores | None
+    thresholds: FloatArray
     statistics: tuple[FloatArray, FloatArray] | None
     slope: float
     intercept: float
@@ -74,24 +57,15 @@ class Calibrator:
         """Read the sets and out-of-distribution statistics of a verified model."""
         manifest = model.manifest
         calibration, conformal, ood = manifest.calibration, manifest.conformal, manifest.ood
-        statistics = thresholds = member_scores = None
+        statistics = None
         if ood.statistics is not None:
             with np.load(model.path(ood.statistics), allow_pickle=False) as arrays:
                 statistics = (arrays["means"].astype(np.float64), arrays["precision"].astype(np.float64))
-        if conformal.thresholds is not None:
-            thresholds = np.array([conformal.thresholds[d] for d in TRAINED])
-        if conformal.scores is not None:
-            with np.load(model.path(conformal.scores), allow_pickle=False) as arrays:
-                member_scores = tuple(
-                    tuple(np.sort(arrays[f"{k}_{d}"].astype(np.float64)) for d in TRAINED)
-                    for k in range(manifest.output.members)
-                )
         return cls(
             temperature=calibration.temperature,
             member_temperature=calibration.member_temperature or calibration.temperature,
             coverage=conformal.coverage,
-            thresholds=thresholds,
-            member_scores=member_scores,
+            thresholds=np.array([conformal.thresholds[d] for d in TRAINED]),
             statistics=statistics,
             slope=ood.slope,
             intercept=ood.intercept,
@@ -105,7 +79,6 @@ class Calibrator:
         if not outputs.finite:
             raise StageFailed("The model's output is not finite.")
         known = softmax(outputs.logits.astype(np.float64), self.temperature)
-        members = known[:, None]
         disagreement: list[float] | list[None] = [None] * len(known)
         if outputs.members is not None:
             members = softmax(outputs.members.astype(np.float64), self.member_temperature)
@@ -122,15 +95,9 @@ class Calibrator:
                 disagreement=apart,
             )
             for eight, u, kept, score, apart in zip(
-                known, unknown.tolist(), self.sets(known, members), scores.tolist(), disagreement, strict=True
+                known, unknown.tolist(), known >= self.thresholds, scores.tolist(), disagreement, strict=True
             )
         ]
-
-    def sets(self, known: FloatArray, members: FloatArray) -> NDArray[np.bool_]:
-        """N×8: which diagnoses are in the sets, by the answers' probabilities N×8 and the members' N×M×8."""
-        if self.member_scores is not None:
-            return cross_conformal_sets(members, self.member_scores, 1.0 - self.coverage)
-        return np.asarray(known >= (0.0 if self.thresholds is None else self.thresholds))
 
     def score(self, outputs: Outputs) -> FloatArray:
         """Out-of-distribution scores N."""

@@ -99,7 +99,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Outputs, copy: Output
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, nine = (served(judge.calibrator, scan)[0] for scan in (server, copy))
     eight_server, eight = known_eight(nine_server), known_eight(nine)
-    inside_server, inside = (judge.calibrator.sets(p, p[:, None]) for p in (eight_server, eight))
+    inside_server, inside = (p >= judge.calibrator.thresholds for p in (eight_server, eight))
     return {
         "images": len(images.labels),
         "lesions": len(set(images.lesions)),

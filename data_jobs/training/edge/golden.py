@@ -88,7 +88,7 @@ def preprocess_contract(manifest: Manifest) -> dict[str, Any]:
 def golden_document(model: StoredModel, server: Run, copies: Mapping[str, tuple[str, Run]]) -> dict[str, Any]:
     """The whole document; `copies` are precision and forward pass by name."""
     manifest = model.manifest
-    if manifest.conformal.thresholds is None:
+    if manifest.output.members > 1:
         raise ModelContractError(f"{manifest.model_id} is an ensemble; a device's copy is of one network.")
     geometry = InputGeometry.from_manifest(manifest.input)
     calibrator = Calibrator.from_model(model)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_jobs.training.calibrate import member_scores
+from data_jobs.training.calibrate import first_images
 from data_jobs.training.dataset import BCN84, LabelledImage, read_rows
 from data_jobs.training.embedding_spaces import VOTERS, vote_figures
 from data_jobs.training.evaluation.figures import (
@@ -33,7 +33,7 @@ from data_jobs.training.evaluation.predictions import (
     PREDICTIONS_NAME,
     Predictions,
 )
-from data_jobs.training.operating_points import choose_points, conformal_thresholds
+from data_jobs.training.operating_points import OUT_OF_FOLD_SENSITIVITY, choose_points, conformal_thresholds
 from data_jobs.training.probabilities import (
     area_under_curve,
     calibration_error,
@@ -198,8 +198,7 @@ def test_the_shipped_figures_follow_from_the_shipped_predictions(
         for name, challenge in found.pop("challenge").items():
             assert_near({key: told["challenge"][name][key] for key in challenge}, challenge)
         found["operating_points"] = point_figures(test, model.manifest)
-        if thresholds is not None:  # an ensemble's sets hang on what each member says, which is not on record
-            found["sets"] = set_figures(test, test.eight >= thresholds, 0.95, calibrated["images_a_class"])
+        found["sets"] = set_figures(test, test.eight >= thresholds, 0.95, calibrated["images_a_class"])
         assert_near({name: told[name] for name in found}, found)
 
 
@@ -223,18 +222,15 @@ def test_the_thresholds_follow_from_the_calibration_fold(
 ) -> None:
     for model, _ in evidence:
         fitted = read_predictions(model.path(CALIBRATION_NAME), rows)
-        points = choose_points(fitted.eight, fitted.labels, fitted.lesions)
+        least = 0.0 if model.manifest.output.members == 1 else OUT_OF_FOLD_SENSITIVITY
+        points = choose_points(fitted.eight, fitted.labels, fitted.lesions, least)
         for name, point in model.manifest.operating_points.items():
             assert points[name].threshold == pytest.approx(point.threshold, abs=5e-6), name
             assert (points[name].positives, points[name].misses) == (point.positives, point.misses)
         conformal = model.manifest.conformal
-        if conformal.thresholds is not None:
-            thresholds = conformal_thresholds(fitted.eight, fitted.labels, conformal.coverage)
-            assert thresholds == pytest.approx([conformal.thresholds[d] for d in TRAINED], abs=5e-6)
-            continue
-        folds = sorted({row.fold for row in fitted.rows})
-        of_member = np.array([folds.index(row.fold) for row in fitted.rows])
-        scores = member_scores(fitted.eight, fitted.labels, fitted.lesions, of_member, len(folds))
-        with np.load(model.path(conformal.scores)) as told:
-            for name, found in scores.items():
-                assert found == pytest.approx(told[name], abs=5e-6), name
+        alone = model.manifest.output.members == 1
+        told = np.ones(len(fitted), np.bool_) if alone else first_images(fitted.lesions)
+        thresholds = conformal_thresholds(
+            fitted.eight[told], fitted.labels[told], conformal.coverage, together=not alone
+        )
+        assert thresholds == pytest.approx([conformal.thresholds[d] for d in TRAINED], abs=5e-6)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as st_numpy
 import numpy as np
 import pytest
 
-from deployments.classifier.calibration import Calibrator, cross_conformal_sets, ood_score, softmax
+from deployments.classifier.calibration import Calibrator, ood_score, softmax
 from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
@@ -24,7 +24,6 @@ def calibrator(**changed: object) -> Calibrator:
         "temperature": 2.0,
         "member_temperature": 3.0,
         "thresholds": np.full(8, 0.12),
-        "member_scores": None,
         "coverage": 0.95,
         "statistics": (np.stack([np.zeros(512), np.ones(512)]), 2.0 * np.eye(512)),
         "slope": 1.5,
@@ -100,27 +99,3 @@ def test_members_are_heard_apart_and_the_graph_may_score_what_it_does_not_know()
     assert found.ood_score == 4.0
     assert found.probabilities[Diagnosis.UNK] == pytest.approx(1 / (1 + math.exp(-(1.5 * 4.0 - 2.0))))
     assert calibrator().classify(Outputs(LOGITS, outputs.bottleneck))[0].disagreement is None
-
-
-def test_cross_conformal_sets_hold_the_truth_as_often_as_they_say() -> None:
-    """Two members of unequal skill, each scored on lesions of its own: at least 1 - 2 alpha of the truths are inside."""
-    rng, alpha = np.random.default_rng(3), 0.1
-    truth = rng.integers(0, 8, 4000)
-    ease = rng.normal(size=4000)
-    members = np.stack(
-        [rng.normal(size=(4000, 8)) + (skill + ease)[:, None] * np.eye(8)[truth] for skill in (1.5, 2.5)],
-        axis=1,
-    )
-    p = softmax(members, 1.0)
-    scores = tuple(
-        tuple(np.sort(p[half, k, y][truth[half] == y]) for y in range(8))
-        for k, half in enumerate((slice(0, 400), slice(400, 800)))
-    )
-    inside = cross_conformal_sets(p[800:], scores, alpha)
-    coverage = inside[np.arange(3200), truth[800:]].mean()
-    assert 1 - 2 * alpha <= coverage <= 0.97
-    assert inside.sum(1).mean() < 6, "sets that hold everything prove nothing"
-    # By hand: of three scores two are at or under 0.3, so (1 + 2) / (3 + 1) of the truths would look so bad.
-    one = ((np.array([0.1, 0.3, 0.9]),),)
-    assert cross_conformal_sets(np.array([[[0.3]]]), one, 0.74)[0, 0]
-    assert not cross_conformal_sets(np.array([[[0.3]]]), one, 0.75)[0, 0]
