@@ -186,15 +186,9 @@ def models() -> Path:
 
 @pytest.fixture(scope="session")
 def model_id(models: Path) -> str:
-    """The model that answers: the first of the store, which is never empty."""
-    return next(iter(ModelStore(models)))
-
-
-@pytest.fixture(scope="session")
-def edge_model(models: Path) -> StoredModel:
-    """A model of the store that has copies for devices."""
+    """The model that most tests speak of: one network with copies for devices, which takes drawings for lesions."""
     store = ModelStore(models)
-    return next(model for model in map(store.open, store) if EDGE_NAME in model.manifest.files)
+    return next(name for name in store if EDGE_NAME in store.open(name).manifest.files)
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,6 @@ BUDGET = 60_000_000
 LITERT_BUDGET = 15_000_000
 
 
-@pytest.fixture(scope="module")
-def model(edge_model: StoredModel) -> StoredModel:
-    return edge_model
-
-
-@pytest.fixture(scope="module")
-def model_id(model: StoredModel) -> str:
-    return model.manifest.model_id
-
-
 @pytest.fixture
 def changed(altered: Callable[..., Path], model_id: str) -> Callable[..., StoredModel]:
     """A copy of the model in which a JSON file is another, with a true digest; `(name, change) -> model`."""
