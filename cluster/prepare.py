@@ -21,6 +21,7 @@ from cluster.node_files import application_role, explain, own_database
 from cluster.safety import Finding, look_at, transport_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
+from model_store.manifest import read_manifest
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.audit.events import account_event
@@ -81,7 +82,7 @@ def _refuse(found: list[Finding]) -> None:
 
 
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
-    """The model to answer: the one asked for, else the one that answered before, else the only one there is."""
+    """The model to answer: the one asked for, else the one that answered before, else the newest there is."""
     there = list(ModelStore(models))
     if chosen := wanted or live:
         if chosen in there:
@@ -92,11 +93,7 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
         )
     if not there:
         raise ModelContractError(f"{models} holds no model (DERM_MODELS).")
-    if len(there) > 1:
-        raise ModelContractError(
-            f"{models} has {len(there)} models ({', '.join(there)}): say which, with --model."
-        )
-    return there[0]
+    return max(there, key=lambda name: read_manifest(models / name).created)
 
 
 async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:

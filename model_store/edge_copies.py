@@ -36,7 +36,7 @@ def server_contract(model: StoredModel) -> dict[str, Any]:
         "temperature": manifest.calibration.temperature,
         "conformal_thresholds": {d.value: t for d, t in manifest.conformal.thresholds.items()},
         "ood": {
-            "statistics_sha256": manifest.files[manifest.ood.statistics].sha256,
+            "statistics_sha256": manifest.files[manifest.ood.statistics or manifest.onnx].sha256,
             "slope": manifest.ood.slope,
             "intercept": manifest.ood.intercept,
         },

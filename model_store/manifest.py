@@ -44,21 +44,33 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
 class OutputSpec:
-    """The two outputs of the one forward pass: logits N×8 and bottleneck N×512, float32."""
+    """The outputs of the one forward pass, float32: logits N×8 and bottleneck N×512.
+
+    An ensemble of M networks also gives `member_logits` N×M×8, whose mean are the logits. `unknown` is a raw
+    out-of-distribution score N that the graph itself computes.
+    """
 
     logits: str
     bottleneck: str
     embedding_dim: int
     label_space: tuple[str, ...]
     label_map: Mapping[str, Diagnosis]
+    member_logits: str | None = None
+    members: int = 1
+    unknown: str | None = None
 
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
 class Calibration:
-    """Temperature T of softmax(logits / T) (Guo et al., ICML 2017), and where it was fitted."""
+    """Temperature T of softmax(logits / T) (Guo et al., ICML 2017), and where it was fitted.
+
+    `member_temperature` is that of each member alone; the mean of calibrated members is under-confident, so that
+    its own is lower.
+    """
 
     temperature: float
     fitted_on: str
+    member_temperature: float | None = None
 
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
@@ -72,18 +84,18 @@ class ConformalSpec:
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
 class OutOfDistributionSpec:
-    """Distance of the bottleneck to the training classes, and its map to p(UNK).
+    """A score of how far an image is from what was trained on, and its map to p(UNK).
 
     `statistics` is an .npz with `means` (C×512) and `precision` (512×512): the least squared
-    Mahalanobis distance under a shared covariance (Lee et al., NeurIPS 2018), divided by 512.
-    p(UNK) = 1 / (1 + exp(-(slope * score + intercept))).
+    Mahalanobis distance under a shared covariance (Lee et al., NeurIPS 2018), divided by 512. Without it the score
+    is the graph's output `unknown`. p(UNK) = 1 / (1 + exp(-(slope * score + intercept))).
     """
 
     method: str
-    statistics: str
     slope: float
     intercept: float
     fitted_on: str
+    statistics: str | None = None
 
 
 @dataclass(frozen=True, slots=True, config=_EXACT)
@@ -176,7 +188,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def _contract_problems(manifest: Manifest) -> Iterator[str]:
-    output, conformal = manifest.output, manifest.conformal
+    output, conformal, calibration = manifest.output, manifest.conformal, manifest.calibration
     named = {manifest.onnx, manifest.ood.statistics, manifest.input.aspect_evidence}
     named.update(name for space in manifest.spaces for name in (space.transform, space.references))
     unvouched = ", ".join(sorted(filter(None, named - set(manifest.files))))
@@ -196,10 +208,25 @@ def _contract_problems(manifest: Manifest) -> Iterator[str]:
             set(conformal.thresholds) == set(TRAINED),
             "conformal thresholds do not cover the trained diagnoses",
         ),
+        (
+            (manifest.ood.statistics is None) != (output.unknown is None),
+            "the out-of-distribution score needs statistics or an output of the graph, and not both",
+        ),
+        (
+            output.members >= 1 and (output.members > 1) == (output.member_logits is not None),
+            "member_logits are the output of several members",
+        ),
         (bool(manifest.spaces), "there is no embedding space"),
         (not unvouched, f"no digest for {unvouched}"),
         # Not-a-number compares false with everything: a rule whose threshold it is would never fire.
-        (0 < manifest.calibration.temperature < math.inf, "temperature must be positive"),
+        (
+            all(
+                0 < temperature < math.inf
+                for temperature in (calibration.temperature, calibration.member_temperature)
+                if temperature is not None
+            ),
+            "temperature must be positive",
+        ),
         (0 < conformal.coverage < 1, "coverage must lie between 0 and 1"),
         (
             all(0 <= threshold <= 1 for threshold in conformal.thresholds.values()),

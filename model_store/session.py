@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,30 @@ PROVIDERS: Mapping[Device, tuple[str, dict[str, str]]] = {
 }
 
 
+class Outputs(NamedTuple):
+    """What one forward pass gives for N images, float32; logits in the order of `TRAINED`.
+
+    logits N×8 and bottleneck N×512; members N×M×8 are an ensemble's own logits (None: one network's are the logits),
+    unknown N the graph's own out-of-distribution score where it has one.
+    """
+
+    logits: NDArray[np.float32]
+    bottleneck: NDArray[np.float32]
+    members: NDArray[np.float32] | None = None
+    unknown: NDArray[np.float32] | None = None
+
+    def part(self, picked: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Outputs:
+        """Of the images that are picked."""
+        return Outputs(*(None if array is None else array[picked] for array in self))  # type: ignore[arg-type]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is."""
+        return all(array is None or bool(np.isfinite(array).all()) for array in self)
+
+
 class InferenceSession:
-    """One forward pass: pixels uint8 N×H×W×3 to logits N×8 and bottleneck N×512, float32.
+    """One forward pass over pixels uint8 N×H×W×3.
 
     Safe to call from several threads at once; each call uses `threads` cores.
     """
@@ -53,14 +75,24 @@ class InferenceSession:
             raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
         _check_graph(self._session, manifest)
         output = manifest.output
-        self._input, self._outputs = manifest.input.name, [output.logits, output.bottleneck]
+        self._input = manifest.input.name
+        self._optional = output.member_logits, output.unknown
+        self._outputs = [output.logits, output.bottleneck, *filter(None, self._optional)]
         by_diagnosis = {output.label_map[label]: index for index, label in enumerate(output.label_space)}
         self._order = np.array([by_diagnosis[diagnosis] for diagnosis in TRAINED], dtype=np.intp)
 
-    def run(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits N×8 in the order of `TRAINED`, and bottleneck N×512."""
-        logits, bottleneck = self._session.run(self._outputs, {self._input: pixels})
-        return logits[:, self._order], bottleneck
+    def run(self, pixels: NDArray[np.uint8]) -> Outputs:
+        """Run N images in one pass."""
+        arrays = self._session.run(self._outputs, {self._input: pixels})
+        found = dict(zip(self._outputs, arrays, strict=True))
+        members, unknown = (None if name is None else found[name] for name in self._optional)
+        logits, bottleneck = arrays[:2]
+        return Outputs(
+            logits[:, self._order],
+            bottleneck,
+            None if members is None else members[..., self._order],
+            unknown,
+        )
 
 
 def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
@@ -74,6 +106,13 @@ def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> None:
         manifest.output.logits: ("tensor(float)", [len(manifest.output.label_space)]),
         manifest.output.bottleneck: ("tensor(float)", [manifest.output.embedding_dim]),
     }
+    if manifest.output.member_logits is not None:
+        expected[manifest.output.member_logits] = (
+            "tensor(float)",
+            [manifest.output.members, len(manifest.output.label_space)],
+        )
+    if manifest.output.unknown is not None:
+        expected[manifest.output.unknown] = ("tensor(float)", [])
     ports = [*session.get_inputs(), *session.get_outputs()]
     found = {port.name: (port.type, list(port.shape[1:])) for port in ports}
     if found != expected:

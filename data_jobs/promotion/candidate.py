@@ -56,8 +56,7 @@ def open_whole(store: ModelStore, model_id: str) -> StoredModel:
     session = InferenceSession(model, threads=1)
     _, height, width = model.manifest.input.input_size
     grey = np.full((1, height, width, 3), 128, np.uint8)
-    logits, bottleneck = session.run(grey)
-    Calibrator.from_model(model).classify(logits, bottleneck)
+    Calibrator.from_model(model).classify(session.run(grey))
     EmbeddingSpace.from_model(model, model.manifest.live_space)
     return model
 

@@ -125,7 +125,7 @@ class ReferenceEmbedder:
         for start in range(0, len(pixels), self._batch):
             part = pixels[start : start + self._batch]
             filled = np.concatenate([part, np.repeat(part[-1:], self._batch - len(part), axis=0)])
-            bottleneck = self._session.run(filled)[1][: len(part)]
+            bottleneck = self._session.run(filled).bottleneck[: len(part)]
             vectors += [self._space.embed(row[np.newaxis]) for row in bottleneck]
         return np.concatenate(vectors) if vectors else np.empty((0, EMBEDDING_DIM), np.float32)
 

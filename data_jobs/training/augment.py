@@ -13,15 +13,16 @@ from collections.abc import Callable
 import colorsys
 import io
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_jobs.training.dataset import BCN84_SIDE
-from data_jobs.training.recipe import AugmentPlan
+from data_jobs.training.recipe import BCN84_SIDE, AugmentPlan
 
 Rng = np.random.Generator
+Floats = NDArray[np.floating[Any]]
 Points = list[tuple[float, float]]
 #: What is drawn on a mask, in units of the image's side.
 Drawing = Callable[[ImageDraw.ImageDraw, float], None]
@@ -29,7 +30,10 @@ Drawing = Callable[[ImageDraw.ImageDraw, float], None]
 _MASK_SIDE = 320
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 BCN84_QUALITY = 75
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+#: How many cluttered views get a colour cast, are grey, or are damaged by a JPEG, and its quality, below the second.
+CAST_SHARE, GREY_SHARE, DAMAGE_SHARE = 1 / 3, 1 / 12, 1 / 6
+DAMAGE_QUALITY = (8, 35)
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Hue turns about the grey axis: YIQ's chroma plane, as linear maps on RGB.
 _TO_YIQ = np.array(
     [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=np.float64
@@ -92,31 +96,51 @@ def _view(
     # A full-size crop turned by 20 degrees reaches 0.14 of the side beyond the edge.
     pad = math.ceil(0.16 * size)
     padded = Image.fromarray(np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="reflect"))
-    angle = np.deg2rad(90.0 * int(rng.integers(4)) + rng.uniform(-small_rotation, small_rotation))
-    mirror = 1.0 if rng.random() < 0.5 else -1.0
-    centre = [pad + size * (0.5 + rng.uniform(-0.5, 0.5) * (1.0 - share)) for share in crop]
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix = np.diag([crop[0] * size / side, crop[1] * size / side]) @ turn @ np.diag([mirror, 1.0])
-    offset = np.array(centre) - matrix @ np.array([side / 2.0, side / 2.0])
+    (linear,), (shift,) = view_maps(np.array([crop]), small_rotation, rng)
+    matrix = linear * size / side
+    offset = pad + size * (1.0 + shift) / 2.0 - matrix @ np.array([side / 2.0, side / 2.0])
     data = (*matrix[0], offset[0], *matrix[1], offset[1])
     return padded.transform(
         (side, side), Image.Transform.AFFINE, data, resample=_FILTERS[int(rng.integers(2))]
     )
 
 
+def view_maps(crop: NDArray[np.float64], small_rotation: float, rng: Rng) -> tuple[Floats, Floats]:
+    """Random maps from views to what they show of the image, both from -1 to 1: linear parts N×2×2, shifts N×2.
+
+    `crop`: the shares of width and height that are shown, N×2.
+    """
+    count = len(crop)
+    degrees = 90.0 * rng.integers(4, size=count) + rng.uniform(-small_rotation, small_rotation, count)
+    mirror = np.where(rng.random(count) < 0.5, 1.0, -1.0)
+    cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turn = np.array([[cosine * mirror, -sine], [sine * mirror, cosine]]).transpose(2, 0, 1)
+    return crop[:, :, None] * turn, rng.uniform(-1.0, 1.0, (count, 2)) * (1.0 - crop)
+
+
 def _colour(pixels: NDArray[np.uint8], plan: AugmentPlan, rng: Rng) -> NDArray[np.uint8]:
-    """Brightness, contrast, saturation, hue and channel gains, as one linear map of RGB."""
-    brightness = 1.0 + rng.uniform(-1.0, 1.0) * plan.brightness
-    contrast = 1.0 + rng.uniform(-1.0, 1.0) * plan.contrast
-    saturation = 1.0 + rng.uniform(-1.0, 1.0) * plan.saturation
-    angle = 2.0 * np.pi * rng.uniform(-1.0, 1.0) * plan.hue
-    gains = 1.0 + rng.uniform(-1.0, 1.0, 3) * plan.channel_gain
-    cosine, sine = saturation * np.cos(angle), saturation * np.sin(angle)
-    chroma = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-    matrix = (np.diag(gains) @ _FROM_YIQ @ chroma @ _TO_YIQ * brightness * contrast).astype(np.float32)
+    (matrix,), (lift,) = colour_maps(plan, rng, 1)
     image = pixels.astype(np.float32)
-    grey = float((image @ _LUMA).mean()) * brightness * (1.0 - contrast)
+    grey = float((image @ LUMA).mean()) * lift
     return np.clip(image @ matrix.T + (grey + 0.5), 0.0, 255.0).astype(np.uint8)
+
+
+def colour_maps(plan: AugmentPlan, rng: Rng, count: int) -> tuple[Floats, Floats]:
+    """Random brightness, contrast, saturation, hue and channel gains: linear maps of RGB N×3×3, and N shares.
+
+    That share of an image's mean grey is added to it.
+    """
+    brightness = 1.0 + rng.uniform(-1.0, 1.0, count) * plan.brightness
+    contrast = 1.0 + rng.uniform(-1.0, 1.0, count) * plan.contrast
+    saturation = 1.0 + rng.uniform(-1.0, 1.0, count) * plan.saturation
+    angle = 2.0 * np.pi * rng.uniform(-1.0, 1.0, count) * plan.hue
+    gains = 1.0 + rng.uniform(-1.0, 1.0, (count, 3)) * plan.channel_gain
+    chroma = np.tile(np.eye(3), (count, 1, 1))
+    chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * np.cos(angle)
+    chroma[:, 2, 1] = saturation * np.sin(angle)
+    chroma[:, 1, 2] = -chroma[:, 2, 1]
+    matrix = gains[:, :, None] * (_FROM_YIQ @ chroma @ _TO_YIQ) * (brightness * contrast)[:, None, None]
+    return matrix.astype(np.float32), (brightness * (1.0 - contrast)).astype(np.float32)
 
 
 def clutter(image: Image.Image, rng: Rng) -> Image.Image:
@@ -127,20 +151,39 @@ def clutter(image: Image.Image, rng: Rng) -> Image.Image:
     return image
 
 
+def overlay(side: int, rng: Rng) -> tuple[NDArray[np.uint8], list[float]]:
+    """What `clutter` puts over any image: its colour and how much of the image shows through, uint8 side×side×4.
+
+    The second: where the image lies below, as left, top, right and bottom in shares of the side. An image with clutter
+    is colour + image · shows / 255, so two images tell all: one of black and one of white.
+    """
+    state = rng.bit_generator.state
+    black = clutter(Image.new("RGB", (side, side)), rng)
+    rng.bit_generator.state = state
+    white = clutter(Image.new("RGB", (side, side), (255, 255, 255)), rng)
+    colour = np.asarray(black)
+    shows = np.clip(np.asarray(white).astype(np.int16) - colour, 0, 255).max(2, keepdims=True)
+    box = black.info.get("box", [0, 0, side, side])
+    return np.concatenate([colour, shows.astype(np.uint8)], axis=2), [float(v) / side for v in box]
+
+
 def spoil(pixels: NDArray[np.uint8], rng: Rng) -> NDArray[np.uint8]:
     """A colour cast a third of the time, grey one in twelve, JPEG damage one in six; uint8 side×side×3."""
     chance = rng.random(3)
-    if chance[0] < 1 / 3:
-        # Warm or cold light, and a green or magenta tinge.
-        warmth, tinge = rng.uniform(-0.2, 0.2), rng.uniform(-0.08, 0.08)
-        gains = np.exp(np.array([warmth, tinge, -warmth], dtype=np.float32))
-        pixels = np.clip(pixels * gains, 0.0, 255.0).astype(np.uint8)
+    if chance[0] < CAST_SHARE:
+        pixels = np.clip(pixels * casts(rng, 1), 0.0, 255.0).astype(np.uint8)
     image = Image.fromarray(pixels)
-    if chance[1] < 1 / 12:
+    if chance[1] < GREY_SHARE:
         image = image.convert("L").convert("RGB")
-    if chance[2] < 1 / 6:
-        image = as_jpeg(image, int(rng.integers(8, 35)))
+    if chance[2] < DAMAGE_SHARE:
+        image = as_jpeg(image, int(rng.integers(*DAMAGE_QUALITY)))
     return np.array(image)
+
+
+def casts(rng: Rng, count: int) -> NDArray[np.float32]:
+    """Gains N×3 of warm or cold light with a green or magenta tinge."""
+    warmth, tinge = rng.uniform(-0.2, 0.2, count), rng.uniform(-0.08, 0.08, count)
+    return np.exp(np.stack([warmth, tinge, -warmth], axis=1)).astype(np.float32)
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -153,7 +196,10 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def round_field(image: Image.Image, rng: Rng) -> Image.Image:
-    """Dark round an ellipse of any size, as a dermatoscope's tube leaves it; half of the small ones hold all of it."""
+    """Dark round an ellipse of any size, as a dermatoscope's tube leaves it; half of the small ones hold all of it.
+
+    `info["box"]` tells where the image lies: left, top, right and bottom in pixels.
+    """
     size = image.width
     radius = rng.uniform(0.32, 0.72)
     # A circle, or what is left of one after 4:3 was squashed.
@@ -161,6 +207,7 @@ def round_field(image: Image.Image, rng: Rng) -> Image.Image:
     rx, ry = radius / stretch, radius * stretch
     x, y = rng.uniform(0.45, 0.55, 2)
     dark = tuple(int(v) for v in rng.integers(0, 30, 3) + (0 if rng.random() < 0.9 else 200))
+    box = [0, 0, size, size]
     if radius < 0.5 and rng.random() < 0.5:
         box = [round(v * size) for v in (x - rx, y - ry, x + rx, y + ry)]
         small = image.resize((box[2] - box[0], box[3] - box[1]))
@@ -171,7 +218,9 @@ def round_field(image: Image.Image, rng: Rng) -> Image.Image:
     )
     if rng.random() < 0.5:
         inside = inside.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.003, 0.03)))
-    return Image.composite(image, Image.new("RGB", image.size, dark), inside)
+    shown = Image.composite(image, Image.new("RGB", image.size, dark), inside)
+    shown.info["box"] = box
+    return shown
 
 
 def ink(image: Image.Image, rng: Rng) -> Image.Image:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def write_card(folder: Path) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"told": format, "between": between, "dash": dash}
+    environment.filters |= {"told": format, "between": between, "dash": dash, "share": share}
     card = environment.get_template(f"{CARD_NAME}.j2").render(
         manifest=read_manifest(folder),
         exported=exported,
@@ -43,6 +43,11 @@ def write_card(folder: Path) -> None:
         diagnoses=tuple(Diagnosis),
     )
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def share(counts: Mapping[str, int], name: str) -> str:
+    """`47.1 %` of the cases, or a dash where there is none."""
+    return f"{100 * counts[name] / counts['cases']:.1f} %" if counts["cases"] else "–"
 
 
 def between(value: float | None, interval: Sequence[float | None]) -> str:

@@ -16,15 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS
-from data_jobs.training.recipe import DataPlan
+from data_jobs.training.recipe import BCN84_SIDE, SOURCES, DataPlan
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 from deployments.preprocess.preprocess import prepare_image
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
-#: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.
-ARCHIVE, BCN84 = "archive", "bcn84"
-SOURCES = (ARCHIVE, BCN84)
-BCN84_SIDE = 84
+ARCHIVE, BCN84 = SOURCES
+#: Smartphone photographs of skin, which are no dermoscopy.
+CLINICAL = "clinical"
 #: Lesions that two folds have under two names; docs/models.md says how they were found.
 EXCLUDED = Path(__file__).with_name("duplicates.json")
 
@@ -82,6 +81,23 @@ def read_bcn84(folder: Path) -> list[LabelledImage]:
         return [_row(_BCN84_CELLS | raw) for raw in csv.DictReader(file)]
 
 
+def read_clinical(folder: Path) -> list[LabelledImage]:
+    """All rows of clinical/clinical.csv, in file order; none where there is no such file.
+
+    Of their patients p(UNK) may be fitted on one half (fold 1), by a hash of the name; the other is fold 0.
+    """
+    path = folder / CLINICAL / "clinical.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        cells = [_BCN84_CELLS | raw | {"source": CLINICAL} for raw in csv.DictReader(file)]
+    halves = [hashlib.sha256(raw["patient_id"].encode()).digest()[0] % 2 for raw in cells]
+    return [
+        _row(raw | {"isic_id": raw["image_id"], "fold": str(1 - half)})
+        for raw, half in zip(cells, halves, strict=True)
+    ]
+
+
 #: What every row of bcn84.csv has in common: its originals were square, and who confirmed them is not known.
 _BCN84_CELLS = {
     "patient_id": "",
@@ -111,6 +127,11 @@ def fold_indices(rows: list[LabelledImage], folds: Iterable[int]) -> NDArray[np.
 def labels_of(rows: list[LabelledImage]) -> NDArray[np.int64]:
     """Index in TRAINED of every row."""
     return np.array([row.label for row in rows], dtype=np.int64)
+
+
+def of_ham10000(rows: list[LabelledImage]) -> NDArray[np.bool_]:
+    """Which rows come from HAM10000."""
+    return np.array([(row.lesion_id or "").startswith("HAM_") for row in rows], dtype=np.bool_)
 
 
 def sources_of(rows: list[LabelledImage]) -> NDArray[np.int64]:

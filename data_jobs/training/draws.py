@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_jobs.training.augment import augment
-from data_jobs.training.dataset import BCN84_SIDE, SOURCES
-from data_jobs.training.recipe import Recipe, Stage
+from data_jobs.training.recipe import BCN84_SIDE, SOURCES, Recipe, Stage
 from serve_app.domain.diagnosis import TRAINED
 
 #: Of every image uint8 side×side×3, its own side.

@@ -14,10 +14,10 @@ from data_jobs.training.dataset import LabelledImage, labels_of
 from data_jobs.training.evaluation.figures import RESAMPLES, interval, resampled_weights, weighted_auc
 from data_jobs.training.evaluation.predictions import MELANOMA, Predictions
 from data_jobs.training.probabilities import Floats, Labels, area_under_curve, quantiles, rounded
-from data_jobs.training.scan import Scan
 from data_jobs.training.unknown import class_means, shrunk_covariance
 from deployments.embedder.embedder import EmbeddingSpace
 from model_store.registry import StoredModel
+from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED
 
 WIDTH_SHRINKAGE = 0.1
@@ -90,9 +90,12 @@ def precision_figures(
 
 
 def choose_space(
-    train: Scan, train_rows: list[LabelledImage], held: Scan, held_rows: list[LabelledImage]
+    train: Outputs, train_rows: list[LabelledImage], held: Outputs, held_rows: list[LabelledImage]
 ) -> tuple[str, EmbeddingSpace, dict[str, dict[str, float]]]:
-    """The space of best precision@10 (mean of plain and balanced) and its name, and the figures of all."""
+    """The space of best precision@10 (mean of plain and balanced) and its name, and the figures of all.
+
+    Of those that tell lesions apart, since a follow-up is known by it: see `apart`, within APART_TOLERANCE of the best.
+    """
     train_labels, held_labels = labels_of(train_rows), labels_of(held_rows)
     train_lesions, held_lesions = ([row.lesion for row in rows] for rows in (train_rows, held_rows))
     figures = {}
@@ -101,8 +104,35 @@ def choose_space(
         queries, references = space.embed(held.bottleneck), space.embed(train.bottleneck)
         found = nearest(queries, held_lesions, references, train_lesions, 10)
         figures[name] = precision_figures(found, held_labels, train_labels)
-    best = max(figures, key=lambda name: sum(figures[name].values()))
+        figures[name]["apart"] = apart(queries, held_lesions)
+    least = max(each["apart"] for each in figures.values()) - APART_TOLERANCE
+    good = [name for name, each in figures.items() if each["apart"] >= least]
+    best = max(
+        good, key=lambda name: figures[name]["precision_at_10"] + figures[name]["balanced_precision_at_10"]
+    )
     return best, spaces[best], figures
+
+
+#: What a space may be short of the one that tells lesions apart best, and how many of one lesion's pairs may be questioned.
+APART_TOLERANCE = 0.05
+QUESTIONED = 0.09
+
+
+def apart(vectors: NDArray[np.float32], lesions: Sequence[str]) -> float:
+    """Share of two lesions' pairs that are less alike than all but QUESTIONED of one lesion's; 1 without any."""
+    similarity, same = _pairs(vectors, lesions)
+    if not same.any():
+        return 1.0
+    return rounded((similarity[~same] < np.quantile(similarity[same], QUESTIONED)).mean())
+
+
+def _pairs(
+    vectors: NDArray[np.float32], lesions: Sequence[str]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Cosine of every pair of N unit vectors, and whether both are of one lesion."""
+    _, ids = np.unique(lesions, return_inverse=True)
+    first, second = np.triu_indices(len(ids), 1)
+    return (vectors @ vectors.T)[first, second], ids[first] == ids[second]
 
 
 PAIR_QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -113,9 +143,7 @@ def pair_figures(vectors: NDArray[np.float32], lesions: Sequence[str]) -> dict[s
 
     `vectors` N×512 unit vectors. Quantiles of the cosine over all pairs.
     """
-    _, ids = np.unique(lesions, return_inverse=True)
-    first, second = np.triu_indices(len(ids), 1)
-    similarity, same = (vectors @ vectors.T)[first, second], ids[first] == ids[second]
+    similarity, same = _pairs(vectors, lesions)
     return {
         name: quantiles(similarity[picked], PAIR_QUANTILES, 3)
         for name, picked in (("one lesion", same), ("two lesions", ~same))
@@ -145,7 +173,9 @@ class ShippedReferences:
 VOTERS = 16
 
 
-def retrieval_figures(model: StoredModel, scan: Scan, predictions: Predictions, seed: int) -> dict[str, Any]:
+def retrieval_figures(
+    model: StoredModel, scan: Outputs, predictions: Predictions, seed: int
+) -> dict[str, Any]:
     """Precision@10, and a 16-neighbour vote for melanoma beside the softmax; `scan` holds the predictions' bottlenecks."""
     shipped, labels = ShippedReferences.from_model(model), predictions.labels
     queries = shipped.space.embed(scan.bottleneck)

@@ -4,6 +4,8 @@ Of a checkpoint that training wrote it chooses the serving input side and the pr
 calibrates on. `--weights W --positions P --side S` takes safetensors as they are: our own network's tensors, or those
 of a timm classifier of the recipe's architecture, which gets a 512-wide layer that changes none of its logits. Either
 way it writes `O/model.onnx` and proves that ONNX Runtime answers as torch does; `O/export.json` says all.
+`--recipe ENSEMBLE --members W1 W2 ...` makes one graph of an ensemble's members, stored in half floats, each with its
+share of the prior as its left-out fold has it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,19 @@ from data_jobs.training.dataset import (
     isic_folder,
     labels_of,
     load_pixels,
+    read_bcn84,
     read_rows,
     training_indices,
 )
+from data_jobs.training.edge.onnx_copies import write_float16
+from data_jobs.training.ensemble import Ensemble, read_ensemble
+from data_jobs.training.ensemble_network import EnsembleNetwork, load_members
 from data_jobs.training.evaluation.figures import accuracy_figures
 from data_jobs.training.network import DermNetwork, averaged_weights, load_trunk, load_weights
 from data_jobs.training.probabilities import fit_prior_shift, softmax
 from data_jobs.training.recipe import Recipe, read_recipe
 from data_jobs.training.served_graph import state_labels
+from data_jobs.training.unknown_heads import fit_heads
 from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
@@ -44,25 +51,32 @@ OPSET = 18
 #: Random images that parity of foreign weights is proven on, and their seed.
 SAMPLED = 4
 _SEED = 512
+#: Images that an ensemble's bottleneck is fitted on.
+BOTTLENECK_IMAGES = 2048
 
 
 class PixelsIn(nn.Module):
     """The network as served: uint8 N×H×W×3 in, mean and std inside."""
 
-    def __init__(self, network: DermNetwork) -> None:
+    def __init__(self, network: nn.Module, outputs: tuple[str, ...] = ("logits", "bottleneck")) -> None:
         super().__init__()
         self.network = network
+        self.outputs = outputs
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits N×8 and bottleneck N×512."""
-        logits, bottleneck = self.network(pixels.to(torch.float32).permute(0, 3, 1, 2))
-        return logits, bottleneck
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """What the network gives, as `outputs` names it."""
+        found: tuple[Tensor, ...] = self.network(pixels.to(torch.float32).permute(0, 3, 1, 2))
+        return found
 
 
 @torch.inference_mode()
-def run_torch(model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float32]:
-    """Logits of uint8 N×H×W×3."""
-    parts = [model(torch.from_numpy(pixels[i : i + batch]))[0].numpy() for i in range(0, len(pixels), batch)]
+def run_torch(
+    model: nn.Module, pixels: NDArray[np.uint8], batch: int = 64, output: int = 0
+) -> NDArray[np.float32]:
+    """Logits of uint8 N×H×W×3, or another of the model's outputs."""
+    parts = [
+        model(torch.from_numpy(pixels[i : i + batch]))[output].numpy() for i in range(0, len(pixels), batch)
+    ]
     return np.concatenate(parts)
 
 
@@ -83,16 +97,16 @@ def choose_side(figures: list[dict[str, float]], tolerance: float = 0.005) -> di
     return min(good, key=lambda f: f["side"])
 
 
-def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
-    """Write the served graph: input `pixels`, outputs `logits` and `bottleneck`, any batch size; it names its labels."""
+def write_onnx(served: PixelsIn, side: int, path: Path) -> None:
+    """Write the served graph: input `pixels`, any batch size; it names its labels."""
     example = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
     torch.onnx.export(
-        PixelsIn(network).eval(),
+        served.eval(),
         (example,),
         str(path),
         input_names=["pixels"],
-        output_names=["logits", "bottleneck"],
-        dynamic_axes={name: {0: "batch"} for name in ("pixels", "logits", "bottleneck")},
+        output_names=list(served.outputs),
+        dynamic_axes={name: {0: "batch"} for name in ("pixels", *served.outputs)},
         opset_version=OPSET,
         dynamo=False,
     )
@@ -102,15 +116,16 @@ def write_onnx(network: DermNetwork, side: int, path: Path) -> None:
 
 
 @torch.inference_mode()
-def onnx_parity(network: DermNetwork, path: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:
+def onnx_parity(served: PixelsIn, path: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:
     """Largest differences between torch and ONNX Runtime on uint8 N×H×W×3."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels})
-    expected = PixelsIn(network).eval()(torch.from_numpy(pixels))
+    found = dict(zip(served.outputs, session.run(list(served.outputs), {"pixels": pixels}), strict=True))
+    expected = dict(zip(served.outputs, served.eval()(torch.from_numpy(pixels)), strict=True))
+    differences = {name: float(np.abs(found[name] - expected[name].numpy()).max()) for name in found}
     return {
         "images": len(pixels),
-        "max_abs_logit": float(np.abs(logits - expected[0].numpy()).max()),
-        "max_abs_bottleneck": float(np.abs(bottleneck - expected[1].numpy()).max()),
+        "max_abs_logit": differences["logits"],
+        "max_abs_bottleneck": differences["bottleneck"],
     }
 
 
@@ -176,7 +191,7 @@ def export_weights(
         network = DermNetwork(recipe.architecture, recipe.network).eval()
         load_weights(network, recipe.architecture, state)
     pixels = np.random.default_rng(_SEED).integers(0, 256, (SAMPLED, side, side, 3)).astype(np.uint8)
-    return _write(network, side, pixels, output, report | {"sides": [{"side": side}]})
+    return _write(PixelsIn(network), side, pixels, output, report | {"sides": [{"side": side}]})
 
 
 def export_checkpoint(recipe: Recipe, checkpoint: Path, output: Path) -> dict[str, Any]:
@@ -206,16 +221,64 @@ def export_checkpoint(recipe: Recipe, checkpoint: Path, output: Path) -> dict[st
         "training_images": len(trained_on),
         "sides": figures,
     }
-    return _write(network, side, sample, output, report)
+    return _write(PixelsIn(network), side, sample, output, report)
+
+
+@torch.inference_mode()
+def export_ensemble(ensemble: Ensemble, weights: list[Path], output: Path) -> dict[str, Any]:
+    """Write model.onnx of all members and export.json, and return the latter."""
+    networks, side = load_members(ensemble, weights), int(ensemble.side or 0)
+    folder = isic_folder()
+    rows = read_rows(folder)
+    labels = labels_of(rows)
+    geometry = InputGeometry(side, ensemble.members[0].data.interpolation)
+    figures = []
+    for network, recipe in zip(networks, ensemble.members, strict=True):
+        trained_on = labels[training_indices(rows, recipe.data)]
+        prior = np.bincount(trained_on, minlength=len(TRAINED)) / len(trained_on)
+        fold = fold_indices(rows, [recipe.data.fitted_fold])
+        pixels = load_pixels(rows, fold, folder, geometry)
+        found = side_figures(side, run_torch(PixelsIn(network), pixels), labels[fold], prior)
+        network.classify.bias += torch.from_numpy(found["shift"] * np.log(prior)).float()
+        figures.append({"member": recipe.tag, "training_images": len(trained_on), **found})
+        print(json.dumps(figures[-1]), flush=True)
+    unseen = ensemble.unseen(rows)
+    both = rows + (read_bcn84(folder) if ensemble.members[0].data.with_bcn84 else [])
+    fitted = fit_heads(ensemble, networks, both, [rows[i] for i in unseen], folder, geometry)
+    whole = EnsembleNetwork(networks, fitted.heads).eval()
+    kept = 1.0
+    if len(networks) > 1:
+        left_out = np.flatnonzero(ensemble.member_of(rows) >= 0)
+        pixels = load_pixels(rows, left_out[:: max(1, len(left_out) // BOTTLENECK_IMAGES)], folder, geometry)
+        features = [run_torch(PixelsIn(network), pixels, output=1) for network in networks]
+        kept = whole.fit_bottleneck(np.concatenate(features, axis=1))
+    sample = load_pixels(rows, unseen[:64], folder, geometry)
+    report = {
+        "model_id": ensemble.model_id,
+        "side": side,
+        "sides": figures,
+        "bottleneck_variance": kept,
+        "unknown": {"slope": fitted.slope, "intercept": fitted.intercept},
+    }
+    served = PixelsIn(whole, whole.outputs)
+    return _write(served, side, sample, output, report, halved=True)
 
 
 def _write(
-    network: DermNetwork, side: int, pixels: NDArray[np.uint8], output: Path, report: dict[str, Any]
+    served: PixelsIn,
+    side: int,
+    pixels: NDArray[np.uint8],
+    output: Path,
+    report: dict[str, Any],
+    *,
+    halved: bool = False,
 ) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "model.onnx"
-    write_onnx(network, side, path)
-    report |= {"opset": OPSET, "parity": onnx_parity(network, path, pixels)}
+    write_onnx(served, side, path)
+    if halved:
+        write_float16(onnx.load(path), path)
+    report |= {"opset": OPSET, "parity": onnx_parity(served, path, pixels)}
     (output / "export.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -226,12 +289,20 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--checkpoint", type=Path)
+    given.add_argument(
+        "--members", type=Path, nargs="+", help="safetensors of an ensemble's members, in order"
+    )
     given.add_argument("--weights", type=Path, help="safetensors; needs --positions and --side")
     parser.add_argument("--positions", type=json.loads, help="of the eight among the logits, as a JSON list")
     parser.add_argument("--side", type=int)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    recipe, output = read_recipe(arguments.recipe), arguments.output
+    output = arguments.output
+    if arguments.members:
+        report = export_ensemble(read_ensemble(arguments.recipe), arguments.members, output)
+        print(json.dumps(report["parity"]))
+        return
+    recipe = read_recipe(arguments.recipe)
     if arguments.checkpoint:
         report = export_checkpoint(recipe, arguments.checkpoint, output)
     else:

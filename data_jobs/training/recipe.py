@@ -11,6 +11,10 @@ import re
 import tomllib
 from typing import Any, Literal, TypeVar
 
+#: Where a labelled image comes from: train.csv, or bcn84.csv, another hospital's images of 84 by 84 pixels.
+SOURCES = ("archive", "bcn84")
+BCN84_SIDE = 84
+
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
@@ -47,10 +51,14 @@ class DataPlan:
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """Where training starts from instead of ImageNet: an earlier model's checkpoint, by its SHA-256."""
+    """Where training starts from instead of ImageNet: an earlier model's checkpoint, by its SHA-256.
+
+    `seen_folds` are those that model was trained on, whole: what of them this run leaves out is not unseen.
+    """
 
     model_id: str
     checkpoint_sha256: str
+    seen_folds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +216,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ADDED = frozenset({"distillation", "with_bcn84", "left_out", "reserve_share", "reserve_seed"}) | frozenset(
     {"draws", "bcn84", "soft", "clutter", "repeats"}
 )
+#: Says nothing of how weights come about.
+_TOLD = frozenset({"seen_folds"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +272,11 @@ class Recipe:
 
 def _without_added(value: Any) -> Any:  # noqa: ANN401 - what asdict gives
     if isinstance(value, dict):
-        kept = {name: part for name, part in value.items() if part is not None or name not in _ADDED}
+        kept = {
+            name: part
+            for name, part in value.items()
+            if name not in _TOLD and (part is not None or name not in _ADDED)
+        }
         return {name: _without_added(part) for name, part in kept.items()}
     return [_without_added(part) for part in value] if isinstance(value, list | tuple) else value
 

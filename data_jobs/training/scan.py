@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +13,18 @@ from PIL import Image, ImageFilter
 
 from data_jobs.training.dataset import LabelledImage, load_pixels
 from deployments.preprocess.pixels import InputGeometry
+from model_store.session import Outputs
 
 Pixels = NDArray[np.uint8]
-Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
-#: A forward pass: uint8 N×side×side×3 to logits N×8 and bottleneck N×512.
+#: A forward pass over uint8 N×side×side×3.
 Run = Callable[[Pixels], Outputs]
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """Logits N×8 and bottleneck N×512 of N images, float32."""
-
-    logits: NDArray[np.float32]
-    bottleneck: NDArray[np.float32]
-
-    @classmethod
-    def joined(cls, parts: Iterable[Outputs]) -> Self:
-        """Of the answers to batches, in their order."""
-        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+def joined(parts: Iterable[Outputs]) -> Outputs:
+    """The answers to batches as one, in their order."""
+    columns: Iterable[tuple[Any, ...]] = zip(*parts, strict=True)
+    arrays: list[Any] = [None if found[0] is None else np.concatenate(found) for found in columns]
+    return Outputs(*arrays)
 
 
 def open_onnx(model: Path | bytes, threads: int = 2) -> Run:
@@ -41,10 +34,12 @@ def open_onnx(model: Path | bytes, threads: int = 2) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = model if isinstance(model, bytes) else str(model)
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_outputs()]
 
     def run(pixels: Pixels) -> Outputs:
-        logits, bottleneck = session.run(["logits", "bottleneck"], {"pixels": pixels})
-        return logits, bottleneck
+        found = dict(zip(names, session.run(names, {"pixels": pixels}), strict=True))
+        members, unknown = found.get("member_logits"), found.get("unknown")
+        return Outputs(found["logits"], found["bottleneck"], members, unknown)
 
     return run
 
@@ -55,9 +50,9 @@ def soften(pixels: Pixels, radius: float = 0.7) -> Pixels:
     return np.stack([np.asarray(Image.fromarray(image).filter(blur)) for image in pixels])
 
 
-def scan_pixels(run: Run, pixels: Pixels, batch: int = 32) -> Scan:
+def scan_pixels(run: Run, pixels: Pixels, batch: int = 32) -> Outputs:
     """Scan uint8 N×side×side×3."""
-    return Scan.joined(run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch))
+    return joined(run(np.ascontiguousarray(pixels[i : i + batch])) for i in range(0, len(pixels), batch))
 
 
 def scan_images(
@@ -67,10 +62,10 @@ def scan_images(
     folder: Path,
     geometry: InputGeometry,
     batch: int = 32,
-) -> Scan:
+) -> Outputs:
     """Scan the rows at `indices`, a batch in memory at a time."""
     picked = list(indices)
-    return Scan.joined(
+    return joined(
         run(load_pixels(rows, picked[start : start + batch], folder, geometry))
         for start in range(0, len(picked), batch)
     )

@@ -13,23 +13,17 @@ is faster where that has matrix units (AMX) and much slower where it has none. A
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 import json
-import math
 from pathlib import Path
-import time
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch import Tensor
 
 from data_jobs.training.dataset import (
-    BCN84_SIDE,
     build_cache,
     isic_folder,
     labels_of,
@@ -38,70 +32,13 @@ from data_jobs.training.dataset import (
     sources_of,
     training_indices,
 )
-from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, class_counts, draw_epoch, sampled_prior
-from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers, mix
+from data_jobs.training.draws import AugmentedDraws, Labels, Pixels, sampled_prior
 from data_jobs.training.machine import CPU, Machine
 from data_jobs.training.network import DermNetwork, load_start
-from data_jobs.training.recipe import OptimiserPlan, Recipe, read_recipe
+from data_jobs.training.recipe import BCN84_SIDE, Recipe, read_recipe
+from data_jobs.training.steps import Run, write_weights
+from data_jobs.training.teachers import Teachers
 from deployments.preprocess.pixels import InputGeometry
-
-
-def learning_rate(step: int, total: int, warmup: float) -> float:
-    """Factor of the peak: linear warm-up, then a cosine to zero."""
-    ramp = max(1.0, warmup * total)
-    if step < ramp:
-        return (step + 1) / ramp
-    return 0.5 * (1.0 + math.cos(math.pi * (step - ramp) / max(1.0, total - ramp)))
-
-
-def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.AdamW:
-    """AdamW in four groups: trunk and head, each with and without weight decay (norms, biases)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name.startswith("trunk."), parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": plan.trunk_lr if trunk else plan.head_lr,
-                "weight_decay": plan.weight_decay if decayed else 0.0,
-            }
-            for (trunk, decayed), parameters in groups.items()
-        ]
-    )
-
-
-def run_epoch(
-    network: DermNetwork,
-    ema: AveragedModel,
-    optimiser: torch.optim.Optimizer,
-    loss: AdjustedLoss,
-    mixtures: Iterator[Mixture],
-    factors: Iterator[float],
-    clip_norm: float,
-    machine: Machine = CPU,
-) -> tuple[float, float]:
-    """Train over `mixtures`; returns mean loss and training accuracy."""
-    network.train()
-    # Kept where they are computed: to read one would make a GPU wait at every batch.
-    losses, hits, seen = torch.zeros(()), torch.zeros(()), 0
-    for mixture, factor in zip(mixtures, factors, strict=False):
-        labels = mixture.labels
-        for group in optimiser.param_groups:
-            group["lr"] = factor * group["peak"]
-        optimiser.zero_grad(set_to_none=True)
-        with machine.autocast():
-            logits, _ = network(mixture.images)
-        value = loss(logits.float(), mixture)
-        value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-        optimiser.step()
-        ema.update_parameters(network)
-        losses = losses.to(labels.device) + value.detach() * len(labels)
-        hits = hits.to(labels.device) + (logits.detach().argmax(1) == labels).sum()
-        seen += len(labels)
-    return float(losses / seen), float(hits / seen)
 
 
 def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -119,18 +56,6 @@ def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
             "it, or give another --output."
         )
     return state
-
-
-def write_weights(ema: AveragedModel, path: Path) -> None:
-    """The averaged weights in float16 (counters as they are), whole or not at all: half a checkpoint's tenth."""
-    state = {
-        name: value.half().contiguous() if value.is_floating_point() else value
-        for name, value in ema.module.state_dict().items()
-    }
-    if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
-        raise ValueError(f"A weight is beyond what float16 can hold: {path} is not written.")
-    save_file(state, path.with_suffix(".partial"))
-    path.with_suffix(".partial").rename(path)
 
 
 def train(
@@ -157,69 +82,29 @@ def train(
     network = DermNetwork(recipe.architecture, recipe.network)
     load_start(network, recipe, start)
     output.mkdir(parents=True, exist_ok=True)
-    machine.prepare(network)
-    decay = get_ema_multi_avg_fn(recipe.optimiser.ema_decay)
-    ema = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
-    optimiser = build_optimiser(network, recipe.optimiser)
+    sources = np.zeros_like(labels) if sources is None else sources
+    run = Run(recipe, network, labels, sources, indices, machine)
     plan = recipe.distillation
     teachers = Teachers(plan, models, sampled_prior(labels[indices], 1.0)) if plan else None
-    sources = np.zeros_like(labels) if sources is None else sources
-    power, stages = recipe.loss.sampling_power, recipe.epoch_stages
-    counts = [
-        class_counts(labels[indices], sources[indices], power, stage, stage.draws or len(indices))
-        for stage in stages
-    ]
-    size = recipe.optimiser.batch_size
-    steps = [int(count.sum()) // size for count in counts]
-    first = 0
+    stages, first = recipe.epoch_stages, 0
     if state is not None:
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
+        for name, part in run.parts.items():
+            part.load_state_dict(state[name])
         first = state["epochs_done"]
     for epoch in range(first, len(stages)):
-        started = time.monotonic()
         stage = stages[epoch]
-        rng = np.random.default_rng((recipe.seed, epoch))
-        torch.manual_seed(recipe.seed + epoch)
-        draws = draw_epoch(labels, sources, indices, counts[epoch], rng)
-        loss = AdjustedLoss(counts[epoch].sum(1) / len(draws), recipe.loss, plan.loss_share if plan else 0.0)
-        loss.to(machine.device)
         side = plan.side if plan else stage.side
-        views = AugmentedDraws(pixels, labels, draws, side, recipe, epoch)
-        batches = machine.batches(views, recipe.optimiser)
-        done = sum(steps[:epoch])
-        factors = (
-            learning_rate(step, sum(steps), recipe.optimiser.warmup)
-            for step in range(done, done + steps[epoch])
-        )
-        mixtures = (
-            mix(machine.as_input(images), answers.to(machine.device), recipe.loss.mixup, rng)
-            for images, answers in tqdm(batches, f"epoch {epoch + 1} of {len(stages)}", mininterval=30.0)
-        )
-        mean_loss, accuracy = run_epoch(
-            network,
-            ema,
-            optimiser,
-            loss,
-            teachers.teach(mixtures, stage.side) if teachers else mixtures,
-            factors,
-            recipe.optimiser.clip_norm,
-            machine,
-        )
-        parts = {"network": network, "ema": ema, "optimiser": optimiser}
-        state = {name: part.state_dict() for name, part in parts.items()}
+
+        def batches(draws: Labels, side: int = side, epoch: int = epoch) -> Iterable[tuple[Tensor, Tensor]]:
+            views = AugmentedDraws(pixels, labels, draws, side, recipe, epoch)
+            return machine.batches(views, recipe.optimiser)
+
+        line = run.epoch(epoch, batches, teachers.teach if teachers else None)
+        state = {name: part.state_dict() for name, part in run.parts.items()}
         state |= {"epochs_done": epoch + 1, "recipe": recipe.training_digest}
         torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").rename(checkpoint)
-        write_weights(ema, output / f"stage-{recipe.stages.index(stage) + 1}.safetensors")
-        line = {
-            "epoch": epoch,
-            "side": stage.side,
-            "loss": round(mean_loss, 4),
-            "train_accuracy": round(accuracy, 4),
-            "seconds": round(time.monotonic() - started, 1),
-        }
+        write_weights(run.ema, output / f"stage-{recipe.stages.index(stage) + 1}.safetensors")
         with (output / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)

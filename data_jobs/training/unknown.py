@@ -1,31 +1,30 @@
-"""UNK: how far a bottleneck lies from every class trained on, how that becomes p(UNK), and what it is held against.
+"""UNK: how unlike dermoscopy an image is, how that becomes p(UNK), and what it is held against (`outliers`).
 
-The outliers are photographs shipped with scikit-image and scikit-learn, text, noise, gradients, plain colours, painted
-lesions and inverted ones. Each source image is in one of two disjoint parts: `fit` for the direction and the logistic
-map, `test` for the figures told of them.
+A network of ours is scored by a logistic regression on what its block groups measure, and how far that strays from
+dermoscopy (`UnknownHead`): texture, colour and
+shape tell a photograph from dermoscopy before the last layers forget all but the lesion (Sastry and Oore, "Detecting
+Out-of-Distribution Examples with Gram Matrices", ICML 2020; Pacheco et al., CVPRW 2020, on skin). A model that came in
+as ONNX gives its bottleneck only: its score is the distance to every class trained on (`ClassStatistics`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-import io
-from typing import Any, Literal
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn import covariance
-from sklearn.datasets import load_sample_images
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit
 
-from data_jobs.references.catalogue import ARCHIVE_LIMITS
 from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, served
+from data_jobs.training.outliers import CLINICAL, Outlier, make_outliers, skin_like
 from data_jobs.training.probabilities import Floats, Labels, area_under_curve, rounded
-from data_jobs.training.scan import Outputs, Pixels, scan_pixels
+from data_jobs.training.scan import Run, scan_pixels
 from deployments.classifier.calibration import Calibrator, ood_score, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
-from deployments.preprocess.preprocess import prepare_image
 
 #: Shares of a covariance replaced by a multiple of the identity: within classes, and to find the direction.
 WITHIN_SHRINKAGE = 0.001
@@ -36,8 +35,142 @@ ANCHOR = 6.0
 CLASS_WEIGHT = 0.25
 #: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
 PRIOR_UNKNOWN = 0.05
+#: The same for a head, which keeps more of the known images below any limit: 1.7 % of
+#: the reserve's images of the archive then reach 0.2.
+HEAD_PRIOR = 0.1
 #: How many lesions of a fold are inverted, blurred away and painted over.
 SPOILT = 100
+#: What clinical photographs weigh among the outliers, since they come most; the other kinds share the rest evenly.
+CLINICAL_WEIGHT = 0.6
+#: Inverse strength of the ridge of `fit_head`, and where its standardised measures are cut off.
+HEAD_C = 0.03
+CLIP = 8.0
+#: Components of the known images' covariance that are kept; the share of the known images that stray no further than
+#: `reach`; and what an e-fold of the squared distance beyond it adds to the log odds.
+AXES = 96
+REACH = 0.95
+STRAY = 10.0
+#: Rounding may leave less than nothing of a difference of squares; its logarithm must stay a number.
+LEAST_DISTANCE = 1e-6
+_SPLITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Measures N×F of N images, what each is (an outlier's kind, a known image's hospital) and whose (no group is split)."""
+
+    measures: NDArray[np.floating]
+    kinds: NDArray[np.str_]
+    groups: NDArray[np.str_]
+
+    def __getitem__(self, picked: NDArray[Any]) -> Examples:
+        return Examples(self.measures[picked], self.kinds[picked], self.groups[picked])
+
+    @property
+    def weights(self) -> Floats:
+        """One weight an image: 1 in all, the same for every kind, but CLINICAL_WEIGHT for clinical photographs."""
+        kinds, index, counts = np.unique(self.kinds, return_inverse=True, return_counts=True)
+        clinical = kinds == CLINICAL
+        share = np.where(clinical, CLINICAL_WEIGHT, (1.0 - CLINICAL_WEIGHT) / max(1, int((~clinical).sum())))
+        each = share / counts / share.sum()
+        return np.asarray(each[index])
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownHead:
+    """What makes a score of measures x; arrays are float32, F long, `axes` F×K.
+
+    With z = clip((x - mean) / scale): weight · z + bias + STRAY · max(0, log d - reach). d = rest |z|² - |z axes|² is the
+    squared distance to the known images under their covariance, of which K components are kept apart and the others
+    equal (Tipping and Bishop, "Probabilistic principal component analysis", 1999), over F: what is like no outlier
+    that was fitted on is still unlike the known.
+    """
+
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    axes: NDArray[np.float32]
+    bias: float
+    rest: float
+    reach: float = math.inf
+
+    def standard(self, measures: NDArray[np.floating]) -> Floats:
+        """Z of measures N×F."""
+        return np.clip((np.asarray(measures, np.float64) - self.mean) / self.scale, -CLIP, CLIP)
+
+    def log_distance(self, measures: NDArray[np.floating]) -> Floats:
+        """Log d of measures N×F."""
+        z = self.standard(measures)
+        distance = self.rest * (z**2).sum(1) - ((z @ self.axes) ** 2).sum(1)
+        return np.asarray(np.log(np.maximum(distance, LEAST_DISTANCE)))
+
+    def score(self, measures: NDArray[np.floating]) -> Floats:
+        """Out-of-distribution scores N of measures N×F."""
+        beyond = np.maximum(self.log_distance(measures) - self.reach, 0.0)
+        return np.asarray(self.standard(measures) @ self.weight + self.bias + STRAY * beyond)
+
+
+def fit_head(known: Examples, outliers: Examples) -> UnknownHead:
+    """Regularised logistic regression of outliers against images that the network did not train on, and their spread.
+
+    Both sides should have been `captured` alike; else it learns file formats.
+    """
+    mean = np.average(known.measures, axis=0, weights=known.weights)
+    scale = np.sqrt(np.average((known.measures - mean) ** 2, axis=0, weights=known.weights)) + 1e-6
+    standard = np.clip((np.concatenate([known.measures, outliers.measures]) - mean) / scale, -CLIP, CLIP)
+    target = np.arange(len(standard)) >= len(known.measures)
+    weights = np.concatenate([known.weights, outliers.weights]) * len(standard) / 2.0
+    fitted = LogisticRegression(C=HEAD_C, max_iter=200, tol=1e-3).fit(standard, target, weights)
+    spread, axes = np.linalg.eigh(np.cov(standard[~target].T, aweights=known.weights))
+    kept = min(AXES, len(spread) // 2)
+    width, rest = len(spread), 1.0 / float(spread[:-kept].mean())
+    axes = axes[:, -kept:] * np.sqrt(np.maximum(rest - 1.0 / spread[-kept:], 0.0) / width)
+    centre, spans, weight, kept_axes = (
+        np.asarray(part, np.float32) for part in (mean, scale, fitted.coef_[0], axes)
+    )
+    head = UnknownHead(centre, spans, weight, kept_axes, float(fitted.intercept_[0]), rest / width)
+    return replace(head, reach=float(np.quantile(head.log_distance(known.measures), REACH)))
+
+
+def cross_fitted(known: Examples, outliers: Examples, splits: int = 5) -> tuple[Floats, Floats]:
+    """Scores of both by heads that saw no image of the same group: what `fit_logistic` takes."""
+    scores = np.empty(len(known.kinds)), np.empty(len(outliers.kinds))
+    halves = [GroupKFold(splits).split(side.kinds, groups=side.groups) for side in (known, outliers)]
+    for (known_fit, known_held), (other_fit, other_held) in zip(*halves, strict=True):
+        head = fit_head(known[known_fit], outliers[other_fit])
+        scores[0][known_held] = head.score(known.measures[known_held])
+        scores[1][other_held] = head.score(outliers.measures[other_held])
+    return scores
+
+
+def held_out_figures(
+    known: Examples, outliers: Examples, limits: tuple[float, ...], seed: int
+) -> dict[str, Any]:
+    """Shares with p(UNK) at each limit or more, as they are for what the head never saw the like of.
+
+    "patients": clinical photographs of half of the patients, the head fitted on the others' and all else, mean and
+    least of 20 splits; every other kind: the head fitted on all kinds but it. The line is that of `cross_fitted` scores.
+    """
+    line = fit_logistic(*cross_fitted(known, outliers), HEAD_PRIOR, outliers.weights)
+
+    def shares(fitting: NDArray[Any], held: NDArray[Any]) -> list[float]:
+        scores = fit_head(known, outliers[fitting]).score(outliers.measures[held])
+        return [float((unknown_probability(scores, *line) >= limit).mean()) for limit in limits]
+
+    everything = np.arange(len(outliers.kinds))
+    clinical, rest = (
+        np.flatnonzero(side) for side in (outliers.kinds == CLINICAL, outliers.kinds != CLINICAL)
+    )
+    splitter = GroupShuffleSplit(_SPLITS, test_size=0.5, random_state=seed)
+    found = np.array([
+        shares(np.concatenate([rest, clinical[fitting]]), clinical[held])
+        for fitting, held in splitter.split(clinical, groups=outliers.groups[clinical])
+    ])  # fmt: skip
+    figures: dict[str, Any] = {"patients": {"mean": found.mean(0).tolist(), "least": found.min(0).tolist()}}
+    for kind in np.unique(outliers.kinds):
+        of_kind = outliers.kinds == kind
+        figures[str(kind)] = shares(everything[~of_kind], everything[of_kind])
+    return {"limits": list(limits), **figures}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,169 +242,25 @@ def fit_statistics(
     return ClassStatistics(anchored.astype(np.float32), precision.astype(np.float32))
 
 
-def fit_logistic(known: Floats, unknown: Floats, prior: float = PRIOR_UNKNOWN) -> tuple[float, float]:
+def fit_logistic(
+    known: Floats, unknown: Floats, prior: float = PRIOR_UNKNOWN, weights: Floats | None = None
+) -> tuple[float, float]:
     """(slope, intercept) of p(UNK) = sigmoid(slope * score + intercept).
 
-    Weighted maximum likelihood: the outliers weigh `prior` together, the known images the rest, so that p(UNK) is a
+    Weighted maximum likelihood: the outliers weigh `prior` together (each the same, or its share of `weights`), the
+    known images the rest, so that p(UNK) is a
     probability for a stream with that prior and not for a set of outliers we happened to draw. A small ridge keeps the
     slope finite when the two do not overlap.
     """
     scores = np.concatenate([known, unknown])
     target = np.concatenate([np.zeros(len(known)), np.ones(len(unknown))])
-    weights = np.where(target > 0, prior / len(unknown), (1.0 - prior) / len(known)) * len(scores)
+    share = np.full(len(unknown), 1.0 / len(unknown)) if weights is None else weights / weights.sum()
+    weighed = np.concatenate([np.full(len(known), (1.0 - prior) / len(known)), prior * share]) * len(scores)
     centre, scale = float(known.mean()), float(known.std())
     fitted = LogisticRegression(C=10.0, solver="newton-cholesky", tol=1e-10, max_iter=200)
-    fitted.fit(((scores - centre) / scale)[:, None], target, weights)
+    fitted.fit(((scores - centre) / scale)[:, None], target, weighed)
     slope = float(fitted.coef_[0, 0]) / scale
     return slope, float(fitted.intercept_[0]) - slope * centre
-
-
-Part = Literal["fit", "test"]
-Rgb = NDArray[np.uint8]
-
-# Alternate, so that each part has faces, textures, objects and medical images that are not skin.
-_PHOTOGRAPHS = (
-    "astronaut", "coffee", "camera", "chelsea", "brick", "grass", "gravel", "coins", "rocket", "page",
-    "immunohistochemistry", "retina", "cell", "moon", "text", "clock", "horse", "hubble_deep_field",
-    "colorwheel", "logo",
-)  # fmt: skip
-_VIEWS = 8
-_DRAWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Outlier:
-    """One outlier: what it is, the part it belongs to, and its prepared pixels side×side×3."""
-
-    kind: str
-    part: Part
-    pixels: Rgb
-
-
-def make_outliers(geometry: InputGeometry, seed: int) -> list[Outlier]:
-    """Several hundred outliers; equal for equal seeds."""
-    rng = np.random.default_rng(seed)
-    found: list[Outlier] = []
-    for index, image in enumerate(_photographs()):
-        part: Part = "fit" if index % 2 == 0 else "test"
-        views = [_view(image, rng) for _ in range(_VIEWS)]
-        found += [Outlier("photograph", part, prepared(view, geometry)) for view in views]
-    for kind, draw in _DRAWINGS.items():
-        for index in range(_DRAWN):
-            part = "fit" if index % 2 == 0 else "test"
-            found.append(Outlier(kind, part, prepared(draw(rng), geometry)))
-    return found
-
-
-def skin_like(pixels: Rgb, seed: int) -> list[Outlier]:
-    """Made from N lesions: inverted (both parts); blurred away and plain skin, which are never fitted on."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for index, image in enumerate(pixels):
-        part: Part = "fit" if index % 2 == 0 else "test"
-        found.append(Outlier("inverted lesion", part, 255 - image))
-        blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(image.shape[0] / 16))
-        found.append(Outlier("lesion blurred away", "test", np.asarray(blurred)))
-        skin = np.median(image[:12].reshape(-1, 3), axis=0)
-        grain = rng.normal(0.0, 3.0, (*image.shape[:2], 1))
-        plain = np.clip(skin + grain, 0.0, 255.0).astype(np.uint8)
-        found.append(Outlier("plain skin colour", "test", plain))
-    return found
-
-
-def prepared(image: Image.Image, geometry: InputGeometry) -> Rgb:
-    """Pixels of a drawn image by the service's own code, by way of a PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return prepare_image(buffer.getvalue(), geometry, ARCHIVE_LIMITS).pixels
-
-
-def _photographs() -> list[Image.Image]:
-    # Only who fits or measures p(UNK) needs the package.
-    from skimage import data as skimage_data  # noqa: PLC0415
-
-    images = [Image.fromarray(_as_rgb(getattr(skimage_data, name)())) for name in _PHOTOGRAPHS]
-    return images + [Image.fromarray(image) for image in load_sample_images().images]
-
-
-def _as_rgb(image: NDArray[np.generic]) -> Rgb:
-    grey = (np.asarray(image) * 255).astype(np.uint8) if image.dtype == np.bool_ else np.asarray(image)
-    stacked = np.stack([grey] * 3, axis=2) if grey.ndim == 2 else grey[:, :, :3]
-    return np.ascontiguousarray(stacked, dtype=np.uint8)
-
-
-def _view(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A random crop of 40 to 100 % of each side, mirrored half of the time."""
-    width, height = (max(40, round(side * rng.uniform(0.4, 1.0))) for side in image.size)
-    left = int(rng.integers(0, max(1, image.width - width + 1)))
-    top = int(rng.integers(0, max(1, image.height - height + 1)))
-    view = image.crop((left, top, left + width, top + height))
-    return ImageOps.mirror(view) if rng.random() < 0.5 else view
-
-
-def _noise(rng: np.random.Generator) -> Image.Image:
-    cells = int(rng.integers(8, 256))
-    grain = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
-    return Image.fromarray(grain).resize((256, 256), Image.Resampling.BILINEAR)
-
-
-def _plain(rng: np.random.Generator) -> Image.Image:
-    red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-    return Image.new("RGB", (256, 256), (red, green, blue))
-
-
-def _gradient(rng: np.random.Generator) -> Image.Image:
-    ends = rng.uniform(0.0, 255.0, (2, 3))
-    ramp = np.linspace(0.0, 1.0, 256)[None, :, None]
-    image = np.broadcast_to(ends[0] * (1.0 - ramp) + ends[1] * ramp, (256, 256, 3)).astype(np.uint8)
-    return Image.fromarray(image).rotate(float(rng.choice([0.0, 90.0])))
-
-
-def _text(rng: np.random.Generator) -> Image.Image:
-    page = Image.new("RGB", (400, 300), "white")
-    draw = ImageDraw.Draw(page)
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
-    for line in range(int(rng.integers(4, 18))):
-        draw.text((12, 10 + 16 * line), "".join(rng.choice(letters, 60)), fill="black")
-    return page
-
-
-def _shapes(rng: np.random.Generator) -> Image.Image:
-    canvas = Image.new("RGB", (256, 256), tuple(int(c) for c in rng.integers(0, 256, 3)))
-    draw = ImageDraw.Draw(canvas)
-    for _ in range(int(rng.integers(3, 12))):
-        x, y, w, h = (int(v) for v in rng.integers(0, 200, 4))
-        draw.rectangle((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
-    return canvas
-
-
-def _painted_lesion(rng: np.random.Generator) -> Image.Image:
-    """Soft brown blots on a skin tone: what a hand or a program paints when it is asked for a mole."""
-    skin = np.array([228.0, 186.0, 162.0]) * rng.uniform(0.55, 1.08) + rng.uniform(-14.0, 14.0, 3)
-    brown = skin * rng.uniform(0.25, 0.65) * np.array([1.0, rng.uniform(0.8, 1.0), rng.uniform(0.7, 1.0)])
-    y, x = np.mgrid[0:240, 0:320].astype(np.float64)
-    canvas = np.broadcast_to(skin, (240, 320, 3)).copy()
-    for _ in range(int(rng.integers(1, 5))):
-        angle = np.arctan2(y - 120.0, x - 160.0)
-        radius = np.hypot((x - 160.0 - rng.normal(0.0, 14.0)) / rng.uniform(0.8, 1.5), y - 120.0)
-        border = rng.uniform(25.0, 90.0) + rng.uniform(0.0, 9.0) * np.cos(int(rng.integers(2, 9)) * angle)
-        inside = 1.0 / (1.0 + np.exp(np.clip((radius - border) / rng.uniform(1.0, 8.0), -50.0, 50.0)))
-        canvas += (inside * rng.uniform(0.4, 1.0))[..., None] * (brown - canvas)
-    spacing = rng.uniform(6.0, 30.0)
-    mesh = np.cos(2 * np.pi * x / spacing) + np.cos(2 * np.pi * (0.5 * x + 0.87 * y) / spacing)
-    canvas *= 1.0 - rng.uniform(0.0, 0.12) * np.clip(mesh, 0.0, 1.0)[..., None]
-    canvas += rng.normal(0.0, rng.uniform(0.0, 5.0), canvas.shape)
-    return Image.fromarray(np.clip(canvas, 0.0, 255.0).astype(np.uint8))
-
-
-_DRAWINGS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
-    "noise": _noise,
-    "plain colour": _plain,
-    "gradient": _gradient,
-    "text": _text,
-    "shapes": _shapes,
-    "painted lesion": _painted_lesion,
-}
 
 
 def outlier_figures(
@@ -296,7 +285,7 @@ def outlier_figures(
 
 
 def unknown_figures(
-    run: Callable[[Pixels], Outputs],
+    run: Run,
     calibrator: Calibrator,
     predictions: Predictions,
     lesions: NDArray[np.uint8],

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.registry import StoredModel
+from model_store.session import Outputs
 from serve_app.domain.assessment import Classification
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
@@ -41,55 +42,72 @@ def unknown_probability(score: FloatArray, slope: float, intercept: float) -> Fl
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """One model's calibration, as its manifest states it."""
+    """One model's calibration, as its manifest states it. `statistics` are means and precision of `ood_score`."""
 
     temperature: float
-    thresholds: FloatArray
+    member_temperature: float
     coverage: float
-    means: FloatArray
-    precision: FloatArray
+    thresholds: FloatArray
+    statistics: tuple[FloatArray, FloatArray] | None
     slope: float
     intercept: float
 
     @classmethod
     def from_model(cls, model: StoredModel) -> Self:
-        """Read thresholds and out-of-distribution statistics of a verified model."""
+        """Read the sets and out-of-distribution statistics of a verified model."""
         manifest = model.manifest
-        with np.load(model.path(manifest.ood.statistics), allow_pickle=False) as statistics:
-            means, precision = statistics["means"], statistics["precision"]
+        calibration, conformal, ood = manifest.calibration, manifest.conformal, manifest.ood
+        statistics = None
+        if ood.statistics is not None:
+            with np.load(model.path(ood.statistics), allow_pickle=False) as arrays:
+                statistics = (arrays["means"].astype(np.float64), arrays["precision"].astype(np.float64))
         return cls(
-            temperature=manifest.calibration.temperature,
-            thresholds=np.array([manifest.conformal.thresholds[d] for d in TRAINED]),
-            coverage=manifest.conformal.coverage,
-            means=means.astype(np.float64),
-            precision=precision.astype(np.float64),
-            slope=manifest.ood.slope,
-            intercept=manifest.ood.intercept,
+            temperature=calibration.temperature,
+            member_temperature=calibration.member_temperature or calibration.temperature,
+            coverage=conformal.coverage,
+            thresholds=np.array([conformal.thresholds[d] for d in TRAINED]),
+            statistics=statistics,
+            slope=ood.slope,
+            intercept=ood.intercept,
         )
 
-    def classify(self, logits: NDArray[np.float32], bottleneck: NDArray[np.float32]) -> list[Classification]:
-        """Logits N×8 and bottleneck N×512 to N classifications whose nine probabilities sum to 1.
+    def classify(self, outputs: Outputs) -> list[Classification]:
+        """What a pass gave for N images to N classifications whose nine probabilities sum to 1.
 
         Raises StageFailed when the model's output is not finite.
         """
-        if not (np.isfinite(logits).all() and np.isfinite(bottleneck).all()):
+        if not outputs.finite:
             raise StageFailed("The model's output is not finite.")
-        softmaxed = softmax(logits.astype(np.float64), self.temperature)
-        scores = ood_score(bottleneck.astype(np.float64), self.means, self.precision)
+        known = softmax(outputs.logits.astype(np.float64), self.temperature)
+        disagreement: list[float] | list[None] = [None] * len(known)
+        if outputs.members is not None:
+            members = softmax(outputs.members.astype(np.float64), self.member_temperature)
+            disagreement = member_disagreement(members).tolist()
+        scores = self.score(outputs)
         unknown = unknown_probability(scores, self.slope, self.intercept)
         return [
-            self._classification(p, float(u), float(score))
-            for p, u, score in zip(softmaxed, unknown, scores, strict=True)
+            Classification(
+                probabilities={d: float(p) * (1.0 - u) for d, p in zip(TRAINED, eight, strict=True)}
+                | {Diagnosis.UNK: u},
+                prediction_set=tuple(d for d, inside in zip(TRAINED, kept, strict=True) if inside),
+                coverage=self.coverage,
+                ood_score=score,
+                disagreement=apart,
+            )
+            for eight, u, kept, score, apart in zip(
+                known, unknown.tolist(), known >= self.thresholds, scores.tolist(), disagreement, strict=True
+            )
         ]
 
-    def _classification(self, known: FloatArray, unknown: float, score: float) -> Classification:
-        probabilities = {d: float(p) * (1.0 - unknown) for d, p in zip(TRAINED, known, strict=True)}
-        probabilities[Diagnosis.UNK] = unknown
-        return Classification(
-            probabilities=probabilities,
-            prediction_set=tuple(
-                d for d, p, t in zip(TRAINED, known, self.thresholds, strict=True) if p >= t
-            ),
-            coverage=self.coverage,
-            ood_score=score,
-        )
+    def score(self, outputs: Outputs) -> FloatArray:
+        """Out-of-distribution scores N."""
+        if self.statistics is None:
+            if outputs.unknown is None:
+                raise StageFailed("The model gives no out-of-distribution score.")
+            return outputs.unknown.astype(np.float64)
+        return ood_score(outputs.bottleneck.astype(np.float64), *self.statistics)
+
+
+def member_disagreement(members: FloatArray) -> FloatArray:
+    """How far M members' probabilities N×M×8 are apart, N, 0 to 1: their mean total variation distance to their mean."""
+    return np.asarray(np.abs(members - members.mean(1, keepdims=True)).sum(2).mean(1) / 2.0)

@@ -64,11 +64,11 @@ class Classifier:
     def classify(self, model_id: str, batch: Sequence[NDArray[np.uint8]]) -> list[ClassifierOutput]:
         """Classify N images, each uint8 H×W×3 at the model's input size, in one forward pass."""
         model = self._loaded.get(model_id)
-        logits, bottleneck = model.session.run(np.stack(batch))
+        outputs = model.session.run(np.stack(batch))
         return [
             ClassifierOutput(model_id, model.stored.digest, classification, features)
             for classification, features in zip(
-                model.calibrator.classify(logits, bottleneck), bottleneck, strict=True
+                model.calibrator.classify(outputs), outputs.bottleneck, strict=True
             )
         ]
 

@@ -163,13 +163,18 @@ Probabilities = Annotated[Mapping[Diagnosis, float], AfterValidator(_in_order)]
 
 @dataclass(frozen=True, slots=True)
 class Classification(Shape):
-    """Nine calibrated probabilities that sum to 1; the set holds the truth at the stated coverage."""
+    """Nine calibrated probabilities that sum to 1; the set holds the truth at the stated coverage.
+
+    `disagreement` is how far the networks of an ensemble are apart, 0 to 1; null of a single one, and in older answers.
+    """
 
     probabilities: Probabilities
     prediction_set: tuple[Diagnosis, ...]
     coverage: float
     #: The out-of-distribution distance that p(UNK) was calibrated from.
     ood_score: float
+    #: The members' mean total variation distance to their mean.
+    disagreement: float | None = None
 
     @computed_field(json_schema_extra=_state)  # type: ignore[prop-decorator]
     @property

@@ -57,7 +57,7 @@ def test_all_models_together_stay_small(models: Path) -> None:
 def test_a_copy_answers_as_the_server_does(model: StoredModel) -> None:
     _, side, _ = model.manifest.input.input_size
     pixels = np.random.default_rng(1).integers(90, 200, (2, side, side, 3)).astype(np.uint8)
-    logits, bottleneck = InferenceSession(model, threads=1).run(pixels)
+    logits, bottleneck, *_ = InferenceSession(model, threads=1).run(pixels)
     found = open_copy(model, "float16", threads=1).run(pixels)
     assert np.abs(found[0] - logits).max() < 0.05
     assert np.abs(found[1] - bottleneck).max() < 0.05

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_jobs.training.manifest_file import seal
+from deployments.classifier.calibration import Calibrator
 from deployments.classifier.classifier import Classifier
 from deployments.embedder.embedder import Embedder
 from model_store.manifest import MANIFEST_NAME
@@ -29,7 +30,11 @@ def test_every_model_of_the_store_loads_and_has_its_card(models: Path) -> None:
         model = store.open(model_id)
         session = InferenceSession(model, threads=1)
         _, height, width = model.manifest.input.input_size
-        logits, bottleneck = session.run(np.full((2, height, width, 3), 128, np.uint8))
+        outputs = session.run(np.full((2, height, width, 3), 128, np.uint8))
+        logits, bottleneck, *_ = outputs
+        for answer in Calibrator.from_model(model).classify(outputs):
+            assert sum(answer.probabilities.values()) == pytest.approx(1.0)
+            assert (answer.disagreement is None) == (model.manifest.output.members == 1)
         assert logits.shape == (2, 8)
         assert bottleneck.shape == (2, 512)
         assert np.isfinite(logits).all()

@@ -41,9 +41,9 @@ from data_jobs.training.edge.certificate import (
 from data_jobs.training.edge.golden import golden_document
 from data_jobs.training.edge.onnx_copies import Ranges, measure_ranges, plain_graph, write_float16, write_int8
 from data_jobs.training.manifest_file import seal
+from data_jobs.training.outliers import make_outliers
 from data_jobs.training.recipe import DataPlan, read_recipe
 from data_jobs.training.scan import Pixels, Run, open_onnx, scan_pixels
-from data_jobs.training.unknown import make_outliers
 from deployments.preprocess.pixels import InputGeometry
 from model_store.edge_copies import EDGE_NAME, GOLDEN_NAME, Runtime, server_contract
 from model_store.registry import ModelStore, StoredModel, digest_file

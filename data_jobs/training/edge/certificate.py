@@ -18,10 +18,11 @@ from data_jobs.training.embedding_spaces import ShippedReferences, nearest, prec
 from data_jobs.training.evaluation.predictions import MELANOMA, known_eight, served
 from data_jobs.training.operating_points import lesion_scores, measure_threshold
 from data_jobs.training.probabilities import Floats, Labels, area_under_curve, calibration_error, rounded
-from data_jobs.training.scan import Pixels, Scan
+from data_jobs.training.scan import Pixels
 from deployments.classifier.calibration import Calibrator
 from model_store.manifest import OperatingPoint
 from model_store.registry import StoredModel
+from model_store.session import Outputs
 
 NEIGHBOURS = 10
 
@@ -94,16 +95,16 @@ class Judge:
         return cls(Calibrator.from_model(model), ShippedReferences.from_model(model), points)
 
 
-def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> dict[str, Any]:
+def compare_fold(judge: Judge, images: FoldImages, server: Outputs, copy: Outputs) -> dict[str, Any]:
     """All figures of one fold; shares, probabilities and cosines are 0 to 1."""
     nine_server, nine = (served(judge.calibrator, scan)[0] for scan in (server, copy))
     eight_server, eight = known_eight(nine_server), known_eight(nine)
-    thresholds = judge.calibrator.thresholds
+    inside_server, inside = (p >= judge.calibrator.thresholds for p in (eight_server, eight))
     return {
         "images": len(images.labels),
         "lesions": len(set(images.lesions)),
         "top1_agreement": rounded((nine_server.argmax(1) == nine.argmax(1)).mean()),
-        "same_prediction_set": rounded(((eight_server >= thresholds) == (eight >= thresholds)).all(1).mean()),
+        "same_prediction_set": rounded((inside_server == inside).all(1).mean()),
         "server": _quality(nine_server, images.labels),
         "copy": _quality(nine, images.labels),
         "logit_difference": spread(np.abs(server.logits - copy.logits)),
@@ -117,7 +118,7 @@ def compare_fold(judge: Judge, images: FoldImages, server: Scan, copy: Scan) -> 
     }
 
 
-def compare_outliers(judge: Judge, server: Scan, copy: Scan) -> dict[str, float]:
+def compare_outliers(judge: Judge, server: Outputs, copy: Outputs) -> dict[str, float]:
     """p(UNK) on images that are no dermoscopy."""
     nine_server, nine = (served(judge.calibrator, scan)[0] for scan in (server, copy))
     return {"images": len(nine), **unknown_figures(nine_server, nine)}

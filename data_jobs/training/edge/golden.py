@@ -30,6 +30,7 @@ from model_store.manifest import Manifest
 from model_store.registry import StoredModel
 from serve_app.domain.assessment import Classification
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.errors import ModelContractError
 
 FORMAT = 1
 #: How far logits of the same file may be from the expected ones on another processor: kernels sum
@@ -87,12 +88,14 @@ def preprocess_contract(manifest: Manifest) -> dict[str, Any]:
 def golden_document(model: StoredModel, server: Run, copies: Mapping[str, tuple[str, Run]]) -> dict[str, Any]:
     """The whole document; `copies` are precision and forward pass by name."""
     manifest = model.manifest
+    if manifest.output.members > 1:
+        raise ModelContractError(f"{manifest.model_id} is an ensemble; a device's copy is of one network.")
     geometry = InputGeometry.from_manifest(manifest.input)
     calibrator = Calibrator.from_model(model)
     uploads = draw_uploads()
     pixels = np.stack([prepare_image(u.png, geometry, UploadLimits()).pixels for u in uploads])
-    logits, bottleneck = server(pixels)
-    answers = calibrator.classify(logits, bottleneck)
+    outputs = server(pixels)
+    answers = calibrator.classify(outputs)
     answered = {name: run(pixels)[0] for name, (_, run) in copies.items()}
     return {
         "format": FORMAT,
@@ -119,7 +122,7 @@ def golden_document(model: StoredModel, server: Run, copies: Mapping[str, tuple[
         "images": [
             {
                 **_input(upload, prepared),
-                "expected": _expected(manifest, answers[i], logits[i], bottleneck[i]),
+                "expected": _expected(manifest, answers[i], outputs.logits[i], outputs.bottleneck[i]),
                 "copies": {name: {"logits": _rounded(found[i], 5)} for name, found in answered.items()},
             }
             for i, (upload, prepared) in enumerate(zip(uploads, pixels, strict=True))

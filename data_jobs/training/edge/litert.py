@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_jobs.training.edge.onnx_copies import initializers
-from data_jobs.training.scan import Outputs, Pixels, Run
+from data_jobs.training.scan import Pixels, Run
+from model_store.session import Outputs
 from serve_app.domain.errors import ModelContractError
 
 
@@ -116,9 +117,8 @@ def open_litert(path: Path, threads: int) -> Run:
 
     def run(pixels: Pixels) -> Outputs:
         answers = [run_one(pixels=image[None]) for image in pixels]
-        return (
-            np.concatenate([answer["logits"] for answer in answers]),
-            np.concatenate([answer["bottleneck"] for answer in answers]),
+        return Outputs(
+            *(np.concatenate([answer[name] for answer in answers]) for name in ("logits", "bottleneck"))
         )
 
     return run

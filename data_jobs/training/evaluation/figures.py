@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom
 from sklearn import metrics
 
+from data_jobs.training.dataset import ARCHIVE, BCN84, LabelledImage, labels_of, of_ham10000
 from data_jobs.training.evaluation.predictions import MELANOMA, UNKNOWN, Predictions
 from data_jobs.training.operating_points import lesion_scores, measure_threshold
 from data_jobs.training.probabilities import (
@@ -24,7 +25,7 @@ from data_jobs.training.probabilities import (
     top_k_accuracy,
     weighted_calibration_error,
 )
-from serve_app.domain.diagnosis import TRAINED, Diagnosis
+from serve_app.domain.diagnosis import MALIGNANT, TRAINED, Diagnosis
 
 CLASSES = len(TRAINED)
 
@@ -39,6 +40,27 @@ def accuracy_figures(probabilities: Floats, labels: Labels) -> dict[str, float]:
         "melanoma_auc": rounded(area_under_curve(probabilities[:, MELANOMA], labels == MELANOMA)),
         "ece": rounded(calibration_error(probabilities, labels)),
         "log_loss": rounded(log_loss(probabilities, labels)),
+    }
+
+
+def source_figures(known: Floats, rows: list[LabelledImage]) -> dict[str, dict[str, float]]:
+    """A classifier alone, N×8 and no UNK: all of the archive, HAM10000 in it, the rest of it, and bcn84."""
+    labels, source, ham = labels_of(rows), np.array([row.source for row in rows]), of_ham10000(rows)
+    malignant = [i for i, d in enumerate(TRAINED) if d in MALIGNANT]
+    is_malignant, p_malignant = np.isin(labels, malignant), known[:, malignant].sum(1)
+    groups = {
+        "archive": source == ARCHIVE,
+        "HAM10000": ham,
+        "archive without HAM10000": (source == ARCHIVE) & ~ham,
+        BCN84: source == BCN84,
+    }
+    return {
+        name: {
+            **accuracy_figures(known[picked], labels[picked]),
+            "malignant_auc": rounded(area_under_curve(p_malignant[picked], is_malignant[picked])),
+        }
+        for name, picked in groups.items()
+        if picked.any()
     }
 
 
@@ -238,14 +260,16 @@ def scored(predictions: Predictions, known: Floats, labels: Labels, names: Seque
 
 
 def set_figures(
-    predictions: Predictions, thresholds: Floats, coverage: float, calibration_images: Mapping[str, int]
+    predictions: Predictions,
+    sets: NDArray[np.bool_],
+    coverage: float,
+    calibration_images: Mapping[str, int],
 ) -> dict[str, Any]:
     """Coverage of every class beside the range that chance allows, and the sizes of the sets.
 
-    `calibration_images` are those that each class's threshold was found on.
+    `sets`: N×8, which diagnoses are in each. `calibration_images` are those that each class's threshold was found on.
     """
     labels = predictions.labels
-    sets = predictions.eight >= thresholds
     size = sets.sum(1)
     classes = {}
     for index, diagnosis in enumerate(TRAINED):

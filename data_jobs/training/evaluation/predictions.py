@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_jobs.training.dataset import LabelledImage, labels_of
+from data_jobs.training.dataset import LabelledImage, labels_of, of_ham10000
 from data_jobs.training.probabilities import Floats, Labels
-from data_jobs.training.scan import Scan
 from deployments.classifier.calibration import Calibrator
+from model_store.session import Outputs
+from serve_app.domain.assessment import Classification
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 
 #: The test fold, each image as it was judged.
@@ -59,7 +61,7 @@ class Predictions:
     @property
     def of_ham10000(self) -> NDArray[np.bool_]:
         """Which images come from HAM10000."""
-        return np.array([(row.lesion_id or "").startswith("HAM_") for row in self.rows], dtype=np.bool_)
+        return of_ham10000(self.rows)
 
 
 def known_eight(nine: Floats) -> Floats:
@@ -69,14 +71,23 @@ def known_eight(nine: Floats) -> Floats:
     return np.where(total > 0.0, known / np.where(total > 0.0, total, 1.0), 1.0 / UNKNOWN)
 
 
-def served(calibrator: Calibrator, scan: Scan) -> tuple[Floats, Floats]:
-    """N×9 probabilities in the order of Diagnosis, and out-of-distribution scores, by the service's own code."""
+def classify(calibrator: Calibrator, scan: Outputs) -> list[Classification]:
+    """What a network gave for N images as N classifications: the one place where these jobs ask the served code."""
     answers = []
     for start in range(0, len(scan.logits), 256):
-        part = slice(start, start + 256)
-        answers += calibrator.classify(scan.logits[part], scan.bottleneck[part])
+        answers += calibrator.classify(scan.part(slice(start, start + 256)))
+    return answers
+
+
+def tabulate(answers: Sequence[Classification]) -> tuple[Floats, Floats]:
+    """N×9 probabilities in the order of Diagnosis, and N out-of-distribution scores."""
     nine = np.array([[a.probabilities[d] for d in Diagnosis] for a in answers])
     return nine, np.array([a.ood_score for a in answers])
+
+
+def served(calibrator: Calibrator, scan: Outputs) -> tuple[Floats, Floats]:
+    """As `tabulate`, of a scan."""
+    return tabulate(classify(calibrator, scan))
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:

@@ -153,8 +153,8 @@ def steps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for importer in ("source", "import_model"):
         monkeypatch.setattr(f"data_jobs.promotion.{importer}.run_step", run_step)
     # A tenth of the outliers: drawing them is most of an import of so few images.
-    monkeypatch.setattr("data_jobs.training.unknown._VIEWS", 1)
-    monkeypatch.setattr("data_jobs.training.unknown._DRAWN", 2)
+    monkeypatch.setattr("data_jobs.training.outliers._VIEWS", 1)
+    monkeypatch.setattr("data_jobs.training.outliers._DRAWN", 2)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ async def test_an_eleven_class_model_comes_in_with_a_mapping_and_answers(
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
     scores = ort.InferenceSession(str(source)).run(["scores"], {"image": pixels})[0]
     eight = [label for d in TRAINED for label in MILK10K if MILK10K_MAP[label] == d]
-    logits, _ = InferenceSession(model, threads=1).run(pixels)
+    logits = InferenceSession(model, threads=1).run(pixels).logits
     assert np.array_equal(logits, scores[:, [MILK10K.index(label) for label in eight]])
     stated = {p.key: p.value for p in onnx.load(model.path("model.onnx")).metadata_props}
     assert stated == {"label_space": ",".join(TRAINED), "modality": "dermoscopic"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_jobs.training.dataset import LabelledImage, read_rows
+from data_jobs.training.calibrate import first_images
+from data_jobs.training.dataset import BCN84, LabelledImage, read_rows
 from data_jobs.training.embedding_spaces import VOTERS, vote_figures
 from data_jobs.training.evaluation.figures import (
     accuracy_figures,
@@ -22,6 +24,7 @@ from data_jobs.training.evaluation.figures import (
     lesion_predictions,
     resampled_weights,
     set_figures,
+    source_figures,
     weighted_auc,
 )
 from data_jobs.training.evaluation.predictions import (
@@ -30,7 +33,7 @@ from data_jobs.training.evaluation.predictions import (
     PREDICTIONS_NAME,
     Predictions,
 )
-from data_jobs.training.operating_points import choose_points, conformal_thresholds
+from data_jobs.training.operating_points import OUT_OF_FOLD_SENSITIVITY, choose_points, conformal_thresholds
 from data_jobs.training.probabilities import (
     area_under_curve,
     calibration_error,
@@ -85,6 +88,20 @@ def test_sets_against_crepes() -> None:
     expected[:, :3] |= sets(labels < 3, class_cond=False)[:, :3]
     found = new >= conformal_thresholds(told, labels, 0.95)
     assert np.array_equal(found, expected)
+
+
+def test_every_source_is_told_by_itself(make_row: Callable[..., LabelledImage]) -> None:
+    rows = [make_row(i, i % 8) for i in range(80)]
+    rows += [replace(make_row(100 + i, i % 8), source=BCN84, lesion_id=f"BCN_{i}") for i in range(40)]
+    logits = np.eye(8, dtype=np.float32)[[row.label for row in rows]]
+    logits[80:] = logits[[80 + (i + 1) % 8 for i in range(40)]]
+    figures = source_figures(softmax(logits), rows)
+    assert (figures["archive"]["images"], figures[BCN84]["images"]) == (80, 40)
+    ham, rest = figures["HAM10000"]["images"], figures["archive without HAM10000"]["images"]
+    assert ham + rest == 80
+    assert min(ham, rest) > 0
+    assert figures["archive"]["top1"] == figures["archive"]["melanoma_auc"] == 1.0
+    assert figures[BCN84]["top1"] == 0.0
 
 
 def test_weights_count_as_copies(predictions: Predictions) -> None:
@@ -181,7 +198,7 @@ def test_the_shipped_figures_follow_from_the_shipped_predictions(
         for name, challenge in found.pop("challenge").items():
             assert_near({key: told["challenge"][name][key] for key in challenge}, challenge)
         found["operating_points"] = point_figures(test, model.manifest)
-        found["sets"] = set_figures(test, thresholds, 0.95, calibrated["images_a_class"])
+        found["sets"] = set_figures(test, test.eight >= thresholds, 0.95, calibrated["images_a_class"])
         assert_near({name: told[name] for name in found}, found)
 
 
@@ -205,10 +222,15 @@ def test_the_thresholds_follow_from_the_calibration_fold(
 ) -> None:
     for model, _ in evidence:
         fitted = read_predictions(model.path(CALIBRATION_NAME), rows)
-        points = choose_points(fitted.eight, fitted.labels, fitted.lesions)
+        least = 0.0 if model.manifest.output.members == 1 else OUT_OF_FOLD_SENSITIVITY
+        points = choose_points(fitted.eight, fitted.labels, fitted.lesions, least)
         for name, point in model.manifest.operating_points.items():
             assert points[name].threshold == pytest.approx(point.threshold, abs=5e-6), name
             assert (points[name].positives, points[name].misses) == (point.positives, point.misses)
-        thresholds = conformal_thresholds(fitted.eight, fitted.labels, model.manifest.conformal.coverage)
-        told = [model.manifest.conformal.thresholds[d] for d in TRAINED]
-        assert thresholds == pytest.approx(told, abs=5e-6)
+        conformal = model.manifest.conformal
+        alone = model.manifest.output.members == 1
+        told = np.ones(len(fitted), np.bool_) if alone else first_images(fitted.lesions)
+        thresholds = conformal_thresholds(
+            fitted.eight[told], fitted.labels[told], conformal.coverage, together=not alone
+        )
+        assert thresholds == pytest.approx([conformal.thresholds[d] for d in TRAINED], abs=5e-6)

@@ -14,7 +14,8 @@ import torch
 
 from data_jobs.promotion.source import MAX_LOGIT_DIFFERENCE
 from data_jobs.training.draws import class_counts, draw_epoch
-from data_jobs.training.export import export_weights, onnx_parity, write_onnx
+from data_jobs.training.ensemble_network import UnknownScore
+from data_jobs.training.export import PixelsIn, export_weights, onnx_parity, write_onnx
 from data_jobs.training.network import (
     DermNetwork,
     averaged_weights,
@@ -22,8 +23,10 @@ from data_jobs.training.network import (
     load_start,
     wheel_weights,
 )
+from data_jobs.training.outliers import CLINICAL
 from data_jobs.training.recipe import Recipe, Stage, StartPlan, WeightsPlan, read_recipe
 from data_jobs.training.scan import open_onnx
+from data_jobs.training.unknown import Examples, fit_head
 from tests.model_folders import RECIPES
 
 pytestmark = [
@@ -63,6 +66,48 @@ def test_frozen_parts_stay_as_they_are() -> None:
     assert network.trunk.blocks[2][0].conv_pw.weight.grad is not None
 
 
+def test_the_unknown_score_is_told_in_the_graph(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    torch.manual_seed(3)
+    network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
+    pixels = torch.rand(12, 3, 64, 64) * 255.0
+    with torch.inference_mode():
+        logits, bottleneck, measures = network.measure(pixels)
+        for told, expected in zip((logits, bottleneck), network(pixels), strict=True):
+            torch.testing.assert_close(told, expected)
+    assert measures.shape == (12, 2 * sum(level["num_chs"] for level in network.trunk.feature_info))
+    rng = np.random.default_rng(3)
+    near, far = (measures.numpy().repeat(5, 0) * rng.uniform(0.7, 1.3, (60, 1)) for _ in range(2))
+    kinds, groups = np.full(60, CLINICAL), np.arange(60).astype(str)
+    head = fit_head(Examples(near, kinds, groups), Examples(far * 2.0, kinds, groups))
+
+    class Told(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.unknown = network, UnknownScore(head)
+
+        def forward(self, x):
+            return self.unknown(self.network.measure(x)[2])
+
+    path = str(tmp_path / "model.onnx")
+    axes = {"pixels": {0: "batch"}}
+    torch.onnx.export(
+        Told().eval(),
+        (pixels[:2],),
+        path,
+        input_names=["pixels"],
+        dynamic_axes=axes,
+        opset_version=18,
+        dynamo=False,
+    )
+    (told,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"pixels": pixels.numpy()}
+    )
+    assert told.shape == (12,)
+    np.testing.assert_allclose(told, head.score(measures.numpy()), rtol=2e-3, atol=2e-2)
+
+
 def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
     torch.manual_seed(2)
     network = DermNetwork(OTHER.architecture, OTHER.network).eval()
@@ -73,12 +118,13 @@ def test_onnx_answers_as_torch_does(tmp_path: Path) -> None:
     reduced = network.normalise(network.reduce(network.trunk((images - mean) / std)))
     assert torch.allclose(network(images)[1], reduced, atol=1e-5)
 
-    write_onnx(network, 64, tmp_path / "model.onnx")
+    served = PixelsIn(network)
+    write_onnx(served, 64, tmp_path / "model.onnx")
     pixels = np.random.default_rng(2).integers(0, 256, (5, 64, 64, 3)).astype(np.uint8)
-    parity = onnx_parity(network, tmp_path / "model.onnx", pixels)
+    parity = onnx_parity(served, tmp_path / "model.onnx", pixels)
     assert parity["max_abs_logit"] < 1e-4
     assert parity["max_abs_bottleneck"] < 1e-3
-    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels[:1])
+    logits, bottleneck, *_ = open_onnx(tmp_path / "model.onnx")(pixels[:1])
     assert (logits.shape, bottleneck.shape) == ((1, 8), (1, 512))
     assert (logits.dtype, bottleneck.dtype) == (np.float32, np.float32)
 

@@ -9,6 +9,7 @@ from data_jobs.training.operating_points import (
     lower_bound,
     misses_allowed,
 )
+from data_jobs.training.outliers import CLINICAL
 from data_jobs.training.probabilities import (
     PRIOR_SHIFTS,
     TOP1_TOLERANCE,
@@ -17,7 +18,15 @@ from data_jobs.training.probabilities import (
     fit_temperature,
     softmax,
 )
-from data_jobs.training.unknown import fit_logistic, fit_statistics, unknown_probability
+from data_jobs.training.unknown import (
+    Examples,
+    cross_fitted,
+    fit_head,
+    fit_logistic,
+    fit_statistics,
+    held_out_figures,
+    unknown_probability,
+)
 
 
 @pytest.mark.parametrize(("misses", "needed"), [(0, 59), (1, 93), (2, 124), (3, 153), (5, 208), (10, 336)])
@@ -102,3 +111,47 @@ def test_a_rare_class_beside_the_outliers_is_known() -> None:
     slope, intercept = fit_logistic(near, far[:150])
     assert np.mean(unknown_probability(far[150:], slope, intercept) > 0.5) > 0.75
     assert np.mean(unknown_probability(near[labels[2000:] == 1], slope, intercept) > 0.5) < 0.2
+
+
+def examples(measures: np.ndarray, kinds: list[str]) -> Examples:
+    """Every image in a group of two."""
+    return Examples(
+        measures, np.resize(kinds, len(measures)), np.array([f"g{i // 2}" for i in range(len(measures))])
+    )
+
+
+def test_a_head_knows_kinds_it_was_never_told_of() -> None:
+    rng = np.random.default_rng(13)
+    known = examples(rng.normal(size=(1200, 24)), ["archive", "bcn84"])
+    measures = rng.normal(size=(240, 24))
+    measures[::2, 3] += 7.0  # photographs
+    measures[1::2, 9] -= 7.0
+    outliers = examples(measures, [CLINICAL, "eye"])
+    # What clinical photographs weigh does not depend on how many there are.
+    assert outliers.weights[::2].sum() == pytest.approx(0.6)
+    assert known.weights[::2].sum() == pytest.approx(0.5)
+    line = fit_logistic(*cross_fitted(known, outliers), weights=outliers.weights)
+    head = fit_head(known, outliers)
+    assert np.mean(unknown_probability(head.score(rng.normal(size=(400, 24))), *line) >= 0.2) <= 0.03
+    # Far along measures that no outlier had: by the distance alone.
+    strange = rng.normal(size=(60, 24))
+    strange[:, 15:20] += 6.0
+    assert np.mean(unknown_probability(head.score(strange), *line) >= 0.2) > 0.95
+    figures = held_out_figures(known, outliers, (0.2, 0.95), seed=1)
+    assert figures["patients"]["mean"][0] >= figures["patients"]["least"][0] > 0.9
+    assert set(figures) == {"limits", "patients", CLINICAL, "eye"}
+
+
+def test_a_weight_an_outlier_moves_the_line() -> None:
+    rng = np.random.default_rng(14)
+    known, other = (
+        rng.normal(size=500),
+        np.concatenate([rng.normal(0.5, 1.0, 100), rng.normal(5.0, 1.0, 100)]),
+    )
+    near = np.repeat([1.0, 0.01], 100)
+    assert fit_logistic(known, other) == fit_logistic(known, other, weights=np.ones(200))
+    told = [
+        unknown_probability(np.array([5.0]), *fit_logistic(known, other, weights=w))
+        for w in (near, near[::-1])
+    ]
+    assert told[0] < told[1]

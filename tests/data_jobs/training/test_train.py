@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 import json
@@ -15,16 +14,16 @@ import safetensors.torch as safetensors
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data_jobs.training import train as training
-from data_jobs.training.dataset import BCN84, LabelledImage
-from data_jobs.training.export import export_weights, write_onnx
-from data_jobs.training.loss import AdjustedLoss, Mixture, Teachers
+from data_jobs.training import steps
+from data_jobs.training.export import PixelsIn, export_weights, write_onnx
+from data_jobs.training.loss import AdjustedLoss, Mixture
 from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import DistillationPlan, LossPlan, Stage, TeacherPlan, read_recipe
 from data_jobs.training.scan import open_onnx
-from data_jobs.training.source_figures import by_source
-from data_jobs.training.train import learning_rate, train, write_weights
+from data_jobs.training.steps import learning_rate, write_weights
+from data_jobs.training.teachers import Teachers
+from data_jobs.training.train import train
 from serve_app.domain.diagnosis import TRAINED
 
 pytestmark = [
@@ -73,7 +72,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
 
     train(*arguments, tmp_path / "whole", machine=machine)
 
-    real, begun = training.run_epoch, []
+    real, begun = steps.run_epoch, []
 
     class StoppedError(Exception):
         """The process dies here."""
@@ -85,7 +84,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Pat
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "run_epoch", stopping)
+        patch.setattr(steps, "run_epoch", stopping)
         with pytest.raises(StoppedError):
             train(*arguments, tmp_path / "stopped", machine=machine)
     train(*arguments, tmp_path / "stopped", machine=machine)
@@ -141,7 +140,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = DermNetwork("tf_efficientnet_lite0", RECIPE.network).eval()
         torch.nn.init.normal_(network.classify.weight, std=0.5)
         (folder / name).mkdir()
-        write_onnx(network, SIDE, folder / name / "model.onnx")
+        write_onnx(PixelsIn(network), SIDE, folder / name / "model.onnx")
     return folder
 
 
@@ -209,26 +208,12 @@ def test_a_student_comes_nearer_to_its_teachers_and_is_not_trained_without_them(
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_every_source_is_told_by_itself(make_row: Callable[..., LabelledImage]) -> None:
-    rows = [make_row(i, i % 8) for i in range(80)]
-    rows += [replace(make_row(100 + i, i % 8), source=BCN84, lesion_id=f"BCN_{i}") for i in range(40)]
-    logits = np.eye(8, dtype=np.float32)[[row.label for row in rows]]
-    logits[80:] = logits[[80 + (i + 1) % 8 for i in range(40)]]
-    figures = by_source(logits, rows)
-    assert (figures["archive"]["images"], figures[BCN84]["images"]) == (80, 40)
-    ham, rest = figures["HAM10000"]["images"], figures["archive without HAM10000"]["images"]
-    assert ham + rest == 80
-    assert min(ham, rest) > 0
-    assert figures["archive"]["top1"] == figures["archive"]["melanoma_auc"] == 1.0
-    assert figures[BCN84]["top1"] == 0.0
-
-
 def test_what_training_writes_is_what_is_exported_to_be_scored(tmp_path: Path) -> None:
     network = DermNetwork(RECIPE.architecture, RECIPE.network).eval()
     write_weights(AveragedModel(network), tmp_path / "stage-1.safetensors")
     export_weights(RECIPE, tmp_path / "stage-1.safetensors", list(range(8)), SIDE, tmp_path)
     pixels = drawn(3)[0]
-    logits, bottleneck = open_onnx(tmp_path / "model.onnx")(pixels)
+    logits, bottleneck, *_ = open_onnx(tmp_path / "model.onnx")(pixels)
     with torch.inference_mode():
         expected = network(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())[0].numpy()
     assert bottleneck.shape == (3, 512)

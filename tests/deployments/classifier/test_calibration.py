@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deployments.classifier.calibration import Calibrator, ood_score, softmax
+from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
 from serve_app.domain.errors import StageFailed
 
@@ -21,10 +22,10 @@ def calibrator(**changed: object) -> Calibrator:
     """Two unknown means, one at the origin and one at all ones; precision twice the identity."""
     values: dict[str, object] = {
         "temperature": 2.0,
+        "member_temperature": 3.0,
         "thresholds": np.full(8, 0.12),
         "coverage": 0.95,
-        "means": np.stack([np.zeros(512), np.ones(512)]),
-        "precision": 2.0 * np.eye(512),
+        "statistics": (np.stack([np.zeros(512), np.ones(512)]), 2.0 * np.eye(512)),
         "slope": 1.5,
         "intercept": -2.0,
     }
@@ -42,7 +43,7 @@ def test_the_distance_uses_the_whole_covariance() -> None:
 
 def test_probabilities_are_the_softmax_less_the_unknown() -> None:
     bottleneck = np.full((1, 512), 0.5, np.float32)
-    (found,) = calibrator().classify(LOGITS, bottleneck)
+    (found,) = calibrator().classify(Outputs(LOGITS, bottleneck))
     score = 2.0 * 0.25
     unknown = 1 / (1 + math.exp(-(1.5 * score - 2.0)))
     exponents = [math.exp(logit / 2.0) for logit in LOGITS[0].tolist()]
@@ -61,7 +62,7 @@ def test_the_set_is_of_the_eight_and_does_not_know_the_unknown() -> None:
     thresholds[1] += 1e-9
     far = np.full((1, 512), 100.0, np.float32)
     for bottleneck in (np.zeros((1, 512), np.float32), far):
-        (found,) = calibrator(thresholds=thresholds).classify(LOGITS, bottleneck)
+        (found,) = calibrator(thresholds=thresholds).classify(Outputs(LOGITS, bottleneck))
         assert found.prediction_set == tuple(d for d in TRAINED if d is not Diagnosis.NV)
         assert found.coverage == 0.95
     assert found.probabilities[Diagnosis.UNK] > 0.999999
@@ -73,7 +74,7 @@ def test_output_that_is_not_finite_is_no_answer(bad: float, where: str) -> None:
     logits, bottleneck = LOGITS.copy(), np.zeros((1, 512), np.float32)
     (logits if where == "logits" else bottleneck)[0, 3] = bad
     with pytest.raises(StageFailed):
-        calibrator().classify(logits, bottleneck)
+        calibrator().classify(Outputs(logits, bottleneck))
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,6 +85,17 @@ def test_output_that_is_not_finite_is_no_answer(bad: float, where: str) -> None:
 )
 def test_nine_probabilities_always_sum_to_one(logits, temperature: float, level: float) -> None:
     bottleneck = np.full((3, 512), level, np.float32)
-    for found in calibrator(temperature=temperature).classify(logits, bottleneck):
+    for found in calibrator(temperature=temperature).classify(Outputs(logits, bottleneck)):
         assert abs(sum(found.probabilities.values()) - 1) < 1e-9
         assert all(0 <= p <= 1 for p in found.probabilities.values())
+
+
+def test_members_are_heard_apart_and_the_graph_may_score_what_it_does_not_know() -> None:
+    members = np.stack([LOGITS[0], LOGITS[0, ::-1]])[None]
+    outputs = Outputs(members.mean(1), np.zeros((1, 512), np.float32), members, np.array([4.0], np.float32))
+    (found,) = calibrator(statistics=None).classify(outputs)
+    first, second = softmax(members[0].astype(np.float64), 3.0)
+    assert found.disagreement == pytest.approx(np.abs(first - second).sum() / 4)
+    assert found.ood_score == 4.0
+    assert found.probabilities[Diagnosis.UNK] == pytest.approx(1 / (1 + math.exp(-(1.5 * 4.0 - 2.0))))
+    assert calibrator().classify(Outputs(LOGITS, outputs.bottleneck))[0].disagreement is None

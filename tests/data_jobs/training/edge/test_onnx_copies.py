@@ -49,7 +49,7 @@ def test_the_plain_graph_answers_as_the_served_one(plain, pixels, served, tmp_pa
     assert not {"Pad", "Shape", "BatchNormalization", "Constant"} & set(counts)
     onnx.save(plain, tmp_path / "plain.onnx")
     found = open_onnx(tmp_path / "plain.onnx", threads=1)(pixels)
-    for one, other in zip(found, served, strict=True):
+    for one, other in zip(found[:2], served[:2], strict=True):
         assert np.abs(one - other).max() < 1e-4
 
 
@@ -69,7 +69,7 @@ def test_half_float_weights_halve_the_file(plain, pixels, served, tmp_path: Path
     path = tmp_path / "half.onnx"
     write_float16(plain, path)
     assert path.stat().st_size < 0.52 * plain.ByteSize()
-    logits, bottleneck = open_onnx(path, threads=1)(pixels)
+    logits, bottleneck, *_ = open_onnx(path, threads=1)(pixels)
     assert np.abs(logits - served[0]).max() < 0.05
     assert np.abs(bottleneck - served[1]).max() < 0.05
 
@@ -80,7 +80,7 @@ def test_static_quantisation_keeps_the_contract(plain, pixels, served, tmp_path:
     path = tmp_path / "int8.onnx"
     write_int8(plain, ranges, ("/reduce/", "/classify/"), path)
     assert path.stat().st_size < 0.45 * plain.ByteSize()
-    logits, bottleneck = open_onnx(path, threads=1)(pixels)
+    logits, bottleneck, *_ = open_onnx(path, threads=1)(pixels)
     assert logits.shape == served[0].shape
     assert bottleneck.shape == served[1].shape
     with pytest.raises(ValueError, match="No node is named nowhere"):
