@@ -26,9 +26,9 @@ import psutil
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.ports import choose_ports
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.prepare import choose_model
 from cluster.ray_node import RayNode
 from data_jobs.references.load import publish_bundled
-from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.audit.events import account_event
 from serve_app.records.access import AccessStore, CareAssignment
@@ -147,7 +147,7 @@ def prepare_records(home: Path, urls: DatabaseUrls, *, clinician: str, patient: 
 
     async def fill() -> None:
         await migrate(urls.owner, application_role="derm_app")
-        await publish_bundled(urls.owner, models, next(iter(ModelStore(models))))
+        await publish_bundled(urls.owner, models, choose_model(models, wanted=None, live=None))
         pool = await open_pool(urls.owner, minimum=0, maximum=1)
         since, event = datetime(2026, 1, 1, tzinfo=UTC), account_event("assign", patient_id=patient)
         await AccessStore(pool).assign(CareAssignment(patient, clinician, since, None), event=event)

@@ -21,7 +21,6 @@ from cluster.node_files import application_role, explain, own_database
 from cluster.safety import Finding, look_at, transport_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
-from model_store.manifest import read_manifest
 from model_store.registry import ModelStore
 from serve_app.access.tokens import mint_token
 from serve_app.audit.events import account_event
@@ -38,6 +37,8 @@ CLINICIAN = "dr-demo"
 PATIENT = "demo-patient"
 _ASSIGNED_FROM = datetime(2026, 1, 1, tzinfo=UTC)
 _LOAD_TIMEOUT_S = 60
+#: The file of a model store that names the model a new node answers with, of several.
+DEFAULT_NAME = "default"
 
 
 async def prepare(settings: Settings, *, model: str | None) -> dict[str, str] | None:
@@ -82,7 +83,10 @@ def _refuse(found: list[Finding]) -> None:
 
 
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
-    """The model to answer: the one asked for, else the one that answered before, else the newest there is."""
+    """The model to answer: the one asked for, else the one that answered before, else the only one there is.
+
+    Of several it is the one that the store's file `default` names, as a release does: never one that was merely imported.
+    """
     there = list(ModelStore(models))
     if chosen := wanted or live:
         if chosen in there:
@@ -93,7 +97,14 @@ def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:
         )
     if not there:
         raise ModelContractError(f"{models} holds no model (DERM_MODELS).")
-    return max(there, key=lambda name: read_manifest(models / name).created)
+    named = models / DEFAULT_NAME
+    if len(there) > 1 and named.exists() and (default := named.read_text().strip()) in there:
+        return default
+    if len(there) > 1:
+        raise ModelContractError(
+            f"{models} has {len(there)} models ({', '.join(there)}): say which, with --model."
+        )
+    return there[0]
 
 
 async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:

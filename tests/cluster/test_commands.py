@@ -135,6 +135,9 @@ def test_before_the_first_start(derm_cds, tmp_path) -> None:
         ("a.one", "a.two", ["a.one", "a.two"], "a.one"),
         (None, None, [], None),
         (None, None, ["a.one", "a.two"], None),
+        (None, None, ["a.one", "a.two", "default"], "a.two"),
+        (None, "a.one", ["a.one", "a.two", "default"], "a.one"),
+        (None, None, ["a.one", "default"], "a.one"),
         ("a.three", None, ["a.one"], None),
         (None, "a.three", ["a.one"], None),
     ],
@@ -142,6 +145,8 @@ def test_before_the_first_start(derm_cds, tmp_path) -> None:
 def test_a_start_takes_the_model_that_somebody_chose_and_guesses_none(
     tmp_path, wanted, live, there, chosen
 ) -> None:
+    if "default" in there:
+        (tmp_path / there.pop()).write_text("a.two\n")
     for model in there:
         (tmp_path / model).mkdir()
         (tmp_path / model / "manifest.toml").touch()

@@ -16,7 +16,7 @@ from model_store.registry import ModelStore, StoredModel
 from model_store.session import InferenceSession
 from serve_app.domain.errors import ModelContractError
 
-BUDGET = 60_000_000
+BUDGET = 70_000_000
 LITERT_BUDGET = 15_000_000
 
 
