@@ -38,7 +38,7 @@ _PHOTOGRAPHS = (
     "astronaut", "coffee", "camera", "chelsea", "brick", "grass", "gravel", "coins", "rocket", "page",
     "moon", "text", "clock", "horse", "hubble_deep_field", "colorwheel", "logo",
 )  # fmt: skip
-_DEPARTMENTS = ("immunohistochemistry", "retina", "cell", "microaneurysms")
+_DEPARTMENTS = ("retina", "microaneurysms", "immunohistochemistry", "cell")
 _VIEWS = 8
 _DRAWN = 24
 #: Shares of what `captured` softens to the other hospital's size, and clutters: alike on both sides.

@@ -35,9 +35,8 @@ ANCHOR = 6.0
 CLASS_WEIGHT = 0.25
 #: How often an upload is taken to be no dermoscopic image of a trained class, before it is seen.
 PRIOR_UNKNOWN = 0.05
-#: The same for a head, which keeps more of the known images below any limit: 1.7 % of
-#: the reserve's images of the archive then reach 0.2.
-HEAD_PRIOR = 0.1
+#: The same for a head, which keeps more of the known images below any limit.
+HEAD_PRIOR = 0.08
 #: How many lesions of a fold are inverted, blurred away and painted over.
 SPOILT = 100
 #: What clinical photographs weigh among the outliers, since they come most; the other kinds share the rest evenly.

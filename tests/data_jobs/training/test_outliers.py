@@ -12,9 +12,14 @@ pytest.importorskip("skimage", reason="needs the train extra")
 pytest.importorskip("matplotlib", reason="needs the train extra")
 
 from data_jobs.training import outliers as subject
-from data_jobs.training.outliers import CLINICAL, DRAWINGS, captured, make_outliers
+from data_jobs.training.dataset import load_pixels, read_rows
+from data_jobs.training.outliers import CLINICAL, DRAWINGS, captured, clinical_photographs, make_outliers
 from data_jobs.training.recipe import read_recipe
+from data_jobs.training.scan import scan_pixels
+from deployments.classifier.calibration import Calibrator, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
+from model_store.registry import ModelStore
+from model_store.session import InferenceSession
 from tests.model_folders import RECIPES
 
 SMALL = InputGeometry(32, "bicubic")
@@ -55,3 +60,27 @@ def test_captures_keep_their_size_and_are_equal_for_a_seed() -> None:
     assert first.shape == pixels.shape
     assert np.array_equal(first, captured(pixels, plan, 7))
     assert not np.array_equal(first, captured(pixels, plan, 8))
+
+
+def test_a_model_whose_graph_scores_it_knows_a_phone_photograph_and_a_fundus(
+    models: Path, isic_dir: Path
+) -> None:
+    store = ModelStore(models)
+    scoring = [m for m in map(store.open, store) if m.manifest.output.unknown is not None]
+    assert scoring, "the one that ships does"
+    rows = [row for row in read_rows(isic_dir) if row.fold == 0][::60]
+    for model in scoring:
+        geometry = InputGeometry.from_manifest(model.manifest.input)
+        calibrator, run = Calibrator.from_model(model), InferenceSession(model, threads=2).run
+        patients = [o.pixels for o in clinical_photographs(geometry, isic_dir) if o.part == "test"]
+        retina = [o.pixels for o in make_outliers(geometry, seed=1) if o.source == "retina"]
+        known = load_pixels(rows, range(len(rows)), isic_dir, geometry)
+        clinical, fundus, dermoscopy = (
+            unknown_probability(
+                calibrator.score(scan_pixels(run, np.stack(shown))), calibrator.slope, calibrator.intercept
+            )
+            for shown in (patients, retina, known)
+        )
+        assert (clinical >= 0.2).mean() > 0.9
+        assert (fundus >= 0.2).mean() > 0.8
+        assert (dermoscopy >= 0.2).mean() < 0.1
