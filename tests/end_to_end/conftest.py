@@ -24,6 +24,7 @@ import pytest
 from benchmarks.faults_load import GraphService, graph_service, new_home
 from cluster.node_files import read_service_environment
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
+from cluster.prepare import DEFAULT_NAME
 from cluster.ray_node import RayNode
 from data_jobs.training.manifest_file import seal
 from graphs.profiles import NUM_CPUS
@@ -170,6 +171,7 @@ def two_models(models: Path, model_id: str, tmp_path_factory) -> Path:
     store = tmp_path_factory.mktemp("models")
     (store / model_id).symlink_to(models / model_id)
     make_twin(models / model_id, store)
+    (store / DEFAULT_NAME).write_text(model_id)
     return store
 
 
