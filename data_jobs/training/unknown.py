@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import covariance
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, GroupShuffleSplit
+from sklearn.model_selection import GroupKFold
 
 from data_jobs.training.evaluation.predictions import UNKNOWN, Predictions, served
 from data_jobs.training.outliers import CLINICAL, Outlier, make_outliers, skin_like
@@ -51,7 +51,6 @@ REACH = 0.95
 STRAY = 10.0
 #: Rounding may leave less than nothing of a difference of squares; its logarithm must stay a number.
 LEAST_DISTANCE = 1e-6
-_SPLITS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,36 +139,6 @@ def cross_fitted(known: Examples, outliers: Examples, splits: int = 5) -> tuple[
         scores[0][known_held] = head.score(known.measures[known_held])
         scores[1][other_held] = head.score(outliers.measures[other_held])
     return scores
-
-
-def held_out_figures(
-    known: Examples, outliers: Examples, limits: tuple[float, ...], seed: int
-) -> dict[str, Any]:
-    """Shares with p(UNK) at each limit or more, as they are for what the head never saw the like of.
-
-    "patients": clinical photographs of half of the patients, the head fitted on the others' and all else, mean and
-    least of 20 splits; every other kind: the head fitted on all kinds but it. The line is that of `cross_fitted` scores.
-    """
-    line = fit_logistic(*cross_fitted(known, outliers), HEAD_PRIOR, outliers.weights)
-
-    def shares(fitting: NDArray[Any], held: NDArray[Any]) -> list[float]:
-        scores = fit_head(known, outliers[fitting]).score(outliers.measures[held])
-        return [float((unknown_probability(scores, *line) >= limit).mean()) for limit in limits]
-
-    everything = np.arange(len(outliers.kinds))
-    clinical, rest = (
-        np.flatnonzero(side) for side in (outliers.kinds == CLINICAL, outliers.kinds != CLINICAL)
-    )
-    splitter = GroupShuffleSplit(_SPLITS, test_size=0.5, random_state=seed)
-    found = np.array([
-        shares(np.concatenate([rest, clinical[fitting]]), clinical[held])
-        for fitting, held in splitter.split(clinical, groups=outliers.groups[clinical])
-    ])  # fmt: skip
-    figures: dict[str, Any] = {"patients": {"mean": found.mean(0).tolist(), "least": found.min(0).tolist()}}
-    for kind in np.unique(outliers.kinds):
-        of_kind = outliers.kinds == kind
-        figures[str(kind)] = shares(everything[~of_kind], everything[of_kind])
-    return {"limits": list(limits), **figures}
 
 
 @dataclass(frozen=True, slots=True)
