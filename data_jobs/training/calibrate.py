@@ -38,8 +38,8 @@ from data_jobs.training.operating_points import (
     OUT_OF_FOLD_SENSITIVITY,
     POINTS,
     choose_points,
-    count_below,
     conformal_thresholds,
+    count_below,
     lesion_scores,
     measure_threshold,
 )

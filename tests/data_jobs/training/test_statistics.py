@@ -5,8 +5,8 @@ import pytest
 
 from data_jobs.training.operating_points import (
     choose_threshold,
-    count_below,
     conformal_threshold,
+    count_below,
     lower_bound,
     misses_allowed,
 )
