@@ -20,7 +20,8 @@ import json
 import sys
 from typing import Any
 
-from benchmarks.intruder_node import ATTACKS, Refused, Verdict, running_node
+from benchmarks import intruder_inside, intruder_outside  # noqa: F401 - they fill ATTACKS
+from benchmarks.intruder_node import ACTORS, ATTACKS, Refused, Verdict, running_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def run(only: str | None = None) -> dict[str, Any]:
     """Try everything, one after another, on one node."""
     attempts = []
     with running_node() as victim:
-        for actor, tried, attack in ATTACKS:
+        for actor, tried, attack in sorted(ATTACKS, key=lambda each: ACTORS.index(each[0])):
             if only and only not in f"{actor}: {tried} {attack.__name__}":
                 continue
             print(f"{actor}: {tried}", file=sys.stderr, flush=True)

@@ -19,7 +19,17 @@ import tempfile
 
 import asyncpg
 
-from benchmarks.intruder_node import Refused, Verdict, Victim, attempt, each
+from benchmarks.intruder_node import (
+    APPLICATION,
+    BACKUPS,
+    LOCAL,
+    SUPER,
+    Refused,
+    Verdict,
+    Victim,
+    attempt,
+    each,
+)
 from cluster.postgres import SUPERUSER, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from serve_app.settings import NodeFiles
@@ -27,8 +37,6 @@ from serve_app.settings import NodeFiles
 _NOBODY = 65_534
 
 # --- the role that the service itself has in the database
-
-APPLICATION = "application's role"
 
 
 @attempt(APPLICATION, "changing, removing or disguising what is on record")
@@ -78,8 +86,6 @@ def invented_event(victim: Victim) -> tuple[Verdict, str]:
 
 
 # --- the database's superuser
-
-SUPER = "database's superuser"
 
 
 @contextmanager
@@ -197,8 +203,6 @@ def images_without_keys(victim: Victim) -> tuple[Verdict, str]:
 
 # --- whoever can write to the backup store
 
-BACKUPS = "writer of the backup store"
-
 
 @attempt(BACKUPS, "a command for the restore's check, a changed file, and a file more")
 def poisoned_backup(victim: Victim) -> tuple[Verdict, str]:
@@ -264,8 +268,6 @@ def _fit_digests(backup: Path) -> None:
 
 
 # --- another user of the machine
-
-LOCAL = "another user of the machine"
 
 
 @attempt(LOCAL, "reading the node's files, and its processes' environments")

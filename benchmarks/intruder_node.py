@@ -153,12 +153,20 @@ def running_node() -> Iterator[Victim]:
 
 # --- what is tried
 
+ACTORS = STRANGER, CLINICIAN, APPLICATION, SUPER, BACKUPS, LOCAL = (
+    "stranger",
+    "clinician without care",
+    "application's role",
+    "database's superuser",
+    "writer of the backup store",
+    "another user of the machine",
+)
 Attack = Callable[[Victim], tuple[Verdict, str]]
 ATTACKS: list[tuple[str, str, Attack]] = []
 
 
 def attempt(actor: str, tried: str) -> Callable[[Attack], Attack]:
-    """Have a function tried as `actor`; they run in the order of this file, the gentle ones first."""
+    """Have a function tried as `actor`; they run in the order of ACTORS, the gentle ones first."""
 
     def add(attack: Attack) -> Attack:
         ATTACKS.append((actor, tried, attack))

@@ -18,7 +18,7 @@ from uuid import uuid4
 import httpx
 import psutil
 
-from benchmarks.intruder_node import Verdict, Victim, answered, attempt, each
+from benchmarks.intruder_node import CLINICIAN, STRANGER, Verdict, Victim, answered, attempt, each
 from cluster.postgres import SUPERUSER
 from cluster.ray_node import RayNode
 from serve_app.access.tokens import mint_token
@@ -27,8 +27,6 @@ from serve_app.access.tokens import mint_token
 _MOST_GROWTH = 64 * 1024**2
 
 # --- a stranger on the network: an address, and no token
-
-STRANGER = "stranger"
 
 
 def routes(victim: Victim) -> Iterator[tuple[str, str]]:
@@ -84,19 +82,24 @@ def endless_body(victim: Victim) -> tuple[Verdict, str]:
     """What no process of the node may take into memory before the caller is known."""
     path = f"/api/lesions/{uuid4()}/assessments/{uuid4()}/replay"
     processes = victim.processes()
-    before = {p.pid: p.memory_info().rss for p in processes}
+    before = {process.pid: _resident(process) for process in processes}
     most, sent = 0, {}
     for name, length in (("chunked", None), ("with a length", 2 * 1024**3)):
         sender = Thread(target=lambda: sent.update({name: _stream(victim.url, path, 2 * 1024**3, length)}))  # noqa: B023
         sender.start()
         while sender.is_alive():
-            with suppress(psutil.NoSuchProcess):
-                most = max(most, *(p.memory_info().rss - before[p.pid] for p in processes))
+            most = max(most, *(_resident(process) - before[process.pid] for process in processes))
             sender.join(0.05)
-    alive = all(psutil.pid_exists(pid) for pid in before)
+    alive = victim.ask("GET", "/readyz").status_code == 200
     said = ", ".join(f"{name}: {mb} MB taken" for name, mb in sent.items())
     said += f"; largest growth of a process {most / 1024**2:.0f} MB"
     return ("refused" if most <= _MOST_GROWTH and alive else "succeeded"), said
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return int(process.memory_info().rss)
+    return 0
 
 
 def _stream(url: str, path: str, size: int, length: int | None) -> int:
@@ -144,8 +147,6 @@ def ray_without_token(victim: Victim) -> tuple[Verdict, str]:
 
 
 # --- a clinician with a good token, and without this patient in care
-
-CLINICIAN = "clinician without care"
 
 
 @attempt(CLINICIAN, "every route of another clinician's lesion")
