@@ -80,12 +80,27 @@ def forwarded_for(victim: Victim) -> tuple[Verdict, str]:
 @attempt(STRANGER, "a body of 2 GB without a token, with a length and without one")
 def endless_body(victim: Victim) -> tuple[Verdict, str]:
     """What no process of the node may take into memory before the caller is known."""
-    path = f"/api/lesions/{uuid4()}/assessments/{uuid4()}/replay"
+    return _send_much(victim, f"/api/lesions/{uuid4()}/assessments/{uuid4()}/replay", None)
+
+
+@attempt(CLINICIAN, "a body of 2 GB with a good token, to a route that takes none")
+def endless_body_with_token(victim: Victim) -> tuple[Verdict, str]:
+    """While the service is busy with the request, nobody reads its body."""
+    answer, token = victim.lesion, victim.token("dr-demo")
+    path = f"/api/lesions/{answer['lesion_id']}/assessments/{answer['assessment_id']}/replay"
+    return _send_much(victim, path, token)
+
+
+def _send_much(victim: Victim, path: str, token: str | None) -> tuple[Verdict, str]:
     processes = victim.processes()
     before = {process.pid: _resident(process) for process in processes}
-    most, sent = 0, {}
-    for name, length in (("chunked", None), ("with a length", 2 * 1024**3)):
-        sender = Thread(target=lambda: sent.update({name: _stream(victim.url, path, 2 * 1024**3, length)}))  # noqa: B023
+    most, sent = 0, dict.fromkeys(("chunked", "with a length"), 0)
+    for name in sent:
+
+        def send(name: str = name) -> None:
+            sent[name] = _stream(victim.url, path, token, 2 * 1024**3, chunked=name == "chunked")
+
+        sender = Thread(target=send)
         sender.start()
         while sender.is_alive():
             most = max(most, *(_resident(process) - before[process.pid] for process in processes))
@@ -102,14 +117,16 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _stream(url: str, path: str, size: int, length: int | None) -> int:
+def _stream(url: str, path: str, token: str | None, size: int, *, chunked: bool) -> int:
     """Send a body as fast as it is taken, for 10 seconds at most; how many MB were taken."""
     parts = httpx.URL(url)
     block, taken, until = b"x" * 65_536, 0, time.monotonic() + 10
-    framing = f"Content-Length: {length}" if length else "Transfer-Encoding: chunked"
+    head = [f"POST {path} HTTP/1.1", "Host: node"]
+    head += ["Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"]
+    head += [f"Authorization: Bearer {token}"] if token else []
     with suppress(OSError), socket.create_connection((parts.host, parts.port or 80), timeout=5) as connection:
-        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: node\r\n{framing}\r\n\r\n".encode())
-        piece = block if length else b"%x\r\n%s\r\n" % (len(block), block)
+        connection.sendall("".join(f"{line}\r\n" for line in [*head, ""]).encode())
+        piece = b"%x\r\n%s\r\n" % (len(block), block) if chunked else block
         while taken < size and time.monotonic() < until:
             connection.sendall(piece)
             taken += len(block)
