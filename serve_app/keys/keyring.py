@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
-from serve_app.private_files import locked_folder, read_private, write_private
+from serve_app.private_files import locked_folder, read_private, replace_secret, write_private
 
 #: Of every data key that a provider wraps.
 DATA_KEY_BYTES = 32
@@ -221,6 +221,10 @@ class FileKeyring(KeyProvider):
     def _read(self) -> _Ring:
         with self._unreadable():
             stamp, content = _stamp(self._path), read_private(self._path)
+            if stamp != _stamp(
+                self._path
+            ):  # replaced meanwhile, and what was read may be overwritten already
+                return self._read()
         try:
             return _Ring(stamp, *_parse(content))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -228,7 +232,7 @@ class FileKeyring(KeyProvider):
             raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
 
     def _replace(self, current: int, keks: Mapping[int, bytes], key_stores: Mapping[UUID, Path]) -> None:
-        write_private(self._path, _write(current, keks, key_stores))
+        replace_secret(self._path, _write(current, keks, key_stores))
         self._adopt(self._read())
 
     def _adopt(self, ring: _Ring) -> None:

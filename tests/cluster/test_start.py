@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 import json
 import os
@@ -171,6 +172,21 @@ def test_ports_are_those_of_the_documentation_and_none_is_on_every_interface(ser
         )
     ]
     assert undocumented == []
+
+
+def test_no_process_leaves_its_memory_behind_when_it_crashes(service: Service, first_answer: dict) -> None:
+    """Images, keys and tokens are in it: the kernel writes no core file of any of them, and hands none on."""
+    server = psutil.Process(EmbeddedPostgres(service.home).pid())
+    supervisor = psutil.Process(service.process.pid)
+    limits: dict[str, set[tuple[str, ...]]] = {}
+    for process in (supervisor, server, *server.children(), *RayNode(service.home).processes()):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            text = Path(f"/proc/{process.pid}/limits").read_text()
+            found = re.search(r"^Max core file size +(\S+) +(\S+)", text, re.MULTILINE)
+            limits.setdefault(process.name(), set()).add(found.groups())
+    assert {"haproxy", "gcs_server", "raylet", "postgres"} <= limits.keys()
+    assert sum(name.startswith("ray::") for name in limits) >= 3, limits
+    assert {name: limit for name, limit in limits.items() if limit != {("1", "1")}} == {}
 
 
 def _documented_ports() -> list[tuple[str, int, int]]:
