@@ -25,7 +25,9 @@ def forbid_core_dumps() -> None:
     One byte, and not none: a core_pattern that is a program (systemd-coredump, apport) gets the memory whatever the
     limit is, but for this one (fs/coredump.c of the kernel); and a file of one byte is none.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    _, ceiling = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = min(1, ceiling) if ceiling != resource.RLIM_INFINITY else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def hide_memory() -> None:
