@@ -27,8 +27,8 @@ async def readyz(services: Parts) -> JSONResponse:
 
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
     (null otherwise), the invariants of what is stored, whether the audit log is what was signed, how many
-    assessments are pending or have failed, how many messages to the PMS wait or are dead, and how each background
-    loop fares, with a finding for one that keeps ending.
+    assessments are pending or have failed, how many messages to the PMS wait or are dead, how each background
+    loop fares, with a finding for one that keeps ending, and why retention waits (null: it does not).
     """
     await live_model(services.pool)
     live = await services.live.current()
@@ -42,6 +42,7 @@ async def readyz(services: Parts) -> JSONResponse:
             "audit": services.sealer.describe(),
             "loops": services.worker.describe(),
             "findings": services.worker.findings(),
+            "retention_waits": services.retention_waits(),
             **await services.counts(),
         }
     )
