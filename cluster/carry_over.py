@@ -18,16 +18,22 @@ from typing import Any
 import asyncpg
 
 from cluster.postgres import DATABASE, OWNER
-from serve_app.audit.events import account_event
+from serve_app.audit.events import AuditEvent, account_event
 from serve_app.records.audit_log import record_event
 from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
 
-_ALWAYS = ("revocations", "legal_holds")
-_FROM_A_SUCCESSOR = ("withdrawn_care", "ended_care", "ended_emergencies", "reopened_records", "closed_later")
-#: In the audit event of each change.
-CARRIED = {"carried_over": True}
+#: The statements, in order, and the action that each change is recorded as; these from any database ...
+_ALWAYS = {"revoke": "revoke", "hold": "hold_set"}
+#: ... and these from one that goes on from the backup.
+_FROM_A_SUCCESSOR = {
+    "withdraw_care": "end_assignment",
+    "end_care": "end_assignment",
+    "end_emergency": "end_emergency",
+    "reopen": "record_reopen",
+    "close_later": "record_close",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +64,38 @@ async def carry_over(
 
     In doubt is what was done since the backup, and None is as it should be.
     """
-    names: tuple[str, ...] = ()
+    changes: dict[str, str] = {}
     doubt: str | None = "the database that it replaced could not be read"
     if replaced is not None:
-        names, doubt = _ALWAYS, "the database that it replaced does not go on from the backup"
+        changes, doubt = _ALWAYS, "the database that it replaced does not go on from the backup"
         if replaced.follows:
-            names, doubt = (*_ALWAYS, *_FROM_A_SUCCESSOR), None
+            changes, doubt = _ALWAYS | _FROM_A_SUCCESSOR, None
     carried = 0
     async with _connected(at) as connection, connection.transaction():
-        for name in names:
-            for row in await connection.fetch(_SQL[name], replaced.rows if replaced else "{}"):
-                about = dict(row)
-                action, said = about.pop("action"), json.loads(about.pop("detail"))
-                await record_event(connection, account_event(action, said | CARRIED, **about))
+        for statement, action in changes.items():
+            for row in await connection.fetch(_SQL[statement], replaced.rows if replaced else None):
+                await record_event(connection, _event(action, row))
                 carried += 1
-        event = account_event("restore", {**detail, "changes": carried, "in_doubt": doubt})
-        await record_event(connection, event)
+        await record_event(
+            connection, account_event("restore", {**detail, "carried": carried, "doubt": doubt})
+        )
     return carried, doubt
+
+
+def _event(action: str, row: asyncpg.Record) -> AuditEvent:
+    """Say what was changed, as whoever does it by a command would, and that it was carried over."""
+    detail: dict[str, object] = {"carried_over": True}
+    match action:
+        case "revoke":
+            detail[row["kind"]] = row["value"]
+        case "end_assignment":
+            detail["subject"] = row["clinician"]
+        case "hold_set":
+            detail["hold_id"] = str(row["hold_id"])
+        case "end_emergency":
+            detail["emergency_id"] = str(row["emergency_id"])
+    ids = {name: row.get(name) for name in ("patient_id", "lesion_id", "image_id")}
+    return account_event(action, detail, **ids | {"patient_id": row.get("of_patient", ids["patient_id"])})
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -32,6 +33,8 @@ def backup(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for clinician, since in (("dr-ended", LONG_AGO), ("dr-stays", LONG_AGO), ("dr-withdrawn", TOMORROW)):
             await access.assign(CareAssignment("p-1", clinician, since, None), event=EVENT)
         await RetentionStore(pool).close("p-1", closed_at=LONG_AGO, actor="ops")
+        lasts = timedelta(hours=12)
+        await access.break_glass(uuid4(), "p-1", "dr-night", "a reason of the test", lasts=lasts, event=EVENT)
 
     open_clinic.ask(before)
     open_clinic.ask(lambda pool: record_event(pool, account_event("backup")))
@@ -46,6 +49,7 @@ async def change(pool: Any) -> Any:
     await access.revoke("subject", "dr-stolen", by="ops", event=EVENT)
     await access.end_assignment("p-1", "dr-ended", event=EVENT)
     await access.end_assignment("p-1", "dr-withdrawn", event=EVENT)
+    await pool.execute("UPDATE emergency_accesses SET ends_at = now()")
     await RetentionStore(pool).reopen("p-1", actor="ops")
     return await HoldStore(pool).set(Held(patient_id="p-1"), reason="case 1", actor="counsel")
 
@@ -56,6 +60,7 @@ async def look(pool: Any) -> dict[str, Any]:
         "revoked": any(lock.value == "dr-stolen" for lock in await access.revocations()),
         "care": [care.clinician for care in await access.assignments(patient_id="p-1")],
         "expired": len(await RetentionStore(pool).expired(days=365, limit=100)),
+        "emergencies": await pool.fetchval("SELECT count(*) FROM emergency_accesses WHERE ends_at > now()"),
         "holds": [hold.hold_id for hold in await HoldStore(pool).find()],
     }
 
@@ -66,6 +71,7 @@ async def undo(pool: Any) -> None:
         "DELETE FROM closed_records",
         "DELETE FROM care_assignments",
         "DELETE FROM revocations",
+        "DELETE FROM emergency_accesses",
     ):
         await pool.execute(statement)
 
@@ -77,18 +83,25 @@ def test_what_takes_away_or_keeps_is_carried_over(clinic: Clinic, derm_cds, back
         restored = derm_cds("restore", str(backup), home=clinic.home)
         assert restored.code == 0, restored.err
         found = clinic.ask(look)
-        assert found == {"revoked": True, "care": ["dr-stays"], "expired": 0, "holds": [hold]}
-        assert "carried over from what it replaced: 5 changes" in restored.out
+        assert found == {
+            "revoked": True,
+            "care": ["dr-stays"],
+            "expired": 0,
+            "emergencies": 0,
+            "holds": [hold],
+        }
+        assert "carried over from what it replaced: 6 changes" in restored.out
         assert not NodeFiles(clinic.home).retention_paused.exists()
         query = (
             "SELECT action, patient_id, detail ->> 'subject' AS subject FROM audit_events"
-            " WHERE detail @> '{\"carried_over\": true}' ORDER BY event_id DESC LIMIT 5"
+            " WHERE detail @> '{\"carried_over\": true}' ORDER BY event_id DESC LIMIT 6"
         )
         events = {tuple(row) for row in clinic.ask(lambda pool: pool.fetch(query))}
         assert events == {
             ("revoke", None, "dr-stolen"),
             ("end_assignment", "p-1", "dr-ended"),
             ("end_assignment", "p-1", "dr-withdrawn"),
+            ("end_emergency", "p-1", None),
             ("record_reopen", "p-1", None),
             ("hold_set", "p-1", None),
         }
