@@ -277,7 +277,10 @@ def _carry_over(
                 replaced = asyncio.run(read_replaced(there, newest))
         except (BackupFailed, PostgresFailed, PostgresError, OSError) as error:
             _log.warning("What is replaced cannot be read: %s", error)
-    return asyncio.run(carry_over(at, replaced, detail))
+    try:
+        return asyncio.run(carry_over(at, replaced, detail))
+    except PostgresError as error:  # of a schema from before the tables there are now
+        raise BackupFailed(f"What it replaces cannot be carried over into the backup: {error}") from error
 
 
 @contextmanager

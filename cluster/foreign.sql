@@ -22,6 +22,17 @@ SELECT format('the language %I', lanname) FROM pg_language WHERE oid >= 16384;
 
 SELECT format('the foreign-data wrapper %I', fdwname) FROM pg_foreign_data_wrapper;
 
+-- Whose indexes and rules would be evaluated with a superuser's rights.
+SELECT format('the relation %s of a superuser', c.oid::regclass)
+FROM pg_class AS c
+INNER JOIN pg_roles AS r ON r.oid = c.relowner
+WHERE c.oid >= 16384
+    AND r.rolsuper
+    AND c.relkind IN ('r', 'p', 'm', 'v', 'f')
+    AND NOT EXISTS (
+        SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'
+    );
+
 -- Ours are derm_owner's; those of an extension are compiled, and of a library beside the server's own.
 SELECT format('the function %s', p.oid::regprocedure)
 FROM pg_proc AS p

@@ -96,6 +96,7 @@ def test_whatever_could_act_as_the_superuser_is_refused(clinic: Clinic, tmp_path
         "CREATE ROLE planted SUPERUSER": "DROP ROLE planted",
         "GRANT pg_execute_server_program TO derm_app": "REVOKE pg_execute_server_program FROM derm_app",
         "ALTER ROLE derm_app SET local_preload_libraries = 'planted'": "ALTER ROLE derm_app RESET ALL",
+        "CREATE TABLE planted_table (id int)": "DROP TABLE planted_table",
         "CREATE FUNCTION planted() RETURNS int SECURITY DEFINER RETURN 1": "DROP FUNCTION planted",
         "CREATE FUNCTION compiled(int) RETURNS int LANGUAGE internal AS 'int4abs'": "DROP FUNCTION compiled",
     }
@@ -109,6 +110,7 @@ def test_whatever_could_act_as_the_superuser_is_refused(clinic: Clinic, tmp_path
         "the role planted may more than ours",
         "the role derm_app belongs to pg_execute_server_program",
         "a setting of a role or a database (local_preload_libraries=planted)",
+        "the relation public.planted_table of a superuser",
         "the function public.planted()",
         "the function public.compiled(integer)",
     ]
