@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 
 from cluster.backups import back_up, restore
+from cluster.commands.audit import checkpoint_log, sign
 from cluster.safety import copy_findings, prevents_ready
 from serve_app.audit.events import account_event
 from serve_app.records.access import AccessStore, CareAssignment
@@ -142,3 +143,4 @@ def test_where_it_cannot_be_read_or_does_not_follow_retention_waits(clinic: Clin
     finally:
         paused.unlink(missing_ok=True)
         clinic.ask(undo)
+        clinic.ask(lambda pool: sign(pool, checkpoint_log(clinic.home), restored=True))
