@@ -26,10 +26,9 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from cluster.postgres import sync_folder
 from serve_app.audit.checkpoints import signing_key
 from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
-from serve_app.private_files import write_private
+from serve_app.private_files import sync_folder, write_private
 
 #: What a manifest of this version of the service looks like. The one before had no signature and named fewer files.
 FORMAT = 2

@@ -53,11 +53,11 @@ from cluster.postgres import (
     PostgresState,
     configuration,
     programs,
-    sync_folder,
 )
 from cluster.running import AlreadyRunning, occupy
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.erasure.sweeping import pause
+from serve_app.private_files import sync_folder
 from serve_app.records.migrate import MIGRATIONS, read_migrations
 from serve_app.settings import NodeFiles
 

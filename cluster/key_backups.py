@@ -25,10 +25,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cluster.backup_folder import new_folder, read_manifest, require_space, write_manifest
+from serve_app.audit.checkpoints import signing_key
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.keys.keyring import KeyProvider
 from serve_app.keys.keystore import DestroyedKey, KeyStore
-from serve_app.private_files import locked_folder, read_private, write_private
+from serve_app.private_files import locked_folder, read_private, remove_secret, write_private
 from serve_app.records.pool import Pool
 from serve_app.settings import NodeFiles
 from serve_app.sql import parse
@@ -98,10 +99,12 @@ def back_up_keyring(files: NodeFiles, folder: Path) -> dict[str, Any]:
         raise NotFound(
             f"There is no keyring at {files.keyring}: Vault and KMS back their keys up themselves."
         )
+    signing_key(files.audit_signing_key)  # that there is one to be copied
     with new_folder(folder) as partial:
-        copied = [path for path in (files.keyring, files.audit_signing_key) if path.exists()]
-        for path in copied:
-            write_private(partial / path.name, read_private(path))
+        # Alone with the keys: a keyring that is replaced meanwhile is overwritten, and must not be backed up so.
+        with locked_folder(files.keyring.parent):
+            for path in (files.keyring, files.audit_signing_key):
+                write_private(partial / path.name, read_private(path))
         return write_manifest(partial, "keyring", files.audit_signing_key)
 
 
@@ -139,7 +142,7 @@ def restore_keys(
                     store.destroy(key)
     except BaseException:
         for path in files.keystore.parent.glob(f"{partial.name}*"):
-            path.unlink()
+            remove_secret(path)
         raise
     # Closed, a store has neither log nor index beside it: one rename moves it whole.
     with locked_folder(files.keystore.parent):
@@ -155,7 +158,7 @@ def prune(root: Path) -> list[Path]:
         # A link may lead to a key store in use: who can write here may have laid it.
         if _has_expired(folder) and not folder.is_symlink():
             if not (folder / _STORE).is_symlink():
-                overwrite(folder / _STORE)
+                remove_secret(folder / _STORE)
             shutil.rmtree(folder)
             gone.append(folder)
     return gone
@@ -254,22 +257,9 @@ def prune_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Pat
             with locked_folder(copy.path.parent):
                 for suffix in ("", *_LOG_SUFFIXES):
                     path = copy.path.with_name(f"{copy.path.name}{suffix}")
-                    overwrite(path)
-                    path.unlink(missing_ok=True)
+                    remove_secret(path)
         gone.append(copy.path)
     return gone
-
-
-def overwrite(path: Path) -> None:
-    """Overwrite with zeros what is deleted: all that can be done where the file system writes in place."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return
-    with os.fdopen(descriptor, "r+b") as file:
-        file.write(bytes(os.fstat(descriptor).st_size))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _since(path: Path) -> datetime:
