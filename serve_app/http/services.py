@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from serve_app import worker
 from serve_app.access.rate_limit import WINDOW_S
 from serve_app.audit.checkpoints import CheckpointLog
+from serve_app.audit.events import RETENTION
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
 from serve_app.http.access import Authenticator
@@ -125,7 +126,7 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
     ]
     if settings.retention_days is not None:
         retention, days = RetentionStore(services.pool), settings.retention_days
-        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor="retention"))
+        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor=RETENTION))
     loops = {
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),
