@@ -28,10 +28,16 @@ async def readyz(services: Parts) -> JSONResponse:
     Reported beside it, without deciding: `refused_model`, why a model that was published does not answer
     (null otherwise), the invariants of what is stored, whether the audit log is what was signed, how many
     assessments are pending or have failed, how many messages to the PMS wait or are dead, and how each background
-    loop fares, with a finding for one that keeps ending.
+    loop fares, with a finding for one that keeps ending and one for messages that name another patient's encounter.
     """
     await live_model(services.pool)
     live = await services.live.current()
+    counts = await services.counts()
+    findings = services.worker.findings()
+    if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
+        findings.append(
+            f"{wrong} answers name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
+        )
     return JSONResponse(
         {
             "status": "ready",
@@ -41,8 +47,8 @@ async def readyz(services: Parts) -> JSONResponse:
             "invariants": services.invariants.describe(),
             "audit": services.sealer.describe(),
             "loops": services.worker.describe(),
-            "findings": services.worker.findings(),
-            **await services.counts(),
+            "findings": findings,
+            **counts,
         }
     )
 

@@ -213,6 +213,12 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_h
     assert status.code == 1
     assert status.out.startswith("1 wait, the oldest for ")
     assert status.out.endswith("; 1 dead\n")
+    sql("UPDATE outbox SET attempts = 1, last_error = 'wrong_encounter'")
+    status = derm_cds("outbox", "status", home=own_home).out
+    assert status.startswith("1 wait (1 held: their encounter is not confirmed), the oldest for ")
+    assert status.endswith("; 1 dead, 1 of them under another patient's encounter\n")
+    assert "its encounter not confirmed" in derm_cds("outbox", "list", home=own_home).out
+    sql("UPDATE outbox SET last_error = 'http_500'")
     listed = derm_cds("outbox", "list", home=own_home).out
     assert str(waiting) in listed
     assert "last error http_500" in listed
