@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 import ssl
+import time
 from uuid import uuid4
 
 import httpx
+from joserfc import jwt
+from joserfc.jwk import OctKey
 import jsonschema
 import pytest
 
 from benchmarks.baseline import LocalStages
+from cluster.node_files import read_service_environment
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
 from tests.cluster.tls_terminator import terminator
@@ -94,6 +98,47 @@ async def test_a_rejection_keeps_its_shape_through_serve(pms, lesion_image) -> N
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["code"] == code
     assert await pms.owner.fetchval("SELECT count(*) FROM lesions WHERE patient_id = $1", patient) == 0
+
+
+async def test_a_node_lets_in_no_name_of_its_own_and_no_token_for_years(pms) -> None:
+    """Signed by the very issuer: as an operator's account, as the delivery, as another with a space; for ten years."""
+    secret = read_service_environment(pms.node.home)["DERM_TOKEN_SECRET"]
+    now = int(time.time())
+    good = {
+        "iss": "derm-cds",
+        "aud": "derm-cds",
+        "sub": "dr",
+        "roles": ["clinician"],
+        "iat": now,
+        "exp": now + 600,
+    }
+    for changed, code in (
+        *(({"sub": name}, "token_subject_refused") for name in ("os:root", "derm-cds:outbox", " dr")),
+        ({"exp": now + 315_360_000}, "token_lifetime_refused"),
+        ({}, None),
+    ):
+        signed = jwt.encode({"alg": "HS256"}, good | changed, OctKey.import_key(secret))
+        answer = await pms.client.get("/api/openapi.json", headers={"Authorization": f"Bearer {signed}"})
+        assert (answer.status_code, answer.json().get("code")) == (401 if code else 200, code)
+
+
+async def test_an_emergency_that_was_not_justified_is_over_on_a_node(pms, lesion_image) -> None:
+    patient, told = await pms.care(), {"reason": "unconscious in casualty"}
+    lesion = (await pms.upload(patient, lesion_image())).json()["lesion_id"]
+    in_emergency = pms.token("dr-glass")
+    opened = await pms.client.post(
+        "/api/emergency-access", json={"patient_id": patient, **told}, headers=in_emergency
+    )
+    url = f"/api/lesions/{lesion}"
+    assert (await pms.client.get(url, headers=in_emergency)).status_code == 200
+    judged = await pms.client.post(
+        f"/api/emergency-access/{opened.json()['emergency_id']}/review",
+        json={"outcome": "not_justified"},
+        headers=pms.token("chief", "supervisor"),
+    )
+    assert judged.json()["ended_by"] == "chief"
+    for _ in range(8):
+        assert (await pms.client.get(url, headers=in_emergency)).status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/api/openapi.json", "/nothing", "/api/lesions"])
