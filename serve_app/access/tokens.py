@@ -38,7 +38,7 @@ from serve_app.settings import SECRET_BYTES, Settings, split_words
 
 _COMPACT = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
 _TOKEN_LENGTH = 8192
-_SUBJECT_LENGTH = 255
+_NAME_LENGTH = 255
 #: What shows nothing and is printable to Python (Unicode's Default_Ignorable_Code_Point, and the empty Braille cell).
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _LEEWAY_S = 5
@@ -176,17 +176,20 @@ def check_subject(subject: object) -> str:
 
     Nothing that could forge a line of the log, that reads like another principal's name, or like one of our own.
     """
-    if (
-        not isinstance(subject, str)
-        or not 0 < len(subject) <= _SUBJECT_LENGTH
-        or not subject.isprintable()
-        or subject.strip() != subject
-        or _UNSEEN.search(subject)
-        or not unicodedata.is_normalized("NFKC", subject)
-        or reads_like_own_actor(subject)
-    ):
+    if not isinstance(subject, str) or not _is_plain(subject) or reads_like_own_actor(subject):
         raise SubjectRefused
     return subject
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is all that it shows: two that read the same are the same, but for look-alike letters."""
+    return (
+        0 < len(name) <= _NAME_LENGTH
+        and name.isprintable()
+        and name.strip() == name
+        and not _UNSEEN.search(name)
+        and unicodedata.is_normalized("NFKC", name)
+    )
 
 
 def _signing_key(secret: str) -> OctKey:
@@ -199,11 +202,9 @@ def _principal(claims: jwt.Claims) -> Principal:
     roles = claims.get("roles", [])
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
         raise ValueError("roles")
-    # Written to the revocation list as it stands. RFC 7519 4.1.7: a string.
+    # An operator writes it to the revocation list as it reads. RFC 7519 4.1.7: a string.
     jti = claims.get("jti")
-    if jti is not None and not (
-        isinstance(jti, str) and 0 < len(jti) <= _SUBJECT_LENGTH and jti.isprintable()
-    ):
+    if jti is not None and not (isinstance(jti, str) and _is_plain(jti)):
         raise ValueError("jti")
     return Principal(check_subject(claims.get("sub")), frozenset(roles), jti)
 

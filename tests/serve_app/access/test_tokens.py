@@ -89,7 +89,7 @@ NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
         *({"exp": value} for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, [9999999999])),
         *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY)),
         *({"iat": value} for value in (YEAR_2096, "0", True, NAN)),
-        *({"jti": value} for value in ("", 7, "x" * 256, "a\nb")),
+        *({"jti": value} for value in ("", 7, "x" * 256, "a\nb", " 7", "7\u200b", "7\u034f")),
         *({"sub": value} for value in (7, True, ["dr-1"], {"a": 1})),
         *({"roles": value} for value in ("clinician", {"clinician": 1}, 7, [7], [None], [["clinician"]])),
     ],
