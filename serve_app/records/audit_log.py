@@ -100,7 +100,7 @@ class AuditChain(Store):
                 await connection.execute(_SQL["be_the_sealer"])
             elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
                 return 0
-            copied = await _copy(connection, "unsealed", LATE_EVENTS, limit)
+            copied = await copy_rows(connection, _SQL["unsealed"], LATE_EVENTS, limit)
             seal = _seal(await connection.fetchrow(_SQL["head"]))
             rows = []
             for event in read_rows(copied):
@@ -142,7 +142,7 @@ class AuditChain(Store):
         """Yield the sealed events after a position as they are stored now, in order, a batch at a time."""
         while True:
             async with self._pool.connection() as connection:
-                copied = await _copy(connection, "chain", position, _BATCH)
+                copied = await copy_rows(connection, _SQL["chain"], position, _BATCH)
             # Some 10 ms of the processor: not of the event loop's.
             if not (batch := await asyncio.to_thread(read_events, copied)):
                 return
@@ -150,12 +150,12 @@ class AuditChain(Store):
             position = batch[-1].position
 
 
-async def _copy(connection: asyncpg.Connection, name: str, *numbers: int) -> bytes:
-    """Read columns as they are stored, in PostgreSQL's binary format.
+async def copy_rows(connection: asyncpg.Connection, query: str, *numbers: int) -> bytes:
+    """Read rows as they are stored, by a binary COPY, which `read_rows` reads.
 
     With its numbers in the query, because asyncpg would have functions of the database write them.
     """
-    query = _PARAMETER.sub(lambda found: str(int(numbers[int(found[1]) - 1])), _SQL[name])
+    query = _PARAMETER.sub(lambda found: str(int(numbers[int(found[1]) - 1])), query)
     copied = bytearray()
 
     async def take(data: bytes) -> None:

@@ -5,12 +5,12 @@ What Vault and KMS answer is in tests/serve_app/keys.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 import json
 import os
 from pathlib import Path
+import re
 import sqlite3
 import subprocess
 from uuid import UUID, uuid4
@@ -146,12 +146,11 @@ def test_an_export_of_the_sealed_log_is_verified_where_there_is_no_database(
 
 
 def test_a_dump_is_verified_where_it_was_restored(
-    derm_cds, home, copies, new_database, as_superuser, tmp_path: Path
+    derm_cds, home, copies, as_superuser, tmp_path: Path
 ) -> None:
     """What an administrator did to the database goes into the dump with it, its functions too."""
     urls = DatabaseUrls(owner=os.environ["DERM_OWNER_DATABASE_URL"], app=os.environ["DERM_DATABASE_URL"])
-    node, elsewhere = as_superuser(urls), as_superuser(asyncio.run(new_database(migrated=False)))
-    nowhere, edited = tmp_path / "nowhere", ASK_THE_SUSPECT.replace("event_id = 5", "event_id = 1")
+    node, nowhere = as_superuser(urls), tmp_path / "nowhere"
 
     def run(program: str, url: str, *options: str, sql: str = "") -> str:
         command = [programs() / program, *options, url]
@@ -160,17 +159,18 @@ def test_a_dump_is_verified_where_it_was_restored(
     def psql(url: str, sql: str) -> None:
         run("psql", url, "--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", sql=sql)
 
-    for harm, code, said in (
-        ("", 0, "nothing found"),
-        (edited, 1, "the event or its place has changed: seal 1"),
-    ):
-        psql(node, f"SET session_replication_role = replica; {harm}")
-        psql(elsewhere, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-        dump = run("pg_dump", node, "--no-owner").replace("CREATE SCHEMA public;", "")
-        psql(elsewhere, dump)
-        verified = derm_cds("audit", "verify", "--database", elsewhere, *copies, home=nowhere)
+    def verify(elsewhere: str, code: int, said: str) -> None:
+        psql(node, f"CREATE DATABASE {elsewhere}")
+        copied = re.sub(r"/derm_\d+\?", f"/{elsewhere}?", node)
+        psql(copied, run("pg_dump", node, "--no-owner", "--no-privileges"))
+        verified = derm_cds("audit", "verify", "--database", copied, *copies, home=nowhere)
         assert (verified.code, said in verified.out + verified.err) == (code, True), verified
         assert not nowhere.exists()
+
+    verify("derm_untouched", 0, "nothing found")
+    edited = ASK_THE_SUSPECT.replace("event_id = 5", "event_id = 1")
+    psql(node, f"SET session_replication_role = replica; {edited}")
+    verify("derm_edited", 1, "the event or its place has changed: seal 1")
 
 
 def test_what_was_done_to_the_logs_schema_is_named_by_verify_and_status(derm_cds, home, sql) -> None:
