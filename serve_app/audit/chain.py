@@ -1,4 +1,4 @@
-"""The chain over the audit log: the one form of an event that is hashed, and whether each seal follows from the one before.
+"""The chain over the audit log: the form of an event that is hashed, and whether each seal follows from the one before.
 
 Everything here is computed from the columns as they were read, so that a log is judged by no function of the database
 that holds it, and an exported one without any database.
@@ -155,8 +155,8 @@ async def follow(
     """Recompute the chain from `since`, and hold it against seals that are `known` from elsewhere.
 
     Finds events edited, removed, moved or exchanged, a chain cut short or written anew behind a known seal, and known
-    seals that contradict each other. `batches` are all sealed events after `since`, in order; `stored` is the hash that
-    the log itself has there, None for none.
+    seals that contradict each other. `batches` are all sealed events after `since`, in order; `stored` is the hash
+    that the log itself has there, None for none.
     """
     expected, findings = _agree(known)
     # From what is stored there: that it is not what is known is one finding, and what follows may be sound.
@@ -211,7 +211,7 @@ def describe(finding: Tampering) -> str:
 
 
 _LINE = re.compile(
-    rb'\{"position": ([1-9]\d*), "hash": "([0-9a-f]{64})", "event_id": (-?\d+), "event": (null|\[.*\])\}\n'
+    rb'\{"position": ([1-9]\d{0,17}), "hash": "([0-9a-f]{64})", "event_id": (-?\d+), "event": (null|\[.*\])\}\n'
 )
 
 

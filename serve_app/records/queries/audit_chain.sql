@@ -13,7 +13,8 @@ SELECT position, hash FROM public.audit_seals ORDER BY position DESC LIMIT 1;
 -- name: unsealed
 -- Up to $2 events that have no seal, of the last $1 and all that are newer than the newest sealed one.
 -- An event that commits late has a lower id than some that are sealed; nothing commits later than that many.
-SELECT e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
+SELECT
+    e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
     e.request_id, e.detail
 FROM public.audit_events AS e
 WHERE e.event_id > coalesce((SELECT max(event_id) FROM public.audit_seals), 0) - $1

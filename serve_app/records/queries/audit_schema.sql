@@ -1,9 +1,11 @@
 -- name: audit_schema
--- All that decides who may change the audit log, and what is read of it: object and definition, as the catalog has them.
+-- All that decides who may change the audit log, and what is read of it: object and definition, as they are.
 -- Asked as the role that owns the schema; $1 is the one that serves.
 WITH roles AS (
     SELECT oid, rolsuper,
-        CASE rolname WHEN current_user THEN 'the owner' WHEN $1 THEN 'the application' ELSE 'role ' || rolname END AS name
+        CASE rolname
+            WHEN current_user THEN 'the owner' WHEN $1 THEN 'the application' ELSE 'role ' || rolname
+        END AS name
     FROM pg_roles
     UNION ALL
     SELECT 0, false, 'everybody'
@@ -11,14 +13,12 @@ WITH roles AS (
     SELECT c.* FROM pg_class AS c
     WHERE c.relname IN ('audit_events', 'audit_seals') AND c.relnamespace = to_regnamespace('public')
 ), functions AS (
-    -- With a body of text; those with one of parsed SQL cannot be triggers, and nothing that writes here is one.
+    -- The tables' triggers, and what runs with more rights than the caller's: no other can do more than its caller.
     SELECT p.*, 'function ' || p.proname || '(' || pg_get_function_identity_arguments(p.oid) || ')' AS name
     FROM pg_proc AS p
-    WHERE p.pronamespace = to_regnamespace('public') AND p.prosqlbody IS NULL
-        AND NOT EXISTS (
-            SELECT FROM pg_depend AS d
-            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'
-        )
+    WHERE p.oid IN (
+            SELECT t.tgfoid FROM tables AS c JOIN pg_trigger AS t ON t.tgrelid = c.oid WHERE NOT t.tgisinternal
+        ) OR (p.prosecdef AND p.pronamespace = to_regnamespace('public'))
 ), grants AS (
     SELECT 'table ' || c.relname AS name, c.relowner AS owner, c.relacl AS acl FROM tables AS c
     UNION ALL
@@ -97,7 +97,7 @@ JOIN pg_inherits AS h ON h.inhparent = c.oid
 UNION ALL
 SELECT p.name, concat_ws(
     ', ', l.lanname, 'owned by ' || r.name, CASE WHEN p.prosecdef THEN 'security definer' END,
-    array_to_string(p.proconfig, '; '), p.prosrc
+    array_to_string(p.proconfig, '; '), coalesce(pg_get_function_sqlbody(p.oid), p.prosrc)
 )
 FROM functions AS p
 JOIN pg_language AS l ON l.oid = p.prolang
@@ -118,8 +118,9 @@ SELECT 'built-in function ' || p.oid::regprocedure::text, 'replaced'
 FROM pg_proc AS p
 JOIN pg_language AS l ON l.oid = p.prolang
 WHERE p.pronamespace = to_regnamespace('pg_catalog') AND l.lanname <> 'internal' AND p.proname IN (
-    'int8eq', 'int8gt', 'int84gt', 'btint8cmp', 'timestamptz_lt', 'now', 'oideq', 'nameeq', 'texteq', 'aclexplode', 'acldefault',
-    'format_type', 'pg_get_expr', 'pg_get_constraintdef', 'pg_get_indexdef', 'pg_get_triggerdef',
-    'pg_get_ruledef', 'pg_get_function_identity_arguments', 'array_to_string', 'concat_ws', 'to_regnamespace', 'to_regrole'
+    'int8eq', 'int8gt', 'int84gt', 'btint8cmp', 'timestamptz_lt', 'now', 'oideq', 'nameeq', 'texteq', 'aclexplode',
+    'acldefault', 'format_type', 'pg_get_expr', 'pg_get_constraintdef', 'pg_get_indexdef', 'pg_get_triggerdef',
+    'pg_get_ruledef', 'pg_get_function_identity_arguments', 'pg_get_function_sqlbody', 'array_to_string', 'concat_ws',
+    'to_regnamespace', 'to_regrole'
 )
 ORDER BY object, definition;

@@ -28,8 +28,8 @@ CHANGES = {
         "refuse_seal_change(): SHA",
     ),
     "function added": (
-        _REPLACED.format("audit_digest(e audit_events) RETURNS bytea STABLE", "NULL"),
-        "function audit_digest(e public.audit_events): SHA",
+        _REPLACED.format("edit(e audit_events) RETURNS bytea SECURITY DEFINER", "NULL"),
+        "function edit(e public.audit_events): SHA",
     ),
     "function of the definer": (
         "ALTER FUNCTION erase_image SET search_path = evil, public",
