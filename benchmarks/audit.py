@@ -21,7 +21,7 @@ import psutil
 from benchmarks.load import default_archive, drive, images_in, make_upload
 from benchmarks.systems import CORES, measure_cpu, prepare_records, running_baseline
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
-from serve_app.audit.chain import GENESIS, event_text, export_line, exported_events, follow, link, read_rows
+from serve_app.audit.chain import GENESIS, export_line, exported_events, follow, link, read_events
 from serve_app.records.audit_log import AuditChain, copy_rows
 from serve_app.records.pool import open_pool
 from serve_app.sql import parse
@@ -94,8 +94,8 @@ async def _hash_alone(urls: DatabaseUrls, load: dict[str, Any]) -> dict[str, Any
         copied = await copy_rows(connection, _SQL["written"])
     await pool.close()
     count, began, before = 0, perf_counter(), GENESIS
-    for count, event in enumerate(read_rows(copied), 1):
-        before = link(before, count, event_text(event))
+    for count, event in enumerate(read_events(copied), 1):
+        before = link(before, count, event.text or b"")
     event_us = (perf_counter() - began) / count * 1e6
     upload_us = 2 * event_us  # one event each commit
     return {

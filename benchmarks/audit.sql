@@ -1,6 +1,6 @@
 -- name: written
 -- The events of uploads, as they are hashed.
-SELECT event_id, recorded_at, action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail
+SELECT 0::bigint, event_id, ''::bytea, event_id, recorded_at, action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail
 FROM audit_events WHERE action IN ('upload', 'assess');
 
 -- name: multiply

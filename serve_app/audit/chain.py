@@ -6,7 +6,7 @@ that holds it, and an exported one without any database.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -16,7 +16,7 @@ from pathlib import Path
 import re
 from struct import Struct
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve_app.audit.checkpoints import Checkpoint, Seal
 from serve_app.domain.errors import IntegrityError
@@ -62,12 +62,16 @@ class Verification:
     findings: tuple[Tampering, ...]
 
 
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, signed=True)
+
+
 def _integer(value: bytes) -> str:
-    return str(int.from_bytes(value, signed=True))
+    return str(_number(value))
 
 
 def _instant(value: bytes) -> str:
-    at = int.from_bytes(value, signed=True) + _EPOCH_US
+    at = _number(value) + _EPOCH_US
     return f"{'-' if at < 0 else ''}{abs(at) // 1_000_000}.{abs(at) % 1_000_000:06}"
 
 
@@ -85,7 +89,7 @@ def _json(value: bytes) -> str:
 
 
 #: The columns of an event in the order of its form, and how each is written there.
-COLUMNS: Mapping[str, Callable[[bytes], str]] = MappingProxyType(
+_COLUMNS: Mapping[str, Callable[[bytes], str]] = MappingProxyType(
     {
         "event_id": _integer,
         "recorded_at": _instant,
@@ -100,44 +104,35 @@ COLUMNS: Mapping[str, Callable[[bytes], str]] = MappingProxyType(
         "detail": _json,
     }
 )
-_WRITERS = tuple(COLUMNS.values())
-
-
-def event_text(values: Sequence[bytes | None]) -> bytes:
-    """The form of an event, for ever: its columns in order as a JSON array, spaced as PostgreSQL writes jsonb.
-
-    `values` are in PostgreSQL's binary format. The time is in seconds since 1970 with six decimals. Fields that are
-    added to audit_events later need a form of their own.
-    """
-    parts = ["null" if value is None else write(value) for write, value in zip(_WRITERS, values, strict=True)]
-    return f"[{', '.join(parts)}]".encode()
-
-
-def read_rows(copied: bytes) -> Iterator[list[bytes | None]]:
-    """Read the rows of a binary COPY (PostgreSQL's documentation of COPY, "Binary Format"); NULL is None."""
-    at = _HEADER + 4 + _SIZE(copied, _HEADER)[0]
-    while (count := _COUNT(copied, at)[0]) >= 0:
-        at += 2
-        row: list[bytes | None] = []
-        for _ in range(count):
-            size = _SIZE(copied, at)[0]
-            at += 4
-            row.append(None if size < 0 else copied[at : at + size])
-            at += max(size, 0)
-        yield row
+#: In front of them in every row that is read: position, event id and hash of the seal.
+_FIELDS: tuple[Callable[[bytes], Any], ...] = (_number, _number, bytes, *_COLUMNS.values())
 
 
 def read_events(copied: bytes) -> list[SealedEvent]:
-    """Read sealed events: their position, event id and hash, and the event's columns behind them."""
-    return [
-        SealedEvent(
-            int.from_bytes(position or b"", signed=True),
-            int.from_bytes(event_id or b"", signed=True),
-            seal or b"",
-            None if event[0] is None else event_text(event),
+    """Read a binary COPY (PostgreSQL's documentation of COPY, "Binary Format") of seals with their events' columns.
+
+    The form of an event, for ever, is its columns in order as a JSON array, spaced as PostgreSQL writes jsonb; the time
+    in seconds since 1970 with six decimals. Fields that are added to audit_events later need a form of their own.
+    """
+    at = _HEADER + 4 + _SIZE(copied, _HEADER)[0]
+    events = []
+    while _COUNT(copied, at)[0] >= 0:
+        at += 2
+        values: list[Any] = []
+        for read in _FIELDS:
+            size = _SIZE(copied, at)[0]
+            at += 4
+            if size < 0:
+                values.append(None)
+            else:
+                values.append(read(copied[at : at + size]))
+                at += size
+        position, event_id, seal, *columns = values
+        text = f"[{', '.join(['null' if value is None else value for value in columns])}]".encode()
+        events.append(
+            SealedEvent(position or 0, event_id or 0, seal or b"", None if columns[0] is None else text)
         )
-        for position, event_id, seal, *event in read_rows(copied)
-    ]
+    return events
 
 
 def link(before: bytes, position: int, text: bytes) -> bytes:

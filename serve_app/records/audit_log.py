@@ -23,12 +23,10 @@ from serve_app.audit.chain import (
     Tampering,
     Verification,
     describe,
-    event_text,
     follow,
     link,
     newest,
     read_events,
-    read_rows,
 )
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal, in_force
 from serve_app.audit.events import AuditEvent
@@ -103,10 +101,10 @@ class AuditChain(Store):
             copied = await copy_rows(connection, _SQL["unsealed"], LATE_EVENTS, limit)
             seal = _seal(await connection.fetchrow(_SQL["head"]))
             rows = []
-            for event in read_rows(copied):
+            for event in read_events(copied):
                 position = seal.position + 1
-                seal = Seal(position, link(seal.hash, position, event_text(event)))
-                rows.append((position, int.from_bytes(event[0] or b"", signed=True), seal.hash))
+                seal = Seal(position, link(seal.hash, position, event.text or b""))
+                rows.append((position, event.event_id, seal.hash))
             await connection.copy_records_to_table(
                 "audit_seals", schema_name="public", columns=("position", "event_id", "hash"), records=rows
             )
@@ -151,7 +149,7 @@ class AuditChain(Store):
 
 
 async def copy_rows(connection: asyncpg.Connection, query: str, *numbers: int) -> bytes:
-    """Read rows as they are stored, by a binary COPY, which `read_rows` reads.
+    """Read rows as they are stored, by a binary COPY, which `read_events` reads.
 
     With its numbers in the query, because asyncpg would have functions of the database write them.
     """

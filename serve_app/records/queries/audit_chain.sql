@@ -14,6 +14,7 @@ SELECT position, hash FROM public.audit_seals ORDER BY position DESC LIMIT 1;
 -- Up to $2 events that have no seal, of the last $1 and all that are newer than the newest sealed one.
 -- An event that commits late has a lower id than some that are sealed; nothing commits later than that many.
 SELECT
+    0::bigint AS position, e.event_id, ''::bytea AS hash,
     e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
     e.request_id, e.detail
 FROM public.audit_events AS e

@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from serve_app.audit.chain import GENESIS, describe, event_text, link
+from serve_app.audit.chain import GENESIS, SealedEvent, describe, link, read_events
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
@@ -121,12 +121,16 @@ def test_one_event_in_its_form_by_the_letter() -> None:
     )
     at = (1_795_780_800_000_000 - 946_684_800_000_000).to_bytes(8)  # since 2000, in microseconds
     columns = [
+        *((1).to_bytes(8), (7).to_bytes(8), bytes(32)),
         *((7).to_bytes(8), at, b"read", b'dr "x"', b"success", None, None, (42).to_bytes(16), None, b"r"),
         b'\x01{"n": 1.50}',
     ]
-    assert event_text(columns).decode() == text
+    nulls = (-1).to_bytes(4, signed=True)
+    fields = [nulls if value is None else len(value).to_bytes(4) + value for value in columns]
+    copied = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(columns).to_bytes(2) + b"".join(fields) + b"\xff\xff"
+    assert read_events(copied) == [SealedEvent(1, 7, bytes(32), text.encode())]
     seal = "4079704cdabbfd0cb60ff82baecd7ba40d82f299dcfa4155fdd0d2250d1e375a"
-    assert link(GENESIS, 1, event_text(columns)).hex() == seal
+    assert link(GENESIS, 1, text.encode()).hex() == seal
 
 
 async def test_the_suspect_is_not_asked(log) -> None:
