@@ -29,7 +29,7 @@ from serve_app.records.audit_schema import schema_findings
 from serve_app.records.migrate import SchemaMismatch, pending
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys
-from serve_app.settings import NodeFiles, Settings, find_weakness
+from serve_app.settings import NodeFiles, Settings, find_untrustworthy, find_weakness
 from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
@@ -46,7 +46,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 _DURABLE = frozenset({"on", "local", "remote_write", "remote_apply"})
 _METHODS = frozenset({"scram-sha-256", "peer", "cert", "reject"})
 #: What a node for development may be and still be ready.
-_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory"})
+_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory", "trust_file"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,12 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
     return found
 
 
+def trust_findings(settings: Settings, urls: DatabaseUrls | None) -> list[Finding]:
+    """Files that say whom this node believes, or who it is, and that another user could change."""
+    of = (urls.app, urls.owner) if urls else ()
+    return [Finding("trust_file", said) for said in find_untrustworthy(settings, *of)]
+
+
 async def all_findings(
     home: Path, urls: DatabaseUrls | None, settings: Settings, *, own: bool
 ) -> list[Finding]:
@@ -173,6 +179,7 @@ async def all_findings(
     `own`: the database is the operator's, so its pg_hba.conf is not ours to read.
     """
     found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
+    found += trust_findings(settings, urls)
     if urls is not None:
         found += [*await look_at(urls), *await audit_schema_findings(urls)]
     state = PostgresState.read(home / "postgres.json")
