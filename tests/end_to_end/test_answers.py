@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
+import re
 import ssl
 import time
 from uuid import uuid4
 
+import asyncpg
 import httpx
 from joserfc import jwt
 from joserfc.jwk import OctKey
@@ -16,10 +19,12 @@ import pytest
 
 from benchmarks.baseline import LocalStages
 from cluster.node_files import read_service_environment
+from cluster.postgres import PostgresState
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
 from tests.cluster.tls_terminator import terminator
 from tests.end_to_end.conftest import draw_original
+from tests.serve_app.records.test_audit_chain import ASK_THE_SUSPECT
 
 pytestmark = pytest.mark.ray
 
@@ -190,3 +195,23 @@ async def test_an_image_is_sent_and_read_through_the_documented_tls_terminator(
     assert said.count(" POST 201 ") == 2
     assert patient not in said
     assert "patient_id" not in said
+
+
+async def test_the_nodes_log_is_verified_without_asking_its_database(node, pms) -> None:
+    """A superuser of the database edits an event, and has the database say the digests of before."""
+    state = PostgresState.read(node.home / "postgres.json")
+    password = f"//derm_superuser:{state.superuser_password}@"
+    administrator = await asyncpg.connect(re.sub(r"//.*?@", password, node.urls.owner))
+    command = ("-m", "cluster.cli", "audit")
+    actor = await pms.owner.fetchval("SELECT actor FROM audit_events WHERE event_id = 1")
+    await asyncio.to_thread(node.run, *command, "checkpoint")
+    try:
+        await administrator.execute("SET session_replication_role = replica")
+        await administrator.execute(ASK_THE_SUSPECT.replace("event_id = 5", "event_id = 1"))
+        with pytest.raises(AssertionError, match="the event or its place has changed: seal 1, event 1"):
+            await asyncio.to_thread(node.run, *command, "verify")
+    finally:
+        await administrator.execute("UPDATE audit_events SET actor = $1 WHERE event_id = 1", actor)
+        await administrator.execute("DROP FUNCTION audit_digest; DROP TABLE aside")
+        await administrator.close()
+    assert "nothing found" in await asyncio.to_thread(node.run, *command, "verify")
