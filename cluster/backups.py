@@ -105,7 +105,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restore did: of which time it is, where what was there is, how many changes it carried over, and why retention waits (None: it does not)."""
+    """What a restore did: of which time the backup is, where what was there is, how many changes it carried over.
+
+    `doubt`: why retention waits; None when it does not.
+    """
 
     made_at: str
     kept: Path | None
@@ -168,7 +171,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _refuse_settings(data: Path) -> None:
-    """IntegrityError for what would have the server do as the backup wishes. PostgreSQL's own check leaves these files out."""
+    """IntegrityError for what would have the server do as the backup wishes; pg_verifybackup leaves these files out."""
     for pattern in _NEVER:
         for path in data.glob(pattern):
             raise IntegrityError(f"{path.name} is in the backup: no database of this service has one.")
