@@ -9,7 +9,6 @@ pace, and a request that was begun runs to its end. Every answer that is not the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -31,7 +30,7 @@ CONTROLS = (
 _KEEP_GOING = (b"x-request-disconnect-disabled", b"?1")
 
 #: How much is read, and dropped, of a body that was answered before its end, so that its sender comes to read the
-#: answer: bytes (more than the largest upload) and seconds. Past either the connection is closed.
+#: answer: bytes (the largest upload is 20 MiB by default) and seconds. Past either the connection is closed.
 LINGER_BYTES = 32 * 1024 * 1024
 LINGER_S = 5.0
 
@@ -66,33 +65,40 @@ class IngressMiddleware:
         await exchange.finish()
 
 
+#: What Serve means by its own answers; by any other that somebody or something has ended the request.
+_ERRORS: dict[int, type[DermError]] = {404: NotFound, 429: Overloaded, 503: Overloaded}
+
+
+def is_plain_text(start: Message) -> bool:
+    """Whether an answer that begins so is plain text, which no error of the application is."""
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/plain")
+
+
 class Exchange:
     """One request and its answer, as they pass."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        headers = Headers(scope=scope)
-        said = "0" if "transfer-encoding" in headers else headers.get("content-length", "0")
+        kept: list[tuple[bytes, bytes]] = []
+        ids: list[str] = []
         #: Bytes of the body; None: not known.
-        self.size = None if "transfer-encoding" in headers else int(said)
+        self.size: int | None = 0
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                ids.append(value.decode("latin-1"))
+            elif name == PEER:
+                if scope["client"] and scope["client"][0] in _LOOPBACK:
+                    scope["client"] = (value.decode("latin-1"), 0)
+            elif not name.replace(b"_", b"-").startswith(CONTROLS):
+                kept.append((name, value))
+                if name == b"transfer-encoding":
+                    self.size = None
+                elif name == b"content-length" and self.size is not None:
+                    self.size = int(value)
         self._unread = self.size != 0
         self._begun = self._ended = self._replaced = False
-        ids = headers.getlist("x-request-id")
         self._request_id = ids[0] if len(ids) == 1 and is_plain(ids[0]) else str(new_id())
-        peer = headers.get(PEER.decode())
-        if peer and scope["client"] and scope["client"][0] in _LOOPBACK:
-            scope["client"] = (peer, 0)
-        scope["headers"] = [
-            *self._kept(scope["headers"]),
-            (b"x-request-id", self._request_id.encode()),
-            _KEEP_GOING,
-        ]
-
-    @staticmethod
-    def _kept(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-        for name, value in headers:
-            if name not in {PEER, b"x-request-id"} and not name.replace(b"_", b"-").startswith(CONTROLS):
-                yield name, value
+        scope["headers"] = [*kept, (b"x-request-id", self._request_id.encode()), _KEEP_GOING]
 
     async def run(self, app: ASGIApp) -> None:
         """Have the request answered, and be it by us."""
@@ -115,10 +121,9 @@ class Exchange:
         if self._replaced:
             return
         if message["type"] == "http.response.start":
-            self._begun, status, headers = True, message["status"], Headers(raw=message["headers"])
-            if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
-                errors = {404: NotFound, 429: Overloaded, 503: Overloaded}
-                await self.answer(errors.get(status, Interrupted)())
+            self._begun, status = True, message["status"]
+            if status >= 400 and is_plain_text(message):
+                await self.answer(_ERRORS.get(status, Interrupted)())
                 self._replaced = True
                 return
         if message["type"] == "http.response.body" and not message.get("more_body", False):
