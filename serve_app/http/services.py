@@ -62,7 +62,9 @@ class Services:
         self.triage = Triage(
             assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
         )
-        self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
+        self.replayer = Replayer(
+            assessor=assessor, pool=pool, records=self.records, keys=keys, models=settings.models
+        )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
         self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
         self.admission = AdmissionGate(settings)
