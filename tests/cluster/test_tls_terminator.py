@@ -66,7 +66,10 @@ def test_every_answer_of_its_own_is_a_problem_document(tmp_path) -> None:
     with terminator(tmp_path, api=choose_port()) as tls:  # where nobody listens
         context = ssl.create_default_context(cafile=str(tls.authority))
         with httpx.Client(verify=context, base_url=f"https://127.0.0.1:{tls.port}", timeout=60) as client:
-            answers = [(client.get("/healthz"), 503, "unavailable"), (client.get("/-/routes"), 404, "not_found")]
+            answers = [
+                (client.get("/healthz"), 503, "unavailable"),
+                (client.get("/-/routes"), 404, "not_found"),
+            ]
     for found, status, code in answers:
         body = found.json()
         assert found.headers["content-type"] == "application/problem+json"
