@@ -56,6 +56,8 @@ class NodeFiles:
         #: What signs the audit log's checkpoints, mode 0600.
         self.audit_signing_key = home / "keys" / "audit-signing.key"
         self.audit_checkpoints = home / "audit" / "checkpoints.jsonl"
+        #: There while retention waits for an operator, and says since when and why.
+        self.retention_paused = home / "audit" / "retention-paused"
 
 
 class KeySettings(BaseSettings):
@@ -99,6 +101,8 @@ class Settings(KeySettings):
     token_jwks_refresh_s: float = Field(default=600.0, ge=30, le=86_400)
     token_issuer: str = "derm-cds"
     token_audience: str = "derm-cds"
+    #: From a token's `iat` (without one, from now) to its `exp`; one that is valid for longer is refused.
+    token_max_lifetime_s: int = Field(default=86_400, ge=60, le=2_592_000)
 
     models: Path = Field(default_factory=model_folder)
 

@@ -95,11 +95,11 @@ class Pms:
     client: httpx.AsyncClient
     owner: Pool
 
-    def token(self, subject: str = "dr") -> dict[str, str]:
+    def token(self, subject: str = "dr", role: str = "clinician") -> dict[str, str]:
         """Headers of a caller."""
         secret = read_service_environment(self.node.home)["DERM_TOKEN_SECRET"]
         token = mint_token(
-            secret=secret, issuer="derm-cds", audience="derm-cds", subject=subject, roles=["clinician"]
+            secret=secret, issuer="derm-cds", audience="derm-cds", subject=subject, roles=[role]
         )
         return {"Authorization": f"Bearer {token}"}
 
@@ -192,6 +192,8 @@ async def node(two_models: Path) -> AsyncIterator[Node]:
             patch.setenv("DERM_MODELS", str(two_models))
             # Logical ones: room for a second replica of each deployment during an update, on any machine.
             patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+            # The documented TLS proxy, on the node itself.
+            patch.setenv("DERM_TRUSTED_PROXIES", "127.0.0.1")
             service = await stack.enter_async_context(graph_service(home))
         node = Node(home, two_models, await asyncio.to_thread(service.system.postgres.ensure), service)
         yield node
