@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Settings, and every process that is started, read it from here.
     parsed.home = parsed.home.expanduser().resolve()
     os.environ["DERM_HOME"] = str(parsed.home)
+    # They run our code: never what lies in the folder that this was called in.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # Secrets, patients' images, logs: nobody else's to read.
     os.umask(0o077)
     try:

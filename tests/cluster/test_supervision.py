@@ -79,7 +79,7 @@ def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path, derm_cds) 
 
 
 def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatch, capsys) -> None:
-    """Its first start after that fails, and the first deployment."""
+    """Its first start after that fails, and the first deployment; a decoder that has died is started alone."""
     stop, said = Event(), []
 
     def do(what: str, error: Exception | None = None) -> None:
@@ -94,6 +94,8 @@ def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatc
         dashboard=False,
         stop=lambda: do("stop"),
         start=lambda: do("start", RayFailed("no")),
+        decodes=lambda: "decoder" in said,
+        start_decoder=lambda: do("decoder"),
     )
     monkeypatch.setattr(supervisor, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(supervisor, "_BACKOFF_S", (0.01, 0.02))
@@ -104,7 +106,7 @@ def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatc
         node=node, postgres=None, stop=stop, deploy=lambda: do("deploy", StartFailed("no"))
     )
     supervisor._keep_up(startup)
-    assert said == ["stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
+    assert said == ["decoder", "stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
     assert "the node has died" in capsys.readouterr().out
 
 
