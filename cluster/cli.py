@@ -10,6 +10,7 @@ import sys
 
 from pydantic import ValidationError
 
+from cluster.accounts import step_down
 from cluster.node_files import explain
 from cluster.ray_node import RayFailed
 from serve_app.domain.errors import DermError
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Secrets, patients' images, logs: nobody else's to read.
     os.umask(0o077)
     try:
+        step_down(parsed.home, new=given[:1] == ["serve"])
         return parsed.run(parsed) or 0
     except ValidationError as error:
         missing = any(at["type"] == "missing" for at in error.errors())

@@ -150,7 +150,7 @@ class RayNode:
             # No replica has any business with the schema's owner; a job finds it in a file.
             **{name: value for name, value in os.environ.items() if name != "DERM_OWNER_DATABASE_URL"},
             **ray_environment(self.home, self.directory),
-            "PYTHONPATH": python_path(os.environ.get("PYTHONPATH", "")),
+            "PYTHONPATH": sandbox.python_path(),
             DECODER_ADDRESS: str(self.directory / "d"),
             # Counters of every call, for the dashboard: a twentieth of the work where nobody looks.
             "RAY_enable_metrics_collection": str(int(self.dashboard)),
@@ -290,13 +290,6 @@ def ray_environment(home: Path, directory: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH", "") or str(_token(home)),
         "DERM_HOME": str(home),
     }
-
-
-def python_path(given: str) -> str:
-    """Where a node's processes look for code: ours first, then what was given, but for folders that depend on the place."""
-    # Workers look before anything has told them where it is.
-    fixed = (path for path in given.split(os.pathsep) if path.startswith(os.sep))
-    return os.pathsep.join([str(REPOSITORY), *fixed])
 
 
 def _token(home: Path) -> Path:

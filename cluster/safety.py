@@ -171,7 +171,7 @@ def account_findings(home: Path) -> list[Finding]:
         if _may_read_what_is(owner, process)
     ]
     if any(_uid(process) == 0 for process in processes if name(process) == "raylet"):
-        advice = "have an account of its own run it: cluster/on_prem/derm-cds.service"
+        advice = f"stop it, chown -R derm-cds: {home}, and start it again (docs/operations.md, Accounts)"
         found.append(Finding("accounts", f"root runs the service, which reads what strangers send: {advice}"))
     return found
 

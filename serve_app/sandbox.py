@@ -34,6 +34,7 @@ _TCP, _SCOPES = 0b11, 0b11  # BIND and CONNECT; abstract Unix sockets and signal
 #: What a program needs of a machine: its libraries, and what it asks the kernel.
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev")
 
+_CODE = Path(__file__).resolve().parent.parent
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -103,6 +104,12 @@ def name(title: str) -> None:
     _checked(_libc.prctl(_PR_SET_NAME, title.encode(), 0, 0, 0))
 
 
+def python_path() -> str:
+    """Where our processes look for code: ours first, then $PYTHONPATH, but for what depends on the folder they start in."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(_CODE), *(path for path in given if path.startswith(os.sep))])
+
+
 def listen(address: str) -> socket.socket:
     """Make a Unix socket to listen on, for this account alone; what lay there of one before goes."""
     if not address.startswith("\0"):
@@ -122,8 +129,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start one of our modules on a socket, whose number is its first argument, with nothing of our own environment."""
     command = [sys.executable, "-P", "-m", module, str(listener.fileno()), *map(str, arguments)]
-    own = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-    own["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    own = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.Popen(
         command,
         env={**(environment or {}), **own},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 import os
 import pwd
 from typing import Any, Literal
@@ -44,8 +45,9 @@ def event_about(
     return AuditEvent(**ids | {"action": action, "outcome": outcome, "detail": detail or {}})
 
 
+@cache
 def os_account() -> str:
-    """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
+    """Name the account that runs this process, or ran it before it stepped down: `os:` and its login name, or its number where it has no name.
 
     By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are whatever the caller says they are.
     The prefix tells it from the subject of a token.

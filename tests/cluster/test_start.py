@@ -258,6 +258,13 @@ def test_serve_deploy_and_a_submitted_job(service: Service, first_answer: dict, 
     assert after != before
 
 
+def test_a_dead_decoder_comes_back(service: Service, first_answer: dict) -> None:
+    (decoder,) = (each for each in RayNode(service.home).processes() if each.name() == "derm-decoder")
+    decoder.kill()
+    service.until(lambda: "decoder: it has died" in service.said, 30)
+    assert service.policy_version()  # of an upload
+
+
 def test_a_dead_database_comes_back(service: Service, first_answer: dict) -> None:
     os.kill(EmbeddedPostgres(service.home).pid(), signal.SIGKILL)
     service.until(lambda: service.send("GET", "/readyz").status_code == 200, 60)
