@@ -97,9 +97,9 @@ class LocalStages:
             embedding, embedding_space=embedding_space, k=k, reference_filter=reference_filter
         )
 
-    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+    async def conclude(self, model: LiveModel, findings: Findings) -> Conclusion:
         """Conclude from everything found."""
-        return await self._risk.conclude(model_id, findings)
+        return await self._risk.conclude(model, findings)
 
     async def _run(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)

@@ -36,11 +36,10 @@ from cluster.postgres import (
     PostgresState,
     configuration,
     programs,
-    sync_folder,
 )
 from cluster.running import AlreadyRunning, occupy
 from serve_app.domain.errors import Conflict, DermError, IntegrityError, NotFound
-from serve_app.private_files import write_private
+from serve_app.private_files import sync_folder, write_private
 from serve_app.records.migrate import MIGRATIONS, read_migrations
 
 #: What a manifest of this version of the service looks like.

@@ -14,6 +14,7 @@ from cluster.accounts import step_down
 from cluster.node_files import explain
 from cluster.ray_node import RayFailed
 from serve_app.domain.errors import DermError
+from serve_app.private_files import forbid_core_dumps, hide_memory
 from serve_app.settings import default_home
 
 #: Command: the module that defines it, and what it does. Only the chosen one's module is
@@ -52,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"
     # Secrets, patients' images, logs: nobody else's to read.
     os.umask(0o077)
+    if arguments is None:  # a process of our own
+        forbid_core_dumps()
+        if given[:1] != ["serve"]:
+            hide_memory()
     try:
         step_down(parsed.home, new=given[:1] == ["serve"])
         return parsed.run(parsed) or 0

@@ -25,7 +25,7 @@ from cluster.backups import digest, new_folder, read_manifest, require_space, ve
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.keys.keyring import KeyProvider
 from serve_app.keys.keystore import DestroyedKey, KeyStore
-from serve_app.private_files import locked_folder, read_private, write_private
+from serve_app.private_files import locked_folder, read_private, remove_secret, write_private
 from serve_app.records.pool import Pool
 from serve_app.settings import NodeFiles
 from serve_app.sql import parse
@@ -95,7 +95,8 @@ def back_up_keyring(files: NodeFiles, folder: Path) -> dict[str, Any]:
         raise NotFound(
             f"There is no keyring at {files.keyring}: Vault and KMS back their keys up themselves."
         )
-    with new_folder(folder) as partial:
+    # Alone with the keys: a keyring that is replaced meanwhile is overwritten, and must not be backed up so.
+    with new_folder(folder) as partial, locked_folder(files.keyring.parent):
         copied = [path for path in (files.keyring, files.audit_signing_key) if path.exists()]
         for path in copied:
             write_private(partial / path.name, read_private(path))
@@ -130,7 +131,7 @@ def restore_keys(
                     store.destroy(key)
     except BaseException:
         for path in files.keystore.parent.glob(f"{partial.name}*"):
-            path.unlink()
+            remove_secret(path)
         raise
     # Closed, a store has neither log nor index beside it: one rename moves it whole.
     with locked_folder(files.keystore.parent):
@@ -144,7 +145,7 @@ def prune(root: Path) -> list[Path]:
     gone = []
     for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
         if _has_expired(folder):
-            overwrite(folder / _STORE)
+            remove_secret(folder / _STORE)
             shutil.rmtree(folder)
             gone.append(folder)
     return gone
@@ -243,20 +244,9 @@ def prune_kept_copies(home: Path, *, lifetime: timedelta = LIFETIME) -> list[Pat
             with locked_folder(copy.path.parent):
                 for suffix in ("", *_LOG_SUFFIXES):
                     path = copy.path.with_name(f"{copy.path.name}{suffix}")
-                    overwrite(path)
-                    path.unlink(missing_ok=True)
+                    remove_secret(path)
         gone.append(copy.path)
     return gone
-
-
-def overwrite(path: Path) -> None:
-    """Overwrite with zeros what is deleted: all that can be done where the file system writes in place."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _since(path: Path) -> datetime:

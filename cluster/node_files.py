@@ -17,7 +17,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState
-from serve_app.private_files import locked_folder, write_private
+from serve_app.private_files import locked_folder, replace_secret
 from serve_app.settings import DEVELOPMENT_PREFIX, OWNER_URL, make_development_secret
 
 
@@ -40,7 +40,7 @@ def write_service_environment(home: Path, urls: DatabaseUrls | None) -> None:
                 lines = _without(lines, "DERM_TOKEN_SECRET")
         elif not known.get("DERM_TOKEN_SECRET"):
             lines = [*_without(lines, "DERM_TOKEN_SECRET"), f"DERM_TOKEN_SECRET={make_development_secret()}"]
-        write_private(path, "".join(f"{line}\n" for line in lines).encode())
+        replace_secret(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _without(lines: list[str], name: str) -> list[str]:
@@ -54,7 +54,7 @@ def write_owner_environment(home: Path, urls: DatabaseUrls) -> None:
     """
     path = home / "secrets" / "owner.env"
     with locked_folder(path.parent):
-        write_private(path, f"{OWNER_URL}={urls.owner}\n".encode())
+        replace_secret(path, f"{OWNER_URL}={urls.owner}\n".encode())
 
 
 def read_service_environment(home: Path) -> dict[str, str]:

@@ -33,7 +33,13 @@ from cluster.accounts import POSTGRES, Account, account_of
 from cluster.ports import choose_port, is_listened_on
 from serve_app import sandbox
 from serve_app.domain.errors import RecordsUnavailable
-from serve_app.private_files import read_private, write_private
+from serve_app.private_files import (
+    forbid_core_dumps,
+    read_private,
+    remove_secret,
+    replace_secret,
+    sync_folder,
+)
 
 SUPERUSER = "derm_superuser"
 DATABASE = "derm"
@@ -86,7 +92,7 @@ class PostgresState:
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all, and durably: it holds the only copy of the passwords."""
-        write_private(path, json.dumps(asdict(self)).encode())
+        replace_secret(path, json.dumps(asdict(self)).encode())
         sync_folder(path.parent)
 
     def urls(self, socket_directory: Path | None) -> DatabaseUrls:
@@ -217,7 +223,7 @@ class EmbeddedPostgres:
         # Elsewhere first: a set-up that was cut off never leaves half a data directory.
         fresh = self.directory / "setup" / f"data-{secrets.token_hex(4)}"
         password = self.directory / "etc" / "password"
-        password.unlink(missing_ok=True)
+        remove_secret(password)
         password.touch(mode=0o600)
         try:
             password.write_text(state.superuser_password)
@@ -228,7 +234,7 @@ class EmbeddedPostgres:
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
             self.run("initdb", "-D", fresh, *options)
         finally:
-            password.unlink()
+            remove_secret(password)
         fresh.rename(self.data)
 
     def _start(self, state: PostgresState) -> None:
@@ -238,6 +244,7 @@ class EmbeddedPostgres:
                 state.port = choose_port()
                 state.write(self.state_file)
             self._configure(state)
+            forbid_core_dumps()
             # pg_ctl builds a shell command: relative paths, for ours may hold what a shell minds.
             options = ("-l", "log/postgres.log", "-o", "-c config_file=etc/postgresql.conf")
             self.run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S, confined=True)
@@ -340,15 +347,6 @@ def configuration(**values: object) -> str:
     for name, value in values.items():
         text = text.replace(f"@{name}@", str(value).replace("'", "''"))
     return text
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def supervise(postgres: EmbeddedPostgres, stop: Event) -> None:

@@ -18,7 +18,7 @@ import sys
 from pydantic import ValidationError
 
 from cluster.node_files import application_role, explain, own_database
-from cluster.safety import Finding, look_at, transport_findings
+from cluster.safety import Finding, look_at, transport_findings, trust_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore
@@ -52,7 +52,9 @@ async def prepare(settings: Settings, *, model: str | None) -> dict[str, str] | 
     if urls is None:
         raise DermError("DERM_DATABASE_URL is not set.")
     if settings.env == "production":
-        _refuse(transport_findings(urls))  # before a password goes that way
+        _refuse(
+            [*trust_findings(settings, urls), *transport_findings(urls)]
+        )  # before a password goes that way
     applied = await migrate(urls.owner, application_role=application_role(urls))
     print(f"schema: {', '.join(applied)} applied" if applied else "schema: up to date", flush=True)
     if settings.env == "production":
@@ -79,7 +81,7 @@ def _refuse(found: list[Finding]) -> None:
     """Raise DermError where anything is unsafe, with all of it in one line."""
     if found:
         advice = "; ".join(finding.advice for finding in found)
-        raise DermError(f"Refused in production, the database is not safe for patients' records: {advice}.")
+        raise DermError(f"Refused in production, this node is not safe for patients' records: {advice}.")
 
 
 def choose_model(models: Path, *, wanted: str | None, live: str | None) -> str:

@@ -9,6 +9,8 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray.util import get_node_ip_address
 
+from serve_app.private_files import forbid_core_dumps
+
 #: How a replica of Ray Serve 2.60 asks for its port for calls between deployments: any, on every interface.
 EVERYWHERE = "[::]:0"
 
@@ -26,12 +28,13 @@ def leave_out_the_needless(parameters: RayParams, _head: bool) -> None:  # noqa:
         Node.start_api_server = lambda *_, **_options: None  # type: ignore[method-assign]
 
 
-def bind_to_the_node() -> None:
-    """Have the port of calls between deployments on the node's address alone: runs in every worker, before it works.
+def prepare_worker() -> None:
+    """Runs in every worker, before it works: no core dumps, and the port of calls between deployments on the node's address.
 
-    Needed with Ray 2.60, which asks for EVERYWHERE and has no setting for it (tests/cluster/test_ray_hooks.py); a
+    The former for nodes that others than `derm-cds serve` start. The latter is needed with Ray 2.60, which asks for EVERYWHERE and has no setting for it (tests/cluster/test_ray_hooks.py); a
     Ray that asks in other words is left as it is, and `derm-cds status` then reports the port.
     """
+    forbid_core_dumps()
     tls_utils.add_port_to_grpc_server = add_port
 
 

@@ -32,7 +32,7 @@ import psutil
 from cluster.accounts import DECODER, account_of
 from cluster.node_files import is_production
 from serve_app import sandbox
-from serve_app.private_files import locked_folder, write_private
+from serve_app.private_files import forbid_core_dumps, locked_folder, write_private
 from serve_app.settings import REPOSITORY
 
 #: The way a request takes: HAProxy in front of the ingress replica, one event loop a
@@ -81,7 +81,7 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     # believes it cannot be part of a cluster: then every port of it is on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # What `worker_process_setup_hook` of a runtime environment becomes; this way for every worker, Serve's too.
-    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.ray_hooks.bind_to_the_node",
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.ray_hooks.prepare_worker",
 }
 
 SHARED = Path("/dev/shm")  # noqa: S108  in a folder of our own there, 0700
@@ -162,6 +162,7 @@ class RayNode:
 
     def start(self) -> None:
         """Start GCS, raylet and the decoder. Raises RayFailed with Ray's own words, or AccountFailed."""
+        forbid_core_dumps()
         objects = self._lay_out()
         self.start_decoder()
         command = [

@@ -26,7 +26,7 @@ from serve_app.domain.errors import IntegrityError
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys
 from serve_app.sandbox import landlock_version
-from serve_app.settings import NodeFiles, Settings, find_weakness
+from serve_app.settings import NodeFiles, Settings, find_untrustworthy, find_weakness
 from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
@@ -43,7 +43,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 _DURABLE = frozenset({"on", "local", "remote_write", "remote_apply"})
 _METHODS = frozenset({"scram-sha-256", "peer", "cert", "reject"})
 #: What a node for development may be and still be ready.
-_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory", "accounts"})
+_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory", "trust_file", "accounts"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,12 @@ def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
     return found
 
 
+def trust_findings(settings: Settings, urls: DatabaseUrls | None) -> list[Finding]:
+    """Files that say whom this node believes, or who it is, and that another user could change."""
+    of = (urls.app, urls.owner) if urls else ()
+    return [Finding("trust_file", said) for said in find_untrustworthy(settings, *of)]
+
+
 async def all_findings(
     home: Path, urls: DatabaseUrls | None, settings: Settings, *, own: bool
 ) -> list[Finding]:
@@ -212,6 +218,7 @@ async def all_findings(
     `own`: the database is the operator's, so its pg_hba.conf is not ours to read.
     """
     found = [*file_findings(home), *copy_findings(home), *process_findings(home), *account_findings(home)]
+    found += trust_findings(settings, urls)
     if urls is not None:
         found += await look_at(urls)
     state = PostgresState.read(home / "postgres.json")

@@ -1,17 +1,41 @@
-"""Files and folders that only the service's own user can read."""
+"""What only the service's own user may read: files, folders, its processes' memory; and what others may not write."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+import ctypes
 import fcntl
 import os
 from pathlib import Path
+import resource
 import stat
+from typing import BinaryIO
 
 from serve_app.domain.errors import IntegrityError
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_WRITABLE = stat.S_IWGRP | stat.S_IWOTH
+_SET_DUMPABLE = 4  # PR_SET_DUMPABLE, prctl(2)
+
+
+def forbid_core_dumps() -> None:
+    """Have no crash of this process, or of one that it starts from now on, leave its memory behind: images, keys, tokens.
+
+    One byte, and not none: a core_pattern that is a program (systemd-coredump, apport) gets the memory whatever the
+    limit is, but for this one (fs/coredump.c of the kernel); and a file of one byte is none.
+    """
+    _, ceiling = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = min(1, ceiling) if ceiling != resource.RLIM_INFINITY else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+
+
+def hide_memory() -> None:
+    """Let no other process of this user, a debugger say, look into this one; what it starts is not hidden.
+
+    Not for what serves: of a hidden process an ordinary user cannot see the ports either, which `derm-cds status` does.
+    """
+    ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 @contextmanager
@@ -45,12 +69,85 @@ def write_private(path: Path, content: bytes) -> None:
     Call it inside `locked_folder`, which makes the step durable.
     """
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # a crashed writer's, never in use
+    remove_secret(partial)  # a crashed writer's, never in use
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def replace_secret(path: Path, content: bytes) -> None:
+    """As `write_private`, and overwrite what was in the file before: all that can be done about a secret on a disk.
+
+    It helps where the file system writes in place: flash drives, copy-on-write and snapshots keep what was there. A
+    hard link to the file is somebody's copy, perhaps the only one, and left alone. Whoever read the file while it was
+    replaced may have read zeros, and looks whether it is still the same.
+    """
+    with suppress(OSError):
+        path.chmod(0o600)  # so that one which nobody may write can be overwritten, too
+    try:
+        before = path.open("r+b")
+    except FileNotFoundError:
+        write_private(path, content)
+        return
+    with before:
+        changes = before.read() != content
+        write_private(path, content)
+        if changes and not os.fstat(before.fileno()).st_nlink:
+            sync_folder(
+                path.parent
+            )  # the new one is in place after a power cut, too, before the old one is gone
+            _overwrite(before)
+
+
+def remove_secret(path: Path) -> None:
+    """Overwrite a file and remove it, where there is one; what that does not promise is in `replace_secret`."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        _overwrite(file)
+        path.unlink()
+
+
+def _overwrite(file: BinaryIO) -> None:
+    file.seek(0)
+    file.write(bytes(os.fstat(file.fileno()).st_size))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def distrust(path: Path, *, secret: bool = False) -> str | None:
+    """Say how another user could change what this file says, or read a secret; None when no other than root could.
+
+    File and folders are root's or this user's. Neither the group nor others may write to the file or to its folder,
+    and others to no folder above, unless it is sticky as /tmp is. None, too, where nothing is.
+    """
+    try:
+        real, named = path.resolve(strict=True), path.absolute()
+        places = [(named, named.lstat())]
+        places += [(place, place.stat()) for place in (real, *real.parents, *named.parents)]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{path} cannot be looked at ({type(error).__name__})"
+    near = {real, real.parent, named.parent}
+    if secret and real.stat().st_mode & stat.S_IROTH:
+        return f"{real} may be read by other users: chmod o-r it"
+    for place, status in places:
+        if status.st_uid not in {0, os.geteuid()}:
+            return f"{place} belongs to another user: chown it to root, or to the user that serves"
+        writable = status.st_mode & (_WRITABLE if place in near else stat.S_IWOTH)
+        if writable and not status.st_mode & stat.S_ISVTX and not stat.S_ISLNK(status.st_mode):
+            return f"{place} may be written by other users: chmod go-w it"
+    return None
 
 
 def touch_private(path: Path) -> None:

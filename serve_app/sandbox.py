@@ -143,11 +143,11 @@ def start(
 
 
 def forbid_growth(*, files: bool) -> None:
-    """Write no core and no file, start no process and no thread, and (`files` False) open no file and no socket.
+    """Write no file, start no process and no thread, and (`files` False) open no file and no socket.
 
     What is open stays. For an account other than root, which these limits do not bind.
     """
-    nothing = [resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC]
+    nothing = [resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC]
     for limit in nothing if files else [*nothing, resource.RLIMIT_NOFILE]:
         resource.setrlimit(limit, (0, 0))
 

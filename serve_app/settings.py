@@ -6,17 +6,18 @@ line, all of which Ray shows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 import os
 from pathlib import Path
 import secrets
 from typing import Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from serve_app.private_files import read_private
+from serve_app.private_files import distrust, read_private
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OWNER_URL = "DERM_OWNER_DATABASE_URL"
@@ -192,6 +193,40 @@ def _is_open_http(url: str) -> bool:
     """Whether an address is asked unencrypted, on another machine than this."""
     parts = urlsplit(url)
     return parts.scheme == "http" and parts.hostname not in {"127.0.0.1", "::1", "localhost"}
+
+
+#: Certificates to trust, and what a client is known by, of libraries that look for them in the environment.
+_CERTIFICATES = ("SSL_CERT_FILE", "VAULT_CACERT", "AWS_CA_BUNDLE", "PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY")
+#: And in a PostgreSQL URL.
+_IN_URL = ("sslrootcert", "sslcert", "sslkey")
+#: Of all these files, those that nobody else may read, either.
+_SECRET = frozenset(
+    {"DERM_VAULT_TOKEN_FILE", "DERM_PMS_TOKEN_FILE", "RAY_AUTH_TOKEN_PATH", "PGSSLKEY", "sslkey"}
+)
+
+
+def find_untrustworthy(settings: Settings, *database_urls: str) -> list[str]:
+    """Files that say whom this node believes, or who it is, and that another user could change: a line for each."""
+    return [
+        f"{name}: {why}"
+        for name, path in _trust_files(settings, database_urls)
+        if (why := distrust(Path(path).expanduser(), secret=name in _SECRET)) is not None
+    ]
+
+
+def _trust_files(settings: Settings, database_urls: tuple[str, ...]) -> Iterator[tuple[str, str | Path]]:
+    jwks = settings.token_jwks.removeprefix("file://")
+    named: dict[str, str | Path | None] = {
+        "DERM_TOKEN_JWKS": "" if urlsplit(jwks).scheme in {"http", "https"} else jwks,
+        "DERM_VAULT_TOKEN_FILE": settings.vault_token_file,
+        "DERM_PMS_TOKEN_FILE": settings.pms_token_file,
+        "DERM_PMS_CA_FILE": settings.pms_ca_file,
+        **{name: os.environ.get(name) for name in (*_CERTIFICATES, "RAY_AUTH_TOKEN_PATH")},
+    }
+    yield from ((name, path) for name, path in named.items() if path)
+    for url in {settings.database_url.get_secret_value(), *database_urls}:
+        query = parse_qs(urlsplit(url).query)
+        yield from ((name, query[name][-1]) for name in _IN_URL if name in query)
 
 
 def split_words(text: str) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask, record
@@ -34,6 +35,18 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--yes", action="store_true", help="destroy them: their images never open again")
     retire = action("retire", _retire, "destroy an old key-encryption key that wraps nothing any more")
     retire.add_argument("version", type=int)
+    others = retire.add_mutually_exclusive_group()
+    others.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="KEYSTORE",
+        help="another key store that these keys wrap for (repeatable); a keyring knows its own",
+    )
+    others.add_argument(
+        "--alone", action="store_true", help="no other key store is in use: whatever one holds may be lost"
+    )
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -42,6 +55,8 @@ def _status(arguments: argparse.Namespace) -> None:
         counts = {count.key_version: count for count in store.count_versions()}
     current, versions = provider.current_version, provider.versions
     print(provider)
+    for path in _others(arguments, provider):
+        print(f"also wraps for {path}")
     for version in sorted({*counts, *versions}):
         count = counts.get(version)
         wraps, data_keys = (count.wraps, count.data_keys) if count else (0, 0)
@@ -78,16 +93,47 @@ def _rewrap(arguments: argparse.Namespace) -> None:
 
 
 def _retire(arguments: argparse.Namespace) -> None:
-    provider = _provider()
-    with closing(_keystore(arguments, provider)) as store:
-        counts = {count.key_version: count.data_keys for count in store.count_versions()}
-    if counts.get(arguments.version):
+    provider, version = _provider(), arguments.version
+    with ExitStack() as opened:
+        stores = [opened.enter_context(closing(_keystore(arguments, provider)))]
+        if not arguments.alone:
+            stores += [
+                opened.enter_context(closing(_other_keystore(path, provider)))
+                for path in {*_others(arguments, provider), *arguments.also}
+            ]
+            if provider.key_stores is None and not arguments.also:
+                raise Conflict(
+                    f"{provider} does not say whose data keys it wraps: name every other key store with --also, "
+                    "or say --alone when there is none. What is not counted would be lost."
+                )
+        with _recorded(
+            arguments,
+            "key_retire",
+            provider=str(provider),
+            version=version,
+            key_stores=[str(store.store_id) for store in stores],
+        ):
+            provider.check_retirement(version)
+            # Each counts and refuses at one moment: nothing comes under the version between count and destruction.
+            for store in stores:
+                store.retire(version)
+            provider.retire(version)
+    print(f"version {version} is destroyed; backups of the key store made under it open nothing")
+
+
+def _others(arguments: argparse.Namespace, provider: KeyProvider) -> list[Path]:
+    """The other key stores that the provider knows to be under its keys."""
+    own = existing_keystore(arguments.home).resolve()
+    return [path for path in (provider.key_stores or {}).values() if path != own]
+
+
+def _other_keystore(path: Path, provider: KeyProvider) -> KeyStore:
+    if not path.exists():
         raise Conflict(
-            f"Version {arguments.version} wraps {counts[arguments.version]} data keys: `derm-cds keys rewrap` first."
+            f"The key store {path} is under these keys, too, and cannot be counted: have it there, or say --alone "
+            "when it is gone for good."
         )
-    with _recorded(arguments, "key_retire", provider=str(provider), version=arguments.version):
-        provider.retire(arguments.version)
-    print(f"version {arguments.version} is destroyed; backups of the key store made under it open nothing")
+    return KeyStore(path, provider)
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -59,6 +59,25 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, help="where the report goes (default: beside the model's folder)"
     )
     _add_threads(promote)
+    points = action(
+        "operating-points",
+        _set_points,
+        "let the site's own operating points hold, proven on its own confirmed cases",
+    )
+    for name in ("melanoma", "malignant"):
+        points.add_argument(
+            f"--{name}", type=float, help="threshold, a probability (neither: the model's own)"
+        )
+    points.add_argument(
+        "--cases", type=Path, help="folder with images/ID.jpg and train.csv: isic_id, lesion_id, diagnosis"
+    )
+    _add_approval(points)
+    points.set_defaults(reason="the site's own validation")
+    points.add_argument("--dry-run", action="store_true", help="measure and report; change nothing")
+    points.add_argument(
+        "--report", type=Path, help="where the report goes (default: beside the model's folder)"
+    )
+    _add_threads(points)
     _add_approval(action("rollback", _roll_back, "let the model answer that answered before"))
     history = action(
         "history", _history, "say which model answers, and list what was published, newest first"
@@ -165,6 +184,23 @@ def _promote(arguments: argparse.Namespace) -> None:
         asyncio.run(job.promote(urls.owner, model_folder(), request, _say))
 
 
+def _set_points(arguments: argparse.Namespace) -> None:
+    job = load_job("data_jobs.promotion.site_points")
+    given = {name: getattr(arguments, name) for name in ("melanoma", "malignant")}
+    request = job.SiteRequest(
+        points={name: threshold for name, threshold in given.items() if threshold is not None},
+        cases=arguments.cases,
+        approved_by=arguments.approved_by,
+        reason=arguments.reason,
+        cache=arguments.home / "promotion",
+        report=arguments.report,
+        dry_run=arguments.dry_run,
+        threads=arguments.threads,
+    )
+    with database(arguments.home) as urls:
+        asyncio.run(job.set_site_points(urls.owner, model_folder(), request, _say))
+
+
 def _roll_back(arguments: argparse.Namespace) -> None:
     with database(arguments.home) as urls:
         live = asyncio.run(
@@ -177,7 +213,9 @@ def _history(arguments: argparse.Namespace) -> None:
     limit = arguments.last
     live = ask_as_owner(arguments.home, live_model)
     published = ask_as_owner(arguments.home, lambda pool: publications(pool, limit=limit))
-    print(f"{live.model_id} answers" if live else "no model answers")
+    points = ", ".join(f"{name} {at:g}" for name, at in live.operating_points.items()) if live else ""
+    said = f"{live.model_id} answers" if live else "no model answers"
+    print(f"{said} at the site's own operating points: {points}" if points else said)
     for publication in published:
         print(_tell(publication))
 

@@ -18,7 +18,7 @@ from cluster.commands.audit import checkpoint_log
 from cluster.node_files import explain, own_database
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
-from cluster.running import running_service
+from cluster.running import Running, running_service
 from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
 from serve_app.domain.errors import DermError, IntegrityError
 from serve_app.records.audit_log import AuditChain, describe, examine
@@ -68,7 +68,7 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     status["safety"] = {finding.name: finding.advice for finding in found} or "nothing found"
     if running is None:
         return status, STOPPED
-    status["readyz"] = _readyz(running.url)
+    status["readyz"] = _readyz(running)
     if status["readyz"] != "ready" or str(status.get("audit", "")).startswith(_UNSOUND):
         return status, TROUBLE
     return status, UNSAFE if any(prevents_ready(finding, env=env) for finding in found) else READY
@@ -146,10 +146,17 @@ async def _audit(home: Path, pool: Pool) -> str:
     return f"as it was signed; last checkpoint {checkpoints[-1].at.isoformat(timespec='seconds')}"
 
 
-def _readyz(url: str) -> str:
+def _readyz(running: Running) -> str:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:  # noqa: S310
-            ready = json.load(answer)
-            return "; ".join([str(ready["status"]), *ready["findings"]])
+        ready = _ask(running.url)
+        if "findings" not in ready:  # `--host` is another address than loopback, to which alone all is told
+            ready = _ask(f"http://127.0.0.1:{running.fallback_port}")
+        return "; ".join([str(ready["status"]), *ready["findings"]])
     except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
         return f"no answer ({error})"
+
+
+def _ask(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:  # noqa: S310
+        ready: dict[str, Any] = json.load(answer)
+        return ready

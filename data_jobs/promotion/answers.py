@@ -52,7 +52,7 @@ def _answer(model: StoredModel, cases: Cases, policy: RiskPolicy, threads: int) 
     return CaseAnswers(*(np.concatenate([getattr(part, name) for part in found]) for name in names))
 
 
-CaseKind = Literal["held-out", "references"]
+CaseKind = Literal["held-out", "references", "site"]
 #: The fold that no recipe trains, calibrates or chooses on.
 HELD_OUT_FOLD = 0
 # Changed whenever answers to the same cases may change for another reason than those in the key.
@@ -69,20 +69,25 @@ class Cases:
     digest: str
 
 
-def read_cases(kind: CaseKind, live: StoredModel) -> Cases:
-    """Choose the cases: the held-out fold, or the references that the live model ships.
+def read_cases(kind: CaseKind, live: StoredModel, folder: Path | None = None) -> Cases:
+    """Choose the cases: the held-out fold, the references that the live model ships, or all of a site's own folder.
 
-    Raises DermError when the archive is not there or lacks them.
+    Raises DermError when the archive is not there, cannot be read, or lacks them.
     """
-    archive = isic_folder()
+    archive = folder or isic_folder()
     try:
         rows = read_rows(archive)
     except FileNotFoundError:
         raise DermError(
-            f"{archive} has no train.csv: set DERM_ISIC_DIR to the archive of labelled images."
+            f"{archive} has no train.csv"
+            + ("." if folder else ": set DERM_ISIC_DIR to the archive of labelled images.")
         ) from None
+    except (KeyError, ValueError) as error:
+        raise DermError(f"{archive / 'train.csv'} cannot be read: {error}.") from None
     if kind == "held-out":
         chosen = tuple(row for row in rows if row.fold == HELD_OUT_FOLD)
+    elif kind == "site":
+        chosen = tuple(rows)
     else:
         shipped = {image.isic_id for image in read_bundle(live, live.manifest.live_space).images}
         chosen = tuple(row for row in rows if row.isic_id in shipped)

@@ -39,6 +39,7 @@ from data_jobs.training.operating_points import (
     POINTS,
     choose_points,
     conformal_thresholds,
+    count_below,
     lesion_scores,
     measure_threshold,
 )
@@ -66,6 +67,8 @@ from model_store.session import Outputs
 from serve_app.domain.diagnosis import TRAINED
 
 QUALITY_QUANTILES = (0.0, 0.001, 0.005, 0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999, 1.0)
+#: Of the melanoma point: from where a policy may take a melanoma below it for plausible.
+PLAUSIBLE_FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 SCORE_QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99, 0.995, 0.999)
 
 
@@ -190,6 +193,11 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
             )
             for name, point in points.items()
         },
+        "plausible": count_below(
+            *lesion_scores(p, labels, lesions, POINTS["melanoma"]),
+            points["melanoma"].threshold,
+            PLAUSIBLE_FRACTIONS,
+        ),
         "known_scores": quantiles(known, SCORE_QUANTILES),
         "known_p_unk": quantiles(unknown_probability(known, slope, intercept), SCORE_QUANTILES),
         "outlier_scores": quantiles(distances[: len(drawn)], SCORE_QUANTILES),

@@ -111,8 +111,8 @@ _BCN84_CELLS = {
 
 def _row(raw: dict[str, str]) -> LabelledImage:
     cells = {field.name: raw.get(field.name) or None for field in fields(LabelledImage)}
-    numbers = {name: int(raw[name]) for name in ("fold", "width", "height")}
-    age = int(float(raw["age_approx"])) if raw["age_approx"] else None
+    numbers = {name: int(raw.get(name) or 0) for name in ("fold", "width", "height")}
+    age = int(float(raw["age_approx"])) if raw.get("age_approx") else None
     source = raw.get("source", ARCHIVE)
     made = numbers | {"diagnosis": Diagnosis(raw["diagnosis"]), "age_approx": age, "source": source}
     return LabelledImage(**(cells | made))  # type: ignore[arg-type]

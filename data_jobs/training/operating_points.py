@@ -108,6 +108,22 @@ def measure_threshold(
     )
 
 
+def count_below(
+    scores: Floats, positive: NDArray[np.bool_], threshold: float, fractions: Sequence[float]
+) -> dict[str, dict[str, int]]:
+    """How many missed lesions, and at the cost of how many others, each fraction of a threshold still raises."""
+    below = scores < threshold
+    return {
+        str(fraction): {
+            "missed_lesions_raised": int(
+                (raised := below & (scores >= fraction * threshold))[positive].sum()
+            ),
+            "other_lesions_raised": int(raised[~positive].sum()),
+        }
+        for fraction in fractions
+    }
+
+
 def choose_points(
     probabilities: Floats, labels: Labels, lesions: Sequence[str], least: float = 0.0
 ) -> dict[str, ChosenThreshold]:

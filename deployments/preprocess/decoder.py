@@ -52,6 +52,7 @@ from serve_app.domain.errors import (
     UndecodableImage,
     UnsupportedImage,
 )
+from serve_app.private_files import forbid_core_dumps
 
 MODULE = "deployments.preprocess.decoder"
 #: Where the node's decoder listens; without it a replica starts one for itself.
@@ -298,6 +299,7 @@ def main() -> None:
     if parsed.with_parent:
         sandbox.end_with_parent(signal.SIGKILL)
     listener = socket.socket(fileno=parsed.listener)
+    forbid_core_dumps()
     warnings.simplefilter("ignore")
     _import_everything()
     if parsed.account:

@@ -36,6 +36,6 @@ class RiskDeployment:
         """Override policy thresholds without a restart; an unknown key fails the update."""
         self._stage.override(user_config)
 
-    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+    async def conclude(self, model: LiveModel, findings: Findings) -> Conclusion:
         """Conclude one assessment."""
-        return await self._stage.conclude(model_id, findings)
+        return await self._stage.conclude(model, findings)

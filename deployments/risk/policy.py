@@ -313,5 +313,20 @@ def with_overrides(policy: RiskPolicy, overrides: Mapping[str, Any]) -> RiskPoli
     if changed == policy:
         return policy
     numbers = changed.model_dump(mode="json", exclude={"version"})
-    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]
-    return changed.model_copy(update={"version": f"{policy.version.partition('+')[0]}+{digest}"})
+    return changed.model_copy(update={"version": f"{policy.version.partition('+')[0]}+{_digest(numbers)}"})
+
+
+def at_site(policy: RiskPolicy, operating_points: Mapping[str, float]) -> RiskPolicy:
+    """Name a policy after the operating points that a site has set: its version ends in what `site_mark` gives."""
+    if not operating_points:
+        return policy
+    return policy.model_copy(update={"version": policy.version + site_mark(operating_points)})
+
+
+def site_mark(operating_points: Mapping[str, float]) -> str:
+    """`.site-` and 8 hex digits over the site's operating points: the same numbers, the same mark."""
+    return f".site-{_digest(dict(operating_points))}"
+
+
+def _digest(numbers: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from deployments.risk.doubts import doubt_patient, find_doubts, judge_quality
-from deployments.risk.policy import RiskPolicy, ScorePolicy, read_policy, with_overrides
+from deployments.risk.policy import RiskPolicy, ScorePolicy, at_site, read_policy, with_overrides
 from deployments.risk.rules import (
     LEVELS,
     URGENCIES,
@@ -146,8 +146,8 @@ class RiskStage:
         """Change thresholds of the shipped policy. Raises PolicyError for an unknown key."""
         self._policy = with_overrides(self._shipped, overrides)
 
-    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
-        """Conclude outcome, risk and urgency at the model's own operating points."""
-        points = (await self._store.opened(model_id)).manifest.operating_points
-        thresholds = {name: point.threshold for name, point in points.items()}
-        return conclude(findings, self._policy, thresholds)
+    async def conclude(self, model: LiveModel, findings: Findings) -> Conclusion:
+        """Conclude outcome, risk and urgency at the model's operating points, or those the site has set for it."""
+        points = (await self._store.opened(model.model_id)).manifest.operating_points
+        thresholds = {name: point.threshold for name, point in points.items()} | dict(model.operating_points)
+        return conclude(findings, at_site(self._policy, model.operating_points), thresholds)

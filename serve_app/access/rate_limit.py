@@ -92,6 +92,12 @@ def sender_address(peer: str, forwarded: Sequence[str], trusted_proxies: Collect
     return "unknown" if here is None else str(here)
 
 
+def is_from_loopback(peer: str, forwarded: Sequence[str]) -> bool:
+    """Whether a request comes from this machine by every address that it names: a forged one can only say that it does not."""
+    hops = [peer, *(hop.strip() for line in forwarded for hop in line.split(","))]
+    return all(address is not None and address.is_loopback for address in map(_parse, hops))
+
+
 def _parse(text: str) -> IPv4Address | IPv6Address | None:
     try:
         address = ip_address(text)

@@ -45,6 +45,7 @@ class Action(StrEnum):
     VIEW_REFERENCE = "view_reference"
     VIEW_MODELS = "view_models"
     DESCRIBE = "describe"
+    OBSERVE = "observe"
 
 
 class Role(StrEnum):
@@ -91,7 +92,7 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
             **dict.fromkeys((Action.BREAK_GLASS, Action.ERASE, Action.HOLD), Reach.ANY),
         },
         Role.AUDITOR: {**_OPEN, **_REVIEW, Action.READ_AUDIT: Reach.ANY, Action.EXPORT: Reach.ANY},
-        Role.OPERATOR: _OPEN,
+        Role.OPERATOR: {**_OPEN, Action.OBSERVE: Reach.ANY},
         Role.PMS_SERVICE: {**_OPEN, **dict.fromkeys(_PMS, Reach.ASSIGNED)},
     }
 )

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from serve_app.access.rate_limit import AuditBudget, TokenBuckets, sender_address
+from serve_app.access.rate_limit import AuditBudget, TokenBuckets, is_from_loopback, sender_address
 from serve_app.access.rules import Action, RequestedAction, begin, may
 from serve_app.access.tokens import token_verifier
 from serve_app.audit.events import AuditEvent
@@ -72,8 +72,11 @@ class Authenticator:
         singly = {"unauthenticated": per_minute, "rate_limited": 1, "invalid_field": per_minute}
         self._budgets = {code: AuditBudget(per_key=key, total=total) for code, key in singly.items()}
 
-    async def admit(self, request: Request) -> RequestedAction:
-        """Say who asks for what. Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action."""
+    async def admit(self, request: Request, action: Action | None = None) -> RequestedAction:
+        """Say who asks for what; `action` where the route is anyone's, and has none.
+
+        Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action.
+        """
         begin(None)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -82,7 +85,7 @@ class Authenticator:
             principal = await self._verifier.identify(token.strip())
         except Unauthenticated:
             await self._refuse_stranger(request)
-        action = _rule_of(request)
+        action = action or _rule_of(request)
         requested = RequestedAction(principal, action or _UNDECLARED, request.scope["request_id"])
         begin(requested)
         request.state.requested = requested
@@ -132,6 +135,13 @@ def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     return AuditEvent(
         action="authenticate", actor="unauthenticated", outcome="denied", request_id=request_id, detail=detail
     )
+
+
+def is_this_machines(request: Request) -> bool:
+    """Whether a request was made on this machine, and came through no proxy that names another as its sender."""
+    peer = request.client.host if request.client else ""
+    forwarded = request.headers.getlist("x-forwarded-for")
+    return "forwarded" not in request.headers and is_from_loopback(peer, forwarded)
 
 
 async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> RequestedAction:

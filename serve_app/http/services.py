@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated
+from time import monotonic
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from serve_app import worker
 from serve_app.access.rate_limit import WINDOW_S
 from serve_app.audit.checkpoints import CheckpointLog
+from serve_app.domain.errors import InvalidSetting
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
 from serve_app.http.access import Authenticator
@@ -35,12 +37,14 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
-from serve_app.settings import Settings
+from serve_app.settings import Settings, find_untrustworthy
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
 
 #: What waits and what came to nothing, by kind: for /readyz and for the metrics.
 Counts = Mapping[str, Mapping[str, float | None] | None]
+#: How long what /readyz has looked up is its answer, seconds.
+READY_FOR_S = 1.0
 #: How often the counts are handed on as metrics.
 COUNT_EVERY_S = 15.0
 
@@ -62,16 +66,47 @@ class Services:
         self.triage = Triage(
             assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
         )
-        self.replayer = Replayer(assessor=assessor, records=self.records, keys=keys, models=settings.models)
+        self.replayer = Replayer(
+            assessor=assessor, pool=pool, records=self.records, keys=keys, models=settings.models
+        )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
         self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         self.worker = Worker()
+        self._readiness: asyncio.Task[Mapping[str, Any]] | None = None
+        self._look_again_at = 0.0
 
     async def counts(self) -> Counts:
         """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
         return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+
+    async def readiness(self) -> Mapping[str, Any]:
+        """What there is to know of this replica, looked up once in READY_FOR_S, for all that ask meanwhile.
+
+        RecordsUnavailable when the database does not answer, for as long.
+        """
+        if self._readiness is None or (self._readiness.done() and monotonic() >= self._look_again_at):
+            self._readiness = asyncio.create_task(self._look())
+        return await asyncio.shield(self._readiness)  # whoever goes away takes it from nobody
+
+    async def _look(self) -> Mapping[str, Any]:
+        try:
+            await serving.live_model(self.pool)
+            live = await self.live.current()
+            return {
+                "status": "ready",
+                "model_id": live.model_id,
+                "embedding_space": live.embedding_space,
+                "refused_model": self.live.refused,
+                "invariants": self.invariants.describe(),
+                "audit": self.sealer.describe(),
+                "loops": self.worker.describe(),
+                "findings": self.worker.findings(),
+                **await self.counts(),
+            }
+        finally:
+            self._look_again_at = monotonic() + READY_FOR_S
 
 
 async def _services_of(request: Request) -> Services:
@@ -90,8 +125,10 @@ async def open_services(
     """Open pool and key store, put the parts together, and run the loops; `observe` is told the counts now and then.
 
     IntegrityError when the key store is another keyring's or another database's, or lost; KeyProviderUnavailable
-    when the keyring is.
+    when the keyring is; in production InvalidSetting when others could change whom this node believes.
     """
+    if settings.env == "production" and (found := find_untrustworthy(settings)):
+        raise InvalidSetting(f"Refused in production: {'; '.join(found)}.")
     async with AsyncExitStack() as closing:
         pool = await open_pool(
             settings.database_url.get_secret_value(),

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from serve_app.domain.errors import Conflict, IntegrityError, KeyProviderUnavailable, NotFound
-from serve_app.private_files import locked_folder, read_private, write_private
+from serve_app.private_files import locked_folder, read_private, replace_secret, write_private
 
 #: Of every data key that a provider wraps.
 DATA_KEY_BYTES = 32
@@ -81,9 +81,28 @@ class KeyProvider(Keys, Protocol):
         """Make a new version, which wraps from now on; returns it. Conflict where that is done elsewhere."""
         ...
 
+    def check_retirement(self, version: int) -> None:
+        """See that a version can be destroyed: NotFound when there is none, Conflict where it cannot be."""
+        if version not in self.versions:
+            raise NotFound(f"{self} has no version {version}.")
+        if version == self.current_version:
+            raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
+
     def retire(self, version: int) -> None:
-        """Destroy an old version, and with it whatever it wrapped. Conflict where that cannot be."""
+        """Destroy an old version, and with it whatever it wrapped; raises as `check_retirement`.
+
+        `KeyStore.retire` comes first, in every key store that these keys wrap for.
+        """
         ...
+
+    def register(self, store_id: UUID, path: Path) -> None:  # noqa: ARG002 - there is no place for it, but a file's
+        """Note a key store that these keys wrap for, where there is a place for it."""
+        return
+
+    @property
+    def key_stores(self) -> Mapping[UUID, Path] | None:
+        """Every key store that these keys wrap for, and where it was last; None where nobody notes it."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,7 @@ class _Ring:
     stamp: tuple[int, int]
     current_version: int
     keks: Mapping[int, bytes] = field(repr=False)
+    key_stores: Mapping[UUID, Path]
 
     def wrap(self, data_key: bytes, data_key_id: UUID) -> WrappedKey:
         nonce, current = os.urandom(_NONCE_BYTES), self.current_version
@@ -113,9 +133,9 @@ class _Ring:
 class FileKeyring(KeyProvider):
     """KEKs in one JSON file, mode 0600 in a folder 0700.
 
-    The file: {"current": 1, "keys": {"1": base64 of 32 bytes}}. Wrapping is AES-256-GCM under
-    a random nonce; data key id (16 bytes) and key version (4) are authenticated with it. A file
-    that another process rotated is read again before the next wrap.
+    The file: {"current": 1, "keys": {"1": base64 of 32 bytes}, "key_stores": {id: path}}. Wrapping is
+    AES-256-GCM under a random nonce; data key id (16 bytes) and key version (4) are authenticated with
+    it. A file that another process rotated is read again before the next wrap.
     KeyProviderUnavailable while the file is gone, cannot be read, or has another key where this process
     knows one: put back, it serves again at once. It is never made anew here, for what a new one wrapped
     would be lost with the old one's return. IntegrityError when it is open to other users or is no keyring.
@@ -131,7 +151,7 @@ class FileKeyring(KeyProvider):
         """Open the keyring, made if there is none: at the first start, before anything was wrapped."""
         with locked_folder(path.parent):
             if not path.exists():
-                write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}))
+                write_private(path, _write(1, {1: AESGCM.generate_key(_KEK_BYTES * 8)}, {}))
         return cls(path)
 
     def __str__(self) -> str:
@@ -158,23 +178,39 @@ class FileKeyring(KeyProvider):
         """
         with locked_folder(self._path.parent):
             self._adopt(self._read())
-            version = max(self._ring.keks) + 1
-            self._replace(version, {**self._ring.keks, version: AESGCM.generate_key(_KEK_BYTES * 8)})
+            version, kek = max(self._ring.keks) + 1, AESGCM.generate_key(_KEK_BYTES * 8)
+            self._replace(version, {**self._ring.keks, version: kek}, self._ring.key_stores)
         return version
 
     def retire(self, version: int) -> None:
-        """Destroy an old KEK: what it wrapped, in this key store or in a backup of it, is then lost.
+        """Destroy an old KEK: what it wrapped, in a key store or in a backup of one, is then lost.
 
         Conflict when it is the current one, NotFound when there is none of that version.
         """
         with locked_folder(self._path.parent):
             self._adopt(self._read())
-            current, known = self._ring.current_version, self._ring.keks
-            if version not in known:
-                raise NotFound(f"The keyring has no key of version {version}.")
-            if version == current:
-                raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
-            self._replace(current, {kept: kek for kept, kek in known.items() if kept != version})
+            self.check_retirement(version)
+            ring = self._ring
+            keks = {kept: kek for kept, kek in ring.keks.items() if kept != version}
+            self._replace(ring.current_version, keks, ring.key_stores)
+
+    def register(self, store_id: UUID, path: Path) -> None:
+        """Note a key store in the file. KeyProviderUnavailable where that cannot be written."""
+        path = path.resolve()
+        if self.key_stores.get(store_id) == path:
+            return
+        with self._unreadable("written"), locked_folder(self._path.parent):
+            self._adopt(self._read())
+            ring = self._ring
+            # Whichever store was at this path is there no more.
+            others = {other: at for other, at in ring.key_stores.items() if at != path}
+            self._replace(ring.current_version, ring.keks, {**others, store_id: path})
+
+    @property
+    def key_stores(self) -> Mapping[UUID, Path]:
+        """Every key store that was opened under this keyring, and where it was last."""
+        self.now()
+        return self._ring.key_stores
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -185,14 +221,18 @@ class FileKeyring(KeyProvider):
     def _read(self) -> _Ring:
         with self._unreadable():
             stamp, content = _stamp(self._path), read_private(self._path)
+            if stamp != _stamp(
+                self._path
+            ):  # replaced meanwhile, and what was read may be overwritten already
+                return self._read()
         try:
             return _Ring(stamp, *_parse(content))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # The cause could quote a key.
             raise IntegrityError(f"{self._path} is not a keyring: {type(error).__name__}") from None
 
-    def _replace(self, current: int, keks: Mapping[int, bytes]) -> None:
-        write_private(self._path, _write(current, keks))
+    def _replace(self, current: int, keks: Mapping[int, bytes], key_stores: Mapping[UUID, Path]) -> None:
+        replace_secret(self._path, _write(current, keks, key_stores))
         self._adopt(self._read())
 
     def _adopt(self, ring: _Ring) -> None:
@@ -205,13 +245,13 @@ class FileKeyring(KeyProvider):
         self._ring = ring
 
     @contextmanager
-    def _unreadable(self) -> Iterator[None]:
+    def _unreadable(self, what: str = "read") -> Iterator[None]:
         """Turn the system's refusal into KeyProviderUnavailable: a share not mounted, a file moved, a failing disk."""
         try:
             yield
         except OSError as error:
             raise KeyProviderUnavailable(
-                f"{self} cannot be read ({type(error).__name__}); nothing was stored, try again."
+                f"{self} cannot be {what} ({type(error).__name__}); nothing was stored, try again."
             ) from error
 
 
@@ -225,12 +265,13 @@ def _binding(data_key_id: UUID, key_version: int) -> bytes:
     return data_key_id.bytes + key_version.to_bytes(4, "big")
 
 
-def _write(current: int, keks: Mapping[int, bytes]) -> bytes:
+def _write(current: int, keks: Mapping[int, bytes], key_stores: Mapping[UUID, Path]) -> bytes:
     keys = {str(version): b64encode(kek).decode() for version, kek in sorted(keks.items())}
-    return json.dumps({"current": current, "keys": keys}).encode()
+    stores = {str(store_id): str(path) for store_id, path in key_stores.items()}
+    return json.dumps({"current": current, "keys": keys, "key_stores": stores}).encode()
 
 
-def _parse(content: bytes) -> tuple[int, Mapping[int, bytes]]:
+def _parse(content: bytes) -> tuple[int, Mapping[int, bytes], Mapping[UUID, Path]]:
     document = json.loads(content)
     keks = {int(version): b64decode(kek, validate=True) for version, kek in document["keys"].items()}
     if any(len(kek) != _KEK_BYTES for kek in keks.values()):
@@ -238,4 +279,5 @@ def _parse(content: bytes) -> tuple[int, Mapping[int, bytes]]:
     current = int(document["current"])
     if current not in keks:
         raise KeyError(current)
-    return current, keks
+    stores = document.get("key_stores", {})  # one of an older version has none
+    return current, keks, {UUID(store_id): Path(path) for store_id, path in stores.items()}

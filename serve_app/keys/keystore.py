@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import sqlite3
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from serve_app.domain.errors import (
+    Conflict,
     DataKeyMissing,
     Erased,
     IntegrityError,
@@ -39,6 +40,13 @@ _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
 
 #: As long as a data key, which is all that a provider unwraps, and under an id that no data key has.
 _CONSTANT, _CONSTANT_ID = b"derm-cds: a key store's own keys", UUID(int=0)
+
+
+_Done = TypeVar("_Done")
+
+
+class VersionRetired(KeyProviderUnavailable):
+    """The key-encryption key that wrapped it is retired; nothing was stored, try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class KeyStore:
     """
 
     def __init__(self, path: Path, provider: KeyProvider) -> None:
-        self._provider = provider
+        self._path, self._provider = path, provider
         self.checks = KeyChecks(provider, self._transaction)
         self._turn = Lock()
         with ExitStack() as on_failure, _sqlite_errors():
@@ -88,6 +96,8 @@ class KeyStore:
             # A lost or replaced keyring shows at start, not at the first download.
             self.checks.verify()
             self.store_id = _identity(self._connection)
+            # Before it wraps anything: whoever retires a version looks into every key store that is known.
+            provider.register(self.store_id, path)
             on_failure.pop_all()
 
     def create(self) -> DataKey:
@@ -96,11 +106,14 @@ class KeyStore:
         RecordsUnavailable, too, when the current KEK has wrapped its share; KeyProviderUnavailable as KeyChecks.
         """
         data_key_id, material = uuid4(), AESGCM.generate_key(256)
-        wrapped_key = self.checks.wrap(material, data_key_id)
-        row = _bind(data_key_id=data_key_id, **asdict(wrapped_key))
-        with self._transaction() as connection:
-            for name in ("count_wrap", "insert_data_key", "insert_awaited_key"):
-                connection.execute(_SQL[name], row)
+
+        def wrap_and_keep() -> None:
+            row = _bind(data_key_id=data_key_id, **asdict(self.checks.wrap(material, data_key_id)))
+            with self._transaction() as connection:
+                for name in ("count_wrap", "insert_data_key", "insert_awaited_key"):
+                    connection.execute(_SQL[name], row)
+
+        _unless_retired(wrap_and_keep)
         return DataKey(data_key_id, material, spent=False)
 
     def load(self, data_key_id: UUID) -> DataKey:
@@ -128,6 +141,9 @@ class KeyStore:
         0 when all are under the current KEK. Stopped at any moment, it goes on where it was; images
         are opened meanwhile as ever. RecordsUnavailable as `create`.
         """
+        return _unless_retired(lambda: self._rewrap(limit))
+
+    def _rewrap(self, limit: int) -> int:
         current, rows = self.checks.keys().current_version, []
         # Unwrapping and wrapping may ask a service: nobody's transaction waits for that.
         for key, wrapped, version in self._fetch("select_stale", current=current, limit=limit):
@@ -143,6 +159,22 @@ class KeyStore:
     def count_versions(self) -> list[KeyVersionCount]:
         """Say of every KEK version how many data keys it wraps, and how often it has wrapped."""
         return [KeyVersionCount(*row) for row in self._fetch("count_versions")]
+
+    def retire(self, version: int) -> None:
+        """Keep nothing under this version of the KEK from now on, so that it can be destroyed; safe to repeat.
+
+        What a slow upload or rewrap wrapped under it before is refused when it comes, and wrapped anew. Conflict
+        while a data key is under it.
+        """
+        self.checks.verify()  # the store is known by a newer version, and not by this one alone
+        row = {"key_version": version}
+        with self._transaction() as connection:
+            connection.execute(_SQL["insert_retired_version"], row)
+            (count,) = connection.execute(_SQL["count_data_keys"], row).fetchone()
+        if count:
+            raise Conflict(
+                f"Version {version} wraps {count} data keys in {self._path}: `derm-cds keys rewrap` there first."
+            )
 
     def shred(self, *data_key_ids: UUID) -> None:
         """Destroy keys for good: on return no file of this store holds them. Safe to repeat.
@@ -310,6 +342,14 @@ def look_into(path: Path, data_key_ids: Iterable[UUID]) -> tuple[UUID, bool] | N
         return _identity(connection), known
 
 
+def _unless_retired(wrap_and_keep: Callable[[], _Done]) -> _Done:
+    """Wrap and keep; once more where the version was retired in between, for then there is a newer one."""
+    try:
+        return wrap_and_keep()
+    except VersionRetired:
+        return wrap_and_keep()
+
+
 def _bind(**values: object) -> dict[str, object]:
     """What SQLite stores: an id as its 16 bytes, be it asyncpg's own kind of UUID."""
     return {name: value.bytes if isinstance(value, UUID) else value for name, value in values.items()}
@@ -327,6 +367,8 @@ def _sqlite_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_TRIGGER:
+            raise VersionRetired from error
         raise RecordsUnavailable("The key-encryption key has wrapped its share: rotate it") from error
     except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
         raise RecordsUnavailable("The key store cannot be reached; nothing was stored, try again") from error

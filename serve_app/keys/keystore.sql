@@ -35,6 +35,23 @@ CREATE TABLE IF NOT EXISTS key_checks (
     wrapped     BLOB    NOT NULL
 );
 
+-- Versions of the key-encryption key that are destroyed, or about to be. What one of them wrapped is lost: nothing is
+-- kept under it any more, however long ago it was wrapped, whichever process comes with it, and whatever its version.
+CREATE TABLE IF NOT EXISTS retired_versions (
+    key_version INTEGER PRIMARY KEY,
+    retired_at  TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP
+);
+CREATE TRIGGER IF NOT EXISTS no_data_key_under_a_retired_version
+BEFORE INSERT ON data_keys WHEN new.key_version IN (SELECT key_version FROM retired_versions)
+BEGIN
+    SELECT RAISE(ABORT, 'retired');
+END;
+CREATE TRIGGER IF NOT EXISTS no_rewrapping_under_a_retired_version
+BEFORE UPDATE OF key_version ON data_keys WHEN new.key_version IN (SELECT key_version FROM retired_versions)
+BEGIN
+    SELECT RAISE(ABORT, 'retired');
+END;
+
 -- Data keys whose image has not been seen in the database yet: most are of uploads that failed.
 CREATE TABLE IF NOT EXISTS awaited_keys (
     data_key_id BLOB PRIMARY KEY CHECK (length(data_key_id) = 16)
@@ -90,6 +107,16 @@ ON CONFLICT (key_version) DO UPDATE SET wraps = wraps + 1;
 SELECT c.key_version, c.wraps, count(k.sequence)
 FROM wrap_counts AS c LEFT JOIN data_keys AS k USING (key_version)
 GROUP BY c.key_version ORDER BY c.key_version;
+
+-- name: insert_retired_version
+-- Retire a version, unless a data key is under it; one that is retired stays so. Takes the write lock before it counts.
+INSERT INTO retired_versions (key_version)
+SELECT :key_version WHERE NOT EXISTS (SELECT 1 FROM data_keys WHERE key_version = :key_version)
+ON CONFLICT (key_version) DO NOTHING;
+
+-- name: count_data_keys
+-- How many data keys are under this version.
+SELECT count(*) FROM data_keys WHERE key_version = :key_version;
 
 -- name: select_newest
 -- The data key made last.

@@ -80,7 +80,7 @@ class Stages(Protocol):
     ) -> Neighbours:
         """A unit vector to the nearest references of its space, among those that pass the filter."""
 
-    async def conclude(self, model_id: str, findings: Findings) -> Conclusion:
+    async def conclude(self, model: LiveModel, findings: Findings) -> Conclusion:
         """Everything found to outcome, risk and urgency."""
 
 
@@ -176,7 +176,7 @@ class Assessor:
             compared_level=previous.level if previous else None,
         )
         with timings.lap("risk"):
-            conclusion = await self.stages.conclude(live.model_id, findings)
+            conclusion = await self.stages.conclude(live, findings)
         timings.stop()
         answered = conclusion.outcome is not Outcome.REFUSED
         return Assessment(

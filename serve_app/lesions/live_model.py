@@ -61,7 +61,7 @@ class LiveModelWatch:
             if published is None:
                 raise ModelContractError("No model is published: run `derm-cds references load`.")
             if published == self._live:
-                self.refused = None
+                self._live, self.refused = published, None  # the site's operating points may be others
             elif await self._may_answer(published):
                 self._live = published
             if self._live is None:

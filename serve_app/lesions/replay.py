@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
+from deployments.risk.policy import site_mark
 from model_store.registry import ModelStore
 from serve_app.domain.assessment import Assessment, Id, Outcome, Provenance, Shape, one_of
 from serve_app.domain.errors import Erased, ModelContractError, RejectedUpload, StageFailed
@@ -19,7 +20,8 @@ from serve_app.lesions.triage import read_original
 from serve_app.records.answers import Document
 from serve_app.records.lesion_rows import PreviousAssessment, RecordedCase
 from serve_app.records.lesions import LesionStore
-from serve_app.records.serving import LiveModel
+from serve_app.records.pool import Pool
+from serve_app.records.serving import LiveModel, operating_points_then
 
 #: What the service promises of a probability: the same image, model and versions again.
 TOLERANCE = 1e-6
@@ -202,6 +204,7 @@ class Replayer:
     """Makes recorded answers again."""
 
     assessor: Assessor
+    pool: Pool
     records: LesionStore
     keys: KeyStore
     models: Path
@@ -231,7 +234,8 @@ class Replayer:
         # First, because a stage on another node can only say that it failed, not why.
         await asyncio.to_thread(self._require_model, then)
         previous = await self._previous(case, recorded)
-        model = LiveModel(then.model_id, then.model_digest, then.embedding_space)
+        points = await self._operating_points(then)
+        model = LiveModel(then.model_id, then.model_digest, then.embedding_space, points)
         try:
             image, _ = await read_original(self.records, self.keys, case.lesion_id, case.image_id)
             examination = await self.assessor.examine(image, model)
@@ -265,6 +269,11 @@ class Replayer:
         except ModelContractError:
             digest = None
         _require(Cause.MODEL_CHANGED, "model_digest", then, digest)
+
+    async def _operating_points(self, then: Provenance) -> Mapping[str, float]:
+        """What the site had set when it was answered, found by the mark in the policy's version."""
+        ever = await operating_points_then(self.pool, then.model_id, then.model_digest)
+        return next((points for points in ever if then.policy_version.endswith(site_mark(points))), {})
 
     async def _previous(self, case: RecordedCase, recorded: Assessment) -> PreviousAssessment | None:
         """The very image that it was compared with then: a newer one may have been finished since."""

@@ -10,7 +10,8 @@ replica of every stage has it ready.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime
 from time import monotonic
 from typing import Literal
@@ -33,11 +34,21 @@ _ASK_EVERY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """The model that answers, its folder's digest, and the space its embeddings live in."""
+    """The model that answers, its folder's digest, and the space its embeddings live in.
+
+    `operating_points` are the site's own, by name: they stand in for those of the manifest, and are no part of which
+    model it is.
+    """
 
     model_id: str
     model_digest: str
     embedding_space: str
+    operating_points: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Which model it is, by the names of the columns."""
+        return {name: getattr(self, name) for name in ("model_id", "model_digest", "embedding_space")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,7 @@ async def publish_when_ready(
     Raises Conflict as `publish` does, when not every replica has it ready in time, and when another model is
     announced meanwhile; nothing was changed then.
     """
-    announcement = await pool.fetchval(_SQL["announce"], *astuple(model))
+    announcement = await pool.fetchval(_SQL["announce"], *model.identity.values())
     try:
         await _until_ready(pool, model, announcement, within_s)
         await publish(pool, model, approval, over=over)
@@ -155,18 +166,48 @@ async def publish(
             )
         if answering == model:
             return
-        await connection.execute(_SQL["publish"], *astuple(model))
+        await connection.execute(_SQL["publish"], *model.identity.values())
         publication_id = await connection.fetchval(
-            _SQL["record_publication"], *astuple(model), *astuple(given)
+            _SQL["record_publication"], *model.identity.values(), *astuple(given)
         )
         detail = {
             **asdict(given),
             "publication_id": publication_id,
-            "before": asdict(answering) if answering else None,
-            "after": asdict(model),
+            "before": answering.identity if answering else None,
+            "after": model.identity,
         }
         action = detail.pop("action")
         await record_event(connection, account_event(f"model_{action}", detail))
+
+
+async def set_operating_points(
+    pool: Pool, over: LiveModel, points: Mapping[str, float], given: Approval
+) -> None:
+    """Let the site's own operating points hold for the model that answers; none: its own again. Needs the owner's role.
+
+    The row and the audit event are written together or not at all. Conflict when another model than `over` answers by
+    now, or another command has set its points meanwhile.
+    """
+    async with pool.connection() as connection, connection.transaction():
+        await connection.execute(_SQL["lock_serving"])
+        row = await connection.fetchrow(_SQL["live_model"])
+        answering = LiveModel(*row) if row else None
+        if answering != over or answering.operating_points != over.operating_points:
+            raise Conflict(
+                "The model that answers, or its operating points, changed meanwhile; nothing was changed."
+            )
+        identity = over.identity
+        del identity["embedding_space"]
+        told = (given.approved_by, given.reason, given.report_sha256)
+        await connection.execute(_SQL["set_operating_points"], *identity.values(), points, *told)
+        why = zip(("approved_by", "reason", "report_sha256"), told, strict=True)
+        detail = {**identity, "before": dict(over.operating_points), "after": dict(points), **dict(why)}
+        await record_event(connection, account_event("operating_points_set", detail))
+
+
+async def operating_points_then(pool: Pool, model_id: str, model_digest: str) -> list[dict[str, float]]:
+    """List every set of operating points that the site has ever had for this model."""
+    return [row[0] for row in await pool.fetch(_SQL["operating_points_then"], model_id, model_digest)]
 
 
 async def publications(pool: Pool, *, limit: int = 20, standing: bool = False) -> list[Publication]:

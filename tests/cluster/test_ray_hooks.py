@@ -20,7 +20,7 @@ def test_ray_still_asks_for_every_interface_and_we_are_where_it_looks() -> None:
     assert f'add_port_to_grpc_server(self._server, "{ray_hooks.EVERYWHERE}")' in source
     assert "from ray._common.tls_utils import add_port_to_grpc_server" in source  # after the hook has run
     module, _, name = NODE_ENVIRONMENT[WORKER_PROCESS_SETUP_HOOK_ENV_VAR].rpartition(".")
-    assert (module, getattr(ray_hooks, name)) == (ray_hooks.__name__, ray_hooks.bind_to_the_node)
+    assert (module, getattr(ray_hooks, name)) == (ray_hooks.__name__, ray_hooks.prepare_worker)
 
 
 @pytest.mark.parametrize(

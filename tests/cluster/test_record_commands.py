@@ -149,7 +149,7 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, sql) -
     rewrapped = derm_cds("keys", "rewrap", home=home).out
     assert "1 data keys rewrapped; all are under version 2" in rewrapped
     current = derm_cds("keys", "retire", "2", home=home)
-    assert (current.code, "`derm-cds keys rewrap` first" in current.err) == (1, True)
+    assert (current.code, "rotate and rewrap first" in current.err) == (1, True)
     assert derm_cds("keys", "retire", "1", home=home).code == 0
     unknown = derm_cds("keys", "retire", "1", home=home)
     assert (unknown.code, unknown.err.count("\n")) == (1, 1)
@@ -161,9 +161,9 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, sql) -
     assert done == [
         ("rotate", "success"),
         ("rewrap", "success"),
+        *(("retire", "success"), ("retire", "failed")),  # the current one
         ("retire", "success"),
-        ("retire", "success"),
-        ("retire", "failed"),
+        *(("retire", "success"), ("retire", "failed")),
     ]
 
 

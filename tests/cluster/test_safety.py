@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 import os
 from pathlib import Path
+from secrets import token_hex
 import socket
 import subprocess
 import sys
@@ -15,17 +16,22 @@ import pytest
 
 from cluster.node_files import own_database
 from cluster.ports import Listener, exposed, listeners
+from cluster.prepare import prepare
 from cluster.safety import (
     Finding,
+    all_findings,
     environment_findings,
     file_findings,
     key_findings,
     prevents_ready,
     process_findings,
+    trust_findings,
 )
+from serve_app.domain.errors import DermError, InvalidSetting
+from serve_app.http.services import open_services
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
-from serve_app.settings import NodeFiles
+from serve_app.settings import NodeFiles, load_settings
 
 
 def names(found: list[Finding]) -> list[str]:
@@ -66,6 +72,58 @@ def test_a_keyring_or_a_key_store_that_is_gone_is_found(own_home: Path, add_imag
     (lost,) = found("kms:alias/derm")
     assert (lost.name, "derm-cds restore --keys" in lost.advice) == ("keystore", True)
     assert prevents_ready(lost, env="development")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKEN_JWKS", "VAULT_TOKEN_FILE", "PMS_CA_FILE", "PMS_TOKEN_FILE", "DATABASE_URL", "SSL_CERT_FILE"],
+)
+async def test_production_does_not_start_on_trust_that_others_can_change(own_home, monkeypatch, name) -> None:
+    """Whoever can write a set of keys, certificates to trust or a token says whom this node believes."""
+    file = own_home / "trust" / "file"
+    file.parent.mkdir(mode=0o755)
+    file.write_text("")
+    file.chmod(0o640)
+    variable = name if name.startswith("SSL") else f"DERM_{name}"
+    url = f"{os.environ['DERM_DATABASE_URL']}&sslrootcert={file}" if name == "DATABASE_URL" else str(file)
+    monkeypatch.setenv(variable, url.replace("&", "?", "?" not in url))
+    monkeypatch.setenv("DERM_ENV", "production")
+    monkeypatch.setenv("DERM_TOKEN_SECRET", token_hex(32))
+    monkeypatch.setenv("DERM_HOME", str(own_home))
+    if name == "TOKEN_JWKS":
+        monkeypatch.delenv("DERM_TOKEN_SECRET")
+
+    async def found() -> list[str]:
+        load_settings.cache_clear()
+        settings, urls = load_settings(), own_database(own_home)
+        said = [finding.advice for finding in trust_findings(settings, urls)]
+        everything = await all_findings(own_home, None, settings, own=True)
+        assert "trust_file" in names(everything) or not said
+        if said:
+            with pytest.raises(DermError, match="Refused in production") as refused:
+                await prepare(settings, model=None)
+            assert said[0] in str(refused.value)
+            with pytest.raises(InvalidSetting, match="Refused in production"):
+                async with open_services(settings, None):
+                    pass
+        return said
+
+    assert await found() == []
+    for changed, mode, right in ((file, 0o660, 0o640), (file, 0o602, 0o640), (file.parent, 0o775, 0o755)):
+        changed.chmod(mode)
+        (said,) = await found()
+        assert said.endswith(f"{changed} may be written by other users: chmod go-w it")
+        changed.chmod(right)
+    if os.geteuid() == 0:
+        os.chown(file, 65534, 65534)
+        (said,) = await found()
+        assert f"{file} belongs to another user" in said
+        os.chown(file, 0, 0)
+    file.chmod(0o644)
+    assert len(await found()) == ("TOKEN_FILE" in name)  # a secret
+    file.unlink()
+    assert await found() == []  # whoever needs it says so
+    assert not prevents_ready(Finding("trust_file", ""), env="development")
 
 
 def test_a_port_open_to_others_is_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 import json
 import os
@@ -186,6 +187,11 @@ def test_the_printed_request_is_answered_and_status_is_ready(service: Service, f
     status = json.loads(done.stdout)
     assert (status["readyz"], status["schema"]) == ("ready", "up to date")
     assert int(status["references"]) > 0
+    # With `--host` for other machines, what is told to loopback alone is had here, for the same status.
+    fallback = f"http://127.0.0.1:{running_service(service.home).fallback_port}/readyz"
+    assert httpx.get(fallback, timeout=30).json()["findings"] == []
+    url, elsewhere = f"http://127.0.0.1:{service.port}/readyz", {"X-Forwarded-For": "203.0.113.9"}
+    assert httpx.get(url, timeout=30, headers=elsewhere).json() == {"status": "ready"}
 
 
 def test_nothing_ran_from_the_folder_that_it_was_started_in(service: Service, first_answer) -> None:
@@ -213,6 +219,21 @@ def test_ports_are_those_of_the_documentation_and_none_is_on_every_interface(ser
         )
     ]
     assert undocumented == []
+
+
+def test_no_process_leaves_its_memory_behind_when_it_crashes(service: Service, first_answer: dict) -> None:
+    """Images, keys and tokens are in it: the kernel writes no core file of any of them, and hands none on."""
+    server = psutil.Process(EmbeddedPostgres(service.home).pid())
+    supervisor = psutil.Process(service.process.pid)
+    limits: dict[str, set[tuple[str, ...]]] = {}
+    for process in (supervisor, server, *server.children(), *RayNode(service.home).processes()):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            text = Path(f"/proc/{process.pid}/limits").read_text()
+            found = re.search(r"^Max core file size +(\S+) +(\S+)", text, re.MULTILINE)
+            limits.setdefault(process.name(), set()).add(found.groups())
+    assert {"haproxy", "gcs_server", "raylet", "postgres"} <= limits.keys()
+    assert sum(name.startswith("ray::") for name in limits) >= 3, limits
+    assert set().union(*limits.values()) <= {("1", "1"), ("0", "0")}, limits
 
 
 def _documented_ports() -> list[tuple[str, int, int]]:

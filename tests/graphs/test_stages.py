@@ -108,7 +108,7 @@ async def test_a_model_that_is_not_in_memory_holds_up_nobody_else(start, store, 
         "preprocess": lambda: stage.prepare("slow.one", b""),
         "classifier": lambda: stage.classify("slow.one", np.zeros((8, 8, 3), np.uint8)),
         "embedder": lambda: stage.embed("slow.one", "slow.space", np.zeros(512, np.float32)),
-        "risk": lambda: stage.conclude("slow.one", None),
+        "risk": lambda: stage.conclude(LiveModel("slow.one", "", ""), None),
     }[name]
     went_on = Event()
     seen: list[bool] = []

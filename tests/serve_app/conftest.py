@@ -29,6 +29,7 @@ from data_jobs.references.load import publish_bundled
 from deployments.preprocess.decode import UploadLimits
 from serve_app.access.tokens import mint_token
 from serve_app.domain.identifiers import is_opaque
+from serve_app.http import services
 from serve_app.http.app import create_app
 from serve_app.lesions import recovery
 from serve_app.lesions.assess import Stages
@@ -96,6 +97,14 @@ def recovery_when_asked() -> Iterator[None]:
     """What a test leaves pending is finished when it says so, and not by another application in the background."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "PERIOD_S", 86_400.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def readiness_looked_up_anew() -> Iterator[None]:
+    """What a test changes, /readyz says at once; that it is kept for a second is test_health.py's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "READY_FOR_S", 0.0)
         yield
 
 

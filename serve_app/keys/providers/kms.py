@@ -92,12 +92,16 @@ class AwsKms(KeyProvider):
             f"enable-key-rotation --key-id {self._key_id}`; now: `aws kms rotate-key-on-demand --key-id {self._key_id}`."
         )
 
-    def retire(self, version: int) -> None:
+    def check_retirement(self, version: int) -> None:
         """Conflict, always: KMS destroys a key as a whole."""
         raise Conflict(
             f"AWS KMS keeps the material of version {version} for as long as the key: only `aws kms "
             "schedule-key-deletion` destroys it, and with it every image."
         )
+
+    def retire(self, version: int) -> None:
+        """Conflict, always."""
+        self.check_retirement(version)
 
     def _ask(
         self, operation: Callable[..., dict[str, Any]], data_key_id: UUID | None = None, **fields: object

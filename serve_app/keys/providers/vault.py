@@ -25,7 +25,7 @@ import hvac
 from hvac import exceptions
 import requests
 
-from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable, NotFound
+from serve_app.domain.errors import Conflict, IntegrityError, InvalidSetting, KeyProviderUnavailable
 from serve_app.keys.keyring import DATA_KEY_BYTES, KeyProvider, WrappedKey
 from serve_app.keys.providers.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RetryPolicy, Unanswered
 
@@ -132,18 +132,15 @@ class VaultTransit(KeyProvider):
         self._ask("rotate_key")
         return self.current_version
 
-    def retire(self, version: int) -> None:
-        """Have Vault destroy a version for good; it destroys from the oldest on only.
+    def check_retirement(self, version: int) -> None:
+        """NotFound when Vault has none of that version, Conflict when it is the current one or not the oldest."""
+        super().check_retirement(version)
+        if version != (oldest := self.versions[0]):
+            raise Conflict(f"Vault destroys the oldest version first: retire {oldest} before {version}.")
 
-        NotFound when it has none of that version, Conflict when it is the current one or not the oldest.
-        """
-        known = self.versions
-        if version not in known:
-            raise NotFound(f"{self} has no version {version}.")
-        if version == max(known):
-            raise Conflict(f"Version {version} is the current one: rotate and rewrap first.")
-        if version != known[0]:
-            raise Conflict(f"Vault destroys the oldest version first: retire {known[0]} before {version}.")
+    def retire(self, version: int) -> None:
+        """Have Vault destroy a version for good; it destroys from the oldest on only."""
+        self.check_retirement(version)
         # Vault trims only what it may neither encrypt nor decrypt under any more. Two calls, for hvac
         # takes both limits at once only where they differ.
         oldest = version + 1

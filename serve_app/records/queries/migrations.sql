@@ -34,7 +34,7 @@ REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role};
 GRANT USAGE ON SCHEMA public TO {role};
 GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications, serving_candidate, space_embedders,
     reference_images, reference_embeddings, reference_counts, reference_pictures, reference_failures, care_assignments,
-    revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
+    site_operating_points, revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys, audit_events, audit_seals, outbox,
     emergency_accesses, erasure_receipts, condemned_data_keys, key_stores TO {role};
 GRANT SELECT, INSERT, UPDATE ON assessments TO {role};

@@ -1,6 +1,21 @@
 -- name: live_model
--- Say which model answers.
-SELECT model_id, model_digest, embedding_space FROM serving;
+-- Say which model answers, and which of its operating points the site has set.
+SELECT model_id, model_digest, embedding_space, coalesce((
+    SELECT site.operating_points FROM site_operating_points AS site
+    WHERE site.model_id = serving.model_id AND site.model_digest = serving.model_digest
+    ORDER BY site.id DESC
+    LIMIT 1
+), '{}') AS operating_points
+FROM serving;
+
+-- name: set_operating_points
+-- Put a site's thresholds ($3, none for the model's own) in the place of those of model $1 of digest $2.
+INSERT INTO site_operating_points (model_id, model_digest, operating_points, approved_by, reason, report_sha256)
+VALUES ($1, $2, $3, $4, $5, $6);
+
+-- name: operating_points_then
+-- List what a site has ever set for model $1 of digest $2.
+SELECT DISTINCT operating_points FROM site_operating_points WHERE model_id = $1 AND model_digest = $2;
 
 -- name: lock_serving
 -- Let nobody else change which model answers, until this transaction ends ("dermserv" in ASCII).

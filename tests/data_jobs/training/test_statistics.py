@@ -6,6 +6,7 @@ import pytest
 from data_jobs.training.operating_points import (
     choose_threshold,
     conformal_threshold,
+    count_below,
     lower_bound,
     misses_allowed,
 )
@@ -151,3 +152,12 @@ def test_a_weight_an_outlier_moves_the_line() -> None:
         for w in (near, near[::-1])
     ]
     assert told[0] < told[1]
+
+
+def test_what_a_fraction_of_a_threshold_still_raises() -> None:
+    scores = np.array([0.1, 0.3, 0.39, 0.4, 0.25, 0.21, 0.05])
+    positive = np.array([True, True, True, True, False, False, False])
+    assert count_below(scores, positive, 0.4, (0.9, 0.5)) == {
+        "0.9": {"missed_lesions_raised": 1, "other_lesions_raised": 0},
+        "0.5": {"missed_lesions_raised": 2, "other_lesions_raised": 2},
+    }

@@ -37,7 +37,7 @@ EXPECTED = {
         **dict.fromkeys(("break_glass", "erase", "read_receipt", "hold", "review_access"), "any"),
     },
     "auditor": {**OPEN, **dict.fromkeys(("read_receipt", "review_access", "read_audit", "export"), "any")},
-    "operator": OPEN,
+    "operator": {**OPEN, "observe": "any"},
     "pms_service": {
         **OPEN,
         **dict.fromkeys(("upload", "read", "list", "replay", "erase", "read_receipt"), "assigned"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
-from serve_app.domain.errors import StageFailed
+import httpx
+import pytest
+
+from serve_app.domain.errors import RecordsUnavailable, StageFailed
 from tests.serve_app.conftest import until
 from tests.serve_app.lesions.conftest import AlteredStages, failing
 
@@ -21,6 +25,73 @@ async def test_ready_shows_every_loop(service) -> None:
     runs = {"running": True, "restarts": 0, "last_error": None}
     assert all(loop == runs for loop in ready["loops"].values())
     assert ready["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "told"),
+    [
+        ("127.0.0.1", None, True),
+        ("::1", None, True),
+        ("127.0.0.1", "127.0.0.1, ::1", True),  # through a proxy, from this machine
+        ("203.0.113.9", None, False),
+        ("203.0.113.9", "127.0.0.1", False),  # forged
+        ("127.0.0.1", "203.0.113.9", False),  # through a proxy, from another one
+        ("127.0.0.1", "203.0.113.9, 127.0.0.1", False),  # through two
+        ("127.0.0.1", "127.0.0.1, 203.0.113.9", False),  # forged, and a proxy's
+        ("127.0.0.1", "unknown", False),
+    ],
+)
+async def test_another_machine_is_told_that_it_is_ready_and_no_more(
+    service, peer: str, forwarded: str | None, *, told: bool
+) -> None:
+    headers = {"X-Forwarded-For": forwarded} if forwarded else {}
+    operator, clinician = service.token("ops", ("operator",)), service.token("dr")
+    forged = {"Authorization": f"{operator['Authorization']}x"}
+    transport = httpx.ASGITransport(service.app, client=(peer, 4711))
+    async with httpx.AsyncClient(transport=transport, base_url="http://derm") as client:
+
+        async def ask(token: dict[str, str]) -> httpx.Response:
+            return await client.get("/readyz", headers={**headers, **token})
+
+        ready = (await ask({})).json()
+        assert ready["status"] == "ready"
+        assert len(ready) == 1 or told
+        assert "loops" in (await ask(operator)).json()
+        if not told:
+            service.hold_to_problem(denied := await ask(clinician), 403, "forbidden")
+            await service.hold_to_event(denied, "observe", "denied", reason="role")
+            service.hold_to_problem(await ask(forged), 401, "unauthenticated")
+
+
+async def test_the_database_is_asked_once_a_second_whoever_asks(service, monkeypatch) -> None:
+    services, looks = service.app.state.services, 0
+    count = services.counts
+
+    async def counted() -> object:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.05)
+        if looks == 2:
+            raise RecordsUnavailable
+        return await count()
+
+    monkeypatch.setattr(services, "counts", counted)
+    monkeypatch.setattr("serve_app.http.services.READY_FOR_S", 0.4, raising=False)
+
+    async def ask(times: int) -> set[int]:
+        return {
+            each.status_code for each in await asyncio.gather(*map(service.client.get, ["/readyz"] * times))
+        }
+
+    impatient = asyncio.create_task(service.client.get("/readyz"))
+    await asyncio.sleep(0.01)
+    impatient.cancel()  # takes its answer from nobody
+    assert await ask(40) == await ask(40) == {200}
+    assert looks == 1
+    for status in (503, 200):  # an answer that is none is one as well, and for no longer
+        await asyncio.sleep(0.45)
+        assert await ask(40) == await ask(40) == {status}
+    assert looks == 3
 
 
 async def test_a_loop_that_keeps_ending_is_named_and_the_service_answers(start_service, monkeypatch) -> None:

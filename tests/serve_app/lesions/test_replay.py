@@ -12,9 +12,11 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from deployments.risk.policy import site_mark
 from serve_app.domain.errors import Overloaded, StageFailed
 from serve_app.lesions import replay as replayer
 from serve_app.lesions.replay import MESSAGES, Cause
+from serve_app.records.serving import Approval, set_operating_points
 from tests.serve_app.erasure.erasing import change, damage, followed, uploaded
 from tests.serve_app.lesions.conftest import AlteredStages, Held, failing, hang
 from tests.serve_app.lesions.test_similar import ask
@@ -151,6 +153,29 @@ async def test_a_millionth_is_tolerated(service, answer) -> None:
         assert body["verdict"] == verdict
         (found,) = body["differences"]
         assert (found["recorded"], found["recomputed"]) == (probability + moved, probability)
+
+
+async def test_the_sites_operating_points_are_named_and_found_again(service) -> None:
+    """An answer at thresholds that were set, and taken back since, is made again at those."""
+    watch, image = service.app.state.services.live, {"image": service.image}
+    plain = await uploaded(service, **image)
+    live = await watch.refresh()
+    given = Approval(report_sha256="0" * 64)
+    await set_operating_points(service.owner, live, {"melanoma": 1e-6}, given)
+    try:
+        live = await watch.refresh()
+        strict = await uploaded(service, **image)
+        codes = {factor["code"]: factor["message"] for factor in strict["risk"]["factors"]}
+        assert "threshold 0.0%" in codes["melanoma"]
+        assert strict["risk"]["level"] == "high"
+        version = plain["provenance"]["policy_version"] + site_mark({"melanoma": 1e-6})
+        assert strict["provenance"]["policy_version"] == strict["risk"]["policy_version"] == version
+    finally:
+        await set_operating_points(service.owner, live, {}, given)
+        await watch.refresh()
+    assert (await uploaded(service, **image))["risk"] == plain["risk"]
+    for answer in (plain, strict):
+        assert (await replay(service, answer))["verdict"] == "identical"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 from uuid import uuid4
 
 import asyncpg
@@ -61,10 +60,10 @@ async def test_every_change_of_the_model_is_an_event_with_what_was_before(owner)
         (os_account(), "success", None)
     }
     published, promoted, rolled_back = (row["detail"] for row in rows)
-    assert (published["before"], published["after"]) == (None, asdict(first))
+    assert (published["before"], published["after"]) == (None, first.identity)
     assert promoted == {
-        "before": asdict(first),
-        "after": asdict(second),
+        "before": first.identity,
+        "after": second.identity,
         "publication_id": newest.publication_id,
         "approved_by": "Dr Test",
         "reason": "annual update",
@@ -72,7 +71,7 @@ async def test_every_change_of_the_model_is_an_event_with_what_was_before(owner)
         "takes_back": None,
         "purpose": "HSYSADMIN",
     }
-    assert (rolled_back["after"], rolled_back["takes_back"]) == (asdict(first), newest.publication_id)
+    assert (rolled_back["after"], rolled_back["takes_back"]) == (first.identity, newest.publication_id)
 
 
 async def test_a_change_that_cannot_be_audited_does_not_happen(owner) -> None:
