@@ -54,6 +54,11 @@ class Account:
             os.chown(path, self.uid, self.gid)
         path.chmod(mode)
 
+    def let_through(self, home: Path) -> None:
+        """Let it pass through (not list, not read) the node's own home; never through root's login folder."""
+        if self.switch and home != Path(pwd.getpwuid(0).pw_dir).resolve():
+            home.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IXOTH)
+
     def reaches(self, path: Path) -> bool:
         """Whether it may pass through every folder above `path`."""
         return self._closed(path) is None

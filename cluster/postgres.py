@@ -212,8 +212,7 @@ class EmbeddedPostgres:
         self.directory.chmod(0o711)
         (self.directory / "etc").mkdir(exist_ok=True)
         (self.directory / "etc").chmod(0o755)
-        if self.account.switch and not self.home.stat().st_mode & stat.S_IXOTH and self.home != Path.home():
-            self.home.chmod(0o711)
+        self.account.let_through(self.home)
         self.account.require_way_to(self.data)
         let_run(self.account, self.programs)
         for name in ("log", "socket", "setup"):

@@ -142,13 +142,12 @@ def start(
     )
 
 
-def forbid_growth(*, files: bool) -> None:
-    """Write no file, start no process and no thread, and (`files` False) open no file and no socket.
+def forbid_growth() -> None:
+    """Open no file and no socket, write to none, start no process and no thread; what is open stays open.
 
-    What is open stays. For an account other than root, which these limits do not bind.
+    For an account other than root, which these limits do not bind.
     """
-    nothing = [resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC]
-    for limit in nothing if files else [*nothing, resource.RLIMIT_NOFILE]:
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):
         resource.setrlimit(limit, (0, 0))
 
 

@@ -243,7 +243,7 @@ def _give_up_all() -> None:
     sandbox.restrict_files(network=False)
     sandbox.forbid_new_privileges()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    sandbox.forbid_growth(files=False)
+    sandbox.forbid_growth()
 
 
 def _answer(data: bytes, geometry: InputGeometry, limits: UploadLimits) -> tuple[dict[str, object], bytes]:

@@ -40,6 +40,7 @@ from cluster.ray_node import (
 )
 from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
 from cluster.supervisor import ServeRequest, StartFailed
+from serve_app.settings import REPOSITORY
 from tests.waiting import until
 
 _RUNNING = Running(
@@ -284,3 +285,11 @@ def test_a_stop_leaves_no_object_and_what_links_lead_to(tmp_path: Path, monkeypa
     assert not node.objects.exists()
     assert list((tmp_path / "spill").iterdir()) == []
     assert (tmp_path / "kept" / "file").exists()
+
+
+def test_code_is_looked_for_in_no_folder_that_depends_on_the_place(tmp_path: Path, monkeypatch) -> None:
+    """An empty part of PYTHONPATH is the folder that a process was started in."""
+    monkeypatch.setenv("PYTHONPATH", ":relative::/opt/more:.")
+    environment = RayNode(tmp_path).environment
+    assert environment["PYTHONPATH"] == f"{REPOSITORY}:/opt/more"
+    assert environment["PYTHONSAFEPATH"] == "1"
