@@ -34,6 +34,8 @@ _TCP, _SCOPES = 0b11, 0b11  # BIND and CONNECT; abstract Unix sockets and signal
 #: What a program needs of a machine: its libraries, and what it asks the kernel.
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev")
 
+#: Memory that is given back to the kernel after each image, and asked for again, costs more than passing the image on.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 * 1024**2), "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2)}
 _CODE = Path(__file__).resolve().parent.parent
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -132,7 +134,7 @@ def start(
     own = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.Popen(
         command,
-        env={**(environment or {}), **own},
+        env={**(environment or {}), **own, **_KEEP_MEMORY},
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=log,
