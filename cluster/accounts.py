@@ -1,7 +1,8 @@
-"""The accounts of the system that a node runs as: root's as seldom as can be, and no key for whom strangers reach.
+"""The accounts that a node runs as: root's as seldom as can be, and no key for whom strangers reach.
 
-Root steps down to the account that the home belongs to. In a home of root's own, PostgreSQL and the decoder have accounts
-of their own, made at first use. Nothing that is not the node's is opened to any: what cannot be reached is refused.
+Root steps down to the account that the home belongs to. In a home of root's own, PostgreSQL and the decoder
+have accounts of their own, made at first use. Nothing that is not the node's is opened to any: what cannot be
+reached is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class AccountFailed(DermError):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom a part runs as; `switch` says whether that is someone else than this process, whatever its `name`."""
+    """Whom a part runs as; `switch`: someone else than this process, which is so whatever its `name` is."""
 
     name: str
     uid: int
@@ -67,9 +68,9 @@ class Account:
         """Raise AccountFailed where it cannot pass through a folder above `path`: /root is nobody's way."""
         if (folder := self._closed(path)) is not None:
             raise AccountFailed(
-                f"{self.name}, the account that this part of the node runs as, cannot pass through {folder} to {path}. "
-                "Have the node's home (DERM_HOME), and code and virtual environment, where every account may pass: below "
-                "/opt, /srv or /var/lib."
+                f"{self.name}, the account of this part of the node, cannot pass through {folder} to {path}. "
+                "Have the node's home (DERM_HOME), code and virtual environment where all accounts may pass: "
+                "below /opt, /srv or /var/lib."
             )
 
     def _closed(self, path: Path) -> Path | None:
@@ -85,9 +86,9 @@ class Account:
 def step_down(home: Path, *, new: bool = False) -> None:
     """Where root runs a command: go on as the account that the home belongs to, for good.
 
-    With `new`, a home that is not there is made for SERVICE; it stays root's where that account cannot reach home or code,
-    and without Landlock, which keeps PostgreSQL and the decoder of one account from its keys. AccountFailed where the
-    account of a home cannot run our code.
+    With `new`, a home that is not there is made for SERVICE; it stays root's where that account cannot reach
+    home or code, and without Landlock, which keeps PostgreSQL and the decoder of one account from its keys.
+    AccountFailed where the account of a home cannot run our code.
     """
     if os.geteuid() != 0:
         return
@@ -102,8 +103,8 @@ def step_down(home: Path, *, new: bool = False) -> None:
     entry = pwd.getpwuid(owner)
     if not _runs_our_code(Account(entry.pw_name, owner, entry.pw_gid, switch=True)):
         raise AccountFailed(
-            f"{home} belongs to {entry.pw_name}, which cannot run {sys.executable} with {REPOSITORY}: have both, and the "
-            "models, where every account may read them, say below /opt."
+            f"{home} belongs to {entry.pw_name}, which cannot run {sys.executable} with {REPOSITORY}: "
+            "have both, and the models, where every account may read them, say below /opt."
         )
     os_account()  # it is root who acts
     os.initgroups(entry.pw_name, entry.pw_gid)
@@ -123,7 +124,7 @@ def _runs_our_code(account: Account) -> bool:
 
 
 def account_of(name: str) -> Account:
-    """Return an account of the system, making it when root has none yet; this process's own for everybody else."""
+    """Return an account, making it when root has none yet; this process's own for everybody else."""
     if os.geteuid() != 0:
         return Account(name, os.geteuid(), os.getegid(), switch=False)
     try:
@@ -135,7 +136,8 @@ def account_of(name: str) -> Account:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise AccountFailed(
-                f"The account {name} could not be made: {error}. Make it by hand, or run this as an ordinary user."
+                f"The account {name} could not be made: {error}. "
+                "Make it by hand, or run this as an ordinary user."
             ) from error
         entry = pwd.getpwnam(name)
     return Account(name, entry.pw_uid, entry.pw_gid, switch=True)

@@ -298,9 +298,10 @@ class EmbeddedPostgres:
             raise PostgresFailed(f"The database roles could not be made.\n{done.stderr}")
 
     def run(self, program: str, *arguments: object, check: bool = True, confined: bool = False) -> None:
-        """Run one of PostgreSQL's programs as the server's account, in `directory`. PostgresFailed with what it said.
+        """Run one of PostgreSQL's programs as the server's account, in `directory`.
 
-        `confined`: where that account is our own, with none of its files but PostgreSQL's, for good.
+        PostgresFailed with what it said. `confined`: where that account is our own, with none of its files but
+        PostgreSQL's, for good.
         """
         command = [str(self.programs / program), *(str(argument) for argument in arguments)]
         if confined and not self.account.switch:

@@ -93,7 +93,7 @@ _STORE_BYTES = 150_000_000
 #: The store, and as much again for what does not fit in it.
 _ROOM = 2 * _STORE_BYTES
 MARK = "DERM_NODE"
-#: As in deployments/preprocess/decoder.py, without importing it: the supervisor, which stays, is spared its memory.
+#: As in deployments/preprocess/decoder.py, without importing it: the supervisor is spared its memory.
 DECODER_MODULE, DECODER_ADDRESS = "deployments.preprocess.decoder", "DERM_DECODER"
 #: What a node cannot be without. Everything else Ray itself starts again.
 CORE = frozenset({"gcs_server", "raylet"})
@@ -187,7 +187,7 @@ class RayNode:
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
 
     def start_decoder(self) -> None:
-        """Start what decodes images, instead of one that has died: where root starts it, as an account of its own."""
+        """Start what decodes images, or start it again; where root does, as an account of its own."""
         account = account_of(DECODER)
         arguments = ["--account", account.uid, account.gid] if account.switch else []
         address = self.environment[DECODER_ADDRESS]

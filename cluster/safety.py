@@ -163,9 +163,9 @@ def account_findings(home: Path) -> list[Finding]:
     found = [
         Finding(
             "accounts",
-            f"{part} runs as the account that owns {keys}, and nothing keeps it from them: whoever takes it over reads "
-            "every key. Start the node on a kernel with Landlock (Linux 5.13, lsm=landlock), or by root, which gives "
-            "it an account of its own",
+            f"{part} runs as the account that owns {keys}, and nothing keeps it from them: whoever takes it "
+            "over reads every key. Start the node on a kernel with Landlock (Linux 5.13, lsm=landlock), or "
+            "in a home of root's, who gives it an account of its own",
         )
         for part, process in named
         if _may_read_what_is(owner, process)

@@ -1,7 +1,8 @@
-"""What a process gives up for good before it touches bytes of strangers: files, network, privileges. Linux only.
+"""What a process gives up for good before it touches strangers' bytes: files, network, privileges.
 
-Only Python's own library is needed: `python -I -S sandbox.py --write FOLDER … -- PROGRAM …` runs a program so. Where
-the kernel has no Landlock (before 5.13, or not switched on), `landlock_version` is 0 and files stay as they were.
+Only Python's own library is needed: `python -I -S sandbox.py --write FOLDER … -- PROGRAM …` runs a program
+so. Where the kernel has no Landlock (before 5.13, or not switched on), `landlock_version` is 0 and files stay
+as they were.
 
 Sources: landlock(7), prctl(2), unshare(2), setrlimit(2); the kernel's include/uapi/linux/landlock.h.
 """
@@ -24,7 +25,8 @@ _CLONE_NEWNET = 0x4000_0000
 #: System calls of Landlock, the same on every architecture.
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446
 _VERSION, _PATH_BENEATH = 1, 1
-#: Rights over files that a version knows: version 1 has 13, the next ones REFER, TRUNCATE and, in 5, IOCTL_DEV.
+#: Rights over files that a version knows: version 1 has 13, the next ones REFER, TRUNCATE and, in 5,
+#: IOCTL_DEV.
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 _EXECUTE, _READ_FILE, _READ_FOLDER = 1 << 0, 1 << 2, 1 << 3
 _READ = _EXECUTE | _READ_FILE | _READ_FOLDER
@@ -34,7 +36,8 @@ _TCP, _SCOPES = 0b11, 0b11  # BIND and CONNECT; abstract Unix sockets and signal
 #: What a program needs of a machine: its libraries, and what it asks the kernel.
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev")
 
-#: Memory that is given back to the kernel after each image, and asked for again, costs more than passing the image on.
+#: Memory that is given back to the kernel after each image, and asked for again, costs more than passing the
+#: image on.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 * 1024**2), "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2)}
 _CODE = Path(__file__).resolve().parent.parent
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +49,7 @@ def landlock_version() -> int:
 
 
 def forbid_new_privileges() -> None:
-    """Have no program that is run from here gain anything by its set-user-ID bit; Landlock asks for this first."""
+    """Have no program that is run from here gain by its set-user-ID bit; Landlock asks for this first."""
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
@@ -68,8 +71,8 @@ def restrict_files(
 ) -> bool:
     """Leave this thread and its children these files and folders alone; no way back. False without Landlock.
 
-    Nor may it look into, or (version 6) signal, a process that is not so restricted. Without `network` it opens no TCP
-    connection (version 4) and no abstract Unix socket (6). A path that is not there is left out.
+    Nor may it look into, or (version 6) signal, a process that is not so restricted. Without `network` it
+    opens no TCP connection (version 4) and no abstract Unix socket (6). A path that is not there is left out.
     """
     version = landlock_version()
     if not version:
@@ -107,7 +110,7 @@ def name(title: str) -> None:
 
 
 def python_path() -> str:
-    """Where our processes look for code: ours first, then $PYTHONPATH, but for what depends on the folder they start in."""
+    """Where our processes look for code: ours, then $PYTHONPATH without what depends on where they start."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(_CODE), *(path for path in given if path.startswith(os.sep))])
 
@@ -129,7 +132,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     log: int | IO[str] = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """Start one of our modules on a socket, whose number is its first argument, with nothing of our own environment."""
+    """Start one of our modules on a socket, its first argument, with nothing of our own environment."""
     command = [sys.executable, "-P", "-m", module, str(listener.fileno()), *map(str, arguments)]
     own = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.Popen(

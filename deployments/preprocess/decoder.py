@@ -1,13 +1,13 @@
 """Decoding where nothing can be found: strangers' bytes are read in processes that have nothing else.
 
-`python -m deployments.preprocess.decoder` imports everything, takes an account of its own (where root starts it), leaves
-the network, and from then on only makes processes, one a connection. Each gives up files, sockets, processes and threads
-for good before it reads a byte, so that a defect of a decoder finds no key, no database, no Ray and no other process.
-After IMAGES images a fresh one takes its place: one that an image took over sees no more than these. It answers in
-numbers and pixels, which the replica checks.
+`python -m deployments.preprocess.decoder` imports everything, takes an account of its own (where root starts
+it), leaves the network, and from then on only makes processes, one a connection. Each gives up files,
+sockets, processes and threads for good before it reads a byte, so that a defect of a decoder finds no key, no
+database, no Ray and no other process. After IMAGES images a fresh one takes its place: one that an image took
+over sees no more than these. It answers in numbers and pixels, which the replica checks.
 
-A message is the length of its header (4 bytes), the header (JSON; `bytes` is the length of what follows), and the image,
-or the pixels.
+A message is the length of its header (4 bytes), the header (JSON; `bytes` is the length of what follows), and
+the image, or the pixels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ from serve_app.private_files import forbid_core_dumps
 MODULE = "deployments.preprocess.decoder"
 #: Where the node's decoder listens; without it a replica starts one for itself.
 ADDRESS = "DERM_DECODER"
-#: How many images a process decodes: a fork costs as much as 10 ms of processor time, a hundredth of which is nothing.
+#: How many images a process decodes: a fork costs as much as 10 ms of processor time, a hundredth of which is
+#: nothing.
 IMAGES = 100
 
 _REFUSALS = {kind.__name__: kind for kind in (TooLarge, UnsupportedImage, UndecodableImage, ImageTooSmall)}
@@ -72,10 +73,10 @@ _MEMORY = 4 * 1024**3  # of addresses: several times what the largest image take
 
 
 class Decoder:
-    """A replica's way to the decoder. Blocking calls, safe from several threads: each has a process of its own."""
+    """A replica's way to the decoder. Blocking calls, safe from several threads, each with its process."""
 
     def __init__(self, address: str | None = None) -> None:
-        """Use the node's decoder (`address`, or $DERM_DECODER), or start one that ends with the calling thread."""
+        """Use the node's (`address`, or $DERM_DECODER), or start one that ends with the calling thread."""
         self._address = address or os.environ.get(ADDRESS) or f"\0derm-cds/decoder/{uuid4()}"
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._own = None
@@ -88,7 +89,8 @@ class Decoder:
     ) -> PreparedImage | RejectedUpload:
         """Prepare one upload for a model, or say why not.
 
-        An image under which a process dies, and a fresh one too, is undecodable. StageFailed without a decoder, and after 30 s.
+        An image under which a process dies, and a fresh one too, is undecodable. StageFailed without a
+        decoder, and after 30 s.
         """
         header = {"geometry": asdict(geometry), "limits": asdict(limits)}
         for _ in range(2):
@@ -147,7 +149,7 @@ class _Process:
             return False
 
     def ask(self, header: Mapping[str, object], data: bytes, *, most: int) -> tuple[Any, bytes] | None:
-        """Send an image: the header and the pixels of the answer; None where it died, or says what none of ours does."""
+        """Send an image: header and pixels of the answer; None where it died, or says what none may."""
         self.images += 1
         try:
             _send(self._socket, header, data)
@@ -276,7 +278,7 @@ def _become(uid: int, gid: int) -> None:
 
 
 def _import_everything() -> None:
-    """Have in memory whatever Pillow, numpy and Python's codecs may import while they decode: later there are no files."""
+    """Have in memory whatever is imported while images are decoded: later there are no files."""
     for package in (PIL, encodings):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             if not module.name.endswith(_NOT_FOR_DECODING):

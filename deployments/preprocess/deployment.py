@@ -22,7 +22,7 @@ from serve_app.settings import load_settings
 
 @serve.deployment(name="preprocess")
 class PreprocessDeployment:
-    """Has images decoded, as many at once as are its share of the cores: never more large ones open than can be worked on."""
+    """Has images decoded, as many at once as its share of the cores: never more open than are worked on."""
 
     async def __init__(self) -> None:  # type: ignore[misc]
         settings = load_settings()

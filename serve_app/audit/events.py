@@ -47,10 +47,10 @@ def event_about(
 
 @cache
 def os_account() -> str:
-    """Name the account that runs this process, or ran it before it stepped down: `os:` and its login name, or its number where it has no name.
+    """Name the account that runs this process, or did before it stepped down: `os:` and its login name.
 
-    By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are whatever the caller says they are.
-    The prefix tells it from the subject of a token.
+    Its number where it has no name. By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are
+    whatever the caller says they are. The prefix tells it from the subject of a token.
     """
     uid = os.getuid()
     try:

@@ -56,7 +56,8 @@ def owner():
         os.setuid(0)
     except PermissionError:
         return "stays down"
-print(json.dumps({"ids": os.getresuid() + os.getresgid(), "server": uids, "actor": os_account(), "back": owner()}))
+ids = os.getresuid() + os.getresgid()
+print(json.dumps({"ids": ids, "server": uids, "actor": os_account(), "back": owner()}))
 """
 
 

@@ -260,7 +260,8 @@ try:
     found = [f"{each.name}: {each.advice}" for each in safety.account_findings(home)]
 finally:
     server.stop(mode="immediate")
-print(json.dumps({"said": said, "key": key.read_text(), "uids": status.split("Uid:")[1].split()[:4], "found": found}))
+uids = status.split("Uid:")[1].split()[:4]
+print(json.dumps({"said": said, "key": key.read_text(), "uids": uids, "found": found}))
 """
 
 

@@ -131,7 +131,7 @@ def _deploy_before(home: Path) -> None:
 
 
 def _lay_traps(folder: Path) -> None:
-    """Modules under our names, and under those that Python imports by itself, which leave a trace where they are run."""
+    """Modules under our names, and those that Python imports by itself: each leaves a trace where it runs."""
     trap = f"open({str(folder / 'ran')!r}, 'a').write(__file__ + chr(10)); raise SystemExit('a stranger ran')"
     for name in _TAKEN:
         package = folder / name
@@ -195,7 +195,7 @@ def test_the_printed_request_is_answered_and_status_is_ready(service: Service, f
 
 
 def test_nothing_ran_from_the_folder_that_it_was_started_in(service: Service, first_answer) -> None:
-    """Ours and Ray's processes, the workers, and the commands: the folder was somebody else's, full of our names."""
+    """Our processes and Ray's, workers and commands: the folder was somebody else's, full of our names."""
     assert first_answer
     assert not (service.strange / "ran").exists(), (service.strange / "ran").read_text()
 

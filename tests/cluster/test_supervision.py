@@ -80,7 +80,7 @@ def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path, derm_cds) 
 
 
 def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatch, capsys) -> None:
-    """Its first start after that fails, and the first deployment; a decoder that has died is started alone."""
+    """Its first start after that fails, and the first deployment; a dead decoder is started alone."""
     stop, said = Event(), []
 
     def do(what: str, error: Exception | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Decoding in a process that has nothing: the same answers as here, and what an image that takes it over can do there."""
+"""Decoding in a process that has nothing: the same answers as here, and what can be done from there."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def folder() -> Iterator[Path]:
 
 
 def _expected() -> list[str]:
-    # Version 6 of Landlock keeps signals in: with an older one a decoder can end its own parent, which is started again.
+    # Version 6 of Landlock keeps signals in: with an older one it can end its own parent, which comes back.
     return [] if sandbox.landlock_version() >= 6 else ["end the decoder"]
 
 
@@ -187,7 +187,7 @@ def test_each_attack_succeeds_in_a_process_that_has_given_nothing_up(folder: Pat
 @pytest.mark.skipif(not AS_ROOT, reason="only root gives it an account of its own")
 @pytest.mark.parametrize("whose", ["the service's", "its own"])
 def test_a_decoder_that_an_image_took_over_finds_nothing(folder: Path, whose: str) -> None:
-    """The key is of another account, as where root starts the node; and of the decoder's own, as where a user does."""
+    """The key is of another account, as in a home of root's; and of the decoder's own, as in a user's."""
     account = account_of(DECODER)
     key = folder / "keyring.json"
     key.write_text("the key")
