@@ -20,8 +20,9 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import Running, running_service
 from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
+from serve_app.audit.chain import describe
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_log import AuditChain, describe, examine
+from serve_app.records.audit_log import AuditChain, examine
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import Pool, open_pool

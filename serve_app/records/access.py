@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
@@ -43,7 +43,10 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class EmergencyAccess(Shape):
-    """One emergency access; `accesses` counts what was done under it so far, by action."""
+    """One emergency access; `accesses` counts what was done under it so far, by action.
+
+    `ended_at` is there where it was ended before its time (`ends_at`), by a review or a command.
+    """
 
     emergency_id: Id
     patient_id: str
@@ -55,13 +58,15 @@ class EmergencyAccess(Shape):
     reviewer: str | None
     review_outcome: ReviewOutcome | None
     review_note: str | None = field(repr=False)
+    ended_at: Time | None
+    ended_by: str | None
     accesses: dict[str, int]
 
 
 class AccessStore(Store):
     """Reads and changes access; every change is committed with its audit event, or not at all.
 
-    Assigning, ending, revoking and restoring need the owner's role: the service cannot widen
+    Assigning, ending by command, revoking and restoring need the owner's role: the service cannot widen
     anyone's access but by an emergency access, which is reviewed.
     """
 
@@ -133,9 +138,32 @@ class AccessStore(Store):
         note: str | None,
         event: AuditEvent,
     ) -> EmergencyAccess | None:
-        """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own."""
-        row = await self._change("review", emergency_id, reviewer, outcome, note, event=event)
-        return EmergencyAccess(**row) if row else None
+        """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own.
+
+        One that was not justified ends with it, and so does whatever else lets its principal to that patient in an
+        emergency: the event names these as `ended`.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            row = await connection.fetchrow(_SQL["review"], emergency_id, reviewer, outcome, note)
+            if row is None:
+                return None
+            values = dict(row)
+            if ended := values.pop("ended"):
+                event = replace(event, detail={**event.detail, "ended": [str(each) for each in ended]})
+            await record_event(connection, event)
+            return EmergencyAccess(**values)
+
+    async def end_emergency(self, emergency_id: UUID, *, by: str, event: AuditEvent) -> bool:
+        """End an emergency access from the next request on; False, and nothing, when it is not in force."""
+        return await self._change("end_emergency", emergency_id, by, event=event) is not None
+
+    async def open_emergencies(
+        self, *, patient_id: str | None = None, principal: str | None = None, ended_too: bool = False
+    ) -> list[EmergencyAccess]:
+        """List emergency accesses without what was done under them: those in force, unless `ended_too`."""
+        return await self._pool.find_all(
+            EmergencyAccess, _SQL["open_emergencies"], patient_id, principal, ended_too
+        )
 
     async def _change(self, query: str, *args: object, event: AuditEvent) -> asyncpg.Record | None:
         """Run a statement that returns a row where it changes something, and record the event with that."""
