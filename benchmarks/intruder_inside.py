@@ -281,7 +281,8 @@ def files_of_others(victim: Victim) -> tuple[Verdict, str]:
             if mode & 0o004 and not any(kind(mode) for kind in exempt) and not stat.S_ISDIR(mode):
                 open_to_all.append(str(path.relative_to(folder)))
     limits = [Path(f"/proc/{process.pid}/limits").read_text() for process in victim.processes()]
-    dumps = [text for text in limits if not re.search(r"core file size +0 +0 ", text)]
+    # 1 byte is none, and keeps a core pattern that is a program from being run, which 0 does not.
+    dumps = [text for text in limits if not re.search(r"core file size +[01] +[01] ", text)]
     if dumps:
         return "succeeded", f"{len(dumps)} processes may leave a core dump"
     secrets = [name for name in open_to_all if "key" in name or "secret" in name or "token" in name]
