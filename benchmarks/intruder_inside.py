@@ -210,7 +210,8 @@ def poisoned_backup(victim: Victim) -> tuple[Verdict, str]:
     with tempfile.TemporaryDirectory(prefix="derm-intruder-") as folder:
         place = Path(folder)
         place.chmod(0o711)
-        good, proof = place / "good", place / "executed"
+        good, proof, key = place / "good", place / "executed", place / "audit.pem"
+        key.write_text(victim.derm_cds("audit", "public-key").stdout)
         made = victim.derm_cds("backup", str(good))
         if made.returncode:
             return "succeeded", f"no backup could be made: {made.stderr[-160:]}"
@@ -242,7 +243,7 @@ def poisoned_backup(victim: Victim) -> tuple[Verdict, str]:
             _fit_digests(copy)
             home = place / f"home-{len(found)}"
             home.mkdir(mode=0o711)
-            restored = victim.derm_cds("restore", str(copy), home=home)
+            restored = victim.derm_cds("restore", str(copy), "--public-key", str(key), home=home)
             EmbeddedPostgres(home).stop(mode="immediate")
             said = (restored.stderr.strip().splitlines() or ["restored"])[-1][:120]
             through = restored.returncode == 0 or proof.exists()

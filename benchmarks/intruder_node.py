@@ -13,9 +13,12 @@ import subprocess
 import sys
 import time
 from typing import Any, Literal
+from uuid import uuid4
 
 import asyncpg
 import httpx
+from joserfc import jwt
+from joserfc.jwk import OctKey
 import psutil
 
 from benchmarks.faults_load import new_home
@@ -24,7 +27,6 @@ from cluster.node_files import read_service_environment
 from cluster.ports import choose_port
 from cluster.postgres import DATABASE, SUPERUSER, EmbeddedPostgres, PostgresState
 from cluster.ray_node import RayNode
-from serve_app.access.tokens import mint_token
 from serve_app.settings import REPOSITORY
 
 Verdict = Literal["refused", "found", "not promised", "succeeded"]
@@ -53,16 +55,11 @@ class Victim:
         )
 
     def token(self, subject: str, roles: tuple[str, ...] = ("clinician",), lifetime_s: int = 600) -> str:
-        """What an honest issuer would sign, whatever it is asked for."""
+        """What an issuer that looks at nothing would sign."""
         secret = read_service_environment(self.home)["DERM_TOKEN_SECRET"]
-        return mint_token(
-            secret=secret,
-            issuer="derm-cds",
-            audience="derm-cds",
-            subject=subject,
-            roles=list(roles),
-            lifetime_s=lifetime_s,
-        )
+        claims = {"iss": "derm-cds", "aud": "derm-cds", "sub": subject, "roles": list(roles)}
+        claims |= {"iat": int(time.time()), "exp": int(time.time()) + lifetime_s, "jti": str(uuid4())}
+        return jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(secret))
 
     def ask(self, method: str, path: str, token: str | None = None, **options: Any) -> httpx.Response:  # noqa: ANN401
         """Send one request, with a bearer token if there is one."""
