@@ -57,7 +57,7 @@ class Victim:
     def token(self, subject: str, roles: tuple[str, ...] = ("clinician",), lifetime_s: int = 600) -> str:
         """What an issuer that looks at nothing would sign."""
         secret = read_service_environment(self.home)["DERM_TOKEN_SECRET"]
-        claims = {"iss": "derm-cds", "aud": "derm-cds", "sub": subject, "roles": list(roles)}
+        claims: jwt.Claims = {"iss": "derm-cds", "aud": "derm-cds", "sub": subject, "roles": list(roles)}
         claims |= {"iat": int(time.time()), "exp": int(time.time()) + lifetime_s, "jti": str(uuid4())}
         return jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(secret))
 
