@@ -102,7 +102,7 @@ class Services:
                 "invariants": self.invariants.describe(),
                 "audit": self.sealer.describe(),
                 "loops": self.worker.describe(),
-                "findings": self.worker.findings(),
+                "findings": [*self.worker.findings(), *self.sealer.findings()],
                 **await self.counts(),
             }
         finally:
@@ -169,7 +169,11 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         "recovery": every(
             recovery.PERIOD_S, partial(recovery.recover_once, services.records, services.triage, live)
         ),
-        "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
+        "sealing": every(
+            *(worker.SEAL_EVERY_S, services.sealer.work, services.sealer.look),
+            first_after_s=0,
+            within_s=worker.SEAL_WITHIN_S,
+        ),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
         ),

@@ -118,8 +118,14 @@ class AuditChain(Store):
                 position = seal.position + 1
                 seal = Seal(position, link(seal.hash, position, event["digest"]))
                 rows.append((position, event["event_id"], seal.hash))
-            await connection.executemany(_SQL["seal"], rows)
+            if rows:
+                await connection.execute(_SQL["seal"], *zip(*rows, strict=True))
             return len(rows)
+
+    async def overdue(self, *, among: int | None = None) -> list[int]:
+        """Name the events that should have a seal by now and have none; `among`: only of those above the last so many."""
+        rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN, among)
+        return [row["event_id"] for row in rows]
 
     async def age(self) -> timedelta:
         """How long ago the first event was sealed, by the database's clock; zero while none is."""
@@ -161,8 +167,7 @@ class AuditChain(Store):
             at = Seal(position, stored)
         findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
         if since is None:
-            rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN)
-            findings += [Tampering("the event has no seal", 0, row["event_id"]) for row in rows]
+            findings += [Tampering("the event has no seal", 0, event) for event in await self.overdue()]
         return Verification(at, tuple(findings))
 
     async def _links(self, position: int) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
@@ -241,6 +246,14 @@ async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Check
             break
         agreed = each.position
     return await asyncio.to_thread(checkpoints.add, await chain.head(), restored_after=agreed)
+
+
+def describe_overdue(events: Sequence[int]) -> str:
+    """Say in words which events should have their seal by now."""
+    minutes = SEALED_WITHIN // timedelta(minutes=1)
+    return (
+        f"{len(events)} events of the audit log, from {events[0]} on, have had no seal for {minutes} minutes"
+    )
 
 
 def describe(finding: Tampering) -> str:

@@ -11,18 +11,28 @@ SELECT pg_advisory_xact_lock(7234314190585520492);
 SELECT position, hash FROM audit_seals ORDER BY position DESC LIMIT 1;
 
 -- name: unsealed
--- Up to $2 events that have no seal, of the last $1 and all that are newer than the newest sealed one.
--- An event that commits late has a lower id than some that are sealed; nothing commits later than that many.
+-- Up to $2 events that have no seal, of those with a higher number than the lowest of the last $1 that were sealed.
+-- An event that commits late has a lower number than some that are sealed; nothing commits later than that many.
+-- The last ones by their place in the chain: an event whose number is far ahead of all moves nothing.
+WITH recent AS MATERIALIZED (
+    SELECT min(event_id) AS lowest
+    FROM (SELECT event_id FROM audit_seals ORDER BY position DESC LIMIT $1) AS newest
+    HAVING count(*) = $1
+)
 SELECT e.event_id, audit_digest(e) AS digest
 FROM audit_events AS e
-WHERE e.event_id > coalesce((SELECT max(event_id) FROM audit_seals), 0) - $1
-    AND NOT EXISTS (SELECT FROM audit_seals AS s WHERE s.event_id = e.event_id)
+WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
+    AND NOT EXISTS (
+        SELECT FROM audit_seals AS s
+        WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
+    )
 ORDER BY e.event_id
 LIMIT $2;
 
 -- name: seal
--- Add one seal.
-INSERT INTO audit_seals (position, event_id, hash) VALUES ($1, $2, $3);
+-- Add seals, in order.
+INSERT INTO audit_seals (position, event_id, hash)
+SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bytea[]);
 
 -- name: chain
 -- The next $2 seals after position $1, with the digest of their event as it is now; null where it is gone.
@@ -42,11 +52,21 @@ SELECT position, hash FROM audit_seals WHERE position = ANY($1::bigint[]);
 SELECT now() - sealed_at FROM audit_seals ORDER BY position LIMIT 1;
 
 -- name: unsealed_since
--- Events without a seal that are older than $1: added behind the sealer's back, or it does not run.
-SELECT event_id FROM audit_events AS e
-WHERE e.recorded_at < now() - $1::interval
-    AND NOT EXISTS (SELECT FROM audit_seals AS s WHERE s.event_id = e.event_id)
-ORDER BY event_id;
+-- Events without a seal that are older than $1: added behind the sealer's back, or it does not run. Of all, or with $2 of
+-- those that `unsealed` looks at.
+WITH recent AS MATERIALIZED (
+    SELECT min(event_id) AS lowest
+    FROM (SELECT event_id FROM audit_seals ORDER BY position DESC LIMIT $2::bigint) AS newest
+    HAVING count(*) = $2
+)
+SELECT e.event_id FROM audit_events AS e
+WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
+    AND e.recorded_at < now() - $1::interval
+    AND NOT EXISTS (
+        SELECT FROM audit_seals AS s
+        WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
+    )
+ORDER BY e.event_id;
 
 -- name: events_between
 -- The next $4 events after event $3 that were recorded from $1 on and before $2.
