@@ -23,6 +23,7 @@ from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_log import (
     AuditChain,
+    Verification,
     accept_restore,
     describe,
     events_between,
@@ -30,6 +31,7 @@ from serve_app.records.audit_log import (
     sign_head,
 )
 from serve_app.records.pool import Pool
+from serve_app.records.reconciliation import Reconciliation, reconcile
 from serve_app.settings import NodeFiles
 
 
@@ -78,25 +80,31 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.checkpoints:
         both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
-    found = ask(
-        arguments.home, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
-    )
+
+    async def look(pool: Pool) -> tuple[Verification, Reconciliation]:
+        chain = AuditChain(pool)
+        return await examine(chain, known, whole=True, kept_here=bool(here)), await reconcile(pool)
+
+    found, rows = ask(arguments.home, look)
     for checkpoint in known:
         if checkpoint.restored_after is not None:
             print(
                 f"restored, {checkpoint.at.isoformat(timespec='seconds')}: what was signed before holds up to "
                 f"seal {checkpoint.restored_after}"
             )
-    for finding in found.findings[:20]:
-        print(describe(finding), file=sys.stderr)
+    for line in (*map(describe, found.findings[:20]), *rows.differences[:20]):
+        print(line, file=sys.stderr)
     print(
         f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found"
     )
-    if found.findings:
-        raise IntegrityError(
-            "The audit log is not what was written: keep everything as it is, and investigate."
-        )
+    print(
+        f"{rows.compared} rows beside the log, {rows.without_digest} of them from before it held digests: "
+        f"{len(rows.differences) or 'nothing'} found"
+    )
+    if found.findings or rows.differences:
+        what = "The audit log" if found.findings else "A row beside the audit log"
+        raise IntegrityError(f"{what} is not what was written: keep everything as it is, and investigate.")
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:

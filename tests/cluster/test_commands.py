@@ -49,8 +49,9 @@ def test_care_begins_and_ends_and_is_audited(derm_cds, home, clinic) -> None:
     assert "p-access" not in derm_cds("access", "list", home=home).out
     assert "p-access" in derm_cds("access", "list", "--all", home=home).out
     for action in ("assign", "end_assignment"):
-        expected = ("p-access", {"subject": "dr-access", "purpose": "HSYSADMIN"})
-        assert events(clinic, action)[-1] == expected
+        patient, detail = events(clinic, action)[-1]
+        assert (patient, [*detail.pop("rows")]) == ("p-access", ["care_assignments"])
+        assert detail == {"subject": "dr-access", "purpose": "HSYSADMIN"}
     # Care to come is told in UTC and withdrawn; none ends before it begins.
     times = ("--from", "2099-01-01T01:00+02:00", "--until", "2099-02-01T00:00Z")
     span = "from 2098-12-31T23:00:00+00:00 until 2099-02-01T00:00:00+00:00"

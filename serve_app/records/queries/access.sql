@@ -10,13 +10,13 @@ SELECT EXISTS (
 INSERT INTO revocations (kind, value, revoked_by)
 VALUES ($1, $2, $3)
 ON CONFLICT (kind, value) DO NOTHING
-RETURNING kind;
+RETURNING *;
 
 -- name: restore
 -- Let a subject or a token in again.
 DELETE FROM revocations
 WHERE kind = $1 AND value = $2
-RETURNING kind;
+RETURNING *, true AS gone;
 
 -- name: revocations
 -- List who is locked out, newest first.
@@ -29,23 +29,21 @@ ORDER BY revoked_at DESC, kind, value;
 INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
 VALUES ($1, $2, $3, $4)
 ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at
-RETURNING patient_id;
+RETURNING *;
 
 -- name: end_assignment
 -- End what is in force of somebody's care for a patient, and withdraw what has not begun.
 WITH ended AS (
     UPDATE care_assignments SET ends_at = now()
     WHERE patient_id = $1 AND clinician = $2 AND starts_at < now() AND (ends_at IS NULL OR ends_at > now())
-    RETURNING starts_at
+    RETURNING *
 ),
 withdrawn AS (
     DELETE FROM care_assignments
     WHERE patient_id = $1 AND clinician = $2 AND starts_at >= now()
-    RETURNING starts_at
+    RETURNING *
 )
-SELECT count(*) AS ended
-FROM (SELECT starts_at FROM ended UNION ALL SELECT starts_at FROM withdrawn) AS stopped
-HAVING count(*) > 0;
+SELECT *, false AS gone FROM ended UNION ALL SELECT *, true FROM withdrawn;
 
 -- name: assignments
 -- List care assignments of a patient, a principal, or all: those in force or to come, or ($3) every one.
