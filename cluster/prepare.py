@@ -22,7 +22,7 @@ from cluster.safety import Finding, look_at, transport_findings, trust_findings
 from data_jobs.references.load import publish_bundled
 from data_jobs.sample_lesion import write_sample
 from model_store.registry import ModelStore
-from serve_app.access.tokens import mint_token
+from serve_app.access.tokens import issue_token
 from serve_app.audit.events import account_event
 from serve_app.domain.errors import DermError, ModelContractError
 from serve_app.records.access import AccessStore, CareAssignment
@@ -117,13 +117,7 @@ async def _demonstrate(settings: Settings, pool: Pool) -> dict[str, str]:
     image = settings.home / "sample-lesion.jpg"
     if not image.exists():
         write_sample(image)
-    token = mint_token(
-        secret=settings.token_secret.get_secret_value(),
-        issuer=settings.token_issuer,
-        audience=settings.token_audience,
-        subject=CLINICIAN,
-        roles=["clinician"],
-    )
+    token = issue_token(settings, CLINICIAN, ["clinician"])
     return {"token": token, "patient_id": PATIENT, "image": str(image)}
 
 

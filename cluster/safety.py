@@ -19,10 +19,14 @@ import psutil
 
 from cluster.deployed import deployed_file
 from cluster.key_backups import find_kept_copies
+from cluster.node_files import application_role
 from cluster.ports import exposed, listeners
 from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
 from cluster.ray_node import belonging, name, on_disk
+from serve_app.audit.chain import describe
 from serve_app.domain.errors import IntegrityError
+from serve_app.records.audit_schema import schema_findings
+from serve_app.records.migrate import SchemaMismatch, pending
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys
 from serve_app.settings import NodeFiles, Settings, find_untrustworthy, find_weakness
@@ -177,7 +181,7 @@ async def all_findings(
     found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
     found += trust_findings(settings, urls)
     if urls is not None:
-        found += await look_at(urls)
+        found += [*await look_at(urls), *await audit_schema_findings(urls)]
     state = PostgresState.read(home / "postgres.json")
     if urls is not None and state is not None and not own:
         password = quote(state.superuser_password, safe="")
@@ -187,6 +191,21 @@ async def all_findings(
     found += await key_findings(NodeFiles(home), urls, provider=settings.key_provider)
     secret = settings.token_secret.get_secret_value()
     return [*found, *environment_findings(settings.env, weakness=find_weakness(secret) if secret else None)]
+
+
+async def audit_schema_findings(urls: DatabaseUrls) -> list[Finding]:
+    """What was done to the tables, triggers, functions and rights of the audit log; nothing of an older schema."""
+    try:
+        if await pending(urls.owner):
+            return []
+    except SchemaMismatch:  # which is said in its own place
+        return []
+    found = await schema_findings(urls.owner, application_role=application_role(urls))
+    if not found:
+        return []
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    advice = "find out who changed it; `derm-cds audit verify` names all"
+    return [Finding("audit_schema", f"{describe(found[0])}{more}: {advice}")]
 
 
 async def database_findings(pool: Pool) -> list[Finding]:

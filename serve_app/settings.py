@@ -99,6 +99,8 @@ class Settings(KeySettings):
     token_jwks_refresh_s: float = Field(default=600.0, ge=30, le=86_400)
     token_issuer: str = "derm-cds"
     token_audience: str = "derm-cds"
+    #: From a token's `iat` (without one, from now) to its `exp`; one that is valid for longer is refused.
+    token_max_lifetime_s: int = Field(default=86_400, ge=60, le=2_592_000)
 
     models: Path = Field(default_factory=model_folder)
 

@@ -20,7 +20,7 @@ from typing import Any
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog
 from serve_app.domain.assessment import format_time
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_log import LATE_EVENTS, AuditChain, describe_overdue, sign_head
+from serve_app.records.audit_log import AuditChain, describe_overdue, sign_head
 from serve_app.records.health import Violation, find_violations
 from serve_app.records.pool import Pool
 
@@ -227,7 +227,7 @@ class Sealer:
     async def look(self) -> None:
         """Now and then, look for events that have no seal in time, whoever should have made it."""
         if monotonic() >= self._look_at:
-            self._overdue = await self._chain.overdue(among=LATE_EVENTS)
+            self._overdue = await self._chain.overdue()
             self._look_at = monotonic() + LOOK_EVERY_S
 
     def findings(self) -> list[str]:

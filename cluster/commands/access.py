@@ -1,4 +1,4 @@
-"""`derm-cds access` and `derm-cds assign`: who cares for whom, and who is locked out."""
+"""`derm-cds access` and `derm-cds assign`: who cares for whom, who went in without, and who is locked out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TypeVar
+from uuid import UUID
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask_as_owner
+from serve_app.access.tokens import check_subject
 from serve_app.audit.events import account_event, os_account
-from serve_app.domain.errors import InvalidField, NotFound
+from serve_app.domain.errors import InvalidField, NotFound, SubjectRefused
 from serve_app.domain.identifiers import parse_opaque_id
-from serve_app.records.access import AccessStore, CareAssignment, RevocationKind
+from serve_app.records.access import AccessStore, CareAssignment, EmergencyAccess, RevocationKind
 
 #: How times are given, for help and refusals.
 TIME = "RFC 3339 time with a zone (2026-12-01T08:00:00Z, 2026-12-01T09:00:00+01:00)"
@@ -29,29 +31,38 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
     action = actions_of(parser)
     _define_assign(action("assign", _assign, "put a patient into somebody's care"))
     _define_pair(action("end", _end, "end somebody's care for a patient now"), required=True)
-    listed = action("list", _list, "list care assignments and who is locked out")
+    ending = action("end-emergency", _end_emergency, "end an emergency access now")
+    ending.add_argument("emergency", type=UUID, help="its id (`derm-cds access list`)")
+    listed = action("list", _list, "list care assignments, emergency accesses, and who is locked out")
     _define_pair(listed, required=False)
-    listed.add_argument("--all", action="store_true", help="assignments that have ended, too")
-    for made in (
-        action("revoke", _revoke, "refuse a subject, or one token, from the next request on"),
-        action("restore", _restore, "let a subject, or one token, in again"),
+    listed.add_argument("--all", action="store_true", help="what has ended, too")
+    for made, read in (
+        # A slip of the keyboard must not read as if somebody were locked out.
+        (action("revoke", _revoke, "refuse a subject, or one token, from the next request on"), subject),
+        (action("restore", _restore, "let a subject, or one token, in again"), str),
     ):
         whom = made.add_mutually_exclusive_group(required=True)
-        whom.add_argument("subject", nargs="?", help="`sub` of the tokens")
+        whom.add_argument("subject", nargs="?", type=read, help="`sub` of the tokens")
         whom.add_argument("--token", metavar="JTI", help="`jti` of the one token")
 
 
 def _define_assign(parser: argparse.ArgumentParser) -> None:
-    _define_pair(parser, required=True, patient=patient_id)
+    _define_pair(parser, required=True, patient=patient_id, clinician=subject)
     parser.add_argument("--from", dest="since", type=instant, help=f"{TIME} the care begins (default: now)")
     parser.add_argument("--until", type=instant, help=f"{TIME} the care ends (default: open)")
 
 
 def _define_pair(
-    parser: argparse.ArgumentParser, *, required: bool, patient: Callable[[str], str] = str
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool,
+    patient: Callable[[str], str] = str,
+    clinician: Callable[[str], str] = str,
 ) -> None:
     parser.add_argument("--patient", type=patient, required=required, help="the PMS's id of the patient")
-    parser.add_argument("--clinician", required=required, help="`sub` of the principal's tokens")
+    parser.add_argument(
+        "--clinician", type=clinician, required=required, help="`sub` of the principal's tokens"
+    )
 
 
 def _assign(arguments: argparse.Namespace) -> None:
@@ -76,11 +87,35 @@ def _end(arguments: argparse.Namespace) -> None:
     print(f"{patient} is no longer in the care of {clinician}")
 
 
+def _end_emergency(arguments: argparse.Namespace) -> None:
+    emergency_id = arguments.emergency
+
+    async def end(store: AccessStore) -> EmergencyAccess:
+        found = await store.emergency(emergency_id)
+        if found is None:
+            raise NotFound(f"There is no emergency access {emergency_id}.")
+        detail = {"emergency_id": str(emergency_id), "subject": found.principal}
+        event = account_event("end_emergency", detail, patient_id=found.patient_id)
+        if not await store.end_emergency(emergency_id, by=os_account(), event=event):
+            raise NotFound(f"The emergency access {emergency_id} is over already.")
+        return found
+
+    ended = _ask(arguments, end)
+    print(f"{ended.principal} has no emergency access {emergency_id} to {ended.patient_id} any more")
+
+
 def _list(arguments: argparse.Namespace) -> None:
     wanted = {"patient_id": arguments.patient, "clinician": arguments.clinician, "ended_too": arguments.all}
     for care in _ask(arguments, lambda store: store.assignments(**wanted)):
         until = _utc(care.ends_at) if care.ends_at else "further notice"
         print(f"{care.patient_id}: {care.clinician}, from {_utc(care.starts_at)} until {until}")
+    wanted["principal"] = wanted.pop("clinician")
+    for opened in _ask(arguments, lambda store: store.open_emergencies(**wanted)):
+        until = f"until {_utc(opened.ends_at)}"
+        if opened.ended_at:
+            until = f"ended by {opened.ended_by} at {_utc(opened.ended_at)}"
+        begun = f"from {_utc(opened.starts_at)}"
+        print(f"emergency {opened.emergency_id}: {opened.patient_id}: {opened.principal}, {begun} {until}")
     for lock in _ask(arguments, lambda store: store.revocations()):
         print(f"revoked {lock.kind} {lock.value}: by {lock.revoked_by} at {_utc(lock.revoked_at)}")
 
@@ -117,6 +152,14 @@ def patient_id(text: str) -> str:
     try:
         return parse_opaque_id("patient", text)
     except InvalidField as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def subject(text: str) -> str:
+    """Read an argument that is a token's subject: only one that is let in, too."""
+    try:
+        return check_subject(text)
+    except SubjectRefused as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

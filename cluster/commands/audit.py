@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 import json
 import os
@@ -11,25 +14,21 @@ import socket
 import sys
 
 from cluster.commands import actions_of
-from cluster.commands.records import ask, record
+from cluster.commands.records import ask, ask_database, record
+from cluster.node_files import application_role, database
+from serve_app.audit.chain import describe, export_line, exported_events, follow, newest
 from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
+    in_force,
     read_copy,
     read_public_key,
     write_public_key,
 )
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.fhir.audit_event import audit_event_resource
-from serve_app.records.audit_log import (
-    AuditChain,
-    Verification,
-    accept_restore,
-    describe,
-    events_between,
-    examine,
-    sign_head,
-)
+from serve_app.records.audit_log import AuditChain, accept_restore, events_between, examine, sign_head
+from serve_app.records.audit_schema import schema_findings
 from serve_app.records.pool import Pool
 from serve_app.records.reconciliation import Reconciliation, reconcile
 from serve_app.settings import NodeFiles
@@ -51,6 +50,16 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what checks them (PEM), instead of this node's own key",
     )
+    elsewhere = verify.add_mutually_exclusive_group()
+    elsewhere.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="verify this `export --sealed`: without a node or a database",
+    )
+    elsewhere.add_argument(
+        "--database", metavar="URL", help="verify this database, a restored dump for one: without a node"
+    )
     sign = action("checkpoint", _checkpoint, "seal what is new, and sign the chain's state")
     sign.add_argument(
         "--restored",
@@ -59,10 +68,11 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
     )
     action("public-key", _public_key, "print the key that checks the checkpoints, to be kept elsewhere")
     export = action("export", _export, "write events as FHIR AuditEvent, a JSON object a line")
+    export.add_argument("--from", dest="start", type=_instant, help="RFC 3339, UTC without a zone; inclusive")
+    export.add_argument("--to", dest="end", type=_instant, help="the same; exclusive")
     export.add_argument(
-        "--from", dest="start", type=_instant, required=True, help="RFC 3339, UTC without a zone; inclusive"
+        "--sealed", action="store_true", help="instead, the whole log as it is sealed, for `verify --export`"
     )
-    export.add_argument("--to", dest="end", type=_instant, required=True, help="the same; exclusive")
     export.add_argument("--out", type=Path, required=True, help="the file to make; it must not exist")
 
 
@@ -73,36 +83,56 @@ def checkpoint_log(home: Path) -> CheckpointLog:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    elsewhere = arguments.export or arguments.database
+    if elsewhere and not (arguments.checkpoints and arguments.public_key):
+        raise Conflict(
+            "--export and --database need --checkpoints and --public-key: a node's own are not read."
+        )
     log = checkpoint_log(arguments.home)
     public = read_public_key(arguments.public_key) if arguments.public_key else log.public_key()
-    here = log.read(public)
+    here = [] if elsewhere else log.read(public)
     known = here
     if arguments.checkpoints:
         both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
-
-    async def look(pool: Pool) -> tuple[Verification, Reconciliation]:
-        chain = AuditChain(pool)
-        return await examine(chain, known, whole=True, kept_here=bool(here)), await reconcile(pool)
-
-    found, rows = ask(arguments.home, look)
+    rows: Reconciliation | None = None
+    if arguments.export:
+        found = asyncio.run(follow(exported_events(arguments.export), in_force(known)))
+    elif arguments.database:
+        found = ask_database(
+            arguments.database, lambda pool: AuditChain(pool).verify(in_force(known), is_copy=True)
+        )
+        rows = ask_database(arguments.database, reconcile)
+    else:
+        with database(arguments.home) as urls:
+            found = ask_database(
+                urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
+            )
+            rows = ask_database(urls.app, reconcile)
+            made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
+        found = replace(found, findings=(*found.findings, *made))
     for checkpoint in known:
         if checkpoint.restored_after is not None:
             print(
                 f"restored, {checkpoint.at.isoformat(timespec='seconds')}: what was signed before holds up to "
                 f"seal {checkpoint.restored_after}"
             )
-    for line in (*map(describe, found.findings[:20]), *rows.differences[:20]):
+    differences = rows.differences if rows else ()
+    for line in (*map(describe, found.findings[:20]), *differences[:20]):
         print(line, file=sys.stderr)
     print(
         f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found"
     )
-    print(
-        f"{rows.compared} rows beside the log, {rows.without_digest} of them from before it held digests: "
-        f"{len(rows.differences) or 'nothing'} found"
-    )
-    if found.findings or rows.differences:
+    last = newest(in_force(known))
+    if unsigned := found.head.position - (last.position if last else 0):
+        print(f"{unsigned} events are behind the last checkpoint: what it shows holds for those before")
+    if rows:
+        print(
+            f"{rows.compared} rows beside the log, {rows.without_digest} of them from before it held digests: "
+            f"{len(differences) or 'nothing'} found"
+        )
+    if found.findings or differences:
         what = "The audit log" if found.findings else "A row beside the audit log"
         raise IntegrityError(f"{what} is not what was written: keep everything as it is, and investigate.")
 
@@ -129,23 +159,40 @@ def _public_key(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     """Have it in the audit log first, then write: the export itself is among what it exports later."""
-    start, end = arguments.start, arguments.end
-    if start >= end:
+    start, end, sealed = arguments.start, arguments.end, arguments.sealed
+    if [start, end].count(None) != (2 if sealed else 0):
+        raise Conflict("Say --from and --to, or --sealed.")
+    if not sealed and start >= end:
         raise Conflict("--from must be before --to.")
-    record(arguments.home, "export", {"from": start.isoformat(), "to": end.isoformat()})
+    span = {} if sealed else {"from": start.isoformat(), "to": end.isoformat()}
+    record(arguments.home, "export", span or {"kind": "sealed"})
 
     async def write(pool: Pool) -> int:
         count = 0
-        with os.fdopen(os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            async for event_id, at, event in events_between(pool, start, end):
-                server = socket.gethostname()
-                resource = audit_event_resource(event, event_id=event_id, recorded_at=at, server=server)
-                file.write(json.dumps(resource, separators=(",", ":")) + "\n")
+        with os.fdopen(os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            async for line in _sealed_lines(pool) if sealed else _resource_lines(pool, start, end):
+                file.write(line)
                 count += 1
         return count
 
     count = ask(arguments.home, write)
     print(f"{count} events in {arguments.out}: it names patients, keep it as you keep them")
+
+
+async def _resource_lines(pool: Pool, start: datetime, end: datetime) -> AsyncIterator[bytes]:
+    server = socket.gethostname()
+    async for event_id, at, event in events_between(pool, start, end):
+        resource = audit_event_resource(event, event_id=event_id, recorded_at=at, server=server)
+        yield json.dumps(resource, separators=(",", ":")).encode() + b"\n"
+
+
+async def _sealed_lines(pool: Pool) -> AsyncIterator[bytes]:
+    chain = AuditChain(pool)
+    while await chain.seal(wait=True):
+        pass
+    async for batch in chain.events():
+        for sealed in batch:
+            yield export_line(sealed)
 
 
 def _instant(text: str) -> datetime:

@@ -10,7 +10,7 @@ import shlex
 from cluster.ray_node import RayNode
 from cluster.running import running_service
 from data_jobs.sample_lesion import write_sample
-from serve_app.access.tokens import mint_token
+from serve_app.access.tokens import issue_token
 from serve_app.domain.errors import DermError
 from serve_app.settings import load_settings
 
@@ -20,7 +20,9 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
     if name == "token":
         parser.add_argument("--subject", default="dr-demo", help="`sub`, who calls (default: %(default)s)")
         parser.add_argument("--role", action="append", help="repeatable (default: clinician)")
-        parser.add_argument("--minutes", type=int, default=60, help="lifetime (default: %(default)s)")
+        parser.add_argument(
+            "--minutes", type=int, help="lifetime (default: 60, or as long as the node allows)"
+        )
     elif name == "sample":
         parser.add_argument("path", type=Path, help="the JPEG file to write")
     parser.set_defaults(run={"environment": _environment, "token": _token, "sample": _sample}[name])
@@ -48,15 +50,8 @@ def _token(arguments: argparse.Namespace) -> None:
         raise DermError(
             "DERM_TOKEN_JWKS names an issuer's keys: tokens come from that issuer, not from here."
         )
-    token = mint_token(
-        secret=settings.token_secret.get_secret_value(),
-        issuer=settings.token_issuer,
-        audience=settings.token_audience,
-        subject=arguments.subject,
-        roles=arguments.role or ["clinician"],
-        lifetime_s=60 * arguments.minutes,
-    )
-    print(token)
+    lifetime_s = None if arguments.minutes is None else 60 * arguments.minutes
+    print(issue_token(settings, arguments.subject, arguments.role or ["clinician"], lifetime_s=lifetime_s))
 
 
 def _sample(arguments: argparse.Namespace) -> None:

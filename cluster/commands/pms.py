@@ -41,7 +41,13 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     counts = ask(arguments.home, lambda pool: Outbox(pool).counts())
     oldest = "" if counts.oldest_waiting_s is None else f", the oldest for {counts.oldest_waiting_s:.0f} s"
-    print(f"{counts.waiting} wait{oldest}; {counts.dead} dead")
+    held = f" ({counts.unconfirmed} held: their encounter is not confirmed)" if counts.unconfirmed else ""
+    wrong = (
+        f", {counts.wrong_encounter} of them under another patient's encounter"
+        if counts.wrong_encounter
+        else ""
+    )
+    print(f"{counts.waiting} wait{held}{oldest}; {counts.dead} dead{wrong}")
     return 1 if counts.dead else 0
 
 
@@ -53,6 +59,8 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _describe(message: UndeliveredMessage) -> str:
     state = "dead" if message.dead_at else f"waits until {message.due_at.isoformat(timespec='seconds')}"
+    if message.sent_at is None and message.attempts:
+        state += ", its encounter not confirmed"
     return (
         f"{message.message_id} encounter {message.encounter_id}, assessment {message.assessment_id}: {state}; "
         f"queued {message.queued_at.isoformat(timespec='seconds')}, {message.attempts} attempts, "

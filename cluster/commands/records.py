@@ -20,21 +20,26 @@ Result = TypeVar("Result")
 def ask(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
     """Ask the node's database, as the role that serves."""
     with database(home) as urls:
-        return asyncio.run(_ask(urls.app, question))
+        return ask_database(urls.app, question)
 
 
 def ask_as_owner(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> Result:
     """Ask the node's database, as the schema's owner."""
     with database(home) as urls:
-        return asyncio.run(_ask(urls.owner, question))
+        return ask_database(urls.owner, question)
 
 
-async def _ask(dsn: str, question: Callable[[Pool], Awaitable[Result]]) -> Result:
-    pool = await open_pool(dsn, minimum=0, maximum=1, timeout_s=60)
-    try:
-        return await question(pool)
-    finally:
-        await pool.close()
+def ask_database(url: str, question: Callable[[Pool], Awaitable[Result]]) -> Result:
+    """Ask any database."""
+
+    async def run() -> Result:
+        pool = await open_pool(url, minimum=0, maximum=1, timeout_s=60)
+        try:
+            return await question(pool)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
 
 
 def record(home: Path, action: str, detail: dict[str, object], *, outcome: AuditOutcome = "success") -> None:

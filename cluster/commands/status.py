@@ -20,8 +20,9 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres
 from cluster.ray_node import RayNode
 from cluster.running import Running, running_service
 from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
+from serve_app.audit.chain import describe
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_log import LATE_EVENTS, AuditChain, describe, describe_overdue, examine
+from serve_app.records.audit_log import AuditChain, describe_overdue, examine
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import Pool, open_pool
@@ -142,7 +143,7 @@ async def _audit(home: Path, pool: Pool) -> str:
     found = (await examine(chain, checkpoints, whole=False)).findings
     if found:
         return f"{_UNSOUND}: {describe(found[0])}; `derm-cds audit verify` says more"
-    if overdue := await chain.overdue(among=LATE_EVENTS):
+    if overdue := await chain.overdue():
         return f"{_UNSEALED}: {describe_overdue(overdue)}; a running service seals them"
     if not checkpoints:
         return "no checkpoint yet"

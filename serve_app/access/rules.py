@@ -9,13 +9,13 @@ from enum import Enum, StrEnum
 from types import MappingProxyType
 from uuid import UUID
 
-from serve_app.audit.events import AuditEvent, AuditOutcome, event_about
+from serve_app.audit.events import AuditEvent, AuditOutcome, event_about, is_own_actor
 from serve_app.keys.receipts import ErasureReason
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The caller: `subject` is unique at the issuer, printable, 1 to 255 characters.
+    """The caller: `subject` is unique at the issuer, and a name that `check_subject` (tokens.py) lets pass.
 
     `token_id` is the token's own `jti`, by which it alone can be revoked; not every issuer gives one.
     Whichever token it comes with, a principal is the same.
@@ -245,7 +245,7 @@ def purpose_of(event: AuditEvent, roles: frozenset[str] | None = None) -> Purpos
     if roles is not None:
         return next((purpose for role, purpose in _BY_ROLE.items() if role in roles), None)
     # What no token stands behind is done by the account of an operator.
-    return Purpose.SYSTEM_ADMINISTRATION if event.actor.startswith("os:") else None
+    return Purpose.SYSTEM_ADMINISTRATION if is_own_actor(event.actor) else None
 
 
 def recorded_purpose(event: AuditEvent) -> Purpose | None:

@@ -21,6 +21,7 @@ import re
 import ssl
 import time
 from typing import Any
+import unicodedata
 import urllib.parse
 from uuid import uuid4
 import warnings
@@ -31,13 +32,17 @@ from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
 
 from serve_app.access.rules import Principal
-from serve_app.domain.errors import IssuerKeysUnavailable, Unauthenticated
+from serve_app.audit.events import reads_like_own_actor
+from serve_app.domain.errors import IssuerKeysUnavailable, LifetimeRefused, SubjectRefused, Unauthenticated
 from serve_app.settings import SECRET_BYTES, Settings, split_words
 
 _COMPACT = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
 _TOKEN_LENGTH = 8192
-_SUBJECT_LENGTH = 255
+_NAME_LENGTH = 255
+#: What shows nothing and is printable to Python (Unicode's Default_Ignorable_Code_Point, and the empty Braille cell).
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _LEEWAY_S = 5
+_DAY_S = 86_400
 
 #: Algorithm: the kind of key that it takes. Nothing symmetric: a public key is no secret.
 PUBLIC_ALGORITHMS: dict[str, type[RSAKey | ECKey | OKPKey]] = {
@@ -66,26 +71,29 @@ _log = logging.getLogger("derm.tokens")
 class Verifier(ABC):
     """Checks a token's form, signature and claims; which key may have signed is a subclass's to know.
 
-    Clocks may differ by 5 s.
+    Clocks may differ by 5 s. A token may be valid for `max_lifetime_s` from its `iat`; without one, from now.
     """
 
-    def __init__(self, issuer: str, audience: str, algorithms: Collection[str]) -> None:
+    def __init__(
+        self, issuer: str, audience: str, algorithms: Collection[str], *, max_lifetime_s: int = _DAY_S
+    ) -> None:
         self._algorithms = tuple(algorithms)
+        self._max_lifetime_s = max_lifetime_s
         self._claims = jwt.JWTClaimsRegistry(
             leeway=_LEEWAY_S,
             iss={"essential": True, "value": issuer},
             aud={"essential": True, "value": audience},
             exp={"essential": True},
-            sub={"essential": True},
         )
 
     @abstractmethod
     async def identify(self, token: str) -> Principal:
-        """Say who signed in; Unauthenticated for anything but a valid token."""
+        """Say who signed in; Unauthenticated for anything but a valid token, as `read` says."""
 
     def read(self, token: str, key: Key | Callable[[Any], Key]) -> Principal:
         """Say who signed in; Unauthenticated, without a hint why, for anything but a valid token.
 
+        SubjectRefused or LifetimeRefused for one that the issuer signed, and should not have.
         A `key` that is called with the token's header may raise LookupError.
         """
         if len(token) > _TOKEN_LENGTH or not _COMPACT.fullmatch(token):
@@ -96,6 +104,10 @@ class Verifier(ABC):
                 warnings.simplefilter("ignore", SecurityWarning)
                 claims = jwt.decode(token, key, algorithms=self._algorithms).claims
             self._claims.validate(claims)
+            # Added, not subtracted: a number of 400 digits is no float.
+            begins = claims["iat"] if "iat" in claims else time.time() + _LEEWAY_S
+            if claims["exp"] > begins + self._max_lifetime_s:
+                raise LifetimeRefused
             return _principal(claims)
         except (JoseError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             # joserfc takes the header for a JSON object of the right types; a forger need not.
@@ -105,8 +117,8 @@ class Verifier(ABC):
 class TokenVerifier(Verifier):
     """Checks tokens signed with a shared secret (HS256); ValueError for one of less than 32 bytes."""
 
-    def __init__(self, secret: str, issuer: str, audience: str) -> None:
-        super().__init__(issuer, audience, ("HS256",))
+    def __init__(self, secret: str, issuer: str, audience: str, *, max_lifetime_s: int = _DAY_S) -> None:
+        super().__init__(issuer, audience, ("HS256",), max_lifetime_s=max_lifetime_s)
         self._key = _signing_key(secret)
 
     def verify(self, token: str) -> Principal:
@@ -128,18 +140,56 @@ def mint_token(
     lifetime_s: int = 3600,
     token_id: str | None = None,
 ) -> str:
-    """Sign a token as the PMS's issuer would: for development and tests."""
+    """Sign a token as the PMS's issuer would: for development and tests. SubjectRefused as for a caller's."""
     now = int(time.time())
     claims: jwt.Claims = {
         "iss": issuer,
         "aud": audience,
-        "sub": subject,
+        "sub": check_subject(subject),
         "roles": sorted(roles),
         "iat": now,
         "exp": now + lifetime_s,
         "jti": token_id or str(uuid4()),
     }
     return jwt.encode({"alg": "HS256"}, claims, _signing_key(secret))
+
+
+def issue_token(
+    settings: Settings, subject: str, roles: Iterable[str], *, lifetime_s: int | None = None
+) -> str:
+    """Sign a token that this node takes: an hour's, where it takes so long a one. SubjectRefused or LifetimeRefused."""
+    longest = settings.token_max_lifetime_s
+    if lifetime_s is not None and not 0 < lifetime_s <= longest:
+        raise LifetimeRefused(f"A token is valid for 1 to {longest} s (DERM_TOKEN_MAX_LIFETIME_S).")
+    return mint_token(
+        secret=settings.token_secret.get_secret_value(),
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        subject=subject,
+        roles=roles,
+        lifetime_s=lifetime_s or min(3600, longest),
+    )
+
+
+def check_subject(subject: object) -> str:
+    """Take a subject that the audit log may name; SubjectRefused for any other.
+
+    Nothing that could forge a line of the log, that reads like another principal's name, or like one of our own.
+    """
+    if not isinstance(subject, str) or not _is_plain(subject) or reads_like_own_actor(subject):
+        raise SubjectRefused
+    return subject
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is all that it shows: two that read the same are the same, but for look-alike letters."""
+    return (
+        0 < len(name) <= _NAME_LENGTH
+        and name.isprintable()
+        and name.strip() == name
+        and not _UNSEEN.search(name)
+        and unicodedata.is_normalized("NFKC", name)
+    )
 
 
 def _signing_key(secret: str) -> OctKey:
@@ -149,19 +199,14 @@ def _signing_key(secret: str) -> OctKey:
 
 
 def _principal(claims: jwt.Claims) -> Principal:
-    # The subject goes into the audit log: nothing there that could forge a line of it.
-    subject, roles = claims["sub"], claims.get("roles", [])
-    if not subject.strip() or len(subject) > _SUBJECT_LENGTH or not subject.isprintable():
-        raise ValueError("sub")
+    roles = claims.get("roles", [])
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
         raise ValueError("roles")
-    # Written to the revocation list as it stands, so as strict as a subject. RFC 7519 4.1.7: a string.
+    # An operator writes it to the revocation list as it reads. RFC 7519 4.1.7: a string.
     jti = claims.get("jti")
-    if jti is not None and not (
-        isinstance(jti, str) and 0 < len(jti) <= _SUBJECT_LENGTH and jti.isprintable()
-    ):
+    if jti is not None and not (isinstance(jti, str) and _is_plain(jti)):
         raise ValueError("jti")
-    return Principal(subject, frozenset(roles), jti)
+    return Principal(check_subject(claims.get("sub")), frozenset(roles), jti)
 
 
 class KeySetRefused(Exception):
@@ -323,10 +368,18 @@ class PublicKeyVerifier(Verifier):
     ValueError for an allow-list with anything but RS256, ES256, EdDSA and Ed25519 in it.
     """
 
-    def __init__(self, keys: IssuerKeys, issuer: str, audience: str, algorithms: Collection[str]) -> None:
+    def __init__(
+        self,
+        keys: IssuerKeys,
+        issuer: str,
+        audience: str,
+        algorithms: Collection[str],
+        *,
+        max_lifetime_s: int = _DAY_S,
+    ) -> None:
         if not algorithms or not PUBLIC_ALGORITHMS.keys() >= set(algorithms):
             raise ValueError(f"Algorithms must be among {sorted(PUBLIC_ALGORITHMS)}")
-        super().__init__(issuer, audience, algorithms)
+        super().__init__(issuer, audience, algorithms, max_lifetime_s=max_lifetime_s)
         self._keys = keys
 
     async def identify(self, token: str) -> Principal:
@@ -355,8 +408,10 @@ class PublicKeyVerifier(Verifier):
 
 def token_verifier(settings: Settings) -> Verifier:
     """Check tokens by the issuer's published keys where they are configured, else by the shared secret."""
-    issuer, audience = settings.token_issuer, settings.token_audience
+    issuer, audience, longest = settings.token_issuer, settings.token_audience, settings.token_max_lifetime_s
     if not settings.token_jwks:
-        return TokenVerifier(settings.token_secret.get_secret_value(), issuer, audience)
+        secret = settings.token_secret.get_secret_value()
+        return TokenVerifier(secret, issuer, audience, max_lifetime_s=longest)
     keys = IssuerKeys(settings.token_jwks, refresh_s=settings.token_jwks_refresh_s)
-    return PublicKeyVerifier(keys, issuer, audience, split_words(settings.token_algorithms))
+    algorithms = split_words(settings.token_algorithms)
+    return PublicKeyVerifier(keys, issuer, audience, algorithms, max_lifetime_s=longest)

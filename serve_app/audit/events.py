@@ -10,10 +10,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import os
 import pwd
+import re
 from typing import Any, Literal
+import unicodedata
 from uuid import UUID, uuid4
 
 AuditOutcome = Literal["success", "denied", "failed"]
+
+#: Who acts where no token does: the delivery to the PMS, retention that is due, and whoever is not known.
+OUTBOX, RETENTION, NOBODY = "derm-cds:outbox", "retention", "unauthenticated"
+_ACCOUNT = "os:"
+
+
+def is_own_actor(name: str) -> bool:
+    """Whether an event's actor is the service itself or an account of the machine, and no caller."""
+    return name in {OUTBOX, RETENTION} or name.startswith(_ACCOUNT)
+
+
+def _look_alike(name: str) -> str:
+    """Match what reads like a name: a letter or a sign of another script may stand for any; 0 and 1 for o and i."""
+    digits, letter, sign = {"o": "0", "i": "1l|"}, r"[^\W\x00-\x7f]", r"[^\w\x00-\x7f]|\u02d0"
+    return "".join(
+        f"(?:[{each}{digits.get(each, '')}]|{letter if each.isalpha() else sign})" for each in name
+    )
+
+
+_OWN = re.compile(
+    f"(?=.*[a-z0-9])(?:{_look_alike(_ACCOUNT)}|{_look_alike('derm-cds:')}"
+    f"|(?:{_look_alike('derm-cds')}|{_look_alike(RETENTION)}|{_look_alike(NOBODY)})$)"
+)
+
+
+def reads_like_own_actor(name: str) -> bool:
+    """Whether a subject could be taken for one of these in the log: in any case, compatibility form or look-alike letters.
+
+    A name without any Latin letter or digit cannot.
+    """
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", name).casefold())
+    shown = "".join(each for each in folded if unicodedata.category(each)[0] not in "CMZ")
+    return _OWN.match(shown) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +83,13 @@ def os_account() -> str:
     """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
 
     By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are whatever the caller says they are.
-    The prefix tells it from the subject of a token.
+    The prefix tells it from the subject of a token: none may have one like it (access/tokens.py).
     """
     uid = os.getuid()
     try:
-        return f"os:{pwd.getpwuid(uid).pw_name}"
+        return f"{_ACCOUNT}{pwd.getpwuid(uid).pw_name}"
     except KeyError:
-        return f"os:{uid}"
+        return f"{_ACCOUNT}{uid}"
 
 
 def account_event(

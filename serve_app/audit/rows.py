@@ -56,7 +56,7 @@ EMERGENCY_ACCESSES = AuditedTable(
     ("emergency_id",),
     (
         *("patient_id", "principal", "reason", "starts_at", "ends_at"),
-        *("reviewed_at", "reviewer", "review_outcome", "review_note", "salt"),
+        *("reviewed_at", "reviewer", "review_outcome", "review_note", "ended_at", "ended_by", "salt"),
     ),
 )
 LEGAL_HOLDS = AuditedTable(

@@ -36,6 +36,14 @@ class Unauthenticated(DermError, status=401, code="unauthenticated"):
     """A valid bearer token is required."""
 
 
+class SubjectRefused(Unauthenticated, code="token_subject_refused"):
+    """The token's subject (sub) is refused: 1 to 255 visible characters (NFKC), no outer spaces, no name of the service's own."""
+
+
+class LifetimeRefused(Unauthenticated, code="token_lifetime_refused"):
+    """The token is valid for longer than this service allows (DERM_TOKEN_MAX_LIFETIME_S)."""
+
+
 class Forbidden(DermError, status=403, code="forbidden"):
     """You may not do this for this patient."""
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from serve_app.access.rules import PURPOSE, Purpose, recorded_purpose
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import AuditEvent, is_own_actor
 
 _BALP = "https://profiles.ihe.net/ITI/BALP"
 _TERMS = "http://terminology.hl7.org/CodeSystem"
@@ -116,7 +116,7 @@ def _agents(
     writes = pattern.interaction in {"create", "delete"}
     user = ("AUT", "author") if writes else ("IRCP", "information recipient")
     # A command's account, and the service where it does what is due, have no client but the node itself.
-    alone = event.actor == "retention" or event.actor.startswith("os:")
+    alone = is_own_actor(event.actor)
     return [
         {
             "type": machines[0],

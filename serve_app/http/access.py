@@ -20,7 +20,7 @@ from fastapi.security import HTTPBearer
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, is_from_loopback, sender_address
 from serve_app.access.rules import Action, RequestedAction, begin, may
 from serve_app.access.tokens import token_verifier
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import NOBODY, AuditEvent
 from serve_app.domain.errors import Forbidden, NotFound, RateLimited, Unauthenticated
 from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
@@ -80,11 +80,11 @@ class Authenticator:
         begin(None)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            await self._refuse_stranger(request)
+            await self._refuse_stranger(request, Unauthenticated())
         try:
             principal = await self._verifier.identify(token.strip())
-        except Unauthenticated:
-            await self._refuse_stranger(request)
+        except Unauthenticated as refusal:
+            await self._refuse_stranger(request, refusal)
         action = action or _rule_of(request)
         requested = RequestedAction(principal, action or _UNDECLARED, request.scope["request_id"])
         begin(requested)
@@ -108,7 +108,7 @@ class Authenticator:
         if self._budgets["invalid_field"].spend(requested.principal.subject):
             await self._records.record_event(requested.event("failed", code="invalid_field"))
 
-    async def _refuse_stranger(self, request: Request) -> NoReturn:
+    async def _refuse_stranger(self, request: Request, refusal: Unauthenticated) -> NoReturn:
         """Refuse whoever has no valid token: 401 and its event, or past the address's bound 429 and a count."""
         address = sender_address(
             request.client.host if request.client else "",
@@ -120,9 +120,9 @@ class Authenticator:
             budget.suppress()
             raise RateLimited(retry_after_s=ceil(wait))
         if budget.spend(address):
-            event = _nobodys_event(request.scope["request_id"], code="unauthenticated", client=address)
+            event = _nobodys_event(request.scope["request_id"], code=refusal.code, client=address)
             await self._records.record_event(event)
-        raise Unauthenticated
+        raise refusal
 
     async def summarise(self) -> None:
         """Write one event for each kind that had more than may be written singly."""
@@ -133,7 +133,7 @@ class Authenticator:
 
 def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     return AuditEvent(
-        action="authenticate", actor="unauthenticated", outcome="denied", request_id=request_id, detail=detail
+        action="authenticate", actor=NOBODY, outcome="denied", request_id=request_id, detail=detail
     )
 
 

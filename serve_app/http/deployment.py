@@ -108,7 +108,9 @@ GAUGES = {
     ("assessments", "failed"): "Assessments that were given up",
     ("assessments", "oldest_pending_s"): "Age of the oldest pending assessment, seconds; 0: none",
     ("outbox", "waiting"): "Messages that the PMS is still to be told",
+    ("outbox", "unconfirmed"): "Messages held until the PMS confirms that their encounter is the patient's",
     ("outbox", "dead"): "Messages that were given up",
+    ("outbox", "wrong_encounter"): "Messages given up because their encounter is another patient's",
     ("outbox", "oldest_waiting_s"): "Age of the oldest waiting message, seconds; 0: none",
 }
 

@@ -1,6 +1,6 @@
 """Break-glass (HIPAA 45 CFR 164.312(a)(2)(ii)): into a patient's record without an assignment, for a time, reviewed.
 
-What is done meanwhile carries `emergency_access` in its audit events. Somebody else judges it afterwards.
+What is done meanwhile carries `emergency_access` in its audit events. Somebody else judges it, and may so end it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ async def list_emergencies(
 async def review_emergency(
     request: Request, requested: Caller, services: Parts, emergency_id: UUID
 ) -> JSONResponse:
-    """Judge an emergency access once, and never one's own."""
+    """Judge an emergency access once, and never one's own; one that was not justified ends with that."""
     form = await read_form(request, ReviewForm)
     found = await services.access.emergency(emergency_id)
     if found is None:

@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from serve_app import worker
 from serve_app.access.rate_limit import WINDOW_S
 from serve_app.audit.checkpoints import CheckpointLog
+from serve_app.audit.events import RETENTION
 from serve_app.domain.errors import InvalidSetting
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
@@ -94,6 +95,12 @@ class Services:
         try:
             await serving.live_model(self.pool)
             live = await self.live.current()
+            counts = await self.counts()
+            findings = [*self.worker.findings(), *self.sealer.findings()]
+            if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
+                findings.append(
+                    f"{wrong} answers name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
+                )
             return {
                 "status": "ready",
                 "model_id": live.model_id,
@@ -102,8 +109,8 @@ class Services:
                 "invariants": self.invariants.describe(),
                 "audit": self.sealer.describe(),
                 "loops": self.worker.describe(),
-                "findings": [*self.worker.findings(), *self.sealer.findings()],
-                **await self.counts(),
+                "findings": findings,
+                **counts,
             }
         finally:
             self._look_again_at = monotonic() + READY_FOR_S
@@ -162,7 +169,7 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
     ]
     if settings.retention_days is not None:
         retention, days = RetentionStore(services.pool), settings.retention_days
-        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor="retention"))
+        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor=RETENTION))
     loops = {
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),

@@ -1,6 +1,7 @@
 """Telling the PMS what became of assessments: the outbox's messages, delivered at least once and kept once.
 
-The PMS keeps one of what it gets twice, by the Idempotency-Key; we note and audit its
+Before anything is sent, the PMS itself must say that the encounter is the patient's, whatever was known at the upload:
+until it does, the message waits. It keeps one of what it gets twice, by the Idempotency-Key; we note and audit its
 acknowledgement once. A message is noted as delivered only for an acknowledgement that names the
 assessment: a gateway's friendly page is none.
 """
@@ -9,14 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 import logging
 import random
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import OUTBOX, AuditEvent, AuditOutcome
 from serve_app.domain.assessment import Outcome
-from serve_app.domain.errors import PmsRefused, PmsUnavailable, RecordsUnavailable
+from serve_app.domain.errors import (
+    DirectoryUnavailable,
+    PmsRefused,
+    PmsUnavailable,
+    RecordsUnavailable,
+    WrongEncounter,
+)
 from serve_app.pms.client import CircuitBreaker, PmsClient, State
 from serve_app.pms.directory import PatientDirectory, PmsDirectory, RecordConsultation
 from serve_app.records.answers import assessment_document, references_of
@@ -29,10 +36,10 @@ from serve_app.settings import Settings
 
 logger = logging.getLogger("derm.delivery")
 
-#: For one attempt; the PMS may have to write it down.
+#: For one question or message; the PMS may have to write it down.
 TIMEOUT_S = 10.0
-#: How long a message is one sender's: longer than an attempt and its two statements may take.
-LEASE_S = 30.0
+#: How long a message is one sender's: longer than the question, the message and their statements may take.
+LEASE_S = 60.0
 #: The wait after the first failed attempt, doubled by each further one, and its limit.
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 #: How long a message that the PMS refuses is tried again: a wrong route or a late registration is
@@ -45,8 +52,11 @@ DEAD_AFTER_SETBACKS = 12
 _NOT_THE_MESSAGE = frozenset({401, 403, 407, 408, 409, 425, 429})
 _BATCH = 16
 PERIOD_S = 1.0
-#: Who discloses, in the audit log.
-ACTOR = "derm-cds:outbox"
+#: Nothing was asked: the PMS is left alone for a while.
+_LEFT_ALONE = "circuit_open"
+#: What a fault of asking for the encounter begins with; one that the PMS has none of is ENCOUNTER_UNKNOWN.
+_ASKING = "encounter_"
+ENCOUNTER_UNKNOWN = f"{_ASKING}unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,22 +107,51 @@ class Delivery:
         if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
             await self.outbox.give_up(message.message_id, error="not_finished")
             return False
+        # What the PMS has, it is told the erasure of, whosever the encounter is now.
+        follows = found.image.erasure is not None and message.sent_at is not None
+        if not follows and await self._owner(message.encounter_id) != found.patient_id:
+            await self._withhold(message, found)
+            return False
         pictured = await self.records.pictured(references_of(found.image))
         if not self.breaker.enter():
-            await self.outbox.postpone(
-                message.message_id, delay_s=self.first_wait_s, error="circuit_open", counts=False
-            )
+            raise PmsUnavailable(_LEFT_ALONE)
+        if not await self.outbox.note_sent(message.message_id):  # its image was erased meanwhile
             return False
         await self._post(message, found, pictured)
-        return await self.outbox.deliver(
-            message.message_id, told=found.image.outcome, event=_disclosed(message, found)
-        )
+        event = _disclosure(message, found, "success", outcome=found.image.outcome, attempts=message.attempts)
+        return await self.outbox.deliver(message.message_id, told=found.image.outcome, event=event)
+
+    async def _owner(self, encounter_id: str) -> str:
+        """Ask the PMS, now and never a cache, whose an encounter is; PmsRefused when it has none of that id."""
+        encounters = PmsDirectory(self.client, timeout_s=self.timeout_s, max_age_s=0.0, breaker=self.breaker)
+        try:
+            owner = await encounters.patient_of(encounter_id)
+        except DirectoryUnavailable as fault:
+            code = str(fault)
+            raise PmsUnavailable(code if code == _LEFT_ALONE else f"{_ASKING}{code}") from None
+        if owner is None:
+            raise PmsRefused(ENCOUNTER_UNKNOWN)
+        return owner
+
+    async def _withhold(self, message: ClaimedMessage, found: AssessmentRecord) -> None:
+        """Never send this to an encounter of another patient: a finding, and an event.
+
+        Of an erasure nothing is left to say: what was never sent there need not be deleted there.
+        """
+        event = _disclosure(message, found, "denied", code=WrongEncounter.code)
+        if found.image.erasure is not None:
+            await self.outbox.drop(message.message_id, error=WrongEncounter.code, event=event)
+        else:
+            await self.outbox.give_up(message.message_id, error=WrongEncounter.code, event=event)
+        logger.error("Message %s is not sent: its encounter is another patient's", message.message_id)
 
     async def _post(
         self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
     ) -> None:
         """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
-        body = assessment_document(found.image, found, pictured=pictured, pms_url=self.pms_url).answer()
+        # What was said of it while it waited is true no more where it arrives.
+        image = replace(found.image, undelivered=None)
+        body = assessment_document(image, found, pictured=pictured, pms_url=self.pms_url).answer()
         path, key = (
             ("api", "encounters", message.encounter_id, "assessments"),
             _idempotency_key(message, found),
@@ -134,16 +173,21 @@ class Delivery:
             raise PmsUnavailable("acknowledged_another")
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
+        if (code := str(fault)) == _LEFT_ALONE:
+            await self.outbox.postpone(
+                message.message_id, delay_s=self.first_wait_s, error=code, counts=False
+            )
+            return
         limit = min(REFUSED_FOR, self.dead_after) if isinstance(fault, PmsRefused) else self.dead_after
-        counts = str(fault) not in {f"http_{status}" for status in _NOT_THE_MESSAGE}
+        counts = code.removeprefix(_ASKING) not in {f"http_{status}" for status in _NOT_THE_MESSAGE}
         late = datetime.now(UTC) - message.waiting_since >= limit
         if late or (counts and message.setbacks >= DEAD_AFTER_SETBACKS):
-            await self.outbox.give_up(message.message_id, error=str(fault))
-            logger.error("Message %s is dead: %s", message.message_id, fault)
+            await self.outbox.give_up(message.message_id, error=code)
+            logger.error("Message %s is dead: %s", message.message_id, code)
             return
         delay = wait_s(message.attempts, first_s=self.first_wait_s)
-        await self.outbox.postpone(message.message_id, delay_s=delay, error=str(fault), counts=counts)
-        logger.warning("Message %s waits %.0f s: %s", message.message_id, delay, fault)
+        await self.outbox.postpone(message.message_id, delay_s=delay, error=code, counts=counts)
+        logger.warning("Message %s waits %.0f s: %s", message.message_id, delay, code)
 
 
 def wait_s(attempts: int, *, first_s: float = FIRST_WAIT_S) -> float:
@@ -158,17 +202,19 @@ def _idempotency_key(message: ClaimedMessage, found: AssessmentRecord) -> str:
     return str(message.message_id if erasure is None else erasure.receipt_id)
 
 
-def _disclosed(message: ClaimedMessage, found: AssessmentRecord) -> AuditEvent:
+def _disclosure(
+    message: ClaimedMessage, found: AssessmentRecord, ended: AuditOutcome, **detail: object
+) -> AuditEvent:
     return AuditEvent(
         action="disclose",
-        actor=ACTOR,
-        outcome="success",
+        actor=OUTBOX,
+        outcome=ended,
         patient_id=found.patient_id,
         lesion_id=found.lesion_id,
         image_id=found.image.image_id,
         assessment_id=message.assessment_id,
         request_id=_idempotency_key(message, found),
-        detail={"recipient": "pms", "outcome": found.image.outcome, "attempts": message.attempts},
+        detail={"recipient": "pms", **detail},
     )
 
 

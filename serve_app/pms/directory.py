@@ -191,7 +191,7 @@ class PmsDirectory:
             if attempt:
                 await asyncio.sleep(PAUSE_S * random.uniform(0.2, 1.0))  # noqa: S311 - no secret
             if not self._breaker.enter():
-                raise DirectoryUnavailable("circuit_open")
+                raise DirectoryUnavailable(code or "circuit_open")
             try:
                 answer = await self._try(kind, identifier)
             except PmsUnavailable as fault:

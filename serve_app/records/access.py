@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
@@ -44,7 +44,10 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class EmergencyAccess(Shape):
-    """One emergency access; `accesses` counts what was done under it so far, by action."""
+    """One emergency access; `accesses` counts what was done under it so far, by action.
+
+    `ended_at` is there where it was ended before its time (`ends_at`), by a review or a command.
+    """
 
     emergency_id: Id
     patient_id: str
@@ -56,18 +59,21 @@ class EmergencyAccess(Shape):
     reviewer: str | None
     review_outcome: ReviewOutcome | None
     review_note: str | None = field(repr=False)
+    ended_at: Time | None
+    ended_by: str | None
     accesses: dict[str, int]
 
 
 def _emergency(row: asyncpg.Record) -> EmergencyAccess:
-    """Leave out what is nobody's to see: the row's salt."""
-    return from_row(EmergencyAccess, {name: value for name, value in row.items() if name != "salt"})
+    """Leave out what is nobody's to see, the row's salt; what was done under the access is there where it was counted."""
+    values = {name: row[name] for name in EmergencyAccess.__dataclass_fields__ if name in row}
+    return from_row(EmergencyAccess, {"accesses": {}, **values})
 
 
 class AccessStore(Store):
     """Reads and changes access; every change is committed with its audit event, or not at all.
 
-    Assigning, ending, revoking and restoring need the owner's role: the service cannot widen
+    Assigning, ending by command, revoking and restoring need the owner's role: the service cannot widen
     anyone's access but by an emergency access, which is reviewed.
     """
 
@@ -138,10 +144,30 @@ class AccessStore(Store):
         note: str | None,
         event: AuditEvent,
     ) -> EmergencyAccess | None:
-        """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own."""
-        values = (emergency_id, reviewer, outcome, note)
-        rows = await self._change(EMERGENCY_ACCESSES, "review", *values, event=event)
-        return _emergency(rows[0]) if rows else None
+        """Judge an emergency access; None, and nothing, when it was judged before. Conflict for one's own.
+
+        One that was not justified ends with it, and so does whatever else lets its principal to that patient in an
+        emergency: the event names these as `ended`.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            rows = await connection.fetch(_SQL["review"], emergency_id, reviewer, outcome, note)
+            if not rows:
+                return None
+            if ended := [str(row["emergency_id"]) for row in rows[1:]]:
+                event = replace(event, detail={**event.detail, "ended": ended})
+            await record_event(connection, vouch(event, EMERGENCY_ACCESSES, rows))
+            return _emergency(rows[0])
+
+    async def end_emergency(self, emergency_id: UUID, *, by: str, event: AuditEvent) -> bool:
+        """End an emergency access from the next request on; False, and nothing, when it is not in force."""
+        return bool(await self._change(EMERGENCY_ACCESSES, "end_emergency", emergency_id, by, event=event))
+
+    async def open_emergencies(
+        self, *, patient_id: str | None = None, principal: str | None = None, ended_too: bool = False
+    ) -> list[EmergencyAccess]:
+        """List emergency accesses without what was done under them: those in force, unless `ended_too`."""
+        rows = await self._pool.fetch(_SQL["open_emergencies"], patient_id, principal, ended_too)
+        return [_emergency(row) for row in rows]
 
     async def _change(
         self, table: AuditedTable, query: str, *args: object, event: AuditEvent

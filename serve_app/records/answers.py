@@ -116,7 +116,8 @@ class LinksDocument(Document):
 class AssessmentDocument(Document):
     """The answer to one image; `erasure` is there only once the image is not, `links` where a PMS is configured.
 
-    `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
+    `undelivered` is there while the PMS is not told of it, and says why: nothing goes to an encounter that is not the
+    patient's. `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
     upload alone. `risk` is what this image demands, and never changes.
     """
 
@@ -138,6 +139,7 @@ class AssessmentDocument(Document):
     timings_ms: Mapping[str, float]
     erasure: ErasureNote | None = None
     identity: Identity | None = None
+    undelivered: Reason | None = None
     open_demand: OpenDemand | None = None
     links: LinksDocument | None = None
 
@@ -219,6 +221,8 @@ def assessment_document(
     found = record.assessment
     weighed = found.neighbours if found else None
     optional: dict[str, Any] = {"erasure": record.erasure, "identity": record.identity}
+    if record.undelivered is not None:
+        optional["undelivered"] = _UNDELIVERED.get(record.undelivered, _NOT_DELIVERED)
     if pms_url is not None and record.encounter_id is not None:
         optional["links"] = LinksDocument(encounter=encounter_url(pms_url, record.encounter_id))
     recorded: dict[str, Any] = {name: getattr(record, name) for name in _SHOWN_AS_RECORDED}
@@ -266,6 +270,32 @@ _UNANSWERED = {
         "image_erased", "The image was erased, and with it what was found on it.", _NEW_IMAGE
     ),
 }
+
+_CHECK_IDS = (
+    "Check patient and encounter. Erase an image of another patient (reason wrong_patient); send one that was filed under"
+    " the wrong encounter again; where the PMS was wrong, have it mended and the message sent again."
+)
+#: Why the PMS was not told: by the outbox's code; any other is the last.
+_UNDELIVERED = {
+    "wrong_encounter": Reason(
+        "wrong_encounter",
+        "In the PMS the encounter is another patient's: nothing was sent to it.",
+        _CHECK_IDS,
+    ),
+    "encounter_unknown": Reason(
+        "encounter_unknown", "The PMS has no such encounter: nothing was sent to it.", _CHECK_IDS
+    ),
+    "encounter_not_confirmed": Reason(
+        "encounter_not_confirmed",
+        "The PMS has not confirmed yet that the encounter is this patient's: nothing was sent to it.",
+        "Read the answer here; it is sent when the PMS confirms.",
+    ),
+}
+_NOT_DELIVERED = Reason(
+    "not_delivered",
+    "The PMS did not take the answer: it may lack in the encounter.",
+    "Read the answer here, and tell the operator.",
+)
 
 #: Failure code: what it means. Other codes are ends that no version of this service has written yet.
 _FAILURES = {

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from hashlib import sha256
-from itertools import groupby
 from operator import attrgetter
+import re
 
 import asyncpg
 
 from serve_app.access.rules import PURPOSE, purpose_of, requested_action
+from serve_app.audit.chain import (
+    GENESIS,
+    SealedEvent,
+    Tampering,
+    Verification,
+    describe,
+    follow,
+    link,
+    newest,
+    read_events,
+)
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal, in_force
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.pool import Pool, Store, from_row, queries
 from serve_app.sql import bind
 
-#: What is before the first seal.
-GENESIS = bytes(32)
 #: Events that may have been sealed before one with a lower id commits: more than a request's time holds.
 LATE_EVENTS = 10_000
 #: An event older than this has its seal, unless nobody seals.
@@ -33,10 +41,11 @@ SEALED_WITHIN = timedelta(minutes=2)
 #: A chain whose first seal is older has a checkpoint, unless somebody took it away: one is signed with the first seals.
 FIRST_CHECKPOINT_WITHIN = timedelta(minutes=10)
 
-_BATCH = 5_000
+_BATCH = 2_000
 _SQL = queries("audit_chain")
 
 _POSITION = attrgetter("position")
+_PARAMETER = re.compile(r"\$(\d+)")
 
 
 async def events_between(
@@ -75,28 +84,6 @@ async def record_event(connection: asyncpg.Connection | Pool, event: AuditEvent)
     await connection.execute(*bind(queries("lesions")["record_event"], event_parameters(event)))
 
 
-@dataclass(frozen=True, slots=True)
-class Tampering:
-    """Something that was done to the log: what, at which seal (0: none of them) and event."""
-
-    kind: str
-    position: int
-    event_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """The chain's head as it was checked, and what was found; no finding is as it should be."""
-
-    head: Seal
-    findings: tuple[Tampering, ...]
-
-
-def link(before: bytes, position: int, digest: bytes) -> bytes:
-    """The hash of a seal."""
-    return sha256(before + position.to_bytes(8, "big") + digest).digest()
-
-
 class AuditChain(Store):
     """Seals and verifies; the application's role will do."""
 
@@ -111,20 +98,21 @@ class AuditChain(Store):
                 await connection.execute(_SQL["be_the_sealer"])
             elif not await connection.fetchval(_SQL["try_to_be_the_sealer"]):
                 return 0
-            events = await connection.fetch(_SQL["unsealed"], LATE_EVENTS, limit)
+            copied = await copy_rows(connection, _SQL["unsealed"], LATE_EVENTS, limit)
             seal = _seal(await connection.fetchrow(_SQL["head"]))
             rows = []
-            for event in events:
+            for event in read_events(copied):
                 position = seal.position + 1
-                seal = Seal(position, link(seal.hash, position, event["digest"]))
-                rows.append((position, event["event_id"], seal.hash))
-            if rows:
-                await connection.execute(_SQL["seal"], *zip(*rows, strict=True))
+                seal = Seal(position, link(seal.hash, position, event.text or b""))
+                rows.append((position, event.event_id, seal.hash))
+            await connection.copy_records_to_table(
+                "audit_seals", schema_name="public", columns=("position", "event_id", "hash"), records=rows
+            )
             return len(rows)
 
-    async def overdue(self, *, among: int | None = None) -> list[int]:
-        """Name the events that should have a seal by now and have none; `among`: only of those above the last so many."""
-        rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN, among)
+    async def overdue(self, *, late: int = LATE_EVENTS) -> list[int]:
+        """Name the events that should have a seal by now and have none, of those that `seal` looks at (`late` as there)."""
+        rows = await self._pool.fetch(_SQL["overdue"], late, SEALED_WITHIN)
         return [row["event_id"] for row in rows]
 
     async def age(self) -> timedelta:
@@ -137,61 +125,47 @@ class AuditChain(Store):
         rows = await self._pool.fetch(_SQL["hashes_at"], list(positions))
         return {row["position"]: row["hash"] for row in rows}
 
-    async def verify(self, known: Sequence[Seal] = (), *, since: Seal | None = None) -> Verification:
+    async def verify(
+        self, known: Sequence[Seal] = (), *, since: Seal | None = None, is_copy: bool = False
+    ) -> Verification:
         """Recompute the chain from its beginning, and hold it against seals that are `known` from elsewhere.
 
-        Finds events edited, removed, moved or exchanged, a chain cut short or written anew behind a known
-        seal, known seals that contradict each other, and events without a seal. With `since`, one of the known,
-        only what came after it is recomputed, and events without a seal are not looked for.
+        Finds what `follow` does, and events without a seal. With `since`, one of the known, only what came after it is
+        recomputed, and events without a seal are not looked for. In a copy, the last ones had none when it was made.
         """
-        expected, findings = _agree(known)
-        at = Seal(0, GENESIS)
-        if since is not None and since.position:
-            # From what is stored there: that it is not what is known is one finding, and what follows may be sound.
-            stored = (await self.hashes_at([since.position])).get(since.position)
-            at = Seal(since.position, stored or since.hash)
-            if stored != since.hash:
-                kind = "the chain was written anew" if stored else "the log was cut short"
-                findings.append(Tampering(kind, since.position, None))
-        expected = {position: value for position, value in expected.items() if position > at.position}
-        async for position, event_id, stored, digest in self._links(at.position):
-            if position != at.position + 1:
-                findings.append(Tampering("seals are missing", position, event_id))
-            if digest is None:
-                findings.append(Tampering("the event is gone", position, event_id))
-            elif link(at.hash, position, digest) != stored:
-                findings.append(Tampering("the event or its place has changed", position, event_id))
-            if expected.pop(position, stored) != stored:
-                findings.append(Tampering("the chain was written anew", position, event_id))
-            # From the stored hash on: one change is one finding.
-            at = Seal(position, stored)
-        findings += [Tampering("the log was cut short", position, None) for position in sorted(expected)]
         if since is None:
-            findings += [Tampering("the event has no seal", 0, event) for event in await self.overdue()]
-        return Verification(at, tuple(findings))
+            found = await follow(self.events(), known)
+            rows = await self._pool.fetch(_SQL["unsealed_since"], SEALED_WITHIN, is_copy)
+            unsealed = [Tampering("the event has no seal", event_id=row["event_id"]) for row in rows]
+            return Verification(found.head, (*found.findings, *unsealed))
+        stored = (await self.hashes_at([since.position])).get(since.position)
+        return await follow(self.events(since.position), known, since=since, stored=stored)
 
-    async def _links(self, position: int) -> AsyncIterator[tuple[int, int, bytes, bytes | None]]:
-        while rows := await self._pool.fetch(_SQL["chain"], position, _BATCH):
-            for row in rows:
-                yield row["position"], row["event_id"], row["hash"], row["digest"]
-            position = rows[-1]["position"]
+    async def events(self, position: int = 0) -> AsyncIterator[list[SealedEvent]]:
+        """Yield the sealed events after a position as they are stored now, in order, a batch at a time."""
+        while True:
+            async with self._pool.connection() as connection:
+                copied = await copy_rows(connection, _SQL["chain"], position, _BATCH)
+            # Some 10 ms of the processor: not of the event loop's.
+            if not (batch := await asyncio.to_thread(read_events, copied)):
+                return
+            yield batch
+            position = batch[-1].position
 
 
-def _agree(known: Sequence[Seal]) -> tuple[dict[int, bytes], list[Tampering]]:
-    """The hash that is known of each position, and the positions of which two are: one of them was forged.
+async def copy_rows(connection: asyncpg.Connection, query: str, *numbers: int) -> bytes:
+    """Read rows as they are stored, by a binary COPY, which `read_events` reads.
 
-    Were the later one believed, it would hide what was done since the earlier one.
+    With its numbers in the query, because asyncpg would have functions of the database write them.
     """
-    hashes = {
-        position: {seal.hash for seal in seals}
-        for position, seals in groupby(sorted(known, key=_POSITION), key=_POSITION)
-    }
-    contradictions = [
-        Tampering("two checkpoints contradict each other", position, None)
-        for position, values in hashes.items()
-        if len(values) > 1
-    ]
-    return {position: min(values) for position, values in hashes.items() if len(values) == 1}, contradictions
+    query = _PARAMETER.sub(lambda found: str(int(numbers[int(found[1]) - 1])), query)
+    copied = bytearray()
+
+    async def take(data: bytes) -> None:
+        copied.extend(data)
+
+    await connection.copy_from_query(query, output=take, format="binary")
+    return bytes(copied)
 
 
 def _seal(row: asyncpg.Record | None) -> Seal:
@@ -207,11 +181,10 @@ async def examine(
     `kept_here`: whether this node's own file has any.
     """
     known = in_force(checkpoints)
-    last = max(known, key=_POSITION, default=None)
-    found = await chain.verify(known, since=None if whole else last)
+    found = await chain.verify(known, since=None if whole else newest(known))
     if (known and kept_here) or await chain.age() < FIRST_CHECKPOINT_WITHIN:
         return found
-    gone = Tampering("the checkpoints are gone", 0, None)
+    gone = Tampering("the checkpoints are gone")
     return Verification(found.head, (gone, *found.findings))
 
 
@@ -227,9 +200,9 @@ async def sign_head(chain: AuditChain, checkpoints: CheckpointLog) -> Checkpoint
         raise IntegrityError(
             f"No checkpoint was signed: {describe(found.findings[0])}. `derm-cds audit verify` says more."
         )
-    newest = next((each for each in reversed(kept) if each.position == found.head.position), None)
-    if newest is not None or found.head.position == 0:
-        return newest
+    there = next((each for each in reversed(kept) if each.position == found.head.position), None)
+    if there is not None or found.head.position == 0:
+        return there
     return await asyncio.to_thread(checkpoints.add, found.head)
 
 
@@ -254,9 +227,3 @@ def describe_overdue(events: Sequence[int]) -> str:
     return (
         f"{len(events)} events of the audit log, from {events[0]} on, have had no seal for {minutes} minutes"
     )
-
-
-def describe(finding: Tampering) -> str:
-    """Say a finding in words: what, and where."""
-    at = f"seal {finding.position}" if finding.position else "no seal"
-    return f"{finding.kind}: {at}{'' if finding.event_id is None else f', event {finding.event_id}'}"

@@ -176,7 +176,7 @@ class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
-    clinician has confirmed it.
+    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does.
     """
 
     outcome: Outcome
@@ -184,6 +184,7 @@ class ImageRecord(ImageFacts):
     failure: str | None = None
     erasure: ErasureNote | None = None
     identity: Identity | None = None
+    undelivered: str | None = None
 
     @property
     def risk(self) -> Risk | None:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.assessment import Outcome
-from serve_app.records.audit_log import event_parameters
+from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.pool import Store, queries
 from serve_app.sql import bind
 
@@ -25,6 +25,7 @@ _SQL = queries("outbox")
 class ClaimedMessage:
     """A message that is this sender's to deliver until its lease ends; `attempts` counts this one.
 
+    `sent_at`: since when the PMS may have it; None while it has not confirmed the encounter.
     `setbacks`: attempts that failed although another message was delivered since the attempt before.
     """
 
@@ -34,6 +35,7 @@ class ClaimedMessage:
     waiting_since: datetime
     attempts: int
     setbacks: int
+    sent_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,23 @@ class UndeliveredMessage:
     queued_at: datetime
     attempts: int
     due_at: datetime
+    sent_at: datetime | None
     last_error: str | None
     dead_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxCounts:
-    """How many messages wait and how many are dead; the age of the oldest waiting one in seconds."""
+    """How many messages wait and how many are dead; the age of the oldest waiting one in seconds.
+
+    Of those that wait, `unconfirmed` are held until the PMS confirms that their encounter is the patient's; of the
+    dead, `wrong_encounter` name another patient's.
+    """
 
     waiting: int
+    unconfirmed: int
     dead: int
+    wrong_encounter: int
     oldest_waiting_s: float | None
 
 
@@ -86,9 +95,24 @@ class Outbox(Store):
         """
         await self._pool.execute(_SQL["postpone"], message_id, timedelta(seconds=delay_s), error, counts)
 
-    async def give_up(self, message_id: UUID, *, error: str) -> None:
-        """Send a message no more until an operator says so."""
-        await self._pool.execute(_SQL["give_up"], message_id, error)
+    async def note_sent(self, message_id: UUID) -> bool:
+        """Note that a message is about to be sent, its encounter being confirmed; False when it was withdrawn."""
+        noted: bool | None = await self._pool.fetchval(_SQL["note_sent"], message_id)
+        return noted is True
+
+    async def give_up(self, message_id: UUID, *, error: str, event: AuditEvent | None = None) -> None:
+        """Send a message no more until an operator says so; with an event, where it says something of a patient."""
+        await self._end("give_up", message_id, error, event)
+
+    async def drop(self, message_id: UUID, *, error: str, event: AuditEvent) -> None:
+        """Be done with a message that has nothing to tell: the erasure of what was never sent."""
+        await self._end("drop", message_id, error, event)
+
+    async def _end(self, query: str, message_id: UUID, error: str, event: AuditEvent | None) -> None:
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute(_SQL[query], message_id, error)
+            if event is not None:
+                await record_event(connection, event)
 
     async def counts(self) -> OutboxCounts:
         """Count what was not delivered."""

@@ -55,6 +55,7 @@ _OF_ROWS: Mapping[str, tuple[AuditedTable, bool]] = {
     "restore": (REVOCATIONS, False),
     "break_glass": (EMERGENCY_ACCESSES, True),
     "review_access": (EMERGENCY_ACCESSES, True),
+    "end_emergency": (EMERGENCY_ACCESSES, True),
     "hold_set": (LEGAL_HOLDS, True),
     "hold_release": (LEGAL_HOLDS, True),
     "record_close": (CLOSED_RECORDS, True),
@@ -286,7 +287,8 @@ class _Account:
         self._messages.pop(name, None)
         if row["encounter_id"] != row["of_image"]:
             self._differ("outbox", name, "is for another encounter than its image's")
-        if row["delivered"] and row["assessment_id"] not in self._disclosed:
+        told = row["assessment_id"] in self._disclosed or row["image_id"] in self._erased
+        if row["delivered"] and not told:
             self._differ("outbox", name, "is noted as delivered, and no event says so")
 
     def hold_serving(self, row: Row) -> None:

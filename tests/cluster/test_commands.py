@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 import json
 import stat
 
@@ -11,10 +12,13 @@ from cluster.cli import COMMANDS, main
 from cluster.node_files import read_service_environment, write_service_environment
 from cluster.prepare import choose_model
 from serve_app.access.rules import Principal
-from serve_app.access.tokens import TokenVerifier
+from serve_app.access.tokens import TokenVerifier, token_verifier
+from serve_app.audit.events import AuditEvent, os_account
 from serve_app.domain.errors import ModelContractError, Unauthenticated
+from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
+from serve_app.settings import load_settings
 
 PAIR = ("--patient", "p-access", "--clinician", "dr-access")
 SPAN = ("--from", "2020-01-01", "--to", "2099-01-01")
@@ -102,6 +106,64 @@ def test_a_subject_and_a_token_are_revoked_and_restored(derm_cds, home, clinic) 
         assert derm_cds("access", "restore", *given, home=home).code == 1
     other = Principal("dr-other", frozenset())
     assert not clinic.ask(lambda pool: AccessStore(pool).is_revoked(other))
+
+
+def test_an_emergency_access_is_ended_shown_and_audited(derm_cds, home, clinic) -> None:
+    emergency_id, reason = new_id(), "unconscious in casualty"
+    opening = AuditEvent(
+        action="break_glass", actor="dr-glass", outcome="success", request_id=str(emergency_id)
+    )
+
+    def in_force() -> bool:
+        return clinic.ask(lambda pool: LesionStore(pool).access("dr-glass", "p-glass")).emergency is not None
+
+    clinic.ask(
+        lambda pool: AccessStore(pool).break_glass(
+            emergency_id, "p-glass", "dr-glass", reason, lasts=timedelta(hours=4), event=opening
+        )
+    )
+    assert in_force()
+    shown = derm_cds("access", "list", "--clinician", "dr-glass", home=home).out
+    assert shown.startswith(f"emergency {emergency_id}: p-glass: dr-glass, from ")
+    ended = derm_cds("access", "end-emergency", str(emergency_id), home=home)
+    assert (ended.code, "has no emergency access" in ended.out) == (0, True)
+    assert not in_force()
+    detail = {"emergency_id": str(emergency_id), "subject": "dr-glass", "purpose": "HSYSADMIN"}
+    assert events(clinic, "end_emergency") == [("p-glass", detail)]
+    assert str(emergency_id) not in derm_cds("access", "list", home=home).out
+    shown = derm_cds("access", "list", "--patient", "p-glass", "--all", home=home).out
+    assert f"ended by {os_account()} at " in shown
+    again = derm_cds("access", "end-emergency", str(emergency_id), home=home)
+    assert (again.code, "over already" in again.err) == (1, True)
+    unknown = derm_cds("access", "end-emergency", str(new_id()), home=home)
+    assert (unknown.code, "no emergency access" in unknown.err) == (1, True)
+    assert len(events(clinic, "end_emergency")) == 1
+
+
+@pytest.mark.parametrize("subject", ["os:root", " dr-demo", "derm-cds:outbox", ""])
+def test_neither_care_nor_a_token_is_given_to_what_is_no_callers_name(
+    derm_cds, own_home, sql, capsys, subject: str
+) -> None:
+    care = ("--patient", "p-access", f"--clinician={subject}")
+    for action in (("assign", *care), ("access", "assign", *care), ("access", "revoke", subject)):
+        with pytest.raises(SystemExit, match="2"):
+            derm_cds(*action, home=own_home)
+        assert "no name of the service's own" in capsys.readouterr().err
+    refused = derm_cds("token", f"--subject={subject}", home=own_home)
+    assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+    assert sql("SELECT patient_id FROM care_assignments UNION ALL SELECT value FROM revocations") == []
+
+
+def test_no_token_is_signed_that_the_node_would_refuse(derm_cds, own_home, monkeypatch) -> None:
+    for minutes in ("0", "-5", "1441"):
+        refused = derm_cds("token", f"--minutes={minutes}", home=own_home)
+        assert (refused.code, refused.out, "DERM_TOKEN_MAX_LIFETIME_S" in refused.err) == (1, "", True)
+    assert derm_cds("token", "--minutes", "1440", home=own_home).code == 0
+    monkeypatch.setenv("DERM_TOKEN_MAX_LIFETIME_S", "600")
+    assert derm_cds("token", "--minutes", "11", home=own_home).code == 1
+    token = derm_cds("token", home=own_home).out.strip()
+    load_settings.cache_clear()
+    assert token_verifier(load_settings()).verify(token).subject == "dr-demo"
 
 
 def test_token_is_signed_for_this_node_and_refused_in_production(derm_cds, home, urls, monkeypatch) -> None:

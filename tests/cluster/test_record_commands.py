@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 import json
+import os
 from pathlib import Path
+import re
 import sqlite3
+import subprocess
 from uuid import UUID, uuid4
 
 import pytest
 
+from cluster.postgres import DatabaseUrls, programs
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import DataKeyMissing
 from serve_app.keys.envelope import ImageBinding, seal
@@ -21,6 +25,7 @@ from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.settings import NodeFiles
 from tests.cluster.conftest import Said
+from tests.serve_app.records.test_audit_chain import ASK_THE_SUSPECT
 
 BINDING = ImageBinding(UUID(int=1), "patient-1", "image/jpeg")
 _MESSAGE = """
@@ -55,6 +60,14 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
         verified = derm_cds("audit", "verify", *options, home=home)
         assert (verified.code, said in verified.out + verified.err) == (code, True), verified
 
+    def behind_its_back(table: str, statement: str) -> None:
+        for each in (
+            f"ALTER TABLE {table} DISABLE TRIGGER USER",
+            statement,
+            f"ALTER TABLE {table} ENABLE TRIGGER USER",
+        ):
+            sql(each)
+
     derm_cds("keys", "rotate", home=home)  # what there is to sign
     copy.write_text(derm_cds("audit", "checkpoint", home=home).out)
     key.write_text(derm_cds("audit", "public-key", home=home).out)
@@ -67,8 +80,7 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
 
     # Taken away: no new ones begin until somebody says that the database was restored.
     checkpoints.unlink()
-    sql("ALTER TABLE audit_seals DISABLE TRIGGER USER")
-    sql("UPDATE audit_seals SET sealed_at = sealed_at - interval '1 hour'")
+    behind_its_back("audit_seals", "UPDATE audit_seals SET sealed_at = sealed_at - interval '1 hour'")
     verify(code=1, said="the checkpoints are gone")
     refused = derm_cds("audit", "checkpoint", home=home)
     assert (refused.code, "No checkpoint was signed" in refused.err) == (1, True)
@@ -77,9 +89,8 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
     verify(code=0, said="holds up to seal 0")
 
     # Whoever holds the machine writes the log anew, and signs it with a key of their own.
-    sql("ALTER TABLE audit_events DISABLE TRIGGER USER")
-    sql("UPDATE audit_events SET actor = 'another'")
-    sql("DELETE FROM audit_seals")
+    behind_its_back("audit_events", "UPDATE audit_events SET actor = 'another'")
+    behind_its_back("audit_seals", "DELETE FROM audit_seals")
     for path in (checkpoints, home / "keys" / "audit-signing.key"):
         path.unlink()
     assert derm_cds("audit", "checkpoint", home=home).code == 0
@@ -126,6 +137,93 @@ def test_events_that_wait_for_their_seal_are_said(derm_cds, home, sql) -> None:
     assert "not sealed: 1 events of the audit log, from 2 on" in said, said
     assert derm_cds("audit", "checkpoint", home=home).code == 0
     assert "as it was signed" in derm_cds("status", home=home).out
+
+
+@pytest.fixture
+def copies(derm_cds, home, tmp_path: Path) -> tuple[str, ...]:
+    """A log with a checkpoint: that and the key that checks it, as they were kept elsewhere."""
+    derm_cds("keys", "rotate", home=home)
+    copy, key = tmp_path / "copy.jsonl", tmp_path / "audit.pem"
+    copy.write_text(derm_cds("audit", "checkpoint", home=home).out)
+    key.write_text(derm_cds("audit", "public-key", home=home).out)
+    return ("--checkpoints", str(copy), "--public-key", str(key))
+
+
+def test_an_export_of_the_sealed_log_is_verified_where_there_is_no_database(
+    derm_cds, home, copies, tmp_path: Path, monkeypatch
+) -> None:
+    file, nowhere = tmp_path / "log.ndjson", tmp_path / "nowhere"
+
+    def verify(code: int, said: str) -> None:
+        verified = derm_cds("audit", "verify", "--export", str(file), *copies, home=nowhere)
+        assert (verified.code, said in verified.out + verified.err) == (code, True), verified
+        assert not nowhere.exists()
+
+    exported = derm_cds("audit", "export", "--sealed", "--out", str(file), home=home)
+    assert (exported.code, file.stat().st_mode & 0o777) == (0, 0o600), exported
+    lines = file.read_text().splitlines(keepends=True)
+    events = [json.loads(line) for line in lines]
+    assert [event["position"] for event in events] == list(range(1, len(lines) + 1))
+    assert events[0]["event"][2] == "key_rotate"
+    assert (events[-1]["event"][2], events[-1]["event"][-1]["kind"]) == ("export", "sealed")
+    for name in ("DATABASE_URL", "OWNER_DATABASE_URL"):
+        monkeypatch.delenv(f"DERM_{name}")
+    verify(0, "1 events are behind the last checkpoint")
+    verify(0, f"{len(lines)} events, 1 checkpoints; ")
+    file.write_text(lines[0].replace(os_account(), "os:another") + "".join(lines[1:]))
+    verify(1, "the event or its place has changed: seal 1, event 1")
+    file.write_text("".join(lines[1:]))
+    verify(1, "seals are missing: seal 2, event 2")
+    file.write_text("")
+    verify(1, "the log was cut short: seal 1")
+    file.write_text(lines[0] + "{}\n")
+    verify(1, "line 2, is not of an export")
+    alone = derm_cds("audit", "verify", "--export", str(file), home=nowhere)
+    assert (alone.code, "need --checkpoints and --public-key" in alone.err) == (1, True)
+    both = derm_cds("audit", "export", "--sealed", "--from", "2026-01-01", "--out", str(file), home=home)
+    assert (both.code, "or --sealed" in both.err) == (1, True)
+
+
+def test_a_dump_is_verified_where_it_was_restored(
+    derm_cds, home, copies, as_superuser, tmp_path: Path
+) -> None:
+    """What an administrator did to the database goes into the dump with it, its functions too."""
+    urls = DatabaseUrls(owner=os.environ["DERM_OWNER_DATABASE_URL"], app=os.environ["DERM_DATABASE_URL"])
+    node, nowhere = as_superuser(urls), tmp_path / "nowhere"
+
+    def run(program: str, url: str, *options: str, sql: str = "") -> str:
+        command = [programs() / program, *options, url]
+        return subprocess.run(command, input=sql, check=True, capture_output=True, text=True).stdout
+
+    def psql(url: str, sql: str) -> None:
+        run("psql", url, "--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", sql=sql)
+
+    def verify(elsewhere: str, code: int, said: str) -> None:
+        psql(node, f"CREATE DATABASE {elsewhere}")
+        copied = re.sub(r"/derm_\d+\?", f"/{elsewhere}?", node)
+        psql(copied, run("pg_dump", node, "--no-owner", "--no-privileges"))
+        verified = derm_cds("audit", "verify", "--database", copied, *copies, home=nowhere)
+        assert (verified.code, said in verified.out + verified.err) == (code, True), verified
+        assert not nowhere.exists()
+
+    verify("derm_untouched", 0, "nothing found")
+    edited = ASK_THE_SUSPECT.replace("event_id = 5", "event_id = 1")
+    psql(node, f"SET session_replication_role = replica; {edited}")
+    verify("derm_edited", 1, "the event or its place has changed: seal 1")
+
+
+def test_what_was_done_to_the_logs_schema_is_named_by_verify_and_status(derm_cds, home, sql) -> None:
+    derm_cds("keys", "rotate", home=home)
+    assert derm_cds("audit", "checkpoint", home=home).code == 0
+    assert derm_cds("audit", "verify", home=home).code == 0
+    sql("ALTER TABLE audit_events DISABLE TRIGGER audit_events_append_only")
+    verified, status = derm_cds("audit", "verify", home=home), derm_cds("status", "--json", home=home)
+    told = json.loads(status.out)["safety"]["audit_schema"]
+    for said in (verified.err, told):
+        assert (
+            "schema is not as it was made: trigger audit_events.audit_events_append_only: enabled D" in said
+        )
+    assert (verified.code, verified.out.count(": 1 found")) == (1, 1)
 
 
 @pytest.fixture
@@ -252,6 +350,12 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_h
     assert status.code == 1
     assert status.out.startswith("1 wait, the oldest for ")
     assert status.out.endswith("; 1 dead\n")
+    sql("UPDATE outbox SET attempts = 1, last_error = 'wrong_encounter'")
+    status = derm_cds("outbox", "status", home=own_home).out
+    assert status.startswith("1 wait (1 held: their encounter is not confirmed), the oldest for ")
+    assert status.endswith("; 1 dead, 1 of them under another patient's encounter\n")
+    assert "its encounter not confirmed" in derm_cds("outbox", "list", home=own_home).out
+    sql("UPDATE outbox SET last_error = 'http_500'")
     listed = derm_cds("outbox", "list", home=own_home).out
     assert str(waiting) in listed
     assert "last error http_500" in listed

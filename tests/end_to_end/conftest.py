@@ -97,11 +97,11 @@ class Pms:
     client: httpx.AsyncClient
     owner: Pool
 
-    def token(self, subject: str = "dr") -> dict[str, str]:
+    def token(self, subject: str = "dr", role: str = "clinician") -> dict[str, str]:
         """Headers of a caller."""
         secret = read_service_environment(self.node.home)["DERM_TOKEN_SECRET"]
         token = mint_token(
-            secret=secret, issuer="derm-cds", audience="derm-cds", subject=subject, roles=["clinician"]
+            secret=secret, issuer="derm-cds", audience="derm-cds", subject=subject, roles=[role]
         )
         return {"Authorization": f"Bearer {token}"}
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+import re
 import ssl
+import time
 from uuid import uuid4
 
+import asyncpg
 import httpx
+from joserfc import jwt
+from joserfc.jwk import OctKey
 import jsonschema
 import pytest
 
 from benchmarks.baseline import LocalStages
+from cluster.node_files import read_service_environment
+from cluster.postgres import PostgresState
 from deployments.preprocess.decode import UploadLimits
 from serve_app.domain.diagnosis import Diagnosis
 from tests.cluster.tls_terminator import terminator
 from tests.end_to_end.conftest import draw_original
+from tests.serve_app.records.test_audit_chain import ASK_THE_SUSPECT
 
 pytestmark = pytest.mark.ray
 _VERIFY = "import sys; from cluster.cli import main; print('exit', main(['audit', 'verify', '--home', sys.argv[1]]))"
@@ -117,6 +125,47 @@ async def test_a_rejection_keeps_its_shape_through_serve(pms, lesion_image) -> N
     assert await pms.owner.fetchval("SELECT count(*) FROM lesions WHERE patient_id = $1", patient) == 0
 
 
+async def test_a_node_lets_in_no_name_of_its_own_and_no_token_for_years(pms) -> None:
+    """Signed by the very issuer: as an operator's account, as the delivery, as another with a space; for ten years."""
+    secret = read_service_environment(pms.node.home)["DERM_TOKEN_SECRET"]
+    now = int(time.time())
+    good = {
+        "iss": "derm-cds",
+        "aud": "derm-cds",
+        "sub": "dr",
+        "roles": ["clinician"],
+        "iat": now,
+        "exp": now + 600,
+    }
+    for changed, code in (
+        *(({"sub": name}, "token_subject_refused") for name in ("os:root", "derm-cds:outbox", " dr")),
+        ({"exp": now + 315_360_000}, "token_lifetime_refused"),
+        ({}, None),
+    ):
+        signed = jwt.encode({"alg": "HS256"}, good | changed, OctKey.import_key(secret))
+        answer = await pms.client.get("/api/openapi.json", headers={"Authorization": f"Bearer {signed}"})
+        assert (answer.status_code, answer.json().get("code")) == (401 if code else 200, code)
+
+
+async def test_an_emergency_that_was_not_justified_is_over_on_a_node(pms, lesion_image) -> None:
+    patient, told = await pms.care(), {"reason": "unconscious in casualty"}
+    lesion = (await pms.upload(patient, lesion_image())).json()["lesion_id"]
+    in_emergency = pms.token("dr-glass")
+    opened = await pms.client.post(
+        "/api/emergency-access", json={"patient_id": patient, **told}, headers=in_emergency
+    )
+    url = f"/api/lesions/{lesion}"
+    assert (await pms.client.get(url, headers=in_emergency)).status_code == 200
+    judged = await pms.client.post(
+        f"/api/emergency-access/{opened.json()['emergency_id']}/review",
+        json={"outcome": "not_justified"},
+        headers=pms.token("chief", "supervisor"),
+    )
+    assert judged.json()["ended_by"] == "chief"
+    for _ in range(8):
+        assert (await pms.client.get(url, headers=in_emergency)).status_code == 403
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/api/openapi.json", "/nothing", "/api/lesions"])
 async def test_the_request_id_comes_back_once(pms, path: str) -> None:
     mine = await pms.client.get(path, headers={"X-Request-ID": "pms-1.a_b"})
@@ -166,3 +215,23 @@ async def test_an_image_is_sent_and_read_through_the_documented_tls_terminator(
     assert said.count(" POST 201 ") == 2
     assert patient not in said
     assert "patient_id" not in said
+
+
+async def test_the_nodes_log_is_verified_without_asking_its_database(node, pms) -> None:
+    """A superuser of the database edits an event, and has the database say the digests of before."""
+    state = PostgresState.read(node.home / "postgres.json")
+    password = f"//derm_superuser:{state.superuser_password}@"
+    administrator = await asyncpg.connect(re.sub(r"//.*?@", password, node.urls.owner))
+    command = ("-m", "cluster.cli", "audit")
+    actor = await pms.owner.fetchval("SELECT actor FROM audit_events WHERE event_id = 1")
+    await asyncio.to_thread(node.run, *command, "checkpoint")
+    try:
+        await administrator.execute("SET session_replication_role = replica")
+        await administrator.execute(ASK_THE_SUSPECT.replace("event_id = 5", "event_id = 1"))
+        with pytest.raises(AssertionError, match="the event or its place has changed: seal 1, event 1"):
+            await asyncio.to_thread(node.run, *command, "verify")
+    finally:
+        await administrator.execute("UPDATE audit_events SET actor = $1 WHERE event_id = 1", actor)
+        await administrator.execute("DROP FUNCTION audit_digest; DROP TABLE aside")
+        await administrator.close()
+    assert "nothing found" in await asyncio.to_thread(node.run, *command, "verify")

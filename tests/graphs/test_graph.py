@@ -213,10 +213,13 @@ def test_a_gauge_is_set_for_every_count(monkeypatch) -> None:
     gauges.set(
         {
             "assessments": asdict(AssessmentCounts(pending=3, failed=1, oldest_pending_s=60.5)),
-            "outbox": asdict(OutboxCounts(waiting=2, dead=1, oldest_waiting_s=None)),
+            "outbox": asdict(
+                OutboxCounts(2, unconfirmed=1, dead=1, wrong_encounter=1, oldest_waiting_s=None)
+            ),
         }
     )
     pms = {"derm_outbox_waiting": 2, "derm_outbox_dead": 1, "derm_outbox_oldest_waiting_s": 0}
+    pms |= {"derm_outbox_unconfirmed": 1, "derm_outbox_wrong_encounter": 1}
     assert values == pms | {
         "derm_assessments_pending": 3,
         "derm_assessments_failed": 1,

@@ -58,11 +58,11 @@ ORDER BY patient_id, clinician, starts_at;
 -- Let a principal into a patient's record for a time.
 INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
 VALUES ($1, $2, $3, $4, now() + $5::interval)
-RETURNING *, '{}'::jsonb AS accesses;
+RETURNING *;
 
 -- name: emergency
 -- Find one emergency access.
-SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses WHERE emergency_id = $1;
+SELECT * FROM emergency_accesses WHERE emergency_id = $1;
 
 -- name: emergencies
 -- List emergency accesses, oldest first, from behind one on: those to review, or ($1) those reviewed;
@@ -89,8 +89,42 @@ ORDER BY e.emergency_id
 LIMIT $3;
 
 -- name: review
--- Judge an emergency access that nobody has judged.
+-- Judge an emergency access that nobody has judged. What was not justified ends, with every other access that the
+-- same principal still has to the same patient: these others come behind it.
+WITH reviewed AS (
+    UPDATE emergency_accesses
+    SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4,
+        ended_at = CASE WHEN $3 = 'not_justified' AND ends_at > now() THEN coalesce(ended_at, now()) ELSE ended_at END,
+        ended_by = CASE WHEN $3 = 'not_justified' AND ends_at > now() THEN coalesce(ended_by, $2) ELSE ended_by END
+    WHERE emergency_id = $1 AND reviewed_at IS NULL
+    RETURNING *
+),
+others AS (
+    UPDATE emergency_accesses AS o
+    SET ended_at = now(), ended_by = $2
+    FROM reviewed AS r
+    WHERE r.review_outcome = 'not_justified'
+        AND o.principal = r.principal
+        AND o.patient_id = r.patient_id
+        AND o.emergency_id <> r.emergency_id
+        AND o.ends_at > now()
+        AND o.ended_at IS NULL
+    RETURNING o.*
+)
+SELECT * FROM (SELECT *, true AS judged FROM reviewed UNION ALL SELECT *, false FROM others) AS found
+ORDER BY judged DESC, emergency_id;
+
+-- name: end_emergency
+-- End an emergency access that is in force.
 UPDATE emergency_accesses
-SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4
-WHERE emergency_id = $1 AND reviewed_at IS NULL
-RETURNING *, '{}'::jsonb AS accesses;
+SET ended_at = now(), ended_by = $2
+WHERE emergency_id = $1 AND ends_at > now() AND ended_at IS NULL
+RETURNING *;
+
+-- name: open_emergencies
+-- List emergency accesses of a patient, a principal, or all, oldest first: those in force, or ($3) every one.
+SELECT * FROM emergency_accesses
+WHERE ($1::text IS NULL OR patient_id = $1)
+    AND ($2::text IS NULL OR principal = $2)
+    AND ($3::boolean OR (ends_at > now() AND ended_at IS NULL))
+ORDER BY emergency_id;

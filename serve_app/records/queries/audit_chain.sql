@@ -8,7 +8,7 @@ SELECT pg_advisory_xact_lock(7234314190585520492);
 
 -- name: head
 -- The newest seal.
-SELECT position, hash FROM audit_seals ORDER BY position DESC LIMIT 1;
+SELECT position, hash FROM public.audit_seals ORDER BY position DESC LIMIT 1;
 
 -- name: unsealed
 -- Up to $2 events that have no seal, of those with a higher number than the lowest of the last $1 that were sealed.
@@ -16,61 +16,69 @@ SELECT position, hash FROM audit_seals ORDER BY position DESC LIMIT 1;
 -- The last ones by their place in the chain: an event whose number is far ahead of all moves nothing.
 WITH recent AS MATERIALIZED (
     SELECT min(event_id) AS lowest
-    FROM (SELECT event_id FROM audit_seals ORDER BY position DESC LIMIT $1) AS newest
+    FROM (SELECT event_id FROM public.audit_seals ORDER BY position DESC LIMIT $1) AS newest
     HAVING count(*) = $1
 )
-SELECT e.event_id, audit_digest(e) AS digest
-FROM audit_events AS e
+SELECT
+    0::bigint AS position, e.event_id, ''::bytea AS hash,
+    e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
+    e.request_id, e.detail
+FROM public.audit_events AS e
 WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
     AND NOT EXISTS (
-        SELECT FROM audit_seals AS s
+        SELECT FROM public.audit_seals AS s
         WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
     )
 ORDER BY e.event_id
 LIMIT $2;
 
--- name: seal
--- Add seals, in order.
-INSERT INTO audit_seals (position, event_id, hash)
-SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bytea[]);
-
 -- name: chain
--- The next $2 seals after position $1, with the digest of their event as it is now; null where it is gone.
-SELECT s.position, s.event_id, s.hash, audit_digest(e) AS digest
-FROM audit_seals AS s
-LEFT JOIN audit_events AS e USING (event_id)
+-- The next $2 seals after position $1, with their event as it is now; null where it is gone.
+SELECT
+    s.position, s.event_id, s.hash,
+    e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
+    e.request_id, e.detail
+FROM public.audit_seals AS s
+LEFT JOIN public.audit_events AS e ON e.event_id = s.event_id
 WHERE s.position > $1
 ORDER BY s.position
 LIMIT $2;
 
 -- name: hashes_at
 -- The hashes of the seals at the positions $1.
-SELECT position, hash FROM audit_seals WHERE position = ANY($1::bigint[]);
+SELECT position, hash FROM public.audit_seals WHERE position = ANY($1::bigint[]);
 
 -- name: age
 -- How long ago the first event was sealed.
-SELECT now() - sealed_at FROM audit_seals ORDER BY position LIMIT 1;
+SELECT now() - sealed_at FROM public.audit_seals ORDER BY position LIMIT 1;
 
 -- name: unsealed_since
--- Events without a seal that are older than $1: added behind the sealer's back, or it does not run. Of all, or with $2 of
--- those that `unsealed` looks at.
+-- Events without a seal that are older than $1, now or ($2) at the last seal: added behind the sealer's back, or it
+-- does not run.
+SELECT event_id FROM public.audit_events AS e
+WHERE e.recorded_at < CASE WHEN $2 THEN (SELECT max(sealed_at) FROM public.audit_seals) ELSE now() END - $1::interval
+    AND NOT EXISTS (SELECT FROM public.audit_seals AS s WHERE s.event_id = e.event_id)
+ORDER BY event_id;
+
+-- name: overdue
+-- Events of those that `unsealed` looks at, which have had no seal for $2.
 WITH recent AS MATERIALIZED (
     SELECT min(event_id) AS lowest
-    FROM (SELECT event_id FROM audit_seals ORDER BY position DESC LIMIT $2::bigint) AS newest
-    HAVING count(*) = $2
+    FROM (SELECT event_id FROM public.audit_seals ORDER BY position DESC LIMIT $1) AS newest
+    HAVING count(*) = $1
 )
-SELECT e.event_id FROM audit_events AS e
+SELECT e.event_id FROM public.audit_events AS e
 WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
-    AND e.recorded_at < now() - $1::interval
+    AND e.recorded_at < now() - $2::interval
     AND NOT EXISTS (
-        SELECT FROM audit_seals AS s
+        SELECT FROM public.audit_seals AS s
         WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
     )
 ORDER BY e.event_id;
 
 -- name: events_between
 -- The next $4 events after event $3 that were recorded from $1 on and before $2.
-SELECT * FROM audit_events
+SELECT * FROM public.audit_events
 WHERE recorded_at >= $1 AND recorded_at < $2 AND event_id > $3
 ORDER BY event_id
 LIMIT $4;

@@ -17,6 +17,7 @@ SELECT
             AND e.patient_id = coalesce($2, l.patient_id)
             AND e.starts_at <= now()
             AND e.ends_at > now()
+            AND e.ended_at IS NULL
         ORDER BY e.ends_at DESC
         LIMIT 1
     ) AS emergency
@@ -179,11 +180,16 @@ SELECT
     END AS erasure,
     CASE WHEN a.confirmed_by IS NOT NULL THEN
         jsonb_build_object('confirmed_by', a.confirmed_by, 'confirmed_at', a.confirmed_at)
-    END AS identity
+    END AS identity,
+    CASE
+        WHEN o.dead_at IS NOT NULL THEN o.last_error
+        WHEN o.delivered_at IS NULL AND o.sent_at IS NULL AND o.attempts > 0 THEN 'encounter_not_confirmed'
+    END AS undelivered
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
 INNER JOIN assessments AS a USING (image_id)
-LEFT JOIN erasures AS e USING (image_id);
+LEFT JOIN erasures AS e USING (image_id)
+LEFT JOIN outbox AS o ON o.assessment_id = a.assessment_id;
 
 -- name: timeline
 -- List a lesion's images, newest first.

@@ -54,7 +54,7 @@ GRANT UPDATE (outcome, answer, failure, completed_at, demand_level, demand_urgen
     set_back_at, confirmed_by, confirmed_at) ON assessments TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON serving_replicas TO {role};
 GRANT DELETE ON idempotency_keys TO {role};
-GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note) ON emergency_accesses TO {role};
-GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, delivered_at, dead_at, setbacks,
-    set_back_at) ON outbox TO {role};
+GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note, ended_at, ended_by) ON emergency_accesses TO {role};
+GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, sent_at, delivered_at, dead_at,
+    setbacks, set_back_at) ON outbox TO {role};
 GRANT EXECUTE ON FUNCTION erase_image TO {role};

@@ -24,11 +24,17 @@ claimed AS (
     SET lease_until = now() + $1::interval, attempts = o.attempts + 1
     FROM due AS d
     WHERE o.message_id = d.message_id
-    RETURNING o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts, o.setbacks
+    RETURNING
+        o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts, o.setbacks, o.sent_at
 )
-SELECT message_id, assessment_id, encounter_id, waiting_since, attempts, setbacks
+SELECT message_id, assessment_id, encounter_id, waiting_since, attempts, setbacks, sent_at
 FROM claimed
 ORDER BY position;
+
+-- name: note_sent
+-- Note when a message was first sent, before it is: from then on the PMS may have it.
+UPDATE outbox SET sent_at = coalesce(sent_at, now()) WHERE message_id = $1 AND delivered_at IS NULL
+RETURNING true;
 
 -- name: deliver
 -- Note a message as delivered, with the audit event of the disclosure, once; a dead one that a late
@@ -72,11 +78,22 @@ UPDATE outbox
 SET dead_at = now(), lease_until = NULL, last_error = $2
 WHERE message_id = $1 AND delivered_at IS NULL AND dead_at IS NULL;
 
+-- name: drop
+-- Be done with a message without sending it; why stays on record.
+UPDATE outbox
+SET delivered_at = now(), dead_at = NULL, lease_until = NULL, last_error = $2
+WHERE message_id = $1 AND delivered_at IS NULL;
+
 -- name: counts
 -- Count what waits and what is dead, and say how long the oldest has waited.
 SELECT
     (SELECT count(*) FROM outbox WHERE delivered_at IS NULL AND dead_at IS NULL) AS waiting,
+    (
+        SELECT count(*) FROM outbox
+        WHERE delivered_at IS NULL AND dead_at IS NULL AND sent_at IS NULL AND attempts > 0
+    ) AS unconfirmed,
     (SELECT count(*) FROM outbox WHERE dead_at IS NOT NULL) AS dead,
+    (SELECT count(*) FROM outbox WHERE dead_at IS NOT NULL AND last_error = 'wrong_encounter') AS wrong_encounter,
     (
         SELECT extract(epoch FROM now() - min(queued_at))::float8
         FROM outbox
@@ -85,7 +102,7 @@ SELECT
 
 -- name: list
 -- List what was not delivered, oldest first; only the dead when asked so.
-SELECT message_id, assessment_id, encounter_id, queued_at, attempts, due_at, last_error, dead_at
+SELECT message_id, assessment_id, encounter_id, queued_at, attempts, due_at, sent_at, last_error, dead_at
 FROM outbox
 WHERE delivered_at IS NULL AND (dead_at IS NOT NULL OR NOT $1::boolean)
 ORDER BY position

@@ -36,7 +36,8 @@ FULL JOIN erasure_receipts AS r USING (receipt_id);
 
 -- name: messages
 -- Every message to the PMS, and the encounter of its image.
-SELECT o.message_id, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.encounter_id AS of_image
+SELECT o.message_id, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.image_id,
+    i.encounter_id AS of_image
 FROM outbox AS o
 LEFT JOIN assessments AS a USING (assessment_id)
 LEFT JOIN lesion_images AS i USING (image_id);

@@ -7,6 +7,7 @@ from contextlib import suppress
 import hashlib
 import hmac
 import json
+import re
 import time
 from typing import Any
 
@@ -17,8 +18,10 @@ from joserfc.jwk import OctKey, RSAKey
 import pytest
 
 from serve_app.access.rules import Principal
-from serve_app.access.tokens import TokenVerifier, mint_token
-from serve_app.domain.errors import Unauthenticated
+from serve_app.access.tokens import TokenVerifier, check_subject, mint_token
+from serve_app.audit.events import NOBODY, OUTBOX, RETENTION, os_account, reads_like_own_actor
+from serve_app.domain.errors import LifetimeRefused, SubjectRefused, Unauthenticated
+from serve_app.settings import REPOSITORY
 
 SECRET = "a development secret of 32 bytes"
 ISSUER, AUDIENCE = "https://pms.example", "derm-cds"
@@ -63,10 +66,7 @@ def test_a_minted_token_says_who_it_is() -> None:
     [
         {},
         {"aud": ["other", AUDIENCE]},
-        {"nbf": 1_700_000_000, "iat": 1_700_000_000},
-        {"exp": 10**400},
-        {"sub": "Ärztin 1"},
-        {"sub": "x" * 255},
+        {"nbf": 1_700_000_000, "iat": time.time() - 80_000},
         {"jti": "7", "scope": "lesions", "nested": {"a": [1, None]}},
         {"roles": None},
         {"roles": []},
@@ -89,18 +89,161 @@ NAN, INFINITY, YEAR_2096 = float("nan"), float("inf"), 4_000_000_000
         *({"exp": value} for value in (None, 0, -1, "9999999999", True, NAN, INFINITY, [9999999999])),
         *({"nbf": value} for value in (YEAR_2096, "0", True, NAN, INFINITY)),
         *({"iat": value} for value in (YEAR_2096, "0", True, NAN)),
-        *({"jti": value} for value in ("", 7, "x" * 256, "a\nb")),
-        *({"sub": value} for value in (None, "", " ", "\t", 7, True, ["dr-1"], {"a": 1}, "x" * 256)),
-        *(
-            {"sub": value}
-            for value in ("dr\x00", "dr\n2026 success", "dr\r", "dr\x1b[31m", "\u202edr", "\ud800")
-        ),
+        *({"jti": value} for value in ("", 7, "x" * 256, "a\nb", " 7", "7\u200b", "7\u034f")),
+        *({"sub": value} for value in (7, True, ["dr-1"], {"a": 1})),
         *({"roles": value} for value in ("clinician", {"clinician": 1}, 7, [7], [None], [["clinician"]])),
     ],
     ids=repr,
 )
 def test_bad_claims_stay_out(changed: dict[str, Any]) -> None:
     refuse(forge(HS256, claims(**changed)))
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        *(
+            "Ärztin 1",
+            "x" * 255,
+            "auth0|507f1f77",
+            "https://pms.example/u/7",
+            "o's:x",
+            "osman:1",
+            "x-os:root",
+            "derm-cds-pms",
+        ),
+        *("retention-nurse", "екатерина", "Анна-Ева", "Иван", "院长", "1s:2", "05:1f:2b"),
+    ],
+)
+def test_who_may_be_a_caller(subject: str) -> None:
+    assert VERIFIER.verify(forge(HS256, claims(sub=subject))).subject == subject
+
+
+#: What our own processes and commands write as the actor of an event, in forms that read like it; and what is no name.
+NOT_A_CALLERS = [
+    *(
+        "os:root",
+        "OS:root",
+        "Os:1000",
+        "os :root",
+        "o s:root",
+        "0s:root",
+        "os:",
+        "o\u0301s:x",
+        "\U0001d428s:root",
+    ),
+    *(
+        "\uff4f\uff53:root",
+        "os\uff1aroot",
+        "os\ufe55root",
+        "os\u2236root",
+        "os\u02d0root",
+        "os\ua789root",
+        "\u24de\u24e2:root",
+    ),
+    *(
+        "\u043es:root",
+        "o\u0455:root",
+        "\u043e\u0455:root",
+        "\u03bf\u0455:1000",
+        "o\u0332s:root",
+        "os\u0336:root",
+    ),
+    *(
+        "derm-cds",
+        "derm-cds:outbox",
+        "Derm-CDS:Outbox",
+        "derm-cds:anything",
+        "derm\u2010cds:outbox",
+        "d\u0435rm-cds:outbox",
+    ),
+    *(
+        "retention",
+        "RETENTION",
+        "retent1on",
+        "r\u0435tention",
+        "re\u0301tention",
+        "unauthenticated",
+        "unauthent\u0456cated",
+    ),
+    *(
+        "os\u200b:root",
+        "\u2060os:root",
+        "os\u00ad:root",
+        "os\x00:root",
+        "o\u034fs:root",
+        "retention\ufe0f",
+        "\u115fretention",
+    ),
+    *(
+        "",
+        " ",
+        "\t",
+        " dr-demo",
+        "dr-demo ",
+        "\u00a0dr-demo",
+        "dr-demo\u3000",
+        "dr-demo\u200b",
+        "\ufeffdr-demo",
+        "dr\u2800",
+    ),
+    *(
+        "dr\x00",
+        "dr\n2026 success",
+        "dr\r",
+        "dr\x1b[31m",
+        "\u202edr",
+        "\ud800",
+        "x" * 256,
+        "A\u0308rztin",
+        "\ufb01",
+        "\uff44r",
+    ),
+]
+
+
+@pytest.mark.parametrize("subject", [None, *NOT_A_CALLERS], ids=repr)
+def test_a_subject_that_reads_like_another_or_like_ours_is_refused(subject: str | None) -> None:
+    with pytest.raises(SubjectRefused):
+        VERIFIER.verify(forge(HS256, claims(sub=subject)))
+    with pytest.raises(SubjectRefused):
+        mint_token(secret=SECRET, issuer=ISSUER, audience=AUDIENCE, subject=subject, roles=[])
+
+
+def test_no_caller_has_the_name_of_an_actor_of_ours() -> None:
+    """Whatever the code writes as an actor: a name that is new must be refused as well."""
+    written = re.compile(r"""\b(?:actor|by)\s*=\s*["']([^"']+)["']""")
+    folders = (REPOSITORY / name for name in ("serve_app", "cluster", "data_jobs"))
+    texts = [path.read_text() for folder in folders for path in folder.rglob("*.py")]
+    for name in {OUTBOX, RETENTION, NOBODY, os_account(), *(n for t in texts for n in written.findall(t))}:
+        assert reads_like_own_actor(name), name
+        assert reads_like_own_actor(name.upper()), name
+
+
+def test_a_token_is_valid_for_a_day_at_most_or_what_is_set() -> None:
+    now = int(time.time())
+    hour = TokenVerifier(SECRET, ISSUER, AUDIENCE, max_lifetime_s=3600)
+    for good in (
+        {"exp": now + 3600},
+        {"exp": now + 3600, "iat": now},
+        {"exp": now + 60, "iat": now - 3500.5},
+    ):
+        assert hour.verify(forge(HS256, claims(**good)))
+    ten_years = now + 315_360_000
+    too_long = (
+        *(
+            {"exp": exp, "iat": iat}
+            for exp, iat in ((ten_years, now), (now + 60, now - 3600), (10**400, float(now)))
+        ),
+        *({"exp": exp} for exp in (ten_years, now + 3700, 10**400, 1e308)),
+        {"exp": now + 60, "iat": -(10**400)},
+    )
+    for bad in too_long:
+        with pytest.raises(LifetimeRefused):
+            hour.verify(forge(HS256, claims(**bad)))
+    assert VERIFIER.verify(forge(HS256, claims(exp=now + 86_400, iat=now)))
+    with pytest.raises(LifetimeRefused):
+        VERIFIER.verify(forge(HS256, claims(exp=now + 86_401, iat=now)))
 
 
 def test_clocks_may_differ_by_five_seconds() -> None:
@@ -212,7 +355,7 @@ def test_any_signed_json_gets_in_or_gets_our_error(changed: dict[str, Any], head
     for token in (forge({**HS256, **header}, claims(**changed)), forge(header, changed)):
         with suppress(Unauthenticated):
             principal = VERIFIER.verify(token)
-            assert principal.subject.isprintable()
+            assert check_subject(principal.subject)
             assert all(isinstance(role, str) for role in principal.roles)
 
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+import time
 from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter
 import httpx
+from joserfc import jwt
+from joserfc.jwk import OctKey
 import pytest
 
 from serve_app.access.rules import Role
 from serve_app.audit.events import AuditEvent
 from serve_app.http.access import Caller
 from serve_app.records.access import AccessStore
+from tests.serve_app.conftest import SECRET
 
 ANONYMOUS = {"/healthz", "/readyz"}
 
@@ -130,6 +134,48 @@ async def test_care_is_for_its_time_and_its_patient(service, record: Record) -> 
         await service.owner.execute(care, patient, subject, since, until)
     response = await ask(service, *READ, record, service.token(subject))
     service.hold_to_problem(response, 403, "forbidden")
+
+
+TEN_YEARS = 315_360_000
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        *(
+            ({"sub": name}, "subject")
+            for name in ("os:root", "\uff2fs:root", "derm-cds:outbox", "retention", " dr", "", "x" * 256)
+        ),
+        *(({"exp": TEN_YEARS, "iat": iat}, "lifetime") for iat in (0, None)),
+    ],
+)
+async def test_what_the_issuer_should_not_have_signed_is_refused_and_said(
+    service, record, changed, code
+) -> None:
+    """A name of our own in the audit log, another's with a space before it, and a token that is good for ten years."""
+    now = int(time.time())
+    claims = {
+        "iss": "derm-cds",
+        "aud": "derm-cds",
+        "sub": "dr-matrix-owner",
+        "roles": ["clinician"],
+        "iat": 0,
+        "exp": 600,
+    }
+    claims = {
+        name: now + each if name in {"iat", "exp"} and each is not None else each
+        for name, each in (claims | changed).items()
+    }
+    if claims["sub"]:
+        await service.care(claims["sub"], record.patient)
+    signed = jwt.encode(
+        {"alg": "HS256"}, {k: v for k, v in claims.items() if v is not None}, OctKey.import_key(SECRET)
+    )
+    answer = await ask(service, *READ, record, {"Authorization": f"Bearer {signed}"})
+    service.hold_to_problem(answer, 401, f"token_{code}_refused")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    event = await service.hold_to_event(answer, "authenticate", "denied")
+    assert (event["actor"], event["detail"]["code"]) == ("unauthenticated", f"token_{code}_refused")
 
 
 @pytest.mark.parametrize(

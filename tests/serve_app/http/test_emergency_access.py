@@ -80,6 +80,60 @@ async def test_from_the_emergency_to_its_review(service) -> None:
     await service.hold_to_failure(again, 409, "conflict", "review_access")
 
 
+@pytest.mark.parametrize("outcome", ["not_justified", "justified", "follow_up"])
+async def test_what_was_not_justified_ends_with_the_verdict(service, outcome: str) -> None:
+    """Were it to go on, or the glass broken twice over, the record would stay open for a day."""
+    patient, subject = await service.care("dr-owner"), f"dr-{uuid4().hex[:8]}"
+    lesion = (await service.upload(patient, subject="dr-owner")).json()["lesion_id"]
+    first, second = [(await break_glass(service, subject, patient)).json()["emergency_id"] for _ in range(2)]
+    elsewhere = (await break_glass(service, subject, f"p-{uuid4().hex[:8]}")).json()["emergency_id"]
+
+    async def look() -> httpx.Response:
+        return await service.client.get(f"/api/lesions/{lesion}", headers=service.token(subject))
+
+    assert (await look()).status_code == 200
+    reviewed = await review(service, first, "chief", outcome=outcome)
+    service.hold_to("EmergencyAccessDocument", reviewed.json())
+    ends = outcome == "not_justified"
+    event = await service.hold_to_event(reviewed, "review_access", "success")
+    assert event["detail"].get("ended") == ([second] if ends else None)
+    answer = await look()
+    assert answer.status_code == (403 if ends else 200)
+    if not ends:
+        assert (reviewed.json()["ended_at"], reviewed.json()["ended_by"]) == (None, None)
+        return
+    await service.hold_to_event(answer, "read", "denied", reason="assignment")
+    assert reviewed.json()["ended_at"] == reviewed.json()["reviewed_at"]
+    assert reviewed.json()["ended_by"] == "chief"
+    (shown,) = [each for each in await queue(service, reviewed=True) if each["emergency_id"] == first]
+    assert shown["ended_at"] == reviewed.json()["ended_at"]
+    # The other is over as well, and still to be judged; the one to another patient goes on.
+    waiting = {each["emergency_id"]: each["ended_by"] for each in await queue(service)}
+    assert (waiting[second], waiting[elsewhere]) == ("chief", None)
+    assert (await review(service, second, "chief-2", outcome="not_justified")).json()["ended_by"] == "chief"
+    async with service.app.state.services.pool._pool.acquire() as connection:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="stays so"):
+            await connection.execute("UPDATE emergency_accesses SET ended_at = NULL, ended_by = NULL")
+    # A new emergency is a new one, and reviewed anew.
+    assert (await break_glass(service, subject, patient)).status_code == 201
+    assert (await look()).status_code == 200
+
+
+async def test_a_verdict_that_is_not_written_ends_nothing(service) -> None:
+    """Both are one transaction, with the audit event."""
+    emergency_id = (await break_glass(service, "dr-kept", "p-kept")).json()["emergency_id"]
+    await service.owner.execute(
+        "ALTER TABLE audit_events ADD CONSTRAINT none_of_p_kept CHECK (patient_id <> 'p-kept') NOT VALID"
+    )
+    try:
+        refused = await review(service, emergency_id, "chief", outcome="not_justified")
+    finally:
+        await service.owner.execute("ALTER TABLE audit_events DROP CONSTRAINT none_of_p_kept")
+    assert refused.status_code >= 400
+    (waiting,) = [each for each in await queue(service) if each["emergency_id"] == emergency_id]
+    assert (waiting["reviewed_at"], waiting["ended_at"]) == (None, None)
+
+
 async def test_nobody_reviews_their_own(service) -> None:
     emergency_id = (await break_glass(service, "dr-own", "p-own", minutes=30)).json()["emergency_id"]
     own = await review(service, emergency_id, "dr-own")

@@ -81,6 +81,7 @@ async def queue(new_database, admission, assessment, event, pms, client) -> Asyn
     pool = await open_pool(database.app, minimum=1, maximum=6, timeout_s=20)
     await publish(owner, LiveModel("lite0.a", "digest", SPACE))
     lesions, outbox = LesionStore(pool), Outbox(pool)
+    pms.register("patient", "e-0", "e-1", "e-2", "e-3")
 
     async def finish(encounter_id: str | None, **changed: object) -> UUID:
         new = admission(encounter_id=encounter_id, patient_id="patient")

@@ -19,7 +19,7 @@ IDS = ("assessment_id", "patient_id", "encounter_id")
 
 
 class PmsServer:
-    """`fault` is asked before each request: None, or "slow", "500", "404", "page" (200 without JSON), "wrong"
+    """`fault` is asked before each request: None, or "slow", "403", "500", "404", "page" (200 without JSON), "wrong"
     (200 with another's JSON), "drop" (no answer), and for a message "lost" (kept, but the answer is lost)."""
 
     def __init__(self) -> None:
@@ -111,11 +111,13 @@ class PmsServer:
             await asyncio.sleep(self.slow_s)
         answers: dict[str, Callable[[], Response]] = {
             "slow": lambda: JSONResponse({}, 200),
+            "403": lambda: JSONResponse({"detail": "not yours"}, 403),
             "500": lambda: JSONResponse({"detail": "internal"}, 500),
             "404": lambda: JSONResponse({"message": "no Route matched"}, 404),
             "page": lambda: PlainTextResponse("<html>Please log in</html>", 200),
             "wrong": lambda: JSONResponse(dict.fromkeys(IDS, "another"), 200),
             "drop": Lost,
+            "lost": Lost,
         }
         return answers[fault]()
 

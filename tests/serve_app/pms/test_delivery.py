@@ -12,7 +12,7 @@ from serve_app.domain.errors import RecordsUnavailable
 from serve_app.pms import delivery as delivery_module
 from serve_app.pms.client import CircuitBreaker
 from serve_app.pms.delivery import LONGEST_WAIT_S, wait_s
-from serve_app.records.answers import assessment_document
+from serve_app.records.answers import assessment_document, timeline_document
 from serve_app.records.outbox import Outbox
 
 
@@ -50,7 +50,7 @@ async def test_nothing_is_lost_while_the_pms_is_down(queue, pms) -> None:
     assert (counts.waiting, counts.dead) == (5, 1)
     assert counts.oldest_waiting_s > 0
     (first, *_) = await queue.outbox.list(dead_only=False, limit=1)
-    assert first.last_error.startswith("connection_")
+    assert first.last_error.startswith("encounter_connection_")
     pms.start()
     await queue.drain(delivery)
     assert kept(pms, "e-1") == finished
@@ -166,6 +166,101 @@ async def test_rounds_of_faults_lose_nothing_and_double_nothing(queue, pms) -> N
     assert len(pms.seen) > len(every)  # some came twice, and were kept once
 
 
+async def said_to_the_clinician(queue, assessment_id) -> str | None:
+    """Why the encounter has not got the answer, as the lesion's timeline says it."""
+    found = await queue.lesions.assessment_record(assessment_id)
+    timeline = await queue.lesions.timeline(found.lesion_id)
+    (shown,) = timeline_document(timeline, pictured=()).answer()["assessments"]
+    return shown["undelivered"]["code"] if "undelivered" in shown else None
+
+
+@pytest.mark.parametrize("fault", ["slow", "500", "403", "404", "page", "wrong", "drop"])
+async def test_nothing_is_sent_before_the_pms_has_confirmed_the_encounter(queue, pms, fault: str) -> None:
+    pms.fault = lambda request: fault if request.method == "GET" else None
+    finished = await queue.finish("e-1")
+    assert await said_to_the_clinician(queue, finished) is None  # it is about to be sent
+    delivery = queue.delivery(timeout_s=0.1)
+    for _ in range(2):
+        assert await delivery.deliver_due() == 0
+        await queue.owner.execute("UPDATE outbox SET due_at = now()")
+    assert (pms.seen, pms.kept) == ([], {})
+    counts = await queue.outbox.counts()
+    assert (counts.waiting, counts.unconfirmed, counts.dead) == (1, 1, 0)
+    (held,) = await queue.outbox.list(dead_only=False, limit=1)
+    assert held.last_error.startswith("encounter_")
+    assert await said_to_the_clinician(queue, finished) == "encounter_not_confirmed"
+    pms.fault = lambda _: None
+    await queue.drain(queue.delivery())
+    ((_, body),) = pms.kept["e-1"]
+    assert body["assessment_id"] == str(finished)
+    assert "undelivered" not in body
+    assert await said_to_the_clinician(queue, finished) is None
+    assert (await queue.outbox.counts()).unconfirmed == 0
+
+
+async def test_another_patients_encounter_never_gets_the_answer(queue, pms) -> None:
+    """Filed under it while the PMS did not answer: a finding of one may not be read as another's."""
+    pms.register("another", "e-1")
+    finished = await queue.finish("e-1")
+    elsewhere = await queue.finish("e-2")
+    delivery = queue.delivery()
+    await queue.drain(delivery)
+    for _ in range(2):
+        assert pms.kept.keys() == {"e-2"}
+        counts = await queue.outbox.counts()
+        assert (counts.waiting, counts.dead, counts.wrong_encounter) == (0, 1, 1)
+        (dead,) = await queue.outbox.list(dead_only=True, limit=10)
+        assert (dead.assessment_id, dead.last_error, dead.attempts > 0) == (finished, "wrong_encounter", True)
+        assert await said_to_the_clinician(queue, finished) == "wrong_encounter"
+        # Sent again it is asked for again.
+        assert await queue.outbox.retry(None, actor="op", request_id="r") == 1
+        await queue.drain(delivery)
+    denied = await queue.owner.fetch(
+        "SELECT * FROM audit_events WHERE action = 'disclose' AND outcome = 'denied'"
+    )
+    assert [row["assessment_id"] for row in denied] == [finished] * 3
+    assert denied[0]["detail"] == {"recipient": "pms", "code": "wrong_encounter", "purpose": "HOPERAT"}
+    pms.encounters["e-1"] = "patient"  # the PMS was wrong, and was mended
+    assert await queue.outbox.retry(dead.message_id, actor="op", request_id="r") == 1
+    await queue.drain(delivery)
+    assert kept(pms, "e-1") == [str(finished)]
+    assert kept(pms, "e-2") == [str(elsewhere)]
+
+
+async def test_each_attempt_asks_anew(queue, pms) -> None:
+    """The PMS may have moved the encounter to another patient since the first."""
+    pms.fault = lambda request: "500" if request.method == "POST" else None
+    finished = await queue.finish("e-1")
+    delivery = queue.delivery()
+    await delivery.deliver_due()
+    (waiting,) = await queue.outbox.list(dead_only=False, limit=1)
+    assert (waiting.last_error, waiting.sent_at is not None) == ("http_500", True)
+    assert await said_to_the_clinician(queue, finished) is None
+    pms.fault = lambda _: None
+    pms.register("another", "e-1")
+    await queue.drain(delivery)
+    assert pms.kept == {}
+    assert (await queue.outbox.counts()).wrong_encounter == 1
+
+
+async def test_an_encounter_that_the_pms_does_not_know_is_waited_for_for_an_hour(queue, pms) -> None:
+    finished = await queue.finish("e-late")
+    delivery = queue.delivery()
+    await delivery.deliver_due()
+    (held,) = await queue.outbox.list(dead_only=False, limit=1)
+    assert (held.last_error, held.dead_at, pms.seen) == ("encounter_unknown", None, [])
+    await queue.owner.execute(
+        "UPDATE outbox SET waiting_since = now() - interval '61 minutes', due_at = now()"
+    )
+    await delivery.deliver_due()
+    assert (await queue.outbox.counts()).dead == 1
+    assert await said_to_the_clinician(queue, finished) == "encounter_unknown"
+    pms.register("patient", "e-late")
+    assert await queue.outbox.retry(None, actor="op", request_id="r") == 1
+    await queue.drain(delivery)
+    assert kept(pms, "e-late") == [str(finished)]
+
+
 def test_the_wait_doubles_up_to_its_limit() -> None:
     assert 1.0 <= wait_s(1) <= 2.0
     assert 8.0 <= wait_s(4) <= 16.0
@@ -193,7 +288,7 @@ async def test_a_message_that_fails_while_others_get_through_is_set_aside_and_it
 
     monkeypatch.setattr(delivery_module, "assessment_document", make_document)
     pms.fault = fails
-    delivery = queue.delivery(timeout_s=0.05 if fault == "slow" else 2.0)
+    delivery = queue.delivery(timeout_s=0.4 if fault == "slow" else 2.0)
     behind = await queue.finish("e-1")
     for _ in range(4 * SETBACKS):
         await queue.finish("e-2")

@@ -189,3 +189,19 @@ async def test_an_answer_that_comes_after_the_erasure_ends_no_message(
     assert [body["outcome"] for _, body in pms.kept["e-1"]] == ["review", "erased"]
     told = [outcome for _, outcome in await told_of(queue)]
     assert (told[0], told[-1]) == ("review", "erased")
+
+
+async def test_the_erasure_follows_what_was_sent_and_nothing_else(queue, pms, eraser) -> None:
+    """Whosever the encounter is by now: what it has is to be deleted there, and what it never had is not told there."""
+    sent = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    pms.register("another", "e-1", "e-2")
+    kept_back = await queue.finish("e-2")
+    await queue.drain(queue.delivery())
+    receipt_id = await erase(queue, eraser, sent)
+    await erase(queue, eraser, kept_back)
+    await queue.drain(queue.delivery())
+    assert [key for key, _ in pms.kept["e-1"]][1:] == [receipt_id]
+    assert "e-2" not in pms.kept
+    counts = await queue.outbox.counts()
+    assert (counts.waiting, counts.dead, counts.wrong_encounter) == (0, 0, 0)

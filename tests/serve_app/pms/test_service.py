@@ -114,7 +114,50 @@ async def test_a_pms_in_trouble_does_not_hold_up_the_upload(start_service, ties,
         found = factors(response.json())
         assert found["record_not_available"] == found["encounter_not_verified"] == "not_available"
         assert found["age"] == "raises"
+        await until(lambda: held(service))
+        assert f"e-{patient}" not in pms.kept
+        pms.fault = lambda _: None
         assert len(await told(pms, f"e-{patient}")) == 1
+
+
+async def held(service) -> bool:
+    """Whether a message waits for its encounter to be confirmed."""
+    return bool((await service.client.get("/readyz")).json()["outbox"]["unconfirmed"])
+
+
+async def test_an_answer_filed_under_anothers_encounter_while_the_pms_was_slow_never_gets_there(
+    start_service, ties, pms
+) -> None:
+    """The check at the upload gives way to a slow PMS; the one before the message does not."""
+    pms.fault = lambda request: "slow" if request.method == "GET" else None
+    async with start_service(**ties | {"pms_timeout_s": 0.3}) as service:
+        patient = await service.care()
+        pms.register(patient)
+        pms.register("another", f"e-{patient}")
+        uploaded = await service.upload(patient, encounter_id=f"e-{patient}")
+        assert uploaded.status_code == 201, uploaded.text
+        assert factors(uploaded.json())["encounter_not_verified"] == "not_available"
+        await until(lambda: held(service))
+        pms.fault = lambda _: None
+        (finding,) = await until(lambda: found_by(service), within_s=30)
+        assert "another patient's encounter" in finding
+        assert f"e-{patient}" not in pms.kept
+        seen = (await service.get(uploaded.headers["location"])).json()
+        service.hold_to("TimelineDocument", seen)
+        (shown,) = seen["assessments"]
+        assert shown["undelivered"]["code"] == "wrong_encounter"
+        assert "wrong_patient" in shown["undelivered"]["action"]
+        # Erased, there is nothing to tell and nothing left to find.
+        await erase(service, uploaded.json())
+        await until(lambda: found_by(service, none=True), within_s=30)
+        left = "SELECT last_error FROM outbox WHERE encounter_id = $1 AND delivered_at IS NOT NULL"
+        assert await until(lambda: service.owner.fetchval(left, f"e-{patient}")) == "wrong_encounter"
+        assert f"e-{patient}" not in pms.kept
+
+
+async def found_by(service, *, none: bool = False) -> list[str] | bool:
+    findings = (await service.client.get("/readyz")).json()["findings"]
+    return not findings if none else findings
 
 
 async def test_what_is_recovered_fails_or_is_erased_is_told_too(

@@ -10,17 +10,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from serve_app.audit.chain import GENESIS, SealedEvent, describe, link, read_events
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog, Seal
 from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
-from serve_app.records.audit_log import (
-    GENESIS,
-    AuditChain,
-    accept_restore,
-    examine,
-    link,
-    sign_head,
-)
+from serve_app.records.audit_log import AuditChain, accept_restore, examine, sign_head
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import open_pool
 
@@ -75,18 +69,76 @@ async def log(new_database, as_superuser, event, tmp_path: Path):
     await pool.close()
 
 
+#: An event in the form that it was hashed in from the first: by the database then, from its columns as read since.
+FORM = """
+jsonb_build_array(
+    (e).event_id, extract(epoch FROM (e).recorded_at), (e).action, (e).actor, (e).outcome, (e).patient_id,
+    (e).lesion_id, (e).image_id, (e).assessment_id, (e).request_id, (e).detail
+)::text"""
+#: The digests of before kept aside, given out by the function that the database once hashed with, and one event edited.
+ASK_THE_SUSPECT = f"""
+CREATE TABLE aside AS SELECT e.event_id, sha256(convert_to({FORM}, 'UTF8')) AS digest FROM audit_events AS e;
+DROP FUNCTION IF EXISTS audit_digest(audit_events);
+CREATE FUNCTION audit_digest(e audit_events) RETURNS bytea LANGUAGE sql STABLE
+    RETURN (SELECT a.digest FROM aside AS a WHERE a.event_id = (e).event_id);
+GRANT SELECT ON aside TO derm_app;
+UPDATE audit_events SET actor = 'another' WHERE event_id = 5;
+"""  # noqa: S608 - our own
+_HARD = [
+    """'2026-11-27 12:00:00+00', 'read', E'a "b" \\\\ / \\b\\f\\n\\r\\t\\x01\\x1f\\x7f', NULL, E'{"a": "\\\\u0001 \\\\" ü", "B": {}}'""",
+    """'2026-11-27 12:00:00.5+00', 'lesen', 'Zoë 🧪  ', 'p', '{"zz": [1.50, 1e30, -0, null], "a": true}'""",
+    """'1969-12-31 23:59:58.999999+00', 'x', '', '', '[]'""",
+    """'0044-03-15 00:00:00+00 BC', 'x', 'caesar', 'p', '"text"'""",
+    """'290000-12-31 23:59:59.999999+00', 'x', 'nobody', 'p', '12.3400'""",
+]
+
+
 async def test_an_untouched_log_verifies_and_the_chain_is_what_it_says(log) -> None:
+    """The form is for ever: a log that was sealed by an earlier version fits its checkpoints."""
+    insert = "INSERT INTO audit_events (recorded_at, action, actor, patient_id, detail, outcome, request_id, lesion_id)"
+    for hard in _HARD:
+        await log.tamperer.execute(f"{insert} VALUES ({hard}, 'denied', 'r', gen_random_uuid())")
+    await log.chain.seal(wait=True)
     found = await log.chain.verify()
-    assert (found.head.position, found.findings) == (EVENTS, ())
+    assert (found.head.position, found.findings) == (EVENTS + len(_HARD), ())
     rows = await log.tamperer.fetch(
-        "SELECT position, hash, audit_digest(e) AS digest FROM audit_seals JOIN audit_events e USING (event_id)"
-        " ORDER BY position"
+        f"SELECT position, hash, {FORM} AS form FROM audit_seals JOIN audit_events e USING (event_id) ORDER BY position"  # noqa: S608
     )
+    kept = [sealed.text.decode() async for batch in log.chain.events() for sealed in batch]
+    assert kept == [row["form"] for row in rows]
     before = GENESIS
     for row in rows:
-        before = link(before, row["position"], row["digest"])
+        before = link(before, row["position"], row["form"].encode())
         assert row["hash"] == before
-    assert found.head == Seal(EVENTS, before) == await log.chain.head()
+    assert found.head == Seal(len(rows), before) == await log.chain.head()
+
+
+def test_one_event_in_its_form_by_the_letter() -> None:
+    """Made by PostgreSQL 18 from the same values."""
+    text = (
+        '[7, 1795780800.000000, "read", "dr \\"x\\"", "success", null, null, '
+        '"00000000-0000-0000-0000-00000000002a", null, "r", {"n": 1.50}]'
+    )
+    at = (1_795_780_800_000_000 - 946_684_800_000_000).to_bytes(8)  # since 2000, in microseconds
+    columns = [
+        *((1).to_bytes(8), (7).to_bytes(8), bytes(32)),
+        *((7).to_bytes(8), at, b"read", b'dr "x"', b"success", None, None, (42).to_bytes(16), None, b"r"),
+        b'\x01{"n": 1.50}',
+    ]
+    nulls = (-1).to_bytes(4, signed=True)
+    fields = [nulls if value is None else len(value).to_bytes(4) + value for value in columns]
+    copied = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(columns).to_bytes(2) + b"".join(fields) + b"\xff\xff"
+    assert read_events(copied) == [SealedEvent(1, 7, bytes(32), text.encode())]
+    seal = "4079704cdabbfd0cb60ff82baecd7ba40d82f299dcfa4155fdd0d2250d1e375a"
+    assert link(GENESIS, 1, text.encode()).hex() == seal
+
+
+async def test_the_suspect_is_not_asked(log) -> None:
+    """A superuser of the database edits an event of any age, and has the database say the old digests."""
+    await log.sign()
+    await log.tamperer.execute(ASK_THE_SUSPECT)
+    found = await examine(log.chain, log.checkpoints.read(), whole=True)
+    assert [describe(finding) for finding in found.findings] == [f"{CHANGED}: seal 5, event 5"]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +204,11 @@ async def test_no_seal_is_ahead_of_the_chain(log) -> None:
 async def test_events_that_are_not_sealed_in_time_are_named(log, sealed: int) -> None:
     """Whether the log is longer than what is looked at, or not."""
     await log.add(sealed)
-    assert await log.chain.overdue() == await log.chain.overdue(among=10) == []
+    assert await log.chain.overdue() == await log.chain.overdue(late=10) == []
     await log.records.record_event(log.event("read"))
-    assert await log.chain.overdue(among=10) == []
+    assert await log.chain.overdue(late=10) == []
     await log.tamperer.execute("UPDATE audit_events SET recorded_at = recorded_at - interval '3 minutes'")
-    assert await log.chain.overdue() == await log.chain.overdue(among=10) == [EVENTS + sealed + 1]
+    assert await log.chain.overdue() == await log.chain.overdue(late=10) == [EVENTS + sealed + 1]
 
 
 async def test_what_came_after_a_known_seal_is_verified_without_what_was_before(log) -> None:
