@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 import json
@@ -16,7 +16,7 @@ import sys
 from cluster.commands import actions_of
 from cluster.commands.records import ask, ask_database, record
 from cluster.node_files import application_role, database
-from serve_app.audit.chain import describe, export_line, exported_events, follow, newest
+from serve_app.audit.chain import Verification, describe, export_line, exported_events, follow, newest
 from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
@@ -95,22 +95,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.checkpoints:
         both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
-    rows: Reconciliation | None = None
-    if arguments.export:
-        found = asyncio.run(follow(exported_events(arguments.export), in_force(known)))
-    elif arguments.database:
-        found = ask_database(
-            arguments.database, lambda pool: AuditChain(pool).verify(in_force(known), is_copy=True)
-        )
-        rows = ask_database(arguments.database, reconcile)
-    else:
-        with database(arguments.home) as urls:
-            found = ask_database(
-                urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
-            )
-            rows = ask_database(urls.app, reconcile)
-            made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
-        found = replace(found, findings=(*found.findings, *made))
+    found, rows = _look(arguments, known, kept_here=bool(here))
     for checkpoint in known:
         if checkpoint.restored_after is not None:
             print(
@@ -135,6 +120,28 @@ def _verify(arguments: argparse.Namespace) -> None:
     if found.findings or differences:
         what = "The audit log" if found.findings else "A row beside the audit log"
         raise IntegrityError(f"{what} is not what was written: keep everything as it is, and investigate.")
+
+
+def _look(
+    arguments: argparse.Namespace, known: Sequence[Checkpoint], *, kept_here: bool
+) -> tuple[Verification, Reconciliation | None]:
+    """Verify what is asked for, and hold the rows beside it against it where there are any."""
+    signed = in_force(known)
+    if arguments.export:
+        return asyncio.run(follow(exported_events(arguments.export), signed)), None
+    if arguments.database:
+        return ask_database(arguments.database, lambda pool: _verify_copy(pool, signed))
+    with database(arguments.home) as urls:
+        found = ask_database(
+            urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=kept_here)
+        )
+        rows = ask_database(urls.app, reconcile)
+        made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
+    return replace(found, findings=(*found.findings, *made)), rows
+
+
+async def _verify_copy(pool: Pool, signed: Sequence[Checkpoint]) -> tuple[Verification, Reconciliation]:
+    return await AuditChain(pool).verify(signed, is_copy=True), await reconcile(pool)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:

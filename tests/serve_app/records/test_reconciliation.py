@@ -122,7 +122,10 @@ OTHERS = {
     "INSERT INTO care_assignments VALUES ('p-withdrawn', 'dr', '2036-01-01')": ("care_assignments", BACK),
     "DELETE FROM revocations WHERE value = 'out'": ("revocations", GONE),
     "INSERT INTO revocations VALUES ('subject', 'in', now(), 'x')": ("revocations", BACK),
-    "UPDATE emergency_accesses SET ends_at = ends_at + interval '1 day'": ("emergency_accesses", DIFFERS),
+    "UPDATE emergency_accesses SET ends_at = ends_at + interval '1 day' WHERE patient_id = 'p'": (
+        "emergency_accesses",
+        DIFFERS,
+    ),
     "UPDATE legal_holds SET released_at = now(), released_by = 'x' WHERE patient_id = 'p-held'": (
         *("legal_holds", DIFFERS),
     ),
@@ -187,6 +190,15 @@ async def _change_access(owner: Pool) -> dict[str, UUID]:
     await access.break_glass(emergency, "p", "dr", "unconscious, alone", lasts=lasts, event=event)
     judged = account_event("review_access", {"emergency_id": str(emergency)}, patient_id="p")
     await access.review(emergency, reviewer="sup", outcome="justified", note="x", event=judged)
+    for lasts in (5, 6, 7):
+        event = account_event("break_glass", {"emergency_access": str(emergency := uuid4())}, patient_id="q")
+        since = timedelta(minutes=lasts)
+        await access.break_glass(emergency, "q", "dr", "not true at all", lasts=since, event=event)
+        if lasts == 5:
+            told = account_event("end_emergency", {"emergency_id": str(emergency)}, patient_id="q")
+            assert await access.end_emergency(emergency, by="op", event=told)
+    judged = account_event("review_access", {"emergency_id": str(emergency)}, patient_id="q")
+    await access.review(emergency, reviewer="sup", outcome="not_justified", note=None, event=judged)
     kept = await holds.set(Held(patient_id="p-held"), reason="case 1", actor="op")
     freed = await holds.set(Held(patient_id="p-free"), reason="case 2", actor="op")
     await holds.release(freed, actor="op")
