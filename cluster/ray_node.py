@@ -15,7 +15,7 @@ folder of a file system that is memory itself, as /dev/shm is wherever there is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import hashlib
 from importlib.util import find_spec
 import os
@@ -29,7 +29,9 @@ import sys
 
 import psutil
 
+from cluster.accounts import DECODER, account_of
 from cluster.node_files import is_production
+from serve_app import sandbox
 from serve_app.private_files import forbid_core_dumps, locked_folder, write_private
 from serve_app.settings import REPOSITORY
 
@@ -67,6 +69,8 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
 NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "ORT_DISABLE_TELEMETRY": "1",
+    # No code from the folder that somebody happens to start the node in.
+    "PYTHONSAFEPATH": "1",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     # A spilled file goes when all objects in it do: one each, or an image stays as long as its neighbour.
@@ -93,6 +97,8 @@ _STORE_BYTES = 150_000_000
 #: The store, and as much again for what does not fit in it.
 _ROOM = 2 * _STORE_BYTES
 MARK = "DERM_NODE"
+#: As in deployments/preprocess/decoder.py, without importing it: the supervisor is spared its memory.
+DECODER_MODULE, DECODER_ADDRESS = "deployments.preprocess.decoder", "DERM_DECODER"
 #: What a node cannot be without. Everything else Ray itself starts again.
 CORE = frozenset({"gcs_server", "raylet"})
 
@@ -121,6 +127,9 @@ class RayNode:
     stats_port: int = 8404
     metrics_port: int = 9101
     fallback_port: int = 8500
+    _decoders: list[subprocess.Popen[bytes]] = field(
+        init=False, default_factory=list, repr=False, compare=False
+    )
 
     @property
     def address(self) -> str:
@@ -145,8 +154,8 @@ class RayNode:
             # No replica has any business with the schema's owner; a job finds it in a file.
             **{name: value for name, value in os.environ.items() if name != "DERM_OWNER_DATABASE_URL"},
             **ray_environment(self.home, self.directory),
-            # Workers look for our code before anything has told them where it is.
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": sandbox.python_path(),
+            DECODER_ADDRESS: str(self.directory / "d"),
             # Counters of every call, for the dashboard: a twentieth of the work where nobody looks.
             "RAY_enable_metrics_collection": str(int(self.dashboard)),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(self.stats_port),
@@ -156,9 +165,10 @@ class RayNode:
         }
 
     def start(self) -> None:
-        """Start GCS and raylet. Raises RayFailed with Ray's own words."""
+        """Start GCS, raylet and the decoder. Raises RayFailed with Ray's own words, or AccountFailed."""
         forbid_core_dumps()
         objects = self._lay_out()
+        self.start_decoder()
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
             *("--node-ip-address", "127.0.0.1", "--port", str(self.port)),
@@ -180,6 +190,22 @@ class RayNode:
             said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
 
+    def start_decoder(self) -> None:
+        """Start what decodes images, or start it again; where root does, as an account of its own."""
+        account = account_of(DECODER)
+        arguments = ["--account", account.uid, account.gid] if account.switch else []
+        address = self.environment[DECODER_ADDRESS]
+        with sandbox.listen(address) as listener, (self.directory / "decoder.log").open("w") as log:
+            self._decoders[:] = [
+                sandbox.start(
+                    DECODER_MODULE, listener, *arguments, environment={MARK: str(self.home)}, log=log
+                )
+            ]
+
+    def decodes(self) -> bool:
+        """Whether the decoder that was started last lives."""
+        return any(decoder.poll() is None for decoder in self._decoders)
+
     def processes(self) -> list[psutil.Process]:
         """Every process of this node, the caller and its ancestors aside."""
         return belonging(self.home)
@@ -196,6 +222,8 @@ class RayNode:
         processes = list({*processes, *self.processes()})
         end(processes, signal.SIGTERM, _STOP_S)
         end([process for process in processes if process.is_running()], signal.SIGKILL, _STOP_S)
+        for decoder in self._decoders:
+            decoder.wait(_STOP_S)
         if _is_ours(self.objects):
             shutil.rmtree(self.objects, ignore_errors=True)
         empty(self.home / "spill")
@@ -209,6 +237,7 @@ class RayNode:
             child = subprocess.Popen(
                 command,
                 env={**self.environment, **environment},
+                cwd=REPOSITORY,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

@@ -21,7 +21,7 @@ from cluster.deployed import deployed_file
 from cluster.key_backups import find_kept_copies
 from cluster.node_files import application_role
 from cluster.ports import exposed, listeners
-from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
+from cluster.postgres import SUPERUSER, DatabaseUrls, EmbeddedPostgres, PostgresState
 from cluster.ray_node import belonging, name, on_disk
 from serve_app.audit.chain import describe
 from serve_app.domain.errors import IntegrityError
@@ -30,6 +30,7 @@ from serve_app.records.audit_schema import schema_findings
 from serve_app.records.migrate import SchemaMismatch, pending
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.retention import refuse_lost_keys
+from serve_app.sandbox import landlock_version
 from serve_app.settings import NodeFiles, Settings, find_untrustworthy, find_weakness
 from serve_app.sql import parse
 
@@ -47,7 +48,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 _DURABLE = frozenset({"on", "local", "remote_write", "remote_apply"})
 _METHODS = frozenset({"scram-sha-256", "peer", "cert", "reject"})
 #: What a node for development may be and still be ready.
-_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory", "trust_file"})
+_OF_DEVELOPMENT = frozenset({"env", "token_secret", "object_memory", "trust_file", "accounts"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,48 @@ def process_findings(home: Path) -> list[Finding]:
     return found
 
 
+def account_findings(home: Path) -> list[Finding]:
+    """Parts of a running node that could read its keys, if somebody took them over."""
+    keys = NodeFiles(home).keyring.parent
+    owner = keys.stat().st_uid if keys.exists() else os.geteuid()
+    processes = belonging(home)
+    named = [("the decoder", process) for process in processes if name(process) == "derm-decoder"]
+    if (home / "postgres.json").exists() and (pid := EmbeddedPostgres(home).pid()) is not None:
+        named.append(("PostgreSQL", psutil.Process(pid)))
+    found = [
+        Finding(
+            "accounts",
+            f"{part} runs as the account that owns {keys}, and nothing keeps it from them: whoever takes it "
+            "over reads every key. Start the node on a kernel with Landlock (Linux 5.13, lsm=landlock), or "
+            "in a home of root's, who gives it an account of its own",
+        )
+        for part, process in named
+        if _may_read_what_is(owner, process)
+    ]
+    if any(_uid(process) == 0 for process in processes if name(process) == "raylet"):
+        advice = f"stop it, chown -R derm-cds: {home}, and start it again (docs/operations.md, Accounts)"
+        found.append(Finding("accounts", f"root runs the service, which reads what strangers send: {advice}"))
+    return found
+
+
+def _may_read_what_is(owner: int, process: psutil.Process) -> bool:
+    """Whether a process has the rights of an account, or of root, and has given up none of them."""
+    if _uid(process) not in {0, owner}:
+        return False
+    try:
+        confined = "\nNoNewPrivs:\t1\n" in Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    return not (confined and landlock_version())
+
+
+def _uid(process: psutil.Process) -> int | None:
+    try:
+        return int(process.uids().effective)
+    except psutil.Error:
+        return None
+
+
 def environment_findings(env: str, *, weakness: str | None) -> list[Finding]:
     """What is unsafe about the settings: a node for development, or a secret that is none."""
     found = []
@@ -182,7 +225,7 @@ async def all_findings(
 
     `own`: the database is the operator's, so its pg_hba.conf is not ours to read.
     """
-    found = [*file_findings(home), *copy_findings(home), *process_findings(home)]
+    found = [*file_findings(home), *copy_findings(home), *process_findings(home), *account_findings(home)]
     found += trust_findings(settings, urls)
     if urls is not None:
         found += [*await look_at(urls), *await audit_schema_findings(urls)]

@@ -30,6 +30,7 @@ from cluster.postgres import DatabaseUrls, EmbeddedPostgres, supervise
 from cluster.ray_node import RayFailed, RayNode, core, live
 from cluster.running import Running, announce, occupy
 from serve_app.domain.errors import DermError
+from serve_app.settings import REPOSITORY
 
 #: What a node takes if it can, by RayNode's names.
 PORTS: dict[str, Any] = {
@@ -135,7 +136,13 @@ class Startup:
         log = self._log("prepare")
         with log.open("w") as errors:
             child = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=0
+                command,
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                process_group=0,
             )
         assert child.stdout is not None  # noqa: S101
         said: str | None = None
@@ -158,6 +165,7 @@ class Startup:
             child = subprocess.Popen(
                 command,
                 env=self.node.environment,
+                cwd=REPOSITORY,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -305,6 +313,9 @@ def _keep_up(startup: Startup) -> None:
     alive, up = core(node.home), True
     while not startup.stop.wait(_LOOK_EVERY_S):
         if up and live(alive):
+            if not node.decodes():
+                report("decoder: it has died; starting it again")
+                node.start_decoder()
             continue
         report("Ray: the node has died; starting it again" if up else "Ray: trying again")
         try:
@@ -331,7 +342,13 @@ def _sign_last(home: Path, postgres: EmbeddedPostgres | None) -> None:
     command = [sys.executable, "-m", "cluster.cli", "audit", "--home", str(home), "checkpoint"]
     try:
         child = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SIGN_WITHIN_S, process_group=0, check=False
+            command,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=_SIGN_WITHIN_S,
+            process_group=0,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         report("audit log: the last checkpoint took too long; the next start signs it")

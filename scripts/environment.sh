@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment in the repository, made once.
 
+# What is installed is no secret, and accounts of the node's own run it.
+umask 022
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repository=$PWD
 

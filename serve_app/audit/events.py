@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 import os
 import pwd
 import re
@@ -79,11 +80,13 @@ def event_about(
     return AuditEvent(**ids | {"action": action, "outcome": outcome, "detail": detail or {}})
 
 
+@cache
 def os_account() -> str:
-    """Name the account that runs this process: `os:` and its login name, or its number where it has no name.
+    """Name the account that runs this process, or did before it stepped down: `os:` and its login name.
 
-    By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are whatever the caller says they are.
-    The prefix tells it from the subject of a token: none may have one like it (access/tokens.py).
+    Its number where it has no name. By the real user id, which the kernel keeps: LOGNAME, USER and SUDO_UID are
+    whatever the caller says they are. The prefix tells it from the subject of a token: none may have one like it
+    (access/tokens.py).
     """
     uid = os.getuid()
     try:

@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 import signal
 import socket
+import stat
 import subprocess
+import sys
 import tempfile
 from threading import Event, Thread
 
@@ -18,7 +20,10 @@ import asyncpg
 import psutil
 import pytest
 
+from cluster.accounts import POSTGRES, AccountFailed, account_of
 from cluster.postgres import EmbeddedPostgres, PostgresState, supervise
+from serve_app.sandbox import landlock_version
+from serve_app.settings import REPOSITORY
 from tests.cluster.clinic import Clinic
 
 AS_ROOT = os.geteuid() == 0
@@ -188,10 +193,11 @@ async def test_a_taken_port_is_given_up(server) -> None:
 
 
 async def test_two_at_once_make_one_server_even_in_a_hard_place() -> None:
-    """A home deep down in a closed directory, its name full of what shells and URLs choke on."""
+    """A home deep down, its name full of what shells and URLs choke on."""
     # Not tmp_path: another run of pytest closes that to PostgreSQL's account.
-    with tempfile.TemporaryDirectory(prefix="derm-test-") as closed:
-        server = EmbeddedPostgres(Path(closed) / ("deep/" * 20) / 'it\'s a "home" & 50% ünder')
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
+        Path(folder).chmod(0o711)  # noqa: ASYNC240
+        server = EmbeddedPostgres(Path(folder) / ("deep/" * 20) / 'it\'s a "home" & 50% ünder')
         try:
             with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
                 # Methods, not functions of this module: a spawned process cannot import a test.
@@ -206,3 +212,110 @@ async def test_two_at_once_make_one_server_even_in_a_hard_place() -> None:
             assert "vector" in extensions
         finally:
             server.stop(mode="immediate")
+
+
+#: A node that an ordinary user runs, in a process of that user: PostgreSQL, and what a superuser of it reads.
+_ORDINARY = """
+import asyncio, json, os, sys
+from pathlib import Path
+import asyncpg
+from cluster import postgres, safety
+from cluster.node_files import DatabaseUrls
+home, uid, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    sys.executable = python
+key = home / "keys" / "keyring.json"
+key.parent.mkdir(mode=0o700)
+key.write_text("the key of everything")
+server = postgres.EmbeddedPostgres(home)
+
+async def superuser(*statements):
+    state = postgres.PostgresState.read(home / "postgres.json")
+    link = await asyncpg.connect(host="127.0.0.1", port=state.port, user="derm_superuser",
+                                 password=state.superuser_password, database="derm")
+    said = []
+    for statement in statements:
+        try:
+            said.append(str(await link.fetchval(statement)))
+        except asyncpg.PostgresError as error:
+            said.append(type(error).__name__)
+    await link.close()
+    return said
+
+urls = server.ensure()
+try:
+    said = asyncio.run(superuser(
+        f"SELECT pg_read_file('{key}')",
+        f"COPY (SELECT 1) TO '{key}'",
+        "CREATE TABLE stolen (line text)",
+        f"COPY stolen FROM PROGRAM 'cat {key}'",
+        f"COPY stolen FROM PROGRAM 'cat /proc/{os.getpid()}/environ'",
+        "SELECT count(*) FROM stolen",
+        "SELECT pg_read_file('postgresql.auto.conf') <> ''",
+    ))
+    status = Path(f"/proc/{server.pid()}/status").read_text()
+    found = [f"{each.name}: {each.advice}" for each in safety.account_findings(home)]
+finally:
+    server.stop(mode="immediate")
+uids = status.split("Uid:")[1].split()[:4]
+print(json.dumps({"said": said, "key": key.read_text(), "uids": uids, "found": found}))
+"""
+
+
+def test_a_superuser_of_an_ordinary_users_database_reads_no_key_of_the_node() -> None:
+    """One account owns both: the server has given up every file but its own."""
+    python = next(
+        (path for path in (sys.executable, "/usr/bin/python3") if not AS_ROOT or _may_run(path)), None
+    )
+    if python is None or not landlock_version():
+        pytest.skip("no Python that another account may run, or a kernel without Landlock")
+    account = account_of(POSTGRES)  # any that exists, as initdb asks for: not root's, here
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
+        Path(folder).chmod(0o711)
+        home = Path(folder) / "home"
+        home.mkdir(mode=0o700)
+        os.chown(home, account.uid, account.gid)
+        command = [sys.executable, "-c", _ORDINARY, str(home), str(account.uid), python]
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "HOME": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        got = json.loads(done.stdout.splitlines()[-1])
+    assert got["said"] == [
+        "InsufficientPrivilegeError",
+        "InsufficientPrivilegeError",
+        "None",
+        "ExternalRoutineError",
+        "ExternalRoutineError",
+        "0",
+        "True",
+    ]
+    assert got["key"] == "the key of everything"
+    assert set(got["uids"]) == {str(account.uid)}
+    assert got["found"] == []
+
+
+def _may_run(python: str) -> bool:
+    account = account_of(POSTGRES)
+    try:
+        return subprocess.run([python, "-c", ""], check=False, cwd="/", **account.popen).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root may open a folder to others")
+def test_nothing_above_the_home_is_opened_to_postgresql() -> None:
+    """Not root's own folder, and no other: it says where the home may be instead."""
+    with tempfile.TemporaryDirectory(prefix="derm-test-") as closed:
+        with pytest.raises(AccountFailed, match=rf"cannot pass through {closed} .*DERM_HOME"):
+            EmbeddedPostgres(Path(closed) / "home").ensure()
+        assert stat.S_IMODE(Path(closed).stat().st_mode) == 0o700

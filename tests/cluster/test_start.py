@@ -35,6 +35,20 @@ from serve_app.settings import REPOSITORY
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 _READY_S = 600
+_DERM_CDS = str(Path(sys.executable).with_name("derm-cds"))
+#: What a process of ours imports or reads, whichever comes first.
+_TAKEN = (
+    "cluster",
+    "serve_app",
+    "graphs",
+    "deployments",
+    "data_jobs",
+    "model_store",
+    "ray",
+    "yaml",
+    "json",
+    "numpy",
+)
 _STOP_S = 60
 
 
@@ -46,16 +60,21 @@ class Service:
     port: int = field(default_factory=choose_port)
     process: subprocess.Popen | None = None
 
+    @property
+    def strange(self) -> Path:
+        """The folder of somebody else that everything is called in."""
+        return self.home.parent / "strange"
+
     def run(self, name: str, *options: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "cluster.cli", name, "--home", str(self.home), *options]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+        command = [_DERM_CDS, name, "--home", str(self.home), *options]
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=120, cwd=self.strange
+        )
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "cluster.cli", "serve", "--home", str(self.home)]
+        command = [_DERM_CDS, "serve", "--home", str(self.home), "--port", str(self.port), "--dashboard"]
         with (self.home.parent / "said.txt").open("w") as said:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), "--dashboard"], stdout=said, stderr=said, cwd="/"
-            )
+            self.process = subprocess.Popen(command, stdout=said, stderr=said, cwd=self.strange)
         self.until(lambda: "Ctrl-C stops" in self.said, _READY_S)
 
     def until(self, condition: Callable[[], bool], within_s: float) -> None:
@@ -111,11 +130,28 @@ def _deploy_before(home: Path) -> None:
     keep_deployed(home, over=over, applications=_with_margin(config, 0.12)["applications"])
 
 
+def _lay_traps(folder: Path) -> None:
+    """Modules under our names, and those that Python imports by itself: each leaves a trace where it runs."""
+    trap = f"open({str(folder / 'ran')!r}, 'a').write(__file__ + chr(10)); raise SystemExit('a stranger ran')"
+    for name in _TAKEN:
+        package = folder / name
+        package.mkdir(parents=True)
+        for module in ("__init__", "prepare", "deploy", "cli", "ray_hooks"):
+            (package / f"{module}.py").write_text(trap)
+    for module in ("sitecustomize", "usercustomize", "argparse"):
+        (folder / f"{module}.py").write_text(trap)
+    (folder / ".env").write_text(
+        "DERM_ENV=production\nDERM_TOKEN_SECRET=a-strangers-own-secret-of-32-bytes\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     # Not tmp_path: PostgreSQL's account must get through. A space, as a user's folder may have.
     with tempfile.TemporaryDirectory(prefix="derm start ") as folder:
+        Path(folder).chmod(0o711)
         service = Service(Path(folder) / "home")
+        _lay_traps(service.strange)
         service.home.mkdir(mode=0o711)
         _deploy_before(service.home)
         try:
@@ -156,6 +192,12 @@ def test_the_printed_request_is_answered_and_status_is_ready(service: Service, f
     assert httpx.get(fallback, timeout=30).json()["findings"] == []
     url, elsewhere = f"http://127.0.0.1:{service.port}/readyz", {"X-Forwarded-For": "203.0.113.9"}
     assert httpx.get(url, timeout=30, headers=elsewhere).json() == {"status": "ready"}
+
+
+def test_nothing_ran_from_the_folder_that_it_was_started_in(service: Service, first_answer) -> None:
+    """Our processes and Ray's, workers and commands: the folder was somebody else's, full of our names."""
+    assert first_answer
+    assert not (service.strange / "ran").exists(), (service.strange / "ran").read_text()
 
 
 def test_ports_are_those_of_the_documentation_and_none_is_on_every_interface(service: Service) -> None:
@@ -235,6 +277,13 @@ def test_serve_deploy_and_a_submitted_job(service: Service, first_answer: dict, 
     after = service.policy_version()
     assert after.startswith("2026-11.4+")
     assert after != before
+
+
+def test_a_dead_decoder_comes_back(service: Service, first_answer: dict) -> None:
+    (decoder,) = (each for each in RayNode(service.home).processes() if each.name() == "derm-decoder")
+    decoder.kill()
+    service.until(lambda: "decoder: it has died" in service.said, 30)
+    assert service.policy_version()  # of an upload
 
 
 def test_a_dead_database_comes_back(service: Service, first_answer: dict) -> None:

@@ -40,6 +40,7 @@ from cluster.ray_node import (
 )
 from cluster.running import AlreadyRunning, Running, announce, occupy, running_service
 from cluster.supervisor import ServeRequest, StartFailed
+from serve_app.settings import REPOSITORY
 from tests.waiting import until
 
 _RUNNING = Running(
@@ -79,7 +80,7 @@ def test_a_second_is_told_of_the_first_until_that_has_ended(tmp_path, derm_cds) 
 
 
 def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatch, capsys) -> None:
-    """Its first start after that fails, and the first deployment."""
+    """Its first start after that fails, and the first deployment; a dead decoder is started alone."""
     stop, said = Event(), []
 
     def do(what: str, error: Exception | None = None) -> None:
@@ -94,6 +95,8 @@ def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatc
         dashboard=False,
         stop=lambda: do("stop"),
         start=lambda: do("start", RayFailed("no")),
+        decodes=lambda: "decoder" in said,
+        start_decoder=lambda: do("decoder"),
     )
     monkeypatch.setattr(supervisor, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(supervisor, "_BACKOFF_S", (0.01, 0.02))
@@ -104,7 +107,7 @@ def test_a_dead_node_is_started_and_the_graph_deployed_until_it_works(monkeypatc
         node=node, postgres=None, stop=stop, deploy=lambda: do("deploy", StartFailed("no"))
     )
     supervisor._keep_up(startup)
-    assert said == ["stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
+    assert said == ["decoder", "stop", "start", "stop", "start", "deploy", "stop", "start", "deploy"]
     assert "the node has died" in capsys.readouterr().out
 
 
@@ -282,3 +285,11 @@ def test_a_stop_leaves_no_object_and_what_links_lead_to(tmp_path: Path, monkeypa
     assert not node.objects.exists()
     assert list((tmp_path / "spill").iterdir()) == []
     assert (tmp_path / "kept" / "file").exists()
+
+
+def test_code_is_looked_for_in_no_folder_that_depends_on_the_place(tmp_path: Path, monkeypatch) -> None:
+    """An empty part of PYTHONPATH is the folder that a process was started in."""
+    monkeypatch.setenv("PYTHONPATH", ":relative::/opt/more:.")
+    environment = RayNode(tmp_path).environment
+    assert environment["PYTHONPATH"] == f"{REPOSITORY}:/opt/more"
+    assert environment["PYTHONSAFEPATH"] == "1"

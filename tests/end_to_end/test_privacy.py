@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
+import re
 import secrets
 import stat
 import subprocess
@@ -21,9 +22,10 @@ import httpx
 import numpy as np
 import pytest
 
+from cluster.accounts import DECODER, account_of
 from cluster.postgres import PostgresState
 from cluster.ray_node import SHARED, is_memory
-from cluster.safety import process_findings
+from cluster.safety import account_findings, process_findings
 from serve_app.settings import REPOSITORY
 from tests.end_to_end.conftest import draw_original
 from tests.waiting import until
@@ -35,6 +37,7 @@ _FLUSH = 1_100
 _AT_ONCE = 4
 _TEMPORARY = Path("/tmp")
 _GONE_S = 60.0
+_CAP_SYS_ADMIN = 21
 
 
 _CHUNK = 16 * 1024 * 1024
@@ -264,6 +267,36 @@ def test_no_temporary_file_and_no_object_of_ray_holds_an_image_or_a_patient(load
     assert looked
     assert needles.among(looked) == {}
     assert until(lambda: not needles.among(files(node.ray.objects)), _GONE_S, 0.2)
+
+
+def _may_leave_the_network() -> bool:
+    rights = re.search(r"^CapEff:\t(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return rights is not None and bool(int(rights[1], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def test_images_are_decoded_where_neither_keys_nor_ray_nor_the_database_are(load: Load, node) -> None:
+    """Every process that has read an image: its account, its rights, and all that it has open."""
+    assert load.statuses
+    decoding = [process for process in node.ray.processes() if process.name() == "derm-decoding"]
+    assert decoding
+    (replica, *_) = node.replicas("preprocess")
+    for process in decoding:
+        place = Path(f"/proc/{process.pid}")
+        assert set(process.uids()) == {account_of(DECODER).uid}
+        status, limits = (place / "status").read_text(), (place / "limits").read_text()
+        assert "NoNewPrivs:\t1\n" in status
+        assert "CapEff:\t0000000000000000\n" in status
+        assert re.search(r"^Max open files +0 +0 ", limits, re.MULTILINE)
+        assert b"RAY_" not in (place / "environ").read_bytes()
+        opened = {str(each.readlink()) for each in (place / "fd").iterdir()}
+        assert all(each.startswith(("socket:", "/dev/null", str(node.ray.directory))) for each in opened), (
+            opened
+        )
+        if _may_leave_the_network():
+            assert (place / "ns" / "net").readlink() != Path(f"/proc/{replica.pid}/ns/net").readlink()
+    assert "accounts" not in {
+        each.name for each in account_findings(node.home) if "root runs" not in each.advice
+    }
 
 
 _HOLDING = """

@@ -15,6 +15,7 @@ from data_jobs.references.load import publish_bundled
 from deployments.classifier.deployment import ClassifierDeployment
 from deployments.cores import SharedCores
 from deployments.embedder.deployment import EmbedderDeployment
+from deployments.preprocess.decoder import Decoder
 from deployments.preprocess.deployment import PreprocessDeployment
 from deployments.retriever.deployment import RetrieverDeployment
 from deployments.risk.deployment import RiskDeployment
@@ -70,7 +71,7 @@ async def start(served, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         if name == "retriever":
             closing.push_async_callback(stage._references._pool.close)
         for value in vars(stage).values():
-            if isinstance(value, SharedCores):
+            if isinstance(value, SharedCores | Decoder):
                 closing.callback(value.close)
         return stage
 
@@ -127,7 +128,7 @@ async def test_a_model_that_is_not_in_memory_holds_up_nobody_else(start, store, 
     assert seen == [True], f"{name} held the event loop while it read a model"
 
 
-@pytest.mark.parametrize(("name", "threads"), [("preprocess", "_decoders"), ("classifier", "_passes")])
+@pytest.mark.parametrize(("name", "threads"), [("preprocess", "_cores"), ("classifier", "_passes")])
 async def test_replicas_of_a_stage_share_the_cores(start, name, threads) -> None:
     cores = len(os.sched_getaffinity(0))
     first = await start(name)
