@@ -19,6 +19,14 @@ import asyncpg
 
 from cluster.postgres import DATABASE, OWNER
 from serve_app.audit.events import AuditEvent, account_event
+from serve_app.audit.rows import (
+    CARE_ASSIGNMENTS,
+    CLOSED_RECORDS,
+    EMERGENCY_ACCESSES,
+    LEGAL_HOLDS,
+    REVOCATIONS,
+    vouch,
+)
 from serve_app.records.audit_log import record_event
 from serve_app.sql import parse
 
@@ -33,6 +41,15 @@ _FROM_A_SUCCESSOR = {
     "end_emergency": "end_emergency",
     "reopen": "record_reopen",
     "close_later": "record_close",
+}
+
+_TABLES = {
+    "revoke": REVOCATIONS,
+    "hold_set": LEGAL_HOLDS,
+    "end_assignment": CARE_ASSIGNMENTS,
+    "end_emergency": EMERGENCY_ACCESSES,
+    "record_reopen": CLOSED_RECORDS,
+    "record_close": CLOSED_RECORDS,
 }
 
 
@@ -74,7 +91,7 @@ async def carry_over(
     async with _connected(at) as connection, connection.transaction():
         for statement, action in changes.items():
             for row in await connection.fetch(_SQL[statement], replaced.rows if replaced else None):
-                await record_event(connection, _event(action, row))
+                await record_event(connection, vouch(_event(action, row), _TABLES[action], [row]))
                 carried += 1
         await record_event(
             connection, account_event("restore", {**detail, "carried": carried, "doubt": doubt})

@@ -20,7 +20,7 @@ from typing import Any
 from serve_app.audit.checkpoints import Checkpoint, CheckpointLog
 from serve_app.domain.assessment import format_time
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_log import AuditChain, sign_head
+from serve_app.records.audit_log import AuditChain, describe_overdue, sign_head
 from serve_app.records.health import Violation, find_violations
 from serve_app.records.pool import Pool
 
@@ -187,8 +187,9 @@ class InvariantWatch:
         }
 
 
-#: How often new events are sealed, how long that may take, and how often the chain's head is signed.
-SEAL_EVERY_S, SEAL_WITHIN_S, CHECKPOINT_EVERY_S = 2.0, 120.0, 600.0
+#: How often new events are sealed, how long that may take, how often the chain's head is signed, and how often it is
+#: looked whether every event has its seal.
+SEAL_EVERY_S, SEAL_WITHIN_S, CHECKPOINT_EVERY_S, LOOK_EVERY_S = 2.0, 120.0, 600.0, 30.0
 _BATCH = 1_000
 
 _sealing_log = logging.getLogger("derm.audit")
@@ -201,7 +202,8 @@ class Sealer:
         self._chain, self._checkpoints = chain, checkpoints
         self._newest: Checkpoint | None = None
         self._fault: str | None = None
-        self._sign_at = 0.0
+        self._sign_at = self._look_at = 0.0
+        self._overdue: list[int] = []
 
     async def work(self) -> None:
         """Seal; sign with the first seals, and every ten minutes."""
@@ -222,6 +224,16 @@ class Sealer:
         while await self._chain.seal(limit=_BATCH) == _BATCH:
             pass
 
+    async def look(self) -> None:
+        """Now and then, look for events that have no seal in time, whoever should have made it."""
+        if monotonic() >= self._look_at:
+            self._overdue = await self._chain.overdue()
+            self._look_at = monotonic() + LOOK_EVERY_S
+
+    def findings(self) -> list[str]:
+        """Say that events have no seal, if any."""
+        return [f"not sealed: {describe_overdue(self._overdue)}"] if self._overdue else []
+
     async def sign(self) -> None:
         """Sign the chain's head; IntegrityError, and an error in the log, where it is not what was signed before.
 
@@ -237,9 +249,13 @@ class Sealer:
         self._fault = None
 
     def describe(self) -> dict[str, Any]:
-        """For /readyz: when the newest checkpoint was signed, and whether the log fits it (null before the first)."""
+        """For /readyz: when the newest checkpoint was signed, and whether the log fits it (null before the first).
+
+        `unsealed` counts the events that should have a seal by now.
+        """
         looked = self._newest is not None or self._fault is not None
         return {
             "checkpoint_at": format_time(self._newest.at) if self._newest else None,
             "sound": self._fault is None if looked else None,
+            "unsealed": len(self._overdue),
         }

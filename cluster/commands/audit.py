@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 import json
@@ -16,7 +16,7 @@ import sys
 from cluster.commands import actions_of
 from cluster.commands.records import ask, ask_database, record
 from cluster.node_files import application_role, database
-from serve_app.audit.chain import describe, export_line, exported_events, follow, newest
+from serve_app.audit.chain import Verification, describe, export_line, exported_events, follow, newest
 from serve_app.audit.checkpoints import (
     Checkpoint,
     CheckpointLog,
@@ -31,6 +31,7 @@ from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_log import AuditChain, accept_restore, events_between, examine, sign_head
 from serve_app.records.audit_schema import schema_findings
 from serve_app.records.pool import Pool
+from serve_app.records.reconciliation import Reconciliation, reconcile
 from serve_app.settings import NodeFiles
 
 
@@ -95,27 +96,16 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.checkpoints:
         both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
-    if arguments.export:
-        found = asyncio.run(follow(exported_events(arguments.export), in_force(known)))
-    elif arguments.database:
-        found = ask_database(
-            arguments.database, lambda pool: AuditChain(pool).verify(in_force(known), is_copy=True)
-        )
-    else:
-        with database(arguments.home) as urls:
-            found = ask_database(
-                urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=bool(here))
-            )
-            made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
-        found = replace(found, findings=(*found.findings, *made))
+    found, rows = _look(arguments, known, kept_here=bool(here))
     for checkpoint in known:
         if checkpoint.restored_after is not None:
             print(
                 f"restored, {checkpoint.at.isoformat(timespec='seconds')}: what was signed before holds up to "
                 f"seal {checkpoint.restored_after}"
             )
-    for finding in found.findings[:20]:
-        print(describe(finding), file=sys.stderr)
+    differences = rows.differences if rows else ()
+    for line in (*map(describe, found.findings[:20]), *differences[:20]):
+        print(line, file=sys.stderr)
     print(
         f"{found.head.position} events, {len(known)} checkpoints; head {found.head.hash.hex()[:16]}: "
         f"{len(found.findings) or 'nothing'} found"
@@ -123,10 +113,36 @@ def _verify(arguments: argparse.Namespace) -> None:
     last = newest(in_force(known))
     if unsigned := found.head.position - (last.position if last else 0):
         print(f"{unsigned} events are behind the last checkpoint: what it shows holds for those before")
-    if found.findings:
-        raise IntegrityError(
-            "The audit log is not what was written: keep everything as it is, and investigate."
+    if rows:
+        print(
+            f"{rows.compared} rows beside the log, {rows.without_digest} of them from before it held digests: "
+            f"{len(differences) or 'nothing'} found"
         )
+    if found.findings or differences:
+        what = "The audit log" if found.findings else "A row beside the audit log"
+        raise IntegrityError(f"{what} is not what was written: keep everything as it is, and investigate.")
+
+
+def _look(
+    arguments: argparse.Namespace, known: Sequence[Checkpoint], *, kept_here: bool
+) -> tuple[Verification, Reconciliation | None]:
+    """Verify what is asked for, and hold the rows beside it against it where there are any."""
+    signed = in_force(known)
+    if arguments.export:
+        return asyncio.run(follow(exported_events(arguments.export), signed)), None
+    if arguments.database:
+        return ask_database(arguments.database, lambda pool: _verify_copy(pool, signed))
+    with database(arguments.home) as urls:
+        found = ask_database(
+            urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=kept_here)
+        )
+        rows = ask_database(urls.app, reconcile)
+        made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
+    return replace(found, findings=(*found.findings, *made)), rows
+
+
+async def _verify_copy(pool: Pool, signed: Sequence[Checkpoint]) -> tuple[Verification, Reconciliation]:
+    return await AuditChain(pool).verify(signed, is_copy=True), await reconcile(pool)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from cluster.running import Running, running_service
 from cluster.safety import Finding, all_findings, copy_findings, file_findings, prevents_ready
 from serve_app.audit.chain import describe
 from serve_app.domain.errors import DermError, IntegrityError
-from serve_app.records.audit_log import AuditChain, examine
+from serve_app.records.audit_log import AuditChain, describe_overdue, examine
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import Pool, open_pool
@@ -32,7 +32,7 @@ from serve_app.settings import load_settings
 
 READY, TROUBLE, STOPPED, UNSAFE = 0, 1, 3, 4
 
-_UNSOUND = "not what was signed"
+_UNSOUND, _UNSEALED = "not what was signed", "not sealed"
 
 
 def define(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
     if running is None:
         return status, STOPPED
     status["readyz"] = _readyz(running)
-    if status["readyz"] != "ready" or str(status.get("audit", "")).startswith(_UNSOUND):
+    if status["readyz"] != "ready" or str(status.get("audit", "")).startswith((_UNSOUND, _UNSEALED)):
         return status, TROUBLE
     return status, UNSAFE if any(prevents_ready(finding, env=env) for finding in found) else READY
 
@@ -134,14 +134,17 @@ async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
 
 
 async def _audit(home: Path, pool: Pool) -> str:
-    """Hold the audit log against its last checkpoint."""
+    """Hold the audit log against its last checkpoint, and look for events without a seal."""
     try:
         checkpoints = checkpoint_log(home).read()
     except IntegrityError as error:
         return f"{_UNSOUND}: {error}"
-    found = (await examine(AuditChain(pool), checkpoints, whole=False)).findings
+    chain = AuditChain(pool)
+    found = (await examine(chain, checkpoints, whole=False)).findings
     if found:
         return f"{_UNSOUND}: {describe(found[0])}; `derm-cds audit verify` says more"
+    if overdue := await chain.overdue():
+        return f"{_UNSEALED}: {describe_overdue(overdue)}; a running service seals them"
     if not checkpoints:
         return "no checkpoint yet"
     return f"as it was signed; last checkpoint {checkpoints[-1].at.isoformat(timespec='seconds')}"

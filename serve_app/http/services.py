@@ -104,7 +104,8 @@ class Services:
         try:
             await serving.live_model(self.pool)
             live = await self.live.current()
-            counts, findings = await self.counts(), self.worker.findings()
+            counts = await self.counts()
+            findings = [*self.worker.findings(), *self.sealer.findings()]
             if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
                 findings.append(
                     f"{wrong} answers name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
@@ -196,7 +197,11 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         "recovery": every(
             recovery.PERIOD_S, partial(recovery.recover_once, services.records, services.triage, live)
         ),
-        "sealing": every(worker.SEAL_EVERY_S, services.sealer.work, within_s=worker.SEAL_WITHIN_S),
+        "sealing": every(
+            *(worker.SEAL_EVERY_S, services.sealer.work, services.sealer.look),
+            first_after_s=0,
+            within_s=worker.SEAL_WITHIN_S,
+        ),
         "refusal_summaries": every(
             WINDOW_S, services.authenticator.summarise, last=services.authenticator.summarise
         ),

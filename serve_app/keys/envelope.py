@@ -23,7 +23,8 @@ from serve_app.domain.errors import IntegrityError
 
 _PREFIX = b"DERM\x01"
 _HEADER = struct.Struct("5s16s12s")
-_TAG_BYTES = 16
+#: At the end of a sealed image: GCM's tag.
+TAG_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def data_key_id_of(sealed: bytes) -> UUID:
 
 
 def _header_of(sealed: bytes) -> tuple[UUID, bytes]:
-    if len(sealed) < _HEADER.size + _TAG_BYTES:
+    if len(sealed) < _HEADER.size + TAG_BYTES:
         raise IntegrityError("The sealed image is cut short")
     prefix, data_key_id, nonce = _HEADER.unpack_from(sealed)
     if prefix != _PREFIX:

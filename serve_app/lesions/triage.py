@@ -165,11 +165,11 @@ class Triage:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
         event = event_about(pending, "classify", "failed", {"code": code, "attempts": pending.attempts})
         return await self.records.fail(
-            pending.assessment_id, code, event=event, message_id=self._message_id()
+            pending.assessment_id, code, event=event, message_id=self._message_id(pending)
         )
 
-    def _message_id(self) -> UUID | None:
-        return new_id() if self.tells_pms else None
+    def _message_id(self, case: AdmittedImage) -> UUID | None:
+        return new_id() if self.tells_pms and case.encounter_id is not None else None
 
     async def _admission(
         self, submission: Submission, context: ClinicalContext, prepared: PreparedImage
@@ -213,7 +213,7 @@ class Triage:
             assessment,
             embedding_space=live.embedding_space,
             event=event_about(case, "classify", detail=detail),
-            message_id=self._message_id(),
+            message_id=self._message_id(case),
         ):
             return assessment
         recorded = await self.records.assessment_record(case.assessment_id)

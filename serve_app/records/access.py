@@ -11,9 +11,10 @@ import asyncpg
 
 from serve_app.access.rules import Principal
 from serve_app.audit.events import AuditEvent
+from serve_app.audit.rows import CARE_ASSIGNMENTS, EMERGENCY_ACCESSES, REVOCATIONS, AuditedTable, vouch
 from serve_app.domain.assessment import Id, Shape, Time
 from serve_app.records.audit_log import record_event
-from serve_app.records.pool import Store, queries
+from serve_app.records.pool import Store, from_row, queries
 
 _SQL = queries("access")
 
@@ -63,6 +64,12 @@ class EmergencyAccess(Shape):
     accesses: dict[str, int]
 
 
+def _emergency(row: asyncpg.Record) -> EmergencyAccess:
+    """Leave out what is nobody's to see, the row's salt; what was done under the access is there where it was counted."""
+    values = {name: row[name] for name in EmergencyAccess.__dataclass_fields__ if name in row}
+    return from_row(EmergencyAccess, {"accesses": {}, **values})
+
+
 class AccessStore(Store):
     """Reads and changes access; every change is committed with its audit event, or not at all.
 
@@ -77,11 +84,11 @@ class AccessStore(Store):
 
     async def revoke(self, kind: RevocationKind, value: str, *, by: str, event: AuditEvent) -> bool:
         """Lock out from the next request on; False, and nothing, when it was before."""
-        return await self._change("revoke", kind, value, by, event=event) is not None
+        return bool(await self._change(REVOCATIONS, "revoke", kind, value, by, event=event))
 
     async def restore(self, kind: RevocationKind, value: str, *, event: AuditEvent) -> bool:
         """Let in again; False, and nothing, when it was not locked out."""
-        return await self._change("restore", kind, value, event=event) is not None
+        return bool(await self._change(REVOCATIONS, "restore", kind, value, event=event))
 
     async def revocations(self) -> list[Revocation]:
         """List who is locked out, newest first."""
@@ -89,12 +96,11 @@ class AccessStore(Store):
 
     async def assign(self, care: CareAssignment, *, event: AuditEvent) -> None:
         """Put a patient into somebody's care. Conflict when the end is not after the start."""
-        await self._change("assign", *astuple(care), event=event)
+        await self._change(CARE_ASSIGNMENTS, "assign", *astuple(care), event=event)
 
     async def end_assignment(self, patient_id: str, clinician: str, *, event: AuditEvent) -> int:
         """End somebody's care for a patient now; returns how many assignments were in force or to come."""
-        row = await self._change("end_assignment", patient_id, clinician, event=event)
-        return row["ended"] if row else 0
+        return len(await self._change(CARE_ASSIGNMENTS, "end_assignment", patient_id, clinician, event=event))
 
     async def assignments(
         self, *, patient_id: str | None = None, clinician: str | None = None, ended_too: bool = False
@@ -115,19 +121,19 @@ class AccessStore(Store):
         event: AuditEvent,
     ) -> EmergencyAccess:
         """Open an emergency access from now on; the clock is the database's."""
-        row = await self._change(
-            "break_glass", emergency_id, patient_id, principal, reason, lasts, event=event
-        )
-        assert row is not None  # noqa: S101 - the statement returns what it inserts, or raises
-        return EmergencyAccess(**row)
+        values = (emergency_id, patient_id, principal, reason, lasts)
+        (row,) = await self._change(EMERGENCY_ACCESSES, "break_glass", *values, event=event)
+        return _emergency(row)
 
     async def emergency(self, emergency_id: UUID) -> EmergencyAccess | None:
         """Find one emergency access, without counting what was done under it."""
-        return await self._pool.find(EmergencyAccess, _SQL["emergency"], emergency_id)
+        row = await self._pool.fetchrow(_SQL["emergency"], emergency_id)
+        return _emergency(row) if row else None
 
     async def emergencies(self, *, reviewed: bool, after: UUID | None, limit: int) -> list[EmergencyAccess]:
         """List the emergency accesses that wait for a review, or those reviewed; oldest first."""
-        return await self._pool.find_all(EmergencyAccess, _SQL["emergencies"], reviewed, after, limit)
+        rows = await self._pool.fetch(_SQL["emergencies"], reviewed, after, limit)
+        return [_emergency(row) for row in rows]
 
     async def review(
         self,
@@ -144,31 +150,31 @@ class AccessStore(Store):
         emergency: the event names these as `ended`.
         """
         async with self._pool.connection() as connection, connection.transaction():
-            row = await connection.fetchrow(_SQL["review"], emergency_id, reviewer, outcome, note)
-            if row is None:
+            rows = await connection.fetch(_SQL["review"], emergency_id, reviewer, outcome, note)
+            if not rows:
                 return None
-            values = dict(row)
-            if ended := values.pop("ended"):
-                event = replace(event, detail={**event.detail, "ended": [str(each) for each in ended]})
-            await record_event(connection, event)
-            return EmergencyAccess(**values)
+            if ended := [str(row["emergency_id"]) for row in rows[1:]]:
+                event = replace(event, detail={**event.detail, "ended": ended})
+            await record_event(connection, vouch(event, EMERGENCY_ACCESSES, rows))
+            return _emergency(rows[0])
 
     async def end_emergency(self, emergency_id: UUID, *, by: str, event: AuditEvent) -> bool:
         """End an emergency access from the next request on; False, and nothing, when it is not in force."""
-        return await self._change("end_emergency", emergency_id, by, event=event) is not None
+        return bool(await self._change(EMERGENCY_ACCESSES, "end_emergency", emergency_id, by, event=event))
 
     async def open_emergencies(
         self, *, patient_id: str | None = None, principal: str | None = None, ended_too: bool = False
     ) -> list[EmergencyAccess]:
         """List emergency accesses without what was done under them: those in force, unless `ended_too`."""
-        return await self._pool.find_all(
-            EmergencyAccess, _SQL["open_emergencies"], patient_id, principal, ended_too
-        )
+        rows = await self._pool.fetch(_SQL["open_emergencies"], patient_id, principal, ended_too)
+        return [_emergency(row) for row in rows]
 
-    async def _change(self, query: str, *args: object, event: AuditEvent) -> asyncpg.Record | None:
-        """Run a statement that returns a row where it changes something, and record the event with that."""
+    async def _change(
+        self, table: AuditedTable, query: str, *args: object, event: AuditEvent
+    ) -> list[asyncpg.Record]:
+        """Run a statement that returns the rows that it changes, whole, and if there are any record the event with them."""
         async with self._pool.connection() as connection, connection.transaction():
-            row = await connection.fetchrow(_SQL[query], *args)
-            if row is not None:
-                await record_event(connection, event)
-            return row
+            rows: list[asyncpg.Record] = await connection.fetch(_SQL[query], *args)
+            if rows:
+                await record_event(connection, vouch(event, table, rows))
+            return rows

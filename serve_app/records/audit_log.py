@@ -110,6 +110,11 @@ class AuditChain(Store):
             )
             return len(rows)
 
+    async def overdue(self, *, late: int = LATE_EVENTS) -> list[int]:
+        """Name the events that should have a seal by now and have none, of those that `seal` looks at (`late` as there)."""
+        rows = await self._pool.fetch(_SQL["overdue"], late, SEALED_WITHIN)
+        return [row["event_id"] for row in rows]
+
     async def age(self) -> timedelta:
         """How long ago the first event was sealed, by the database's clock; zero while none is."""
         age: timedelta | None = await self._pool.fetchval(_SQL["age"])
@@ -214,3 +219,11 @@ async def accept_restore(chain: AuditChain, checkpoints: CheckpointLog) -> Check
             break
         agreed = each.position
     return await asyncio.to_thread(checkpoints.add, await chain.head(), restored_after=agreed)
+
+
+def describe_overdue(events: Sequence[int]) -> str:
+    """Say in words which events should have their seal by now."""
+    minutes = SEALED_WITHIN // timedelta(minutes=1)
+    return (
+        f"{len(events)} events of the audit log, from {events[0]} on, have had no seal for {minutes} minutes"
+    )

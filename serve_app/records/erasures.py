@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from serve_app.audit.events import account_event, event_about
+from serve_app.audit.rows import LEGAL_HOLDS, vouch
 from serve_app.domain.errors import Conflict, Erased, IntegrityError, NotFound
 from serve_app.domain.identifiers import new_id
 from serve_app.keys.receipts import ErasureReason, Receipt
@@ -174,10 +175,10 @@ class HoldStore(Store):
                 raise NotFound("There is nothing by that id to hold.")
             if found["erased"]:
                 raise Erased
-            await connection.execute(_HOLDS_SQL["set"], hold_id, *astuple(held), reason, actor)
+            rows = await connection.fetch(_HOLDS_SQL["set"], hold_id, *astuple(held), reason, actor)
             about = asdict(held) | {"patient_id": found["patient_id"]}
             event = account_event("hold_set", {"hold_id": str(hold_id)}, actor=actor, **about)
-            await record_event(connection, event)
+            await record_event(connection, vouch(event, LEGAL_HOLDS, rows))
         return hold_id
 
     async def release(self, hold_id: UUID, *, actor: str) -> None:
@@ -186,8 +187,11 @@ class HoldStore(Store):
             row = await connection.fetchrow(_HOLDS_SQL["release"], hold_id, actor)
             if row is None:
                 raise Conflict(f"No hold {hold_id} is in force.")
-            event = account_event("hold_release", {"hold_id": str(hold_id)}, actor=actor, **row)
-            await record_event(connection, event)
+            about = {name: row[name] for name in ("lesion_id", "image_id")} | {
+                "patient_id": row["of_patient"]
+            }
+            event = account_event("hold_release", {"hold_id": str(hold_id)}, actor=actor, **about)
+            await record_event(connection, vouch(event, LEGAL_HOLDS, [row]))
 
     async def find(self, *, released: bool = False) -> list[Hold]:
         """List the holds in force, newest first; with `released`, those that were, too."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import PlainValidator
 
 from serve_app.audit.events import event_about
+from serve_app.audit.rows import LESION_IMAGES, vouch
 from serve_app.domain.assessment import (
     Assessment,
     Id,
@@ -28,7 +29,7 @@ from serve_app.domain.assessment import (
     one_of,
 )
 from serve_app.domain.patient import ClinicalContext
-from serve_app.keys.envelope import data_key_id_of
+from serve_app.keys.envelope import TAG_BYTES, data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import answer_from_json, context_to_json
 from serve_app.records.audit_log import event_parameters
@@ -107,13 +108,14 @@ class Admission(AdmittedImage):
 
     def parameters(self) -> dict[str, object]:
         """The parameters of `admit`: these fields by name, and what is taken out of them."""
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {
+        row = {item.name: getattr(self, item.name) for item in fields(self)} | {
             "context": context_to_json(self.context),
             "licences": self.reference_filter.licences,
             "confirmed_only": self.reference_filter.confirmed_only,
             "data_key_id": data_key_id_of(self.sealed),
-            **event_parameters(event_about(self, "upload")),
         }
+        event = vouch(event_about(self, "upload"), LESION_IMAGES, [row | {"tag": self.sealed[-TAG_BYTES:]}])
+        return row | event_parameters(event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any
 from uuid import UUID
 
+from pgvector import HalfVector
+
 from serve_app.audit.events import AuditEvent
+from serve_app.audit.rows import ASSESSMENTS, json_digest, vouch
 from serve_app.domain.assessment import Assessment, OpenDemand, Outcome
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
 from serve_app.records.assessment_json import assessment_to_json
@@ -26,10 +32,22 @@ from serve_app.records.lesion_rows import (
     Replay,
     SealedImageRecord,
 )
-from serve_app.records.pool import Store, from_row, queries
+from serve_app.records.pool import Store, from_row, queries, to_json
 from serve_app.sql import bind
 
 _SQL = queries("lesions")
+
+
+def assessment_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an event's digest is over of an assessment: its `answer` given as text, its `embedding` as a vector or halfvec."""
+    answer, vector = values["answer"], values["embedding"]
+    row = {name: values[name] for name in (*ASSESSMENTS.key, *ASSESSMENTS.columns)}
+    if answer is not None:
+        row["answer"] = json_digest(answer)
+    if vector is None:
+        return row | {"embedding_space": None}
+    stored = vector if isinstance(vector, HalfVector) else HalfVector(vector)
+    return row | {"embedding": sha256(stored.to_binary()).hexdigest()}
 
 
 class LesionStore(Store):
@@ -86,7 +104,7 @@ class LesionStore(Store):
         level, urgency = assessment.demand or (None, None)
         ended = {
             "outcome": assessment.outcome,
-            "answer": assessment_to_json(assessment),
+            "answer": to_json(assessment_to_json(assessment)),
             "embedding_space": embedding_space,
             "embedding": assessment.embedding,
             "demand_level": level,
@@ -107,9 +125,15 @@ class LesionStore(Store):
     async def _finish(
         self, ended: Mapping[str, object], assessment_id: UUID, event: AuditEvent, message_id: UUID | None
     ) -> bool:
-        values = defaultdict[str, object](lambda: None, {**ended, **event_parameters(event)})
-        values |= {"assessment_id": assessment_id, "message_id": message_id}
-        finished: bool = await self._pool.fetchval(*bind(_SQL["finish"], values))
+        values = defaultdict[str, Any](
+            lambda: None, ended, assessment_id=assessment_id, message_id=message_id
+        )
+        recorded = vouch(event, ASSESSMENTS, [assessment_row(values)])
+        if message_id is not None:
+            recorded = replace(recorded, detail={**recorded.detail, "message_id": str(message_id)})
+        finished: bool = await self._pool.fetchval(
+            *bind(_SQL["finish"], defaultdict(lambda: None, values | event_parameters(recorded)))
+        )
         return finished
 
     async def claim_pending(self, *, lease_s: float, limit: int) -> list[PendingAssessment]:

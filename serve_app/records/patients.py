@@ -10,6 +10,7 @@ from datetime import date
 import asyncpg
 
 from serve_app.audit.events import account_event
+from serve_app.audit.rows import PATIENT_RECORDS, vouch
 from serve_app.domain.errors import DirectoryUnavailable, RecordsUnavailable
 from serve_app.domain.patient import History, PatientRecord, Sex
 from serve_app.records.audit_log import record_event
@@ -61,7 +62,8 @@ class PatientTable:
         """Write patients over what was known, and add their encounters, all or nothing; needs the owner's role.
 
         Each is an audit event of its patient, in the same transaction: whose record was changed, and when, is asked
-        of one patient. The event counts the encounters and says nothing of what was written.
+        of one patient. The event counts the encounters and says nothing of what was written. A patient whose
+        encounter is another's from now on has an event, too.
         """
         async with self._pool.connection() as connection, connection.transaction():
             for entry in entries:
@@ -69,7 +71,11 @@ class PatientTable:
                 await connection.execute(
                     _SQL["put_patient"], entry.patient_id, entry.birth_date, entry.sex, *history.values()
                 )
-                await connection.execute(_SQL["put_encounters"], entry.patient_id, list(entry.encounters))
-                known = {"encounters": len(entry.encounters)}
-                event = account_event("patient_load", known, patient_id=entry.patient_id)
-                await record_event(connection, event)
+                given = (entry.patient_id, list(entry.encounters))
+                losing = [row["patient_id"] for row in await connection.fetch(_SQL["losing"], *given)]
+                await connection.execute(_SQL["put_encounters"], *given)
+                for row in await connection.fetch(_SQL["loaded"], [entry.patient_id, *losing]):
+                    mine = row["patient_id"] == entry.patient_id
+                    known = {"encounters": len(entry.encounters)} if mine else {"encounters_moved": True}
+                    event = account_event("patient_load", known, patient_id=row["patient_id"])
+                    await record_event(connection, vouch(event, PATIENT_RECORDS, [row]))

@@ -162,12 +162,12 @@ async def open_pool(dsn: str, *, minimum: int = 1, maximum: int = 4, timeout_s: 
 async def _set_up(connection: asyncpg.Connection) -> None:
     await register_vector(connection)
     await connection.set_type_codec(
-        "jsonb", schema="pg_catalog", encoder=_to_json, decoder=json.loads, format="text"
+        "jsonb", schema="pg_catalog", encoder=to_json, decoder=json.loads, format="text"
     )
 
 
-def _to_json(value: object) -> str:
-    # NaN and infinity are not JSON; whoever computed them should hear of it here.
+def to_json(value: object) -> str:
+    """Write a jsonb. NaN and infinity are not JSON: ValueError, for whoever computed them should hear of it here."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from uuid import UUID
 
 from serve_app.audit.events import account_event
+from serve_app.audit.rows import CLOSED_RECORDS, vouch
 from serve_app.domain.errors import Conflict, IntegrityError
 from serve_app.keys.keystore import KeyStore, look_into
 from serve_app.records.audit_log import record_event
@@ -54,11 +55,11 @@ class RetentionStore(Store):
 
     async def _change(self, change: str, patient_id: str, actor: str, refusal: str, *values: object) -> None:
         async with self._pool.connection() as connection, connection.transaction():
-            if not await connection.fetchval(_SQL[change], patient_id, *values):
+            rows = await connection.fetch(_SQL[change], patient_id, *values)
+            if not rows:
                 raise Conflict(refusal)
-            await record_event(
-                connection, account_event(f"record_{change}", actor=actor, patient_id=patient_id)
-            )
+            event = account_event(f"record_{change}", actor=actor, patient_id=patient_id)
+            await record_event(connection, vouch(event, CLOSED_RECORDS, rows))
 
 
 _HOUSEKEEPING_SQL = queries("housekeeping")

@@ -18,6 +18,7 @@ from typing import Literal
 from uuid import UUID
 
 from serve_app.audit.events import account_event
+from serve_app.audit.rows import SITE_OPERATING_POINTS, vouch
 from serve_app.domain.errors import Conflict
 from serve_app.records.audit_log import record_event
 from serve_app.records.pool import Pool, from_row, queries
@@ -199,10 +200,11 @@ async def set_operating_points(
         identity = over.identity
         del identity["embedding_space"]
         told = (given.approved_by, given.reason, given.report_sha256)
-        await connection.execute(_SQL["set_operating_points"], *identity.values(), points, *told)
+        rows = await connection.fetch(_SQL["set_operating_points"], *identity.values(), points, *told)
         why = zip(("approved_by", "reason", "report_sha256"), told, strict=True)
         detail = {**identity, "before": dict(over.operating_points), "after": dict(points), **dict(why)}
-        await record_event(connection, account_event("operating_points_set", detail))
+        event = account_event("operating_points_set", detail)
+        await record_event(connection, vouch(event, SITE_OPERATING_POINTS, rows))
 
 
 async def operating_points_then(pool: Pool, model_id: str, model_digest: str) -> list[dict[str, float]]:

@@ -29,7 +29,7 @@ from serve_app.records.pool import Pool
 from serve_app.settings import KeySettings, NodeFiles
 from tests.pools import connected
 
-#: A sealed image of patient p-1, of 2020, whose assessment failed: ids of its lesion, itself and its key; itself.
+#: A sealed image of patient p-1, of 2020, whose assessment failed, in an earlier version: ids of its lesion, itself and its key; itself.
 IMAGE = """
 WITH lesion AS (
     INSERT INTO lesions VALUES ($1, 'p-1', '2020-01-01'::timestamptz) RETURNING lesion_id
@@ -37,11 +37,15 @@ WITH lesion AS (
     INSERT INTO lesion_images
         (image_id, lesion_id, patient_id, created_at, content_type, width, height, data_key_id, sealed)
     SELECT $2, lesion_id, 'p-1', '2020-01-01'::timestamptz, 'image/png', 300, 300, $3, $4 FROM lesion
-    RETURNING image_id
+    RETURNING image_id, lesion_id, gen_random_uuid() AS assessment_id
+), events AS (
+    INSERT INTO audit_events (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    SELECT action, 'dr', outcome, 'p-1', lesion_id, image_id, assessment_id, 'r', '{}'
+    FROM image, (VALUES ('upload', 'success'), ('classify', 'failed')) AS done (action, outcome)
 )
 INSERT INTO assessments (assessment_id, image_id, created_at, outcome, failure, completed_at, context, top_k, licences,
     actor, request_id)
-SELECT gen_random_uuid(), image_id, now(), 'failed', 'test', now(), '{}', 10, '{}', 'dr', 'r' FROM image
+SELECT assessment_id, image_id, now(), 'failed', 'test', now(), '{}', 10, '{}', 'dr', 'r' FROM image
 RETURNING assessment_id
 """
 

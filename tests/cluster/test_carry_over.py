@@ -13,6 +13,14 @@ from cluster.backups import back_up, restore
 from cluster.commands.audit import checkpoint_log, sign
 from cluster.safety import copy_findings, prevents_ready
 from serve_app.audit.events import account_event
+from serve_app.audit.rows import (
+    CARE_ASSIGNMENTS,
+    CLOSED_RECORDS,
+    EMERGENCY_ACCESSES,
+    LEGAL_HOLDS,
+    REVOCATIONS,
+    vouch,
+)
 from serve_app.records.access import AccessStore, CareAssignment
 from serve_app.records.audit_log import record_event
 from serve_app.records.erasures import Held, HoldStore
@@ -67,14 +75,16 @@ async def look(pool: Any) -> dict[str, Any]:
 
 
 async def undo(pool: Any) -> None:
-    for statement in (
-        "UPDATE legal_holds SET released_at = now(), released_by = 'test' WHERE released_at IS NULL",
-        "DELETE FROM closed_records",
-        "DELETE FROM care_assignments",
-        "DELETE FROM revocations",
-        "DELETE FROM emergency_accesses",
-    ):
-        await pool.execute(statement)
+    """On record, as whatever is done is: other tests verify the same database."""
+    release = "UPDATE legal_holds SET released_at = now(), released_by = 'test' WHERE released_at IS NULL RETURNING *"
+    for table, statement in {
+        LEGAL_HOLDS: release,
+        CLOSED_RECORDS: "DELETE FROM closed_records RETURNING *, true AS gone",
+        CARE_ASSIGNMENTS: "DELETE FROM care_assignments RETURNING *, true AS gone",
+        REVOCATIONS: "DELETE FROM revocations RETURNING *, true AS gone",
+        EMERGENCY_ACCESSES: "DELETE FROM emergency_accesses RETURNING *, true AS gone",
+    }.items():
+        await record_event(pool, vouch(EVENT, table, await pool.fetch(statement)))
 
 
 def test_what_takes_away_or_keeps_is_carried_over(clinic: Clinic, derm_cds, backup: Path) -> None:

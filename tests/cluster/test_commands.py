@@ -29,7 +29,7 @@ def assigned(clinic) -> bool:
 
 
 def events(clinic, action: str) -> list[tuple[str, dict[str, str]]]:
-    query = "SELECT patient_id, detail FROM audit_events WHERE action = $1 ORDER BY event_id"
+    query = "SELECT patient_id, detail - 'rows' FROM audit_events WHERE action = $1 ORDER BY event_id"
     return [tuple(row) for row in clinic.ask(lambda pool: pool.fetch(query, action))]
 
 

@@ -30,6 +30,8 @@ from data_jobs.training.manifest_file import seal
 from graphs.profiles import NUM_CPUS
 from model_store.manifest import read_manifest
 from serve_app.access.tokens import mint_token
+from serve_app.audit.events import account_event
+from serve_app.records.access import AccessStore, CareAssignment
 from serve_app.records.pool import Pool
 from serve_app.settings import REPOSITORY
 from tests.images import encode, lesion_jpeg
@@ -107,8 +109,9 @@ class Pms:
         """A new patient in the caller's care."""
         patient_id = f"p-{uuid4().hex[:12]}"
         since = datetime(2026, 1, 1, tzinfo=UTC)
-        care = "INSERT INTO care_assignments VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
-        await self.owner.execute(care, patient_id, subject, since)
+        event = account_event("assign", {"subject": subject}, patient_id=patient_id)
+        care = CareAssignment(patient_id, subject, since, None)
+        await AccessStore(self.owner).assign(care, event=event)
         return patient_id
 
     async def upload(

@@ -27,6 +27,7 @@ from tests.end_to_end.conftest import draw_original
 from tests.serve_app.records.test_audit_chain import ASK_THE_SUSPECT
 
 pytestmark = pytest.mark.ray
+_VERIFY = "import sys; from cluster.cli import main; print('exit', main(['audit', 'verify', '--home', sys.argv[1]]))"
 
 
 async def test_an_image_is_answered(pms, lesion_image, model_id) -> None:
@@ -77,6 +78,25 @@ async def test_serve_and_plain_calls_agree(pms, lesion_image, models: Path, mode
         assert answer["classification"]["prediction_set"] == list(expected.prediction_set)
         compared += 1
     assert compared
+
+
+async def test_an_answer_changed_beside_the_audit_log_is_named_while_the_node_serves(
+    pms, node, lesion_image
+) -> None:
+    answer = (await pms.upload(await pms.care(), lesion_image())).json()
+    assessment = answer["assessment_id"]
+
+    def verify() -> str:
+        return node.run("-c", _VERIFY, str(node.home))
+
+    sound = await asyncio.to_thread(verify)
+    assert sound.endswith("exit 0\n"), sound
+    assert " of them from before it held digests: nothing found" in sound
+    change = "UPDATE assessments SET answer = {} WHERE assessment_id = $1::text::uuid"
+    await pms.owner.execute(change.format("answer || '{\"more\": 1}'"), assessment)
+    assert f"assessments {assessment}: is not what its event says" in await asyncio.to_thread(verify)
+    await pms.owner.execute(change.format("answer - 'more'"), assessment)
+    assert (await asyncio.to_thread(verify)).endswith("exit 0\n")
 
 
 async def test_a_large_original_travels_by_reference(pms) -> None:

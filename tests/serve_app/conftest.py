@@ -227,13 +227,14 @@ class Service:
         assert await self.counts() == {**before, "audit_events": before["audit_events"] + events}
 
     async def events(self, response: httpx.Response) -> list[dict[str, Any]]:
-        """The audit events of a request; the purpose, which every event has, apart from the rest of its detail."""
+        """The audit events of a request; purpose, and digests of rows, apart from the rest of their detail."""
         rows = await self.owner.fetch(
             "SELECT * FROM audit_events WHERE request_id = $1 ORDER BY event_id",
             response.headers["x-request-id"],
         )
         events = [{**row, "detail": dict(row["detail"])} for row in rows]
-        return [{**event, "purpose": event["detail"].pop("purpose", None)} for event in events]
+        apart = ("purpose", "rows")
+        return [event | {name: event["detail"].pop(name, None) for name in apart} for event in events]
 
     async def hold_to_event(
         self,

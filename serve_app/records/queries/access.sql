@@ -10,13 +10,13 @@ SELECT EXISTS (
 INSERT INTO revocations (kind, value, revoked_by)
 VALUES ($1, $2, $3)
 ON CONFLICT (kind, value) DO NOTHING
-RETURNING kind;
+RETURNING *;
 
 -- name: restore
 -- Let a subject or a token in again.
 DELETE FROM revocations
 WHERE kind = $1 AND value = $2
-RETURNING kind;
+RETURNING *, true AS gone;
 
 -- name: revocations
 -- List who is locked out, newest first.
@@ -29,23 +29,21 @@ ORDER BY revoked_at DESC, kind, value;
 INSERT INTO care_assignments (patient_id, clinician, starts_at, ends_at)
 VALUES ($1, $2, $3, $4)
 ON CONFLICT (clinician, patient_id, starts_at) DO UPDATE SET ends_at = excluded.ends_at
-RETURNING patient_id;
+RETURNING *;
 
 -- name: end_assignment
 -- End what is in force of somebody's care for a patient, and withdraw what has not begun.
 WITH ended AS (
     UPDATE care_assignments SET ends_at = now()
     WHERE patient_id = $1 AND clinician = $2 AND starts_at < now() AND (ends_at IS NULL OR ends_at > now())
-    RETURNING starts_at
+    RETURNING *
 ),
 withdrawn AS (
     DELETE FROM care_assignments
     WHERE patient_id = $1 AND clinician = $2 AND starts_at >= now()
-    RETURNING starts_at
+    RETURNING *
 )
-SELECT count(*) AS ended
-FROM (SELECT starts_at FROM ended UNION ALL SELECT starts_at FROM withdrawn) AS stopped
-HAVING count(*) > 0;
+SELECT *, false AS gone FROM ended UNION ALL SELECT *, true FROM withdrawn;
 
 -- name: assignments
 -- List care assignments of a patient, a principal, or all: those in force or to come, or ($3) every one.
@@ -60,11 +58,11 @@ ORDER BY patient_id, clinician, starts_at;
 -- Let a principal into a patient's record for a time.
 INSERT INTO emergency_accesses (emergency_id, patient_id, principal, reason, ends_at)
 VALUES ($1, $2, $3, $4, now() + $5::interval)
-RETURNING *, '{}'::jsonb AS accesses;
+RETURNING *;
 
 -- name: emergency
 -- Find one emergency access.
-SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses WHERE emergency_id = $1;
+SELECT * FROM emergency_accesses WHERE emergency_id = $1;
 
 -- name: emergencies
 -- List emergency accesses, oldest first, from behind one on: those to review, or ($1) those reviewed;
@@ -92,7 +90,7 @@ LIMIT $3;
 
 -- name: review
 -- Judge an emergency access that nobody has judged. What was not justified ends, with every other access that the
--- same principal still has to the same patient; `ended` are these others.
+-- same principal still has to the same patient: these others come behind it.
 WITH reviewed AS (
     UPDATE emergency_accesses
     SET reviewed_at = now(), reviewer = $2, review_outcome = $3, review_note = $4,
@@ -111,21 +109,21 @@ others AS (
         AND o.emergency_id <> r.emergency_id
         AND o.ends_at > now()
         AND o.ended_at IS NULL
-    RETURNING o.emergency_id
+    RETURNING o.*
 )
-SELECT r.*, '{}'::jsonb AS accesses, ARRAY(SELECT emergency_id FROM others ORDER BY emergency_id) AS ended
-FROM reviewed AS r;
+SELECT * FROM (SELECT *, true AS judged FROM reviewed UNION ALL SELECT *, false FROM others) AS found
+ORDER BY judged DESC, emergency_id;
 
 -- name: end_emergency
 -- End an emergency access that is in force.
 UPDATE emergency_accesses
 SET ended_at = now(), ended_by = $2
 WHERE emergency_id = $1 AND ends_at > now() AND ended_at IS NULL
-RETURNING emergency_id;
+RETURNING *;
 
 -- name: open_emergencies
 -- List emergency accesses of a patient, a principal, or all, oldest first: those in force, or ($3) every one.
-SELECT *, '{}'::jsonb AS accesses FROM emergency_accesses
+SELECT * FROM emergency_accesses
 WHERE ($1::text IS NULL OR patient_id = $1)
     AND ($2::text IS NULL OR principal = $2)
     AND ($3::boolean OR (ends_at > now() AND ended_at IS NULL))

@@ -11,15 +11,24 @@ SELECT pg_advisory_xact_lock(7234314190585520492);
 SELECT position, hash FROM public.audit_seals ORDER BY position DESC LIMIT 1;
 
 -- name: unsealed
--- Up to $2 events that have no seal, of the last $1 and all that are newer than the newest sealed one.
--- An event that commits late has a lower id than some that are sealed; nothing commits later than that many.
+-- Up to $2 events that have no seal, of those with a higher number than the lowest of the last $1 that were sealed.
+-- An event that commits late has a lower number than some that are sealed; nothing commits later than that many.
+-- The last ones by their place in the chain: an event whose number is far ahead of all moves nothing.
+WITH recent AS MATERIALIZED (
+    SELECT min(event_id) AS lowest
+    FROM (SELECT event_id FROM public.audit_seals ORDER BY position DESC LIMIT $1) AS newest
+    HAVING count(*) = $1
+)
 SELECT
     0::bigint AS position, e.event_id, ''::bytea AS hash,
     e.event_id, e.recorded_at, e.action, e.actor, e.outcome, e.patient_id, e.lesion_id, e.image_id, e.assessment_id,
     e.request_id, e.detail
 FROM public.audit_events AS e
-WHERE e.event_id > coalesce((SELECT max(event_id) FROM public.audit_seals), 0) - $1
-    AND NOT EXISTS (SELECT FROM public.audit_seals AS s WHERE s.event_id = e.event_id)
+WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
+    AND NOT EXISTS (
+        SELECT FROM public.audit_seals AS s
+        WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
+    )
 ORDER BY e.event_id
 LIMIT $2;
 
@@ -50,6 +59,22 @@ SELECT event_id FROM public.audit_events AS e
 WHERE e.recorded_at < CASE WHEN $2 THEN (SELECT max(sealed_at) FROM public.audit_seals) ELSE now() END - $1::interval
     AND NOT EXISTS (SELECT FROM public.audit_seals AS s WHERE s.event_id = e.event_id)
 ORDER BY event_id;
+
+-- name: overdue
+-- Events of those that `unsealed` looks at, which have had no seal for $2.
+WITH recent AS MATERIALIZED (
+    SELECT min(event_id) AS lowest
+    FROM (SELECT event_id FROM public.audit_seals ORDER BY position DESC LIMIT $1) AS newest
+    HAVING count(*) = $1
+)
+SELECT e.event_id FROM public.audit_events AS e
+WHERE e.event_id > coalesce((SELECT lowest FROM recent), 0)
+    AND e.recorded_at < now() - $2::interval
+    AND NOT EXISTS (
+        SELECT FROM public.audit_seals AS s
+        WHERE s.event_id = e.event_id AND s.event_id > coalesce((SELECT lowest FROM recent), 0)
+    )
+ORDER BY e.event_id;
 
 -- name: events_between
 -- The next $4 events after event $3 that were recorded from $1 on and before $2.

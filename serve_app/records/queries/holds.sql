@@ -12,7 +12,8 @@ LEFT JOIN lesion_images AS i ON i.image_id = asked.image_id;
 -- name: set
 -- Put a hold in force.
 INSERT INTO legal_holds (hold_id, patient_id, lesion_id, image_id, reason, set_by)
-VALUES ($1, $2, $3, $4, $5, $6);
+VALUES ($1, $2, $3, $4, $5, $6)
+RETURNING *;
 
 -- name: release
 -- Take a hold out of force, once.
@@ -20,9 +21,9 @@ UPDATE legal_holds AS h
 SET released_at = clock_timestamp(), released_by = $2
 WHERE h.hold_id = $1 AND h.released_at IS NULL
 RETURNING
+    *,
     coalesce(h.patient_id, (SELECT l.patient_id FROM lesions AS l WHERE l.lesion_id = h.lesion_id),
-             (SELECT i.patient_id FROM lesion_images AS i WHERE i.image_id = h.image_id)) AS patient_id,
-    h.lesion_id, h.image_id;
+             (SELECT i.patient_id FROM lesion_images AS i WHERE i.image_id = h.image_id)) AS of_patient;
 
 -- name: list
 -- List holds, newest first; those that were released too when $1.

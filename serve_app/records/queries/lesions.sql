@@ -78,7 +78,7 @@ SELECT EXISTS (SELECT FROM admitted);
 -- PMS (if one is asked for), once: when the assessment is still pending.
 WITH finished AS (
     UPDATE assessments
-    SET outcome = :outcome, answer = :answer, failure = :failure, completed_at = now(), lease_until = NULL,
+    SET outcome = :outcome, answer = :answer::text::jsonb, failure = :failure, completed_at = now(), lease_until = NULL,
         demand_level = :demand_level::text::risk_level, demand_urgency = :demand_urgency::text::urgency
     WHERE assessment_id = :assessment_id AND outcome = 'pending'
     RETURNING image_id

@@ -35,9 +35,23 @@ GRANT USAGE ON SCHEMA public TO {role};
 GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publications, serving_candidate, space_embedders,
     reference_images, reference_embeddings, reference_counts, reference_pictures, reference_failures, care_assignments,
     site_operating_points, revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
-GRANT SELECT, INSERT ON lesions, lesion_images, lesion_embeddings, idempotency_keys, audit_events, audit_seals, outbox,
-    emergency_accesses, erasure_receipts, condemned_data_keys, key_stores TO {role};
-GRANT SELECT, INSERT, UPDATE ON assessments TO {role};
+GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
+    key_stores TO {role};
+GRANT SELECT, INSERT ON lesions, lesion_embeddings, idempotency_keys, erasure_receipts TO {role};
+-- By column: numbers and times are the database's to give, and what comes later (an erasure, a review) is not there at first.
+GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
+    ON audit_events TO {role};
+GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
+GRANT INSERT (message_id, assessment_id, encounter_id) ON outbox TO {role};
+GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};
+GRANT INSERT (image_id, lesion_id, patient_id, encounter_id, created_at, content_type, width, height, data_key_id, sealed)
+    ON lesion_images TO {role};
+GRANT INSERT (data_key_id) ON condemned_data_keys TO {role};
+GRANT INSERT (store_id) ON key_stores TO {role};
+GRANT INSERT (assessment_id, image_id, created_at, outcome, context, top_k, licences, actor, request_id, confirmed_only,
+    lease_until) ON assessments TO {role};
+GRANT UPDATE (outcome, answer, failure, completed_at, demand_level, demand_urgency, lease_until, attempts, setbacks,
+    set_back_at, confirmed_by, confirmed_at) ON assessments TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON serving_replicas TO {role};
 GRANT DELETE ON idempotency_keys TO {role};
 GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note, ended_at, ended_by) ON emergency_accesses TO {role};

@@ -2,11 +2,11 @@
 -- Close a patient's record from a moment on; closed again, the first moment stays.
 INSERT INTO closed_records (patient_id, closed_at, closed_by) VALUES ($1, $2, $3)
 ON CONFLICT (patient_id) DO NOTHING
-RETURNING 1;
+RETURNING *;
 
 -- name: reopen
 -- Open a closed record again.
-DELETE FROM closed_records WHERE patient_id = $1 RETURNING 1;
+DELETE FROM closed_records WHERE patient_id = $1 RETURNING *, true AS gone;
 
 -- name: expired
 -- Images past their retention that no hold keeps, longest past first, up to $2.

@@ -11,7 +11,8 @@ FROM serving;
 -- name: set_operating_points
 -- Put a site's thresholds ($3, none for the model's own) in the place of those of model $1 of digest $2.
 INSERT INTO site_operating_points (model_id, model_digest, operating_points, approved_by, reason, report_sha256)
-VALUES ($1, $2, $3, $4, $5, $6);
+VALUES ($1, $2, $3, $4, $5, $6)
+RETURNING *;
 
 -- name: operating_points_then
 -- List what a site has ever set for model $1 of digest $2.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -13,8 +15,9 @@ from serve_app.audit.events import AuditEvent
 from serve_app.domain.errors import IntegrityError
 from serve_app.records.audit_log import AuditChain
 from serve_app.records.lesions import LesionStore
-from serve_app.records.pool import open_pool
+from serve_app.records.pool import open_pool, queries
 from serve_app.worker import Sealer, Worker, every
+from tests.serve_app.conftest import until
 
 EVENT = AuditEvent(action="read", actor="dr", outcome="success", request_id="r")
 
@@ -52,7 +55,7 @@ async def test_the_first_events_are_signed_at_once_and_the_last_at_the_end(log, 
 
 async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(log, caplog) -> None:
     sealer, checkpoints, records, administrator = log
-    assert sealer.describe() == {"checkpoint_at": None, "sound": None}
+    assert sealer.describe() == {"checkpoint_at": None, "sound": None, "unsealed": 0}
     await records.record_event(EVENT)
     await sealer.seal()
     await sealer.sign()
@@ -67,6 +70,37 @@ async def test_a_log_that_is_not_what_was_signed_is_reported_until_it_is_again(l
     await administrator.execute("UPDATE audit_seals SET hash = $1", genuine["hash"])
     await sealer.sign()
     assert sealer.describe()["sound"] is True
+
+
+async def test_events_that_nobody_seals_are_a_fault_until_somebody_does(start_service, monkeypatch) -> None:
+    """The lock that makes one sealer of many is anybody's to take, and to keep."""
+    monkeypatch.setattr("serve_app.worker.SEAL_EVERY_S", 0.05)
+    monkeypatch.setattr("serve_app.worker.LOOK_EVERY_S", 0.0)
+
+    async def ready() -> dict[str, Any]:
+        return (await service.client.get("/readyz")).json()
+
+    async with start_service() as service:
+        async with service.app.state.services.pool.connection() as other, other.transaction():
+            await other.execute(queries("audit_chain")["be_the_sealer"])
+            await service.owner.execute(
+                "INSERT INTO audit_events (recorded_at, action, actor, outcome, request_id, detail)"
+                " VALUES (now() - interval '3 minutes', 'read', 'dr', 'success', 'r', '{}')"
+            )
+            (finding,) = await until(lambda: _findings(ready))
+            assert finding.startswith("not sealed: 1 events of the audit log, from ")
+            assert finding.endswith("have had no seal for 2 minutes")
+            assert (await ready())["audit"]["unsealed"] == 1
+        await until(lambda: _none_unsealed(ready))
+        assert (await ready())["findings"] == []
+
+
+async def _findings(ready: Callable[[], Awaitable[dict[str, Any]]]) -> list[str]:
+    return (await ready())["findings"]
+
+
+async def _none_unsealed(ready: Callable[[], Awaitable[dict[str, Any]]]) -> bool:
+    return (await ready())["audit"]["unsealed"] == 0
 
 
 async def test_what_the_loops_write_last_is_sealed_too(start_service, monkeypatch) -> None:

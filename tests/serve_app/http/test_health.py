@@ -21,7 +21,7 @@ LOOPS = {
 async def test_ready_shows_every_loop(service) -> None:
     ready = (await service.get("/readyz")).json()
     assert set(ready["loops"]) == LOOPS
-    assert set(ready["audit"]) == {"checkpoint_at", "sound"}
+    assert set(ready["audit"]) == {"checkpoint_at", "sound", "unsealed"}
     runs = {"running": True, "restarts": 0, "last_error": None}
     assert all(loop == runs for loop in ready["loops"].values())
     assert ready["findings"] == []

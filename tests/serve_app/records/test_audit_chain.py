@@ -176,6 +176,41 @@ async def test_an_event_that_was_slipped_in_has_no_seal(log) -> None:
     assert (finding.kind, finding.event_id) == ("the event has no seal", EVENTS + 1)
 
 
+async def test_an_event_whose_number_is_far_ahead_ends_no_sealing(log) -> None:
+    """The application's role cannot choose one (test_grants.py); the owner's can."""
+    await log.tamperer.execute(
+        "INSERT INTO audit_events (event_id, action, actor, outcome, request_id, detail)"
+        " OVERRIDING SYSTEM VALUE VALUES (9000000000000000000, 'read', 'x', 'success', 'r', '{}')"
+    )
+    assert await log.chain.seal(wait=True) == 1
+    await log.add(3)
+    assert (await log.chain.head()).position == EVENTS + 4
+    assert (await log.chain.verify()).findings == ()
+
+
+async def test_no_seal_is_ahead_of_the_chain(log) -> None:
+    await log.records.record_event(log.event("read"))
+    async with log.chain._pool.connection() as application:
+        for position in (EVENTS + 2, 2**63 - 1):
+            with pytest.raises(asyncpg.ForeignKeyViolationError):
+                await application.execute(
+                    "INSERT INTO audit_seals (position, event_id, hash) VALUES ($1, $2, sha256(''))",
+                    *(position, EVENTS + 1),
+                )
+    assert await log.chain.seal(wait=True) == 1
+
+
+@pytest.mark.parametrize("sealed", [3, 20])
+async def test_events_that_are_not_sealed_in_time_are_named(log, sealed: int) -> None:
+    """Whether the log is longer than what is looked at, or not."""
+    await log.add(sealed)
+    assert await log.chain.overdue() == await log.chain.overdue(late=10) == []
+    await log.records.record_event(log.event("read"))
+    assert await log.chain.overdue(late=10) == []
+    await log.tamperer.execute("UPDATE audit_events SET recorded_at = recorded_at - interval '3 minutes'")
+    assert await log.chain.overdue() == await log.chain.overdue(late=10) == [EVENTS + sealed + 1]
+
+
 async def test_what_came_after_a_known_seal_is_verified_without_what_was_before(log) -> None:
     hashes = await log.chain.hashes_at([5, 99])
     assert list(hashes) == [5]

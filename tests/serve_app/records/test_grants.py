@@ -25,6 +25,51 @@ async def test_the_audit_log_is_append_only_for_all(connections, statement: str)
             await connection.execute(statement)
 
 
+# ruff: noqa: S608 - our own statements
+_EVENT, _WENT_IN = (
+    "action, actor, outcome, request_id, detail",
+    "emergency_id, patient_id, principal, reason, ends_at",
+)
+_EVENT_VALUES = "'read', 'x', 'success', 'r', '{}'"
+_WENT_IN_VALUES = "gen_random_uuid(), 'p', 'x', 'long enough', now()"
+_FAR = "9000000000000000000"
+#: What the database gives itself (numbers, times), and what comes later: an event numbered far ahead was the last one sealed.
+NOT_TO_BE_CHOSEN = {
+    f"audit_events (event_id, {_EVENT}) OVERRIDING SYSTEM VALUE": f"{_FAR}, {_EVENT_VALUES}",
+    f"audit_events (recorded_at, {_EVENT})": f"now(), {_EVENT_VALUES}",
+    "audit_seals (position, event_id, hash, sealed_at)": "2, 1, sha256(''), now()",
+    "outbox (position, message_id) OVERRIDING SYSTEM VALUE": "-1, gen_random_uuid()",
+    "outbox (message_id, delivered_at)": "gen_random_uuid(), now()",
+    f"emergency_accesses (starts_at, {_WENT_IN})": f"'2020-01-01', {_WENT_IN_VALUES}",
+    f"emergency_accesses (reviewer, {_WENT_IN})": f"'y', {_WENT_IN_VALUES}",
+    "condemned_data_keys": "gen_random_uuid(), '2020-01-01'",
+    "key_stores (store_id, claimed_at)": "gen_random_uuid(), '2020-01-01'",
+    "lesion_images (image_id, erased_at)": "gen_random_uuid(), now()",
+    "assessments (assessment_id, demand_answered_at)": "gen_random_uuid(), now()",
+}
+NOT_TO_BE_CHANGED = [
+    f"SELECT setval('audit_events_event_id_seq', {_FAR})",
+    "SELECT nextval('audit_events_event_id_seq')",
+    f"SELECT setval('outbox_position_seq', {_FAR})",
+    "UPDATE assessments SET demand_answered_at = now()",
+    "UPDATE assessments SET context = '{}'",
+    "UPDATE assessments SET actor = 'x'",
+    "UPDATE assessments SET image_id = gen_random_uuid()",
+]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(f"INSERT INTO {into} VALUES ({values})" for into, values in NOT_TO_BE_CHOSEN.items()),
+        *NOT_TO_BE_CHANGED,
+    ],
+)
+async def test_the_application_chooses_no_number_time_or_later_state(connections, statement: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connections[0].execute(statement)
+
+
 @pytest.mark.parametrize(
     "statement",
     [
