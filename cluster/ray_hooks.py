@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray._common import tls_utils
 from ray._private.node import Node
@@ -11,8 +11,14 @@ from ray.util import get_node_ip_address
 
 from serve_app.private_files import forbid_core_dumps
 
+if TYPE_CHECKING:  # most of Ray's processes need neither
+    from starlette.middleware import Middleware
+
 #: How a replica of Ray Serve 2.60 asks for its port for calls between deployments: any, on every interface.
 EVERYWHERE = "[::]:0"
+
+#: What bodies may take in Serve's own proxy, bytes: the largest upload, or several of the usual size.
+PROXY_ROOM = 32 * 1024 * 1024
 
 _add_port = tls_utils.add_port_to_grpc_server
 
@@ -45,3 +51,14 @@ def add_port(server: Any, address: str) -> int:  # noqa: ANN401 - gRPC's server,
         address = f"[{node}]:0" if ":" in node else f"{node}:0"
     port: int = _add_port(server, address)  # type: ignore[no-untyped-call]
     return port
+
+
+def surround_serve() -> list[Middleware]:
+    """Stand around Serve's own HTTP code, in every ingress replica and in its proxy, which start with this."""
+    from ray.serve.context import _get_internal_replica_context  # noqa: PLC0415
+    from starlette.middleware import Middleware  # noqa: PLC0415
+
+    from serve_app.http.ingress import IngressMiddleware  # noqa: PLC0415
+
+    replica = _get_internal_replica_context()  # type: ignore[no-untyped-call]
+    return [Middleware(IngressMiddleware, room=PROXY_ROOM if replica is None else None)]

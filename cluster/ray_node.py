@@ -47,6 +47,7 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
     # (a body 60 s at most, triage's two deadlines): the service itself ends what takes too long, and says so.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
     "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.ray_hooks.surround_serve",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -73,6 +74,9 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     # Ray runs its workers, and so the replicas, at 15: behind everything else on the machine, and level with
     # a batch job's workers. A job asks for its own.
     "RAY_worker_niceness": "0",
+    # uvicorn would believe X-Forwarded-For of whoever comes from loopback, and all do, through HAProxy. Whose is
+    # believed, DERM_TRUSTED_PROXIES says.
+    "FORWARDED_ALLOW_IPS": "",
     # A node that is told 127.0.0.1 takes the machine's outward address instead, unless it
     # believes it cannot be part of a cluster: then every port of it is on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

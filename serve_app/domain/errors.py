@@ -5,6 +5,7 @@ A class's docstring is its default message, and is what a caller reads.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import ClassVar
 
 
@@ -152,6 +153,10 @@ class PmsRefused(PmsUnavailable, code="pms_refused"):
     """The PMS will not take a message for what it says; its message is a code that says how."""
 
 
+class Interrupted(DermError, status=502, code="interrupted", retry_after_s=2):
+    """The request was interrupted; whether it was carried out is not known. Send it again with the same Idempotency-Key."""
+
+
 class StageFailed(DermError, status=503, code="stage_failed", retry_after_s=2):
     """A stage of the assessment did not answer."""
 
@@ -166,3 +171,15 @@ class InvalidSetting(DermError, code="invalid_setting"):
 
 class ModelContractError(DermError, code="model_contract"):
     """The model folder does not keep its contract and must not be loaded."""
+
+
+def describe_problem(status: int, code: str, detail: str, request_id: str) -> dict[str, object]:
+    """Make one problem document (RFC 9457); `code` is stable, `detail` is for people."""
+    return {
+        "type": f"urn:derm-cds:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "request_id": request_id,
+    }

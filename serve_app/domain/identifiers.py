@@ -12,6 +12,9 @@ from serve_app.domain.errors import InvalidField
 # Ids of the PMS: no spaces, so neither a name nor a date in words.
 _PMS_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
+# Short and without spaces: it is written back into a header.
+_PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 _OPAQUE = re.compile(
     r"(?i:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"  # UUID
     r"|(?i:[0-9a-f]{32})"  # UUID without hyphens, W3C trace id
@@ -33,6 +36,11 @@ def parse_opaque_id(name: str, value: str) -> str:
     if not _PMS_ID.fullmatch(value):
         raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
     return value
+
+
+def is_plain(text: str) -> bool:
+    """Whether an identifier that a caller made up may be answered with."""
+    return _PLAIN.fullmatch(text) is not None
 
 
 def is_opaque(text: str) -> bool:

@@ -147,20 +147,23 @@ def is_this_machines(request: Request) -> bool:
 async def authenticate(request: Request, _: Annotated[object, Depends(_DOCUMENTED)]) -> RequestedAction:
     """Verify `Authorization: Bearer <JWT>`, and that the route is for this principal at all.
 
-    Raises Unauthenticated, RateLimited or Forbidden; each is in the audit log. RequestValidationError for a query
-    parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
+    Raises Unauthenticated, RateLimited or Forbidden; each is in the audit log. RequestValidationError for a body or a
+    query parameter that the route does not have, or takes once and was sent twice: none is ever ignored.
     """
     services: Services = request.app.state.services
     requested = await services.authenticator.admit(request)
-    if request.query_params:
-        _judge_query(request)
+    sends_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+    if sends_body or request.query_params:
+        _judge(request, sends_body=sends_body)
     return requested
 
 
-def _judge_query(request: Request) -> None:
+def _judge(request: Request, *, sends_body: bool) -> None:
     operation = (
         request.app.openapi()["paths"].get(request.scope["route"].path, {}).get(request.method.lower(), {})
     )
+    if sends_body and "requestBody" not in operation:
+        raise RequestValidationError([{"loc": ("body",), "msg": "this route takes none"}])
     known = {
         found["name"]: found["schema"] for found in operation.get("parameters", []) if found["in"] == "query"
     }

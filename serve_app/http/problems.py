@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 import contextlib
 from http import HTTPStatus
 import logging
-import re
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -24,8 +23,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.access.rules import RequestedAction
-from serve_app.domain.errors import Conflict, DermError, Overloaded, RecordsUnavailable
-from serve_app.domain.identifiers import is_opaque, new_id
+from serve_app.domain.errors import Conflict, DermError, Overloaded, RecordsUnavailable, describe_problem
+from serve_app.domain.identifiers import is_opaque, is_plain, new_id
 from serve_app.http.services import Services
 from serve_app.logs import begin_request, end_request
 
@@ -35,9 +34,6 @@ _CONTENT_TYPE = "application/problem+json"
 
 #: Refused before anything was looked at, or there is no log to write to; the caller tries again.
 _UNRECORDED = (Overloaded, RecordsUnavailable)
-
-# Short and plain: it is written back into a header.
-_SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 #: What the headers of a request may be; HAProxy lets more through (cluster/haproxy.sed), so that the answer is ours.
 MAX_HEADERS = 100
@@ -82,15 +78,8 @@ async def _record_failure(request: Request, error: DermError) -> DermError:
 def problem_response(
     request: Request, *, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """Make one problem document; `code` is stable, `detail` is for people."""
-    body = {
-        "type": f"urn:derm-cds:problem:{code}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "code": code,
-        "detail": detail,
-        "request_id": request.scope.get("request_id", ""),
-    }
+    """Answer with one problem document."""
+    body = describe_problem(status, code, detail, request.scope.get("request_id", ""))
     return JSONResponse(body, status_code=status, media_type=_CONTENT_TYPE, headers=dict(headers or {}))
 
 
@@ -184,7 +173,7 @@ class RequestIdMiddleware:
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if is_opaque(sent) else str(new_id())
-        added = {"X-Request-ID": sent if _SANE.fullmatch(sent) else request_id} if self._answer else {}
+        added = {"X-Request-ID": sent if is_plain(sent) else request_id} if self._answer else {}
         scope["request_id"], scope["request_id_headers"] = request_id, added
 
         async def send_with_id(message: Message) -> None:

@@ -13,6 +13,7 @@ import ssl
 import httpx
 import pytest
 
+from cluster.ports import choose_port
 from tests.cluster.tls_terminator import CONFIGURATION, Terminator, terminator
 from tests.http_server import serving
 
@@ -59,6 +60,21 @@ def test_an_upload_arrives_whole_and_the_log_has_no_path_or_query(
     said = tls.said(" POST 201 ", count)
     assert said.count(" POST 201 ") == count
     assert not any(private in said for private in (marked, "patient_id"))
+
+
+def test_every_answer_of_its_own_is_a_problem_document(tmp_path) -> None:
+    with terminator(tmp_path, api=choose_port()) as tls:  # where nobody listens
+        context = ssl.create_default_context(cafile=str(tls.authority))
+        with httpx.Client(verify=context, base_url=f"https://127.0.0.1:{tls.port}", timeout=60) as client:
+            answers = [
+                (client.get("/healthz"), 503, "unavailable"),
+                (client.get("/-/routes"), 404, "not_found"),
+            ]
+    for found, status, code in answers:
+        body = found.json()
+        assert found.headers["content-type"] == "application/problem+json"
+        assert (found.status_code, body["status"], body["code"]) == (status, status, code)
+        assert body["request_id"] == found.headers["x-request-id"]
 
 
 def test_plain_http_is_refused(tls: Terminator) -> None:

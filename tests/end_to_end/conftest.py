@@ -192,6 +192,8 @@ async def node(two_models: Path) -> AsyncIterator[Node]:
             patch.setenv("DERM_MODELS", str(two_models))
             # Logical ones: room for a second replica of each deployment during an update, on any machine.
             patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+            # The documented TLS proxy, on the node itself.
+            patch.setenv("DERM_TRUSTED_PROXIES", "127.0.0.1")
             service = await stack.enter_async_context(graph_service(home))
         node = Node(home, two_models, await asyncio.to_thread(service.system.postgres.ensure), service)
         yield node
