@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 import os
 from pathlib import Path
 import re
@@ -21,7 +22,10 @@ import shutil
 import sqlite3
 from typing import Any
 
-from cluster.backups import digest, new_folder, read_manifest, require_space, verify_file, write_manifest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from cluster.backup_folder import new_folder, read_manifest, require_space, write_manifest
+from serve_app.audit.checkpoints import signing_key
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.keys.keyring import KeyProvider
 from serve_app.keys.keystore import DestroyedKey, KeyStore
@@ -79,10 +83,10 @@ def back_up_keys(files: NodeFiles, folder: Path, *, provider: str, lifetime: tim
         return write_manifest(
             partial,
             "keys",
+            files.audit_signing_key,
             expires_at=(datetime.now(UTC) + lifetime).isoformat(timespec="seconds"),
             key_provider=provider,
             data_keys_by_key_version=versions,
-            sha256=digest(copy),
         )
 
 
@@ -95,35 +99,42 @@ def back_up_keyring(files: NodeFiles, folder: Path) -> dict[str, Any]:
         raise NotFound(
             f"There is no keyring at {files.keyring}: Vault and KMS back their keys up themselves."
         )
-    # Alone with the keys: a keyring that is replaced meanwhile is overwritten, and must not be backed up so.
-    with new_folder(folder) as partial, locked_folder(files.keyring.parent):
-        copied = [path for path in (files.keyring, files.audit_signing_key) if path.exists()]
-        for path in copied:
-            write_private(partial / path.name, read_private(path))
-        sums = {path.name: digest(partial / path.name) for path in copied}
-        return write_manifest(partial, "keyring", sha256=sums)
+    signing_key(files.audit_signing_key)  # that there is one to be copied
+    with new_folder(folder) as partial:
+        # Alone with the keys: a keyring that is replaced meanwhile is overwritten, and must not be backed up so.
+        with locked_folder(files.keyring.parent):
+            for path in (files.keyring, files.audit_signing_key):
+                write_private(partial / path.name, read_private(path))
+        return write_manifest(partial, "keyring", files.audit_signing_key)
 
 
 def restore_keys(
-    files: NodeFiles, folder: Path, provider: KeyProvider, *, erased: Iterable[DestroyedKey]
+    files: NodeFiles,
+    folder: Path,
+    provider: KeyProvider,
+    *,
+    trusted: Ed25519PublicKey | None,
+    erased: Iterable[DestroyedKey],
 ) -> Path | None:
-    """Put a key store's backup in place; returns where the one that was there is now.
+    """Put a key store's backup, which `trusted` signed (None: whoever did), in place; returns where the old one is now.
 
     The keys of `erased` images, and those that the old key store knows to be destroyed, are
     destroyed in it before it can be used. Conflict after its expiry; IntegrityError when it is
-    damaged or `provider` did not wrap it. Nothing has changed then.
+    changed or not signed so, or `provider` did not wrap it. Nothing has changed then.
     """
-    manifest = read_manifest(folder, "keys")
+    manifest = read_manifest(folder, "keys", trusted)
     if expiry(manifest) <= datetime.now(UTC):
         raise Conflict(
             f"This key backup expired on {manifest['expires_at']}: it must not be used, but pruned."
         )
-    verify_file(folder / _STORE, manifest["sha256"])
+    content = (folder / _STORE).read_bytes()
+    if sha256(content).hexdigest() != manifest["files"][_STORE]:
+        raise IntegrityError(f"{folder / _STORE} is not what was backed up: its SHA-256 has changed.")
     partial = files.keystore.with_name(f"{_STORE}.restored")
     gone = [*erased, *_destroyed(files.keystore, provider)]
     try:
         with locked_folder(files.keystore.parent):
-            write_private(partial, (folder / _STORE).read_bytes())
+            write_private(partial, content)
         with closing(KeyStore(partial, provider)) as store:
             for key in gone:
                 # One that was accepted, not proven, and is not in this backup: nothing to destroy.
@@ -144,8 +155,10 @@ def prune(root: Path) -> list[Path]:
     """Delete every key store's backup at or right below `root` that has expired or was cut off; returns which."""
     gone = []
     for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
-        if _has_expired(folder):
-            remove_secret(folder / _STORE)
+        # A link may lead to a key store in use: who can write here may have laid it.
+        if _has_expired(folder) and not folder.is_symlink():
+            if not (folder / _STORE).is_symlink():
+                remove_secret(folder / _STORE)
             shutil.rmtree(folder)
             gone.append(folder)
     return gone
@@ -156,7 +169,7 @@ def _has_expired(folder: Path) -> bool:
         touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
         return datetime.fromtimestamp(touched, UTC) + CUT_OFF_AFTER <= datetime.now(UTC)
     try:
-        return expiry(read_manifest(folder, "keys")) <= datetime.now(UTC)
+        return expiry(read_manifest(folder, "keys", None)) <= datetime.now(UTC)
     except DermError:  # no backup, or of something else
         return False
 

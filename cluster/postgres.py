@@ -41,6 +41,7 @@ from serve_app.private_files import (
 
 ACCOUNT = "derm-postgres"
 SUPERUSER = "derm_superuser"
+OWNER = "derm_owner"
 DATABASE = "derm"
 
 #: sockaddr_un.sun_path is 108 bytes, the closing NUL included.
@@ -101,7 +102,7 @@ class PostgresState:
             place = f"/{DATABASE}?host={quote(str(socket_directory), safe='')}&port={self.port}"
         owner, app = (quote(password, safe="") for password in (self.owner_password, self.app_password))
         return DatabaseUrls(
-            owner=f"postgresql://derm_owner:{owner}@{place}", app=f"postgresql://derm_app:{app}@{place}"
+            owner=f"postgresql://{OWNER}:{owner}@{place}", app=f"postgresql://derm_app:{app}@{place}"
         )
 
     def superuser_environment(self, socket_directory: Path | None) -> dict[str, str]:
@@ -236,7 +237,7 @@ class EmbeddedPostgres:
 
     def _start(self, state: PostgresState) -> None:
         if not self.is_running():
-            self._clear_leftovers()
+            self.clear_leftovers()
             if is_listened_on("127.0.0.1", state.port):
                 state.port = choose_port()
                 state.write(self.state_file)
@@ -258,7 +259,8 @@ class EmbeddedPostgres:
             return False
         return len(lines) > 7 and lines[7].strip() == "ready"
 
-    def _clear_leftovers(self) -> None:
+    def clear_leftovers(self) -> None:
+        """Remove the lock files of a server that was killed; before a start."""
         # A killed server leaves lock files that name its number. PostgreSQL drops them where that
         # process is gone, but will not start while it is unreaped, or while the number is another
         # program's of the same user, as it may be after a reboot. Sessions that outlive their server

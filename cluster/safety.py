@@ -25,6 +25,7 @@ from cluster.postgres import SUPERUSER, DatabaseUrls, PostgresState
 from cluster.ray_node import belonging, name, on_disk
 from serve_app.audit.chain import describe
 from serve_app.domain.errors import IntegrityError
+from serve_app.erasure.sweeping import read_pause
 from serve_app.records.audit_schema import schema_findings
 from serve_app.records.migrate import SchemaMismatch, pending
 from serve_app.records.pool import Pool, open_pool
@@ -97,7 +98,7 @@ async def key_findings(files: NodeFiles, urls: DatabaseUrls | None, *, provider:
 
 
 def copy_findings(home: Path) -> list[Finding]:
-    """What restores kept here: it opens images that were erased since, and must be gone in time."""
+    """What restores left: copies that open images erased since, which must be gone in time; retention that waits."""
     found = []
     for copy in find_kept_copies(home):
         if copy.expires_at <= datetime.now(UTC):
@@ -106,6 +107,9 @@ def copy_findings(home: Path) -> list[Finding]:
         else:
             advice = f"delete it when all is well, by {copy.expires_at:%Y-%m-%d} at the latest"
             found.append(Finding("kept_copy", f"{copy.path}: a restore kept it; {advice}"))
+    if paused := read_pause(NodeFiles(home).retention_paused):
+        advice = "see to revocations, care, holds and reopened records, then `derm-cds retention resume`"
+        found.append(Finding("retention_paused", f"nothing is erased by its age {paused}; {advice}"))
     return found
 
 

@@ -102,8 +102,11 @@ def replace_secret(path: Path, content: bytes) -> None:
 
 
 def remove_secret(path: Path) -> None:
-    """Overwrite a file and remove it, where there is one; what that does not promise is in `replace_secret`."""
-    with suppress(FileNotFoundError), path.open("r+b") as file:
+    """Overwrite a file and remove it, where there is one; what that does not promise is in `replace_secret`.
+
+    OSError for a link: what it leads to is not what was to be removed.
+    """
+    with suppress(FileNotFoundError), os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
         _overwrite(file)
         path.unlink()
 

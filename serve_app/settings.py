@@ -56,6 +56,8 @@ class NodeFiles:
         #: What signs the audit log's checkpoints, mode 0600.
         self.audit_signing_key = home / "keys" / "audit-signing.key"
         self.audit_checkpoints = home / "audit" / "checkpoints.jsonl"
+        #: There while retention waits for an operator, and says since when and why.
+        self.retention_paused = home / "audit" / "retention-paused"
 
 
 class KeySettings(BaseSettings):

@@ -26,6 +26,7 @@ from serve_app.audit.checkpoints import (
     write_public_key,
 )
 from serve_app.domain.errors import Conflict, IntegrityError
+from serve_app.erasure.sweeping import pause
 from serve_app.fhir.audit_event import audit_event_resource
 from serve_app.records.audit_log import AuditChain, accept_restore, events_between, examine, sign_head
 from serve_app.records.audit_schema import schema_findings
@@ -132,6 +133,7 @@ def _checkpoint(arguments: argparse.Namespace) -> None:
     log, restored = checkpoint_log(arguments.home), arguments.restored
     if restored:
         record(arguments.home, "restore", {"kind": "by other means"})
+        pause(NodeFiles(arguments.home).retention_paused, "the database was restored by other means")
     kept = ask(arguments.home, lambda pool: sign(pool, log, restored=restored))
     print(log.line(kept) if kept else "nothing is sealed yet")
 

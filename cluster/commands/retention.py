@@ -9,18 +9,18 @@ from uuid import UUID
 
 from cluster.commands import actions_of
 from cluster.commands.access import TIME, instant, patient_id
-from cluster.commands.records import ask_as_owner
+from cluster.commands.records import ask_as_owner, record
 from cluster.key_backups import existing_keystore
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import Conflict
 from serve_app.erasure.eraser import Eraser
-from serve_app.erasure.sweeping import erase_expired
+from serve_app.erasure.sweeping import erase_expired, read_pause
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.providers import open_key_provider
 from serve_app.records.erasures import ErasureStore, Held, HoldStore
 from serve_app.records.pool import Pool
 from serve_app.records.retention import RetentionStore
-from serve_app.settings import load_settings
+from serve_app.settings import NodeFiles, load_settings
 
 
 def define(name: str, parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def define(name: str, parser: argparse.ArgumentParser) -> None:
     close.add_argument("patient", type=patient_id, help="the PMS's id of the patient")
     close.add_argument("--at", type=instant, help=f"{TIME} it was closed (default: now)")
     action("reopen", _reopen, "open a closed record again").add_argument("patient")
+    action("resume", _resume, "have it go on after a restore that could not carry holds and the like over")
     run = action("run", _run, "erase the images past their retention, but for held ones")
     run.add_argument("--days", type=int, help="days after the record was closed ($DERM_RETENTION_DAYS)")
     sure = run.add_mutually_exclusive_group(required=True)
@@ -88,6 +89,15 @@ def _reopen(arguments: argparse.Namespace) -> None:
     print(f"the record of {arguments.patient} is open")
 
 
+def _resume(arguments: argparse.Namespace) -> None:
+    paused = NodeFiles(arguments.home).retention_paused
+    if (reason := read_pause(paused)) is None:
+        raise Conflict("Retention does not wait here.")
+    record(arguments.home, "retention_resume", {"paused": reason})
+    paused.unlink()
+    print(f"retention goes on; it had waited {reason}")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     settings = load_settings()
     days = settings.retention_days if arguments.days is None else arguments.days
@@ -102,6 +112,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     if arguments.dry_run:
         return
+    if reason := read_pause(settings.files.retention_paused):
+        raise Conflict(f"Nothing is erased by its age {reason}: `derm-cds retention resume` first.")
     with closing(KeyStore(existing_keystore(settings.home), open_key_provider(settings))) as keys:
 
         async def erase(pool: Pool) -> int:

@@ -116,10 +116,15 @@ class CheckpointLog:
         return self._signer().public_key()
 
     def _signer(self) -> Ed25519PrivateKey:
-        with locked_folder(self._key.parent):
-            if not self._key.exists():
-                write_private(self._key, Ed25519PrivateKey.generate().private_bytes_raw())
-            return Ed25519PrivateKey.from_private_bytes(read_private(self._key))
+        return signing_key(self._key)
+
+
+def signing_key(file: Path) -> Ed25519PrivateKey:
+    """The node's own key, which signs checkpoints and backups; made at first use."""
+    with locked_folder(file.parent):
+        if not file.exists():
+            write_private(file, Ed25519PrivateKey.generate().private_bytes_raw())
+        return Ed25519PrivateKey.from_private_bytes(read_private(file))
 
 
 def read_copy(file: Path, public: Ed25519PublicKey) -> list[Checkpoint]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 import logging
+from pathlib import Path
 from uuid import UUID
 
 from serve_app.domain.errors import DataKeyMissing, LegalHold
 from serve_app.erasure.eraser import Eraser
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.receipts import ErasureReason
+from serve_app.private_files import locked_folder, read_private, write_private
 from serve_app.records.erasures import ErasureRequest
 from serve_app.records.retention import Housekeeping, RetentionStore
 
@@ -35,6 +38,17 @@ class OrphanedKeys:
 
     failed: Sequence[UUID]
     lost: Sequence[UUID]
+
+
+def pause(file: Path, reason: str) -> None:
+    """Have this node erase nothing by its age, and sweep no key, until an operator says so."""
+    with locked_folder(file.parent):
+        write_private(file, f"since {datetime.now(UTC).isoformat(timespec='seconds')}: {reason}\n".encode())
+
+
+def read_pause(file: Path) -> str | None:
+    """Since when and why it is so; None when it is not."""
+    return read_private(file).decode(errors="replace").strip() if file.exists() else None
 
 
 async def stop_awaiting_stored(housekeeping: Housekeeping, keys: KeyStore) -> int:

@@ -78,6 +78,15 @@ class Services:
         self._readiness: asyncio.Task[Mapping[str, Any]] | None = None
         self._look_again_at = 0.0
 
+    def retention_waits(self) -> str | None:
+        """Why nothing is erased by its age and no key swept, where the database is in doubt; None as it should be.
+
+        After a restore, holds and reopened records may be forgotten.
+        """
+        if self.sealer.describe()["sound"] is False:
+            return "the audit log is not what was signed"
+        return sweeping.read_pause(self.settings.files.retention_paused)
+
     async def counts(self) -> Counts:
         """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
         return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
@@ -109,6 +118,7 @@ class Services:
                 "audit": self.sealer.describe(),
                 "loops": self.worker.describe(),
                 "findings": findings,
+                "retention_waits": self.retention_waits(),
                 **counts,
             }
         finally:
@@ -161,14 +171,25 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
     """Every loop of this replica, by the name that /readyz shows."""
     settings, live, eraser = services.settings, services.live, services.eraser
     housekeeping, keys = Housekeeping(services.pool), services.keys
+
+    def unless_in_doubt(work: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
+        async def guarded() -> None:
+            if (reason := services.retention_waits()) is None:
+                await work()
+            else:
+                sweeping.logger.error("Nothing is erased by its age, and no key swept: %s", reason)
+
+        return guarded
+
     rest: list[Callable[[], Awaitable[object]]] = [
         eraser.erase_restored,
         partial(housekeeping.expire_idempotency_keys, days=settings.idempotency_days),
-        partial(sweeping.sweep_orphaned_keys, housekeeping, keys),
+        unless_in_doubt(partial(sweeping.sweep_orphaned_keys, housekeeping, keys)),
     ]
     if settings.retention_days is not None:
         retention, days = RetentionStore(services.pool), settings.retention_days
-        rest.append(partial(sweeping.erase_expired, retention, eraser, days=days, actor=RETENTION))
+        erase = partial(sweeping.erase_expired, retention, eraser, days=days, actor=RETENTION)
+        rest.append(unless_in_doubt(erase))
     loops = {
         "live_model": every(live_model.PERIOD_S, live.follow, first_after_s=0),
         "replica_report": every(serving.REPORT_EVERY_S, live.report, first_after_s=0, last=live.leave),

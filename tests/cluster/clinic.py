@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+import json
 import os
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from cluster.postgres import EmbeddedPostgres
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from cluster.backups import run
+from cluster.postgres import EmbeddedPostgres, PostgresState
+from serve_app.audit.checkpoints import signing_key
 from serve_app.erasure.eraser import Eraser
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
@@ -75,6 +81,30 @@ class Clinic:
     def sealed(self, at: tuple[UUID, UUID]) -> tuple[bytes, ImageBinding]:
         found = self.ask(lambda pool: LesionStore(pool).sealed_image(*at))
         return found.sealed, ImageBinding(at[1], found.patient_id, found.content_type)
+
+    @property
+    def public_key(self) -> Ed25519PublicKey:
+        """What its backups are checked by."""
+        return signing_key(NodeFiles(self.home).audit_signing_key).public_key()
+
+    def as_superuser(self, *statements: str) -> None:
+        """Do what a superuser of the database could."""
+        self.server.ensure()
+        state = PostgresState.read(self.server.state_file)
+        assert state is not None
+        at = state.superuser_environment(self.server.socket_directory(state)) | {"PGDATABASE": "derm"}
+        at |= {"PGOPTIONS": "-c event_triggers=off"}
+        done = [part for statement in statements for part in ("-c", statement)]
+        run("psql", "--no-psqlrc", "--quiet", *done, environment=at)
+
+    def sign(self, folder: Path, **changes: object) -> None:
+        """Change the manifest of a backup and sign it anew, as only this node can."""
+        written = folder / "manifest.json"
+        content = json.dumps(json.loads(written.read_bytes()) | changes).encode()
+        signature = signing_key(NodeFiles(self.home).audit_signing_key).sign(b"derm-cds backup\n" + content)
+        for path, data in ((written, content), (folder / "manifest.sig", b64encode(signature))):
+            path.unlink(missing_ok=True)  # it may be linked to
+            path.write_bytes(data)
 
     def erase(self, at: tuple[UUID, UUID]) -> Erasure:
         """Erase one of its images as the service does: accepted, destroyed, proven."""

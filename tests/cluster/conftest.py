@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 import os
 from pathlib import Path
 import tempfile
@@ -14,6 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from cluster.cli import main
+from cluster.key_backups import prune_kept_copies
 from cluster.postgres import DatabaseUrls
 from serve_app.records.migrate import migrate
 from serve_app.settings import load_settings
@@ -97,9 +99,22 @@ def open_clinic() -> Iterator[Clinic]:
 
 
 @pytest.fixture
-def clinic(open_clinic: Clinic) -> Clinic:
+def clinic(open_clinic: Clinic) -> Iterator[Clinic]:
     open_clinic.server.ensure()
-    return open_clinic
+    yield open_clinic
+    prune_kept_copies(open_clinic.home, lifetime=timedelta(0))
+
+
+@pytest.fixture(scope="session")
+def good(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backup, made while the database serves, to restore, look at, copy and damage."""
+    pid = open_clinic.server.ensure() and open_clinic.server.pid()
+    folder = tmp_path_factory.mktemp("backups") / "monday"
+    umask = os.umask(0o022)  # `main` narrows it: PostgreSQL's account could not read what later tests write
+    assert main(["backup", "--home", str(open_clinic.home), str(folder)]) == 0
+    os.umask(umask)
+    assert open_clinic.server.pid() == pid
+    return folder
 
 
 @pytest.fixture

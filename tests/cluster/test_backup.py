@@ -14,9 +14,9 @@ import tempfile
 
 import pytest
 
-from cluster import backups
-from cluster.backups import BackupFailed, back_up, restore
-from cluster.cli import main
+from cluster import backup_folder
+from cluster.backup_folder import BackupFailed
+from cluster.backups import back_up, restore
 from cluster.key_backups import find_kept_copies, prune_kept_copies
 from cluster.postgres import PostgresFailed, PostgresState
 from cluster.running import occupy
@@ -28,22 +28,10 @@ from serve_app.settings import NodeFiles
 from tests.cluster.clinic import Clinic, flip_a_bit
 
 
-@pytest.fixture(scope="module")
-def good(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backup, made while the database serves, to restore, look at, copy and damage."""
-    pid = open_clinic.server.ensure() and open_clinic.server.pid()
-    folder = tmp_path_factory.mktemp("backups") / "monday"
-    umask = os.umask(0o022)  # `main` narrows it: PostgreSQL's account could not read what later tests write
-    assert main(["backup", "--home", str(open_clinic.home), str(folder)]) == 0
-    os.umask(umask)
-    assert open_clinic.server.pid() == pid
-    return folder
-
-
 def test_the_drill(clinic: Clinic, derm_cds, good: Path) -> None:
     """Everything is readable again, the audit chain verifies, and what was erased meanwhile is not and is erased again."""
     home, server = clinic.home, clinic.server
-    assert {path.name for path in good.iterdir()} == {"manifest.json", "data"}
+    assert {path.name for path in good.iterdir()} == {"manifest.json", "manifest.sig", "data"}
     assert good.stat().st_mode & 0o777 == 0o700
     # Done, recorded and signed after the backup: what a restore takes away.
     erased, *kept = clinic.images
@@ -58,8 +46,7 @@ def test_the_drill(clinic: Clinic, derm_cds, good: Path) -> None:
     away.rename(server.data)
 
     # As an earlier build names its schema: the steps up to the baseline have no files any more.
-    manifest = json.loads((good / "manifest.json").read_text()) | {"schema": "0014_purpose"}
-    (good / "manifest.json").write_text(json.dumps(manifest))
+    clinic.sign(good, schema="0014_purpose")
     restored = derm_cds("restore", str(good), home=home)
     assert restored.code == 0, restored.err
     assert "as it was at" in restored.out
@@ -110,7 +97,7 @@ def test_a_backup_holds_neither_keys_nor_images_in_clear(clinic: Clinic, good: P
 def test_another_machine_restores_it_with_passwords_of_its_own(clinic: Clinic, good: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
         other = Clinic(Path(folder), dict(clinic.images))
-        assert restore(other.server, good) is None
+        assert restore(other.server, good, clinic.public_key).kept is None
         try:
             assert not list((other.server.directory / "setup").iterdir())
             assert other.server.ensure() != clinic.server.ensure()
@@ -132,30 +119,30 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
         with pytest.raises(Conflict, match=said):
             back_up(clinic.server, tmp_path / name)
     with monkeypatch.context() as full:
-        full.setattr(backups, "_SPARE_BYTES", 2**60)
+        full.setattr(backup_folder, "_SPARE_BYTES", 2**60)
         with pytest.raises(BackupFailed, match="are needed"):
             back_up(clinic.server, tmp_path / "d")
     unreachable = {"PGHOST": "/nowhere", "PGPORT": "1"}
     monkeypatch.setattr(PostgresState, "superuser_environment", lambda *_: unreachable)
-    with pytest.raises(BackupFailed, match="pg_basebackup failed"):
+    with pytest.raises(BackupFailed, match="psql failed"):
         back_up(clinic.server, tmp_path / "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c.partial"]
 
 
 def test_nothing_is_restored_under_a_running_service(clinic: Clinic, good: Path) -> None:
     with pytest.raises(Conflict, match="derm-cds stop"):
-        restore(clinic.server, good)
+        restore(clinic.server, good, clinic.public_key)
     clinic.server.stop()
     with occupy(clinic.home), pytest.raises(Conflict, match="derm-cds stop"):
-        restore(clinic.server, good)
+        restore(clinic.server, good, clinic.public_key)
 
 
 def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: Path, tmp_path: Path) -> None:
     clinic.server.stop()
     log = next(path for path in (good / "data" / "pg_wal").iterdir() if len(path.name) == 24)
     damages: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
-        "data/base/1/1259": (flip_a_bit, BackupFailed),
-        f"data/pg_wal/{log.name}": (Path.unlink, BackupFailed),
+        "data/base/1/1259": (flip_a_bit, IntegrityError),
+        f"data/pg_wal/{log.name}": (Path.unlink, IntegrityError),
         "data/backup_manifest": (flip_a_bit, IntegrityError),
         "manifest.json": (Path.unlink, NotFound),
     }
@@ -165,7 +152,7 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
         shutil.copytree(good, bad, copy_function=os.link)
         damage(bad / name)
         with pytest.raises(error):
-            restore(clinic.server, bad)
+            restore(clinic.server, bad, clinic.public_key)
         assert sorted(path.name for path in clinic.server.directory.iterdir()) == before
         assert not list((clinic.server.directory / "setup").iterdir())
     assert all(clinic.opens(at) for at in clinic.images)
@@ -174,7 +161,7 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
 @pytest.mark.parametrize(
     ("field_", "value", "error", "said"),
     [
-        ("format", 2, IntegrityError, "another version"),
+        ("format", 3, IntegrityError, "another version"),
         ("kind", "keys", IntegrityError, "backup of the keys"),
         ("postgres_version", "17.4", BackupFailed, "cannot read it"),
         ("schema", "9999_future", BackupFailed, "install a newer one"),
@@ -183,11 +170,10 @@ def test_a_damaged_backup_is_refused_and_changes_nothing(clinic: Clinic, good: P
 def test_a_backup_of_another_kind_is_refused(
     clinic: Clinic, good: Path, tmp_path: Path, field_, value, error, said
 ) -> None:
-    (tmp_path / "data").symlink_to(good / "data")
-    manifest = json.loads((good / "manifest.json").read_text()) | {field_: value}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_bytes((good / "manifest.json").read_bytes())
+    clinic.sign(tmp_path, **{field_: value})
     with pytest.raises(error, match=said):
-        restore(clinic.server, tmp_path)
+        restore(clinic.server, tmp_path, clinic.public_key)
 
 
 def test_an_operators_own_database_is_theirs_to_back_up(

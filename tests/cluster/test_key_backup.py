@@ -7,12 +7,14 @@ from datetime import UTC, datetime, timedelta
 import json
 import os
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from cluster.key_backups import back_up_keys, find_kept_copies, prune, prune_kept_copies, restore_keys
 from cluster.safety import copy_findings, prevents_ready
+from serve_app.audit.checkpoints import signing_key
 from serve_app.domain.errors import Erased, IntegrityError
 from serve_app.keys.envelope import data_key_id_of
 from serve_app.keys.keyring import FileKeyring
@@ -30,7 +32,7 @@ def test_keys_are_backed_up_apart_and_restored_without_the_erased_ones(
         made = derm_cds("backup", "--keys", str(folder), home=home)
     assert made.code == 0, made.err
     assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
-        ("manifest.json", "keystore.sqlite"), 0o600
+        ("manifest.json", "manifest.sig", "keystore.sqlite"), 0o600
     )
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["data_keys_by_key_version"]["1"] >= len(clinic.images)
@@ -83,11 +85,12 @@ def test_a_key_backup_of_another_keyring_or_altered_is_refused_and_the_keyrings_
     assert (tmp_path / "safe" / "keyring.json").read_bytes() == files.keyring.read_bytes()
     assert not (tmp_path / "safe" / "keystore.sqlite").exists()
     before = files.keystore.read_bytes()
+    how: dict[str, Any] = {"trusted": signing_key(files.audit_signing_key).public_key(), "erased": []}
     with pytest.raises(IntegrityError, match="did not wrap"):
-        restore_keys(files, backup, FileKeyring.make(tmp_path / "other" / "keyring.json"), erased=[])
+        restore_keys(files, backup, FileKeyring.make(tmp_path / "other" / "keyring.json"), **how)
     flip_a_bit(backup / "keystore.sqlite")
     with pytest.raises(IntegrityError, match="SHA-256"):
-        restore_keys(files, backup, FileKeyring(files.keyring), erased=[])
+        restore_keys(files, backup, FileKeyring(files.keyring), **how)
     assert files.keystore.read_bytes() == before
     assert not list(files.keystore.parent.glob("*.restored*"))
 
@@ -114,7 +117,7 @@ def test_the_key_store_that_a_restore_set_aside_expires(files: NodeFiles, tmp_pa
     back_up(files, tmp_path / "backup")
     os.utime(files.keystore, (0, 0))  # unchanged for years, and still kept from today on
     provider = open_key_provider(KeySettings(home=files.home))
-    kept = restore_keys(files, tmp_path / "backup", provider, erased=[])
+    kept = restore_keys(files, tmp_path / "backup", provider, trusted=None, erased=[])
     assert kept is not None
     (copy,) = find_kept_copies(files.home)
     assert copy.path == kept
@@ -125,7 +128,11 @@ def test_the_key_store_that_a_restore_set_aside_expires(files: NodeFiles, tmp_pa
 
     assert prune_kept_copies(files.home, lifetime=timedelta(0)) == [kept]
     assert copy_findings(files.home) == []
-    assert {path.name for path in files.keystore.parent.iterdir()} == {"keyring.json", "keystore.sqlite"}
+    assert {path.name for path in files.keystore.parent.iterdir()} == {
+        "audit-signing.key",
+        "keyring.json",
+        "keystore.sqlite",
+    }
 
 
 @pytest.mark.usefixtures("own_home")

@@ -20,6 +20,7 @@ import pytest
 from cluster.postgres import DatabaseUrls, programs
 from serve_app.audit.events import os_account
 from serve_app.domain.errors import DataKeyMissing
+from serve_app.erasure.sweeping import pause, read_pause
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
@@ -86,6 +87,7 @@ def test_the_audit_log_verifies_and_what_is_forged_hidden_or_gone_is_found(
     assert (refused.code, "No checkpoint was signed" in refused.err) == (1, True)
     assert "not what was signed" in derm_cds("status", home=home).out
     assert derm_cds("audit", "checkpoint", "--restored", home=home).code == 0
+    assert "restored by other means" in read_pause(NodeFiles(home).retention_paused)  # holds may be forgotten
     verify(code=0, said="holds up to seal 0")
 
     # Whoever holds the machine writes the log anew, and signs it with a key of their own.
@@ -214,6 +216,10 @@ def test_a_closed_record_is_erased_when_its_hold_is_released(derm_cds, home, ima
     assert (again.code, "is in force" in again.err) == (1, True)
     assert derm_cds("hold", "list", home=home).out == ""
     assert "released" in derm_cds("hold", "list", "--all", home=home).out
+    pause(NodeFiles(home).retention_paused, "a restore")
+    waits = derm_cds("retention", "run", "--days", "365", "--yes", home=home)
+    assert (waits.code, "`derm-cds retention resume` first" in waits.err) == (1, True)
+    assert derm_cds("retention", "resume", home=home).code == 0
     run = derm_cds("retention", "run", "--days", "365", "--yes", home=home)
     assert "1 images erased" in run.out, run.err
     (row,) = sql(
@@ -225,7 +231,7 @@ def test_a_closed_record_is_erased_when_its_hold_is_released(derm_cds, home, ima
     assert b"retention" in files  # what it remembers of the destroyed key
     events = sql("SELECT action FROM audit_events ORDER BY event_id")
     assert [event["action"] for event in events] == [
-        *("record_close", "hold_set", "hold_release", "erase", "erased")
+        *("record_close", "hold_set", "hold_release", "retention_resume", "erase", "erased")
     ]
 
 

@@ -15,6 +15,7 @@ from serve_app.erasure.sweeping import erase_expired, stop_awaiting_stored
 from serve_app.records.erasures import Held, HoldStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.retention import Housekeeping, RetentionStore
+from tests.serve_app.conftest import until
 from tests.serve_app.erasure.erasing import change, path, row
 
 
@@ -163,3 +164,35 @@ async def test_only_closed_records_expire_and_a_hold_keeps_them(service) -> None
     await HoldStore(service.owner).release(hold, actor="counsel")
     await store.reopen(held, actor="ops")
     assert await erase_expired(store, services.eraser, days=365, actor="ops") == 0
+
+
+async def test_nothing_is_erased_by_its_age_while_the_database_is_in_doubt(
+    start_service, monkeypatch, caplog
+) -> None:
+    """After a restore that forgot holds and reopened records; and not before an operator has seen to them."""
+    monkeypatch.setattr(sweeping, "ERASURES_EVERY_S", 0.05)
+    monkeypatch.setattr(sweeping, "REST_EVERY_S", 0.05)
+    async with start_service(retention_days=365) as service:
+        services = service.app.state.services
+        paused = services.settings.files.retention_paused
+        sweeping.pause(paused, "a restore")
+        patient, long_ago = await service.care(), datetime.now(UTC) - timedelta(days=400)
+        answer = (await service.upload(patient)).json()
+        await service.owner.execute(
+            "UPDATE lesion_images SET created_at = $1 WHERE patient_id = $2", long_ago, patient
+        )
+        await RetentionStore(service.owner).close(patient, closed_at=long_ago, actor="ops")
+        await until(lambda: "no key swept: since" in caplog.text)
+        assert (await service.get("/readyz")).json()["retention_waits"].endswith(": a restore")
+        assert (await row(service, answer))["outcome"] != "erased"
+        # Nor where it was restored by other means, which the checkpoints show.
+        paused.unlink()
+        monkeypatch.setattr(services.sealer, "describe", lambda: {"sound": False})
+        assert services.retention_waits() == "the audit log is not what was signed"
+        monkeypatch.undo()
+
+        async def erased() -> bool:
+            return (await row(service, answer))["outcome"] == "erased"
+
+        await until(erased)
+        assert (await service.get("/readyz")).json()["retention_waits"] is None
