@@ -20,34 +20,51 @@ find_python() {
     return 1
 }
 
-# Everything that lint and the whole suite need; the archive's scorer only where it can be compiled.
-full_environment() {
-    local extras=cpu,jobs,train,edge,test
-    environment .venv-test "$extras" torch==2.14.1 torchvision==0.29.1
+# Everything that lint and the whole suite need.
+full_environment() { environment .venv-test serve cpu jobs test train; }
+
+# environment DIRECTORY LOCK...: make it of locks/LOCK.txt and nothing else, unless that is done.
+# Nothing is resolved: each file is one that a lock names by its SHA-256, or the installation fails. No source archive is built.
+environment() {
+    local directory=$1 python wanted files
+    shift
+    lock_files "$@"
+    python=$(find_python)
+    wanted=$({ cat "${files[@]}"; echo "$repository $*"; "$python" -V; } | sha256sum)
+    if [ "$(cat "$directory/stamp" 2>/dev/null)" != "$wanted" ]; then
+        say "$directory: making the environment with $("$python" -V)"
+        # Cleared, for what an older lock had must not stay.
+        "$python" -m venv --clear "$directory" || {
+            echo "python -m venv failed: on Debian and Ubuntu, install python3-venv." >&2
+            return 1
+        }
+        install_locked "$directory" "${files[@]/#/--requirement=}"
+        echo "$wanted" >"$directory/stamp"
+    fi
+    [ "$1" != serve ] || install_project "$directory"
 }
 
-# environment DIRECTORY EXTRAS [REQUIREMENT...]: make it and install, unless that is done.
-environment() {
-    local directory=$1 extras=$2 python wanted
-    shift 2
-    python=$(find_python)
-    wanted=$({ cat pyproject.toml; echo "$repository $extras $*"; "$python" -V; } | sha256sum)
-    if [ -x "$directory/bin/python" ] && [ "$(cat "$directory/stamp" 2>/dev/null)" = "$wanted" ]; then
-        return
-    fi
-    say "$directory: making the environment with $("$python" -V)"
-    rm -f "$directory/stamp"
-    "$directory/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$directory" || {
-        echo "python -m venv failed: on Debian and Ubuntu, install python3-venv." >&2
-        return 1
-    }
-    # Both packages write the same folder; whichever is not wanted must go first.
-    case ,$extras, in
-        *,gpu,*) "$directory/bin/python" -m pip uninstall -qy onnxruntime >/dev/null 2>&1 || true ;;
-        *) "$directory/bin/python" -m pip uninstall -qy onnxruntime-gpu >/dev/null 2>&1 || true ;;
-    esac
-    install "$directory" -e ".[$extras]" "$@"
-    echo "$wanted" >"$directory/stamp"
+# lock_files LOCK...: sets `files`.
+lock_files() {
+    files=("${@/#/locks/}")
+    files=("${files[@]/%/.txt}")
+    local file
+    for file in "${files[@]}"; do
+        [ -f "$file" ] || { echo "$file: there is no such lock." >&2; return 1; }
+    done
+}
+
+install_locked() { install "$1" --no-deps --only-binary :all: --require-hashes "${@:2}"; }
+
+# What builds the project is locked as well, and does not stay.
+install_project() {
+    local directory=$1 wanted
+    wanted=$(cat pyproject.toml scripts/hatch_build.py locks/build.txt | sha256sum)
+    [ "$(cat "$directory/project" 2>/dev/null)" != "$wanted" ] || return 0
+    install_locked "$directory" --target "$directory/build" --requirement locks/build.txt
+    PYTHONPATH=$repository/$directory/build install "$directory" --no-deps --no-build-isolation -e .
+    rm -r "$directory/build"
+    echo "$wanted" >"$directory/project"
 }
 
 install() {
@@ -69,6 +86,7 @@ install() {
     wait "$pid" || {
         tail -n 20 "$log" >&2
         echo "The installation failed; all of it is in $repository/$log" >&2
+        ! grep -q 'DO NOT MATCH THE HASHES' "$log" || echo "A file is not the one that was locked: nothing was installed." >&2
         return 1
     }
     say "$directory: installed"

@@ -92,6 +92,8 @@ def _define_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", type=Path, required=True, help="TOML file with an [acceptance] table")
     parser.add_argument("--sha256", help="of the source; needed for all but a local ONNX or safetensors file")
+    allowed = "a further host, with its subdomains, that the download may be led to"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="HOST", help=allowed)
     parser.add_argument("--label-map", type=Path, help="TOML file: modality, label_space, [label_map]")
     parser.add_argument("--licence", help="licence of the weights, for the manifest and the card")
     parser.add_argument("--training-data", help="what they were trained on, for the manifest and the card")

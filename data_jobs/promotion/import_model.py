@@ -73,7 +73,7 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
     export, store = staging / "export", staging / "models"
     export.mkdir()
     store.mkdir()
-    source, digest = take_source(request.source, request.sha256, staging)
+    source, digest = take_source(request.source, request.sha256, staging, hosts=request.allow_host)
     say(f"source: {request.source}, SHA-256 {digest}")
     exported = export_source(source, recipe, request, export)
     say(f"export: {exported.kind}, {exported.parity}")

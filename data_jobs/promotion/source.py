@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from data_jobs.downloads import Bounds, NotTaken
 from data_jobs.promotion.candidate import ImportRefused
 from data_jobs.training.recipe import Recipe
 from serve_app.domain.diagnosis import TRAINED, Diagnosis
@@ -29,6 +30,8 @@ FileKind = Literal["onnx", "safetensors", "checkpoint"]
 #: The largest network of timm's EfficientNet family is a quarter of this.
 MAX_BYTES = 1 << 30
 _HUB = "hf-hub:"
+#: Where the hub keeps what it serves.
+_HUB_HOSTS = ("huggingface.co", "hf.co")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
 _TIMEOUT_S = 30
 _BLOCK = 1 << 20
@@ -51,14 +54,20 @@ class ImportRequest:
     training_data: str | None = None
     side: int | None = None
     threads: int = 1
+    allow_host: Sequence[str] = ()
 
 
 def take_source(
-    source: str, sha256: str | None, folder: Path, *, max_bytes: int = MAX_BYTES
+    source: str,
+    sha256: str | None,
+    folder: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    hosts: Sequence[str] = (),
 ) -> tuple[Path, str]:
     """Copy a local file, or download an https URL or `hf-hub:ORG/NAME[@REVISION]`, into `folder`: the copy, its SHA-256.
 
-    What comes over a network must have its SHA-256 stated beforehand. Raises ImportRefused for a
+    What comes over a network must have its SHA-256 stated beforehand, and may be led to `hosts` (see Bounds). Raises ImportRefused for a
     digest that is missing or another, a file that is too large, or one that cannot be had; what is in
     the folder is then not to be used.
     """
@@ -68,7 +77,10 @@ def take_source(
     if remote and stated is None:
         raise ImportRefused(f"{source} comes over the network: state its SHA-256 with --sha256.")
     digest, size, path = hashlib.sha256(), 0, folder / "source"
-    with closing(_download(source) if remote else _read(Path(source))) as blocks, path.open("wb") as file:
+    with (
+        closing(_download(source, max_bytes, hosts) if remote else _read(Path(source))) as blocks,
+        path.open("wb") as file,
+    ):
         for block in blocks:
             size += len(block)
             if size > max_bytes:
@@ -85,26 +97,27 @@ def _read(path: Path) -> Generator[bytes]:
         yield from iter(lambda: file.read(_BLOCK), b"")
 
 
-def _download(source: str) -> Generator[bytes]:
-    url = _hub_url(source) if source.startswith(_HUB) else source
+def _download(source: str, max_bytes: int, hosts: Sequence[str]) -> Generator[bytes]:
+    on_hub = source.startswith(_HUB)
+    url = _hub_url(source) if on_hub else source
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        raise ImportRefused(f"{url}: only https is taken.")
+    bounds = Bounds(url, [*(_HUB_HOSTS if on_hub else ()), *hosts])
     size: int | None = None
     try:
         with (
-            httpx.Client(
-                follow_redirects=True,
-                timeout=_TIMEOUT_S,
-                headers={"User-Agent": "derm-cds", "Accept-Encoding": "identity"},
-                # Asked of every redirection, too.
-                event_hooks={"request": [lambda request: _require_safe(str(request.url))]},
-            ) as client,
-            client.stream("GET", url) as response,
+            httpx.Client(timeout=_TIMEOUT_S, headers={"User-Agent": "derm-cds"}) as client,
+            bounds.open(client, url) as response,
         ):
             response.raise_for_status()
             size = 0
-            for block in response.iter_raw(_BLOCK):
+            for block in bounds.read(response, max_bytes):
                 size += len(block)
                 yield block
-    except httpx.HTTPError as error:
+    except NotTaken as error:
+        raise ImportRefused(str(error)) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         if size is not None:
             raise ImportRefused(f"{source} broke off after {size} bytes: {error}.") from error
         raise ImportRefused(
@@ -119,12 +132,6 @@ def _hub_url(source: str) -> str:
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     # Of a repository's files only this one: the others may be pickles.
     return f"{hub}/{match['name']}/resolve/{match['revision'] or 'main'}/model.safetensors"
-
-
-def _require_safe(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
-        raise ImportRefused(f"{url}: only https is taken.")
 
 
 #: As in the reference implementation of safetensors.

@@ -22,6 +22,7 @@ from data_jobs.references.fetch.selection import Selection
 from data_jobs.references.fetch.sources import (
     ARCHIVE_BASE,
     BUCKET_BASE,
+    HOSTS,
     QUERY,
     Archive,
     Bucket,
@@ -55,7 +56,8 @@ def _fetch(options: argparse.Namespace) -> Outcome:
     eligibility = Eligibility(options.licence, options.unconfirmed, frozenset(excluded))
     selection = Selection(options.count, options.seed, options.minimum, options.several_per_lesion)
     base = options.url or (ARCHIVE_BASE if options.source == "archive" else BUCKET_BASE)
-    with Http(base, pace, connections=options.threads + 1) as http:
+    hosts, most = [*HOSTS, *options.allow_host], int(options.max_gb * 1e9)
+    with Http(base, pace, connections=options.threads + 1, hosts=hosts, max_total_bytes=most) as http:
         if options.source == "folder":
             if options.folder.resolve() == options.output.resolve():
                 raise InvalidField(f"{options.output} can not be both --folder and --output.")
@@ -91,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--query", default=QUERY, help="archive: search (default: %(default)s)")
     add("--collections", default="", help="archive: ids of the collections to search, comma-separated")
     add("--url", help="archive, bucket: another base URL, such as a mirror's; it ends in /")
+    allowed = f"a further host, with its subdomains, that answers may lead to by HTTPS ({', '.join(HOSTS)})"
+    add("--allow-host", action="append", default=[], metavar="HOST", help=allowed)
+    most = "the most that one run downloads, listing and failed attempts included (default: %(default)s)"
+    add("--max-gb", type=float, default=200.0, metavar="GB", help=most)
     return parser
 
 

@@ -9,7 +9,7 @@ FetchError              the fetch cannot go on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 import threading
@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 import httpx
 import tenacity
 
+from data_jobs.downloads import Bounds, NotTaken, TotalReached, place
 from serve_app.domain.errors import DermError
 
 
@@ -123,28 +124,35 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
 
 #: Requests for answers that a listing needs are made more often than those for one image of many.
 ATTEMPTS = 8
-_CHUNK = 1 << 16
 _TIMEOUT = httpx.Timeout(connect=15, read=60, write=30, pool=None)
-_HEADERS = {
-    "user-agent": "pms-derm-cds (reference images)",
-    # A JPEG does not shrink.
-    "accept-encoding": "identity",
-}
+_HEADERS = {"user-agent": "pms-derm-cds (reference images)"}
+#: A page of a search or one image's entry, bytes; they have a few hundred KB.
+_ANSWER_BYTES = 16 << 20
 _AGAIN = frozenset({408, 425, 429})
 _GONE = frozenset({404, 410})
 
 
 class Http:
-    """A client for one source, usable by many threads; close it, or use it as a context manager."""
+    """A client for one source, usable by many threads; close it, or use it as a context manager.
 
-    def __init__(self, base: str, pace: Pace, *, connections: int = 16) -> None:
+    `hosts` and `max_total_bytes`: see Bounds.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        pace: Pace,
+        *,
+        connections: int = 16,
+        hosts: Iterable[str] = (),
+        max_total_bytes: int | None = None,
+    ) -> None:
         self.pace = pace
+        self._bounds = Bounds(base, hosts, max_total_bytes)
         self._client = httpx.Client(
             base_url=base,
             timeout=_TIMEOUT,
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            follow_redirects=True,
-            max_redirects=3,
             headers=_HEADERS,
         )
 
@@ -154,45 +162,49 @@ class Http:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def get(self, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
-        """Get a whole answer, once. Raises Transient or Refused."""
+    def get(
+        self, url: str, headers: Mapping[str, str] | None = None, max_bytes: int = _ANSWER_BYTES
+    ) -> httpx.Response:
+        """Get a whole answer, once. Raises Transient, Refused, Stopped, or FetchError when nothing more may come."""
         try:
-            response = self._client.get(url, headers=headers)
+            with self._bounds.open(self._client, url, headers) as response:
+                _check(response)
+                if (
+                    "range" in response.request.headers
+                    and response.status_code != httpx.codes.PARTIAL_CONTENT
+                ):
+                    raise Refused(f"{response.url.host} serves no ranges.", "no ranges")
+                data = bytearray()
+                for block in self._bounds.read(response, max_bytes):
+                    self.pace.step()
+                    data += block
+                return httpx.Response(
+                    response.status_code,
+                    headers=response.headers,
+                    content=bytes(data),
+                    request=response.request,
+                )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _fault(error) from error
-        _check(response)
-        return response
+        except NotTaken as error:
+            raise Refused(str(error), error.cause) from error
+        except TotalReached as error:
+            raise FetchError(f"{error} Run this again to go on, or with a larger --max-gb.") from error
 
     def read(self, url: str, max_bytes: int) -> bytes:
-        """Read a body of at most so many bytes, once. Raises Transient, Refused or Stopped."""
-        data = bytearray()
-        try:
-            with self._client.stream("GET", url) as response:
-                _check(response)
-                for chunk in response.iter_raw(_CHUNK):
-                    self.pace.step()
-                    data += chunk
-                    if len(data) > max_bytes:
-                        raise Refused(
-                            f"{_place(response.request)} has more than {max_bytes} bytes.", "too large"
-                        )
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _fault(error) from error
-        return bytes(data)
+        """Read a body of at most so many bytes, once. Raises as `get` does."""
+        return self.get(url, max_bytes=max_bytes).content
 
 
 def _check(response: httpx.Response) -> None:
     status = response.status_code
-    first = response.history[0] if response.history else response
-    if response.url.scheme != first.url.scheme:
-        raise Refused(f"{_place(first.request)} leads to an insecure place.", "insecure redirect")
     if response.is_success:
         return
     if status in _AGAIN or response.is_server_error:
         wait_s = retry_after_s(response.headers.get("retry-after"))
-        raise Transient(f"{_place(response.request)} answered {status}.", f"status {status}", wait_s)
+        raise Transient(f"{place(response.url)} answered {status}.", f"status {status}", wait_s)
     cause = "gone" if status in _GONE else f"status {status}"
-    raise Refused(f"{_place(response.request)} answered {status}.", cause)
+    raise Refused(f"{place(response.url)} answered {status}.", cause)
 
 
 def _fault(error: httpx.HTTPError | httpx.InvalidURL) -> Transient | Refused:
@@ -203,8 +215,3 @@ def _fault(error: httpx.HTTPError | httpx.InvalidURL) -> Transient | Refused:
     if isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol):
         return Transient(f"No connection: {error}.", "no connection")
     return Refused(f"{type(error).__name__}: {error}.", type(error).__name__)
-
-
-def _place(request: httpx.Request) -> str:
-    # Not the query: a signed URL carries its signature there.
-    return f"{request.url.host}{request.url.path}"

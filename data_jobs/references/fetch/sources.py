@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 import zipfile
 
-import httpx
 from remotezip import RemoteZip, RemoteZipError
 
 from data_jobs.references.catalogue import ARCHIVE_LIMITS, IMAGES, metadata_file, metadata_rows
@@ -57,6 +56,12 @@ class Source(ABC):
         """Read an image, in one attempt. Raises Transient, Refused or Stopped."""
 
 
+#: Where the archive's answers lead for images, with their subdomains.
+HOSTS = (
+    "isic-archive.com",
+    "isic-archive.s3.amazonaws.com",
+    "isic-archive.s3.us-east-1.amazonaws.com",
+)
 ARCHIVE_BASE = "https://api.isic-archive.com/api/v2/"
 #: The archive's search language; eligibility looks at every image again.
 QUERY = "image_type:dermoscopic"
@@ -102,15 +107,12 @@ class Archive(Source):
         """Read an image from the URL that the archive gives for it now: such URLs are signed and expire."""
         image = self._json(f"images/{isic_id}/")
         try:
-            url, size = image["files"]["full"]["url"], int(image["files"]["full"]["size"])
+            url, size = str(image["files"]["full"]["url"]), int(image["files"]["full"]["size"])
             public = image["public"]
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"The archive names no file for {isic_id}.", "no file") from error
         if public is not True:
             raise Refused(f"{isic_id} is not public any more.", "not public")
-        scheme = f"{urlsplit(self.parameters['base']).scheme}://"
-        if not isinstance(url, str) or not url.startswith(scheme):
-            raise Refused(f"The archive names no secure URL for {isic_id}.", "no secure URL")
         data = self._http.read(url, ARCHIVE_LIMITS.max_bytes)
         if len(data) != size:
             raise Transient(f"{isic_id}: {len(data)} bytes came, not {size}.", "wrong length")
@@ -141,6 +143,12 @@ def _table(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+#: The snapshot's directory, and its metadata packed and unpacked, bytes; each has some 100 MB.
+_RANGE_BYTES = 1 << 29
+_METADATA_BYTES = 1 << 31
+_METADATA = "metadata.csv"
+
+
 class _Ranges:
     """The `requests` session of RemoteZip, as far as it uses one: our own client, its retries, one version of the file."""
 
@@ -150,9 +158,9 @@ class _Ranges:
 
     def get(self, url: str, *, headers: Mapping[str, str], **_: object) -> SimpleNamespace:
         """One range. Raises FetchError when the file was replaced since the first one."""
-        found = self._http.pace.retry(lambda: self._http.get(url, headers=headers), ATTEMPTS)
-        if found.status_code != httpx.codes.PARTIAL_CONTENT:
-            raise Refused(f"{found.request.url.host} serves no ranges.", "no ranges")
+        found = self._http.pace.retry(
+            lambda: self._http.get(url, headers=headers, max_bytes=_RANGE_BYTES), ATTEMPTS
+        )
         version = found.headers.get("etag", "")
         if self._version not in {None, version}:
             raise FetchError(f"{url} was replaced while it was read. Run this again.")
@@ -184,15 +192,15 @@ class Bucket(Source):
     def pages(self, cursor: str | None) -> Iterator[Page]:  # noqa: ARG002
         """The snapshot's metadata, a thousand rows a page; a listing begins anew each time."""
         try:
-            with (
-                RemoteZip(SNAPSHOT, session=_Ranges(self._http)) as snapshot,
-                snapshot.open("metadata.csv") as file,
-            ):
+            with RemoteZip(SNAPSHOT, session=_Ranges(self._http)) as snapshot:
                 sizes = {entry.filename: entry.file_size for entry in snapshot.infolist()}
-                text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-                rows = csv.DictReader(text)
-                while records := [_record(row, sizes) for row in islice(rows, _PAGE)]:
-                    yield Page(records, total=len(sizes))
+                # Unpacking ends at the size that the directory states.
+                if sizes.get(_METADATA, 0) > _METADATA_BYTES:
+                    raise FetchError(f"{_METADATA} of {SNAPSHOT} is larger than {_METADATA_BYTES} bytes.")
+                with snapshot.open(_METADATA) as file:
+                    rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+                    while records := [_record(row, sizes) for row in islice(rows, _PAGE)]:
+                        yield Page(records, total=len(sizes))
         except (zipfile.BadZipFile, RemoteZipError, KeyError, csv.Error, UnicodeDecodeError) as error:
             raise FetchError(
                 f"{self.parameters['base']}{SNAPSHOT} is no snapshot of the archive: {error}."

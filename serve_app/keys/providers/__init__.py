@@ -35,7 +35,7 @@ def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> Ke
     except ModuleNotFoundError as error:
         extra = scheme.removesuffix("+http")
         raise InvalidSetting(
-            f"{error.name} is not installed: pip install 'pms-derm-cds[{extra}]'."
+            f"{error.name} is not installed: DERM_LOCKS={extra} scripts/serve, or pip install 'pms-derm-cds[{extra}]'."
         ) from error
     raise InvalidSetting("DERM_KEY_PROVIDER is none of file:, vault://HOST/MOUNT/KEY and kms:KEY.")
 

@@ -28,6 +28,7 @@ PAGES = {
     "/model.onnx": (200, {}, CONTENT),
     "/org/name/resolve/main/model.safetensors": (200, {}, CONTENT),
     "/elsewhere": (302, {"Location": "http://192.0.2.1/model.onnx"}, b""),
+    "/within": (302, {"Location": "https://cdn.example/model.onnx"}, b""),
     "/short": (200, {"Content-Length": "1000"}, b"\x08" * 10),
 }
 
@@ -79,6 +80,7 @@ def test_a_name_on_the_hub_is_its_safetensors_file(server: str, folder: Path, mo
         ("{}/model.onnx", "abc", "64 hex digits"),
         ("{}/missing", DIGEST, "cannot be had"),
         ("{}/elsewhere", DIGEST, "only https"),
+        ("{}/within", DIGEST, "not allowed .--allow-host"),
         ("{}/short", DIGEST, "broke off|not that file"),
         ("http://example.org/m.onnx", DIGEST, "only https"),
         ("file:///etc/hostname", DIGEST, "only https"),

@@ -36,7 +36,8 @@ class ArchiveServer:
     """`images`: what there is, newest first. `faults`: for the next requests whose path has the key in it.
 
     A fault is a status, a status with its Retry-After, or what happens to the body that would have been sent: "reset",
-    "cut" (half of what was announced), "short" (half, announced as such), "garbage" or "hang".
+    "cut" (half of what was announced), "short" (half, announced as such), "garbage", "whole" (no ranges) or "hang".
+    A URL is where a redirection leads.
     """
 
     new_jpeg: Callable[[int], bytes]
@@ -173,14 +174,19 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
             case "cut":
-                self.send(status, body[: len(body) // 2], length=len(body))
+                partial = 206 if "Range" in self.headers else status
+                self.send(partial, body[: len(body) // 2], length=len(body))
                 self.close_connection = True
             case "short":
                 self.send(status, body[: len(body) // 2])
             case "garbage":
                 self.send(status, b"\xff\xd8\xff" + bytes(len(body) - 3))
+            case "whole":
+                self.send(status, body)
             case "hang":
                 time.sleep(30)
+            case str(url):
+                self.send(302, b"", Location=url)
 
     def send_range(self, status: int, body: bytes):
         asked = re.fullmatch(r"bytes=(\d*)-(\d+)", self.headers.get("Range", ""))

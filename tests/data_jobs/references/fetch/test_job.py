@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from http.server import BaseHTTPRequestHandler
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from data_jobs.references.fetch import __main__ as command
 from data_jobs.references.fetch.http import Pace
 from data_jobs.references.fetch.job import only_one
 from tests.data_jobs.references.conftest import reference_image
+from tests.http_server import serving
 from tests.waiting import until
 
 
@@ -219,3 +221,31 @@ def test_an_interrupted_fetch_goes_on_when_run_again(run, filled, tmp_path):
     assert status == 0
     assert f"30 of 30 images are here, {30 - len(whole)} fetched now" in again.out
     check_folder(output, filled, count=30)
+
+
+def test_an_image_that_leads_to_a_port_of_this_machine_is_not_fetched_from_there(run, filled, tmp_path):
+    seen = []
+
+    class Inner(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(filled.files["ISIC_0000007"])
+
+    with serving(Inner) as port:
+        filled.always["/files/ISIC_0000007"] = f"http://127.0.0.1:{port}/secret.jpg"
+        status, _ = run()
+    assert status == 1
+    assert seen == []
+    with (tmp_path / "out" / "failures.csv").open(newline="") as file:
+        assert [row["cause"] for row in csv.DictReader(file)] == ["insecure place"]
+
+
+def test_a_run_downloads_no_more_than_it_may_and_the_next_goes_on(run, filled, tmp_path):
+    status, said = run("--max-gb", "0.0001")
+    assert status == 1
+    assert "All downloads together have more than 100000 bytes. Run this again to go on" in said.err
+    status, said = run()
+    assert status == 0
+    check_folder(tmp_path / "out", filled, count=30)

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from data_jobs.references.catalogue import CatalogueEntry, write_catalogue
+from data_jobs.references.fetch import sources
 from data_jobs.references.fetch.eligibility import Eligibility, LeftOut
 from data_jobs.references.fetch.http import FetchError, Http, Refused
 from data_jobs.references.fetch.sources import Archive, Folder, flatten
@@ -92,7 +93,7 @@ def test_the_snapshots_metadata_is_read_without_the_images_although_requests_fai
     assert bucket.read("ISIC_0000003") == published.files["ISIC_0000003"]
     assert published.paths()[-1] == "/bucket/images/ISIC_0000003.jpg"
     published.files["ISIC_0000003"] = bytes(21 * 1024 * 1024)
-    with pytest.raises(Refused, match="has more than 20971520 bytes"):
+    with pytest.raises(Refused, match="is larger than 20971520 bytes"):
         bucket.read("ISIC_0000003")
 
 
@@ -101,8 +102,8 @@ def test_a_snapshot_replaced_while_it_is_read_is_noticed(published, bucket, new_
     published.add(*(new_image(number) for number in range(1000, 2500)), data=b"x")
     get = type(bucket._http).get
 
-    def replace_afterwards(http, url, headers):
-        found = get(http, url, headers)
+    def replace_afterwards(http, url, **options):
+        found = get(http, url, **options)
         published.add(new_image(900))
         return found
 
@@ -111,10 +112,15 @@ def test_a_snapshot_replaced_while_it_is_read_is_noticed(published, bucket, new_
         records(bucket)
 
 
-def test_a_server_that_knows_no_ranges_is_named(published, bucket, monkeypatch):
-    handler = bucket._http
-    monkeypatch.setattr(type(handler), "get", lambda self, url, **_: self._client.get(url))
+def test_a_server_that_knows_no_ranges_is_named(published, bucket):
+    published.always["/snapshots/"] = "whole"
     with pytest.raises(Refused, match="serves no ranges"):
+        records(bucket)
+
+
+def test_metadata_that_unpack_without_measure_are_not_read(published, bucket, monkeypatch):
+    monkeypatch.setattr(sources, "_METADATA_BYTES", 1000)
+    with pytest.raises(FetchError, match=r"metadata.csv of .* is larger than 1000 bytes"):
         records(bucket)
 
 
