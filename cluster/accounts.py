@@ -96,7 +96,9 @@ def step_down(home: Path, *, new: bool = False) -> None:
         account = account_of(SERVICE)
         if not (landlock_version() and account.reaches(home) and _runs_our_code(account)):
             return
+        umask = os.umask(0o022)  # what is made above it is to be passed through
         home.mkdir(mode=0o700, parents=True)
+        os.umask(umask)
         os.chown(home, account.uid, account.gid)
     if not home.exists() or (owner := home.stat().st_uid) == 0:
         return

@@ -29,7 +29,7 @@ import sys
 
 import psutil
 
-from cluster.accounts import DECODER, account_of
+from cluster.accounts import DECODER, AccountFailed, account_of
 from cluster.node_files import is_production
 from serve_app import sandbox
 from serve_app.private_files import forbid_core_dumps, locked_folder, write_private
@@ -165,7 +165,7 @@ class RayNode:
         }
 
     def start(self) -> None:
-        """Start GCS, raylet and the decoder. Raises RayFailed with Ray's own words, or AccountFailed."""
+        """Start GCS, raylet and the decoder. Raises RayFailed with Ray's own words."""
         forbid_core_dumps()
         objects = self._lay_out()
         self.start_decoder()
@@ -191,16 +191,16 @@ class RayNode:
             raise RayFailed(f"The Ray node did not start: {said[-1]} (all of it: {log})")
 
     def start_decoder(self) -> None:
-        """Start what decodes images, or start it again; where root does, as an account of its own."""
-        account = account_of(DECODER)
-        arguments = ["--account", account.uid, account.gid] if account.switch else []
-        address = self.environment[DECODER_ADDRESS]
-        with sandbox.listen(address) as listener, (self.directory / "decoder.log").open("w") as log:
-            self._decoders[:] = [
-                sandbox.start(
-                    DECODER_MODULE, listener, *arguments, environment={MARK: str(self.home)}, log=log
-                )
-            ]
+        """Start what decodes images, or start it again; where root does, as an account of its own. Or RayFailed."""
+        address, mark = self.environment[DECODER_ADDRESS], {MARK: str(self.home)}
+        try:
+            account = account_of(DECODER)
+            whose = ["--account", account.uid, account.gid] if account.switch else []
+            with sandbox.listen(address) as listener, (self.directory / "decoder.log").open("w") as log:
+                started = sandbox.start(DECODER_MODULE, listener, *whose, environment=mark, log=log)
+        except (AccountFailed, OSError) as error:
+            raise RayFailed(f"The decoder did not start: {error}") from error
+        self._decoders[:] = [started]
 
     def decodes(self) -> bool:
         """Whether the decoder that was started last lives."""

@@ -315,7 +315,10 @@ def _keep_up(startup: Startup) -> None:
         if up and live(alive):
             if not node.decodes():
                 report("decoder: it has died; starting it again")
-                node.start_decoder()
+                try:
+                    node.start_decoder()
+                except RayFailed as error:
+                    report(f"decoder: {error}")
             continue
         report("Ray: the node has died; starting it again" if up else "Ray: trying again")
         try:

@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from asyncpg import UndefinedColumnError, UndefinedTableError
+
 from cluster.node_files import application_role, database
 from serve_app.audit.events import AuditOutcome, account_event
 from serve_app.records.lesions import LesionStore
-from serve_app.records.migrate import migrate
+from serve_app.records.migrate import SchemaMismatch, migrate
 from serve_app.records.pool import Pool, open_pool
 
 Result = TypeVar("Result")
@@ -30,12 +32,17 @@ def ask_as_owner(home: Path, question: Callable[[Pool], Awaitable[Result]]) -> R
 
 
 def ask_database(url: str, question: Callable[[Pool], Awaitable[Result]]) -> Result:
-    """Ask any database."""
+    """Ask any database. SchemaMismatch where it lacks what this version asks for."""
 
     async def run() -> Result:
         pool = await open_pool(url, minimum=0, maximum=1, timeout_s=60)
         try:
             return await question(pool)
+        except (UndefinedColumnError, UndefinedTableError) as error:
+            lacks = error.args[0]
+            raise SchemaMismatch(
+                f"The database is of another version ({lacks}): `derm-cds migrate` first."
+            ) from error
         finally:
             await pool.close()
 

@@ -95,15 +95,18 @@ class Decoder:
         header = {"geometry": asdict(geometry), "limits": asdict(limits)}
         for _ in range(2):
             process = self._process()
-            answer = process.ask(header, data, most=3 * geometry.side**2)
-            if answer is not None and process.images < IMAGES:
-                self._idle.put(process)
-            else:
-                process.close()
-            if answer is None:
-                self._let_go()  # the others may be of a decoder that is gone, too
-                continue
-            return read_answer(*answer, geometry, limits)
+            spent = True  # one that says what it must not may be taken over
+            try:
+                if (answer := process.ask(header, data, most=3 * geometry.side**2)) is not None:
+                    prepared = read_answer(*answer, geometry, limits)
+                    spent = process.images >= IMAGES
+                    return prepared
+            finally:
+                if spent:
+                    process.close()
+                else:
+                    self._idle.put(process)
+            self._let_go()  # the others may be of a decoder that is gone, too
         return UndecodableImage("The image made the decoder fail; nothing was stored.")
 
     def close(self) -> None:

@@ -44,6 +44,7 @@ from cluster.accounts import step_down
 from cluster.postgres import EmbeddedPostgres
 from serve_app.audit.events import os_account
 home = Path(sys.argv[1])
+os.umask(0o077)  # as a command has it
 step_down(home, new=True)
 server = EmbeddedPostgres(home)
 server.ensure()
@@ -84,7 +85,7 @@ def test_root_makes_a_home_for_an_account_of_the_services_own_and_becomes_it(pla
     if python is None or not sandbox.landlock_version() or not account_of(POSTGRES).reaches(REPOSITORY):
         pytest.skip("no account of the service's own can run this code here, or this kernel has no Landlock")
     packages = os.pathsep.join([str(REPOSITORY), sysconfig.get_paths()["purelib"]])
-    home = place / "home"
+    home = place / "deep" / "home"
     done = subprocess.run(
         [python, "-c", _STEP_DOWN, str(home)],
         cwd="/",

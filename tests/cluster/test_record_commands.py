@@ -128,6 +128,17 @@ def test_a_row_changed_beside_the_log_is_named(derm_cds, own_home, sql) -> None:
         assert said in found.err
 
 
+def test_a_database_of_an_older_version_is_said_to_be_one(derm_cds, own_home, sql) -> None:
+    """New code over old data, before the first start; nothing there is called tampering."""
+    sql("DROP TABLE site_operating_points")
+    sql("ALTER TABLE emergency_accesses DROP COLUMN ended_at CASCADE")
+    for command in (("audit", "verify"), ("access", "list")):
+        said = derm_cds(*command, home=own_home)
+        assert (said.code, said.err.count("\n")) == (1, 1), said
+        assert "of another version" in said.err
+        assert "`derm-cds migrate` first" in said.err
+
+
 def test_events_that_wait_for_their_seal_are_said(derm_cds, home, sql) -> None:
     derm_cds("keys", "rotate", home=home)
     assert derm_cds("audit", "checkpoint", home=home).code == 0

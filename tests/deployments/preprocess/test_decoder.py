@@ -245,6 +245,16 @@ def test_a_process_is_let_go_after_so_many_images(decoder: Decoder, monkeypatch:
     assert 2 <= len(seen) <= 3
 
 
+def test_a_process_that_says_what_it_must_not_is_let_go(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CONTENT_TYPES", ())
+    decoder._let_go()
+    with pytest.raises(StageFailed, match="what it must not"):
+        decoder.prepare_or_reject(lesion_jpeg(), GEOMETRY, LIMITS)
+    assert decoder._idle.empty()
+
+
 def test_without_a_decoder_no_image_is_called_undecodable(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
