@@ -48,8 +48,7 @@ class Victim:
 
     def derm_cds(self, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run one command of the operator's."""
-        command = [sys.executable, "-m", "cluster.cli", *arguments[:1], "--home", str(home or self.home)]
-        command = [*command[:3], *arguments, "--home", str(home or self.home)]
+        command = [sys.executable, "-m", "cluster.cli", *arguments, "--home", str(home or self.home)]
         return subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=300, cwd=REPOSITORY
         )

@@ -25,6 +25,7 @@ from serve_app.audit.rows import (
     EMERGENCY_ACCESSES,
     LEGAL_HOLDS,
     REVOCATIONS,
+    AuditedTable,
     vouch,
 )
 from serve_app.records.audit_log import record_event
@@ -32,24 +33,15 @@ from serve_app.sql import parse
 
 _SQL = parse(Path(__file__).with_suffix(".sql").read_text())
 
-#: The statements, in order, and the action that each change is recorded as; these from any database ...
-_ALWAYS = {"revoke": "revoke", "hold": "hold_set"}
+#: The statements, in order, with the action that each change is recorded as, and its table; these from any database ...
+_ALWAYS = {"revoke": ("revoke", REVOCATIONS), "hold": ("hold_set", LEGAL_HOLDS)}
 #: ... and these from one that goes on from the backup.
 _FROM_A_SUCCESSOR = {
-    "withdraw_care": "end_assignment",
-    "end_care": "end_assignment",
-    "end_emergency": "end_emergency",
-    "reopen": "record_reopen",
-    "close_later": "record_close",
-}
-
-_TABLES = {
-    "revoke": REVOCATIONS,
-    "hold_set": LEGAL_HOLDS,
-    "end_assignment": CARE_ASSIGNMENTS,
-    "end_emergency": EMERGENCY_ACCESSES,
-    "record_reopen": CLOSED_RECORDS,
-    "record_close": CLOSED_RECORDS,
+    "withdraw_care": ("end_assignment", CARE_ASSIGNMENTS),
+    "end_care": ("end_assignment", CARE_ASSIGNMENTS),
+    "end_emergency": ("end_emergency", EMERGENCY_ACCESSES),
+    "reopen": ("record_reopen", CLOSED_RECORDS),
+    "close_later": ("record_close", CLOSED_RECORDS),
 }
 
 
@@ -81,7 +73,7 @@ async def carry_over(
 
     In doubt is what was done since the backup, and None is as it should be.
     """
-    changes: dict[str, str] = {}
+    changes: dict[str, tuple[str, AuditedTable]] = {}
     doubt: str | None = "the database that it replaced could not be read"
     if replaced is not None:
         changes, doubt = _ALWAYS, "the database that it replaced does not go on from the backup"
@@ -89,9 +81,9 @@ async def carry_over(
             changes, doubt = _ALWAYS | _FROM_A_SUCCESSOR, None
     carried = 0
     async with _connected(at) as connection, connection.transaction():
-        for statement, action in changes.items():
+        for statement, (action, table) in changes.items():
             for row in await connection.fetch(_SQL[statement], replaced.rows if replaced else None):
-                await record_event(connection, vouch(_event(action, row), _TABLES[action], [row]))
+                await record_event(connection, vouch(_event(action, row), table, [row]))
                 carried += 1
         await record_event(
             connection, account_event("restore", {**detail, "carried": carried, "doubt": doubt})

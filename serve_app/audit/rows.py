@@ -49,67 +49,47 @@ class AuditedTable:
         return json_digest(json.dumps([self.name, values], default=_plain, allow_nan=False))
 
 
-CARE_ASSIGNMENTS = AuditedTable("care_assignments", ("clinician", "patient_id", "starts_at"), ("ends_at",))
-REVOCATIONS = AuditedTable("revocations", ("kind", "value"), ("revoked_at", "revoked_by"))
-EMERGENCY_ACCESSES = AuditedTable(
+def _table(name: str, key: str, columns: str) -> AuditedTable:
+    return AuditedTable(name, tuple(key.split()), tuple(columns.split()))
+
+
+CARE_ASSIGNMENTS = _table("care_assignments", "clinician patient_id starts_at", "ends_at")
+REVOCATIONS = _table("revocations", "kind value", "revoked_at revoked_by")
+EMERGENCY_ACCESSES = _table(
     "emergency_accesses",
-    ("emergency_id",),
-    (
-        *("patient_id", "principal", "reason", "starts_at", "ends_at"),
-        *("reviewed_at", "reviewer", "review_outcome", "review_note", "ended_at", "ended_by", "salt"),
-    ),
+    "emergency_id",
+    "patient_id principal reason starts_at ends_at reviewed_at reviewer review_outcome review_note ended_at ended_by salt",
 )
-LEGAL_HOLDS = AuditedTable(
+LEGAL_HOLDS = _table(
     "legal_holds",
-    ("hold_id",),
-    (
-        *("patient_id", "lesion_id", "image_id", "reason", "set_by", "set_at", "released_by", "released_at"),
-        "salt",
-    ),
+    "hold_id",
+    "patient_id lesion_id image_id reason set_by set_at released_by released_at salt",
 )
-CLOSED_RECORDS = AuditedTable("closed_records", ("patient_id",), ("closed_at", "closed_by"))
+CLOSED_RECORDS = _table("closed_records", "patient_id", "closed_at closed_by")
 #: With the encounters that are the patient's.
-PATIENT_RECORDS = AuditedTable(
+PATIENT_RECORDS = _table(
     "patient_records",
-    ("patient_id",),
-    (
-        *("birth_date", "sex", "personal_melanoma", "personal_skin_cancer", "family_melanoma"),
-        *("immunosuppression", "encounters", "salt"),
-    ),
+    "patient_id",
+    "birth_date sex personal_melanoma personal_skin_cancer family_melanoma immunosuppression encounters salt",
 )
-SITE_OPERATING_POINTS = AuditedTable(
+SITE_OPERATING_POINTS = _table(
     "site_operating_points",
-    ("model_id", "model_digest", "id"),
-    ("set_at", "operating_points", "approved_by", "reason", "report_sha256"),
+    "model_id model_digest id",
+    "set_at operating_points approved_by reason report_sha256",
 )
 #: An image as it came, and what it is to be assessed with. The context is guessed easily: its salt is the sealed image's
 #: authentication tag, which vouches for the image, too, and goes with it.
-LESION_IMAGES = AuditedTable(
+LESION_IMAGES = _table(
     "lesion_images",
-    ("image_id",),
-    (
-        *("assessment_id", "lesion_id", "patient_id", "encounter_id", "created_at", "content_type", "width"),
-        *(
-            "height",
-            "data_key_id",
-            "tag",
-            "context",
-            "top_k",
-            "licences",
-            "confirmed_only",
-            "actor",
-            "request_id",
-        ),
-    ),
+    "image_id",
+    "assessment_id lesion_id patient_id encounter_id created_at content_type width height data_key_id tag"
+    " context top_k licences confirmed_only actor request_id",
 )
 #: What was made of an image: the answer by its `json_digest`, and the vector that it is compared by (hexadecimal SHA-256).
-ASSESSMENTS = AuditedTable(
+ASSESSMENTS = _table(
     "assessments",
-    ("assessment_id",),
-    (
-        *("outcome", "answer", "failure", "demand_level", "demand_urgency", "demand_answered_at"),
-        *("embedding_space", "embedding"),
-    ),
+    "assessment_id",
+    "outcome answer failure demand_level demand_urgency demand_answered_at embedding_space embedding",
 )
 
 
