@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 import json
 import multiprocessing
@@ -106,32 +106,12 @@ def told(victim: Victim) -> tuple[Verdict, str]:
     return "found", finding[:160]
 
 
-@attempt(SUPER, "editing an event behind a replaced digest function")
-def suspect_digest(victim: Victim) -> tuple[Verdict, str]:
-    """Keep the old digests aside, and have the database's own function give them."""
-    event = "(SELECT min(event_id) FROM audit_seals)"
-    (function,) = victim.sql(
-        SUPERUSER, "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE proname = 'audit_digest' LIMIT 1"
-    ) or [None]
-    (before,) = victim.sql(SUPERUSER, f"SELECT event_id, actor FROM audit_events WHERE event_id = {event}")
-    identity = before["event_id"]
-    with ExitStack() as stack:
-        if function is not None:
-            victim.sql(
-                SUPERUSER,
-                "CREATE TABLE aside AS SELECT event_id, audit_digest(e) AS digest FROM audit_events e",
-            )
-            stack.callback(victim.sql, SUPERUSER, "DROP TABLE aside")
-            stack.callback(victim.sql, SUPERUSER, function[0])
-            victim.sql(
-                SUPERUSER,
-                "CREATE OR REPLACE FUNCTION audit_digest(e audit_events) RETURNS bytea LANGUAGE sql STABLE STRICT"
-                " RETURN (SELECT digest FROM aside WHERE aside.event_id = (e).event_id)",
-            )
-        edit = "UPDATE audit_events SET actor = '{}' WHERE event_id = {}"
-        stack.enter_context(
-            changed(victim, edit.format("somebody-else", identity), edit.format(before["actor"], identity))
-        )
+@attempt(SUPER, "editing an event with every trigger off")
+def edited_event(victim: Victim) -> tuple[Verdict, str]:
+    """Which function of the database says what matters no more: events are hashed outside it."""
+    (row,) = victim.sql(SUPERUSER, "SELECT event_id, actor FROM audit_events ORDER BY event_id LIMIT 1")
+    edit = f"UPDATE audit_events SET actor = '{{}}' WHERE event_id = {row['event_id']}"
+    with changed(victim, edit.format("somebody-else"), edit.format(row["actor"])):
         return told(victim)
 
 

@@ -33,8 +33,19 @@ _READ = _EXECUTE | _READ_FILE | _READ_FOLDER
 #: Rights over a file that is no folder: EXECUTE, WRITE_FILE, READ_FILE, TRUNCATE, IOCTL_DEV.
 _OF_A_FILE = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
 _TCP, _SCOPES = 0b11, 0b11  # BIND and CONNECT; abstract Unix sockets and signals
-#: What a program needs of a machine: its libraries, and what it asks the kernel.
-SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev")
+#: What a program needs of a machine: its libraries, and what it asks the kernel. Not /dev/shm: others' images are there.
+SYSTEM = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/etc",
+    "/proc",
+    "/sys",
+    "/dev/zero",
+    "/dev/random",
+    "/dev/urandom",
+)
 
 #: Memory that is given back to the kernel after each image, and asked for again, costs more than passing the
 #: image on.
@@ -166,7 +177,7 @@ def _checked(result: int) -> int:
 def main(arguments: list[str]) -> None:
     """Run a program that may use the system's own files, and below `--read` and `--write` others."""
     end = arguments.index("--")
-    named: dict[str, list[str]] = {"--read": [], "--write": ["/dev"]}
+    named: dict[str, list[str]] = {"--read": [], "--write": ["/dev/null"]}
     for option, value in zip(arguments[:end:2], arguments[1:end:2], strict=True):
         named[option].append(value)
     program = arguments[end + 1 :]

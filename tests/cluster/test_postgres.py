@@ -216,7 +216,7 @@ async def test_two_at_once_make_one_server_even_in_a_hard_place() -> None:
 
 #: A node that an ordinary user runs, in a process of that user: PostgreSQL, and what a superuser of it reads.
 _ORDINARY = """
-import asyncio, json, os, sys
+import asyncio, json, os, shutil, sys, tempfile
 from pathlib import Path
 import asyncpg
 from cluster import postgres, safety
@@ -230,6 +230,8 @@ if os.geteuid() == 0:
 key = home / "keys" / "keyring.json"
 key.parent.mkdir(mode=0o700)
 key.write_text("the key of everything")
+objects = Path(tempfile.mkdtemp(prefix="derm-test-", dir="/dev/shm"))  # as Ray's, which hold images
+(objects / "image").write_text("an image")
 server = postgres.EmbeddedPostgres(home)
 
 async def superuser(*statements):
@@ -249,6 +251,7 @@ urls = server.ensure()
 try:
     said = asyncio.run(superuser(
         f"SELECT pg_read_file('{key}')",
+        f"SELECT pg_read_file('{objects / 'image'}')",
         f"COPY (SELECT 1) TO '{key}'",
         "CREATE TABLE stolen (line text)",
         f"COPY stolen FROM PROGRAM 'cat {key}'",
@@ -260,6 +263,7 @@ try:
     found = [f"{each.name}: {each.advice}" for each in safety.account_findings(home)]
 finally:
     server.stop(mode="immediate")
+    shutil.rmtree(objects)
 uids = status.split("Uid:")[1].split()[:4]
 print(json.dumps({"said": said, "key": key.read_text(), "uids": uids, "found": found}))
 """
@@ -291,6 +295,7 @@ def test_a_superuser_of_an_ordinary_users_database_reads_no_key_of_the_node() ->
         assert done.returncode == 0, done.stderr
         got = json.loads(done.stdout.splitlines()[-1])
     assert got["said"] == [
+        "InsufficientPrivilegeError",
         "InsufficientPrivilegeError",
         "InsufficientPrivilegeError",
         "None",
