@@ -308,16 +308,8 @@ class EmbeddedPostgres:
         command = [str(self.programs / program), *(str(argument) for argument in arguments)]
         if confined and not self.account.switch:
             readable = [word for path in packages(self.programs) for word in ("--read", str(path))]
-            sandboxed = [
-                sys.executable,
-                "-I",
-                "-S",
-                sandbox.__file__,
-                *readable,
-                "--write",
-                str(self.directory),
-            ]
-            command = [*sandboxed, "--", *command]
+            allowed = [*readable, "--write", str(self.directory)]
+            command = [sys.executable, "-I", "-S", sandbox.__file__, *allowed, "--", *command]
         # A file, not a pipe: the server inherits it, and a pipe would never end.
         with (self.directory / "etc" / f"{program}.log").open("w+") as output:
             done = subprocess.run(

@@ -162,15 +162,9 @@ def _resolve(stated: Path, output: Path, held: Sequence[str] | Mapping[str, None
     """Run uv; `held` are versions that it keeps where it can. Exits with what it says when it finds no way."""
     if held:
         output.write_text("\n".join(held), encoding="utf-8")
+    uv = str(Path(sys.executable).with_name("uv"))
     command = [
-        *(
-            str(Path(sys.executable).with_name("uv")),
-            "pip",
-            "compile",
-            str(stated),
-            "--output-file",
-            str(output),
-        ),
+        *(uv, "pip", "compile", str(stated), "--output-file", str(output)),
         *("--universal", "--python-version", "3.11", "--fork-strategy", "fewest", "--only-binary", ":all:"),
         *("--no-header", "--no-annotate", "--quiet", *options),
     ]

@@ -92,11 +92,8 @@ def _gather_evidence(
     cases = read_cases("site", model, request.cases)
     _require_unseen(model, cases)
     answers = answer_cases(model, cases, read_policy(), cache=request.cache, threads=request.threads, say=say)
-    eight, labels, lesions = (
-        known_eight(answers.nine),
-        labels_of(list(cases.rows)),
-        [r.lesion for r in cases.rows],
-    )
+    eight, labels = known_eight(answers.nine), labels_of(list(cases.rows))
+    lesions = [row.lesion for row in cases.rows]
     figures: dict[str, dict[str, ChosenThreshold]] = {}
     refusals = []
     for name, threshold in request.points.items():

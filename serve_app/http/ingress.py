@@ -69,11 +69,6 @@ class IngressMiddleware:
 _ERRORS: dict[int, type[DermError]] = {404: NotFound, 429: Overloaded, 503: Overloaded}
 
 
-def is_plain_text(start: Message) -> bool:
-    """Whether an answer that begins so is plain text, which no error of the application is."""
-    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/plain")
-
-
 class Exchange:
     """One request and its answer, as they pass."""
 
@@ -122,7 +117,8 @@ class Exchange:
             return
         if message["type"] == "http.response.start":
             self._begun, status = True, message["status"]
-            if status >= 400 and is_plain_text(message):
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            if status >= 400 and kind.startswith("text/plain"):  # no error of the application's
                 await self.answer(_ERRORS.get(status, Interrupted)())
                 self._replaced = True
                 return
