@@ -84,11 +84,7 @@ class LocalStages:
         return self._embedder.embed(model_id, embedding_space, bottleneck)
 
     async def nearest(
-        self,
-        embedding: NDArray[np.float32],
-        embedding_space: str,
-        k: int,
-        reference_filter: ReferenceFilter,
+        self, embedding: NDArray[np.float32], embedding_space: str, k: int, reference_filter: ReferenceFilter
     ) -> Neighbours:
         """Search the references."""
         if self._references is None:

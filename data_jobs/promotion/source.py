@@ -58,12 +58,7 @@ class ImportRequest:
 
 
 def take_source(
-    source: str,
-    sha256: str | None,
-    folder: Path,
-    *,
-    max_bytes: int = MAX_BYTES,
-    hosts: Sequence[str] = (),
+    source: str, sha256: str | None, folder: Path, *, max_bytes: int = MAX_BYTES, hosts: Sequence[str] = ()
 ) -> tuple[Path, str]:
     """Copy a local file, or download an https URL or `hf-hub:ORG/NAME[@REVISION]`, into `folder`: the copy, its SHA-256.
 

@@ -23,13 +23,7 @@ from numpy.typing import NDArray
 
 from data_jobs.promotion.acceptance import write_acceptance
 from data_jobs.references.bundle import write_references
-from data_jobs.training.dataset import (
-    isic_folder,
-    labels_of,
-    load_pixels,
-    read_rows,
-    training_indices,
-)
+from data_jobs.training.dataset import isic_folder, labels_of, load_pixels, read_rows, training_indices
 from data_jobs.training.embedding_spaces import choose_space, pair_figures
 from data_jobs.training.ensemble import Ensemble, read_ensemble
 from data_jobs.training.evaluation.figures import by_diagnosis
@@ -54,12 +48,7 @@ from data_jobs.training.probabilities import (
     softmax,
 )
 from data_jobs.training.scan import Pixels, open_onnx, scan_images, scan_pixels, soften
-from data_jobs.training.unknown import (
-    SPOILT,
-    fit_logistic,
-    fit_statistics,
-    outlier_figures,
-)
+from data_jobs.training.unknown import SPOILT, fit_logistic, fit_statistics, outlier_figures
 from deployments.classifier.calibration import member_disagreement, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
 from deployments.preprocess.preprocess import measure_quality

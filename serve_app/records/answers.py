@@ -26,13 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.records.lesion_rows import (
-    AssessmentRecord,
-    ErasureNote,
-    Identity,
-    ImageRecord,
-    LesionTimeline,
-)
+from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 import json
 import os
 from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from cluster.accounts import Account
 from cluster.backups import run
 from cluster.postgres import EmbeddedPostgres, PostgresState
 from serve_app.audit.checkpoints import signing_key
@@ -139,3 +142,13 @@ def flip_a_bit(path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.unlink()  # it may be linked to
     path.write_bytes(content)
+
+
+def python_for(account: Account) -> str | None:
+    """A Python that an account may run: this one, or the system's own of the same version."""
+    code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    for python in (sys.executable, "/usr/bin/python3"):
+        with suppress(OSError):
+            if subprocess.run([python, "-c", code], check=False, cwd="/", **account.popen).returncode == 0:
+                return python
+    return None

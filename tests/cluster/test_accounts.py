@@ -22,6 +22,7 @@ from cluster.ray_node import RayNode
 from cluster.safety import account_findings, prevents_ready
 from serve_app import sandbox
 from serve_app.settings import REPOSITORY
+from tests.cluster.clinic import python_for
 
 AS_ROOT = os.geteuid() == 0
 UNIT = REPOSITORY / "cluster" / "on_prem" / "derm-cds.service"
@@ -62,26 +63,9 @@ print(json.dumps({"ids": ids, "server": uids, "actor": os_account(), "back": own
 """
 
 
-def _python() -> str | None:
-    """A Python that every account may run: this one, or the system's own of the same version."""
-    account = account_of(POSTGRES)
-    for python in (sys.executable, shutil.which("python3", path="/usr/bin")):
-        try:
-            code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
-            if (
-                python
-                and subprocess.run([python, "-c", code], check=False, cwd="/", **account.popen).returncode
-                == 0
-            ):
-                return python
-        except OSError:
-            continue
-    return None
-
-
 @pytest.mark.skipif(not AS_ROOT, reason="only root steps down")
 def test_root_makes_a_home_for_an_account_of_the_services_own_and_becomes_it(place: Path) -> None:
-    python = _python()
+    python = python_for(account_of(POSTGRES))
     if python is None or not sandbox.landlock_version() or not account_of(POSTGRES).reaches(REPOSITORY):
         pytest.skip("no account of the service's own can run this code here, or this kernel has no Landlock")
     packages = os.pathsep.join([str(REPOSITORY), sysconfig.get_paths()["purelib"]])

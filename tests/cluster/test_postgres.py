@@ -24,7 +24,7 @@ from cluster.accounts import POSTGRES, AccountFailed, account_of
 from cluster.postgres import EmbeddedPostgres, PostgresState, supervise
 from serve_app.sandbox import landlock_version
 from serve_app.settings import REPOSITORY
-from tests.cluster.clinic import Clinic
+from tests.cluster.clinic import Clinic, python_for
 
 AS_ROOT = os.geteuid() == 0
 
@@ -271,12 +271,9 @@ print(json.dumps({"said": said, "key": key.read_text(), "uids": uids, "found": f
 
 def test_a_superuser_of_an_ordinary_users_database_reads_no_key_of_the_node() -> None:
     """One account owns both: the server has given up every file but its own."""
-    python = next(
-        (path for path in (sys.executable, "/usr/bin/python3") if not AS_ROOT or _may_run(path)), None
-    )
-    if python is None or not landlock_version():
-        pytest.skip("no Python that another account may run, or a kernel without Landlock")
     account = account_of(POSTGRES)  # any that exists, as initdb asks for: not root's, here
+    if (python := python_for(account)) is None or not landlock_version():
+        pytest.skip("no Python that another account may run, or a kernel without Landlock")
     with tempfile.TemporaryDirectory(prefix="derm-test-") as folder:
         Path(folder).chmod(0o711)
         home = Path(folder) / "home"
@@ -307,14 +304,6 @@ def test_a_superuser_of_an_ordinary_users_database_reads_no_key_of_the_node() ->
     assert got["key"] == "the key of everything"
     assert set(got["uids"]) == {str(account.uid)}
     assert got["found"] == []
-
-
-def _may_run(python: str) -> bool:
-    account = account_of(POSTGRES)
-    try:
-        return subprocess.run([python, "-c", ""], check=False, cwd="/", **account.popen).returncode == 0
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root may open a folder to others")

@@ -57,11 +57,7 @@ class Source(ABC):
 
 
 #: Where the archive's answers lead for images, with their subdomains.
-HOSTS = (
-    "isic-archive.com",
-    "isic-archive.s3.amazonaws.com",
-    "isic-archive.s3.us-east-1.amazonaws.com",
-)
+HOSTS = ("isic-archive.com", "isic-archive.s3.amazonaws.com", "isic-archive.s3.us-east-1.amazonaws.com")
 ARCHIVE_BASE = "https://api.isic-archive.com/api/v2/"
 #: The archive's search language; eligibility looks at every image again.
 QUERY = "image_type:dermoscopic"

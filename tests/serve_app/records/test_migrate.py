@@ -8,14 +8,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from serve_app.records.migrate import (
-    BASELINE,
-    MIGRATIONS,
-    SchemaMismatch,
-    migrate,
-    pending,
-    read_migrations,
-)
+from serve_app.records.migrate import BASELINE, MIGRATIONS, SchemaMismatch, migrate, pending, read_migrations
 
 
 @pytest.fixture

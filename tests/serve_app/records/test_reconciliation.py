@@ -92,10 +92,7 @@ IMAGES = {
         f"UPDATE lesion_images SET sealed = NULL, erased_at = now() {_OF}",
         {"lesion_images": "is erased, and no event says so"},
     ),
-    "erased": (
-        f"{_RECORD} context = '[1]' {_OF}",
-        {"lesion_images": "is there, and its event erased it"},
-    ),
+    "erased": (f"{_RECORD} context = '[1]' {_OF}", {"lesion_images": "is there, and its event erased it"}),
     "erased too": (f"{_RECORD} confirmed_by = 'x', confirmed_at = now() {_OF}", {"who confirmed": DIFFERS}),
     "failed": (f"{_RECORD} failure = 'another' {_OF}", {"assessments": DIFFERS}),
     "pending": (
