@@ -125,7 +125,7 @@ async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
         await pool.close()
     return {
         "schema": "up to date",
-        "model": asdict(live) if live else "none published",
+        "model": {name: value for name, value in asdict(live).items() if value} if live else "none published",
         "references": str(count),
         "invariants": "; ".join(f"violated: {v.invariant} ({v.count} rows)" for v in violations)
         or f"all {len(INVARIANTS)} hold",
