@@ -6,8 +6,9 @@ s/^( *bind )\*?:([0-9]+) *$/\1127.0.0.1:\2/
 s/^( *stats socket .*) mode 666 /\1 mode 600 /
 
 # Who is calling, for serve_app/http/ingress.py, whatever the caller says; and nothing but HTTP. What the replica's HTTP
-# parser refuses, a method that nobody knows, it refuses in plain text.
-s/^frontend http_frontend *$/&\n    http-request set-header X-Derm-Peer %[src]\n    http-request del-header Upgrade\n    http-response return status 400 default-errorfiles if { status 400 } { res.hdr(content-type) -m beg text\/plain }/
+# parser refuses, a method that nobody knows, it refuses in plain text. A header that trickles in holds a place, of
+# 4,096, for 10 s at most.
+s/^frontend http_frontend *$/&\n    timeout http-request 10s\n    timeout http-keep-alive 60s\n    http-request set-header X-Derm-Peer %[src]\n    http-request del-header Upgrade\n    http-response return status 400 default-errorfiles if { status 400 } { res.hdr(content-type) -m beg text\/plain }/
 
 # HAProxy's own 400 for what is not HTTP has no setting: headers somewhat too many go on to the service, which has
 # words for it (those somewhat too large as well, by RAY_SERVE_HAPROXY_TUNE_BUFSIZE).

@@ -45,7 +45,7 @@ SERVE_ENVIRONMENT: Mapping[str, str] = {
     # HAProxy's log lines hold query strings, and go to 127.0.0.1:514 unless told otherwise.
     # This socket does not exist: they go nowhere. Access is recorded in the audit log.
     "RAY_SERVE_HAPROXY_LOG_TARGET": "/nonexistent/haproxy-log",
-    # Inactivity, and a header's whole time: Ray's own are an hour, and for ever. Above what a request may take
+    # Inactivity: Ray's own are an hour, and for ever (a header's time: haproxy.sed). Above what a request may take
     # (a body 60 s at most, triage's two deadlines): the service itself ends what takes too long, and says so.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
     "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import os
 from pathlib import Path
 import re
+import select
 import socket
 import subprocess
 from threading import Thread
+import time
 from typing import Any
 import warnings
 
@@ -123,7 +125,7 @@ global
     tune.bufsize {SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
 defaults
     mode http
-    timeout client 2s
+    timeout client {SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"]}s
     timeout connect 1s
     timeout server 500ms
     errorfile 502 /500.http
@@ -184,6 +186,26 @@ def test_every_answer_of_its_own_is_a_problem_document(proxy: Proxy) -> None:
         assert set(body) == {"type", "title", "status", "code", "detail", "request_id"}
         assert body["request_id"] == found.headers["x-request-id"]
         assert (int(found.headers.get("retry-after", "0")) > 0) is (status >= 500)
+
+
+def test_a_header_that_trickles_in_keeps_no_place(proxy: Proxy) -> None:
+    """Nor does one who says nothing at all; a connection that is kept for the next request may wait longer."""
+    with (
+        socket.create_connection(("127.0.0.1", proxy.front), timeout=5) as trickling,
+        socket.create_connection(("127.0.0.1", proxy.front), timeout=15) as silent,
+        socket.create_connection(("127.0.0.1", proxy.front), timeout=5) as kept,
+    ):
+        began = time.monotonic()
+        kept.sendall(b"GET /-/routes HTTP/1.1\r\nHost: derm\r\n\r\n")
+        assert b" 404 " in kept.recv(10_000)
+        trickling.sendall(b"GET /api/ HTTP/1.1\r\nHost: derm\r\n")
+        while time.monotonic() - began < 14 and not select.select([trickling], [], [], 0.5)[0]:
+            trickling.sendall(b"X-A: a\r\n")
+        assert b" 408 " in trickling.recv(1000)
+        assert 9 < time.monotonic() - began < 13
+        assert b" 200 " not in silent.recv(1000)
+        kept.sendall(b"GET /-/routes HTTP/1.1\r\nHost: derm\r\n\r\n")
+        assert b" 404 " in kept.recv(10_000)
 
 
 @pytest.mark.parametrize(
