@@ -20,6 +20,7 @@ from serve_app.domain.identifiers import is_opaque, is_plain, new_id
 
 #: Who connected to HAProxy, in HAProxy's own words (cluster/haproxy.sed): to us, all callers are HAProxy.
 PEER = b"x-derm-peer"
+_HEALTH = b"/-/healthz"
 _LOOPBACK = frozenset({"127.0.0.1", "::1"})
 
 #: How a header begins that Serve would obey; it takes `_` for `-`.
@@ -52,7 +53,10 @@ class IngressMiddleware:
             await send({"type": "websocket.close"})
             return
         exchange = Exchange(scope, receive, send)
-        if self._room is None:
+        # Serve's own pages, however spelt: none but what HAProxy asks whether this is up.
+        if scope["path"].startswith("/-/") and scope["raw_path"] != _HEALTH:
+            await exchange.answer(NotFound())
+        elif self._room is None:
             await exchange.run(self._app)
         elif exchange.size is None or exchange.size > self._room:
             await exchange.answer(Overloaded())

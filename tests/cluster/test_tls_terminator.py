@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 import hashlib
+from http.client import HTTPSConnection
 from http.server import BaseHTTPRequestHandler
 import json
 import secrets
@@ -49,7 +51,10 @@ def test_an_upload_arrives_whole_and_the_log_has_no_path_or_query(
     with httpx.Client(verify=context, base_url=f"https://127.0.0.1:{tls.port}", timeout=60) as client:
         query = {"patient_id": marked}
         answer = client.post(f"/api/{marked}", params=query, headers=claimed, content=image)
-        assert client.post("/-/routes", content=b"").status_code == 404
+        for spelt in ("/-/routes", "/%2d/routes", "/-%2froutes", "/%2D%2Froutes"):
+            with closing(HTTPSConnection("127.0.0.1", tls.port, context=context)) as raw:
+                raw.request("POST", spelt, b"")
+                assert raw.getresponse().status == 404, spelt
     assert answer.status_code == 201
     assert "max-age" in answer.headers["strict-transport-security"]
     assert answer.json()["sha256"] == hashlib.sha256(image).hexdigest()

@@ -238,9 +238,11 @@ async def test_what_is_not_our_applications_answer_is_a_problem_document_too(pms
         "Sec-WebSocket-Version": "13",
     }
     hold_to_problem(await pms.client.request("FOO", "/healthz"), 400, "bad_request")
-    hold_to_problem(await pms.client.get("/-/routes"), 404, "not_found")
+    for path in ("/-/routes", "/%2d/routes", "/-%2froutes"):
+        hold_to_problem(await pms.client.get(path), 404, "not_found")
     hold_to_problem(await pms.client.get("/nothing", headers=upgrade), 404, "not_found")
     for way in ("replica", "fallback"):
         there = replace(pms, client=httpx.AsyncClient(base_url=f"http://{LOCAL}:{ports(node)[way]}"))
         async with there.client as client:
             hold_to_problem(await client.get("/nothing"), 404, "not_found")
+            hold_to_problem(await client.get("/%2d/routes"), 404, "not_found")

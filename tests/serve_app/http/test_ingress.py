@@ -171,6 +171,28 @@ async def refusing(_: Request) -> Response:
     return JSONResponse({"code": "unauthenticated"}, 401)
 
 
+async def test_serves_own_pages_are_not_told_however_they_are_spelt() -> None:
+    """Serve compares the decoded path. What HAProxy asks a replica goes on, in that one spelling."""
+    hidden = (
+        "/-/routes",
+        "/%2d/routes",
+        "/-%2Froutes",
+        "/%2D%2froutes",
+        "/%2d/healthz",
+        "/-/health%7a",
+        "/-/x",
+    )
+    status = dict.fromkeys(hidden, 404) | dict.fromkeys(("/-/healthz", "/-", "/%252d/routes"), 401)
+    async with listening(IngressMiddleware(serve(refusing))) as port:
+        for path, expected in status.items():
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path}?a=b HTTP/1.1\r\nHost: derm\r\nConnection: close\r\n\r\n".encode())
+            answer = await reader.read()
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 %d " % expected), path
+            assert (b"urn:derm-cds:problem:not_found" in answer) is (expected == 404)
+
+
 async def test_who_is_refused_comes_to_read_it_and_may_ask_again() -> None:
     async with listening(IngressMiddleware(serve(refusing))) as port:
         limits = httpx.Limits(max_connections=1)
