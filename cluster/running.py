@@ -54,17 +54,21 @@ class AlreadyRunning(Exception):
 
 
 @contextmanager
-def occupy(home: Path) -> Iterator[None]:
-    """Be the one service of this home while the block runs, however it ends. Raises AlreadyRunning."""
+def occupy(home: Path) -> Iterator[bool]:
+    """Be the one service of this home while the block runs, however it ends. Raises AlreadyRunning.
+
+    Gives whether the one before was killed: only such a one leaves its description.
+    """
     if not home.exists():
         home.mkdir(parents=True)
         home.chmod(0o711)  # PostgreSQL's account passes through, and sees nothing
     with (home / "serve.lock").open("w") as lock:
         if not _take(lock):
             raise AlreadyRunning(_read(home))
-        (home / "serve.json").unlink(missing_ok=True)  # of one that was killed
+        killed = (home / "serve.json").exists()
+        (home / "serve.json").unlink(missing_ok=True)
         try:
-            yield
+            yield killed
         finally:
             (home / "serve.json").unlink(missing_ok=True)
 

@@ -259,6 +259,22 @@ def serve(request: ServeRequest, *, on_ready: Callable[[str, dict[str, str] | No
             _take_down(node, postgres)
 
 
+def end_leftovers(home: Path) -> bool:
+    """End what a killed start left: the node and PostgreSQL. Returns whether there was anything.
+
+    A server that only a command has started is left to it. Raises AlreadyRunning or PostgresFailed.
+    """
+    if not home.exists():
+        return False
+    with occupy(home) as killed:
+        node = RayNode(home)
+        postgres = None if own_database(home) else EmbeddedPostgres(home)
+        left = bool(node.processes()) or (killed and postgres is not None and postgres.is_running())
+        if left:
+            _take_down(node, postgres)
+        return left
+
+
 def _node(request: ServeRequest) -> RayNode:
     if is_listened_on(request.host, request.port):
         raise StartFailed(

@@ -10,7 +10,7 @@ import signal
 import time
 
 from cluster.running import AlreadyRunning, running_service
-from cluster.supervisor import ServeRequest, report, serve
+from cluster.supervisor import ServeRequest, end_leftovers, report, serve
 from serve_app.domain.errors import DermError
 
 _STOP_TIMEOUT_S = 60
@@ -72,7 +72,11 @@ def curl(url: str, first: dict[str, str]) -> str:
 def _stop(arguments: argparse.Namespace) -> None:
     running = running_service(arguments.home)
     if running is None:
-        print("derm-cds is not running here.")
+        try:
+            left = end_leftovers(arguments.home)
+        except AlreadyRunning as error:
+            raise DermError(f"{error} Try again.") from error
+        print("ended what a killed start had left" if left else "derm-cds is not running here.")
         return
     os.kill(running.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_TIMEOUT_S
