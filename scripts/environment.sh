@@ -3,6 +3,8 @@
 
 # What is installed is no secret, and accounts of the node's own run it.
 umask 022
+# Python would take code from the folder that this is called in, for every part that is relative or empty.
+[ -z "${PYTHONPATH-}" ] || PYTHONPATH=$(tr : '\n' <<<"$PYTHONPATH" | sed -n '\|^/|p' | paste -sd :)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repository=$PWD
 
@@ -41,7 +43,7 @@ environment() {
         install_locked "$directory" "${files[@]/#/--requirement=}"
         echo "$wanted" >"$directory/stamp"
     fi
-    [ "$1" != serve ] || install_project "$directory"
+    [ "$1" != serve ] || { install_project "$directory"; isolate "$directory/bin/derm-cds"; }
 }
 
 # lock_files LOCK...: sets `files`.
@@ -65,6 +67,12 @@ install_project() {
     PYTHONPATH=$repository/$directory/build install "$directory" --no-deps --no-build-isolation -e .
     rm -r "$directory/build"
     echo "$wanted" >"$directory/project"
+}
+
+# isolate COMMAND: have Python start it with -I, so that no PYTHONPATH brings code before its first line.
+# pip writes `#!python`, or where the path is long or has a space, a shell's `exec python "$0" "$@"` in line 2.
+isolate() {
+    head -n 2 "$1" | grep -q -e ' -I' || sed -i -E '1s|^#!/.*/python[0-9.]*$|& -I|; 2s| "\$0" "\$@"$| -I&|' "$1"
 }
 
 install() {

@@ -16,6 +16,7 @@ import sys
 from threading import Event
 from types import SimpleNamespace
 
+from pip._vendor.distlib.scripts import ScriptMaker, enquote_executable
 import psutil
 import pytest
 
@@ -296,6 +297,71 @@ def test_a_stop_leaves_no_object_and_what_links_lead_to(tmp_path: Path, monkeypa
     assert not node.objects.exists()
     assert list((tmp_path / "spill").iterdir()) == []
     assert (tmp_path / "kept" / "file").exists()
+
+
+@pytest.mark.parametrize("where", ["venv", "a venv"])
+def test_an_installed_command_runs_nothing_of_the_folder_that_it_is_called_in(
+    tmp_path: Path, where: str
+) -> None:
+    """Before its first line: Python imports `sitecustomize` from every part of PYTHONPATH, an empty one too."""
+    venv, strange, home = tmp_path / where, tmp_path / "strange", tmp_path / "home"
+    (venv / "bin").mkdir(parents=True)
+    strange.mkdir()
+    (strange / "sitecustomize.py").write_text("print('a stranger ran', flush=True); raise SystemExit(9)")
+    maker = ScriptMaker(None, str(venv / "bin"))
+    maker.executable = enquote_executable(str(venv / "bin" / "python"))
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (venv / "lib").symlink_to(Path(sys.prefix) / "lib")
+    maker.variants = {""}
+    (command,) = maker.make("derm-cds = cluster.cli:main")
+    prepare = 'cd "$1"; . ./scripts/environment.sh; isolate "$2"; isolate "$2"'
+    subprocess.run(["bash", "-ec", prepare, "sh", REPOSITORY, command], check=True)
+    for path in (":/opt/more", "/opt/more:", ".", "/opt/more::/opt/x"):
+        environment = os.environ | {"PYTHONPATH": path}
+        said = subprocess.run(
+            [command, "stop", "--home", home],
+            cwd=strange,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (said.returncode, said.stdout) == (0, "derm-cds is not running here.\n"), said.stderr
+
+
+def test_scripts_keep_only_the_absolute_parts_of_a_path(tmp_path: Path) -> None:
+    kept = 'cd "$2"; . "$1/scripts/environment.sh"; echo "$PYTHONPATH"'
+    for path, left in ((":relative::/opt/more:.:/opt/a b:", "/opt/more:/opt/a b"), (":", ""), ("/a", "/a")):
+        said = subprocess.run(
+            ["bash", "-euc", kept, "sh", REPOSITORY, tmp_path],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout == f"{left}\n"
+
+
+def test_a_stop_ends_what_a_killed_start_left(open_clinic, start, derm_cds, monkeypatch) -> None:
+    """Its node and PostgreSQL; not the server that a command runs while nothing was killed."""
+    home, server = open_clinic.home, open_clinic.server
+    monkeypatch.setattr(supervisor, "_sign_last", lambda *_: None)
+    try:
+        server.ensure()
+        assert derm_cds("stop", home=home).out == "derm-cds is not running here.\n"
+        assert server.is_running()
+        announce(home, _RUNNING)  # as one that was killed leaves it
+        left = start("sleep", "60", mark=str(home))
+        assert derm_cds("stop", home=home).out.endswith("ended what a killed start had left\n")
+        assert left.poll() is not None
+        assert not server.is_running()
+        assert derm_cds("stop", home=home).out == "derm-cds is not running here.\n"
+        with occupy(home):
+            starting = derm_cds("stop", home=home)
+            assert (starting.code, "already starting" in starting.err) == (1, True)
+    finally:
+        server.ensure()
 
 
 def test_code_is_looked_for_in_no_folder_that_depends_on_the_place(tmp_path: Path, monkeypatch) -> None:
