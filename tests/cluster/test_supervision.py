@@ -316,7 +316,7 @@ def test_an_installed_command_runs_nothing_of_the_folder_that_it_is_called_in(
     maker.variants = {""}
     (command,) = maker.make("derm-cds = cluster.cli:main")
     prepare = 'cd "$1"; . ./scripts/environment.sh; isolate "$2"; isolate "$2"'
-    subprocess.run(["bash", "-ec", prepare, "sh", REPOSITORY, command], check=True)
+    subprocess.run(["/bin/bash", "-ec", prepare, "sh", REPOSITORY, command], check=True)
     for path in (":/opt/more", "/opt/more:", ".", "/opt/more::/opt/x"):
         environment = os.environ | {"PYTHONPATH": path}
         said = subprocess.run(
@@ -334,7 +334,7 @@ def test_scripts_keep_only_the_absolute_parts_of_a_path(tmp_path: Path) -> None:
     kept = 'cd "$2"; . "$1/scripts/environment.sh"; echo "$PYTHONPATH"'
     for path, left in ((":relative::/opt/more:.:/opt/a b:", "/opt/more:/opt/a b"), (":", ""), ("/a", "/a")):
         said = subprocess.run(
-            ["bash", "-euc", kept, "sh", REPOSITORY, tmp_path],
+            ["/bin/bash", "-euc", kept, "sh", REPOSITORY, tmp_path],
             env=os.environ | {"PYTHONPATH": path},
             capture_output=True,
             text=True,
