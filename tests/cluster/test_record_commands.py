@@ -231,7 +231,7 @@ def test_what_was_done_to_the_logs_schema_is_named_by_verify_and_status(derm_cds
     assert derm_cds("audit", "verify", home=home).code == 0
     sql("ALTER TABLE audit_events DISABLE TRIGGER audit_events_append_only")
     verified, status = derm_cds("audit", "verify", home=home), derm_cds("status", "--json", home=home)
-    told = json.loads(status.out)["safety"]["audit_schema"]
+    told = str(json.loads(status.out)["safety"]["audit_schema"])
     for said in (verified.err, told):
         assert (
             "schema is not as it was made: trigger audit_events.audit_events_append_only: enabled D" in said
