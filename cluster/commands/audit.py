@@ -90,11 +90,11 @@ def _verify(arguments: argparse.Namespace) -> None:
             "--export and --database need --checkpoints and --public-key: a node's own are not read."
         )
     log = checkpoint_log(arguments.home)
-    public = read_public_key(arguments.public_key) if arguments.public_key else log.public_key()
+    public = read_public_key(arguments.public_key) if arguments.public_key else None
     here = [] if elsewhere else log.read(public)
     known = here
     if arguments.checkpoints:
-        both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
+        both = dict.fromkeys([*read_copy(arguments.checkpoints, public or log.public_key()), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
     found, rows = _look(arguments, known, kept_here=bool(here))
     for checkpoint in known:

@@ -190,6 +190,54 @@ def test_before_the_first_start(derm_cds, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "audit verify",
+        "audit checkpoint",
+        "audit checkpoint --restored",
+        "audit public-key",
+        "audit export --sealed --out {home}/log",
+        "access list",
+        "assign --patient p --clinician dr",
+        "hold list",
+        "retention close p",
+        "models history",
+        "models rollback --approved-by dr",
+        "outbox status",
+        "references spaces",
+        "references load",
+        "keys status",
+        "backup {home}/../backup",
+        "backup --keys {home}/../backup",
+        "backup --keyring {home}/../backup",
+        "backup --prune {home}/..",
+        "restore --accept-unsigned --keys {home}/../backup",
+    ],
+)
+def test_a_home_that_was_mistyped_is_named_and_left_as_it_is(derm_cds, tmp_path, command: str) -> None:
+    for home in (tmp_path / "typo", tmp_path / "there"):
+        name, *rest = command.format(home=home).split()
+        refused = derm_cds(name, *rest, home=home)
+        assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+        assert str(home) in refused.err
+        assert not [path for path in tmp_path.rglob("*") if path.name != "there"]
+        (tmp_path / "there").mkdir(exist_ok=True)
+
+
+def test_status_shows_every_finding_of_a_name_in_a_line_of_its_own(derm_cds, tmp_path) -> None:
+    open_files = [tmp_path / "keys" / "keystore.sqlite", tmp_path / "secrets" / "service.env"]
+    for path in open_files:
+        path.parent.mkdir(mode=0o700)
+        path.touch()
+        path.chmod(0o644)
+    told = [f"{path} is open to other users: chmod go-rwx it" for path in open_files]
+    listed = json.loads(derm_cds("status", "--json", home=tmp_path).out)["safety"]["files"]
+    assert set(told) <= set(listed)
+    lines = derm_cds("status", home=tmp_path).out.splitlines()
+    assert sum(line.endswith(tuple(f"files {each}" for each in told)) for line in lines) == 2
+
+
+@pytest.mark.parametrize(
     ("wanted", "live", "there", "chosen"),
     [
         (None, None, ["a.one"], "a.one"),
