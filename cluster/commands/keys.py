@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+import sys
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask, record
@@ -88,8 +89,9 @@ def _rewrap(arguments: argparse.Namespace) -> None:
     ):
         while found := store.rewrap():
             done += found
-            print(f"\r{done} data keys rewrapped", end="", flush=True)
-    print(f"\r{done} data keys rewrapped; all are under version {provider.current_version}")
+            if sys.stdout.isatty():
+                print(f"{done} data keys rewrapped", end="\r", flush=True)
+    print(f"{done} data keys rewrapped; all are under version {provider.current_version}")
 
 
 def _retire(arguments: argparse.Namespace) -> None:

@@ -301,7 +301,7 @@ def test_a_key_is_rotated_rewrapped_and_retired_on_record(derm_cds, home, sql) -
     rotated = derm_cds("keys", "rotate", home=home)
     assert (rotated.code, rotated.out.startswith("version 2 wraps from now on")) == (0, True)
     rewrapped = derm_cds("keys", "rewrap", home=home).out
-    assert "1 data keys rewrapped; all are under version 2" in rewrapped
+    assert rewrapped == "1 data keys rewrapped; all are under version 2\n"  # no terminal: no progress
     current = derm_cds("keys", "retire", "2", home=home)
     assert (current.code, "rotate and rewrap first" in current.err) == (1, True)
     assert derm_cds("keys", "retire", "1", home=home).code == 0
