@@ -18,6 +18,7 @@ from cluster.commands import actions_of
 from cluster.commands.access import instant
 from cluster.commands.records import ask, ask_database, record
 from cluster.node_files import application_role, database
+from cluster.running import running_service
 from serve_app.audit.chain import Verification, describe, export_line, exported_events, follow, newest
 from serve_app.audit.checkpoints import (
     Checkpoint,
@@ -135,9 +136,18 @@ def _look(
     if arguments.database:
         return ask_database(arguments.database, lambda pool: _verify_copy(pool, signed))
     with database(arguments.home) as urls:
+        at_rest = running_service(arguments.home) is None
         found = ask_database(
-            urls.app, lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=kept_here)
+            urls.app,
+            lambda pool: examine(AuditChain(pool), known, whole=True, kept_here=kept_here, at_rest=at_rest),
         )
+        if waiting := ask_database(urls.app, lambda pool: AuditChain(pool).waiting()):
+            when = (
+                "until the service runs again, or `derm-cds audit checkpoint`"
+                if at_rest
+                else "for a moment yet"
+            )
+            print(f"{waiting} events have no seal {when}: nothing vouches for them")
         rows = ask_database(urls.app, reconcile)
         made = asyncio.run(schema_findings(urls.owner, application_role=application_role(urls)))
     return replace(found, findings=(*found.findings, *made)), rows

@@ -131,7 +131,7 @@ class AuditChain(Store):
         """Recompute the chain from its beginning, and hold it against seals that are `known` from elsewhere.
 
         Finds what `follow` does, and events without a seal. With `since`, one of the known, only what came after it is
-        recomputed, and events without a seal are not looked for. In a copy, the last ones had none when it was made.
+        recomputed, and events without a seal are not looked for. In a copy, and where nothing seals, the last ones have none.
         """
         if since is None:
             found = await follow(self.events(), known)
@@ -140,6 +140,10 @@ class AuditChain(Store):
             return Verification(found.head, (*found.findings, *unsealed))
         stored = (await self.hashes_at([since.position])).get(since.position)
         return await follow(self.events(since.position), known, since=since, stored=stored)
+
+    async def waiting(self) -> int:
+        """Count the events without a seal."""
+        return len(await self._pool.fetch(_SQL["unsealed_since"], timedelta(), False))  # noqa: FBT003
 
     async def events(self, position: int = 0) -> AsyncIterator[list[SealedEvent]]:
         """Yield the sealed events after a position as they are stored now, in order, a batch at a time."""
@@ -173,15 +177,20 @@ def _seal(row: asyncpg.Record | None) -> Seal:
 
 
 async def examine(
-    chain: AuditChain, checkpoints: Sequence[Checkpoint], *, whole: bool, kept_here: bool = True
+    chain: AuditChain,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    whole: bool,
+    kept_here: bool = True,
+    at_rest: bool = False,
 ) -> Verification:
     """Hold the chain against its checkpoints (oldest first): the `whole` of it, or what came after the last one.
 
     That there is no checkpoint at all is a finding, where the chain is older than its first one would be.
-    `kept_here`: whether this node's own file has any.
+    `kept_here`: whether this node's own file has any. `at_rest`: no service runs that would seal what commands record.
     """
     known = in_force(checkpoints)
-    found = await chain.verify(known, since=None if whole else newest(known))
+    found = await chain.verify(known, since=None if whole else newest(known), is_copy=at_rest)
     if (known and kept_here) or await chain.age() < FIRST_CHECKPOINT_WITHIN:
         return found
     gone = Tampering("the checkpoints are gone")

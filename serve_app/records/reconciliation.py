@@ -164,7 +164,8 @@ class _Account:
             table, stays = _OF_ROWS[action]
             if (named := _named_by(table, event)) is not None:
                 older = table.name not in digests
-                self._named[named] = number if stays and older else None
+                if older or named in self._named:  # else rows of this name are all told apart by digests
+                    self._named[named] = number if stays and older else None
                 if older:  # of a replica that is not updated yet: what was known of the row holds no longer
                     self._forget(table, named)
         if action in _PUBLICATIONS:

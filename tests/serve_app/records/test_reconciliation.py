@@ -117,6 +117,8 @@ OTHERS = {
     "DELETE FROM care_assignments WHERE patient_id = 'p-open'": ("care_assignments", GONE),
     "INSERT INTO care_assignments VALUES ('p-open', 'dr-x', '2020-01-01')": ("care_assignments", UNKNOWN),
     "INSERT INTO care_assignments VALUES ('p-withdrawn', 'dr', '2036-01-01')": ("care_assignments", BACK),
+    # Beside rows of the same names that events do vouch for.
+    "INSERT INTO care_assignments VALUES ('p-ended', 'dr', '2035-01-01')": ("care_assignments", UNKNOWN),
     "DELETE FROM revocations WHERE value = 'out'": ("revocations", GONE),
     "INSERT INTO revocations VALUES ('subject', 'in', now(), 'x')": ("revocations", BACK),
     "UPDATE emergency_accesses SET ends_at = ends_at + interval '1 day' WHERE patient_id = 'p'": (
@@ -137,6 +139,10 @@ OTHERS = {
     "INSERT INTO patient_encounters VALUES ('e-x', 'p-2')": ("patient_records", DIFFERS),
     "UPDATE serving SET model_id = 'lite0.a', model_digest = 'digest'": ("serving", DIFFERS),
     "UPDATE site_operating_points SET operating_points = '{}'": ("site_operating_points", DIFFERS),
+    "INSERT INTO site_operating_points (model_id, model_digest, operating_points, approved_by, reason, report_sha256)"
+    " VALUES ('lite0.b', 'digest', '{\"melanoma\": 0.9}', 'x', 'x', repeat('a', 64))": (
+        *("site_operating_points", UNKNOWN),
+    ),
     "UPDATE publications SET approved_by = 'somebody' WHERE model_id = 'lite0.b'": ("publications", DIFFERS),
     "DELETE FROM publications WHERE model_id = 'lite0.a'": ("publications", GONE),
     "UPDATE erasures SET reason = 'uploaded_in_error' WHERE reason = 'patient_request'": (
