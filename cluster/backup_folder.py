@@ -98,8 +98,9 @@ def read_manifest(folder: Path, kind: str | None, trusted: Ed25519PublicKey | No
         content = (folder / _MANIFEST).read_bytes()
         manifest = json.loads(content)
         written, found = manifest["format"], manifest["kind"]
-    except FileNotFoundError:
-        raise NotFound(f"{folder} is no backup of this service: it has no {_MANIFEST}.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        lacks = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"
+        raise NotFound(f"{folder} is no backup of this service: {lacks}.") from None
     except (ValueError, TypeError, KeyError) as error:
         raise IntegrityError(f"{folder / _MANIFEST} is damaged.") from error
     if written not in {FORMAT, UNSIGNED_FORMAT}:
@@ -126,6 +127,14 @@ def _verify_signature(folder: Path, content: bytes, trusted: Ed25519PublicKey) -
             f"{folder} is not signed by the key it was held against: it was changed, or another node made it. That "
             "one's key is what `derm-cds audit public-key` printed there: --public-key FILE."
         ) from error
+
+
+def refuse_others(folder: Path, manifest: dict[str, Any]) -> None:
+    """IntegrityError where something lies at the top of a backup, an empty folder too, that its kind has not there."""
+    known = {"data"} if manifest["kind"] == "database" else set(manifest.get("files", ()))
+    for path in sorted(folder.iterdir()):
+        if path.name not in {*known, _MANIFEST, _SIGNATURE}:
+            raise IntegrityError(f"{path.name} is in the backup and not in its manifest.")
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:

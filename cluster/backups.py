@@ -35,6 +35,7 @@ from cluster.backup_folder import (
     BackupFailed,
     new_folder,
     read_manifest,
+    refuse_others,
     regular_files,
     require_space,
     tree_bytes,
@@ -150,6 +151,7 @@ def back_up(server: EmbeddedPostgres, folder: Path) -> dict[str, Any]:
 def check(folder: Path, trusted: Ed25519PublicKey | None) -> dict[str, Any]:
     """Hold a backup, of whatever kind, against its manifest where it lies; return that. Errors as `restore` has them."""
     manifest = read_manifest(folder, None, trusted)
+    refuse_others(folder, manifest)
     if manifest["kind"] == "database":
         _verify(folder, manifest)
     else:
@@ -232,6 +234,7 @@ def restore(server: EmbeddedPostgres, folder: Path, trusted: Ed25519PublicKey | 
     is damaged, changed, not signed so, or made by a newer version. Nothing has changed then.
     """
     manifest = read_manifest(folder, "database", trusted)
+    refuse_others(folder, manifest)
     _refuse_newer(manifest)
     with out_of_service(server.home), server.alone() as state:
         if server.is_running():

@@ -24,7 +24,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from cluster.backup_folder import new_folder, read_manifest, require_space, write_manifest
+from cluster.backup_folder import new_folder, read_manifest, refuse_others, require_space, write_manifest
 from serve_app.audit.checkpoints import signing_key
 from serve_app.domain.errors import Conflict, DataKeyMissing, DermError, IntegrityError, NotFound
 from serve_app.keys.keyring import KeyProvider
@@ -123,6 +123,7 @@ def restore_keys(
     changed or not signed so, or `provider` did not wrap it. Nothing has changed then.
     """
     manifest = read_manifest(folder, "keys", trusted)
+    refuse_others(folder, manifest)
     if expiry(manifest) <= datetime.now(UTC):
         raise Conflict(
             f"This key backup expired on {manifest['expires_at']}: it must not be used, but pruned."

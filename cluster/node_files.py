@@ -17,6 +17,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from cluster.postgres import DatabaseUrls, EmbeddedPostgres, PostgresState
+from serve_app.domain.errors import NotFound
 from serve_app.private_files import locked_folder, replace_secret
 from serve_app.settings import DEVELOPMENT_PREFIX, OWNER_URL, make_development_secret
 
@@ -108,13 +109,24 @@ def application_role(urls: DatabaseUrls) -> str | None:
     return None if urls.owner == urls.app else urlsplit(urls.app).username
 
 
+def refuse_nothing(home: Path) -> None:
+    """NotFound where no database was ever set up or named, as in a home that was mistyped."""
+    if own_database(home) is None and not EmbeddedPostgres(home).state_file.exists():
+        raise NotFound(f"Nothing is set up in {home}: has `derm-cds serve` run there?")
+
+
 @contextmanager
-def database(home: Path) -> Iterator[DatabaseUrls]:
-    """Have the database at hand for a command; an embedded server that was down is stopped again after."""
+def database(home: Path, *, new: bool = False) -> Iterator[DatabaseUrls]:
+    """Have the database at hand for a command; an embedded server that was down is stopped again after.
+
+    With `new` one is made where there is none; without, see refuse_nothing.
+    """
     if urls := own_database(home):
         yield urls
         return
     server = EmbeddedPostgres(home)
+    if not new:
+        refuse_nothing(home)
     ran_before = server.is_running()
     try:
         yield server.ensure()

@@ -70,7 +70,8 @@ class ServeRequest:
 
 def report(message: str) -> None:
     """Print a step for the person at the terminal, with the seconds since this process started."""
-    print(f"[{time.monotonic() - _started:6.1f} s] {message}", flush=True)
+    # One write, end and all: lines of two threads must not run together.
+    print(f"[{time.monotonic() - _started:6.1f} s] {message}\n", end="", flush=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from cluster.commands import actions_of
 from cluster.commands.records import ask_as_owner
 from serve_app.access.tokens import check_subject
 from serve_app.audit.events import account_event, os_account
-from serve_app.domain.errors import InvalidField, NotFound, SubjectRefused
+from serve_app.domain.errors import Conflict, InvalidField, NotFound, SubjectRefused
 from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.records.access import AccessStore, CareAssignment, EmergencyAccess, RevocationKind
 
@@ -70,6 +70,9 @@ def _assign(arguments: argparse.Namespace) -> None:
     since, until = arguments.since, arguments.until
     event = account_event("assign", {"subject": clinician}, patient_id=patient)
     starts_at = since or datetime.now(UTC)
+    if until and until <= starts_at:
+        begins = since.isoformat() if since else f"now, {_utc(starts_at)}"
+        raise Conflict(f"--until {until.isoformat()} is not after --from {begins}.")
     _ask(
         arguments,
         lambda store: store.assign(CareAssignment(patient, clinician, starts_at, until), event=event),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 import json
@@ -14,6 +15,7 @@ import socket
 import sys
 
 from cluster.commands import actions_of
+from cluster.commands.access import instant
 from cluster.commands.records import ask, ask_database, record
 from cluster.node_files import application_role, database
 from cluster.running import running_service
@@ -91,11 +93,11 @@ def _verify(arguments: argparse.Namespace) -> None:
             "--export and --database need --checkpoints and --public-key: a node's own are not read."
         )
     log = checkpoint_log(arguments.home)
-    public = read_public_key(arguments.public_key) if arguments.public_key else log.public_key()
+    public = read_public_key(arguments.public_key) if arguments.public_key else None
     here = [] if elsewhere else log.read(public)
     known = here
     if arguments.checkpoints:
-        both = dict.fromkeys([*read_copy(arguments.checkpoints, public), *here])
+        both = dict.fromkeys([*read_copy(arguments.checkpoints, public or log.public_key()), *here])
         known = sorted(both, key=lambda checkpoint: checkpoint.at)
     found, rows = _look(arguments, known, kept_here=bool(here))
     for checkpoint in known:
@@ -182,7 +184,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if [start, end].count(None) != (2 if sealed else 0):
         raise Conflict("Say --from and --to, or --sealed.")
     if not sealed and start >= end:
-        raise Conflict("--from must be before --to.")
+        raise Conflict(f"--to {end.isoformat()} is not after --from {start.isoformat()}.")
     span = {} if sealed else {"from": start.isoformat(), "to": end.isoformat()}
     record(arguments.home, "export", span or {"kind": "sealed"})
 
@@ -215,5 +217,9 @@ async def _sealed_lines(pool: Pool) -> AsyncIterator[bytes]:
 
 
 def _instant(text: str) -> datetime:
-    instant = datetime.fromisoformat(text)
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+    """Read a time as `instant` does, in UTC where it has no zone: what is exported is mostly whole days."""
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            return moment.replace(tzinfo=UTC)
+    return instant(text)

@@ -22,7 +22,7 @@ from cluster.key_backups import (
     release_key_store,
     restore_keys,
 )
-from cluster.node_files import database, own_database
+from cluster.node_files import database, own_database, refuse_nothing
 from cluster.postgres import EmbeddedPostgres
 from serve_app.audit.checkpoints import read_public_key, signing_key
 from serve_app.domain.errors import Conflict
@@ -121,6 +121,7 @@ def _restore(arguments: argparse.Namespace) -> None:
 
 
 def _restore_keys(arguments: argparse.Namespace) -> None:
+    refuse_nothing(arguments.home)
     trusted = _trusted(arguments)
     with out_of_service(arguments.home), database(arguments.home):
         record(arguments.home, "restore", {"kind": "keys", "signed": trusted is not None})

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+import sys
 
 from cluster.commands import actions_of
 from cluster.commands.records import ask, record
@@ -50,7 +51,7 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    provider = _provider()
+    provider = _provider(arguments)
     with closing(_keystore(arguments, provider)) as store:
         counts = {count.key_version: count for count in store.count_versions()}
     current, versions = provider.current_version, provider.versions
@@ -68,7 +69,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _rotate(arguments: argparse.Namespace) -> None:
-    provider = _provider()
+    provider = _provider(arguments)
     with (
         closing(_keystore(arguments, provider)) as store,  # other keys show here, before anything changes
         _recorded(arguments, "key_rotate", provider=str(provider), from_version=provider.current_version),
@@ -79,7 +80,7 @@ def _rotate(arguments: argparse.Namespace) -> None:
 
 
 def _rewrap(arguments: argparse.Namespace) -> None:
-    provider = _provider()
+    provider = _provider(arguments)
     done = 0
     to = provider.current_version
     with (
@@ -88,12 +89,13 @@ def _rewrap(arguments: argparse.Namespace) -> None:
     ):
         while found := store.rewrap():
             done += found
-            print(f"\r{done} data keys rewrapped", end="", flush=True)
-    print(f"\r{done} data keys rewrapped; all are under version {provider.current_version}")
+            if sys.stdout.isatty():
+                print(f"{done} data keys rewrapped", end="\r", flush=True)
+    print(f"{done} data keys rewrapped; all are under version {provider.current_version}")
 
 
 def _retire(arguments: argparse.Namespace) -> None:
-    provider, version = _provider(), arguments.version
+    provider, version = _provider(arguments), arguments.version
     with ExitStack() as opened:
         stores = [opened.enter_context(closing(_keystore(arguments, provider)))]
         if not arguments.alone:
@@ -137,7 +139,7 @@ def _other_keystore(path: Path, provider: KeyProvider) -> KeyStore:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    with closing(_keystore(arguments, _provider())) as store:
+    with closing(_keystore(arguments, _provider(arguments))) as store:
 
         async def find(pool: Pool) -> OrphanedKeys:
             await stop_awaiting_stored(Housekeeping(pool), store)
@@ -164,7 +166,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
     print(f"{done} data keys are destroyed")
 
 
-def _provider() -> KeyProvider:
+def _provider(arguments: argparse.Namespace) -> KeyProvider:
+    existing_keystore(arguments.home)  # looking for a keyring makes its folder
     return open_key_provider(load_key_settings())
 
 

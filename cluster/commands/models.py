@@ -240,7 +240,7 @@ def load_job(module: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise DermError(
-            f"{module} needs the `jobs` extra ({error}): pip install 'pms-derm-cds[jobs,cpu]' into this environment."
+            f"{module} needs the lock `jobs` ({error}): stop the service, then `DERM_LOCKS=jobs scripts/serve`."
         ) from error
 
 

@@ -50,7 +50,10 @@ def _token(arguments: argparse.Namespace) -> None:
         raise DermError(
             "DERM_TOKEN_JWKS names an issuer's keys: tokens come from that issuer, not from here."
         )
-    lifetime_s = None if arguments.minutes is None else 60 * arguments.minutes
+    minutes, longest = arguments.minutes, settings.token_max_lifetime_s // 60
+    if minutes is not None and not 0 < minutes <= longest:
+        raise DermError(f"--minutes: 1 to {longest} (DERM_TOKEN_MAX_LIFETIME_S).")
+    lifetime_s = None if minutes is None else 60 * minutes
     print(issue_token(settings, arguments.subject, arguments.role or ["clinician"], lifetime_s=lifetime_s))
 
 

@@ -61,6 +61,6 @@ def define(_name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _migrate(arguments: argparse.Namespace) -> None:
-    with database(arguments.home) as urls:
+    with database(arguments.home, new=True) as urls:
         applied = asyncio.run(migrate(urls.owner, application_role=application_role(urls)))
     print("\n".join(f"applied {name}" for name in applied) or "up to date")

@@ -60,9 +60,7 @@ def _load(arguments: argparse.Namespace) -> None:
 def _embed(arguments: argparse.Namespace) -> int:
     """Run the job in a process of its own: it needs Ray Data, which the serving environment is spared."""
     if find_spec("pandas") is None:
-        raise DermError(
-            "Embedding needs Ray Data: pip install 'pms-derm-cds[jobs,cpu]' into this environment."
-        )
+        raise DermError("Embedding needs Ray Data: stop the service, then `DERM_LOCKS=jobs scripts/serve`.")
     command = [sys.executable, "-m", "data_jobs.references.embed", str(arguments.folder.resolve())]
     command += [*arguments.options]
     if "--models" not in arguments.options:

@@ -48,9 +48,18 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         width = max(len(part) for part in status)
         for part, found in status.items():
-            said = found if isinstance(found, str) else ", ".join(f"{k} {v}" for k, v in found.items())
-            print(f"{part:>{width}}  {said}")
+            for number, line in enumerate(_lines(found)):
+                print(f"{'' if number else part:>{width}}  {line}")
     return code
+
+
+def _lines(found: str | dict[str, Any]) -> list[str]:
+    """Write what was found of one part: in one line, findings in one each."""
+    if isinstance(found, str):
+        return [found]
+    if any(isinstance(value, list) for value in found.values()):
+        return [f"{name} {each}" for name, several in found.items() for each in several]
+    return [", ".join(f"{name} {value}" for name, value in found.items())]
 
 
 def _look(home: Path) -> tuple[dict[str, Any], int]:
@@ -66,7 +75,10 @@ def _look(home: Path) -> tuple[dict[str, Any], int]:
         except DermError as error:
             status["records"] = str(error)
     env, found = _safety(home, urls, own=own is not None)
-    status["safety"] = {finding.name: finding.advice for finding in found} or "nothing found"
+    safety: dict[str, list[str]] = {}
+    for finding in found:
+        safety.setdefault(finding.name, []).append(finding.advice)
+    status["safety"] = safety or "nothing found"
     if running is None:
         return status, STOPPED
     status["readyz"] = _readyz(running)

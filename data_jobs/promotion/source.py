@@ -175,15 +175,15 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     return found
 
 
-#: What the `train` extra brings and serving does without.
+#: What the lock `train` brings and serving does without.
 _EXTRA = ("torch", "timm", "onnx", "safetensors", "skimage", "sklearn", "matplotlib")
 
 
 def run_step(module: str, *arguments: object) -> str:
     """Run `python -m MODULE ARGUMENTS` and return what it printed.
 
-    Raises ImportRefused with the last thing it said when it fails, DermError when the `train`
-    extra is not installed.
+    Raises ImportRefused with the last thing it said when it fails, DermError when what the lock
+    `train` names is not installed.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=False
@@ -194,7 +194,8 @@ def run_step(module: str, *arguments: object) -> str:
     last = said[-1] if said else f"exit code {done.returncode}"
     if any(f"No module named '{name}" in last for name in _EXTRA):
         raise DermError(
-            f"{module} needs the `train` extra ({last}): pip install 'pms-derm-cds[train,cpu]' into this environment."
+            f"{module} needs the lock `train` ({last}): stop the service, then "
+            "`DERM_LOCKS=jobs,test,train scripts/serve`."
         )
     raise ImportRefused(f"{module.rpartition('.')[2]}: {last.removeprefix('ValueError: ')}")
 

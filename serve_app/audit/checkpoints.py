@@ -112,7 +112,9 @@ class CheckpointLog:
         return _parse(content[: _whole_lines(content)], public or self.public_key(), self._file)
 
     def public_key(self) -> Ed25519PublicKey:
-        """The key that checks what is signed here."""
+        """The key that checks what is signed here; IntegrityError where nothing was signed, or its key is gone."""
+        if not self._key.exists():
+            raise IntegrityError(f"There is no {self._key}: the first checkpoint or backup makes it.")
         return self._signer().public_key()
 
     def _signer(self) -> Ed25519PrivateKey:

@@ -196,7 +196,7 @@ def test_status_tells_of_an_operators_own_database(
     told = json.loads(derm_cds("status", "--json", home=tmp_path).out)
     assert told["database"] == "DERM_DATABASE_URL"
     assert told["schema"] == "up to date"
-    assert "owns audit_events" in told["safety"]["database_role"]
+    assert "owns audit_events" in str(told["safety"]["database_role"])
     file.write_text(f"DERM_DATABASE_URL={urls.app}\nDERM_TOKEN_SECRET={GOOD_SECRET}\n")
     monkeypatch.setenv("DERM_OWNER_DATABASE_URL", urls.owner)
     told = json.loads(derm_cds("status", "--json", home=tmp_path).out)

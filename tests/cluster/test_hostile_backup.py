@@ -144,6 +144,31 @@ def test_what_is_not_signed_here_is_refused(clinic: Clinic, good: Path, copy: Pa
     assert all(clinic.opens(at) for at in clinic.images)
 
 
+def test_what_lies_beside_a_backup_is_refused_by_check_and_restore(
+    clinic: Clinic, derm_cds, copy: Path, tmp_path: Path
+) -> None:
+    keys, rings = tmp_path / "keys", tmp_path / "rings"
+    assert derm_cds("backup", "--keys", str(keys), home=clinic.home).code == 0
+    assert derm_cds("backup", "--keyring", str(rings), home=clinic.home).code == 0
+    clinic.server.stop()
+    for folder, restoring in ((copy, ["restore"]), (keys, ["restore", "--keys"]), (rings, [])):
+        for add, remove in (("touch", "unlink"), ("mkdir", "rmdir")):
+            beside = folder / "beside"
+            getattr(beside, add)()
+            for command in (["backup", "--check"], restoring):
+                if command:
+                    refused = derm_cds(*command, str(folder), home=clinic.home)
+                    assert (refused.code, refused.err) == (
+                        1,
+                        "derm-cds: beside is in the backup and not in its manifest.\n",
+                    )
+            getattr(beside, remove)()
+        assert derm_cds("backup", "--check", str(folder), home=clinic.home).code == 0
+    for none, why in ((copy / "manifest.json", "no such folder"), (tmp_path, "no manifest.json")):
+        refused = derm_cds("backup", "--check", str(none), home=clinic.home)
+        assert (refused.code, refused.err.count("\n"), why in refused.err) == (1, 1, True)
+
+
 def unsigned(folder: Path) -> bytes:
     """The manifest as it was before backups were signed."""
     manifest = json.loads((folder / "manifest.json").read_bytes())

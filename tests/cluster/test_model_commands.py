@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 from typing import Any
@@ -117,7 +118,7 @@ def test_who_approves_must_be_said(action: str, capsys) -> None:
     assert "--approved-by" in capsys.readouterr().err
 
 
-def test_without_the_train_extra_import_says_what_to_install(derm_cds, tmp_path, monkeypatch) -> None:
+def test_without_the_train_lock_import_says_what_to_install(derm_cds, tmp_path, monkeypatch) -> None:
     # The step runs in a process of its own: there, a package that fails to import stands for a missing one.
     (tmp_path / "onnx.py").write_text("raise ModuleNotFoundError(\"No module named 'onnx'\")\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
@@ -127,7 +128,8 @@ def test_without_the_train_extra_import_says_what_to_install(derm_cds, tmp_path,
     source.write_bytes(b"\x08\x09")
     said = derm_cds("models", "import", str(source), *RECIPE, home=tmp_path)
     assert said.code == 1
-    assert "pip install 'pms-derm-cds[train,cpu]'" in said.err
+    assert "stop the service, then `DERM_LOCKS=jobs,test,train scripts/serve`" in said.err
+    assert "pip install" not in said.err
 
 
 def test_a_node_that_serves_lists_and_rolls_back_without_the_jobs_packages() -> None:
@@ -147,4 +149,21 @@ except DermError as error:
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    assert "pip install 'pms-derm-cds[jobs,cpu]'" in ran.stdout
+    assert "stop the service, then `DERM_LOCKS=jobs scripts/serve`" in ran.stdout
+
+
+def test_nothing_tells_anybody_to_install_the_service_by_its_name_from_an_index() -> None:
+    """Whoever took that name in a public index would be installed, past every lock."""
+    places = ("serve_app", "cluster", "data_jobs", "model_store", "deployments", "graphs", "docs", "scripts")
+    files = [
+        path
+        for place in places
+        for path in (REPOSITORY / place).rglob("*")
+        if path.suffix in {".py", ".md", ".sh", ""}
+    ]
+    said = [
+        path
+        for path in files
+        if path.is_file() and re.search(rb"pip install .*pms-derm-cds", path.read_bytes())
+    ]
+    assert (len(files) > 100, said) == (True, [])

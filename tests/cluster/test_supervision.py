@@ -370,3 +370,11 @@ def test_code_is_looked_for_in_no_folder_that_depends_on_the_place(tmp_path: Pat
     environment = RayNode(tmp_path).environment
     assert environment["PYTHONPATH"] == f"{REPOSITORY}:/opt/more"
     assert environment["PYTHONSAFEPATH"] == "1"
+
+
+def test_a_line_of_serves_output_is_written_at_once(monkeypatch) -> None:
+    """Lines of two threads do not run together."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    supervisor.report("Ray: started")
+    assert [line[-13:] for line in written if line] == ["Ray: started\n"]

@@ -19,7 +19,7 @@ ENVIRONMENT = {
 
 if __name__ == "__main__":
     if find_spec("pandas") is None:
-        sys.exit("Embedding needs Ray Data: pip install 'pms-derm-cds[jobs]' into this environment.")
+        sys.exit("Embedding needs Ray Data: stop the service, then `DERM_LOCKS=jobs scripts/serve`.")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS"):

@@ -144,7 +144,7 @@ def _live_nodes() -> list[dict[str, Any]]:
 def find_lacking(folder: Path, models: Path) -> list[str]:
     """What the job needs and this process does not find."""
     found = {
-        "Ray Data (pip install 'pms-derm-cds[jobs]' into the node's environment)": find_spec("pandas"),
+        "Ray Data (stop the node, then `DERM_LOCKS=jobs scripts/serve`)": find_spec("pandas"),
         f"the folder {folder}": folder.is_dir(),
         f"the models {models}": models.is_dir(),
     }

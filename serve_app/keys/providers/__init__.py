@@ -33,9 +33,9 @@ def open_key_provider(settings: KeySettings, *, first_start: bool = False) -> Ke
 
             return AwsKms(rest)
     except ModuleNotFoundError as error:
-        extra = scheme.removesuffix("+http")
+        lock = scheme.removesuffix("+http")
         raise InvalidSetting(
-            f"{error.name} is not installed: DERM_LOCKS={extra} scripts/serve, or pip install 'pms-derm-cds[{extra}]'."
+            f"{error.name} is not installed: stop the service, then `DERM_LOCKS={lock} scripts/serve`."
         ) from error
     raise InvalidSetting("DERM_KEY_PROVIDER is none of file:, vault://HOST/MOUNT/KEY and kms:KEY.")
 

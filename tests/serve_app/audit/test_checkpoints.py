@@ -77,6 +77,10 @@ def test_a_copy_is_checked_by_the_public_key_that_was_kept_with_it(log, tmp_path
     assert copy.read_bytes() == (tmp_path / "audit" / "checkpoints.jsonl").read_bytes()
     assert read_copy(copy, read_public_key(key)) == log.read(read_public_key(key)) == made
     other = CheckpointLog(tmp_path / "other" / "checkpoints.jsonl", tmp_path / "other-keys" / "key")
+    with pytest.raises(IntegrityError, match="other-keys/key: the first checkpoint"):
+        other.public_key()
+    assert not (tmp_path / "other-keys").exists()
+    other.add(Seal(1, b"a" * 32))
     with pytest.raises(IntegrityError, match="line 1"):
         read_copy(copy, other.public_key())
 
