@@ -47,7 +47,7 @@ async def resumed(folder, new_database, models, model_id):
     urls = await new_database()
     options = ["--model", model_id, "--models", str(models), "--actors", "1", "--niceness", "0"]
     command = [sys.executable, "-m", "data_jobs.references.embed", str(folder), *options]
-    command += ["--rows-per-write", "16"]
+    command += ["--rows-per-write", "2"]  # many writes, to be killed between two
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = kept | {"DERM_OWNER_DATABASE_URL": urls.owner, "PYTHONWARNINGS": ""}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -56,7 +56,7 @@ async def resumed(folder, new_database, models, model_id):
         deadline = time.monotonic() + 240
         while not await stored(urls.owner):
             assert time.monotonic() < deadline, "the job stored nothing"
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
