@@ -35,8 +35,13 @@ class Action(StrEnum):
     LIST = "list"
     REPLAY = "replay"
     CONFIRM = "confirm"
+    REVIEW = "review"
+    RECORD_OUTCOME = "record_outcome"
+    READ_REPORT = "read_report"
     ERASE = "erase"
     READ_RECEIPT = "read_receipt"
+    VIEW_WORKLIST = "view_worklist"
+    VIEW_STATISTICS = "view_statistics"
     HOLD = "hold"
     EXPORT = "export"
     BREAK_GLASS = "break_glass"
@@ -70,8 +75,18 @@ class Reach(Enum):
 
 
 _OPEN = dict.fromkeys((Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE), Reach.ANY)
-_LOOK = (Action.READ, Action.DOWNLOAD, Action.LIST, Action.REPLAY)
-_PMS = (Action.UPLOAD, Action.READ, Action.LIST, Action.REPLAY, Action.ERASE, Action.READ_RECEIPT)
+_LOOK = (Action.READ, Action.DOWNLOAD, Action.LIST, Action.REPLAY, Action.READ_REPORT)
+_PMS = (
+    Action.READ,
+    Action.LIST,
+    Action.REPLAY,
+    Action.READ_REPORT,
+    Action.UPLOAD,
+    Action.ERASE,
+    Action.READ_RECEIPT,
+)
+#: What a clinician says of a lesion; nobody else may.
+_SAY = (Action.UPLOAD, Action.CONFIRM, Action.REVIEW, Action.RECORD_OUTCOME)
 _REVIEW = dict.fromkeys((Action.READ_RECEIPT, Action.REVIEW_ACCESS), Reach.ANY)
 
 #: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the
@@ -82,17 +97,23 @@ GRANTS: Mapping[Role, Mapping[Action, Reach]] = MappingProxyType(
     {
         Role.CLINICIAN: {
             **_OPEN,
-            **dict.fromkeys((*_LOOK, Action.UPLOAD, Action.CONFIRM, Action.READ_RECEIPT), Reach.CARE),
-            Action.BREAK_GLASS: Reach.ANY,
+            **dict.fromkeys((*_LOOK, *_SAY, Action.READ_RECEIPT), Reach.CARE),
+            # The worklist holds none but the patients in the caller's own care.
+            **dict.fromkeys((Action.BREAK_GLASS, Action.VIEW_WORKLIST), Reach.ANY),
         },
         Role.SUPERVISOR: {
             **_OPEN,
             **_REVIEW,
             **dict.fromkeys(_LOOK, Reach.CARE),
             **dict.fromkeys((Action.BREAK_GLASS, Action.ERASE, Action.HOLD), Reach.ANY),
+            **dict.fromkeys((Action.VIEW_WORKLIST, Action.VIEW_STATISTICS), Reach.ANY),
         },
-        Role.AUDITOR: {**_OPEN, **_REVIEW, Action.READ_AUDIT: Reach.ANY, Action.EXPORT: Reach.ANY},
-        Role.OPERATOR: {**_OPEN, Action.OBSERVE: Reach.ANY},
+        Role.AUDITOR: {
+            **_OPEN,
+            **_REVIEW,
+            **dict.fromkeys((Action.READ_AUDIT, Action.EXPORT, Action.VIEW_STATISTICS), Reach.ANY),
+        },
+        Role.OPERATOR: {**_OPEN, Action.OBSERVE: Reach.ANY, Action.VIEW_STATISTICS: Reach.ANY},
         Role.PMS_SERVICE: {**_OPEN, **dict.fromkeys(_PMS, Reach.ASSIGNED)},
     }
 )

@@ -77,6 +77,18 @@ SITE_OPERATING_POINTS = _table(
     "model_id model_digest id",
     "set_at operating_points approved_by reason report_sha256",
 )
+#: Without the note: that goes with the image, and the rest stays.
+REVIEWS = _table(
+    "reviews",
+    "review_id",
+    "assessment_id clinician request_id recorded_at decision reason diagnosis level urgency referral_made follow_up_by"
+    " impression_diagnosis intended_referral before_answer answers salt",
+)
+LESION_OUTCOMES = _table(
+    "lesion_outcomes",
+    "outcome_id",
+    "lesion_id image_id kind diagnosis malignant code code_system observed_on source recorded_by request_id recorded_at salt",
+)
 #: An image as it came, and what it is to be assessed with. The context is guessed easily: its salt is the sealed image's
 #: authentication tag, which vouches for the image, too, and goes with it.
 LESION_IMAGES = _table(

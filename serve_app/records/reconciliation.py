@@ -19,7 +19,9 @@ from serve_app.audit.rows import (
     EMERGENCY_ACCESSES,
     LEGAL_HOLDS,
     LESION_IMAGES,
+    LESION_OUTCOMES,
     PATIENT_RECORDS,
+    REVIEWS,
     REVOCATIONS,
     ROWS,
     SITE_OPERATING_POINTS,
@@ -43,6 +45,8 @@ _PLAIN = {
             LEGAL_HOLDS,
             CLOSED_RECORDS,
             SITE_OPERATING_POINTS,
+            REVIEWS,
+            LESION_OUTCOMES,
         )
     },
     PATIENT_RECORDS: queries("patients")["loaded"].replace("$1", "NULL"),

@@ -38,7 +38,7 @@ queued AS (
     INNER JOIN lesion_images AS i USING (image_id)
     INNER JOIN assessments AS a USING (image_id)
     WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
-    ON CONFLICT (assessment_id) DO UPDATE
+    ON CONFLICT (assessment_id) WHERE kind = 'assessment' DO UPDATE
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,
         attempts = 0, queued_at = now(), waiting_since = now(), due_at = now()
 )

@@ -189,7 +189,7 @@ FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
 INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN erasures AS e USING (image_id)
-LEFT JOIN outbox AS o ON o.assessment_id = a.assessment_id;
+LEFT JOIN outbox AS o ON o.assessment_id = a.assessment_id AND o.kind = 'assessment';
 
 -- name: timeline
 -- List a lesion's images, newest first.

@@ -37,12 +37,17 @@ GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publicatio
     site_operating_points, revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
 GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
     key_stores TO {role};
+GRANT SELECT ON reviews, lesion_outcomes TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_embeddings, idempotency_keys, erasure_receipts TO {role};
 -- By column: numbers and times are the database's to give, and what comes later (an erasure, a review) is not there at first.
 GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
     ON audit_events TO {role};
 GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
-GRANT INSERT (message_id, assessment_id, encounter_id) ON outbox TO {role};
+GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
+GRANT INSERT (review_id, assessment_id, clinician, request_id, decision, reason, diagnosis, level, urgency, referral_made,
+    follow_up_by, note, impression_diagnosis, intended_referral, before_answer, answers) ON reviews TO {role};
+GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
+    request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};
 GRANT INSERT (image_id, lesion_id, patient_id, encounter_id, created_at, content_type, width, height, data_key_id, sealed)
     ON lesion_images TO {role};

@@ -72,6 +72,14 @@ SELECT * FROM legal_holds;
 -- Which thresholds a site has set.
 SELECT * FROM site_operating_points;
 
+-- name: reviews
+-- What clinicians said of assessments; without the note, which goes with the image.
+SELECT * FROM reviews;
+
+-- name: lesion_outcomes
+-- What lesions turned out to be.
+SELECT * FROM lesion_outcomes;
+
 -- name: closed_records
 -- Whose retention runs.
 SELECT * FROM closed_records;

@@ -29,18 +29,25 @@ EXPECTED = {
     "clinician": {
         **OPEN,
         **dict.fromkeys(("upload", "read", "download", "list", "replay", "confirm", "read_receipt"), "care"),
-        "break_glass": "any",
+        **dict.fromkeys(("review", "record_outcome", "read_report"), "care"),
+        **dict.fromkeys(("break_glass", "view_worklist"), "any"),
     },
     "supervisor": {
         **OPEN,
-        **dict.fromkeys(("read", "download", "list", "replay"), "care"),
+        **dict.fromkeys(("read", "download", "list", "replay", "read_report"), "care"),
         **dict.fromkeys(("break_glass", "erase", "read_receipt", "hold", "review_access"), "any"),
+        **dict.fromkeys(("view_worklist", "view_statistics"), "any"),
     },
-    "auditor": {**OPEN, **dict.fromkeys(("read_receipt", "review_access", "read_audit", "export"), "any")},
-    "operator": {**OPEN, "observe": "any"},
+    "auditor": {
+        **OPEN,
+        **dict.fromkeys(("read_receipt", "review_access", "read_audit", "export", "view_statistics"), "any"),
+    },
+    "operator": {**OPEN, "observe": "any", "view_statistics": "any"},
     "pms_service": {
         **OPEN,
-        **dict.fromkeys(("upload", "read", "list", "replay", "erase", "read_receipt"), "assigned"),
+        **dict.fromkeys(
+            ("upload", "read", "list", "replay", "read_report", "erase", "read_receipt"), "assigned"
+        ),
     },
     # Names that are none of ours: nothing
     **{name: {} for name in ("admin", "Clinician", "clinician ", "")},
@@ -145,7 +152,7 @@ def test_what_a_command_does_is_administration_and_what_nobody_does_has_no_purpo
 
 
 def test_every_action_that_a_role_is_granted_has_a_purpose_and_treatment_is_of_patients_in_care() -> None:
-    of_nobody = {Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE}
+    of_nobody = {Action.VIEW_REFERENCE, Action.VIEW_MODELS, Action.DESCRIBE, Action.VIEW_WORKLIST}
     for role in Role:
         for action, reach in GRANTS[role].items():
             purpose = purpose_of(made(action), frozenset({role}))

@@ -1,0 +1,122 @@
+"""The clinician's word on an answer, and what became of the lesion: beside the service's answer, never in its place.
+
+Shapes are the same on the wire, on record and in memory: their docstrings and limits are the OpenAPI document's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from enum import StrEnum
+from typing import Annotated
+
+from serve_app.domain.assessment import Id, RiskLevel, Shape, Time, Urgency, one_of
+from serve_app.domain.diagnosis import Diagnosis
+
+
+class Decision(StrEnum):
+    """What a clinician makes of an answer."""
+
+    ACCEPT = "accept"
+    OVERRIDE = "override"
+
+
+class OverrideReason(StrEnum):
+    """Why a clinician decides otherwise than the service."""
+
+    CLINICAL_EXAMINATION = "clinical_examination"
+    DERMOSCOPIC_FEATURES = "dermoscopic_features"
+    PATIENT_HISTORY = "patient_history"
+    KNOWN_LESION = "known_lesion"
+    IMAGE_NOT_REPRESENTATIVE = "image_not_representative"
+    SECOND_OPINION = "second_opinion"
+    PATIENT_PREFERENCE = "patient_preference"
+    OTHER = "other"
+
+
+class Referral(StrEnum):
+    """Whether and how fast to refer: `none`, or an urgency of the policy."""
+
+    NONE = "none"
+    ROUTINE = "routine"
+    EXPEDITED = "expedited"
+    URGENT = "urgent"
+
+
+@dataclass(frozen=True, slots=True)
+class Impression(Shape):
+    """What the clinician thought of the lesion, and whether they would refer: their own, not the service's."""
+
+    diagnosis: Annotated[Diagnosis, one_of(Diagnosis, "Diagnosis")] | None = None
+    intended_referral: Annotated[Referral, one_of(Referral, "Referral")] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedImpression(Impression):
+    """An impression on record. `before_answer`: whether it was sent before this clinician was given the answer."""
+
+    recorded_at: Time | None = None
+    before_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review(Shape):
+    """One word of a clinician on one assessment: an impression, a decision, or both; it changes nothing of the answer.
+
+    `decision`: of an accepted answer, level and urgency are those that the service demanded; of an overridden one
+    the clinician's, with the reason. Null where only an impression was given.
+    `answers`: the assessments whose demand it closed. `follow_up_by`: when the lesion is to be seen again.
+    """
+
+    review_id: Id
+    assessment_id: Id
+    image_id: Id
+    clinician: str
+    recorded_at: Time
+    decision: Annotated[Decision, one_of(Decision, "Decision")] | None
+    reason: Annotated[OverrideReason, one_of(OverrideReason, "Reason")] | None
+    diagnosis: Annotated[Diagnosis, one_of(Diagnosis, "Diagnosis")] | None
+    level: Annotated[RiskLevel, one_of(RiskLevel, "Level")] | None
+    urgency: Annotated[Urgency, one_of(Urgency, "Urgency")] | None
+    referral_made: bool | None
+    follow_up_by: date | None
+    note: str | None
+    impression: RecordedImpression | None
+    answers: tuple[Id, ...]
+
+
+class OutcomeKind(StrEnum):
+    """How it became known what the lesion is."""
+
+    HISTOLOGY = "histology"
+    FOLLOW_UP = "follow_up"
+
+
+class OutcomeSource(StrEnum):
+    """Who says so."""
+
+    PATHOLOGY_REPORT = "pathology_report"
+    CLINICIAN = "clinician"
+    REGISTRY = "registry"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LesionOutcome(Shape):
+    """What a lesion turned out to be; a later one adds to it and replaces nothing.
+
+    `diagnosis` is one of the service's classes, null where none fits (`malignant` then says what is known).
+    `code` is the code of the source in `code_system` (a URI), as it was sent. `observed_on`: the day of the specimen or the visit.
+    `image_id`: of which image, where one was named.
+    """
+
+    outcome_id: Id
+    kind: Annotated[OutcomeKind, one_of(OutcomeKind, "Kind")]
+    diagnosis: Annotated[Diagnosis, one_of(Diagnosis, "Diagnosis")] | None
+    malignant: bool | None
+    code: str | None
+    code_system: str | None
+    observed_on: date
+    source: Annotated[OutcomeSource, one_of(OutcomeSource, "Source")]
+    image_id: Id | None
+    recorded_by: str
+    recorded_at: Time
