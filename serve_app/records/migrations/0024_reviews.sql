@@ -69,6 +69,10 @@ ALTER TABLE outbox ALTER COLUMN encounter_id DROP NOT NULL;
 ALTER TABLE outbox DROP CONSTRAINT outbox_assessment_id_key;
 CREATE UNIQUE INDEX outbox_of_assessment ON outbox (assessment_id) WHERE kind = 'assessment';
 CREATE INDEX outbox_of_any_assessment ON outbox (assessment_id);
+-- Reports, which have no encounter, keep an order of their own.
+DROP INDEX outbox_waiting;
+CREATE INDEX outbox_waiting ON outbox (coalesce(encounter_id, ''), position)
+WHERE delivered_at IS NULL AND dead_at IS NULL;
 ALTER TABLE outbox ADD CONSTRAINT outbox_about CHECK (
     CASE kind
         WHEN 'report' THEN assessment_id IS NULL AND encounter_id IS NULL AND subject_id IS NOT NULL
