@@ -39,4 +39,5 @@ WHERE f.completed_on >= $1 AND f.completed_on < $1 + interval '1 month';
 -- Have the PMS told of a report, once.
 INSERT INTO outbox (message_id, kind, subject_id)
 SELECT $1, 'report', $2
-WHERE NOT EXISTS (SELECT FROM outbox WHERE kind = 'report' AND subject_id = $2);
+WHERE NOT EXISTS (SELECT FROM outbox WHERE kind = 'report' AND subject_id = $2)
+RETURNING message_id;
