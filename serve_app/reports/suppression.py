@@ -2,154 +2,129 @@
 
 Primary suppression (FCSM Statistical Policy Working Paper 22, 2005, chapter 2): a count of 1 to 4 is hidden; zero is
 shown. So is a count that changed by 1 to 4 since it was last shown: the difference is a small count, too.
-Complementary suppression (chapter 4): further counts are hidden until, for each hidden one, there is *another* set of
-whole numbers in which it differs, all counts that are shown are the same, the small ones are 1 to 4 as well and the
-others 5 or more. That set is constructed: no hidden count follows from what is shown, not even for a reader who is
-told which of them are small.
+Complementary suppression (chapter 4): for each hidden count a *move* is found, a way to change the counts by one here and
+there, after which the tables are as well published: the small counts are still 1 to 4, all others 5 or more, zeros are
+zero. Whatever else it changes is hidden as well, as little as possible. So for each hidden count there is another set of whole
+numbers in which it differs and all that is shown is the same: it does not follow from what is shown, not even for a
+reader who is told which of the hidden ones are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: The least count that is shown, but for zero.
 THRESHOLD = 5
+#: How many moves are tried with every other one, where none fits alone.
+_TRIED = 40
 
-Atom = TypeVar("Atom", bound=Hashable)
-Name = TypeVar("Name", bound=Hashable)
-_Matrix = NDArray[np.float64]
-_UNBOUNDED = np.inf
+#: What is published, by name: sums of counts, which are named by any hashable value.
+Figures = Mapping[Any, Collection[Any]]
+#: Counts that go up by one, and counts that go down.
+Move = tuple[Sequence[Any], Sequence[Any]]
 
 
 def hide(
-    counts: Mapping[Atom, int],
-    figures: Mapping[Name, Collection[Atom]],
+    counts: Mapping[Any, int],
+    figures: Figures,
+    moves: Iterable[Move],
     *,
-    equal: Sequence[tuple[Collection[Atom], Collection[Atom]]] = (),
-    shown_before: Mapping[Name, int] | None = None,
+    shown_before: Mapping[Any, int] | None = None,
     random: np.random.Generator | None = None,
-) -> frozenset[Name]:
+) -> frozenset[Any]:
     """Choose the figures to hide.
 
-    `counts`: what is counted, each of a thing once. `figures`: what is to be published, each the sum of some counts; any
-    difference of them that a reader may be interested in is one of them, too. `equal`: collections of counts that
-    everybody knows have the same sum. `shown_before`: what was last shown of a figure. Of equal figures any may be hidden,
-    as `random` has it: an order would tell which of two is the small one.
+    A difference of figures that says something by itself must be one of them, too. `moves` change nothing that everybody
+    knows beside the figures (that two tables divide the same lesions). `shown_before`: what was last shown of a figure.
+    `random` chooses among figures of about one size: who could repeat the choice would learn from what was not hidden.
     """
-    names = list(figures)
     atoms = {atom: n for n, atom in enumerate(dict.fromkeys(a for parts in figures.values() for a in parts))}
-    rows = np.zeros((len(names) + len(equal), len(atoms)))
+    sums = np.zeros((len(figures), len(atoms)), dtype=np.float32)
     for row, parts in enumerate(figures.values()):
-        rows[row, [atoms[atom] for atom in parts]] = 1
-    for row, (left, right) in enumerate(equal, len(names)):
-        for side, sign in ((left, 1), (right, -1)):
-            rows[row, [atoms[atom] for atom in side]] = sign
-    # Counts that only come together are one.
-    columns, which = np.unique(rows, axis=1, return_inverse=True)
-    held = np.zeros(columns.shape[1])
-    np.add.at(held, which.ravel(), [counts.get(atom, 0) for atom in atoms])
-    table = _Table(columns[: len(names)], columns[len(names) :], held)
-    before = shown_before or {}
-    chance = random or np.random.default_rng()
-    return frozenset(names[n] for n in table.hide([before.get(name) for name in names], chance))
+        sums[row, [atoms[atom] for atom in parts]] = 1
+    held = np.array([counts.get(atom, 0) for atom in atoms], dtype=np.float32)
+    values, before = sums @ held, shown_before or {}
+    bands = [_band(int(value), before.get(name)) for name, value in zip(figures, values, strict=True)]
+    low, high = (np.array([band[n] for band in bands], dtype=np.float32) for n in (0, 1))
+    secret = np.array([band[2] for band in bands])
+
+    listed = list(moves)
+    changes = np.zeros((len(listed), len(atoms)), dtype=np.float32)
+    for row, move in enumerate(listed):
+        for side, sign in zip(move, (1, -1), strict=True):
+            for atom in side:
+                changes[row, atoms[atom]] += sign
+    possible = (changes + held >= 0).all(axis=1)
+    moved = changes[possible] @ sums.T
+    fits = ((moved >= low - values) & (moved <= high - values)).all(axis=1)
+    touched = moved[fits] != 0
+
+    hidden, covered = secret.copy(), np.zeros(len(figures), dtype=bool)
+    # What hiding a figure costs: the larger, the more is lost.
+    worth = np.log1p(values) + (random or np.random.default_rng()).uniform(0, 0.5, len(values))
+    for figure in sorted(np.flatnonzero(secret), key=lambda n: -values[n]):
+        if covered[figure]:
+            continue
+        ways = touched[touched[:, figure]]
+        if not len(ways):
+            ways = _in_two(figure, moved, low - values, high - values)
+        if not len(ways):  # nothing is told but what is zero
+            return frozenset(name for name, value in zip(figures, values, strict=True) if value)
+        way = ways[np.argmin(ways @ np.where(hidden, 0, worth))]
+        hidden |= way
+        covered |= way
+    return frozenset(name for name, is_hidden in zip(figures, hidden, strict=True) if is_hidden)
 
 
-class _Table:
-    def __init__(self, figures: _Matrix, identities: _Matrix, counts: _Matrix) -> None:
-        self.figures, self.values = figures, figures @ counts
-        self.identities, self.counts = identities, counts
-        # What is shown as zero has no part that is anything else.
-        self.free = ~(figures[self.values == 0] > 0).any(axis=0)
-
-    def hide(self, before: Sequence[int | None], random: np.random.Generator) -> list[int]:
-        """Numbers of the figures to hide."""
-        bands = [
-            _band(int(value), last) for value, last in zip(self.values.tolist(), before, strict=True)
-        ]
-        hidden = np.array([band is not None for band in bands], dtype=bool)
-        low, high = np.array([band or (THRESHOLD, _UNBOUNDED) for band in bands], dtype=float).reshape(-1, 2).T
-        while len(exposed := self._exposed(hidden, low, high)):
-            victims: set[int] = set()
-            if not len(shown := np.flatnonzero(~hidden & (self.values > 0))):
-                break  # nothing is told but what is zero
-            for figure in exposed:
-                candidates = self._known_by(figure, shown)
-                if not victims.intersection(candidates.tolist()):
-                    worth = self.values[candidates] + random.uniform(0, 0.5, len(candidates))
-                    victims.add(int(candidates[np.argmin(worth)]))
-            hidden[list(victims)] = True
-        return [int(n) for n in np.flatnonzero(hidden)]
-
-    def _exposed(self, hidden: NDArray[np.bool_], low: _Matrix, high: _Matrix) -> NDArray[np.intp]:
-        """Hidden figures for which no other set of numbers has been found."""
-        asked = np.flatnonzero(hidden)
-        if not len(asked):
-            return asked
-        known = np.vstack([self.figures[~hidden], self.identities])[:, self.free]
-        basis = _null_space(known)
-        moves = np.vstack([basis, -basis])
-        counts, parts = self.counts[self.free], self.figures[asked][:, self.free]
-
-        def exposed_to(moves: _Matrix) -> NDArray[np.bool_]:
-            changed = moves @ parts.T
-            moved = changed + self.values[asked]
-            fits = (moves + counts >= 0).all(axis=1)
-            fits &= ((moved >= low[asked]) & (moved <= high[asked])).all(axis=1)
-            return ~(changed[fits] != 0).any(axis=0)
-
-        exposed = exposed_to(moves)
-        if exposed.any():  # one thing more here, one less there
-            touching = moves[((moves @ parts[exposed].T) != 0).any(axis=1)]
-            for move in touching:
-                exposed &= exposed_to(moves + move)
-        return asked[exposed]
-
-    def _known_by(self, figure: int, shown: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Figures that a hidden one follows from; where it follows from none, and only the bounds tell: its neighbours."""
-        basis = np.vstack([self.figures[shown], self.identities])[:, self.free]
-        wanted = self.figures[figure][self.free]
-        weights, *_ = np.linalg.lstsq(basis.T, wanted, rcond=None)
-        if np.allclose(basis.T @ weights, wanted, atol=1e-6):
-            used = shown[np.abs(weights[: len(shown)]) > 1e-6]
-        else:
-            used = shown[(self.figures[shown][:, self.free] @ wanted) > 0]
-        return used if len(used) else shown
-
-
-def _band(value: int, last: int | None) -> tuple[float, float] | None:
-    """Between what a count is known to lie if it is hidden for itself; None where it need not be."""
-    if 0 < value < THRESHOLD:
-        return 1, THRESHOLD - 1
+def _band(value: int, last: int | None) -> tuple[float, float, bool]:
+    """Between what a count must stay, and whether it is hidden for itself."""
+    if value == 0:
+        return 0, 0, False
+    if value < THRESHOLD:
+        return 1, THRESHOLD - 1, True
     if last is not None and 0 < abs(value - last) < THRESHOLD:
         near, far = (last + 1, last + THRESHOLD - 1) if value > last else (last - THRESHOLD + 1, last - 1)
-        return max(near, 0), far
-    return None
+        return max(near, THRESHOLD), far, True
+    return THRESHOLD, np.inf, False
 
 
-def _null_space(rows: _Matrix) -> _Matrix:
-    """Whole numbers that every row multiplies to zero: a basis, as far as its vectors are whole."""
-    work, (height, width), pivots = rows.copy(), rows.shape, list[int]()
-    for column in range(width):
-        top = len(pivots)
-        if top == height:
-            break
-        best = top + int(np.argmax(np.abs(work[top:, column])))
-        if abs(work[best, column]) < 1e-9:
-            continue
-        work[[top, best]] = work[[best, top]]
-        work[top] /= work[top, column]
-        others = np.abs(work[:, column]) > 1e-9
-        others[top] = False
-        work[others] -= np.outer(work[others, column], work[top])
-        pivots.append(column)
-    loose = [column for column in range(width) if column not in set(pivots)]
-    basis = np.zeros((len(loose), width))
-    basis[range(len(loose)), loose] = 1
-    basis[:, pivots] = -work[: len(pivots), loose].T
-    whole = np.round(basis)
-    kept: _Matrix = whole[(np.abs(whole - basis) < 1e-6).all(axis=1)]
-    return kept
+def _in_two(
+    figure: int, moved: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """What two moves touch that fit together and neither of them alone, one of them changing the figure."""
+    first = moved[moved[:, figure] != 0]
+    amiss = ((first < low) | (first > high)).sum(axis=1)
+    found = []
+    for one in first[np.argsort(amiss, kind="stable")[:_TRIED]]:
+        both = moved + one
+        fits = ((both >= low) & (both <= high)).all(axis=1) & (both[:, figure] != 0)
+        found.append(both[fits] != 0)
+    return np.concatenate(found) if found else np.zeros((0, moved.shape[1]), dtype=bool)
+
+
+def shifts(atoms: Collection[Any]) -> list[Move]:
+    """One from any count to any other."""
+    return [move for a, b in combinations(atoms, 2) for move in (([a], [b]), ([b], [a]))]
+
+
+def steps(*tables: Collection[Any]) -> list[Move]:
+    """One more, or one less, in each of tables that divide the same things."""
+    return [move for atoms in product(*tables) for move in ((atoms, ()), ((), atoms))]
+
+
+def cycles(rows: Collection[Any], columns: Collection[Any], atom: Any) -> list[Move]:  # noqa: ANN401
+    """Around any four counts of a table, so that no sum of a row or column changes; `atom(row, column)` names one."""
+    return [
+        move
+        for i, j in combinations(rows, 2)
+        for c, d in combinations(columns, 2)
+        for move in (
+            ([atom(i, c), atom(j, d)], [atom(i, d), atom(j, c)]),
+            ([atom(i, d), atom(j, c)], [atom(i, c), atom(j, d)]),
+        )
+    ]
