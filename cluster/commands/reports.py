@@ -39,7 +39,7 @@ def _show(arguments: argparse.Namespace) -> None:
                 await client.close()
 
     report = ask(arguments.home, find)
-    detail = {"report": kind, "period": report.period, "report_id": str(report.report_id)}
+    detail: dict[str, object] = {"report": kind, "period": report.period, "report_id": str(report.report_id)}
     record(arguments.home, "view_statistics", detail)
     answer = report.answer()
     print("\n".join(markdown(answer)) if arguments.markdown else json.dumps(answer, indent=2))
@@ -92,7 +92,13 @@ def _summary(tables: dict[str, Any]) -> Iterator[str]:
 
 def _performance(models: Sequence[dict[str, Any]]) -> Iterator[str]:
     head = [
-        *("lesions", "with outcome", "melanoma: sensitivity", "malignant: sensitivity", "benign: specificity"),
+        *(
+            "lesions",
+            "with outcome",
+            "melanoma: sensitivity",
+            "malignant: sensitivity",
+            "benign: specificity",
+        ),
         "positive predictive value",
     ]
     for model in models:
@@ -108,7 +114,10 @@ def _performance(models: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield from _table(
             ["intended before the answer", "lesions", "service refers", "service does not refer"],
             [
-                [row["intended"], *(_plain(row[n]) for n in ("lesions", "service_refers", "service_does_not_refer"))]
+                [
+                    row["intended"],
+                    *(_plain(row[n]) for n in ("lesions", "service_refers", "service_does_not_refer")),
+                ]
                 for row in model["against_intention"]
             ],
         )

@@ -39,9 +39,7 @@ class PmsResource:
 Resources = Mapping[MessageKind, PmsResource]
 
 
-def pms_resources(
-    records: LesionStore, *, pms_url: str, reports: ReportStore | None = None
-) -> Resources:
+def pms_resources(records: LesionStore, *, pms_url: str, reports: ReportStore | None = None) -> Resources:
     """Every kind of message that is told; one more is one more entry here."""
 
     async def assessment(_: ClaimedMessage, found: AssessmentRecord) -> Mapping[str, Any]:

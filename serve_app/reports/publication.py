@@ -18,14 +18,9 @@ from pydantic import TypeAdapter
 from serve_app.domain.errors import InvalidField, NotFound, PmsUnavailable, RecordsUnavailable
 from serve_app.pms.client import PmsClient
 from serve_app.records.reports import ReportKind, ReportStore, Snapshot
-from serve_app.reports.documents import (
-    PERFORMANCE_TABLES,
-    SUMMARY_TABLES,
-    Performance,
-    Summary,
-    assess_performance,
-    summarise,
-)
+from serve_app.reports.documents import Performance, Summary
+from serve_app.reports.performance import PERFORMANCE_TABLES, assess_performance
+from serve_app.reports.summary import SUMMARY_TABLES, summarise
 
 #: How often what is new is counted, and how often it is looked whether a report is due.
 COUNT_EVERY_S, LOOK_EVERY_S, FIRST_LOOK_AFTER_S = 5.0, 3_600.0, 120.0
@@ -36,22 +31,33 @@ _MOST = 2**31
 
 _SUMMARY, _PERFORMANCE = TypeAdapter(Summary), TypeAdapter(Performance)
 
-_HIDDEN = (
-    "Counts of 1 to 4 are hidden (null), and with them as many others as keep them from being worked out. Months are UTC's."
-)
-SUMMARY_NOTES = [_HIDDEN, "A diagnosis is the most probable one of an answer: decision support, not a finding."]
-PERFORMANCE_NOTES = [
-    _HIDDEN,
-    "A count that changed by 1 to 4 since it was last shown is hidden, too.",
-    "A lesion without an outcome is unknown, never benign. Every figure is of the lesions with an outcome alone: their "
-    "share stands beside it.",
-    "Verification bias: histology is done of lesions that somebody found suspicious, the service among them. A melanoma that "
-    "was never excised is in no figure, so the sensitivity is too high; and benign lesions that were excised look more "
-    "suspicious than others, so the specificity is too low.",
-    "Each lesion counts once, by the model's first answer to it. The newest histology of the image's day or later is what it "
-    "turned out to be; without any, the newest follow-up.",
-    "The service refers where level is high or urgency is urgent, as policy and site thresholds had it on the day.",
-]
+_HIDDEN = """
+Counts of 1 to 4 are hidden (null), and with them as many others as keep them from being worked out. Months are UTC's.
+"""
+_SUMMARY_NOTES = f"""{_HIDDEN}
+
+A diagnosis is the most probable one of an answer: decision support, not a finding.
+"""
+_PERFORMANCE_NOTES = f"""{_HIDDEN}
+
+A count that changed by 1 to 4 since it was last shown is hidden, too.
+
+A lesion without an outcome is unknown, never benign. Every figure is of the lesions with an outcome alone: their share
+stands beside it.
+
+Verification bias: histology is done of lesions that somebody found suspicious, the service among them. A melanoma that was
+never excised is in no figure, so the sensitivity is too high; and benign lesions that were excised look more suspicious
+than others, so the specificity is too low.
+
+Each lesion counts once, by the model's first answer to it. The newest histology of the image's day or later is what it
+turned out to be; without any, the newest follow-up.
+
+The service refers where level is high or urgency is urgent, as policy and site thresholds had it on the day.
+"""
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +104,7 @@ class Reports:
         complaints = await self._complaints(_name(month))
         adoption = None if complaints is None else (await self.store.assessed_encounters(month), complaints)
         made = await asyncio.to_thread(summarise, cells, adoption, random=np.random.default_rng())
-        return {"tables": _SUMMARY.dump_python(made, mode="json"), "notes": SUMMARY_NOTES}
+        return {"tables": _SUMMARY.dump_python(made, mode="json"), "notes": _paragraphs(_SUMMARY_NOTES)}
 
     async def _performance(self, month: date) -> dict[str, Any]:
         cells = await self.store.cells(PERFORMANCE_TABLES, month, and_before=True)
@@ -109,7 +115,7 @@ class Reports:
         made, shown = await asyncio.to_thread(assess_performance, cells, before, random=random)
         return {
             "tables": _PERFORMANCE.dump_python(made, mode="json"),
-            "notes": PERFORMANCE_NOTES,
+            "notes": _paragraphs(_PERFORMANCE_NOTES),
             "shown": [[*name, n] for name, n in shown.items()],
         }
 
@@ -123,8 +129,9 @@ class Reports:
             return None
         told = answer.body or {}
         count = told.get("skin_complaint_encounters")
-        sound = answer.status == 200 and told.get("period") == period and type(count) is int
-        return count if sound and 0 <= count < _MOST else None
+        if answer.status != 200 or told.get("period") != period or type(count) is not int:
+            return None
+        return count if 0 <= count < _MOST else None
 
 
 def _shown_in(document: Mapping[str, Any]) -> dict[tuple[str, ...], int]:

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from serve_app.reports.documents import (
-    GROUPS,
-    PERFORMANCE_TABLES,
-    SUMMARY_TABLES,
-    TRUTHS,
-    assess_performance,
-    proportion,
-    summarise,
-)
+from serve_app.reports.documents import TRUTHS, proportion
+from serve_app.reports.performance import GROUPS, PERFORMANCE_TABLES, assess_performance
+from serve_app.reports.summary import SUMMARY_TABLES, summarise
 
 ACTIONS = ("refer", "not")
 MEASURES = {
@@ -58,7 +52,7 @@ def lesions(random: np.random.Generator, n: int, models: tuple[str, ...] = ("m.a
     return cells
 
 
-def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, object]]]:
+def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[object, dict]]]:  # noqa: C901
     """All that a report says of a model's lesions, as sums of what is counted; and what it hides."""
     shown, hidden = [], []
 
@@ -67,11 +61,16 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
         for of in GROUPS if table is None else [table]:
             parts = {(of, a, t, g): 1 for a in actions for t in truths for g in (groups or GROUPS[of])}
             if value is None:
-                hidden.append((what, parts, of))
+                hidden.append((what, parts))
             else:
                 shown.append((parts, value))
 
-    tables = [(None, [model.all]), ("site", model.by_site), ("age_band", model.by_age_band), ("skin_type", model.by_skin_type)]
+    tables = [
+        (None, [model.all]),
+        ("site", model.by_site),
+        ("age_band", model.by_age_band),
+        ("skin_type", model.by_skin_type),
+    ]
     for table, rows in tables:
         for row in rows:
             groups = None if row.group is None else [row.group]
@@ -80,7 +79,11 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
             for name, truths in MEASURES.items():
                 part = getattr(row, name)
                 missed = part.not_referred if name == "benign" else part.missed
-                for value, actions in ((part.n, ACTIONS), (part.referred, ACTIONS[:1]), (missed, ACTIONS[1:])):
+                for value, actions in (
+                    (part.n, ACTIONS),
+                    (part.referred, ACTIONS[:1]),
+                    (missed, ACTIONS[1:]),
+                ):
                     note(value, table, groups, actions, truths, (table, row.group, name, actions))
             # A share and its n give its part away.
             if (ppv := row.positive_predictive_value) is not None:
@@ -94,7 +97,7 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
     return shown, hidden
 
 
-@pytest.mark.parametrize(("n", "reports"), [(30, 6), (300, 6), (3000, 3)])
+@pytest.mark.parametrize(("n", "reports"), [(30, 3), (300, 3), (3000, 1)])
 def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) -> None:
     """Linear algebra over everything a performance report shows, with the tables that divide the same lesions."""
     random = np.random.default_rng(n)
@@ -104,7 +107,7 @@ def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) ->
         (model,) = report.models
         shown, hidden = equations(model)
         atoms = {atom: k for k, atom in enumerate(dict.fromkeys(a for parts, _ in shown for a in parts))}
-        for what, parts, _ in hidden:
+        for _, parts in hidden:
             for atom in parts:
                 atoms.setdefault(atom, len(atoms))
 
@@ -116,7 +119,7 @@ def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) ->
         zero = {atom for parts, value in shown if value == 0 and min(parts.values()) > 0 for atom in parts}
         known = np.array([row(parts) for parts, _ in shown] + [row({atom: 1}) for atom in zero])
         projection = np.linalg.pinv(known) @ known
-        for what, parts, _ in hidden:
+        for what, parts in hidden:
             wanted = row(parts)
             assert not np.allclose(wanted @ projection, wanted, atol=1e-6), what
             secrets += 1
@@ -184,7 +187,11 @@ def test_the_figures_are_those_of_the_counts() -> None:
     assert low.avoided == proportion(30, 40)
     assert (low.avoided_with_outcome, low.avoided_malignant) == (30, 0)
     by = {each.intended: each for each in model.against_intention}
-    assert (by["routine"].lesions, by["routine"].service_refers, by["routine"].service_does_not_refer) == (90, 60, 30)
+    assert (by["routine"].lesions, by["routine"].service_refers, by["routine"].service_does_not_refer) == (
+        90,
+        60,
+        30,
+    )
 
 
 def test_few_missed_melanomas_leave_a_bound() -> None:

@@ -30,7 +30,14 @@ async def test_a_report_is_made_once_and_never_again(queue, reports) -> None:
     found = await asyncio.gather(*(reports.report(ReportKind.SUMMARY, month) for _ in range(4)))
     assert len({each.report_id for each in found}) == 1
     tables = found[0].document["tables"]
-    assert tables["assessments"] == {"decided": 0, "review": 6, "refused": 0, "failed": 0, "cancelled": 0, "total": 6}
+    assert tables["assessments"] == {
+        "decided": 0,
+        "review": 6,
+        "refused": 0,
+        "failed": 0,
+        "cancelled": 0,
+        "total": 6,
+    }
     assert tables["diagnoses"]["MEL"] == 6
     assert tables["adoption"]["told_by_pms"] is False
     await queue.finish(None)
@@ -46,7 +53,9 @@ async def test_a_month_that_is_not_over_has_no_report_and_an_old_one_no_performa
         await reports.report(ReportKind.SUMMARY, "2199-01")
     with pytest.raises(InvalidField, match="month"):
         await reports.report(ReportKind.SUMMARY, "2026-13")
-    assert (await reports.report(ReportKind.SUMMARY, "2020-05")).document["tables"]["assessments"]["total"] == 0
+    assert (await reports.report(ReportKind.SUMMARY, "2020-05")).document["tables"]["assessments"][
+        "total"
+    ] == 0
     with pytest.raises(NotFound):
         await reports.report(ReportKind.PERFORMANCE, "2020-05")
 
@@ -65,7 +74,9 @@ async def test_what_changed_by_few_since_the_last_performance_is_hidden(queue, r
     for _ in range(3):
         await queue.finish(None)
     third = Reports(store=reports.store, now=lambda: reports.now() + timedelta(days=62))
-    assert (await third.report(ReportKind.PERFORMANCE)).document["tables"]["models"][0]["all"]["lesions"] == 14
+    assert (await third.report(ReportKind.PERFORMANCE)).document["tables"]["models"][0]["all"][
+        "lesions"
+    ] == 14
 
 
 async def test_the_pms_is_told_each_report_once_however_many_replicas_push(queue, pms, reports) -> None:
@@ -84,7 +95,12 @@ async def test_the_pms_is_told_each_report_once_however_many_replicas_push(queue
     assert told[0][1] == json.loads(json.dumps(made[0][0].answer()))
     assert "shown" not in told[1][1]
     rows = await queue.owner.fetch("SELECT patient_id, lesion_id, image_id, encounter_id FROM lesion_images")
-    assert not [value for row in rows for value in row.values() if value != "patient" and str(value) in json.dumps(told)]
+    assert not [
+        value
+        for row in rows
+        for value in row.values()
+        if value != "patient" and str(value) in json.dumps(told)
+    ]
     events = await queue.owner.fetch(
         "SELECT detail FROM audit_events WHERE action = 'disclose' AND detail ->> 'kind' = 'report'"
     )
@@ -97,7 +113,12 @@ async def test_the_pms_is_told_each_report_once_however_many_replicas_push(queue
 
 @pytest.mark.parametrize(
     ("told", "share"),
-    [({"skin_complaint_encounters": 20}, 0.5), ({}, None), ({"skin_complaint_encounters": "20"}, None), (None, None)],
+    [
+        ({"skin_complaint_encounters": 20}, 0.5),
+        ({}, None),
+        ({"skin_complaint_encounters": "20"}, None),
+        (None, None),
+    ],
 )
 async def test_adoption_is_what_the_pms_can_tell(queue, reports, told, share) -> None:
     """Ten encounters of twenty; and null, said so, where the PMS does not tell or says nonsense."""
@@ -109,7 +130,7 @@ async def test_adoption_is_what_the_pms_can_tell(queue, reports, told, share) ->
         def __init__(self) -> None:
             pass
 
-        async def get(self, *path: str, timeout_s: float):
+        async def get(self, *path: str, timeout_s: float):  # noqa: ARG002
             asked.append(path)
             status, period = (404, {}) if told is None else (200, {"period": path[-1]})
             return type("Answer", (), {"status": status, "body": {**period, **(told or {})}})()
@@ -125,14 +146,18 @@ async def test_adoption_is_what_the_pms_can_tell(queue, reports, told, share) ->
 async def test_routes_answer_by_role_with_one_event_each_and_the_published_shape(service) -> None:
     for role in ("supervisor", "auditor", "operator"):
         for kind in ("summary", "performance"):
-            answer = await service.client.get(f"/api/reports/{kind}", headers=service.token(f"x-{uuid4().hex[:6]}", (role,)))
+            answer = await service.client.get(
+                f"/api/reports/{kind}", headers=service.token(f"x-{uuid4().hex[:6]}", (role,))
+            )
             assert answer.status_code == 200, answer.text
             service.hold_to(f"{kind.capitalize()}ReportDocument", answer.json())
             body = answer.json()
             said = {"report": kind, "period": body["period"], "report_id": body["report_id"]}
             await service.hold_to_event(answer, "view_statistics", "success", **said)
     headers = service.token("x-pms", ("pms_service",))
-    service.hold_to_problem(await service.client.get("/api/reports/summary", headers=headers), 403, "forbidden")
+    service.hold_to_problem(
+        await service.client.get("/api/reports/summary", headers=headers), 403, "forbidden"
+    )
     headers = service.token("x-op", ("operator",))
     for params in ({"period": "2199-01"}, {"period": "yesterday"}, {"site": "torso"}):
         answer = await service.client.get("/api/reports/summary", params=params, headers=headers)
