@@ -29,7 +29,7 @@ from serve_app.domain.diagnosis import Diagnosis
 
 #: How many images of the evaluation are answered again.
 _AGAIN = 16
-_DRAWINGS = range(1, 33)
+_DRAWINGS = range(1, 9)
 
 
 def make_canary(model: StoredModel, classifier: Classifier, archive: Path) -> Canary:
