@@ -224,7 +224,7 @@ def assessment_document(
     return AssessmentDocument(
         lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
-        reasons=list(found.reasons) if found else [_why_unanswered(record)],
+        reasons=list(reasons_of(record)),
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
@@ -307,7 +307,10 @@ _FAILED_ACTION = (
 )
 
 
-def _why_unanswered(record: ImageRecord) -> Reason:
+def reasons_of(record: ImageRecord) -> tuple[Reason, ...]:
+    """Why the outcome of an image is what it is, and what to do about it; none where it is `decided`."""
+    if record.assessment is not None:
+        return record.assessment.reasons
     if record.failure is not None:
-        return Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION)
-    return _UNANSWERED[record.outcome]
+        return (Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION),)
+    return (_UNANSWERED[record.outcome],)

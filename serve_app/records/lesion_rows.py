@@ -28,7 +28,8 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.patient import AnatomSite, ClinicalContext
+from serve_app.domain.review import LesionOutcome, Review
 from serve_app.keys.envelope import TAG_BYTES, data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import answer_from_json, context_to_json
@@ -177,6 +178,7 @@ class ImageRecord(ImageFacts):
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
     clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does.
+    `completed_at`: when it was answered, or found to be none that can be. `anatom_site_general`: as it was sent.
     """
 
     outcome: Outcome
@@ -185,6 +187,9 @@ class ImageRecord(ImageFacts):
     erasure: ErasureNote | None = None
     identity: Identity | None = None
     undelivered: str | None = None
+    completed_at: datetime | None = None
+    anatom_site_general: AnatomSite | None = None
+    reviews: tuple[Review, ...] = ()
 
     @property
     def risk(self) -> Risk | None:
@@ -236,6 +241,7 @@ class LesionTimeline:
     created_at: datetime
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
+    outcomes: tuple[LesionOutcome, ...] = ()
 
     @property
     def latest(self) -> ImageRecord:

@@ -174,7 +174,8 @@ LIMIT 1;
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer AS assessment, a.outcome, a.failure,
+    a.assessment_id, a.answer AS assessment, a.outcome, a.failure, a.completed_at,
+    a.context ->> 'anatom_site_general' AS anatom_site_general,
     CASE WHEN e.receipt_id IS NOT NULL THEN
         jsonb_build_object('receipt_id', e.receipt_id, 'erased_at', i.erased_at, 'reason', e.reason)
     END AS erasure,

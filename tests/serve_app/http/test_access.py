@@ -31,6 +31,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions"): "upload",
     ("GET", "/api/lesions"): "list",
     ("GET", "/api/lesions/{lesion_id}"): "read",
+    ("GET", "/api/lesions/{lesion_id}/report"): "read_report",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
