@@ -22,6 +22,7 @@ from serve_app.domain.review import Decision, OutcomeKind
 from serve_app.fhir.codes import CODES, DIAGNOSES, LOINC, SITES, SNOMED, operation_outcome
 from serve_app.fhir.report import contradicts, lesion_report, report_status
 from serve_app.records.lesion_rows import LesionTimeline
+from serve_app.settings import REPOSITORY
 from tests.serve_app.fhir.histories import History
 from tests.serve_app.fhir.validators import DEFINITIONS, Validators
 
@@ -466,6 +467,30 @@ def test_a_union_of_sites_and_a_wider_class_have_words_and_no_code() -> None:
     image = replace(image, anatom_site_general=None)
     (lesion,) = resources(lesion_report(history.timeline(image)), "BodyStructure")
     assert "location" not in lesion
+
+
+def is_part_of(part: Any, whole: Any) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(
+            is_part_of(each, whole.get(name)) for name, each in part.items()
+        )
+    return bool(part == whole)
+
+
+def test_the_document_shows_what_is_sent_and_every_code_with_its_source() -> None:
+    text = (REPOSITORY / "docs" / "fhir.md").read_text(encoding="utf-8")
+    example = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    whole = json.loads(Path(__file__).with_name("refused.json").read_text(encoding="utf-8"))
+    sent = [entry["resource"] for entry in whole["entry"]]
+    for shown in example:
+        assert any(is_part_of(shown, each) for each in sent), shown
+    rows = [line for line in text.splitlines() if line.startswith(("| SNOMED CT ", "| LOINC "))]
+    assert len(rows) == len(set(CODES))
+    for code in CODES:
+        assert any(
+            f" {code.code} | {code.display or '(none sent)'} |" in row and row.endswith(f"{code.source} |")
+            for row in rows
+        ), code
 
 
 def test_an_error_in_fhirs_words_is_valid(validators: Validators) -> None:
