@@ -103,8 +103,8 @@ def _newest_answered(timeline: LesionTimeline) -> ImageRecord | None:
 def contradicts(outcome: LesionOutcome, image: ImageRecord) -> bool:
     """Whether a lesion turned out to be something else than an image's most probable diagnosis.
 
-    Where only benign or malignant is known, that is compared; an actinic keratosis is neither. An image that is
-    newer than the outcome is of what is there since, and an answer of UNK claims nothing.
+    Where only benign or malignant is known, that is compared. An image that is newer than the outcome is of what is
+    there since, and an answer of UNK claims nothing.
     """
     found = image.assessment.classification if image.assessment else None
     if found is None:
@@ -116,8 +116,7 @@ def contradicts(outcome: LesionOutcome, image: ImageRecord) -> bool:
         return False
     if outcome.diagnosis not in {None, Diagnosis.UNK}:
         return outcome.diagnosis is not likeliest
-    known = outcome.malignant is not None and likeliest is not Diagnosis.AK
-    return known and outcome.malignant != (likeliest in MALIGNANT)
+    return outcome.malignant is not None and outcome.malignant != (likeliest in MALIGNANT)
 
 
 def _decisions(timeline: LesionTimeline) -> list[tuple[ImageRecord, Review]]:
@@ -310,19 +309,23 @@ def _outcome(timeline: LesionTimeline, outcome: LesionOutcome) -> Resource:
 
 
 def _turned_out(outcome: LesionOutcome) -> dict[str, Any]:
-    """The source's own code as it was sent, our class, and benign or malignant where that was said."""
+    """The source's own code as it was sent, and our class; benign or malignant where none of them fits."""
     codings = []
     if outcome.code and outcome.code_system and _CODE.fullmatch(outcome.code):
         codings.append(coding("".join(outcome.code_system.split()), outcome.code))
-    codings += diagnosis_concept(outcome.diagnosis)["coding"] if outcome.diagnosis else []
-    if outcome.malignant is not None:
-        codings.append(coding(f"{OWN}:malignancy", "malignant" if outcome.malignant else "benign"))
+    if outcome.diagnosis is not None:
+        codings += diagnosis_concept(outcome.diagnosis)["coding"]
+    else:
+        codings.append(coding(f"{OWN}:malignancy", _malignancy(outcome)))
     return concept(*codings, text=_outcome_words(outcome))
 
 
 def _outcome_words(outcome: LesionOutcome) -> str:
-    words = [outcome.diagnosis.display_name] if outcome.diagnosis else []
-    if outcome.malignant is not None:
-        words.append("malignant" if outcome.malignant else "benign")
+    found = _malignancy(outcome) if outcome.diagnosis is None else outcome.diagnosis.display_name
     kind = "Histology" if outcome.kind is OutcomeKind.HISTOLOGY else "Follow-up"
-    return f"{kind} of {outcome.observed_on.isoformat()}: {', '.join(words)}"
+    return f"{kind} of {outcome.observed_on.isoformat()}: {found}"
+
+
+def _malignancy(outcome: LesionOutcome) -> str:
+    """What is known where no diagnosis fits."""
+    return "malignant" if outcome.malignant else "benign"

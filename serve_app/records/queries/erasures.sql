@@ -24,7 +24,7 @@ LIMIT $3;
 
 -- name: prove
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its
--- own, or by the assessment's, which was delivered before and is now due again.
+-- own, or by the assessment's, which was delivered before and is now due again; with :fhir, by the lesion's report, too.
 WITH proven AS (
     INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES (:receipt_id, :erased_at, :record_hash)
     ON CONFLICT (receipt_id) DO NOTHING
@@ -41,6 +41,15 @@ queued AS (
     ON CONFLICT (assessment_id) WHERE kind = 'assessment' DO UPDATE
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,
         attempts = 0, queued_at = now(), waiting_since = now(), due_at = now()
+),
+reported AS (
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT gen_random_uuid(), 'fhir', a.assessment_id, i.encounter_id
+    FROM proven
+    INNER JOIN erasures AS e USING (receipt_id)
+    INNER JOIN lesion_images AS i USING (image_id)
+    INNER JOIN assessments AS a USING (image_id)
+    WHERE :fhir::boolean AND i.encounter_id IS NOT NULL
 )
 :record_event FROM proven;
 

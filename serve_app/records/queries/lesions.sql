@@ -74,8 +74,8 @@ event AS (:record_event FROM admitted)
 SELECT EXISTS (SELECT FROM admitted);
 
 -- name: finish
--- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the message for the
--- PMS (if one is asked for), once: when the assessment is still pending.
+-- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the messages for the
+-- PMS (if one is asked for; with :fhir, the lesion's report after it), once: when the assessment is still pending.
 WITH finished AS (
     UPDATE assessments
     SET outcome = :outcome, answer = :answer::text::jsonb, failure = :failure, completed_at = now(), lease_until = NULL,
@@ -90,11 +90,15 @@ embedded AS (
 ),
 event AS (:record_event FROM finished),
 queued AS (
-    INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT :message_id, :assessment_id, i.encounter_id
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT m.message_id, m.kind, :assessment_id, i.encounter_id
     FROM finished
     INNER JOIN lesion_images AS i USING (image_id)
-    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    CROSS JOIN (
+        VALUES (1, :message_id::uuid, 'assessment'), (2, CASE WHEN :fhir::boolean THEN gen_random_uuid() END, 'fhir')
+    ) AS m (place, message_id, kind)
+    WHERE m.message_id IS NOT NULL AND i.encounter_id IS NOT NULL
+    ORDER BY m.place
 )
 SELECT EXISTS (SELECT FROM finished);
 
