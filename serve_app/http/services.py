@@ -63,15 +63,21 @@ class Services:
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
         consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
+        tells_fhir = tells_pms and settings.pms_fhir
         assessor = Assessor(stages, service_version=version)
         self.triage = Triage(
-            assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
+            assessor=assessor,
+            records=self.records,
+            keys=keys,
+            consultation=consultation,
+            tells_pms=tells_pms,
+            tells_fhir=tells_fhir,
         )
         self.replayer = Replayer(
             assessor=assessor, pool=pool, records=self.records, keys=keys, models=settings.models
         )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
-        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms, tells_fhir=tells_fhir)
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         self.worker = Worker()

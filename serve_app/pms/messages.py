@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid5
 
+from serve_app.domain.errors import NotFound
+from serve_app.fhir.codes import MEDIA_TYPE
+from serve_app.fhir.report import lesion_report
 from serve_app.records.answers import assessment_document, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
@@ -20,7 +23,7 @@ Body = Callable[[ClaimedMessage, Any], Awaitable[Mapping[str, Any]]]
 class PmsResource:
     """What messages of one kind create at the PMS: `POST /api/encounters/{id}/{name}`, or `/api/{name}` for a report.
 
-    `acknowledged_by`: the field of the PMS's answer that holds the id of what was told (`ClaimedMessage.told_id`).
+    `acknowledged_by`: the field of the body that holds the id of what is told, which the PMS's answer repeats.
     """
 
     name: str
@@ -47,7 +50,17 @@ def pms_resources(records: LesionStore, *, pms_url: str) -> Resources:
         image = replace(found.image, undelivered=None)
         return assessment_document(image, found, pictured=pictured, pms_url=pms_url).answer()
 
-    return {MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment)}
+    async def fhir(_: ClaimedMessage, found: AssessmentRecord) -> Mapping[str, Any]:
+        timeline = await records.timeline(found.lesion_id)
+        if timeline is None:
+            raise NotFound
+        return lesion_report(timeline)
+
+    return {
+        MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment),
+        # Whether any is queued is a setting's; what is queued is told.
+        MessageKind.FHIR: PmsResource("reports", "id", fhir, MEDIA_TYPE),
+    }
 
 
 def idempotency_key(message: ClaimedMessage, found: AssessmentRecord | None) -> str:

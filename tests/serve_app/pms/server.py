@@ -119,7 +119,7 @@ class PmsServer:
         if fault == "lost":
             return Lost()
         if body.get("resourceType") == "Bundle":
-            return JSONResponse({"assessment_id": body["identifier"]["value"]}, 201)
+            return JSONResponse({"id": body["id"]}, 201)
         field = ACKNOWLEDGED_BY.get(name, "report_id")
         return JSONResponse({field: body[field]}, 201)
 

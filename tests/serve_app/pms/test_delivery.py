@@ -353,9 +353,10 @@ async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_re
         return body
 
     async def bundle(message, _) -> dict[str, object]:
-        return {"resourceType": "Bundle", "identifier": {"value": str(message.assessment_id)}}
+        return {"resourceType": "Bundle", "id": str(message.assessment_id)}
 
-    known = queue.delivery().resources | {
+    known = {
+        MessageKind.ASSESSMENT: queue.delivery().resources[MessageKind.ASSESSMENT],
         MessageKind.REVIEW: PmsResource("reviews", "review_id", names("review_id")),
         MessageKind.OUTCOME: PmsResource("outcomes", "outcome_id", names("outcome_id")),
         MessageKind.REPORT: PmsResource("reports", "report_id", names("report_id")),
@@ -367,9 +368,7 @@ async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_re
         "/api/encounters/e-1/reviews",
     ]
     pms.fault = lambda _: None
-    whole = known | {
-        MessageKind.FHIR: PmsResource("reports", "assessment_id", bundle, "application/fhir+json")
-    }
+    whole = known | {MessageKind.FHIR: PmsResource("reports", "id", bundle, "application/fhir+json")}
     await queue.drain(queue.delivery(resources=whole))
     assert [each for each in pms.order if "/e-1/" in each[0]][2:] == [
         ("/api/encounters/e-1/reports", "application/fhir+json"),
