@@ -40,7 +40,10 @@ class _Pattern:
 
 _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
     {
-        "upload": _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
+        **dict.fromkeys(
+            ("upload", "review", "record_outcome"),
+            _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
+        ),
         "read": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "read_report": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "read_receipt": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),

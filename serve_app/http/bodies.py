@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -119,6 +120,17 @@ class AdmissionGate:
 MAX_BYTES = 16 * 1024
 
 
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+#: What a person writes. NUL and other control characters are not text to PostgreSQL, nor to who reads it.
+TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
+
+
+def check_idempotency_key(key: str | None) -> None:
+    """Raise InvalidField for what is no Idempotency-Key; None is no key."""
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+
+
 class Form(BaseModel):
     """A JSON body that holds nothing but its fields."""
 
@@ -157,7 +169,20 @@ async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
 
 def body_of(form: type[BaseModel]) -> dict[str, Any]:
     """Describe the body for the OpenAPI document."""
-    return {"required": True, "content": {"application/json": {"schema": form.model_json_schema()}}}
+    schema = form.model_json_schema()
+    described = _written_out(schema, schema.pop("$defs", {}))
+    return {"required": True, "content": {"application/json": {"schema": described}}}
+
+
+def _written_out(part: Any, shapes: dict[str, Any]) -> Any:  # noqa: ANN401
+    """A schema with each of its own shapes in its place: a reference would be looked up in the whole document."""
+    if isinstance(part, list):
+        return [_written_out(each, shapes) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _written_out(shapes[part["$ref"].rpartition("/")[2]], shapes)
+    return {name: _written_out(each, shapes) for name, each in part.items()}
 
 
 #: Room for the other fields and the multipart framing, bytes.

@@ -7,7 +7,6 @@ import base64
 import contextlib
 from dataclasses import replace
 from datetime import UTC, datetime
-import re
 from typing import Annotated
 from uuid import UUID
 
@@ -23,6 +22,7 @@ from serve_app.http.bodies import (
     Form,
     Place,
     body_of,
+    check_idempotency_key,
     expected_bytes,
     parse_context,
     parse_lesion_id,
@@ -49,7 +49,6 @@ from serve_app.records.lesion_rows import AssessmentRecord, Replay
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 #: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
 _PENDING_RETRY_AFTER = "5"
 
@@ -109,8 +108,7 @@ async def _read_submission(
     idempotency_key: str | None,
 ) -> Submission:
     """Read the body, and decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+    check_idempotency_key(idempotency_key)
     form = await read_upload(request, place, max_image_bytes=services.settings.max_upload_bytes)
     requested.patient_id = form.patient_id
     sent_lesion, encounter = form.values.get("lesion_id"), form.values.get("encounter_id")
@@ -193,7 +191,7 @@ async def list_lesions(
     summary="A lesion's timeline",
 )
 async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JSONResponse:
-    """Every image of a lesion with its assessment, newest first."""
+    """Every image of a lesion with its assessment and what was said of it, newest first; and what the lesion turned out to be."""
     await permit_lesion(services, requested, lesion_id)
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:

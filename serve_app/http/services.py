@@ -38,6 +38,7 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
+from serve_app.records.reviews import ReviewStore
 from serve_app.settings import Settings, find_untrustworthy
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
@@ -63,8 +64,9 @@ class Services:
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
         consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
-        tells_fhir = tells_pms and settings.pms_fhir
+        self.tells_fhir = tells_fhir = tells_pms and settings.pms_fhir
         assessor = Assessor(stages, service_version=version)
+        self.reviews, self.tells_pms = ReviewStore(pool), tells_pms
         self.triage = Triage(
             assessor=assessor,
             records=self.records,

@@ -248,7 +248,7 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
                 outbox=Outbox(pool),
                 records=records,
                 client=client,
-                resources=pms_resources(records, pms_url=url),
+                resources=pms_resources(pool, pms_url=url),
                 dead_after=timedelta(days=settings.pms_dead_after_days),
             )
     return PmsConnection(client, RecordConsultation(directory), delivery)

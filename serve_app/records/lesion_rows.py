@@ -64,7 +64,6 @@ class Replay:
 
     request_sha256: bytes
     lesion_id: UUID
-    image_id: UUID
     assessment_id: UUID
 
 
@@ -177,8 +176,9 @@ class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
-    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does.
-    `completed_at`: when it was answered, or found to be none that can be. `anatom_site_general`: as it was sent.
+    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does. `reviews`, in
+    their order, are read with a whole timeline alone. `completed_at`: when it was answered, or found to be none that can be.
+    `anatom_site_general`: as it was sent.
     """
 
     outcome: Outcome
@@ -231,7 +231,7 @@ class RecordedCase:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with its images, newest first; in a worklist with the newest alone.
+    """A lesion with its images, newest first; in a worklist with the newest alone, and without what was said of it.
 
     (created_at, lesion_id) is the worklist's cursor for the lesions behind it.
     """

@@ -186,11 +186,12 @@ class _Account:
             self._read_of_image(number, action, event, event["image_id"])
 
     def _read_of_message(self, number: int, action: str, event: Row) -> None:
-        message = event["detail"].get("message_id")
+        detail = event["detail"]
+        message, image = detail.get("message_id"), detail.get("encounter_of")
         if action == "disclose":  # the event of an assessment's names no message
             self._disclosed.add(message or event["assessment_id"])
         elif message is not None:
-            self._messages[message] = number, event["image_id"]
+            self._messages[message] = number, event["image_id"] if image is None else UUID(image)
 
     def _forget(self, table: AuditedTable, named: tuple[str, ...]) -> None:
         for each in [

@@ -25,8 +25,8 @@ FROM (VALUES ($3::uuid)) AS asked (lesion_id)
 LEFT JOIN lesions AS l USING (lesion_id);
 
 -- name: find_replay
--- Find what an Idempotency-Key led to.
-SELECT request_sha256, lesion_id, image_id, assessment_id
+-- Find what an Idempotency-Key led to: an assessment, or what else was sent under it.
+SELECT request_sha256, lesion_id, coalesce(assessment_id, created_id) AS assessment_id
 FROM idempotency_keys
 WHERE actor = $1 AND key = $2;
 
@@ -196,9 +196,40 @@ INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN erasures AS e USING (image_id)
 LEFT JOIN outbox AS o ON o.assessment_id = a.assessment_id AND o.kind = 'assessment';
 
+-- name: recorded_review
+-- Tell of reviews, as they are shown: all, for other statements to choose from.
+SELECT
+    r.review_id, r.assessment_id, a.image_id, r.clinician, r.recorded_at, r.decision, r.reason, r.diagnosis, r.level,
+    r.urgency, r.referral_made, r.follow_up_by, r.note, r.answers,
+    CASE WHEN r.before_answer IS NOT NULL THEN
+        jsonb_build_object(
+            'diagnosis', r.impression_diagnosis, 'intended_referral', r.intended_referral, 'recorded_at', r.recorded_at,
+            'before_answer', r.before_answer
+        )
+    END AS impression
+FROM reviews AS r
+INNER JOIN assessments AS a USING (assessment_id);
+
+-- name: recorded_outcome
+-- Tell of outcomes, as they are shown: all, for other statements to choose from.
+SELECT
+    outcome_id, kind, diagnosis, malignant, code, code_system, observed_on, source, image_id, recorded_by, recorded_at
+FROM lesion_outcomes;
+
 -- name: timeline
--- List a lesion's images, newest first.
-SELECT r.*, (SELECT open_demand($1)) AS open_demand
+-- List a lesion's images, newest first, each with what was said of it in the order in which it was; likewise its outcomes.
+SELECT
+    r.*, (SELECT open_demand($1)) AS open_demand,
+    (
+        SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.review_id), '[]')
+        FROM (:recorded_review) AS v
+        WHERE v.assessment_id = r.assessment_id
+    ) AS reviews,
+    (
+        SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.outcome_id), '[]')
+        FROM (:recorded_outcome) AS v
+        WHERE v.outcome_id IN (SELECT o.outcome_id FROM lesion_outcomes AS o WHERE o.lesion_id = $1)
+    ) AS outcomes
 FROM (:recorded_image) AS r
 WHERE r.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;

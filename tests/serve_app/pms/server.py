@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 import uvicorn
 
 TOKEN = "the PMS's token"
-IDS = ("assessment_id", "patient_id", "encounter_id", "review_id", "outcome_id", "report_id")
+IDS = ("assessment_id", "patient_id", "encounter_id", "review_id", "outcome_id", "report_id", "id")
 #: What may be posted, to an encounter or to none, and which field acknowledges it.
 ACKNOWLEDGED_BY = {"assessments": "assessment_id", "reviews": "review_id", "outcomes": "outcome_id"}
 
