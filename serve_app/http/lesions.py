@@ -1,4 +1,4 @@
-"""Lesions: an upload, the worklist, a timeline, an original image, its confirmation, an answer made again."""
+"""Lesions: an upload, a patient's list, a timeline, an original image, its confirmation, an answer made again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from serve_app.records.answers import (
     ConfirmationDocument,
     LesionSummaryDocument,
     TimelineDocument,
-    WorklistDocument,
+    LesionListDocument,
     assessment_document,
     lesion_url,
     references_of,
@@ -161,7 +161,7 @@ async def _find_again(
 
 @router.get(
     "/api/lesions",
-    response_model=WorklistDocument,
+    response_model=LesionListDocument,
     openapi_extra=rule(Action.LIST),
     summary="A patient's lesions, newest first",
 )
@@ -177,12 +177,12 @@ async def list_lesions(
     after = _read_cursor(cursor) if cursor else None
     access = await services.records.access(requested.actor, patient_id)
     await permit(services, requested, access, patient_id)
-    found = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
+    found = await services.records.patient_lesions(patient_id, limit=limit + 1, cursor=after)
     await services.records.record_event(requested.event("success"))
     page = found[:limit]
     last = _write_cursor(page[-1].created_at, page[-1].lesion_id) if len(found) > limit else None
     lesions = [LesionSummaryDocument.model_validate(summary) for summary in page]
-    document = WorklistDocument(lesions=lesions, next=last)
+    document = LesionListDocument(lesions=lesions, next=last)
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 

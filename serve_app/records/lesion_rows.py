@@ -226,9 +226,9 @@ class RecordedCase:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with its images, newest first; in a worklist with the newest alone.
+    """A lesion with its images, newest first; in a list with the newest alone.
 
-    (created_at, lesion_id) is the worklist's cursor for the lesions behind it.
+    (created_at, lesion_id) is the list's cursor for the lesions behind it.
     """
 
     lesion_id: UUID
@@ -244,7 +244,7 @@ class LesionTimeline:
 
     @classmethod
     def from_rows(cls, rows: Sequence[asyncpg.Record]) -> LesionTimeline:
-        """Make one of the rows of a lesion in `timeline` or `worklist`."""
+        """Make one of the rows of a lesion in `timeline` or `patient_lesions`."""
         lesion = dict(rows[0])
         images = [dict(row) for row in rows]
         return from_row(cls, lesion | {"created_at": lesion["lesion_created_at"], "images": images})

@@ -198,7 +198,7 @@ FROM (:recorded_image) AS r
 WHERE r.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;
 
--- name: worklist
+-- name: patient_lesions
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
 SELECT r.*, open_demand(r.lesion_id) AS open_demand
 FROM (
