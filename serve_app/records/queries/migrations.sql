@@ -46,6 +46,9 @@ GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
 GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
 GRANT INSERT (review_id, assessment_id, clinician, request_id, decision, reason, diagnosis, level, urgency, referral_made,
     follow_up_by, note, impression_diagnosis, intended_referral, before_answer, answers) ON reviews TO {role};
+-- An impression comes with its upload: when, the upload says.
+GRANT INSERT (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+    before_answer, salt) ON reviews TO {role};
 GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
     request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};
