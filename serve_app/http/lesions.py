@@ -46,9 +46,9 @@ from serve_app.lesions.triage import Submission, read_original
 from serve_app.records.answers import (
     AssessmentDocument,
     ConfirmationDocument,
+    LesionListDocument,
     LesionSummaryDocument,
     TimelineDocument,
-    LesionListDocument,
     assessment_document,
     lesion_url,
     references_of,

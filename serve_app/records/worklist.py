@@ -60,12 +60,12 @@ MESSAGES: Mapping[WorkAction, str] = {
         "The rules demand no referral, which does not mean 'no cancer'. Look at the answer, and record your decision."
     ),
     WorkAction.FOLLOW_UP: (
-        "A clinician wanted to see this lesion again by this day, and no later image of it has come. See the patient, and"
-        " send the new image under this lesion_id."
+        "A clinician wanted this lesion seen again by the day that is due, and neither a later image nor an outcome has come."
+        " See the patient, and send the new image under this lesion_id."
     ),
     WorkAction.REPEAT_IMAGE: (
         "This image has no answer and will have none. Judge the lesion without it, and send a new image under this"
-        " lesion_id, or record your decision."
+        " lesion_id; where none can be taken, record the lesion's outcome when it is known."
     ),
     WorkAction.CHECK_LATER: (
         "The image is stored, and its assessment has not finished. Look again in a few minutes, and do not send it a second"
@@ -147,7 +147,7 @@ class WorkItem:
 
 
 class WorkItemDocument(Document):
-    """One thing that waits in the caller's own care. Each image or lesion is listed once for each of its kinds:
+    """One thing that waits in the caller's own care; no image is listed for two kinds but for a `follow_up`.
 
     `demand`: a lesion with an open demand; `level`, `urgency`, `since`, `image_id` and `assessment_id` are those of its
     `open_demand`. `review`: an image in doubt that nobody has decided on; not where its lesion's `demand` is listed by that

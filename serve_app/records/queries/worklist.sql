@@ -72,7 +72,7 @@ work AS (
     SELECT 'follow_up', * FROM follow_ups
     UNION ALL
     -- In doubt, or without an answer. An image that a demand is listed by is not listed again; one that can have no
-    -- answer is done with by a later image of the lesion or a decision.
+    -- answer is done with by a later image of the lesion, a decision or the lesion's outcome.
     SELECT i.outcome, i.patient_id, i.emergency, i.lesion_id, i.image_id, i.assessment_id, i.outcome, i.level, i.urgency,
         i.created_at, i.due
     FROM images AS i
@@ -83,6 +83,12 @@ work AS (
             ELSE i.level IS NULL
                 AND i.created_at = i.newest
                 AND NOT EXISTS (SELECT FROM reviews AS r WHERE r.assessment_id = i.assessment_id AND r.decision IS NOT NULL)
+                AND NOT EXISTS (
+                    SELECT FROM lesion_outcomes AS o
+                    WHERE o.lesion_id = i.lesion_id
+                        AND o.recorded_at > i.created_at
+                        AND o.observed_on >= (i.created_at AT TIME ZONE 'UTC')::date
+                )
         END
 ),
 ranked AS (
