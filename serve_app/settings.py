@@ -130,6 +130,12 @@ class Settings(KeySettings):
     emergency_access_minutes: int = Field(default=240, ge=1)
     emergency_access_max_minutes: int = Field(default=720, ge=1, le=1440)
 
+    #: By when the patient should have been seen, days from the image on: what the worklist is sorted by. Urgent is at
+    #: most the two weeks of NICE NG12.
+    due_days_urgent: int = Field(default=14, ge=1, le=14)
+    due_days_expedited: int = Field(default=28, ge=1, le=3650)
+    due_days_routine: int = Field(default=126, ge=1, le=3650)
+
     #: How long a request with an Idempotency-Key may be repeated.
     idempotency_days: int = Field(default=7, ge=1)
     #: How long images are kept once their patient's record is closed; unset: for good.
@@ -152,6 +158,15 @@ class Settings(KeySettings):
     pms_fhir: bool = False
     #: How long a message waits for the PMS before an operator must look at it.
     pms_dead_after_days: int = Field(default=7, ge=1)
+
+    @property
+    def due_days(self) -> dict[str, int]:
+        """How many days each urgency leaves."""
+        return {
+            "urgent": self.due_days_urgent,
+            "expedited": self.due_days_expedited,
+            "routine": self.due_days_routine,
+        }
 
     @field_validator("pms_url")
     @classmethod
@@ -184,6 +199,8 @@ class Settings(KeySettings):
                 )
         if self.emergency_access_minutes > self.emergency_access_max_minutes:
             raise ValueError("DERM_EMERGENCY_ACCESS_MINUTES is above DERM_EMERGENCY_ACCESS_MAX_MINUTES")
+        if not self.due_days_urgent <= self.due_days_expedited <= self.due_days_routine:
+            raise ValueError("DERM_DUE_DAYS_URGENT, _EXPEDITED and _ROUTINE must not fall")
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
 from serve_app.records.reviews import ReviewStore
+from serve_app.records.worklist import WorklistStore
 from serve_app.settings import Settings, find_untrustworthy
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
@@ -58,6 +59,7 @@ class Services:
         """`version` is the service's own, for every answer's provenance."""
         self.settings, self.pool, self.keys, files = settings, pool, keys, settings.files
         self.records, self.access = LesionStore(pool), AccessStore(pool)
+        self.worklist = WorklistStore(pool, settings.due_days)
         self.live = LiveModelWatch(pool, settings.models, stages.warm)
         self.invariants = InvariantWatch(pool)
         checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)

@@ -170,7 +170,7 @@ class LatestDocument(Document):
 
 
 class LesionSummaryDocument(Document):
-    """A lesion as the worklist shows it."""
+    """A lesion as the patient's list shows it."""
 
     lesion_id: Id
     patient_id: str
@@ -179,8 +179,8 @@ class LesionSummaryDocument(Document):
     latest: LatestDocument
 
 
-class WorklistDocument(Document):
-    """One page, newest first."""
+class LesionListDocument(Document):
+    """One page of a patient's lesions, newest first."""
 
     lesions: list[LesionSummaryDocument]
     next: str | None

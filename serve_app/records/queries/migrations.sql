@@ -44,9 +44,9 @@ GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessmen
     ON audit_events TO {role};
 GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
 GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
--- An impression alone; a decision is recorded by record_review.
-GRANT INSERT (review_id, assessment_id, clinician, request_id, impression_diagnosis, intended_referral, before_answer)
-    ON reviews TO {role};
+-- An impression alone, which may come with its upload, when the upload says; a decision is recorded by record_review.
+GRANT INSERT (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+    before_answer, salt) ON reviews TO {role};
 GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
     request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};

@@ -38,6 +38,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
+    ("GET", "/api/worklist"): "view_worklist",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -47,6 +48,7 @@ ROUTES: dict[tuple[str, str], str] = {
 LET_IN = {"erase": "supervisor", "review_access": "supervisor"}
 DENIED = {
     "erase": ("pms_service", "assignment"),
+    "view_worklist": ("auditor", "role"),
     "view_reference": ("porter", "role"),
     "break_glass": ("auditor", "role"),
     "review_access": ("clinician", "role"),
