@@ -26,6 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
+from serve_app.domain.review import HookFeedback
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -139,13 +140,14 @@ class AssessmentDocument(Document):
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first."""
+    """A lesion with every image and assessment, newest first; `hook_feedback` is there where there is any."""
 
     lesion_id: Id
     patient_id: str
     created_at: Time
     open_demand: OpenDemand | None
     assessments: list[AssessmentDocument]
+    hook_feedback: list[HookFeedback] = []
 
 
 class LatestDocument(Document):
