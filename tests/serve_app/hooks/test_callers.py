@@ -154,7 +154,7 @@ async def test_an_address_in_a_token_is_never_asked(request, ehr) -> None:
         listening.listen()
         listening.settimeout(0.3)
         address = f"https://127.0.0.1:{listening.getsockname()[1]}/jwks.json"
-        for header in ({"jku": address}, {"x5u": address, "jku": address}, {"jku": ""}):
+        for header in ({"jku": address}, {"x5u": address, "jku": address}):
             answer = await found.look("p", token=found.token(header=header))
             found.service.hold_to_problem(answer, 401, "unauthenticated")
         with pytest.raises(TimeoutError):

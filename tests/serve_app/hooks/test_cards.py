@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime, timedelta
 from itertools import product
 import json
+import logging
 from typing import Any
 from uuid import uuid4
 
@@ -356,6 +357,20 @@ async def test_a_body_that_is_none_is_refused_and_quoted_nowhere(west, body, sta
     assert (event["actor"], event["patient_id"]) == ("derm-cds:hooks:west", None)
 
 
+async def test_no_log_has_patient_user_token_or_comment(west, lesion, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    tokens = [west.token(), west.token(iss="https://evil.example")]
+    (card,) = await cards_of(await west.look(lesion["fhir"], token=tokens[0]))
+    await west.look(lesion["fhir"], token=tokens[0])
+    await west.look(lesion["fhir"], token=tokens[1])
+    await west.post(view("Zyxmuster Hans"))
+    await west.tell(overridden(card["uuid"], userComment="a word of Zyxmuster"))
+    said = "".join(f"{each.getMessage()} {vars(each)!r}" for each in caplog.records)
+    assert said
+    marks = (lesion["fhir"], lesion["patient_id"], "Practitioner", "Zyxmuster", "opaque-token", DOCTOR)
+    assert not [mark for mark in (*marks, *(token.split(".")[2] for token in tokens)) if mark in said]
+
+
 _WHOLE = st.fixed_dictionaries(
     {},
     optional={
@@ -429,11 +444,11 @@ def test_every_card_is_whole_and_short() -> None:
         )
         if kind or (level and urgency)
     ]
-    for each in found:
-        cards = write_cards("west", CLIENT, [each], source_url=None)
-        jsonschema.validate({"cards": cards}, CARDS)
-        assert "None" not in json.dumps(cards)
-        assert "https://w.example/e%2F1%3F" in json.dumps(cards) or each.encounter_id is None
+    cards = [write_cards("west", CLIENT, [each], source_url=None)[0] for each in found]
+    jsonschema.validate({"cards": cards}, CARDS)
+    for each, card in zip(found, map(json.dumps, cards), strict=True):
+        assert "None" not in card
+        assert ("https://w.example/e%2F1%3F" in card) is (each.encounter_id is not None)
     indicators = {
         urgency: write_cards("w", CLIENT, [due(urgency=urgency)], source_url=None)[0] for urgency in Urgency
     }
