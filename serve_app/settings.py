@@ -105,7 +105,7 @@ class Settings(KeySettings):
     #: as a JWK set (a path, an http or an https URL).
     token_secret: SecretStr = SecretStr("")
     token_jwks: str = ""
-    #: Of the published keys: RS256, ES256, EdDSA, Ed25519.
+    #: Of the published keys: RS256, RS384, ES256, ES384, EdDSA, Ed25519.
     token_algorithms: str = "RS256,ES256,EdDSA"
     #: A key that the issuer withdrew is refused after that long.
     token_jwks_refresh_s: float = Field(default=600.0, ge=30, le=86_400)

@@ -19,9 +19,9 @@ LEFT JOIN hook_identities AS u ON u.client = asked.client AND u.kind = 'user' AN
 LEFT JOIN hook_identities AS p ON p.client = asked.client AND p.kind = 'patient' AND p.fhir_id = asked.fhir_patient;
 
 -- name: due
--- What a patient's lesions wait for: demands that no clinician has answered, and follow-ups that are overdue, which are
--- those of the newest review with a date, now past, and no image of the lesion since that is still there. The most
--- pressing first.
+-- What a patient's lesions wait for: demands that no clinician has answered, and follow-ups that are overdue, as the
+-- worklist has them: of each assessment the newest decision counts, and another image of the lesion, or its outcome, has it
+-- done. The most pressing first.
 WITH due AS (
     SELECT
         'open_demand' AS kind, l.lesion_id, (d.demand ->> 'assessment_id')::uuid AS assessment_id, NULL::uuid AS review_id,
@@ -34,20 +34,30 @@ WITH due AS (
     SELECT
         'follow_up', f.lesion_id, f.assessment_id, f.review_id, f.level, f.urgency, f.recorded_at, f.follow_up_by
     FROM (
-        SELECT DISTINCT ON (l.lesion_id)
-            l.lesion_id, r.assessment_id, r.review_id, r.level, r.urgency, r.recorded_at, r.follow_up_by
+        SELECT DISTINCT ON (l.lesion_id) l.lesion_id, r.*
         FROM lesions AS l
         INNER JOIN lesion_images AS i USING (lesion_id)
         INNER JOIN assessments AS a USING (image_id)
-        INNER JOIN reviews AS r USING (assessment_id)
-        WHERE l.patient_id = $1 AND r.follow_up_by IS NOT NULL
-        ORDER BY l.lesion_id, r.recorded_at DESC, r.review_id DESC
+        CROSS JOIN LATERAL (
+            SELECT * FROM reviews
+            WHERE assessment_id = a.assessment_id AND decision IS NOT NULL
+            ORDER BY recorded_at DESC, review_id DESC
+            LIMIT 1
+        ) AS r
+        WHERE l.patient_id = $1
+            AND r.follow_up_by < (now() AT TIME ZONE 'UTC')::date
+            AND NOT EXISTS (
+                SELECT FROM lesion_images AS later
+                WHERE later.lesion_id = l.lesion_id AND later.created_at > r.recorded_at AND later.erased_at IS NULL
+            )
+            AND NOT EXISTS (
+                SELECT FROM lesion_outcomes AS o
+                WHERE o.lesion_id = l.lesion_id
+                    AND o.recorded_at > r.recorded_at
+                    AND o.observed_on >= (r.recorded_at AT TIME ZONE 'UTC')::date
+            )
+        ORDER BY l.lesion_id, r.follow_up_by, r.recorded_at
     ) AS f
-    WHERE f.follow_up_by < current_date
-        AND NOT EXISTS (
-            SELECT FROM lesion_images AS later
-            WHERE later.lesion_id = f.lesion_id AND later.created_at > f.recorded_at AND later.erased_at IS NULL
-        )
 )
 SELECT
     d.*, i.image_id, i.encounter_id, i.erased_at IS NOT NULL AS erased,

@@ -190,6 +190,15 @@ async def test_a_follow_up_is_due_once_it_is_past_until_the_lesion_is_seen(west,
     # An image that was none of it has not been seen.
     await erase(hooked, seen)
     assert len(await cards_of(await west.look(lesion["fhir"]))) == 2
+    await hooked.owner.execute(
+        "INSERT INTO lesion_outcomes (outcome_id, lesion_id, kind, malignant, observed_on, source, recorded_by, request_id)"
+        " VALUES ($1, $2::text::uuid, 'follow_up', false, $3, 'clinician', 'dr', 'r')",
+        uuid4(),
+        lesion["lesion_id"],
+        today,
+    )
+    (card,) = await cards_of(await west.look(lesion["fhir"]))
+    assert card["summary"].startswith("Open demand")
 
 
 def without(name: str) -> dict[str, Any]:
