@@ -144,16 +144,16 @@ class Form(BaseModel):
 AnyForm = TypeVar("AnyForm", bound=BaseModel)
 
 
-async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
-    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
+async def read_form(request: Request, form: type[AnyForm], *, limit: int = MAX_BYTES) -> AnyForm:
+    """Read a body of this form; TooLarge above `limit` bytes, InvalidField for anything else that is no such form.
 
     BodyTimeout as Place.read says.
     """
     services: Services = request.app.state.services
-    chunks = Place(MAX_BYTES, services.settings).read(request)
+    chunks = Place(limit, services.settings).read(request)
     try:
         body = b"".join(
-            [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
+            [chunk async for chunk in _bounded(chunks, limit, f"The body may have {limit} bytes.")]
         )
         value = read_json(body)
         if not isinstance(value, dict):

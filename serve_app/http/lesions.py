@@ -217,8 +217,11 @@ async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JS
     if timeline is None:
         raise NotFound
     pictured = await services.records.pictured(references_of(*timeline.images))
+    told = await services.hook_records.feedback(lesion_id)
     await services.records.record_event(requested.event("success"))
     document = timeline_document(timeline, pictured=pictured, pms_url=services.settings.pms_url)
+    if told:
+        document.hook_feedback = told
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 

@@ -26,7 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.review import LesionOutcome, Review
+from serve_app.domain.review import HookFeedback, LesionOutcome, Review
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -142,7 +142,10 @@ class AssessmentDocument(Document):
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first; `outcomes` are what it turned out to be, in that order."""
+    """A lesion with every image and assessment, newest first.
+
+    `outcomes` are what it turned out to be, in the same order; `hook_feedback` is there where there is any.
+    """
 
     lesion_id: Id
     patient_id: str
@@ -150,6 +153,7 @@ class TimelineDocument(Document):
     open_demand: OpenDemand | None
     outcomes: list[LesionOutcome]
     assessments: list[AssessmentDocument]
+    hook_feedback: list[HookFeedback] = []
 
 
 class ReviewedDocument(Document):

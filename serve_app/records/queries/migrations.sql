@@ -38,6 +38,10 @@ GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publicatio
 GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
     key_stores TO {role};
 GRANT SELECT ON reviews, lesion_outcomes TO {role};
+GRANT SELECT ON hook_identities, hook_cards, hook_feedback, hook_tokens TO {role};
+GRANT INSERT (card_id, client, kind, assessment_id, review_id) ON hook_cards TO {role};
+GRANT INSERT (feedback_id, card_id, outcome, reason_system, reason_code, comment, outcome_at) ON hook_feedback TO {role};
+GRANT INSERT (client, jti_sha256), DELETE ON hook_tokens TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_embeddings, idempotency_keys, erasure_receipts TO {role};
 -- By column: numbers and times are the database's to give, and what comes later (an erasure, a review) is not there at first.
 GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)

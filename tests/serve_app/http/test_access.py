@@ -24,7 +24,9 @@ from serve_app.http.access import Caller
 from serve_app.records.access import AccessStore
 from tests.serve_app.conftest import SECRET
 
-ANONYMOUS = {"/healthz", "/readyz"}
+ANONYMOUS = {"/healthz", "/readyz", "/cds-services"}
+#: For EHRs, with tokens of another kind and a description of their own: tests/serve_app/hooks has who may.
+OF_EHRS = {("POST", "/cds-services/{service_id}"), ("POST", "/cds-services/{service_id}/feedback")}
 
 #: Method and path, `{patient}` where the patient is in the query or the form: the action that it is.
 ROUTES: dict[tuple[str, str], str] = {
