@@ -46,6 +46,10 @@ NOT_TO_BE_CHOSEN = {
     "key_stores (store_id, claimed_at)": "gen_random_uuid(), '2020-01-01'",
     "lesion_images (image_id, erased_at)": "gen_random_uuid(), now()",
     "assessments (assessment_id, demand_answered_at)": "gen_random_uuid(), now()",
+    "reviews (review_id, recorded_at)": "gen_random_uuid(), '2020-01-01'",
+    "reviews (review_id, decision)": "gen_random_uuid(), 'accept'",
+    "reviews (review_id, answers)": "gen_random_uuid(), '{}'",
+    "lesion_outcomes (outcome_id, recorded_at)": "gen_random_uuid(), '2020-01-01'",
 }
 NOT_TO_BE_CHANGED = [
     f"SELECT setval('audit_events_event_id_seq', {_FAR})",
@@ -53,6 +57,10 @@ NOT_TO_BE_CHANGED = [
     f"SELECT setval('outbox_position_seq', {_FAR})",
     "UPDATE assessments SET demand_answered_at = now()",
     "UPDATE assessments SET context = '{}'",
+    "UPDATE reviews SET note = NULL",
+    "DELETE FROM reviews",
+    "UPDATE lesion_outcomes SET malignant = false",
+    "DELETE FROM lesion_outcomes",
     "UPDATE assessments SET actor = 'x'",
     "UPDATE assessments SET image_id = gen_random_uuid()",
 ]
