@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+import logging
 import math
 from typing import Any
 
@@ -40,6 +41,7 @@ from serve_app.domain.patient import ClinicalContext
 from serve_app.records.serving import LiveModel
 
 _STRENGTH = tuple(Effect)
+_log = logging.getLogger("derm.canary")
 
 
 def conclude(findings: Findings, policy: RiskPolicy, operating_points: Mapping[str, float]) -> Conclusion:
@@ -165,6 +167,10 @@ class RiskStage:
         Raises StageFailed when a conclusion is not what it must be.
         """
         known = prove_shipped(self._shipped, lambda case: conclude(case, self._shipped, POINTS))
+        if not known:
+            _log.warning(
+                "No conclusion is known of this policy: its canary asks only what every policy must keep."
+            )
         for model in self._held:
             await prove_in_force(self._policy, partial(self.conclude, model))
         return 0.0 if known else None
