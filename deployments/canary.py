@@ -1,7 +1,7 @@
 """Canaries of a replica: known questions, put to the code that answers when a model is loaded and every hour.
 
-Three wrong answers in a row and the replica answers nobody any more, and Ray Serve replaces it. A canary has no time limit:
-one that is slow is not wrong. Nothing is kept but three gauges and a line in the log.
+Three wrong answers in a row and the replica answers nobody any more, and Ray Serve replaces it. A canary
+has no time limit: one that is slow is not wrong. Nothing is kept but three gauges and a line in the log.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def require_right(model_id: str, prove: Callable[[], Off]) -> None:
 
 
 class Canaries:
-    """Whether a replica still answers rightly; `check` in its health check, `require_sound` before an answer."""
+    """Whether a replica still answers rightly: `check` at a health check, `require_sound` at an answer."""
 
     def __init__(self, prove: Callable[[], Awaitable[Off]], gauge: Callable[[str, str], Gauge]) -> None:
         """`prove` asks; whatever it raises is a wrong answer, too."""
@@ -71,7 +71,7 @@ class Canaries:
             self._asking = asyncio.create_task(self._ask())
 
     def require_sound(self) -> None:
-        """Raise StageFailed once three in a row were wrong: until it is replaced, the replica is not to answer."""
+        """Raise StageFailed once three in a row were wrong: the replica is to be replaced, not to answer."""
         if self._failed >= TRIES:
             raise StageFailed("This replica gives wrong answers to its canary.")
 

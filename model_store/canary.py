@@ -1,7 +1,7 @@
 """A model's canary: prepared pixels, and what the model must answer to them wherever it runs.
 
-`canary.npz` lies in the model folder and names the model by its digest, so the manifest cannot vouch for it: a model gets
-one without becoming another (`python -m data_jobs.training.canary`).
+`canary.npz` lies in the model folder and names the model by its digest, so the manifest cannot vouch for
+it: a model gets one without becoming another (`python -m data_jobs.training.canary`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from serve_app.domain.errors import ModelContractError
 
 CANARY_NAME = "canary.npz"
 
-#: What processors may differ in, whose kernels sum in another order. A logit may be off by 0.001, as at an import and in
-#: the golden vectors of devices; no probability is then off by more than 0.3 % of itself (two logits, over a temperature
-#: of 0.7). docs/models.md has what was measured; a replay on one machine keeps 1e-6.
+#: What processors may differ in, whose kernels sum in another order. A logit may be off by 0.001, as at an
+#: import and in the golden vectors of devices; no probability is then off by more than 0.3 % of itself (two
+#: logits, over a temperature of 0.7). docs/models.md has what was measured; a replay keeps 1e-6.
 PROBABILITY_OFF = 0.003
 #: Of the bottleneck's greatest value.
 BOTTLENECK_OFF = 0.001
@@ -39,9 +39,11 @@ _log = logging.getLogger("derm.canary")
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """Pixels uint8 H×W×3 and the answer to them: the nine probabilities in the order of Diagnosis, which of TRAINED
-    are in the prediction set, the bottleneck (float32, 512), and its unit vector in each embedding space.
-    """  # noqa: D205 - one sentence
+    """Pixels (uint8, H×W×3), and the answer to them.
+
+    nine: probabilities in the order of Diagnosis; members: which of TRAINED are in the prediction set;
+    bottleneck: float32, 512; vectors: the unit vector that it becomes, by embedding space.
+    """
 
     pixels: NDArray[np.uint8]
     nine: NDArray[np.float64]
@@ -61,7 +63,7 @@ class Canary:
         return cls(pixels, _nine(answer), _members(answer), bottleneck, vectors)
 
     def answer_off(self, answer: Classification, bottleneck: NDArray[np.float32]) -> float:
-        """How far an answer is off, as a share of what is allowed: infinite for another set, or what is no number."""
+        """How far an answer is off, as a share of what is allowed; infinite for another set or no number."""
         found, expected = (np.maximum(nine, _LEAST_PROBABILITY) for nine in (_nine(answer), self.nine))
         apart = (
             np.abs(np.log(found / expected)).max() / PROBABILITY_OFF,

@@ -1,8 +1,8 @@
 """The canary of a model folder: a drawn lesion, and what the model answers to it where it was evaluated.
 
-`python -m data_jobs.training.canary --model M` answers some images of the evaluation again, by the served code; only when
-they come out as they are in `predictions.parquet` is the answer to the drawing kept, as `canary.npz`. The model stays
-the model that it is.
+`python -m data_jobs.training.canary --model M` answers some images of the evaluation again, by the served
+code; only when they come out as they are in `predictions.parquet` is the answer to the drawing kept, as
+`canary.npz`. The model stays the model that it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DRAWINGS = range(1, 9)
 def make_canary(model: StoredModel, classifier: Classifier, archive: Path) -> Canary:
     """Make a model's canary from the drawing that it is least sure of.
 
-    An answer near 1 would hide what changes. Raises ValueError when the evaluation does not come out as it is recorded.
+    An answer near 1 would hide what changes. Raises ValueError when the evaluation comes out otherwise.
     """
     _require_as_evaluated(model, classifier, archive)
     geometry = InputGeometry.from_manifest(model.manifest.input)

@@ -1,8 +1,9 @@
 """Canaries of the risk stage: cases whose conclusion is known before they are asked.
 
-Under a shipped policy every case has one conclusion, committed in `canaries.json`: it tests the rules and the numbers that
-were read. A site's own numbers have none, and what the stage said at its start would prove nothing; but they are named by a
-digest over themselves, and some conclusions hold under any policy that may be deployed.
+Under a shipped policy every case has one conclusion, committed in `canaries.json`: it tests the rules and
+the numbers that were read. A site's own numbers have none, and what the stage said at its start would prove
+nothing; but they are named by a digest over themselves, and some conclusions hold under any policy that may
+be deployed.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ def tell(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def known_answers(policy: RiskPolicy, answer: Callable[[Findings], Conclusion]) -> dict[str, Any]:
-    """What `canaries.json` must hold of a shipped policy: the digest of its numbers, and every case's conclusion."""
+    """What `canaries.json` must hold of a shipped policy: its numbers' digest, and every conclusion."""
     return {"numbers": digest_numbers(policy)} | {name: tell(answer(case)) for name, case in CASES.items()}
 
 
 def prove_shipped(policy: RiskPolicy, answer: Callable[[Findings], Conclusion]) -> bool:
-    """Put the cases to a policy as it was shipped; False when nothing is known of it: it is a site's own file.
+    """Put the cases to a policy as it was shipped; False when nothing is known of it, a site's own.
 
     Raises StageFailed when a case is concluded otherwise, or the numbers are not those that were shipped.
     """
@@ -116,7 +117,7 @@ def prove_shipped(policy: RiskPolicy, answer: Callable[[Findings], Conclusion]) 
 
 
 async def prove_in_force(policy: RiskPolicy, answer: Callable[[Findings], Awaitable[Conclusion]]) -> None:
-    """Hold the policy in force to its own name, and to what no policy may change (NICE NG12; no image, no guess).
+    """Hold the policy in force to its name, and to what no policy may change (NICE NG12; no image, no guess).
 
     Raises StageFailed when it is not so.
     """

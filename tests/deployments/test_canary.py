@@ -1,4 +1,4 @@
-"""Canaries: a replica that answers wrongly is found and answers nobody; one that is slow, or was wrong once, goes on."""
+"""Canaries: a replica that answers wrongly is found and answers nobody; a slow one goes on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def watch(gauges, clock) -> Callable[..., Canaries]:
-    """`watch(0.2, 7.0, ...)`: canaries that answer so, one after the other, then 0; what is raised is raised."""
+    """`watch(0.2, 7.0, ...)`: canaries that answer so, then 0; what is raised is raised."""
 
     def make(*answers: float | BaseException | None) -> Canaries:
         left = list(answers)

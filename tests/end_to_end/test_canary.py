@@ -1,4 +1,4 @@
-"""A replica whose model went wrong in memory, on a real node: it answers nobody any more, and another takes its place."""
+"""A replica whose model went wrong in memory, on a real node: it answers nobody, another takes its place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Spoilt(ClassifierDeployment.func_or_class):
     async def state(self) -> tuple[str, int, float]:
         return serve.get_replica_context().replica_id.unique_id, self._canaries._failed, self._canaries._due
 
-options = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 0.5, "graceful_shutdown_timeout_s": 1}
+options = {"health_check_period_s": 0.5, "graceful_shutdown_timeout_s": 1}
+options["ray_actor_options"] = {"num_cpus": 0.1}
 spoilt = serve.deployment(Spoilt, name="classifier").options(**options)
 serve.run(spoilt.bind(threads=1, device="cpu"), name="canary", route_prefix=None)
 

@@ -1,4 +1,4 @@
-"""The canary that ships is what the command makes, and none is made where the evaluation does not come out again."""
+"""The canary that ships is what the command makes, and none is made where the evaluation differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The risk stage's canaries: committed conclusions under every shipped policy, and what holds under a site's own."""
+"""The risk stage's canaries: committed conclusions under shipped policies, and what holds under any."""
 
 from __future__ import annotations
 
