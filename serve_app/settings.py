@@ -140,6 +140,12 @@ class Settings(KeySettings):
     emergency_access_minutes: int = Field(default=240, ge=1)
     emergency_access_max_minutes: int = Field(default=720, ge=1, le=1440)
 
+    #: By when the patient should have been seen, days from the image on: what the worklist is sorted by. Urgent is at
+    #: most the two weeks of NICE NG12.
+    due_days_urgent: int = Field(default=14, ge=1, le=14)
+    due_days_expedited: int = Field(default=28, ge=1, le=3650)
+    due_days_routine: int = Field(default=126, ge=1, le=3650)
+
     #: How long a request with an Idempotency-Key may be repeated.
     idempotency_days: int = Field(default=7, ge=1)
     #: How long images are kept once their patient's record is closed; unset: for good.
@@ -158,11 +164,22 @@ class Settings(KeySettings):
     pms_cache_s: float = Field(default=300.0, ge=0, le=86_400)
     #: Whether finished assessments are posted to the PMS: a disclosure, so only where somebody asked for it.
     pms_deliver: bool = False
+    #: Whether each lesion's FHIR report is posted, too, whenever something of it changed.
+    pms_fhir: bool = False
     #: How long a message waits for the PMS before an operator must look at it.
     pms_dead_after_days: int = Field(default=7, ge=1)
 
     #: A TOML file (docs/pms.md): which EHRs may ask for cards by CDS Hooks. Unset: none may.
     hooks_clients: Path | None = None
+
+    @property
+    def due_days(self) -> dict[str, int]:
+        """How many days each urgency leaves."""
+        return {
+            "urgent": self.due_days_urgent,
+            "expedited": self.due_days_expedited,
+            "routine": self.due_days_routine,
+        }
 
     @field_validator("pms_url")
     @classmethod
@@ -195,12 +212,16 @@ class Settings(KeySettings):
                 )
         if self.emergency_access_minutes > self.emergency_access_max_minutes:
             raise ValueError("DERM_EMERGENCY_ACCESS_MINUTES is above DERM_EMERGENCY_ACCESS_MAX_MINUTES")
+        if not self.due_days_urgent <= self.due_days_expedited <= self.due_days_routine:
+            raise ValueError("DERM_DUE_DAYS_URGENT, _EXPEDITED and _ROUTINE must not fall")
         return self
 
     @model_validator(mode="after")
     def _pms_is_whole(self) -> Self:
         if self.pms_url is None and (self.patient_directory == "pms" or self.pms_deliver):
             raise ValueError("DERM_PMS_URL is missing: DERM_PATIENT_DIRECTORY or DERM_PMS_DELIVER needs it")
+        if self.pms_fhir and not self.pms_deliver:
+            raise ValueError("DERM_PMS_FHIR needs DERM_PMS_DELIVER: reports go the way of assessments")
         if self.env == "production" and self.pms_url is not None and _is_open_http(self.pms_url):
             raise ValueError("DERM_PMS_URL must be https in production: patients' data goes there")
         return self

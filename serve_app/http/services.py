@@ -40,6 +40,8 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
+from serve_app.records.reviews import ReviewStore
+from serve_app.records.worklist import WorklistStore
 from serve_app.settings import Settings, find_untrustworthy, read_hooks
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
@@ -59,21 +61,29 @@ class Services:
         """`version` is the service's own, for every answer's provenance."""
         self.settings, self.pool, self.keys, files = settings, pool, keys, settings.files
         self.records, self.access = LesionStore(pool), AccessStore(pool)
+        self.worklist = WorklistStore(pool, settings.due_days)
         self.live = LiveModelWatch(pool, settings.models, stages.warm)
         self.invariants = InvariantWatch(pool)
         checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
         consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
+        self.tells_fhir = tells_fhir = tells_pms and settings.pms_fhir
         assessor = Assessor(stages, service_version=version)
+        self.reviews, self.tells_pms = ReviewStore(pool), tells_pms
         self.triage = Triage(
-            assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
+            assessor=assessor,
+            records=self.records,
+            keys=keys,
+            consultation=consultation,
+            tells_pms=tells_pms,
+            tells_fhir=tells_fhir,
         )
         self.replayer = Replayer(
             assessor=assessor, pool=pool, records=self.records, keys=keys, models=settings.models
         )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
-        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms, tells_fhir=tells_fhir)
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         hooks = read_hooks(settings.hooks_clients) if settings.hooks_clients else None

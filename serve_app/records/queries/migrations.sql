@@ -48,8 +48,9 @@ GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessmen
     ON audit_events TO {role};
 GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
 GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
-GRANT INSERT (review_id, assessment_id, clinician, request_id, decision, reason, diagnosis, level, urgency, referral_made,
-    follow_up_by, note, impression_diagnosis, intended_referral, before_answer, answers) ON reviews TO {role};
+-- An impression alone, which may come with its upload, when the upload says; a decision is recorded by record_review.
+GRANT INSERT (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+    before_answer, salt) ON reviews TO {role};
 GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
     request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};
@@ -66,4 +67,4 @@ GRANT DELETE ON idempotency_keys TO {role};
 GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note, ended_at, ended_by) ON emergency_accesses TO {role};
 GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, sent_at, delivered_at, dead_at,
     setbacks, set_back_at) ON outbox TO {role};
-GRANT EXECUTE ON FUNCTION erase_image TO {role};
+GRANT EXECUTE ON FUNCTION erase_image, record_review TO {role};

@@ -33,12 +33,16 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions"): "upload",
     ("GET", "/api/lesions"): "list",
     ("GET", "/api/lesions/{lesion_id}"): "read",
+    ("GET", "/api/lesions/{lesion_id}/report"): "read_report",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
+    ("GET", "/api/worklist"): "view_worklist",
+    ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
+    ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -48,6 +52,7 @@ ROUTES: dict[tuple[str, str], str] = {
 LET_IN = {"erase": "supervisor", "review_access": "supervisor"}
 DENIED = {
     "erase": ("pms_service", "assignment"),
+    "view_worklist": ("auditor", "role"),
     "view_reference": ("porter", "role"),
     "break_glass": ("auditor", "role"),
     "review_access": ("clinician", "role"),
@@ -81,6 +86,13 @@ async def ask(service, method: str, path: str, record: Record, headers: dict[str
     bodies: dict[str, Any] = {
         "erase": {"reason": "patient_request"},
         "confirm": {"image_id": record.image},
+        "review": {"assessment_id": record.assessment, "decision": "accept"},
+        "record_outcome": {
+            "kind": "follow_up",
+            "malignant": False,
+            "observed_on": "2026-06-01",
+            "source": "clinician",
+        },
         "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
         "review_access": {"outcome": "justified"},
     }

@@ -63,14 +63,14 @@ async def test_what_is_not_there_and_what_is_not_allowed_are_problems_too(servic
 
 async def test_head_answers_as_get_without_a_body(service, answer) -> None:
     lesion, headers = f"/api/lesions/{answer['lesion_id']}", service.token("dr")
-    worklist = f"/api/lesions?patient_id={answer['patient_id']}"
+    listed = f"/api/lesions?patient_id={answer['patient_id']}"
     for path in (
         "/readyz",
         "/api/openapi.json",
         "/nothing",
         lesion,
         path_of(answer),
-        worklist,
+        listed,
         "/api/lesions",
     ):
         get, head = [await service.client.request(way, path, headers=headers) for way in ("GET", "HEAD")]
