@@ -15,6 +15,7 @@ from tests.serve_app.lesions.conftest import AlteredStages, failing
 LOOPS = {
     *("live_model", "replica_report", "recovery", "sealing", "refusal_summaries", "invariants"),
     *("erasures", "sweeping"),
+    *("report_counts", "reports"),
 }
 
 
