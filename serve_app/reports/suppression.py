@@ -99,6 +99,12 @@ def _band(value: int, last: int | None) -> tuple[float, float, bool]:
     return THRESHOLD, np.inf, False
 
 
+def most_hidden(value: int, last: int | None) -> int | None:
+    """The most that a count can be that is hidden for itself; None for any other."""
+    _, high, is_secret = _band(value, last)
+    return int(high) if is_secret else None
+
+
 def _in_two(
     figure: int, moved: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
