@@ -17,6 +17,7 @@ from serve_app.domain.errors import AssessmentPending, Conflict, Erased, Idempot
 from serve_app.domain.review import Decision
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import ErasureRequest, ErasureStore, Verdict
+from serve_app.records.health import find_violations
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, queries
@@ -27,6 +28,7 @@ LEVELS, URGENCIES = list(RiskLevel), list(Urgency)
 #: How often each action is drawn.
 ACTIONS = {"upload": 8, "late": 2, "review": 8, "erase": 2, "outcome": 2, "confirm": 2, "look": 1}
 ACTED = 1_000
+HELD = ("erased_images_leave_nothing", "demands_answered_by_decisions")
 
 
 @dataclass
@@ -256,6 +258,7 @@ async def test_a_thousand_actions_and_only_a_decision_answers_a_demand(
         await history.hold(lesion_id)
         if number % 100 == 99:
             await history.hold(*history.lesions)
+    assert [each for each in await find_violations(pool) if each.name in HELD] == []
     states = {image.state for images in history.lesions.values() for image in images}
     assert states == {"pending", "done", "failed", "erased"}
     assert (await reconcile(pool)).differences == ()
