@@ -20,6 +20,7 @@ from serve_app.records.erasures import ErasureRequest, ErasureStore, Verdict
 from serve_app.records.health import find_violations
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
+from serve_app.records.outbox import Outbox
 from serve_app.records.pool import Pool, queries
 from serve_app.records.reconciliation import reconcile
 from serve_app.records.reviews import ReviewStore, Statement
@@ -390,8 +391,6 @@ GIVEN = {
     "view_worklist nothing": True,
     "something_new lesion": True,
     "something_new patient": True,
-    "disclose assessment": True,
-    "disclose nothing": False,
     "download lesion": False,
     "confirm lesion": False,
     "record_outcome lesion": False,
@@ -410,16 +409,13 @@ async def test_an_impression_is_before_the_answer_unless_the_log_says_that_it_wa
     action, what = done.split()
     about = {
         "lesion": {"patient_id": case.patient_id, "lesion_id": case.lesion_id},
-        "assessment": {"assessment_id": case.assessment_id},
         "patient": {"patient_id": case.patient_id},
         "other": {"patient_id": case.patient_id, "lesion_id": uuid4()},
         "nothing": {},
     }[what]
-    by = "derm-cds:outbox" if action == "disclose" else clinician
-    event = AuditEvent(action=action, actor=by, outcome="success", request_id="r", **about)
-    for other in ({"outcome": "denied"}, {} if action == "disclose" else {"actor": "somebody else"}):
-        if other:
-            await lesions.record_event(replace(event, **other))
+    event = AuditEvent(action=action, actor=clinician, outcome="success", request_id="r", **about)
+    for other in ({"outcome": "denied"}, {"actor": "somebody else"}):
+        await lesions.record_event(replace(event, **other))
     thought = {"impression_diagnosis": "MEL", "intended_referral": "urgent"}
     spoken = statement(case, clinician=clinician, **thought)
     assert not await reviews._pool.fetchval(queries("reviews")["given"], clinician, case.assessment_id)
@@ -450,6 +446,14 @@ async def test_whoever_waited_for_the_answer_was_given_it_and_whoever_got_202_wa
     await lesions.admit(pending)
     review, _, _ = await reviews.review(statement(pending, clinician="dr", **thought))
     assert (review.impression.before_answer, review.decision, review.answers) == (True, None, ())
+    # A message to the PMS, where everybody reads it: from when it may be there.
+    message = "INSERT INTO outbox (message_id, assessment_id, encounter_id) VALUES ($1, $2, 'e')"
+    await owner_pool.execute(message, message_id := uuid4(), case.assessment_id)
+    assert await before(case)
+    await Outbox(owner_pool).note_sent(message_id)
+    assert not await before(case)
+    await owner_pool.execute("DELETE FROM outbox WHERE message_id = $1", message_id)
+    assert await before(case)
     # Another image of the lesion, answered later, shows what the first one demands.
     await answered(lesion_id=case.lesion_id, new_lesion=False)
     assert not await before(case)
