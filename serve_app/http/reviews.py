@@ -236,6 +236,7 @@ def _statement(
         said=said,
         event=requested.event("success", **detail),
         tells_pms=services.tells_pms,
+        tells_fhir=services.tells_fhir,
         key=key,
         request_sha256=None if key is None else sha256(sent.encode()).digest(),
     )

@@ -168,7 +168,7 @@ class Delivery:
             raise PmsRefused(f"http_{answer.status}")
         if answer.status >= 300 or answer.body is None:
             raise PmsUnavailable(f"http_{answer.status}_without_acknowledgement")
-        if answer.body.get(resource.acknowledged_by) != message.told_id:
+        if answer.body.get(resource.acknowledged_by) != body[resource.acknowledged_by]:
             raise PmsUnavailable("acknowledged_another")
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:

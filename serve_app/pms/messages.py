@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 
 from serve_app.domain.errors import NotFound
 from serve_app.domain.review import LesionOutcome, Review
+from serve_app.fhir.codes import MEDIA_TYPE
+from serve_app.fhir.report import lesion_report
 from serve_app.records.answers import assessment_document, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
@@ -26,7 +28,7 @@ Body = Callable[[ClaimedMessage, Any], Awaitable[Mapping[str, Any]]]
 class PmsResource:
     """What messages of one kind create at the PMS: `POST /api/encounters/{id}/{name}`, or `/api/{name}` for a report.
 
-    `acknowledged_by`: the field of the PMS's answer that holds the id of what was told (`ClaimedMessage.told_id`).
+    `acknowledged_by`: the field of the body that holds the id of what is told, which the PMS's answer repeats.
     """
 
     name: str
@@ -60,10 +62,18 @@ def pms_resources(pool: Pool, *, pms_url: str) -> Resources:
     async def outcome(message: ClaimedMessage, _: AssessmentRecord) -> Mapping[str, Any]:
         return _said(_OUTCOME, await reviews.find_outcome(_subject(message)))
 
+    async def fhir(_: ClaimedMessage, found: AssessmentRecord) -> Mapping[str, Any]:
+        timeline = await records.timeline(found.lesion_id)
+        if timeline is None:
+            raise NotFound
+        return lesion_report(timeline)
+
     return {
         MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment),
         MessageKind.REVIEW: PmsResource("reviews", "review_id", review),
         MessageKind.OUTCOME: PmsResource("outcomes", "outcome_id", outcome),
+        # Whether any is queued is a setting's; what is queued is told.
+        MessageKind.FHIR: PmsResource("reports", "id", fhir, MEDIA_TYPE),
     }
 
 

@@ -26,7 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.review import LesionOutcome, Review
+from serve_app.domain.review import HookFeedback, LesionOutcome, Review
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -142,7 +142,10 @@ class AssessmentDocument(Document):
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first; `outcomes` are what it turned out to be, in that order."""
+    """A lesion with every image and assessment, newest first.
+
+    `outcomes` are what it turned out to be, in the same order; `hook_feedback` is there where there is any.
+    """
 
     lesion_id: Id
     patient_id: str
@@ -150,6 +153,7 @@ class TimelineDocument(Document):
     open_demand: OpenDemand | None
     outcomes: list[LesionOutcome]
     assessments: list[AssessmentDocument]
+    hook_feedback: list[HookFeedback] = []
 
 
 class ReviewedDocument(Document):
@@ -170,7 +174,7 @@ class LatestDocument(Document):
 
 
 class LesionSummaryDocument(Document):
-    """A lesion as the worklist shows it."""
+    """A lesion as the patient's list shows it."""
 
     lesion_id: Id
     patient_id: str
@@ -179,8 +183,8 @@ class LesionSummaryDocument(Document):
     latest: LatestDocument
 
 
-class WorklistDocument(Document):
-    """One page, newest first."""
+class LesionListDocument(Document):
+    """One page of a patient's lesions, newest first."""
 
     lesions: list[LesionSummaryDocument]
     next: str | None
@@ -235,7 +239,7 @@ def assessment_document(
     return AssessmentDocument(
         lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
-        reasons=list(found.reasons) if found else [_why_unanswered(record)],
+        reasons=list(reasons_of(record)),
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
@@ -322,7 +326,10 @@ _FAILED_ACTION = (
 )
 
 
-def _why_unanswered(record: ImageRecord) -> Reason:
+def reasons_of(record: ImageRecord) -> tuple[Reason, ...]:
+    """Why the outcome of an image is what it is, and what to do about it; none where it is `decided`."""
+    if record.assessment is not None:
+        return record.assessment.reasons
     if record.failure is not None:
-        return Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION)
-    return _UNANSWERED[record.outcome]
+        return (Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION),)
+    return (_UNANSWERED[record.outcome],)

@@ -42,13 +42,14 @@ class Statement:
     """What a clinician says of a lesion: the columns of `reviews` or `lesion_outcomes` by name, as they were sent.
 
     `key` and `request_sha256` (32 bytes) come with an Idempotency-Key. `event` is that of the request; `tells_pms`:
-    whether the PMS is told, where an encounter is named.
+    whether the PMS is told, where an encounter is named; `tells_fhir`: the lesion's report, too.
     """
 
     lesion_id: UUID
     said: Mapping[str, object]
     event: AuditEvent
     tells_pms: bool = False
+    tells_fhir: bool = False
     key: str | None = None
     request_sha256: bytes | None = None
 
@@ -172,6 +173,6 @@ async def _queue(
         return {}
     message_id = new_id()
     told: UUID | None = await connection.fetchval(
-        _SQL["queue"], message_id, kind, subject, image_id, statement.lesion_id
+        _SQL["queue"], message_id, kind, subject, image_id, statement.lesion_id, statement.tells_fhir
     )
     return {} if told is None else {"message_id": str(message_id), "encounter_of": str(told)}

@@ -31,7 +31,7 @@ FROM idempotency_keys
 WHERE actor = $1 AND key = $2;
 
 -- name: admit
--- T1: the sealed image, its pending assessment and the audit event, all or nothing; a key that
+-- T1: the sealed image, its pending assessment, the clinician's impression and the audit event, all or nothing; a key that
 -- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit. The lease of
 -- whoever admits it runs by this server's clock, and from the writing on: not from before such a wait.
 WITH claimed AS (
@@ -70,12 +70,22 @@ assessment AS (
         :confirmed_only, clock_timestamp() + :lease::interval
     FROM admitted
 ),
+impression AS (
+    INSERT INTO reviews
+        (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+         before_answer, salt)
+    SELECT
+        :review_id, :assessment_id, :actor, :request_id, :created_at, :impression_diagnosis, :intended_referral,
+        :before_answer, :salt
+    FROM admitted
+    WHERE :review_id::uuid IS NOT NULL
+),
 event AS (:record_event FROM admitted)
 SELECT EXISTS (SELECT FROM admitted);
 
 -- name: finish
--- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the message for the
--- PMS (if one is asked for), once: when the assessment is still pending.
+-- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the messages for the
+-- PMS (if one is asked for; with :fhir, the lesion's report after it), once: when the assessment is still pending.
 WITH finished AS (
     UPDATE assessments
     SET outcome = :outcome, answer = :answer::text::jsonb, failure = :failure, completed_at = now(), lease_until = NULL,
@@ -90,11 +100,15 @@ embedded AS (
 ),
 event AS (:record_event FROM finished),
 queued AS (
-    INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT :message_id, :assessment_id, i.encounter_id
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT m.message_id, m.kind, :assessment_id, i.encounter_id
     FROM finished
     INNER JOIN lesion_images AS i USING (image_id)
-    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    CROSS JOIN (
+        VALUES (1, :message_id::uuid, 'assessment'), (2, CASE WHEN :fhir::boolean THEN gen_random_uuid() END, 'fhir')
+    ) AS m (place, message_id, kind)
+    WHERE m.message_id IS NOT NULL AND i.encounter_id IS NOT NULL
+    ORDER BY m.place
 )
 SELECT EXISTS (SELECT FROM finished);
 
@@ -174,7 +188,8 @@ LIMIT 1;
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer AS assessment, a.outcome, a.failure,
+    a.assessment_id, a.answer AS assessment, a.outcome, a.failure, a.completed_at,
+    a.context ->> 'anatom_site_general' AS anatom_site_general,
     CASE WHEN e.receipt_id IS NOT NULL THEN
         jsonb_build_object('receipt_id', e.receipt_id, 'erased_at', i.erased_at, 'reason', e.reason)
     END AS erasure,
@@ -229,7 +244,7 @@ FROM (:recorded_image) AS r
 WHERE r.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;
 
--- name: worklist
+-- name: patient_lesions
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
 SELECT r.*, open_demand(r.lesion_id) AS open_demand
 FROM (

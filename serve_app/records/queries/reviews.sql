@@ -32,7 +32,10 @@ SELECT EXISTS (
     INNER JOIN audit_events AS e ON e.actor = $1 AND e.recorded_at >= x.completed_at
     WHERE e.outcome = 'success'
         AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
-        AND (e.action = 'view_worklist' OR coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id))
+        AND CASE e.action
+            WHEN 'view_worklist' THEN e.detail #> ARRAY['shown', x.patient_id] ? x.lesion_id::text
+            ELSE coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)
+        END
 );
 
 -- name: record
@@ -87,7 +90,7 @@ WHERE v.outcome_id = $1;
 
 -- name: queue
 -- Have the PMS told of a review ($2 'review') or an outcome ($3), in the encounter of the image $4, or where none is named
--- of the lesion's ($5) newest that is there and has one; says of which image.
+-- of the lesion's ($5) newest that is there and has one; with $6, of the lesion's report after it. Says of which image.
 WITH image AS (
     SELECT i.image_id, a.assessment_id, i.encounter_id
     FROM lesion_images AS i
@@ -99,6 +102,12 @@ WITH image AS (
 ),
 queued AS (
     INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id)
-    SELECT $1, assessment_id, encounter_id, $2, $3 FROM image
+    SELECT m.message_id, i.assessment_id, i.encounter_id, m.kind, m.subject_id
+    FROM image AS i
+    CROSS JOIN (
+        VALUES (1, $1::uuid, $2::text, $3::uuid), (2, CASE WHEN $6::boolean THEN gen_random_uuid() END, 'fhir', NULL)
+    ) AS m (place, message_id, kind, subject_id)
+    WHERE m.message_id IS NOT NULL
+    ORDER BY m.place
 )
 SELECT image_id FROM image;

@@ -370,7 +370,7 @@ async def test_what_was_said_is_never_changed(answered, reviews, owner_pool) -> 
         "UPDATE reviews SET note = 'other'",
         "UPDATE reviews SET note = NULL, clinician = 'x'",
         "DELETE FROM reviews",
-        "TRUNCATE reviews",
+        "TRUNCATE reviews CASCADE",
         "UPDATE lesion_outcomes SET malignant = false",
         "DELETE FROM lesion_outcomes",
         "TRUNCATE lesion_outcomes",
@@ -380,15 +380,16 @@ async def test_what_was_said_is_never_changed(answered, reviews, owner_pool) -> 
                 await connection.execute(harm)
 
 
-#: What the clinician did since the answer, and whether they may have seen it there. `{lesion}`: on the lesion; `{patient}`:
-#: on the patient; `{}`: on neither; `{other}`: on another lesion of the patient.
+#: What the clinician did since the answer, of what, and whether they may have seen it there. `other`: another lesion of the
+#: patient; `shown`, `hidden`: a page of the worklist with the lesion or without.
 GIVEN = {
     "read lesion": True,
     "replay lesion": True,
     "review lesion": True,
     "read_report lesion": True,
     "list patient": True,
-    "view_worklist nothing": True,
+    "view_worklist shown": True,
+    "view_worklist hidden": False,
     "something_new lesion": True,
     "something_new patient": True,
     "download lesion": False,
@@ -412,6 +413,8 @@ async def test_an_impression_is_before_the_answer_unless_the_log_says_that_it_wa
         "patient": {"patient_id": case.patient_id},
         "other": {"patient_id": case.patient_id, "lesion_id": uuid4()},
         "nothing": {},
+        "shown": {"detail": {"shown": {case.patient_id: [str(case.lesion_id), str(uuid4())]}}},
+        "hidden": {"detail": {"shown": {case.patient_id: [str(uuid4())], "p": [str(case.lesion_id)]}}},
     }[what]
     event = AuditEvent(action=action, actor=clinician, outcome="success", request_id="r", **about)
     for other in ({"outcome": "denied"}, {"actor": "somebody else"}):
