@@ -124,6 +124,17 @@ class AdmissionGate:
 MAX_BYTES = 16 * 1024
 
 
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+#: What a person writes. NUL and other control characters are not text to PostgreSQL, nor to who reads it.
+TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
+
+
+def check_idempotency_key(key: str | None) -> None:
+    """Raise InvalidField for what is no Idempotency-Key; None is no key."""
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+
+
 class Form(BaseModel):
     """A JSON body that holds nothing but its fields."""
 
@@ -133,16 +144,16 @@ class Form(BaseModel):
 AnyForm = TypeVar("AnyForm", bound=BaseModel)
 
 
-async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
-    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
+async def read_form(request: Request, form: type[AnyForm], *, limit: int = MAX_BYTES) -> AnyForm:
+    """Read a body of this form; TooLarge above `limit` bytes, InvalidField for anything else that is no such form.
 
     BodyTimeout as Place.read says.
     """
     services: Services = request.app.state.services
-    chunks = Place(MAX_BYTES, services.settings).read(request)
+    chunks = Place(limit, services.settings).read(request)
     try:
         body = b"".join(
-            [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
+            [chunk async for chunk in _bounded(chunks, limit, f"The body may have {limit} bytes.")]
         )
         value = read_json(body)
         if not isinstance(value, dict):
@@ -162,7 +173,20 @@ async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
 
 def body_of(form: type[BaseModel]) -> dict[str, Any]:
     """Describe the body for the OpenAPI document."""
-    return {"required": True, "content": {"application/json": {"schema": form.model_json_schema()}}}
+    schema = form.model_json_schema()
+    described = _written_out(schema, schema.pop("$defs", {}))
+    return {"required": True, "content": {"application/json": {"schema": described}}}
+
+
+def _written_out(part: Any, shapes: dict[str, Any]) -> Any:  # noqa: ANN401
+    """A schema with each of its own shapes in its place: a reference would be looked up in the whole document."""
+    if isinstance(part, list):
+        return [_written_out(each, shapes) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _written_out(shapes[part["$ref"].rpartition("/")[2]], shapes)
+    return {name: _written_out(each, shapes) for name, each in part.items()}
 
 
 def write_cursor(*last: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
-import re
 from typing import Annotated
 from uuid import UUID
 
@@ -18,7 +17,6 @@ from serve_app.domain.errors import (
     Erased,
     Forbidden,
     IdempotencyMismatch,
-    InvalidField,
     NotFound,
     RecordsUnavailable,
 )
@@ -28,6 +26,7 @@ from serve_app.http.bodies import (
     Form,
     Place,
     body_of,
+    check_idempotency_key,
     expected_bytes,
     parse_context,
     parse_impression,
@@ -58,7 +57,6 @@ from serve_app.records.lesion_rows import AssessmentRecord, PatientAccess, Repla
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 #: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
 _PENDING_RETRY_AFTER = "5"
 
@@ -118,8 +116,7 @@ async def _read_submission(
     idempotency_key: str | None,
 ) -> Submission:
     """Read the body, and decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+    check_idempotency_key(idempotency_key)
     form = await read_upload(request, place, max_image_bytes=services.settings.max_upload_bytes)
     requested.patient_id = form.patient_id
     sent_lesion, encounter = form.values.get("lesion_id"), form.values.get("encounter_id")
@@ -214,14 +211,17 @@ async def list_lesions(
     summary="A lesion's timeline",
 )
 async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JSONResponse:
-    """Every image of a lesion with its assessment, newest first."""
+    """Every image of a lesion with its assessment and what was said of it, newest first; and what the lesion turned out to be."""
     await permit_lesion(services, requested, lesion_id)
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
     pictured = await services.records.pictured(references_of(*timeline.images))
+    told = await services.hook_records.feedback(lesion_id)
     await services.records.record_event(requested.event("success"))
     document = timeline_document(timeline, pictured=pictured, pms_url=services.settings.pms_url)
+    if told:
+        document.hook_feedback = told
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 

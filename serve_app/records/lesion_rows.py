@@ -29,8 +29,8 @@ from serve_app.domain.assessment import (
     one_of,
 )
 from serve_app.domain.identifiers import new_id
-from serve_app.domain.patient import ClinicalContext
-from serve_app.domain.review import Impression
+from serve_app.domain.patient import AnatomSite, ClinicalContext
+from serve_app.domain.review import Impression, LesionOutcome, Review
 from serve_app.keys.envelope import TAG_BYTES, data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import answer_from_json, context_to_json
@@ -65,7 +65,6 @@ class Replay:
 
     request_sha256: bytes
     lesion_id: UUID
-    image_id: UUID
     assessment_id: UUID
 
 
@@ -194,7 +193,9 @@ class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
-    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does.
+    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does. `reviews`, in
+    their order, are read with a whole timeline alone. `completed_at`: when it was answered, or found to be none that can be.
+    `anatom_site_general`: as it was sent.
     """
 
     outcome: Outcome
@@ -203,6 +204,9 @@ class ImageRecord(ImageFacts):
     erasure: ErasureNote | None = None
     identity: Identity | None = None
     undelivered: str | None = None
+    completed_at: datetime | None = None
+    anatom_site_general: AnatomSite | None = None
+    reviews: tuple[Review, ...] = ()
 
     @property
     def risk(self) -> Risk | None:
@@ -244,7 +248,7 @@ class RecordedCase:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with its images, newest first; in a list with the newest alone.
+    """A lesion with its images, newest first; in a list with the newest alone, and without what was said of it.
 
     (created_at, lesion_id) is the list's cursor for the lesions behind it.
     """
@@ -254,6 +258,7 @@ class LesionTimeline:
     created_at: datetime
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
+    outcomes: tuple[LesionOutcome, ...] = ()
 
     @property
     def latest(self) -> ImageRecord:

@@ -36,7 +36,7 @@ FULL JOIN erasure_receipts AS r USING (receipt_id);
 
 -- name: messages
 -- Every message to the PMS, and the encounter of its image.
-SELECT o.message_id, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.image_id,
+SELECT o.message_id, o.kind, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.image_id,
     i.encounter_id AS of_image
 FROM outbox AS o
 LEFT JOIN assessments AS a USING (assessment_id)
@@ -83,3 +83,11 @@ SELECT * FROM lesion_outcomes;
 -- name: closed_records
 -- Whose retention runs.
 SELECT * FROM closed_records;
+
+-- name: hook_identities
+-- Whom an EHR means by its ids.
+SELECT * FROM hook_identities;
+
+-- name: hook_feedback
+-- What became of cards in an EHR; without the comment, which goes with the image.
+SELECT * FROM hook_feedback;

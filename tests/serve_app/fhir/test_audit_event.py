@@ -18,6 +18,7 @@ _PATIENT_TYPE = "http://terminology.hl7.org/CodeSystem/audit-entity-type"
 _PROFILES = {
     "upload": ("PatientCreate", "C", "create", "110153"),
     "read": ("PatientRead", "R", "read", "110152"),
+    "read_report": ("PatientRead", "R", "read", "110152"),
     "read_receipt": ("PatientRead", "R", "read", "110152"),
     "download": ("PatientRead", "R", "read", "110152"),
     "list": ("PatientQuery", "E", "search", "110153"),

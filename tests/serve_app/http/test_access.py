@@ -24,13 +24,16 @@ from serve_app.http.access import Caller
 from serve_app.records.access import AccessStore
 from tests.serve_app.conftest import SECRET
 
-ANONYMOUS = {"/healthz", "/readyz"}
+ANONYMOUS = {"/healthz", "/readyz", "/cds-services"}
+#: For EHRs, with tokens of another kind and a description of their own: tests/serve_app/hooks has who may.
+OF_EHRS = {("POST", "/cds-services/{service_id}"), ("POST", "/cds-services/{service_id}/feedback")}
 
 #: Method and path, `{patient}` where the patient is in the query or the form: the action that it is.
 ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions"): "upload",
     ("GET", "/api/lesions"): "list",
     ("GET", "/api/lesions/{lesion_id}"): "read",
+    ("GET", "/api/lesions/{lesion_id}/report"): "read_report",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",

@@ -9,10 +9,10 @@ import pytest
 
 from serve_app.access.rules import Action
 from tests.serve_app.erasure.erasing import path as path_of
-from tests.serve_app.http.test_access import ANONYMOUS, ROUTES
+from tests.serve_app.http.test_access import ANONYMOUS, OF_EHRS, ROUTES
 
 NOWHERE = "00000000-0000-7000-8000-000000000000"
-#: Every route but the two anonymous ones.
+#: Every route but the anonymous ones and those for EHRs.
 GUARDED = [("GET", "/api/openapi.json"), *ROUTES]
 
 
@@ -28,8 +28,9 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
             found |= {(method, route.path) for method in route.methods}
         else:
             waiting += getattr(route, "routes", None) or route.original_router.routes
-    assert found == {*GUARDED, *(("GET", path) for path in ANONYMOUS)}
-    for method, path in found:
+    assert found == {*GUARDED, *OF_EHRS, *(("GET", path) for path in ANONYMOUS)}
+    assert not {path for _, path in OF_EHRS} & service.document["paths"].keys()
+    for method, path in found - OF_EHRS:
         response = await service.client.request(method, url_of(path))
         if path in ANONYMOUS:
             assert response.status_code == 200, path

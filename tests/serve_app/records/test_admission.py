@@ -66,7 +66,7 @@ async def test_twenty_at_once_with_one_key_make_one_record(
     replays = {outcome for outcome in outcomes if outcome is not None}
     assert replays == {await lesions.find_replay("dr", "race")}
     (replay,) = replays
-    assert (replay.assessment_id, replay.image_id) == (winner.assessment_id, winner.image_id)
+    assert (replay.assessment_id, replay.lesion_id) == (winner.assessment_id, winner.lesion_id)
     assert replay.request_sha256 == request_digest
 
 

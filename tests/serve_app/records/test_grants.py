@@ -46,6 +46,8 @@ NOT_TO_BE_CHOSEN = {
     "key_stores (store_id, claimed_at)": "gen_random_uuid(), '2020-01-01'",
     "lesion_images (image_id, erased_at)": "gen_random_uuid(), now()",
     "assessments (assessment_id, demand_answered_at)": "gen_random_uuid(), now()",
+    "hook_feedback (feedback_id, recorded_at)": "gen_random_uuid(), now()",
+    "hook_tokens (client, jti_sha256, seen_at)": "'c', sha256(''), now()",
 }
 NOT_TO_BE_CHANGED = [
     f"SELECT setval('audit_events_event_id_seq', {_FAR})",
@@ -88,6 +90,12 @@ async def test_the_application_chooses_no_number_time_or_later_state(connections
         "DELETE FROM closed_records",
         "DELETE FROM condemned_data_keys",
         "DELETE FROM key_stores",
+        "INSERT INTO hook_identities VALUES ('c', 'user', 'Practitioner/1', 'me', now(), 'me')",
+        "UPDATE hook_identities SET own_id = 'me'",
+        "UPDATE hook_cards SET assessment_id = gen_random_uuid()",
+        "DELETE FROM hook_cards",
+        "DELETE FROM hook_feedback",
+        "UPDATE hook_tokens SET client = 'x'",
         "UPDATE key_stores SET store_id = gen_random_uuid()",
         "INSERT INTO care_assignments VALUES ('p', 'me', now(), NULL)",
         "UPDATE serving SET model_id = 'mine'",
