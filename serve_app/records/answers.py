@@ -113,7 +113,7 @@ class AssessmentDocument(Document):
 
     `undelivered` is there while the PMS is not told of it, and says why: nothing goes to an encounter that is not the
     patient's. `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
-    upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone. `risk` is what this image
+    upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone and once there is a word. `risk` is what this image
     demands, and never changes.
     """
 
@@ -256,7 +256,8 @@ def timeline_document(
     documents = []
     for record in timeline.images:
         document = assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
-        document.reviews = list(record.reviews)
+        if record.reviews:
+            document.reviews = list(record.reviews)
         documents.append(document)
     return TimelineDocument(
         lesion_id=timeline.lesion_id,

@@ -41,6 +41,8 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
     ("GET", "/api/worklist"): "view_worklist",
+    ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
+    ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -84,6 +86,13 @@ async def ask(service, method: str, path: str, record: Record, headers: dict[str
     bodies: dict[str, Any] = {
         "erase": {"reason": "patient_request"},
         "confirm": {"image_id": record.image},
+        "review": {"assessment_id": record.assessment, "decision": "accept"},
+        "record_outcome": {
+            "kind": "follow_up",
+            "malignant": False,
+            "observed_on": "2026-06-01",
+            "source": "clinician",
+        },
         "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
         "review_access": {"outcome": "justified"},
     }

@@ -48,6 +48,9 @@ NOT_TO_BE_CHOSEN = {
     "assessments (assessment_id, demand_answered_at)": "gen_random_uuid(), now()",
     "hook_feedback (feedback_id, recorded_at)": "gen_random_uuid(), now()",
     "hook_tokens (client, jti_sha256, seen_at)": "'c', sha256(''), now()",
+    "reviews (review_id, decision)": "gen_random_uuid(), 'accept'",
+    "reviews (review_id, answers)": "gen_random_uuid(), '{}'",
+    "lesion_outcomes (outcome_id, recorded_at)": "gen_random_uuid(), '2020-01-01'",
 }
 NOT_TO_BE_CHANGED = [
     f"SELECT setval('audit_events_event_id_seq', {_FAR})",
@@ -55,6 +58,10 @@ NOT_TO_BE_CHANGED = [
     f"SELECT setval('outbox_position_seq', {_FAR})",
     "UPDATE assessments SET demand_answered_at = now()",
     "UPDATE assessments SET context = '{}'",
+    "UPDATE reviews SET note = NULL",
+    "DELETE FROM reviews",
+    "UPDATE lesion_outcomes SET malignant = false",
+    "DELETE FROM lesion_outcomes",
     "UPDATE assessments SET actor = 'x'",
     "UPDATE assessments SET image_id = gen_random_uuid()",
 ]
