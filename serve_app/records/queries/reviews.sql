@@ -30,7 +30,7 @@ SELECT EXISTS (
     INNER JOIN audit_events AS e ON e.recorded_at >= x.completed_at
     WHERE e.outcome = 'success' AND CASE e.action
         WHEN 'disclose' THEN e.assessment_id = x.assessment_id
-        WHEN 'view_worklist' THEN e.actor = $1
+        WHEN 'view_worklist' THEN e.actor = $1 AND e.detail #> ARRAY['shown', x.patient_id] ? x.lesion_id::text
         ELSE e.actor = $1
             AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
             AND coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)

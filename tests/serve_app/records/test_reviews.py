@@ -366,7 +366,7 @@ async def test_what_was_said_is_never_changed(answered, reviews, owner_pool) -> 
         "UPDATE reviews SET note = 'other'",
         "UPDATE reviews SET note = NULL, clinician = 'x'",
         "DELETE FROM reviews",
-        "TRUNCATE reviews",
+        "TRUNCATE reviews CASCADE",
         "UPDATE lesion_outcomes SET malignant = false",
         "DELETE FROM lesion_outcomes",
         "TRUNCATE lesion_outcomes",
@@ -384,7 +384,8 @@ GIVEN = {
     "review lesion": True,
     "read_report lesion": True,
     "list patient": True,
-    "view_worklist nothing": True,
+    "view_worklist shown": True,
+    "view_worklist nothing": False,
     "something_new lesion": True,
     "something_new patient": True,
     "disclose assessment": True,
@@ -410,7 +411,8 @@ async def test_an_impression_is_before_the_answer_unless_the_log_says_that_it_wa
         "assessment": {"assessment_id": case.assessment_id},
         "patient": {"patient_id": case.patient_id},
         "other": {"patient_id": case.patient_id, "lesion_id": uuid4()},
-        "nothing": {},
+        "shown": {"detail": {"shown": {"p": [], case.patient_id: [str(case.lesion_id)]}}},
+        "nothing": {"detail": {"shown": {case.patient_id: [str(uuid4())]}}},
     }[what]
     by = "derm-cds:outbox" if action == "disclose" else clinician
     event = AuditEvent(action=action, actor=by, outcome="success", request_id="r", **about)
