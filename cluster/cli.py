@@ -35,6 +35,7 @@ COMMANDS = {
     "audit": ("audit", "verify, sign and export the audit log"),
     "models": ("models", "list, show, verify, import, evaluate, promote and roll back models"),
     "outbox": ("pms", "what the PMS is still to be told of: status, list, retry"),
+    "hooks": ("hooks", "whom an EHR means by its ids, for CDS Hooks: map, load, unmap, list"),
     "patients": ("pms", "load the directory of patients of a node without a PMS"),
     "environment": ("node", "print what a shell needs to use `ray` and `serve` on this node"),
     "token": ("node", "sign a bearer token, for development"),

@@ -149,8 +149,9 @@ def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
             "what": {"identifier": {"value": event.request_id}},
         }
     ]
-    if event.patient_id is not None:
-        patient = {"type": "Patient", "identifier": {"system": f"{OWN}:patient", "value": event.patient_id}}
+    shown: Any = event.detail.get("shown", {})  # a worklist's patients
+    for patient_id in shown if event.patient_id is None else (event.patient_id,):
+        patient = {"type": "Patient", "identifier": {"system": f"{OWN}:patient", "value": patient_id}}
         entities.append(
             {
                 "type": coding(f"{TERMS}/audit-entity-type", "1", "Person"),

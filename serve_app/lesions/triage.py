@@ -19,6 +19,7 @@ from serve_app.domain.assessment import Assessment, OpenDemand, ReferenceFilter
 from serve_app.domain.errors import NotFound, RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.review import Impression
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.lesions.assess import DEADLINE_S, Assessor, Examination
@@ -50,6 +51,7 @@ class Asked:
     request_id: str
     patient_id: str
     encounter_id: str | None
+    impression: Impression | None
     top_k: int
     reference_filter: ReferenceFilter
     idempotency_key: str | None

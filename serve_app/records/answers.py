@@ -26,7 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.review import LesionOutcome, Review
+from serve_app.domain.review import HookFeedback, LesionOutcome, Review
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -113,7 +113,7 @@ class AssessmentDocument(Document):
 
     `undelivered` is there while the PMS is not told of it, and says why: nothing goes to an encounter that is not the
     patient's. `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
-    upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone. `risk` is what this image
+    upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone and once there is a word. `risk` is what this image
     demands, and never changes.
     """
 
@@ -142,7 +142,10 @@ class AssessmentDocument(Document):
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first; `outcomes` are what it turned out to be, in that order."""
+    """A lesion with every image and assessment, newest first.
+
+    `outcomes` are what it turned out to be, in the same order; `hook_feedback` is there where there is any.
+    """
 
     lesion_id: Id
     patient_id: str
@@ -150,6 +153,7 @@ class TimelineDocument(Document):
     open_demand: OpenDemand | None
     outcomes: list[LesionOutcome]
     assessments: list[AssessmentDocument]
+    hook_feedback: list[HookFeedback] = []
 
 
 class ReviewedDocument(Document):
@@ -170,7 +174,7 @@ class LatestDocument(Document):
 
 
 class LesionSummaryDocument(Document):
-    """A lesion as the worklist shows it."""
+    """A lesion as the patient's list shows it."""
 
     lesion_id: Id
     patient_id: str
@@ -179,8 +183,8 @@ class LesionSummaryDocument(Document):
     latest: LatestDocument
 
 
-class WorklistDocument(Document):
-    """One page, newest first."""
+class LesionListDocument(Document):
+    """One page of a patient's lesions, newest first."""
 
     lesions: list[LesionSummaryDocument]
     next: str | None
@@ -252,7 +256,8 @@ def timeline_document(
     documents = []
     for record in timeline.images:
         document = assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
-        document.reviews = list(record.reviews)
+        if record.reviews:
+            document.reviews = list(record.reviews)
         documents.append(document)
     return TimelineDocument(
         lesion_id=timeline.lesion_id,

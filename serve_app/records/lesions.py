@@ -203,12 +203,12 @@ class LesionStore(Store):
             raise Erased
         return Identity(row["confirmed_by"], row["confirmed_at"])
 
-    async def worklist(
+    async def patient_lesions(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
     ) -> list[LesionTimeline]:
         """List a patient's lesions, newest first, each with its newest image; `cursor` is the last one seen: (created_at, lesion_id)."""
         created_at, lesion_id = cursor or (None, None)
-        rows = await self._pool.fetch(_SQL["worklist"], patient_id, limit, created_at, lesion_id)
+        rows = await self._pool.fetch(_SQL["patient_lesions"], patient_id, limit, created_at, lesion_id)
         return [LesionTimeline.from_rows([row]) for row in rows]
 
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:

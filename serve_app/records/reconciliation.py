@@ -17,6 +17,8 @@ from serve_app.audit.rows import (
     CARE_ASSIGNMENTS,
     CLOSED_RECORDS,
     EMERGENCY_ACCESSES,
+    HOOK_FEEDBACK,
+    HOOK_IDENTITIES,
     LEGAL_HOLDS,
     LESION_IMAGES,
     LESION_OUTCOMES,
@@ -47,6 +49,8 @@ _PLAIN = {
             SITE_OPERATING_POINTS,
             REVIEWS,
             LESION_OUTCOMES,
+            HOOK_IDENTITIES,
+            HOOK_FEEDBACK,
         )
     },
     PATIENT_RECORDS: queries("patients")["loaded"].replace("$1", "NULL"),

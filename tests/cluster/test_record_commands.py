@@ -1,4 +1,4 @@
-"""`derm-cds audit`, `hold`, `retention`, `keys`, `outbox` and `patients` against a real database and key store.
+"""`derm-cds audit`, `hold`, `retention`, `keys`, `outbox`, `patients` and `hooks` against a real database and key store.
 
 What Vault and KMS answer is in tests/serve_app/keys.
 """
@@ -426,3 +426,43 @@ def test_patients_are_loaded_whole_or_not_at_all_each_an_event_without_what_was_
     sql("DELETE FROM patient_records")
     assert load(first, second).code == 1
     assert sql("SELECT * FROM patient_records") == []
+
+
+def test_whom_an_ehr_means_is_mapped_listed_and_ended_each_an_event(
+    derm_cds, own_home, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hooks(*arguments: str) -> Said:
+        return derm_cds("hooks", *arguments, home=own_home)
+
+    user = ("map", "--client", "west", "--user", "Practitioner/17", "--subject", "dr-jones")
+    assert "no client west" in hooks(*user).err
+    clients, file = own_home / "hooks.toml", own_home / "identities.jsonl"
+    clients.write_text(
+        'base_url = "https://derm.example"\n[clients.west]\nissuer = "https://west.example"\njwks = "keys.json"\n'
+    )
+    monkeypatch.setenv("DERM_HOOKS_CLIENTS", str(clients))
+    for _ in range(2):
+        assert hooks(*user).out == "west means dr-jones by Practitioner/17\n"
+    assert "unmap it first" in hooks(*user[:-1], "dr-other").err
+    assert "A user is a --subject" in hooks(*user[:-2], "--patient-id", "p-1").err
+    file.write_text('{"patient": "77", "patient_id": "p-1"}\n{"patient": "7 8", "patient_id": "Erika"}\n')
+    failed = hooks("load", "--client", "west", str(file))
+    assert ("line 2" in failed.err, "Erika" in failed.err) == (True, False)
+    file.write_text(
+        '{"patient": "77", "patient_id": "p-1"}\n{"user": "Practitioner/17", "subject": "dr-jones"}\n'
+    )
+    assert hooks("load", "--client", "west", str(file)).out == "1 mapped, 1 were before\n"
+    listed = hooks("list", "--client", "west").out.splitlines()
+    assert [line.partition(", by ")[0] for line in listed] == [
+        "west: user Practitioner/17 is dr-jones",
+        "west: patient 77 is p-1",
+    ]
+    assert "it was p-1" in hooks("unmap", "--client", "west", "--patient", "77").out
+    assert hooks("unmap", "--client", "west", "--patient", "77").code == 1
+    events = sql("SELECT * FROM audit_events WHERE action LIKE 'hook%' ORDER BY event_id")
+    assert [(row["action"], row["patient_id"], row["detail"].get("subject")) for row in events] == [
+        ("hook_map", None, "dr-jones"),
+        ("hook_map", "p-1", None),
+        ("hook_unmap", "p-1", None),
+    ]
+    assert {row["actor"] for row in events} == {os_account()}

@@ -31,7 +31,7 @@ FROM idempotency_keys
 WHERE actor = $1 AND key = $2;
 
 -- name: admit
--- T1: the sealed image, its pending assessment and the audit event, all or nothing; a key that
+-- T1: the sealed image, its pending assessment, the clinician's impression and the audit event, all or nothing; a key that
 -- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit. The lease of
 -- whoever admits it runs by this server's clock, and from the writing on: not from before such a wait.
 WITH claimed AS (
@@ -69,6 +69,16 @@ assessment AS (
         :assessment_id, :image_id, :created_at, 'pending', :context, :top_k, :licences, :actor, :request_id,
         :confirmed_only, clock_timestamp() + :lease::interval
     FROM admitted
+),
+impression AS (
+    INSERT INTO reviews
+        (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+         before_answer, salt)
+    SELECT
+        :review_id, :assessment_id, :actor, :request_id, :created_at, :impression_diagnosis, :intended_referral,
+        :before_answer, :salt
+    FROM admitted
+    WHERE :review_id::uuid IS NOT NULL
 ),
 event AS (:record_event FROM admitted)
 SELECT EXISTS (SELECT FROM admitted);
@@ -234,7 +244,7 @@ FROM (:recorded_image) AS r
 WHERE r.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;
 
--- name: worklist
+-- name: patient_lesions
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
 SELECT r.*, open_demand(r.lesion_id) AS open_demand
 FROM (

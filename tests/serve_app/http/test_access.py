@@ -24,7 +24,9 @@ from serve_app.http.access import Caller
 from serve_app.records.access import AccessStore
 from tests.serve_app.conftest import SECRET
 
-ANONYMOUS = {"/healthz", "/readyz"}
+ANONYMOUS = {"/healthz", "/readyz", "/cds-services"}
+#: For EHRs, with tokens of another kind and a description of their own: tests/serve_app/hooks has who may.
+OF_EHRS = {("POST", "/cds-services/{service_id}"), ("POST", "/cds-services/{service_id}/feedback")}
 
 #: Method and path, `{patient}` where the patient is in the query or the form: the action that it is.
 ROUTES: dict[tuple[str, str], str] = {
@@ -38,6 +40,9 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
+    ("GET", "/api/worklist"): "view_worklist",
+    ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
+    ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
@@ -47,6 +52,7 @@ ROUTES: dict[tuple[str, str], str] = {
 LET_IN = {"erase": "supervisor", "review_access": "supervisor"}
 DENIED = {
     "erase": ("pms_service", "assignment"),
+    "view_worklist": ("auditor", "role"),
     "view_reference": ("porter", "role"),
     "break_glass": ("auditor", "role"),
     "review_access": ("clinician", "role"),
@@ -80,6 +86,13 @@ async def ask(service, method: str, path: str, record: Record, headers: dict[str
     bodies: dict[str, Any] = {
         "erase": {"reason": "patient_request"},
         "confirm": {"image_id": record.image},
+        "review": {"assessment_id": record.assessment, "decision": "accept"},
+        "record_outcome": {
+            "kind": "follow_up",
+            "malignant": False,
+            "observed_on": "2026-06-01",
+            "source": "clinician",
+        },
         "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
         "review_access": {"outcome": "justified"},
     }

@@ -366,7 +366,7 @@ async def test_what_was_said_is_never_changed(answered, reviews, owner_pool) -> 
         "UPDATE reviews SET note = 'other'",
         "UPDATE reviews SET note = NULL, clinician = 'x'",
         "DELETE FROM reviews",
-        "TRUNCATE reviews",
+        "TRUNCATE reviews CASCADE",
         "UPDATE lesion_outcomes SET malignant = false",
         "DELETE FROM lesion_outcomes",
         "TRUNCATE lesion_outcomes",
