@@ -233,7 +233,7 @@ class History:
             "note": random.choice((None, "Mrs Example's mole")),
         }
         if decision is Decision.OVERRIDE:
-            said |= {"level": random.choice(list(RiskLevel)), "urgency": random.choice(list(Urgency))}
+            said |= {"level": random.choice((None, *RiskLevel)), "urgency": random.choice((None, *Urgency))}
             said["reason"] = random.choice(list(OverrideReason))
         return self.review(image, decision, **said)
 

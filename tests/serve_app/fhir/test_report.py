@@ -215,7 +215,7 @@ def test_an_answer_has_a_component_a_class_and_marks_its_prediction_set() -> Non
 
 
 def test_the_three_facts_are_told_apart_and_a_decision_changes_no_demand() -> None:
-    """DESIGN of the answer, "who may lower what": docs/clinical.md."""
+    """docs/clinical.md, demand and open demand."""
     history = History()
     image = history.image(0, history.assessment(**HIGH))
     demand = ("high", "Urgency: urgent")
@@ -230,13 +230,27 @@ def test_the_three_facts_are_told_apart_and_a_decision_changes_no_demand() -> No
     assert not resources(bundle, "ServiceRequest")
     said = resources(bundle, "DiagnosticReport")[0]["conclusion"]
     assert "Demand of this image: high, urgent. Open demand of the lesion: none." in said
-    assert "overridden (clinical_examination); low, routine." in said
+    assert "overridden (clinical_examination), low, routine." in said
     # Whose word it is: the model's, a clinician's.
     performers = [
         (each["code"]["coding"][0]["code"], "identifier" in each["performer"])
         for each in resources(bundle, "RiskAssessment")
     ]
     assert performers == [("demand", False), ("decision", True)]
+
+
+def test_a_decision_on_the_diagnosis_alone_says_nothing_of_level_and_urgency() -> None:
+    history = History()
+    image = history.image(0, history.assessment(**HIGH))
+    only = {"level": None, "urgency": None, "diagnosis": Diagnosis.NV}
+    decided = replace(image, reviews=(history.review(image, Decision.OVERRIDE, **only),))
+    bundle = lesion_report(history.timeline(decided))
+    said = resources(bundle, "DiagnosticReport")[0]["conclusion"]
+    assert said.endswith("overridden (clinical_examination), Melanocytic naevus.")
+    decision = resources(bundle, "RiskAssessment")[-1]
+    assert decision["code"]["coding"][0]["code"] == "decision"
+    assert "mitigation" not in decision
+    assert "qualitativeRisk" not in decision["prediction"][0]
 
 
 @pytest.mark.parametrize("later", ["image", "refused", "failed", "pending", "erased"])
