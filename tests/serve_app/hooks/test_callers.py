@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import json
@@ -9,12 +10,16 @@ from pathlib import Path
 import socket
 import time
 
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from joserfc.jwk import ECKey, OctKey, RSAKey
 import pytest
 
+from serve_app.domain.errors import Unauthenticated
 from serve_app.hooks.service import FEEDBACK_PATH, SERVICE_PATH
 from serve_app.settings import find_untrustworthy, read_hooks
 from tests.serve_app.hooks.conftest import BASE, DOCTOR, USER, view
+from tests.serve_app.http.test_fuzz import json_values
 
 
 async def test_discovery_is_anyones_and_tells_nothing_of_patients(hooked, service) -> None:
@@ -139,6 +144,28 @@ async def test_any_other_token_is_refused_and_learns_nothing(west, lesion, case)
     assert await hooked.owner.fetchval("SELECT count(*) FROM hook_tokens") == taken
 
 
+def _compact(*parts: object) -> str:
+    return ".".join(_encoded(json.dumps(part).encode()) for part in parts)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    token=st.text(max_size=80)
+    | st.builds(_compact, json_values, json_values, json_values)
+    | st.builds(
+        _compact,
+        st.fixed_dictionaries(
+            {"alg": st.just("ES384") | json_values, "kid": st.just("west-1") | json_values}
+        ),
+        st.fixed_dictionaries({"iss": st.just("https://west.example") | json_values, "jti": json_values}),
+        st.binary(max_size=99).map(lambda value: value.hex()),
+    )
+)
+async def test_whatever_a_token_is_it_is_refused(hooked, token) -> None:
+    with pytest.raises(Unauthenticated):
+        await hooked.app.state.services.hooks.clients.identify(token, SERVICE_PATH)
+
+
 async def test_no_token_at_all(hooked) -> None:
     answer = await hooked.client.post(SERVICE_PATH, json=view("p"))
     hooked.hold_to_problem(answer, 401, "unauthenticated")
@@ -183,6 +210,9 @@ async def test_a_token_is_good_for_one_request_at_whichever_replica(
             SERVICE_PATH, json=view("p"), headers={"Authorization": f"Bearer {token}"}
         )
         replica.hold_to_problem(again, 401, "token_replayed")
+    token = west.token()
+    answers = await asyncio.gather(*(west.look(lesion["fhir"], token=token) for _ in range(6)))
+    assert sorted(answer.status_code for answer in answers) == [200, *[401] * 5]
     broken = west.token()
     assert (await west.post(b"{", token=broken)).status_code == 400
     assert (await west.look("p", token=broken)).status_code == 401

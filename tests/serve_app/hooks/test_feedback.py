@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
 import json
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from serve_app.hooks.cards import REASONS
 from serve_app.hooks.service import SERVICE_PATH
+from serve_app.records.pool import queries
 from serve_app.records.reconciliation import reconcile
+from tests.serve_app.erasure.erasing import erase
 from tests.serve_app.hooks.conftest import DOCTOR, overridden
 from tests.serve_app.hooks.test_cards import cards_of
 
@@ -125,3 +129,30 @@ async def test_feedback_is_only_added_to(west, lesion, statement) -> None:
         async with pool._pool.acquire() as connection:
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
+
+
+@pytest.mark.parametrize("first", ["feedback", "erasure"])
+async def test_of_a_comment_and_an_erasure_at_once_none_is_left(west, lesion, first) -> None:
+    """Whichever is not yet committed, the other waits for it, and then knows of it."""
+    (card,) = await cards_of(await west.look(lesion["fhir"]))
+    given = overridden(card["uuid"], userComment="a word of the image")
+    ids = [UUID(lesion[name]) for name in ("lesion_id", "image_id")]
+    async with west.service.owner.connection() as connection:
+        async with connection.transaction():
+            if first == "feedback":
+                values = ("overridden", None, None, "a word of the image", datetime.now(UTC))
+                await connection.execute(
+                    queries("hooks")["add_feedback"], uuid4(), UUID(card["uuid"]), *values
+                )
+                second = asyncio.create_task(erase(west.service, lesion))
+            else:
+                statement = "SELECT erase_image($1, $2, $3, 'patient_request', NULL, 'chief', 'r')"
+                assert await connection.fetchval(statement, *ids, uuid4()) == "accepted"
+                second = asyncio.create_task(west.tell(given))
+            await asyncio.sleep(0.3)
+            assert not second.done()
+        assert (await second).status_code == 200
+        rows = await connection.fetch(
+            "SELECT comment FROM hook_feedback WHERE card_id = $1", UUID(card["uuid"])
+        )
+    assert [row["comment"] for row in rows] == [None]

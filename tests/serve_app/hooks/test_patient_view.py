@@ -134,6 +134,37 @@ async def test_an_emergency_access_counts_and_is_on_record(west, lesion) -> None
     assert event["purpose"] == "ETREAT"
 
 
+async def test_whoever_saw_the_card_has_been_given_the_answer(west, lesion) -> None:
+    """What they think of the lesion after that does not count as thought before."""
+    hooked, said = west.service, {}
+    for looks in (True, False):
+        subject = f"dr-{uuid4().hex[:8]}"
+        await hooked.care(subject, lesion["patient_id"])
+        await west.map(user=(f"Practitioner/{subject}", subject))
+        if looks:
+            assert await cards_of(await west.look(lesion["fhir"], user=f"Practitioner/{subject}"))
+        body = {"assessment_id": lesion["assessment_id"], "impression": {"diagnosis": "NV"}}
+        url = f"/api/lesions/{lesion['lesion_id']}/reviews"
+        response = await hooked.client.post(url, json=body, headers=hooked.token(subject))
+        said[looks] = response.json()["review"]["impression"]["before_answer"]
+    assert said == {True: False, False: True}
+
+
+async def test_a_clinicians_review_closes_the_card_and_feedback_does_not(west, lesion) -> None:
+    (card,) = await cards_of(await west.look(lesion["fhir"]))
+    await west.tell(overridden(card["uuid"], reason={"system": REASONS, "code": "known_lesion"}))
+    assert await cards_of(await west.look(lesion["fhir"]))
+    decided = await west.service.client.post(
+        f"/api/lesions/{lesion['lesion_id']}/reviews",
+        json={"assessment_id": lesion["assessment_id"], "decision": "accept"},
+        headers=west.service.token(DOCTOR),
+    )
+    assert decided.status_code == 201, decided.text
+    assert await cards_of(await west.look(lesion["fhir"])) == []
+    # Late feedback finds its card.
+    assert (await west.tell(overridden(card["uuid"]))).status_code == 200
+
+
 async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, lesion) -> None:
     (card,) = await cards_of(await west.look(lesion["fhir"]))
     told = await west.tell(overridden(card["uuid"], userComment="a mole like a map of Norway"))
