@@ -255,7 +255,12 @@ def test_nobody_learns_a_small_change_from_two_reports() -> None:
 
 def test_few_more_missed_than_were_shown_leave_a_bound_too() -> None:
     cells: dict[str, Counter] = {table: Counter() for table in PERFORMANCE_TABLES}
-    counts = {("refer", "melanoma"): 190, ("not", "melanoma"): 10, ("not", "benign"): 500, ("not", "unknown"): 900}
+    counts = {
+        ("refer", "melanoma"): 190,
+        ("not", "melanoma"): 10,
+        ("not", "benign"): 500,
+        ("not", "unknown"): 900,
+    }
     for table, groups in GROUPS.items():
         cells[table].update({("m.a", *said, groups[0]): n for said, n in counts.items()})
     before = {("m.a", "all", "", "melanoma.missed"): 8}
