@@ -36,8 +36,9 @@ VISITS = {1: 0.45, 2: 0.20, 3: 0.12, 4: 0.08, 5: 0.05, 6: 0.04, 8: 0.03, 10: 0.0
 A_DAY, ALIKE, NEAREST, SECOND = 20, 0.5, 40, 0.3
 #: A year's images, and the years that must have one alarm at most.
 A_YEAR, YEARS = 5_000, 20
-#: Share of years in which one measure alone may alarm: twelve of them then do in 2 %, once in 50 years.
-ONE_MEASURE = 0.0017
+#: Share of years in which one measure alone may alarm, and in which the one may that another case mix shows in: all
+#: twelve together in 2 %, once in 50 years.
+ONE_MEASURE, CASE_MIX = 0.0013, {"malignant": 0.006}
 WITHIN = 300
 
 
@@ -46,7 +47,7 @@ class Stretch:
     """Images in a row: each measure's N×D numbers, and whose they are."""
 
     values: Mapping[str, FloatArray]
-    patients: NDArray[np.int64]
+    patients: NDArray[np.intp]
 
     def then(self, later: Stretch) -> Stretch:
         """This one and another behind it, of other patients."""
@@ -69,7 +70,7 @@ class Clinic:
     ) -> Stretch:
         """So many images as this view shows them; `mix`: of another mix of diagnoses."""
         sizes = rng.choice(list(VISITS), size=count, p=list(VISITS.values()))
-        patients = np.repeat(np.arange(count), sizes)[:count]
+        patients = np.repeat(np.arange(count, dtype=np.intp), sizes)[:count]
         first = np.searchsorted(patients, patients)
         if view == ELSEWHERE:
             picked = rng.integers(0, self._elsewhere, count)
@@ -113,6 +114,7 @@ def values_of(found: Measures) -> dict[str, FloatArray]:
         np.asarray(found["embedding"], np.float64),
         found["level"].astype(str).tolist(),
         found["outcome"].astype(str).tolist(),
+        np.arange(len(found["nine"])),
     )
     return {measure.name: measure.values(images) for measure in MEASURES}
 
@@ -150,11 +152,12 @@ def quiet_years(clinic: Clinic, seed: int, years: int, images: int = A_YEAR) -> 
 
 
 def set_limits(clinic: Clinic, years: int) -> dict[str, float]:
-    """Each measure's limit: what its greatest distance in a year exceeds in ONE_MEASURE of them."""
+    """Each measure's limit: what its greatest distance in a year exceeds in so few of them."""
     greatest = list(quiet_years(clinic, 1, years))
+    shares = {measure.name: CASE_MIX.get(measure.name, ONE_MEASURE) for measure in MEASURES}
     return {
-        m.name: round(float(np.quantile([year[m.name] for year in greatest], 1.0 - ONE_MEASURE)), 1)
-        for m in MEASURES
+        name: round(float(np.quantile([year[name] for year in greatest], 1.0 - share)), 1)
+        for name, share in shares.items()
     }
 
 
@@ -226,9 +229,7 @@ def main() -> None:
         "set_anew": set_limits(clinic, parsed.limits) if parsed.limits else None,
         "quiet": alarms(clinic, 2, YEARS),
         "quiet_at_other_rates": [alarms(clinic, 3, YEARS * 5, images) for images in (1_000, A_YEAR, 20_000)],
-        "shifts": {
-            name: detection(clinic, 4, parsed.sites, shift) for name, shift in shifts(clinic).items()
-        },
+        "shifts": {name: detection(clinic, 4, parsed.sites, shift) for name, shift in shifts(clinic).items()},
     }
     if parsed.json:
         print(json.dumps(report, indent=1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ VIEWS: Mapping[str, Callable[[Rgb], Rgb]] = {
 #: Not drawn: the same fold's images from other clinics, and so of other cameras.
 ELSEWHERE = "other clinics"
 
-Measures = dict[str, NDArray[np.generic]]
+Measures = dict[str, NDArray[Any]]
 
 
 def measured(folder: Path, models: Path, model_id: str | None, threads: int) -> dict[str, Measures]:
@@ -79,7 +80,7 @@ def measured(folder: Path, models: Path, model_id: str | None, threads: int) -> 
             wanted = [row for row, at_home in zip(rows, home, strict=True) if at_home != (name == ELSEWHERE)]
             view = VIEWS.get(name, VIEWS["quiet"])
             seen = [altered(image, view(image.pixels)) for image in service.prepare(wanted, isic_folder())]
-            np.savez(paths[name], **_measure(service, space, wanted, seen))
+            np.savez(paths[name], allow_pickle=False, **_measure(service, space, wanted, seen))
     found = {}
     for name, path in paths.items():
         with np.load(path, allow_pickle=False) as arrays:

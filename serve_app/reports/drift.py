@@ -27,7 +27,7 @@ FloatArray = NDArray[np.float64]
 
 #: How many of a site's first images are the baseline, how many of the newest are held against it, and how many come
 #: between two looks.
-BASELINE, WINDOW, STEP = 500, 250, 25
+BASELINE, WINDOW, STEP = 500, 300, 25
 #: How many numbers an embedding is projected on.
 PROJECTED = 16
 #: Published shares are rounded to this: no count under 5 can be told from none, in the window or in the baseline.
@@ -59,7 +59,7 @@ class Images:
     """What is known of N images, oldest first. `quality`: N numbers a measure, by its name.
 
     `nine` N×9 probabilities in the order of Diagnosis and `embedding` N×512 unit vectors: NaN where an image has none.
-    `levels` are empty where an image was refused. `patients` say which images are of the same.
+    `levels` are empty where an image was refused. `patients`: N numbers, the same for images of the same patient.
     """
 
     quality: Mapping[str, FloatArray]
@@ -67,7 +67,7 @@ class Images:
     embedding: NDArray[np.floating[Any]]
     levels: Sequence[str]
     outcomes: Sequence[str]
-    patients: Sequence[object] = ()
+    patients: NDArray[np.intp]
 
 
 Values = Callable[[Images], FloatArray]
@@ -117,19 +117,14 @@ def _log_of(name: str) -> Values:
     return lambda images: np.asarray(np.log(images.quality[name] + 0.1))[:, None]
 
 
-def _log_odds(values: Values) -> Values:
-    """Of probabilities; the ends, where one image would outweigh a hundred, are cut off at 2 %."""
+def _log_odds(values: Values, least: float) -> Values:
+    """Of probabilities; those under `least`, or as near to 1, are cut off, or one image would outweigh a hundred."""
 
     def scaled(images: Images) -> FloatArray:
-        cut = np.clip(values(images), 0.02, 0.98)
+        cut = np.clip(values(images), least, 1.0 - least)
         return np.asarray(np.log(cut / (1.0 - cut)))
 
     return scaled
-
-
-def _angle(values: Values) -> Values:
-    """The arcsine of the root, which makes the variance of a share nearly the same everywhere."""
-    return lambda images: np.asarray(np.arcsin(np.sqrt(values(images))))
 
 
 def _among(words: Sequence[str], found: Sequence[str]) -> FloatArray:
@@ -159,7 +154,7 @@ def _malignant(images: Images) -> FloatArray:
 
 
 def _classes(images: Images) -> FloatArray:
-    return np.eye(len(_CLASSES))[images.nine.argmax(1)]
+    return np.asarray(np.eye(len(_CLASSES))[images.nine.argmax(1)])
 
 
 def _levels(images: Images) -> FloatArray:
@@ -215,9 +210,11 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure("outcomes", Stream.ANSWERS, 24.0, _USE, _outcomes, _OUTCOMES, is_mix=True),
     Measure("levels", Stream.ANSWERS, 28.0, _CASES, _levels, (*_LEVELS[:-1], "none"), is_mix=True),
-    Measure("confidence", Stream.MODEL, 24.0, _STRANGE, _log_odds(_confidence), ("confidence",), _confidence),
-    Measure("unknown", Stream.MODEL, 36.0, _STRANGE, _log_odds(_unknown), ("unknown",), _unknown),
-    Measure("malignant", Stream.MODEL, 24.0, _CASES, _angle(_malignant), ("malignant",), _malignant),
+    Measure(
+        "confidence", Stream.MODEL, 24.0, _STRANGE, _log_odds(_confidence, 0.02), ("confidence",), _confidence
+    ),
+    Measure("unknown", Stream.MODEL, 36.0, _STRANGE, _log_odds(_unknown, 1e-4), ("unknown",), _unknown),
+    Measure("malignant", Stream.MODEL, 24.0, _CASES, _log_odds(_malignant, 5e-3), ("malignant",), _malignant),
     Measure("classes", Stream.MODEL, 40.0, _CASES, _classes, _CLASSES, is_mix=True),
     Measure("embedding", Stream.MODEL, 60.0, _STRANGE, _embedding),
 )
@@ -249,16 +246,15 @@ def learn(measure: Measure, images: Images) -> Baseline:
 
 
 def summarise(
-    measure: Measure, values: FloatArray, patients: Sequence[object], shown: Mapping[str, float] | None = None
+    measure: Measure, values: FloatArray, patients: NDArray[np.intp], shown: Mapping[str, float] | None = None
 ) -> Baseline:
     """Make it of the N×D numbers that the measure gives, and of whose images they are."""
     count, mean = len(values), values.mean(0)
     rest = values - mean
     covariance = rest.T @ rest / (count - 1)
     weights = _weights(mean, covariance, is_mix=measure.is_mix)
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    together = np.zeros((patient.max() + 1, values.shape[1]))
-    np.add.at(together, patient, rest)
+    together = np.zeros((int(patients.max()) + 1, values.shape[1]))
+    np.add.at(together, patients, rest)
     alone = _squares(rest, weights).sum()
     # Patients that have nothing in common make it about 1; less is chance, and would alarm too often.
     inflation = max(1.0, float(_squares(together, weights).sum() / alone)) if alone > 0.0 else 1.0

@@ -8,7 +8,6 @@ from dataclasses import asdict
 import logging
 from typing import Any, Literal
 
-import asyncpg
 import numpy as np
 
 from serve_app.domain.assessment import Time
@@ -18,7 +17,6 @@ from serve_app.records.drift import Cause, CurrentStream, DriftLook, DriftStore
 from serve_app.records.pool import Pool
 from serve_app.reports.drift import (
     BASELINE,
-    MEASURES,
     STEP,
     SUBJECTS,
     WINDOW,
@@ -41,7 +39,7 @@ State = Literal["collecting", "quiet", "alarm", "acknowledged"]
 def read_images(rows: Sequence[Mapping[str, Any]]) -> Images:
     """Make arrays of rows of `answered_images`, in their order."""
     nothing: dict[str, float] = {}
-    names = sorted({name for measure in rows for name in measure["quality"]})
+    names = {name for row in rows for name in row["quality"]}
     return Images(
         quality={
             name: np.array([_number(row["quality"].get(name)) for row in rows], np.float64) for name in names
@@ -57,7 +55,7 @@ def read_images(rows: Sequence[Mapping[str, Any]]) -> Images:
         ),
         levels=[row["level"] or "" for row in rows],
         outcomes=[row["outcome"] for row in rows],
-        patients=[row["patient_id"] for row in rows],
+        patients=np.unique([row["patient_id"] for row in rows], return_inverse=True)[1],
     )
 
 
@@ -82,6 +80,90 @@ def compare_all(stream: Stream, baseline: Mapping[str, Any], images: Images) -> 
     return found
 
 
+class DriftMeasureDocument(Document):
+    """One measure. `distance` beyond `limit` raises an alarm, which stands until an operator acknowledges it.
+
+    `baseline` and `newest` are means over the first 500 and the newest 300 images; shares are rounded to 0.05. `meaning`
+    and `action` are there while an alarm stands.
+    """
+
+    measure: str
+    state: State
+    limit: float
+    distance: float | None
+    baseline: dict[str, float] | None
+    newest: dict[str, float] | None
+    raised_at: Time | None
+    acknowledged_at: Time | None
+    reason: Cause | None
+    meaning: str | None
+    action: str | None
+
+
+class DriftStreamDocument(Document):
+    """Measures of the same images; `subject` is what made their answers, and another one begins another baseline.
+
+    `collected` counts in steps of 25, up to `needed`; until then the state of all is `collecting`.
+    """
+
+    stream: Stream
+    subject: dict[str, str]
+    collected: int
+    needed: int
+    baseline_until: Time | None
+    looked_at: Time
+    measures: list[DriftMeasureDocument]
+
+
+class DriftDocument(Document):
+    """This site's newest images against its first; empty before the first answer."""
+
+    baseline_images: int
+    newest_images: int
+    streams: list[DriftStreamDocument]
+
+
+def drift_document(streams: Sequence[CurrentStream]) -> DriftDocument:
+    """What is published: nothing of a patient, no count under 5, no vector."""
+    return DriftDocument(
+        baseline_images=BASELINE,
+        newest_images=WINDOW,
+        streams=[
+            DriftStreamDocument(
+                stream=Stream(each.stream),
+                subject=dict(each.subject),
+                collected=each.collected // STEP * STEP,
+                needed=BASELINE + WINDOW,
+                baseline_until=each.baseline_until,
+                looked_at=each.looked_at,
+                measures=[_measure_document(measure, each) for measure in measures_of(Stream(each.stream))],
+            )
+            for each in streams
+        ],
+    )
+
+
+def _measure_document(measure: Measure, stream: CurrentStream) -> DriftMeasureDocument:
+    alarm = stream.alarms.get(measure.name)
+    first, newest = ((found or {}).get(measure.name) for found in (stream.baseline, stream.newest))
+    state: State = "collecting" if newest is None else "quiet"
+    if alarm is not None:
+        state = "alarm" if alarm.acknowledged_at is None else "acknowledged"
+    return DriftMeasureDocument(
+        measure=measure.name,
+        state=state,
+        limit=measure.limit,
+        distance=newest and round(newest["distance"], 1),
+        baseline=(first and first["shown"]) or None,
+        newest=(newest and newest["shown"]) or None,
+        raised_at=alarm.raised_at if alarm else None,
+        acknowledged_at=alarm.acknowledged_at if alarm else None,
+        reason=alarm.reason if alarm else None,
+        meaning=measure.advice.meaning if alarm else None,
+        action=measure.advice.action if alarm else None,
+    )
+
+
 class DriftWatch:
     """Looks every STEP images. One replica at a time looks; all know what was found."""
 
@@ -102,7 +184,7 @@ class DriftWatch:
         return describe(self._standing)
 
     def counts(self) -> dict[str, float | None]:
-        """For the metrics."""
+        """For the metrics: alarms that nobody has acknowledged."""
         return {"alarms": float(len(self._standing))}
 
 
@@ -118,11 +200,8 @@ def unacknowledged(streams: Sequence[CurrentStream]) -> list[str]:
 
 def describe(measures: Sequence[str]) -> list[str]:
     """Say it in one line, if there is anything to say."""
-    if not measures:
-        return []
-    return [
-        f"drift: the newest images differ from this site's first in {', '.join(measures)}: `derm-cds drift show`"
-    ]
+    differ = f"drift: the newest images differ from this site's first in {', '.join(measures)}"
+    return [f"{differ}: `derm-cds drift show`"] if measures else []
 
 
 async def _look(look: DriftLook, stream: Stream, subject: Mapping[str, str]) -> None:

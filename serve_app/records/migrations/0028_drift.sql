@@ -37,7 +37,7 @@ CREATE TABLE drift_streams (
 );
 CREATE INDEX drift_streams_newest ON drift_streams (stream, looked_at);
 COMMENT ON TABLE drift_streams IS
-'What is held against what: means of at least 250 images and their spread, never of one image or patient. Of each stream the one that was looked at last is current.';
+'What is held against what: means of at least 300 images and their spread, never of one image or patient. Of each stream the one that was looked at last is current.';
 COMMENT ON COLUMN drift_streams.subject IS
 'The fields of the answers'' provenance that the baseline depends on: with another value, another baseline begins.';
 COMMENT ON COLUMN drift_streams.begun_by IS

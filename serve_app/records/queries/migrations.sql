@@ -38,7 +38,6 @@ GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publicatio
 GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
     key_stores TO {role};
 GRANT SELECT ON reviews, lesion_outcomes, report_queue, assessment_facts, report_cells, report_snapshots TO {role};
-GRANT SELECT ON reviews, lesion_outcomes TO {role};
 GRANT SELECT ON answered_images, drift_streams, drift_alarms TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_embeddings, idempotency_keys, erasure_receipts TO {role};
 -- By column: numbers and times are the database's to give, and what comes later (an erasure, a review) is not there at first.
@@ -65,9 +64,8 @@ GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note, ended_at, ende
 GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, sent_at, delivered_at, dead_at,
     setbacks, set_back_at) ON outbox TO {role};
 GRANT INSERT (report_id, kind, period, document) ON report_snapshots TO {role};
-GRANT EXECUTE ON FUNCTION erase_image, count_reports TO {role};
 -- Acknowledging an alarm and beginning again are the owner's.
 GRANT INSERT (stream, subject, since), UPDATE (collected, baseline, baseline_until, newest, seen_until, looked_at)
     ON drift_streams TO {role};
 GRANT INSERT (drift_id, measure, distance), UPDATE (ended_at) ON drift_alarms TO {role};
-GRANT EXECUTE ON FUNCTION erase_image TO {role};
+GRANT EXECUTE ON FUNCTION erase_image, count_reports TO {role};
