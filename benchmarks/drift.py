@@ -38,7 +38,7 @@ A_DAY, ALIKE, NEAREST, SECOND = 20, 0.5, 40, 0.3
 A_YEAR, YEARS = 5_000, 20
 #: Share of years in which one measure alone may alarm, and in which the one may that another case mix shows in: all
 #: twelve together in 2 %, once in 50 years.
-ONE_MEASURE, CASE_MIX = 0.0013, {"malignant": 0.006}
+ONE_MEASURE, CASE_MIX = 0.0009, {"malignant": 0.01}
 WITHIN = 300
 
 
@@ -140,7 +140,7 @@ def distances(stretch: Stretch) -> tuple[NDArray[np.int64], dict[str, FloatArray
         baseline = summarise(measure, values[:BASELINE], stretch.patients[:BASELINE])
         sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
         means = (sums[ends] - sums[ends - WINDOW]) / WINDOW
-        found[measure.name] = np.array([distance(measure, baseline, mean, WINDOW) for mean in means])
+        found[measure.name] = distance(measure, baseline, means, WINDOW)
     return ends, found
 
 

@@ -215,7 +215,9 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         "invariants": every(
             worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
         ),
-        "drift": every(drift_watch.LOOK_EVERY_S, services.drift.look),
+        "drift": every(
+            drift_watch.LOOK_EVERY_S, services.drift.look, first_after_s=worker.FIRST_CHECK_AFTER_S
+        ),
         "erasures": every(
             sweeping.ERASURES_EVERY_S,
             eraser.finish_accepted,

@@ -252,12 +252,12 @@ def summarise(
     count, mean = len(values), values.mean(0)
     rest = values - mean
     covariance = rest.T @ rest / (count - 1)
-    weights = _weights(mean, covariance, is_mix=measure.is_mix)
+    weights = np.diag(1.0 / np.maximum(mean, 1e-9)) if measure.is_mix else _inverse(covariance)
     together = np.zeros((int(patients.max()) + 1, values.shape[1]))
     np.add.at(together, patients, rest)
-    alone = _squares(rest, weights).sum()
+    sums = [float(((rows @ weights) * rows).sum()) for rows in (together, rest)]
     # Patients that have nothing in common make it about 1; less is chance, and would alarm too often.
-    inflation = max(1.0, float(_squares(together, weights).sum() / alone)) if alone > 0.0 else 1.0
+    inflation = max(1.0, sums[0] / sums[1]) if sums[1] > 0.0 else 1.0
     return Baseline(
         images=count,
         mean=tuple(mean.tolist()),
@@ -267,24 +267,21 @@ def summarise(
     )
 
 
-def distance(measure: Measure, baseline: Baseline, mean: FloatArray, count: int) -> float:
-    """How far the mean of `count` images is from the baseline's: T², or chi-squared, divided by the inflation.
+def distance(measure: Measure, baseline: Baseline, mean: FloatArray, count: int) -> FloatArray:
+    """How far means of `count` images, D or K×D, are from the baseline's: T², or chi-squared, over the inflation.
 
     Of D numbers it is about D where nothing has changed; each measure's limit is on this scale.
     """
     first = np.asarray(baseline.mean)
-    pooled = (baseline.images * first + count * mean) / (baseline.images + count)
-    weights = _weights(pooled, np.asarray(baseline.covariance), is_mix=measure.is_mix)
-    between = 1.0 / baseline.images + 1.0 / count
-    return float(_squares((mean - first)[None], weights)[0] / between / baseline.inflation)
+    apart = mean - first
+    if measure.is_mix:
+        pooled = (baseline.images * first + count * mean) / (baseline.images + count)
+        squares = np.divide(apart**2, pooled, out=np.zeros_like(apart), where=pooled > 0.0).sum(-1)
+    else:
+        squares = ((apart @ _inverse(np.asarray(baseline.covariance))) * apart).sum(-1)
+    return np.asarray(squares / (1.0 / baseline.images + 1.0 / count) / baseline.inflation)
 
 
-def _weights(shares: FloatArray, covariance: FloatArray, *, is_mix: bool) -> FloatArray:
-    if is_mix:
-        return np.diag(np.divide(1.0, shares, out=np.zeros_like(shares), where=shares > 0.0))
-    # A measure that never varied would make any change infinite.
+def _inverse(covariance: FloatArray) -> FloatArray:
+    """With a little added: a measure that never varied would make any change infinite."""
     return np.asarray(np.linalg.inv(covariance + 1e-6 * np.eye(len(covariance))))
-
-
-def _squares(rows: FloatArray, weights: FloatArray) -> FloatArray:
-    return np.asarray(((rows @ weights) * rows).sum(1))

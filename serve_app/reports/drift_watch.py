@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 import logging
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from serve_app.domain.assessment import Time
+from serve_app.domain.assessment import Time, one_of
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.records.answers import Document
 from serve_app.records.drift import Cause, CurrentStream, DriftLook, DriftStore
@@ -75,7 +75,7 @@ def compare_all(stream: Stream, baseline: Mapping[str, Any], images: Images) -> 
         if measure.name in baseline:
             values = measure.values(images)
             first = Baseline(**baseline[measure.name])
-            apart = distance(measure, first, values.mean(0), len(values))
+            apart = float(distance(measure, first, values.mean(0), len(values)))
             found[measure.name] = {"distance": round(apart, 2), "shown": measure.show(images)}
     return found
 
@@ -95,7 +95,7 @@ class DriftMeasureDocument(Document):
     newest: dict[str, float] | None
     raised_at: Time | None
     acknowledged_at: Time | None
-    reason: Cause | None
+    reason: Annotated[Cause, one_of(Cause, "Reason")] | None
     meaning: str | None
     action: str | None
 
@@ -106,7 +106,7 @@ class DriftStreamDocument(Document):
     `collected` counts in steps of 25, up to `needed`; until then the state of all is `collecting`.
     """
 
-    stream: Stream
+    stream: Annotated[Stream, one_of(Stream, "Stream")]
     subject: dict[str, str]
     collected: int
     needed: int
@@ -179,13 +179,17 @@ class DriftWatch:
                     await _look(look, stream, {name: provenance[name] for name in SUBJECTS[stream]})
         self._standing = unacknowledged(await self._store.current())
 
+    async def document(self) -> DriftDocument:
+        """What is published of it now."""
+        return drift_document(await self._store.current())
+
     def findings(self) -> list[str]:
         """Say which measures have an alarm that nobody has acknowledged."""
         return describe(self._standing)
 
     def counts(self) -> dict[str, float | None]:
         """For the metrics: alarms that nobody has acknowledged."""
-        return {"alarms": float(len(self._standing))}
+        return {"alarms": len(self._standing)}
 
 
 def unacknowledged(streams: Sequence[CurrentStream]) -> list[str]:

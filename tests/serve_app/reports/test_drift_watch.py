@@ -120,7 +120,7 @@ async def test_from_the_first_image_to_an_alarm_that_is_acknowledged_and_over(fr
     await clinic.answer(WINDOW + 1)
     await watch.look()
     assert set((await states(app)).values()) == {"quiet"}
-    assert (watch.findings(), watch.counts()) == ([], {"alarms": 0.0})
+    assert (watch.findings(), watch.counts()) == ([], {"alarms": 0})
     first = [stream.baseline for stream in await store.current()]
 
     await clinic.answer(WINDOW, exposure=0.5)
@@ -128,7 +128,7 @@ async def test_from_the_first_image_to_an_alarm_that_is_acknowledged_and_over(fr
         await watch.look()
     assert {name for name, state in (await states(app)).items() if state == "alarm"} == {"exposure"}
     assert "exposure" in watch.findings()[0]
-    assert watch.counts() == {"alarms": 1.0}
+    assert watch.counts() == {"alarms": 1}
     assert sum("drift: exposure" in line for line in caplog.messages) == 1
     assert [stream.baseline for stream in await store.current()] == first
 
@@ -252,3 +252,35 @@ async def test_a_baseline_is_frozen_and_only_the_owner_acknowledges(
     else:
         with pytest.raises(refused):
             await owner_pool.execute(statement)
+
+
+async def test_the_report_is_for_statistics_readers_and_says_how_each_measure_stands(service) -> None:
+    found = '{"exposure": {"mean": [0.6], "distance": 41.234, "shown": {"exposure": 0.6}}}'
+    drift_id = await service.owner.fetchval(
+        "INSERT INTO drift_streams (stream, subject, since, collected, baseline, baseline_until, newest) VALUES"
+        """ ('pictures', '{"preprocess_version": "0"}', now(), 803, $1::text::jsonb, now(), $1::text::jsonb)"""
+        " RETURNING drift_id",
+        found,
+    )
+    await service.owner.execute(
+        "INSERT INTO drift_alarms (drift_id, measure, distance, acknowledged_at, acknowledged_by, reason)"
+        " VALUES ($1, 'exposure', 41, now(), 'os:somebody', 'new_light')",
+        drift_id,
+    )
+    response = await service.client.get("/api/reports/drift", headers=service.token("ops", ("operator",)))
+    await service.hold_to_event(response, "view_statistics", "success", report="drift")
+    assert response.headers["cache-control"] == "no-store"
+    (stream,) = response.json()["streams"]
+    assert (stream["stream"], stream["collected"], stream["needed"]) == ("pictures", 800, BASELINE + WINDOW)
+    exposure, contrast = stream["measures"][:2]
+    assert (exposure["measure"], exposure["state"], exposure["distance"]) == (
+        "exposure",
+        "acknowledged",
+        41.2,
+    )
+    assert (exposure["newest"], exposure["reason"]) == ({"exposure": 0.6}, "new_light")
+    assert exposure["meaning"]
+    assert (contrast["state"], contrast["newest"], contrast["meaning"]) == ("collecting", None, None)
+    assert "os:somebody" not in response.text
+    await service.owner.execute("DELETE FROM drift_alarms")
+    await service.owner.execute("DELETE FROM drift_streams")
