@@ -61,8 +61,13 @@ def _describe(message: UndeliveredMessage) -> str:
     state = "dead" if message.dead_at else f"waits until {message.due_at.isoformat(timespec='seconds')}"
     if message.sent_at is None and message.attempts:
         state += ", its encounter not confirmed"
+    about = (
+        f"encounter {message.encounter_id}, assessment {message.assessment_id}"
+        if message.encounter_id
+        else "no encounter"
+    )
     return (
-        f"{message.message_id} encounter {message.encounter_id}, assessment {message.assessment_id}: {state}; "
+        f"{message.message_id} {message.kind}, {about}: {state}; "
         f"queued {message.queued_at.isoformat(timespec='seconds')}, {message.attempts} attempts, "
         f"last error {message.last_error or 'none'}"
     )

@@ -7,7 +7,7 @@ bring stores in Redis, factories and listeners, and count exceptions that here a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 import logging
@@ -117,10 +117,16 @@ class PmsClient:
         return await self._send("GET", path, timeout_s)
 
     async def post(
-        self, *path: str, body: dict[str, Any], idempotency_key: str, timeout_s: float
+        self,
+        *path: str,
+        body: Mapping[str, Any],
+        idempotency_key: str,
+        timeout_s: float,
+        media_type: str = "application/json",
     ) -> PmsAnswer:
         """Send a resource; PmsUnavailable when it is not known what became of it."""
-        return await self._send("POST", path, timeout_s, body, {"Idempotency-Key": idempotency_key})
+        headers = {"Idempotency-Key": idempotency_key, "Content-Type": media_type}
+        return await self._send("POST", path, timeout_s, body, headers)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -131,7 +137,7 @@ class PmsClient:
         method: str,
         path: tuple[str, ...],
         timeout_s: float,
-        body: dict[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
         headers: dict[str, str] | None = None,
     ) -> PmsAnswer:
         url = "/".join(quote(part, safe="") for part in path)

@@ -1,19 +1,20 @@
-"""Telling the PMS what became of assessments: the outbox's messages, delivered at least once and kept once.
+"""Telling the PMS what there is to tell: the outbox's messages, delivered at least once and kept once.
 
 Before anything is sent, the PMS itself must say that the encounter is the patient's, whatever was known at the upload:
 until it does, the message waits. It keeps one of what it gets twice, by the Idempotency-Key; we note and audit its
-acknowledgement once. A message is noted as delivered only for an acknowledgement that names the
-assessment: a gateway's friendly page is none.
+acknowledgement once. A message is noted as delivered only for an acknowledgement that names what
+was told: a gateway's friendly page is none. What each kind of message says is in messages.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 import logging
 import random
+from typing import Any
 
 from serve_app.audit.events import OUTBOX, AuditEvent, AuditOutcome
 from serve_app.domain.assessment import Outcome
@@ -26,10 +27,10 @@ from serve_app.domain.errors import (
 )
 from serve_app.pms.client import CircuitBreaker, PmsClient, State
 from serve_app.pms.directory import PatientDirectory, PmsDirectory, RecordConsultation
-from serve_app.records.answers import assessment_document, references_of
+from serve_app.pms.messages import Resources, idempotency_key, pms_resources
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
-from serve_app.records.outbox import ClaimedMessage, Outbox
+from serve_app.records.outbox import ClaimedMessage, MessageKind, Outbox
 from serve_app.records.patients import PatientTable
 from serve_app.records.pool import Pool
 from serve_app.settings import Settings
@@ -66,7 +67,7 @@ class Delivery:
     outbox: Outbox
     records: LesionStore
     client: PmsClient
-    pms_url: str
+    resources: Resources
     dead_after: timedelta
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     first_wait_s: float = FIRST_WAIT_S
@@ -81,7 +82,7 @@ class Delivery:
         while (state := self.breaker.state) is not State.OPEN:
             # A PMS that was away is tried with one message, not with all that wait.
             limit = _BATCH if state is State.CLOSED else 1
-            claimed = await self.outbox.claim(lease_s=lease_s, limit=limit)
+            claimed = await self.outbox.claim(kinds=self.resources, lease_s=lease_s, limit=limit)
             outcomes = await asyncio.gather(*map(self._deliver, claimed), return_exceptions=True)
             delivered += sum(outcome is True for outcome in outcomes)
             for outcome in outcomes:
@@ -103,23 +104,28 @@ class Delivery:
         return False
 
     async def _attempt(self, message: ClaimedMessage) -> bool:
-        found = await self.records.assessment_record(message.assessment_id)
-        if found is None or found.image.outcome is Outcome.PENDING:  # the statements that queue write neither
-            await self.outbox.give_up(message.message_id, error="not_finished")
-            return False
-        # What the PMS has, it is told the erasure of, whosever the encounter is now.
-        follows = found.image.erasure is not None and message.sent_at is not None
-        if not follows and await self._owner(message.encounter_id) != found.patient_id:
-            await self._withhold(message, found)
-            return False
-        pictured = await self.records.pictured(references_of(found.image))
+        found = None
+        if message.assessment_id is not None and message.encounter_id is not None:
+            found = await self.records.assessment_record(message.assessment_id)
+            if (
+                found is None or found.image.outcome is Outcome.PENDING
+            ):  # the statements that queue write neither
+                await self.outbox.give_up(message.message_id, error="not_finished")
+                return False
+            # What the PMS has, it is told the erasure of, whosever the encounter is now.
+            follows = found.image.erasure is not None and message.sent_at is not None
+            if not follows and await self._owner(message.encounter_id) != found.patient_id:
+                await self._withhold(message, found)
+                return False
+        body = await self.resources[message.kind].body(message, found)
         if not self.breaker.enter():
             raise PmsUnavailable(_LEFT_ALONE)
         if not await self.outbox.note_sent(message.message_id):  # its image was erased meanwhile
             return False
-        await self._post(message, found, pictured)
-        event = _disclosure(message, found, "success", outcome=found.image.outcome, attempts=message.attempts)
-        return await self.outbox.deliver(message.message_id, told=found.image.outcome, event=event)
+        await self._post(message, body, idempotency_key(message, found))
+        told = None if found is None else found.image.outcome
+        event = _disclosure(message, found, "success", outcome=told, attempts=message.attempts)
+        return await self.outbox.deliver(message.message_id, told=told, event=event)
 
     async def _owner(self, encounter_id: str) -> str:
         """Ask the PMS, now and never a cache, whose an encounter is; PmsRefused when it has none of that id."""
@@ -145,19 +151,12 @@ class Delivery:
             await self.outbox.give_up(message.message_id, error=WrongEncounter.code, event=event)
         logger.error("Message %s is not sent: its encounter is another patient's", message.message_id)
 
-    async def _post(
-        self, message: ClaimedMessage, found: AssessmentRecord, pictured: Collection[str]
-    ) -> None:
-        """Send one; PmsUnavailable unless the PMS acknowledges this very assessment, PmsRefused when it refuses it."""
-        # What was said of it while it waited is true no more where it arrives.
-        image = replace(found.image, undelivered=None)
-        body = assessment_document(image, found, pictured=pictured, pms_url=self.pms_url).answer()
-        path, key = (
-            ("api", "encounters", message.encounter_id, "assessments"),
-            _idempotency_key(message, found),
-        )
+    async def _post(self, message: ClaimedMessage, body: Mapping[str, Any], key: str) -> None:
+        """Send one; PmsUnavailable unless the PMS acknowledges this very one, PmsRefused when it refuses it."""
+        resource = self.resources[message.kind]
+        sent: dict[str, Any] = {"body": body, "idempotency_key": key, "media_type": resource.media_type}
         try:
-            answer = await self.client.post(*path, body=body, idempotency_key=key, timeout_s=self.timeout_s)
+            answer = await self.client.post(*resource.path(message), **sent, timeout_s=self.timeout_s)
         except PmsUnavailable:
             self.breaker.fail()
             raise
@@ -169,7 +168,7 @@ class Delivery:
             raise PmsRefused(f"http_{answer.status}")
         if answer.status >= 300 or answer.body is None:
             raise PmsUnavailable(f"http_{answer.status}_without_acknowledgement")
-        if answer.body.get("assessment_id") != body["assessment_id"]:
+        if answer.body.get(resource.acknowledged_by) != message.told_id:
             raise PmsUnavailable("acknowledged_another")
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
@@ -196,24 +195,21 @@ def wait_s(attempts: int, *, first_s: float = FIRST_WAIT_S) -> float:
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
-def _idempotency_key(message: ClaimedMessage, found: AssessmentRecord) -> str:
-    """The message's id, or for an erasure its receipt's: two things to tell of one assessment, kept one of each."""
-    erasure = found.image.erasure
-    return str(message.message_id if erasure is None else erasure.receipt_id)
-
-
 def _disclosure(
-    message: ClaimedMessage, found: AssessmentRecord, ended: AuditOutcome, **detail: object
+    message: ClaimedMessage, found: AssessmentRecord | None, ended: AuditOutcome, **detail: object
 ) -> AuditEvent:
+    """Say what was sent, or withheld; of all but assessments also which message of which kind."""
+    if message.kind is not MessageKind.ASSESSMENT:
+        detail |= {"message_id": str(message.message_id), "kind": message.kind, "told_id": message.told_id}
     return AuditEvent(
         action="disclose",
         actor=OUTBOX,
         outcome=ended,
-        patient_id=found.patient_id,
-        lesion_id=found.lesion_id,
-        image_id=found.image.image_id,
+        patient_id=found.patient_id if found else None,
+        lesion_id=found.lesion_id if found else None,
+        image_id=found.image.image_id if found else None,
         assessment_id=message.assessment_id,
-        request_id=_idempotency_key(message, found),
+        request_id=idempotency_key(message, found),
         detail={"recipient": "pms", **detail},
     )
 
@@ -248,8 +244,11 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
         if settings.patient_directory == "pms":
             directory = PmsDirectory(client, timeout_s=settings.pms_timeout_s, max_age_s=settings.pms_cache_s)
         if settings.pms_deliver:
-            dead_after = timedelta(days=settings.pms_dead_after_days)
             delivery = Delivery(
-                outbox=Outbox(pool), records=records, client=client, pms_url=url, dead_after=dead_after
+                outbox=Outbox(pool),
+                records=records,
+                client=client,
+                resources=pms_resources(records, pms_url=url),
+                dead_after=timedelta(days=settings.pms_dead_after_days),
             )
     return PmsConnection(client, RecordConsultation(directory), delivery)

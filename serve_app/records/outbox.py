@@ -1,15 +1,16 @@
-"""The transactional outbox: assessments that the PMS is still to be told of.
+"""The transactional outbox: what the PMS is still to be told.
 
-A message is written in the transaction that ends its assessment (`complete` and `fail` in
-lesions.sql) or proves the erasure of its image (`prove` in erasures.sql), so that neither exists
-without the other. It holds no finding: what is sent is read from the record at each attempt.
-An assessment has one message; delivered, it is sent again when the image is erased.
+A message is written in the transaction of what it tells (`complete` and `fail` in lesions.sql, `prove` in erasures.sql,
+reviews.sql), so that neither exists without the other. It holds no finding: what is sent is read from the record at each
+attempt. An assessment has one message of its own kind; delivered, it is sent again when the image is erased.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from uuid import UUID
 
 from serve_app.audit.events import AuditEvent
@@ -21,21 +22,39 @@ from serve_app.sql import bind
 _SQL = queries("outbox")
 
 
+class MessageKind(StrEnum):
+    """What a message tells of; each but a report is about an assessment, and goes to the encounter of its image."""
+
+    ASSESSMENT = "assessment"
+    REVIEW = "review"
+    OUTCOME = "outcome"
+    FHIR = "fhir"
+    REPORT = "report"
+
+
 @dataclass(frozen=True, slots=True)
 class ClaimedMessage:
     """A message that is this sender's to deliver until its lease ends; `attempts` counts this one.
 
-    `sent_at`: since when the PMS may have it; None while it has not confirmed the encounter.
+    `subject_id`: the review, outcome or report that is told; None where that is the assessment. A report has neither
+    assessment nor encounter. `sent_at`: since when the PMS may have it; None while it has not confirmed the encounter.
     `setbacks`: attempts that failed although another message was delivered since the attempt before.
     """
 
     message_id: UUID
-    assessment_id: UUID
-    encounter_id: str
+    kind: MessageKind
+    assessment_id: UUID | None
+    subject_id: UUID | None
+    encounter_id: str | None
     waiting_since: datetime
     attempts: int
     setbacks: int
     sent_at: datetime | None
+
+    @property
+    def told_id(self) -> str:
+        """The id of what is told, which the PMS's acknowledgement names."""
+        return str(self.subject_id or self.assessment_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +62,9 @@ class UndeliveredMessage:
     """A message that waits or is dead, as an operator sees it."""
 
     message_id: UUID
-    assessment_id: UUID
-    encounter_id: str
+    kind: MessageKind
+    assessment_id: UUID | None
+    encounter_id: str | None
     queued_at: datetime
     attempts: int
     due_at: datetime
@@ -71,15 +91,21 @@ class OutboxCounts:
 class Outbox(Store):
     """The messages as senders and operators use them; the application's role will do."""
 
-    async def claim(self, *, lease_s: float, limit: int) -> list[ClaimedMessage]:
-        """Lease messages that are due, at most one of each encounter: its oldest that waits."""
-        return await self._pool.find_all(ClaimedMessage, _SQL["claim"], timedelta(seconds=lease_s), limit)
+    async def claim(
+        self, *, kinds: Collection[MessageKind], lease_s: float, limit: int
+    ) -> list[ClaimedMessage]:
+        """Lease messages of these kinds that are due, at most one of each encounter, and one report: the oldest that waits.
 
-    async def deliver(self, message_id: UUID, *, told: Outcome, event: AuditEvent) -> bool:
+        One of another kind waits for a sender that knows it, and its encounter with it.
+        """
+        asked = timedelta(seconds=lease_s), limit, list(kinds)
+        return await self._pool.find_all(ClaimedMessage, _SQL["claim"], *asked)
+
+    async def deliver(self, message_id: UUID, *, told: Outcome | None, event: AuditEvent) -> bool:
         """Note the PMS's acknowledgement, with the audit event of the disclosure; False when noted before.
 
-        `told` is the outcome that was sent. False, too, when the image was erased meanwhile: the disclosure is on
-        record, and the erasure is still to be told.
+        `told` is the outcome that was sent, of an assessment. False, too, when the image was erased meanwhile: the
+        disclosure is on record, and the erasure is still to be told.
         """
         values = {"message_id": message_id, "told": told, **event_parameters(event)}
         delivered: bool = await self._pool.fetchval(*bind(_SQL["deliver"], values))

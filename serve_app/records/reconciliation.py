@@ -141,8 +141,10 @@ class _Account:
         self._erasures: dict[UUID, tuple[int, tuple[object, ...]]] = {}
         self._erased: set[UUID] = set()
         self._receipts: dict[str, tuple[int, str]] = {}
-        self._messages: dict[str, tuple[int, UUID]] = {}
-        self._disclosed: set[UUID] = set()
+        #: By message that an event queued: the event, and the image that it is about, if any.
+        self._messages: dict[str, tuple[int, UUID | None]] = {}
+        #: What the PMS was told: assessments, and messages of other kinds.
+        self._disclosed: set[UUID | str] = set()
         self._serving: tuple[int, Row] | None = None
         self._publications: dict[int, tuple[int, Row]] = {}
         self._oldest_publication: int | None = None
@@ -178,8 +180,17 @@ class _Account:
             self._publications[publication] = number, detail | {"action": action.removeprefix("model_")}
             if self._oldest_publication is None:
                 self._oldest_publication = publication
-        elif event["image_id"] is not None:
+            return
+        self._read_of_message(number, action, event)
+        if event["image_id"] is not None:
             self._read_of_image(number, action, event, event["image_id"])
+
+    def _read_of_message(self, number: int, action: str, event: Row) -> None:
+        message = event["detail"].get("message_id")
+        if action == "disclose":  # the event of an assessment's names no message
+            self._disclosed.add(message or event["assessment_id"])
+        elif message is not None:
+            self._messages[message] = number, event["image_id"]
 
     def _forget(self, table: AuditedTable, named: tuple[str, ...]) -> None:
         for each in [
@@ -194,8 +205,6 @@ class _Account:
         if action == "upload":
             ids = (event["lesion_id"], event["patient_id"], event["assessment_id"])
             self._uploads[image] = number, ids
-        elif action == "classify" and "message_id" in detail:
-            self._messages[detail["message_id"]] = number, image
         elif action == "confirm":
             self._confirmed.setdefault(image, (number, event["actor"]))
         elif action == "erase" and "reason" in detail:  # and not the repetition of a request
@@ -203,8 +212,6 @@ class _Account:
             self._erased.add(image)
         elif action == "erased":
             self._receipts[detail["receipt_id"]] = number, detail["record_hash"]
-        elif action == "disclose":
-            self._disclosed.add(event["assessment_id"])
 
     def hold(self, table: AuditedTable, row: Row) -> None:
         """Hold a row of a plain table against its newest event."""
@@ -292,7 +299,8 @@ class _Account:
         self._messages.pop(name, None)
         if row["encounter_id"] != row["of_image"]:
             self._differ("outbox", name, "is for another encounter than its image's")
-        told = row["assessment_id"] in self._disclosed or row["image_id"] in self._erased
+        told_of = row["assessment_id"] if row["kind"] == "assessment" else name
+        told = told_of in self._disclosed or row["image_id"] in self._erased
         if row["delivered"] and not told:
             self._differ("outbox", name, "is noted as delivered, and no event says so")
 

@@ -1,1 +1,1 @@
-"""What the whole of the answers says: aggregates, and whether the images are still like the site's first."""
+"""What the service does as a whole, in fixed tables without patients: summary, performance, drift."""

@@ -384,7 +384,9 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_h
     listed = derm_cds("outbox", "list", home=own_home).out
     assert str(waiting) in listed
     assert "last error http_500" in listed
-    assert derm_cds("outbox", "list", "--dead", home=own_home).out.startswith(f"{dead} encounter e-1")
+    assert derm_cds("outbox", "list", "--dead", home=own_home).out.startswith(
+        f"{dead} assessment, encounter e-1, assessment"
+    )
     unknown = derm_cds("outbox", "retry", str(uuid4()), home=own_home)
     assert unknown.code == 1
     assert "derm-cds outbox list" in unknown.err

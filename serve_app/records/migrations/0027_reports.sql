@@ -76,6 +76,9 @@ CREATE TABLE report_snapshots (
 COMMENT ON TABLE report_snapshots IS
 'Reports as they were published: one of each kind and period, added to and never changed, since the difference of two could tell what each hides.';
 
+CREATE TRIGGER report_snapshots_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON report_snapshots
+FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+
 CREATE FUNCTION facts_on_record(of_lesions uuid []) RETURNS SETOF assessment_facts
 LANGUAGE sql STABLE
 BEGIN ATOMIC

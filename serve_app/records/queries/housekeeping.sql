@@ -4,8 +4,8 @@ DELETE FROM idempotency_keys
 WHERE (actor, key) IN (
     SELECT k.actor, k.key
     FROM idempotency_keys AS k
-    INNER JOIN assessments AS a USING (assessment_id)
-    WHERE k.created_at < now() - $1::interval AND a.outcome <> 'pending'
+    LEFT JOIN assessments AS a USING (assessment_id)
+    WHERE k.created_at < now() - $1::interval AND a.outcome IS DISTINCT FROM 'pending'
     ORDER BY k.created_at
     LIMIT $2
 )

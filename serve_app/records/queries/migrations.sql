@@ -45,8 +45,9 @@ GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessmen
     ON audit_events TO {role};
 GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
 GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
-GRANT INSERT (review_id, assessment_id, clinician, request_id, decision, reason, diagnosis, level, urgency, referral_made,
-    follow_up_by, note, impression_diagnosis, intended_referral, before_answer, answers) ON reviews TO {role};
+-- An impression alone; a decision is recorded by record_review.
+GRANT INSERT (review_id, assessment_id, clinician, request_id, impression_diagnosis, intended_referral, before_answer)
+    ON reviews TO {role};
 GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
     request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};
@@ -68,4 +69,4 @@ GRANT INSERT (report_id, kind, period, document) ON report_snapshots TO {role};
 GRANT INSERT (stream, subject, since), UPDATE (collected, baseline, baseline_until, newest, seen_until, looked_at)
     ON drift_streams TO {role};
 GRANT INSERT (drift_id, measure, distance), UPDATE (ended_at) ON drift_alarms TO {role};
-GRANT EXECUTE ON FUNCTION erase_image, count_reports TO {role};
+GRANT EXECUTE ON FUNCTION erase_image, record_review, count_reports TO {role};

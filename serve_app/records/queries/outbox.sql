@@ -1,16 +1,17 @@
 -- name: claim
--- Lease what is due: of each encounter only its oldest waiting message, so that its order is kept.
--- Senders pass each other by.
+-- Lease what is due: of each encounter only its oldest waiting message, so that its order is kept; of the reports, which
+-- have no encounter, likewise. Senders pass each other by.
 WITH due AS (
     SELECT o.message_id
     FROM outbox AS o
     WHERE o.delivered_at IS NULL
         AND o.dead_at IS NULL
+        AND o.kind = ANY($3::text[])
         AND o.due_at <= now()
         AND (o.lease_until IS NULL OR o.lease_until < now())
         AND NOT EXISTS (
             SELECT FROM outbox AS earlier
-            WHERE earlier.encounter_id = o.encounter_id
+            WHERE coalesce(earlier.encounter_id, '') = coalesce(o.encounter_id, '')
                 AND earlier.position < o.position
                 AND earlier.delivered_at IS NULL
                 AND earlier.dead_at IS NULL
@@ -25,9 +26,10 @@ claimed AS (
     FROM due AS d
     WHERE o.message_id = d.message_id
     RETURNING
-        o.position, o.message_id, o.assessment_id, o.encounter_id, o.waiting_since, o.attempts, o.setbacks, o.sent_at
+        o.position, o.message_id, o.kind, o.assessment_id, o.subject_id, o.encounter_id, o.waiting_since, o.attempts,
+        o.setbacks, o.sent_at
 )
-SELECT message_id, assessment_id, encounter_id, waiting_since, attempts, setbacks, sent_at
+SELECT message_id, kind, assessment_id, subject_id, encounter_id, waiting_since, attempts, setbacks, sent_at
 FROM claimed
 ORDER BY position;
 
@@ -42,11 +44,12 @@ RETURNING true;
 WITH delivered AS (
     UPDATE outbox AS o
     SET delivered_at = now(), dead_at = NULL, lease_until = NULL, last_error = NULL
-    FROM assessments AS a
     WHERE o.message_id = :message_id
         AND o.delivered_at IS NULL
-        AND a.assessment_id = o.assessment_id
-        AND a.outcome = :told
+        AND (
+            o.kind <> 'assessment'
+            OR EXISTS (SELECT FROM assessments AS a WHERE a.assessment_id = o.assessment_id AND a.outcome = :told)
+        )
     RETURNING o.message_id
 ),
 event AS (:record_event FROM delivered)
@@ -57,8 +60,8 @@ SELECT EXISTS (SELECT FROM delivered);
 :record_event
 WHERE NOT EXISTS (
     SELECT FROM outbox AS o
-    INNER JOIN assessments AS a USING (assessment_id)
-    WHERE o.message_id = :message_id AND a.outcome = :told
+    LEFT JOIN assessments AS a USING (assessment_id)
+    WHERE o.message_id = :message_id AND (o.kind <> 'assessment' OR a.outcome = :told)
 );
 
 -- name: postpone
@@ -102,7 +105,7 @@ SELECT
 
 -- name: list
 -- List what was not delivered, oldest first; only the dead when asked so.
-SELECT message_id, assessment_id, encounter_id, queued_at, attempts, due_at, sent_at, last_error, dead_at
+SELECT message_id, kind, assessment_id, encounter_id, queued_at, attempts, due_at, sent_at, last_error, dead_at
 FROM outbox
 WHERE delivered_at IS NULL AND (dead_at IS NOT NULL OR NOT $1::boolean)
 ORDER BY position

@@ -36,7 +36,7 @@ FULL JOIN erasure_receipts AS r USING (receipt_id);
 
 -- name: messages
 -- Every message to the PMS, and the encounter of its image.
-SELECT o.message_id, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.image_id,
+SELECT o.message_id, o.kind, o.assessment_id, o.encounter_id, o.delivered_at IS NOT NULL AS delivered, i.image_id,
     i.encounter_id AS of_image
 FROM outbox AS o
 LEFT JOIN assessments AS a USING (assessment_id)

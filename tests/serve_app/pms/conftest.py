@@ -14,6 +14,7 @@ import pytest
 from serve_app.domain.identifiers import new_id
 from serve_app.pms.client import CircuitBreaker, PmsClient
 from serve_app.pms.delivery import Delivery
+from serve_app.pms.messages import pms_resources
 from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import Outbox
 from serve_app.records.pool import Pool, open_pool
@@ -96,7 +97,7 @@ async def queue(new_database, admission, assessment, event, pms, client) -> Asyn
             "outbox": outbox,
             "records": lesions,
             "client": client,
-            "pms_url": pms.url,
+            "resources": pms_resources(lesions, pms_url=pms.url),
             "dead_after": timedelta(days=7),
             "breaker": CircuitBreaker(failures=8, rest_s=0.02),
             "first_wait_s": 0.01,

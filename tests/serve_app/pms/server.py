@@ -15,7 +15,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 import uvicorn
 
 TOKEN = "the PMS's token"
-IDS = ("assessment_id", "patient_id", "encounter_id")
+IDS = ("assessment_id", "patient_id", "encounter_id", "review_id", "outcome_id", "report_id")
+#: What may be posted, to an encounter or to none, and which field acknowledges it.
+ACKNOWLEDGED_BY = {"assessments": "assessment_id", "reviews": "review_id", "outcomes": "outcome_id"}
 
 
 class PmsServer:
@@ -27,8 +29,12 @@ class PmsServer:
         self.encounters: dict[str, str] = {}
         self.fault: Callable[[Request], str | None] = lambda _: None
         self.slow_s = 1.0
-        #: By encounter, in the order they were kept: (idempotency key, body).
+        #: Assessments by encounter, in the order they were kept: (idempotency key, body).
         self.kept: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        #: Everything else, by path: likewise.
+        self.others: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        #: Paths in the order in which something was kept there, with its media type.
+        self.order: list[tuple[str, str]] = []
         #: Every message that came in whole, kept or known already.
         self.seen: list[str] = []
         self.asked: list[str] = []
@@ -71,7 +77,8 @@ class PmsServer:
         app = FastAPI()
         app.get("/api/patients/{patient_id}")(self._patient)
         app.get("/api/encounters/{encounter_id}")(self._encounter)
-        app.post("/api/encounters/{encounter_id}/assessments")(self._assessment)
+        app.post("/api/encounters/{encounter_id}/{name}")(self._message)
+        app.post("/api/reports")(self._message)
         return app
 
     async def _patient(self, request: Request, patient_id: str) -> Response:
@@ -90,7 +97,8 @@ class PmsServer:
             return await self._answer_with(fault)
         return JSONResponse(asked | (found or {}), 200 if found else 404)
 
-    async def _assessment(self, request: Request, encounter_id: str) -> Response:
+    async def _message(self, request: Request) -> Response:
+        encounter_id, name = (request.path_params.get(part) for part in ("encounter_id", "name"))
         body = json.loads(await request.body())
         fault = self.fault(request)
         if fault not in {None, "lost"}:
@@ -99,12 +107,21 @@ class PmsServer:
             return JSONResponse({}, 401)
         key = request.headers["idempotency-key"]
         self.seen.append(key)
-        kept = self.kept.setdefault(encounter_id, [])
+        path = request.url.path
+        kept = (
+            self.kept.setdefault(encounter_id, [])
+            if name == "assessments"
+            else self.others.setdefault(path, [])
+        )
         if key not in [known for known, _ in kept]:
             kept.append((key, body))
+            self.order.append((path, request.headers["content-type"]))
         if fault == "lost":
             return Lost()
-        return JSONResponse({"assessment_id": body["assessment_id"]}, 201)
+        if body.get("resourceType") == "Bundle":
+            return JSONResponse({"assessment_id": body["identifier"]["value"]}, 201)
+        field = ACKNOWLEDGED_BY.get(name, "report_id")
+        return JSONResponse({field: body[field]}, 201)
 
     async def _answer_with(self, fault: str) -> Response:
         if fault == "slow":

@@ -9,11 +9,14 @@ import random
 import pytest
 
 from serve_app.domain.errors import RecordsUnavailable
+from serve_app.domain.identifiers import new_id
 from serve_app.pms import delivery as delivery_module
+from serve_app.pms import messages as messages_module
 from serve_app.pms.client import CircuitBreaker
 from serve_app.pms.delivery import LONGEST_WAIT_S, wait_s
+from serve_app.pms.messages import PmsResource
 from serve_app.records.answers import assessment_document, timeline_document
-from serve_app.records.outbox import Outbox
+from serve_app.records.outbox import MessageKind, Outbox
 
 
 def kept(pms, encounter: str) -> list[str]:
@@ -286,7 +289,7 @@ async def test_a_message_that_fails_while_others_get_through_is_set_aside_and_it
             raise KeyError("a document of a time before")
         return assessment_document(image, lesion, **named)
 
-    monkeypatch.setattr(delivery_module, "assessment_document", make_document)
+    monkeypatch.setattr(messages_module, "assessment_document", make_document)
     pms.fault = fails
     delivery = queue.delivery(timeout_s=0.4 if fault == "slow" else 2.0)
     behind = await queue.finish("e-1")
@@ -324,3 +327,79 @@ async def test_attempts_in_an_outage_count_against_no_message(queue, pms, monkey
     await queue.owner.execute("UPDATE outbox SET due_at = now()")
     await queue.drain(delivery)
     assert kept(pms, "e-1") == [str(finished)]
+
+
+async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_report_holds_up_nothing(
+    queue, pms
+) -> None:
+    """Of every kind that this version tells; one that it does not tell waits, and so does what comes after it."""
+    finished = await queue.finish("e-1")
+    insert = "INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id) VALUES ($1, $2, $3, $4, $5)"
+    review, outcome, report, later = (new_id() for _ in range(4))
+    for about, encounter, kind, subject in (
+        (None, None, "report", report),
+        (finished, "e-1", "review", review),
+        (None, None, "report", later),
+        (finished, "e-1", "fhir", None),
+        (finished, "e-1", "outcome", outcome),
+    ):
+        await queue.owner.execute(insert, new_id(), about, encounter, kind, subject)
+
+    def names(field: str):
+        async def body(message, found) -> dict[str, str]:
+            assert (found is None) == (message.encounter_id is None)
+            return {field: str(message.subject_id)}
+
+        return body
+
+    async def bundle(message, _) -> dict[str, object]:
+        return {"resourceType": "Bundle", "identifier": {"value": str(message.assessment_id)}}
+
+    known = queue.delivery().resources | {
+        MessageKind.REVIEW: PmsResource("reviews", "review_id", names("review_id")),
+        MessageKind.OUTCOME: PmsResource("outcomes", "outcome_id", names("outcome_id")),
+        MessageKind.REPORT: PmsResource("reports", "report_id", names("report_id")),
+    }
+    pms.fault = lambda request: "404" if request.url.path == "/api/reports" else None
+    await queue.delivery(resources=known).deliver_due()
+    assert [path for path, _ in pms.order] == [
+        "/api/encounters/e-1/assessments",
+        "/api/encounters/e-1/reviews",
+    ]
+    pms.fault = lambda _: None
+    whole = known | {
+        MessageKind.FHIR: PmsResource("reports", "assessment_id", bundle, "application/fhir+json")
+    }
+    await queue.drain(queue.delivery(resources=whole))
+    assert [each for each in pms.order if "/e-1/" in each[0]][2:] == [
+        ("/api/encounters/e-1/reports", "application/fhir+json"),
+        ("/api/encounters/e-1/outcomes", "application/json"),
+    ]
+    assert [body["report_id"] for _, body in pms.others["/api/reports"]] == [str(report), str(later)]
+    assert pms.asked.count("/api/encounters/e-1") == 4  # before each of the encounter's, and before no report
+    events = await queue.owner.fetch(
+        "SELECT patient_id, assessment_id, detail FROM audit_events WHERE action = 'disclose' ORDER BY event_id"
+    )
+    told = {(row["detail"].get("kind"), row["patient_id"], row["assessment_id"]) for row in events}
+    about_it = {(kind, "patient", finished) for kind in (None, "review", "fhir", "outcome")}
+    assert (len(events), told) == (6, about_it | {("report", None, None)})
+    assert {row["detail"]["told_id"] for row in events if "kind" in row["detail"]} == {
+        *map(str, (review, outcome, report, later, finished))
+    }
+
+
+async def test_an_acknowledgement_of_another_review_is_none(queue, pms) -> None:
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    await queue.owner.execute(
+        "INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id) VALUES ($1, $2, 'e-1', 'review', $3)",
+        *(new_id(), finished, new_id()),
+    )
+
+    async def another(*_) -> dict[str, str]:
+        return {"review_id": str(new_id())}
+
+    delivery = queue.delivery(resources={MessageKind.REVIEW: PmsResource("reviews", "review_id", another)})
+    await delivery.deliver_due()
+    (waiting,) = await queue.outbox.list(dead_only=False, limit=1)
+    assert (waiting.kind, waiting.last_error) == ("review", "acknowledged_another")
