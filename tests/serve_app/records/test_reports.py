@@ -45,7 +45,9 @@ class History:
 
     def truth(self, lesion: UUID, image: Image) -> str:
         """The newest histology, else the newest follow-up, of the image's day or later."""
-        said = [each for each in self.outcomes.get(lesion, ()) if each[1] >= image.at.date() - timedelta(days=1)]
+        said = [
+            each for each in self.outcomes.get(lesion, ()) if each[1] >= image.at.date() - timedelta(days=1)
+        ]
         said = [each for each in said if each[3] is not None]
         return max(said, key=lambda each: each[:3])[3] if said else "unknown"
 
@@ -83,7 +85,15 @@ class History:
             refer = image.risk.level == "high" or image.risk.urgency == "urgent"
             action, truth = "refer" if refer else "not", self.truth(lesion, image)
             age = image.case.context.age_approx
-            band = "unknown" if age is None else "0-19" if age < 20 else "80+" if age >= 80 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
+            band = (
+                "unknown"
+                if age is None
+                else "0-19"
+                if age < 20
+                else "80+"
+                if age >= 80
+                else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
+            )
             site = image.case.context.anatom_site_general
             keys += [
                 ("site", (image.model, action, truth, site.value if site else "unknown")),
@@ -195,7 +205,9 @@ class World:
         lesion, at = self.random.choice(list(self.history.lesions)), self.moment()
         kind = self.random.choice(["histology", "follow_up"])
         diagnosis = self.random.choice([None, *Diagnosis])
-        malignant = self.random.choice([None, True, False]) if diagnosis else self.random.choice([True, False])
+        malignant = (
+            self.random.choice([None, True, False]) if diagnosis else self.random.choice([True, False])
+        )
         observed = self.moment().date()
         await self.owner.execute(
             "INSERT INTO lesion_outcomes (outcome_id, lesion_id, kind, diagnosis, malignant, observed_on, source,"
@@ -204,7 +216,15 @@ class World:
         )
         bad = malignant if malignant is not None else diagnosis in MALIGNANT
         known = malignant is not None or diagnosis is not Diagnosis.UNK
-        truth = None if not known else "benign" if not bad else "melanoma" if diagnosis is Diagnosis.MEL else "other_malignant"
+        truth = (
+            None
+            if not known
+            else "benign"
+            if not bad
+            else "melanoma"
+            if diagnosis is Diagnosis.MEL
+            else "other_malignant"
+        )
         self.history.outcomes.setdefault(lesion, []).append((kind == "histology", observed, at, truth))
         self.history.flows["result", at.date().replace(day=1), (kind, truth or "unknown")] += 1
 
@@ -297,7 +317,15 @@ async def test_of_an_erased_image_only_the_counts_stay(world) -> None:
     await world.erase()
     (row,) = await world.owner.fetch("SELECT * FROM assessment_facts WHERE outcome = 'erased'")
     kept = {name for name, value in row.items() if value is not None}
-    assert kept <= {"position", "assessment_id", "created_on", "completed_on", "outcome", "model_id", "is_index"}
+    assert kept <= {
+        "position",
+        "assessment_id",
+        "created_on",
+        "completed_on",
+        "outcome",
+        "model_id",
+        "is_index",
+    }
     await world.hold()
 
 
@@ -319,4 +347,3 @@ async def test_published_reports_are_only_added(pool, owner_pool) -> None:
     for statement in ("UPDATE report_snapshots SET document = '{}'", "DELETE FROM report_snapshots"):
         with pytest.raises(Exception, match="append-only"):
             await owner_pool.execute(statement)
-

@@ -71,7 +71,12 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
             else:
                 shown.append((parts, value))
 
-    tables = [(None, [model.all]), ("site", model.by_site), ("age_band", model.by_age_band), ("skin_type", model.by_skin_type)]
+    tables = [
+        (None, [model.all]),
+        ("site", model.by_site),
+        ("age_band", model.by_age_band),
+        ("skin_type", model.by_skin_type),
+    ]
     for table, rows in tables:
         for row in rows:
             groups = None if row.group is None else [row.group]
@@ -80,7 +85,11 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
             for name, truths in MEASURES.items():
                 part = getattr(row, name)
                 missed = part.not_referred if name == "benign" else part.missed
-                for value, actions in ((part.n, ACTIONS), (part.referred, ACTIONS[:1]), (missed, ACTIONS[1:])):
+                for value, actions in (
+                    (part.n, ACTIONS),
+                    (part.referred, ACTIONS[:1]),
+                    (missed, ACTIONS[1:]),
+                ):
                     note(value, table, groups, actions, truths, (table, row.group, name, actions))
             # A share and its n give its part away.
             if (ppv := row.positive_predictive_value) is not None:
@@ -184,7 +193,11 @@ def test_the_figures_are_those_of_the_counts() -> None:
     assert low.avoided == proportion(30, 40)
     assert (low.avoided_with_outcome, low.avoided_malignant) == (30, 0)
     by = {each.intended: each for each in model.against_intention}
-    assert (by["routine"].lesions, by["routine"].service_refers, by["routine"].service_does_not_refer) == (90, 60, 30)
+    assert (by["routine"].lesions, by["routine"].service_refers, by["routine"].service_does_not_refer) == (
+        90,
+        60,
+        30,
+    )
 
 
 def test_few_missed_melanomas_leave_a_bound() -> None:

@@ -16,6 +16,7 @@ import pytest
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, NotFound
 from serve_app.records.drift import Cause, DriftStore
+from serve_app.records.pool import open_pool, queries
 from serve_app.records.serving import LiveModel, publish
 from serve_app.reports.drift import BASELINE, WINDOW
 from serve_app.reports.drift_watch import DriftWatch, drift_document
@@ -83,8 +84,6 @@ async def fresh(new_database):
     """A database of its own for a test: what came before decides what is found."""
 
     async def make():
-        from serve_app.records.pool import open_pool
-
         urls = await new_database()
         pools = [await open_pool(url, minimum=0, maximum=2, timeout_s=20) for url in (urls.owner, urls.app)]
         opened.extend(pools)
@@ -97,6 +96,13 @@ async def fresh(new_database):
     yield make
     for pool in opened:
         await pool.close()
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Fewer images for a baseline and a look, where how many there are is not what is asked."""
+    for name, count in (("BASELINE", 100), ("WINDOW", 50)):
+        monkeypatch.setattr(f"serve_app.reports.drift_watch.{name}", count)
 
 
 async def states(pool) -> dict[str, str]:
@@ -160,28 +166,28 @@ async def test_from_the_first_image_to_an_alarm_that_is_acknowledged_and_over(fr
     assert set(begun) == {"exposure", "contrast", "colour", "colour_balance"}
 
 
-async def test_another_model_begins_anew_but_for_the_pictures(fresh) -> None:
+async def test_another_model_begins_anew_but_for_the_pictures(fresh, small) -> None:
     owner, app, clinic = await fresh()
     clinic.now = datetime.now(UTC)
     watch, store = DriftWatch(app), DriftStore(owner)
-    await clinic.answer(BASELINE + WINDOW)
+    await clinic.answer(150)
     await watch.look()
     await clinic.answer(25, model_id="b.1", policy="p2")
     await watch.look()
     streams = {stream.stream: stream for stream in drift_document(await store.current()).streams}
-    assert streams["pictures"].collected == BASELINE + WINDOW
+    assert streams["pictures"].collected == 150
     assert {streams[name].collected for name in ("model", "answers")} == {25}
     assert streams["model"].subject["model_id"] == "b.1"
     # Back: the model's own baseline is still there.
     await clinic.answer(1)
     await watch.look()
     streams = {stream.stream: stream for stream in drift_document(await store.current()).streams}
-    assert (streams["model"].subject["model_id"], streams["model"].collected) == ("a.1", BASELINE + WINDOW)
+    assert (streams["model"].subject["model_id"], streams["model"].collected) == ("a.1", 150)
     # Another policy: levels and outcomes alone.
     await clinic.answer(25, policy="p2")
     await watch.look()
     streams = {stream.stream: stream for stream in drift_document(await store.current()).streams}
-    assert (streams["model"].collected, streams["answers"].collected) == (BASELINE + WINDOW, 25)
+    assert (streams["model"].collected, streams["answers"].collected) == (150, 25)
 
 
 async def test_one_replica_looks_at_a_time_and_only_once_enough_images_have_come(fresh) -> None:
@@ -204,24 +210,41 @@ async def test_one_replica_looks_at_a_time_and_only_once_enough_images_have_come
     assert await owner.fetch("SELECT stream, looked_at FROM drift_streams ORDER BY stream") != before
 
 
-async def test_nothing_is_kept_of_a_patient_and_an_erased_image_is_in_no_new_mean(fresh) -> None:
+async def test_nothing_is_kept_of_a_patient_and_an_erased_image_is_in_no_new_mean(fresh, small) -> None:
     owner, app, clinic = await fresh()
     clinic.now = datetime.now(UTC)
     watch = DriftWatch(app)
-    await clinic.answer(BASELINE - 1)
+    await clinic.answer(99)
     await watch.look()
     assert await owner.fetchval("SELECT count(*) FROM drift_streams WHERE baseline IS NOT NULL") == 0
     await owner.execute("UPDATE assessments SET answer = NULL, outcome = 'erased'")
-    await clinic.answer(BASELINE + WINDOW - 25)
+    await clinic.answer(150)
     await watch.look()
     streams = await DriftStore(app).current()
-    assert [stream.collected for stream in streams] == [BASELINE + WINDOW - 25] * 3
+    assert [stream.collected for stream in streams] == [150] * 3
     kept = json.dumps([(stream.baseline, stream.newest, stream.subject) for stream in streams], default=str)
     assert "PATIENT" not in kept
-    assert all(found["images"] >= 200 for stream in streams for found in stream.baseline.values())
+    assert all(found["images"] == 100 for stream in streams for found in stream.baseline.values())
     text = drift_document(streams).model_dump_json()
     assert "covariance" not in text
     assert "PATIENT" not in text
+
+
+@pytest.mark.parametrize("query", ["first_images", "newest_images"])
+async def test_a_look_reads_no_further_than_it_needs(fresh, query: str) -> None:
+    """By the index, in its order: however many answers there are, and whatever the planner takes them for."""
+    owner, app, clinic = await fresh()
+    await clinic.answer(400)
+    await owner.execute("ANALYZE")
+    async with app.connection() as connection, connection.transaction():
+        assert await connection.fetchval(queries("drift")["try_to_look"])
+        explained = await connection.fetch(
+            f"EXPLAIN (ANALYZE, COSTS OFF) {queries('drift')[query]}", "model", {"model_id": "a.1"}, START, 50
+        )
+    plan = "\n".join(line[0] for line in explained)
+    (scan,) = [line for line in plan.splitlines() if "using assessments_answered" in line]
+    assert "rows=50." in scan, plan
+    assert "Sort" not in plan
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def test_the_difference_to_the_last_report_is_never_small() -> None:
                 assert not 0 < abs(values[name] - before[name]) < 5
                 seen += 1
             # Nor what two that were shown together tell of a third.
-            if {"found", "malignant"} <= shown.keys() & last.keys() and last["found"][1] == last["malignant"][1]:
+            if {"found", "malignant"} <= shown.keys() & last.keys() and last["found"][1] == last["malignant"][
+                1
+            ]:
                 change = values["malignant"] - before["malignant"] - values["found"] + before["found"]
                 assert not 0 < abs(change) < 5
             last |= shown
