@@ -75,9 +75,13 @@ class Clinic:
         if view == ELSEWHERE:
             picked = rng.integers(0, self._elsewhere, count)
             return Stretch({name: found[picked] for name, found in self._values[view].items()}, patients)
-        picked = rng.choice(len(self._nearest), count, p=self._chances(mix))
+        chances = self._chances(mix)
+        picked = rng.choice(len(chances), count, p=chances)
         alike = (np.arange(count) > first) & (rng.random(count) < ALIKE)
-        picked[alike] = self._nearest[picked[first[alike]], rng.integers(0, NEAREST, int(alike.sum()))]
+        near = self._nearest[picked[first[alike]]]
+        reached = chances[near].cumsum(1)
+        place = (reached < rng.random(len(near))[:, None] * reached[:, -1:]).sum(1)
+        picked[alike] = near[np.arange(len(near)), place]
         second = np.repeat(rng.random(count // A_DAY + 1) < SECOND, A_DAY)[:count, None]
         shown = self._values[view]
         if view != "quiet":  # all devices are another, or all rooms
@@ -228,6 +232,7 @@ def main() -> None:
         "limits": {measure.name: measure.limit for measure in MEASURES},
         "set_anew": set_limits(clinic, parsed.limits) if parsed.limits else None,
         "quiet": alarms(clinic, 2, YEARS),
+        "quiet_in_a_row": alarms(clinic, 5, YEARS, YEARS * A_YEAR),
         "quiet_at_other_rates": [alarms(clinic, 3, YEARS * 5, images) for images in (1_000, A_YEAR, 20_000)],
         "shifts": {name: detection(clinic, 4, parsed.sites, shift) for name, shift in shifts(clinic).items()},
     }

@@ -200,23 +200,23 @@ _STRANGE = Advice("The images are more or less like those that the model knows t
 _CASES = Advice("Other patients come than at first: another clinic, other referrals, a season.", _PATIENTS)
 
 MEASURES: tuple[Measure, ...] = (
-    Measure("exposure", Stream.PICTURES, 24.0, _LIGHT, _quality("exposure"), ("exposure",)),
-    Measure("contrast", Stream.PICTURES, 24.0, _LIGHT, _quality("contrast"), ("contrast",)),
-    Measure("colour", Stream.PICTURES, 24.0, _CAMERA, _log_of("colour"), ("colour",), _quality("colour")),
-    Measure("colour_balance", Stream.PICTURES, 30.0, _CAMERA, _quality("red", "blue"), ("red", "blue")),
+    Measure("exposure", Stream.PICTURES, 23.0, _LIGHT, _quality("exposure"), ("exposure",)),
+    Measure("contrast", Stream.PICTURES, 26.0, _LIGHT, _quality("contrast"), ("contrast",)),
+    Measure("colour", Stream.PICTURES, 25.0, _CAMERA, _log_of("colour"), ("colour",), _quality("colour")),
+    Measure("colour_balance", Stream.PICTURES, 34.0, _CAMERA, _quality("red", "blue"), ("red", "blue")),
     # At the model's input size: another one's is another measure.
     Measure(
         "sharpness", Stream.ANSWERS, 24.0, _FOCUS, _log_of("sharpness"), ("sharpness",), _quality("sharpness")
     ),
     Measure("outcomes", Stream.ANSWERS, 24.0, _USE, _outcomes, _OUTCOMES, is_mix=True),
-    Measure("levels", Stream.ANSWERS, 28.0, _CASES, _levels, (*_LEVELS[:-1], "none"), is_mix=True),
+    Measure("levels", Stream.ANSWERS, 30.0, _CASES, _levels, (*_LEVELS[:-1], "none"), is_mix=True),
     Measure(
         "confidence", Stream.MODEL, 24.0, _STRANGE, _log_odds(_confidence, 0.02), ("confidence",), _confidence
     ),
-    Measure("unknown", Stream.MODEL, 36.0, _STRANGE, _log_odds(_unknown, 1e-4), ("unknown",), _unknown),
-    Measure("malignant", Stream.MODEL, 24.0, _CASES, _log_odds(_malignant, 5e-3), ("malignant",), _malignant),
-    Measure("classes", Stream.MODEL, 40.0, _CASES, _classes, _CLASSES, is_mix=True),
-    Measure("embedding", Stream.MODEL, 60.0, _STRANGE, _embedding),
+    Measure("unknown", Stream.MODEL, 26.0, _STRANGE, _log_odds(_unknown, 1e-4), ("unknown",), _unknown),
+    Measure("malignant", Stream.MODEL, 17.0, _CASES, _log_odds(_malignant, 5e-3), ("malignant",), _malignant),
+    Measure("classes", Stream.MODEL, 43.0, _CASES, _classes, _CLASSES, is_mix=True),
+    Measure("embedding", Stream.MODEL, 64.0, _STRANGE, _embedding),
 )
 
 
