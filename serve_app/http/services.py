@@ -37,9 +37,11 @@ from serve_app.records.erasures import ErasureStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
+from serve_app.records.reports import ReportStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
-from serve_app.reports import drift_watch
+from serve_app.reports import drift_watch, publication
 from serve_app.reports.drift_watch import DriftWatch
+from serve_app.reports.publication import Reports
 from serve_app.settings import Settings, find_untrustworthy
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
@@ -75,6 +77,9 @@ class Services:
         )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
         self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.reports = Reports(
+            store=ReportStore(pool), client=self.pms.client, tells_pms=settings.pms_reports
+        )
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         self.worker = Worker()
@@ -225,6 +230,10 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         ),
         "sweeping": every(sweeping.REST_EVERY_S, *rest, first_after_s=sweeping.ERASURES_EVERY_S),
     }
+    loops["report_counts"] = every(publication.COUNT_EVERY_S, services.reports.store.count)
+    loops["reports"] = every(
+        publication.LOOK_EVERY_S, services.reports.publish_due, first_after_s=publication.FIRST_LOOK_AFTER_S
+    )
     if services.pms.delivery is not None:
         loops["delivery"] = every(delivery.PERIOD_S, services.pms.delivery.deliver_due)
     if observe is not None:

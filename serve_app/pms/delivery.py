@@ -33,6 +33,7 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import ClaimedMessage, MessageKind, Outbox
 from serve_app.records.patients import PatientTable
 from serve_app.records.pool import Pool
+from serve_app.records.reports import ReportStore
 from serve_app.settings import Settings
 
 logger = logging.getLogger("derm.delivery")
@@ -248,7 +249,7 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
                 outbox=Outbox(pool),
                 records=records,
                 client=client,
-                resources=pms_resources(records, pms_url=url),
+                resources=pms_resources(records, pms_url=url, reports=ReportStore(pool)),
                 dead_after=timedelta(days=settings.pms_dead_after_days),
             )
     return PmsConnection(client, RecordConsultation(directory), delivery)

@@ -11,6 +11,7 @@ from serve_app.records.answers import assessment_document, references_of
 from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import ClaimedMessage, MessageKind
+from serve_app.records.reports import ReportStore
 
 #: Makes a body of the record as it is now; given the assessment that the message is about, or None for a report.
 Body = Callable[[ClaimedMessage, Any], Awaitable[Mapping[str, Any]]]
@@ -38,7 +39,7 @@ class PmsResource:
 Resources = Mapping[MessageKind, PmsResource]
 
 
-def pms_resources(records: LesionStore, *, pms_url: str) -> Resources:
+def pms_resources(records: LesionStore, *, pms_url: str, reports: ReportStore | None = None) -> Resources:
     """Every kind of message that is told; one more is one more entry here."""
 
     async def assessment(_: ClaimedMessage, found: AssessmentRecord) -> Mapping[str, Any]:
@@ -47,7 +48,14 @@ def pms_resources(records: LesionStore, *, pms_url: str) -> Resources:
         image = replace(found.image, undelivered=None)
         return assessment_document(image, found, pictured=pictured, pms_url=pms_url).answer()
 
-    return {MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment)}
+    async def report(message: ClaimedMessage, _: None) -> Mapping[str, Any]:
+        found = reports and message.subject_id and await reports.snapshot(message.subject_id)
+        return found.answer() if found else {}
+
+    return {
+        MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment),
+        MessageKind.REPORT: PmsResource("reports", "report_id", report),
+    }
 
 
 def idempotency_key(message: ClaimedMessage, found: AssessmentRecord | None) -> str:

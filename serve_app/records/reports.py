@@ -11,9 +11,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
+from enum import StrEnum
+from math import inf
+from time import monotonic
 from typing import Any
 from uuid import UUID
 
+from serve_app.domain.assessment import format_time
 from serve_app.domain.identifiers import new_id
 from serve_app.records.pool import Store, from_row, queries
 
@@ -26,29 +30,44 @@ _BATCH = 250
 Cells = Mapping[str, Counter[tuple[str, ...]]]
 
 
+class ReportKind(StrEnum):
+    """Which tables."""
+
+    SUMMARY = "summary"
+    PERFORMANCE = "performance"
+    DRIFT = "drift"
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A report as it was published; nothing of it changes."""
+    """A report as it was published; nothing of it changes.
+
+    `document` may hold under `shown` what its making needs again: not part of the report.
+    """
 
     report_id: UUID
-    kind: str
+    kind: ReportKind
     period: str
     made_at: datetime
     document: dict[str, Any]
+
+    def answer(self) -> dict[str, Any]:
+        """As it is answered, and told to the PMS."""
+        about = {"report_id": str(self.report_id), "kind": self.kind, "period": self.period}
+        told = {name: value for name, value in self.document.items() if name != "shown"}
+        return {**about, "made_at": format_time(self.made_at), **told}
 
 
 class ReportStore(Store):
     """Counts and published reports; the application's role will do."""
 
-    async def count(self) -> None:
-        """Count all that came in since the last time."""
+    async def count(self, *, within_s: float = inf) -> bool:
+        """Count what came in since the last time; False when time is up and there is more."""
+        began = monotonic()
         while await self._pool.fetchval(_SQL["count"], _BATCH) == _BATCH:
-            pass
-
-    async def waiting(self) -> bool:
-        """Whether anything is still to be counted."""
-        waits: bool = await self._pool.fetchval(_SQL["waiting"])
-        return waits
+            if monotonic() - began > within_s:
+                return False
+        return True
 
     async def cells(self, tables: Collection[str], month: date, *, and_before: bool = False) -> Cells:
         """The counts of a month (its first day, UTC), or of all months up to it."""
@@ -62,15 +81,19 @@ class ReportStore(Store):
         encounters: int = await self._pool.fetchval(_SQL["assessed_encounters"], month)
         return encounters
 
-    async def find(self, kind: str, period: str) -> Snapshot | None:
+    async def snapshot(self, report_id: UUID) -> Snapshot | None:
+        """Find a report by its id."""
+        return await self._pool.find(Snapshot, _SQL["snapshot"], report_id)
+
+    async def find(self, kind: ReportKind, period: str) -> Snapshot | None:
         """Find a report as it was published."""
         return await self._pool.find(Snapshot, _SQL["find"], kind, period)
 
-    async def published(self, kind: str) -> list[Snapshot]:
+    async def published(self, kind: ReportKind) -> list[Snapshot]:
         """All reports of a kind, the oldest period first."""
         return await self._pool.find_all(Snapshot, _SQL["published"], kind)
 
-    async def keep(self, kind: str, period: str, document: Mapping[str, Any]) -> Snapshot:
+    async def keep(self, kind: ReportKind, period: str, document: Mapping[str, Any]) -> Snapshot:
         """Publish a report; of two that are made at once the first stands, and both callers get it."""
         await self._pool.execute(_SQL["keep"], new_id(), kind, period, document)
         row = await self._pool.fetchrow(_SQL["find"], kind, period)

@@ -11,7 +11,8 @@ reader who is told which of the hidden ones are small.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -24,14 +25,15 @@ THRESHOLD = 5
 _TRIED = 40
 
 #: What is published, by name: sums of counts, which are named by any hashable value.
-Figures = Mapping[Any, Collection[Any]]
+Name = tuple[str, ...]
+Figures = dict[Name, Collection[Any]]
 #: Counts that go up by one, and counts that go down.
 Move = tuple[Sequence[Any], Sequence[Any]]
 
 
 def hide(
     counts: Mapping[Any, int],
-    figures: Figures,
+    figures: Mapping[Any, Collection[Any]],
     moves: Iterable[Move],
     *,
     shown_before: Mapping[Any, int] | None = None,
@@ -53,7 +55,11 @@ def hide(
     low, high = (np.array([band[n] for band in bands], dtype=np.float32) for n in (0, 1))
     secret = np.array([band[2] for band in bands])
 
-    listed = list(moves)
+    # What is part of a zero that is shown does not change.
+    fixed = {
+        atom for parts, value in zip(figures.values(), values, strict=True) if not value for atom in parts
+    }
+    listed = [move for move in moves if fixed.isdisjoint(move[0]) and fixed.isdisjoint(move[1])]
     changes = np.zeros((len(listed), len(atoms)), dtype=np.float32)
     for row, move in enumerate(listed):
         for side, sign in zip(move, (1, -1), strict=True):
@@ -72,7 +78,7 @@ def hide(
             continue
         ways = touched[touched[:, figure]]
         if not len(ways):
-            ways = _in_two(figure, moved, low - values, high - values)
+            ways = _in_two(int(figure), moved, low - values, high - values)
         if not len(ways):  # nothing is told but what is zero
             return frozenset(name for name, value in zip(figures, values, strict=True) if value)
         way = ways[np.argmin(ways @ np.where(hidden, 0, worth))]
@@ -128,3 +134,20 @@ def cycles(rows: Collection[Any], columns: Collection[Any], atom: Any) -> list[M
             ([atom(i, d), atom(j, c)], [atom(i, c), atom(j, d)]),
         )
     ]
+
+
+def find_shown(
+    counts: Counter[Any],
+    figures: Figures,
+    moves: Iterable[Move],
+    *,
+    random: np.random.Generator,
+    shown_before: Mapping[Name, int] | None = None,
+) -> Callable[..., int | None]:
+    """Hide what must be, and say of each figure what is shown of it."""
+    hidden = hide(counts, figures, moves, shown_before=shown_before, random=random)
+
+    def show(*name: str) -> int | None:
+        return None if name in hidden else sum(counts[part] for part in figures[name])
+
+    return show

@@ -76,6 +76,7 @@ CREATE TABLE report_snapshots (
 COMMENT ON TABLE report_snapshots IS
 'Reports as they were published: one of each kind and period, added to and never changed, since the difference of two could tell what each hides.';
 
+CREATE UNIQUE INDEX outbox_of_report ON outbox (subject_id) WHERE kind = 'report';
 CREATE TRIGGER report_snapshots_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON report_snapshots
 FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 
@@ -185,8 +186,8 @@ BEGIN ATOMIC
         VALUES
         ('outcome', ARRAY[(f).outcome], true),
         ('diagnosis', ARRAY[(f).diagnosis], (f).diagnosis IS NOT NULL),
-        ('level', ARRAY[(f).level::text], (f).level IS NOT NULL),
-        ('urgency', ARRAY[(f).urgency::text], (f).level IS NOT NULL),
+        ('level', ARRAY[(f).level::text], (f).diagnosis IS NOT NULL),
+        ('urgency', ARRAY[(f).urgency::text], (f).diagnosis IS NOT NULL),
         (
             'seconds',
             ARRAY[width_bucket(

@@ -2,10 +2,6 @@
 -- Count what came in since the last time, up to so many entries of the queue.
 SELECT count_reports($1);
 
--- name: waiting
--- Whether anything is still to be counted.
-SELECT EXISTS (SELECT FROM report_queue);
-
 -- name: cells
 -- The counts of tables ($1) of a month ($2), and of all months before where they are asked for ($3).
 SELECT tab, key, sum(n)::bigint AS n
@@ -18,6 +14,10 @@ ORDER BY tab, key;
 -- name: find
 -- Find a report as it was made.
 SELECT report_id, kind, period, made_at, document FROM report_snapshots WHERE kind = $1 AND period = $2;
+
+-- name: snapshot
+-- Find a report by its id.
+SELECT report_id, kind, period, made_at, document FROM report_snapshots WHERE report_id = $1;
 
 -- name: published
 -- All reports of a kind, as they were made, the oldest first.
@@ -38,6 +38,6 @@ WHERE f.completed_on >= $1 AND f.completed_on < $1 + interval '1 month';
 -- name: push
 -- Have the PMS told of a report, once.
 INSERT INTO outbox (message_id, kind, subject_id)
-SELECT $1, 'report', $2
-WHERE NOT EXISTS (SELECT FROM outbox WHERE kind = 'report' AND subject_id = $2)
+VALUES ($1, 'report', $2)
+ON CONFLICT (subject_id) WHERE kind = 'report' DO NOTHING
 RETURNING message_id;

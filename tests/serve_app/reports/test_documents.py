@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from serve_app.reports.documents import (
-    GROUPS,
-    PERFORMANCE_TABLES,
-    SUMMARY_TABLES,
-    TRUTHS,
-    assess_performance,
-    proportion,
-    summarise,
-)
+from serve_app.reports.documents import TRUTHS, proportion
+from serve_app.reports.performance import GROUPS, PERFORMANCE_TABLES, assess_performance
+from serve_app.reports.summary import SUMMARY_TABLES, summarise
 
 ACTIONS = ("refer", "not")
 MEASURES = {
@@ -58,7 +52,7 @@ def lesions(random: np.random.Generator, n: int, models: tuple[str, ...] = ("m.a
     return cells
 
 
-def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, object]]]:
+def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[object, dict]]]:  # noqa: C901
     """All that a report says of a model's lesions, as sums of what is counted; and what it hides."""
     shown, hidden = [], []
 
@@ -67,7 +61,7 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
         for of in GROUPS if table is None else [table]:
             parts = {(of, a, t, g): 1 for a in actions for t in truths for g in (groups or GROUPS[of])}
             if value is None:
-                hidden.append((what, parts, of))
+                hidden.append((what, parts))
             else:
                 shown.append((parts, value))
 
@@ -103,7 +97,7 @@ def equations(model) -> tuple[list[tuple[dict, int]], list[tuple[str, dict, obje
     return shown, hidden
 
 
-@pytest.mark.parametrize(("n", "reports"), [(30, 6), (300, 6), (3000, 3)])
+@pytest.mark.parametrize(("n", "reports"), [(30, 3), (300, 3), (3000, 1)])
 def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) -> None:
     """Linear algebra over everything a performance report shows, with the tables that divide the same lesions."""
     random = np.random.default_rng(n)
@@ -113,7 +107,7 @@ def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) ->
         (model,) = report.models
         shown, hidden = equations(model)
         atoms = {atom: k for k, atom in enumerate(dict.fromkeys(a for parts, _ in shown for a in parts))}
-        for what, parts, _ in hidden:
+        for _, parts in hidden:
             for atom in parts:
                 atoms.setdefault(atom, len(atoms))
 
@@ -125,7 +119,7 @@ def test_nobody_solves_a_whole_report_for_what_it_hides(n: int, reports: int) ->
         zero = {atom for parts, value in shown if value == 0 and min(parts.values()) > 0 for atom in parts}
         known = np.array([row(parts) for parts, _ in shown] + [row({atom: 1}) for atom in zero])
         projection = np.linalg.pinv(known) @ known
-        for what, parts, _ in hidden:
+        for what, parts in hidden:
             wanted = row(parts)
             assert not np.allclose(wanted @ projection, wanted, atol=1e-6), what
             secrets += 1
