@@ -201,21 +201,21 @@ _CASES = Advice("Other patients come than at first: another clinic, other referr
 
 MEASURES: tuple[Measure, ...] = (
     Measure("exposure", Stream.PICTURES, 23.0, _LIGHT, _quality("exposure"), ("exposure",)),
-    Measure("contrast", Stream.PICTURES, 26.0, _LIGHT, _quality("contrast"), ("contrast",)),
-    Measure("colour", Stream.PICTURES, 25.0, _CAMERA, _log_of("colour"), ("colour",), _quality("colour")),
+    Measure("contrast", Stream.PICTURES, 27.0, _LIGHT, _quality("contrast"), ("contrast",)),
+    Measure("colour", Stream.PICTURES, 24.0, _CAMERA, _log_of("colour"), ("colour",), _quality("colour")),
     Measure("colour_balance", Stream.PICTURES, 34.0, _CAMERA, _quality("red", "blue"), ("red", "blue")),
     # At the model's input size: another one's is another measure.
     Measure(
-        "sharpness", Stream.ANSWERS, 24.0, _FOCUS, _log_of("sharpness"), ("sharpness",), _quality("sharpness")
+        "sharpness", Stream.ANSWERS, 25.0, _FOCUS, _log_of("sharpness"), ("sharpness",), _quality("sharpness")
     ),
     Measure("outcomes", Stream.ANSWERS, 24.0, _USE, _outcomes, _OUTCOMES, is_mix=True),
-    Measure("levels", Stream.ANSWERS, 30.0, _CASES, _levels, (*_LEVELS[:-1], "none"), is_mix=True),
+    Measure("levels", Stream.ANSWERS, 31.0, _CASES, _levels, (*_LEVELS[:-1], "none"), is_mix=True),
     Measure(
-        "confidence", Stream.MODEL, 24.0, _STRANGE, _log_odds(_confidence, 0.02), ("confidence",), _confidence
+        "confidence", Stream.MODEL, 23.0, _STRANGE, _log_odds(_confidence, 0.02), ("confidence",), _confidence
     ),
     Measure("unknown", Stream.MODEL, 26.0, _STRANGE, _log_odds(_unknown, 1e-4), ("unknown",), _unknown),
-    Measure("malignant", Stream.MODEL, 17.0, _CASES, _log_odds(_malignant, 5e-3), ("malignant",), _malignant),
-    Measure("classes", Stream.MODEL, 43.0, _CASES, _classes, _CLASSES, is_mix=True),
+    Measure("malignant", Stream.MODEL, 16.5, _CASES, _log_odds(_malignant, 5e-3), ("malignant",), _malignant),
+    Measure("classes", Stream.MODEL, 44.0, _CASES, _classes, _CLASSES, is_mix=True),
     Measure("embedding", Stream.MODEL, 64.0, _STRANGE, _embedding),
 )
 
