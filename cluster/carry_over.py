@@ -23,6 +23,7 @@ from serve_app.audit.rows import (
     CARE_ASSIGNMENTS,
     CLOSED_RECORDS,
     EMERGENCY_ACCESSES,
+    HOOK_IDENTITIES,
     LEGAL_HOLDS,
     REVOCATIONS,
     AuditedTable,
@@ -42,6 +43,7 @@ _FROM_A_SUCCESSOR = {
     "end_emergency": ("end_emergency", EMERGENCY_ACCESSES),
     "reopen": ("record_reopen", CLOSED_RECORDS),
     "close_later": ("record_close", CLOSED_RECORDS),
+    "unmap": ("hook_unmap", HOOK_IDENTITIES),
 }
 
 
@@ -63,7 +65,12 @@ async def read_replaced(at: Mapping[str, str], newest: tuple[Any, ...]) -> Repla
     """Read what is to be carried over into a backup with this `newest` event."""
     async with _connected(at) as connection:
         follows = bool(newest) and await connection.fetchval(_SQL["has_event"], *newest)
-        return Replaced(await connection.fetchval(_SQL["read"]), follows)
+        rows = await connection.fetchval(_SQL["read"])
+        if await connection.fetchval(
+            _SQL["has_table"], HOOK_IDENTITIES.name
+        ):  # it may be of before there was one
+            rows = await connection.fetchval(_SQL["read_identities"], rows)
+        return Replaced(rows, follows)
 
 
 async def carry_over(
@@ -82,6 +89,8 @@ async def carry_over(
     carried = 0
     async with _connected(at) as connection, connection.transaction():
         for statement, (action, table) in changes.items():
+            if not await connection.fetchval(_SQL["has_table"], table.name):
+                continue  # the backup is of before there was one, and has nothing to take away
             for row in await connection.fetch(_SQL[statement], replaced.rows if replaced else None):
                 await record_event(connection, vouch(_event(action, row), table, [row]))
                 carried += 1
@@ -103,6 +112,8 @@ def _event(action: str, row: asyncpg.Record) -> AuditEvent:
             detail["hold_id"] = str(row["hold_id"])
         case "end_emergency":
             detail["emergency_id"] = str(row["emergency_id"])
+        case "hook_unmap":
+            detail |= {"client": row["client"], row["kind"]: row["fhir_id"]}
     ids = {name: row.get(name) for name in ("patient_id", "lesion_id", "image_id")}
     return account_event(action, detail, **ids | {"patient_id": row.get("of_patient", ids["patient_id"])})
 

@@ -20,6 +20,16 @@ SELECT jsonb_build_object(
     'closed_records', (SELECT coalesce(jsonb_agg(to_jsonb(c)), '[]') FROM closed_records AS c)
 )::text;
 
+-- name: has_table
+-- Whether it has this table.
+SELECT to_regclass($1) IS NOT NULL;
+
+-- name: read_identities
+-- Beside that ($1), whom EHRs mean there.
+SELECT ($1::text::jsonb || jsonb_build_object(
+    'hook_identities', (SELECT coalesce(jsonb_agg(to_jsonb(h)), '[]') FROM hook_identities AS h)
+))::text;
+
 -- name: revoke
 -- Lock out who was locked out.
 INSERT INTO revocations (kind, value, revoked_at, revoked_by)
@@ -87,3 +97,12 @@ SET closed_at = n.closed_at, closed_by = n.closed_by
 FROM jsonb_populate_recordset(null::closed_records, $1::text::jsonb -> 'closed_records') AS n
 WHERE n.patient_id = c.patient_id AND n.closed_at > c.closed_at
 RETURNING c.*;
+
+-- name: unmap
+-- Have EHRs mean nobody by an id that they no longer mean the same by.
+DELETE FROM hook_identities AS h
+WHERE $1::text::jsonb ? 'hook_identities' AND NOT EXISTS (
+    SELECT FROM jsonb_populate_recordset(null::hook_identities, $1::text::jsonb -> 'hook_identities') AS n
+    WHERE (n.client, n.kind, n.fhir_id, n.own_id) = (h.client, h.kind, h.fhir_id, h.own_id)
+)
+RETURNING *, true AS gone;

@@ -37,6 +37,7 @@ COMMANDS = {
     "drift": ("drift", "whether the newest images are still like this site's first: show, acknowledge"),
     "outbox": ("pms", "what the PMS is still to be told of: status, list, retry"),
     "reports": ("reports", "what the service does as a whole: show, push"),
+    "hooks": ("hooks", "whom an EHR means by its ids, for CDS Hooks: map, load, unmap, list"),
     "patients": ("pms", "load the directory of patients of a node without a PMS"),
     "environment": ("node", "print what a shell needs to use `ray` and `serve` on this node"),
     "token": ("node", "sign a bearer token, for development"),

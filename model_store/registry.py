@@ -90,6 +90,12 @@ class Loaded(Generic[Key, Value]):
             self._held = frozenset(keys)
             self._let_go()
 
+    @property
+    def held(self) -> frozenset[Key]:
+        """What is never let go of, as far as it is there."""
+        with self._lock:
+            return frozenset(key for key in self._held if key in self._values and self._values[key].done())
+
     def _let_go(self) -> None:
         surplus = 0 if self._limit is None else len(self._values) - self._limit
         idle = [key for key, value in self._values.items() if value.done() and key not in self._held]

@@ -25,6 +25,20 @@ find_python() {
 # Everything that lint and the whole suite need.
 full_environment() { environment .venv-test serve cpu jobs test train; }
 
+# What a test has node run: of its own lock, whose files are named by their SHA-512; no script of a package is run.
+node_packages() {
+    local folder=tests/serve_app/fhir/medplum wanted
+    command -v npm >/dev/null || { echo "npm is missing: tests/serve_app/fhir will fail." >&2; return 0; }
+    wanted=$({ cat "$folder/package.json" "$folder/package-lock.json"; node --version; } | sha256sum)
+    [ "$(cat "$folder/node_modules/stamp" 2>/dev/null)" != "$wanted" ] || return 0
+    say "$folder: making its node_modules with node $(node --version)"
+    (cd "$folder" && npm ci --loglevel=error </dev/null >&2) || {
+        echo "npm ci failed: tests/serve_app/fhir will fail." >&2
+        return 0
+    }
+    echo "$wanted" >"$folder/node_modules/stamp"
+}
+
 # environment DIRECTORY LOCK...: make it of locks/LOCK.txt and nothing else, unless that is done.
 # Nothing is resolved: each file is one that a lock names by its SHA-256, or the installation fails. No source archive is built.
 environment() {

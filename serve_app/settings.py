@@ -11,10 +11,20 @@ from functools import lru_cache
 import os
 from pathlib import Path
 import secrets
-from typing import Literal, Self
+import tomllib
+from typing import Annotated, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from serve_app.private_files import distrust, read_private
@@ -95,7 +105,7 @@ class Settings(KeySettings):
     #: as a JWK set (a path, an http or an https URL).
     token_secret: SecretStr = SecretStr("")
     token_jwks: str = ""
-    #: Of the published keys: RS256, ES256, EdDSA, Ed25519.
+    #: Of the published keys: RS256, RS384, ES256, ES384, EdDSA, Ed25519.
     token_algorithms: str = "RS256,ES256,EdDSA"
     #: A key that the issuer withdrew is refused after that long.
     token_jwks_refresh_s: float = Field(default=600.0, ge=30, le=86_400)
@@ -130,6 +140,12 @@ class Settings(KeySettings):
     emergency_access_minutes: int = Field(default=240, ge=1)
     emergency_access_max_minutes: int = Field(default=720, ge=1, le=1440)
 
+    #: By when the patient should have been seen, days from the image on: what the worklist is sorted by. Urgent is at
+    #: most the two weeks of NICE NG12.
+    due_days_urgent: int = Field(default=14, ge=1, le=14)
+    due_days_expedited: int = Field(default=28, ge=1, le=3650)
+    due_days_routine: int = Field(default=126, ge=1, le=3650)
+
     #: How long a request with an Idempotency-Key may be repeated.
     idempotency_days: int = Field(default=7, ge=1)
     #: How long images are kept once their patient's record is closed; unset: for good.
@@ -150,8 +166,22 @@ class Settings(KeySettings):
     pms_deliver: bool = False
     #: Whether reports, which hold no patient, are posted to it as well.
     pms_reports: bool = False
+    #: Whether each lesion's FHIR report is posted, too, whenever something of it changed.
+    pms_fhir: bool = False
     #: How long a message waits for the PMS before an operator must look at it.
     pms_dead_after_days: int = Field(default=7, ge=1)
+
+    #: A TOML file (docs/pms.md): which EHRs may ask for cards by CDS Hooks. Unset: none may.
+    hooks_clients: Path | None = None
+
+    @property
+    def due_days(self) -> dict[str, int]:
+        """How many days each urgency leaves."""
+        return {
+            "urgent": self.due_days_urgent,
+            "expedited": self.due_days_expedited,
+            "routine": self.due_days_routine,
+        }
 
     @field_validator("pms_url")
     @classmethod
@@ -184,6 +214,8 @@ class Settings(KeySettings):
                 )
         if self.emergency_access_minutes > self.emergency_access_max_minutes:
             raise ValueError("DERM_EMERGENCY_ACCESS_MINUTES is above DERM_EMERGENCY_ACCESS_MAX_MINUTES")
+        if not self.due_days_urgent <= self.due_days_expedited <= self.due_days_routine:
+            raise ValueError("DERM_DUE_DAYS_URGENT, _EXPEDITED and _ROUTINE must not fall")
         return self
 
     @model_validator(mode="after")
@@ -192,9 +224,97 @@ class Settings(KeySettings):
             raise ValueError("DERM_PMS_URL is missing: DERM_PATIENT_DIRECTORY or DERM_PMS_DELIVER needs it")
         if self.pms_reports and not self.pms_deliver:
             raise ValueError("DERM_PMS_REPORTS needs DERM_PMS_DELIVER: reports go the way of all messages")
+        if self.pms_fhir and not self.pms_deliver:
+            raise ValueError("DERM_PMS_FHIR needs DERM_PMS_DELIVER: reports go the way of assessments")
         if self.env == "production" and self.pms_url is not None and _is_open_http(self.pms_url):
             raise ValueError("DERM_PMS_URL must be https in production: patients' data goes there")
         return self
+
+    @model_validator(mode="after")
+    def _hooks_can_be_read(self) -> Self:
+        hooks = read_hooks(self.hooks_clients) if self.hooks_clients else None
+        if hooks and self.env == "production" and any(map(_is_http, hooks.addresses())):
+            raise ValueError("DERM_HOOKS_CLIENTS: each address must be https in production")
+        return self
+
+
+class HookClient(BaseModel):
+    """An EHR that may call by CDS Hooks: by which tokens it is known, and what its ids mean.
+
+    `jwks`: its public keys, a path or a URL; `jku`: what its tokens may name as that place, which is never asked.
+    `tenant`: the claim that its tokens must have, where several organisations share an issuer. `patient_ids`: whether its
+    patients' ids are ours, or are mapped one by one; its users always are. `encounter_page`: the page of an
+    encounter, for a card's link, with `{encounter_id}` in it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    issuer: str = Field(min_length=1)
+    tenant: str | None = None
+    jwks: str = Field(min_length=1)
+    jku: str | None = None
+    algorithms: tuple[Literal["ES384", "RS384", "ES256", "RS256"], ...] = Field(
+        default=("ES384", "RS384", "ES256", "RS256"), min_length=1
+    )
+    patient_ids: Literal["mapped", "same"] = "mapped"
+    encounter_page: str | None = Field(default=None, pattern=r"^https?://[^/].*\{encounter_id\}")
+
+
+class HookSettings(BaseModel):
+    """Who may call by CDS Hooks, by a name for the audit log, and where: `base_url` is what they reach this service by.
+
+    `source_url`: a page about this service, for clinicians.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(pattern=r"^https?://[^/?#@]+[^?#@]*$")
+    source_url: str | None = Field(default=None, pattern=r"^https?://[^/]")
+    clients: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], HookClient]
+
+    @model_validator(mode="after")
+    def _clients_are_told_apart(self) -> Self:
+        by_issuer: dict[str, list[str | None]] = {}
+        for client in self.clients.values():
+            by_issuer.setdefault(client.issuer, []).append(client.tenant)
+        if any(
+            len(names) > 1 and (None in names or len(set(names)) < len(names)) for names in by_issuer.values()
+        ):
+            raise ValueError("clients of one issuer have a tenant each")
+        return self
+
+    def addresses(self) -> tuple[str, ...]:
+        """Every address that is asked, shown or asked by."""
+        pages = (each.encounter_page for each in self.clients.values())
+        keys = (each.jwks for each in self.clients.values())
+        return tuple(each for each in (self.base_url, self.source_url, *pages, *keys) if each)
+
+
+def read_hooks(file: Path) -> HookSettings:
+    """Read who may call by CDS Hooks; ValueError says what is wrong. A path of keys is as seen from the file's folder."""
+    try:
+        hooks = HookSettings.model_validate(tomllib.loads(file.expanduser().read_text()))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"DERM_HOOKS_CLIENTS: {error}") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"DERM_HOOKS_CLIENTS: {faults}") from None
+    folder = file.expanduser().absolute().parent
+    clients = {
+        name: client
+        if _is_url(client.jwks)
+        else client.model_copy(update={"jwks": str(folder / client.jwks.removeprefix("file://"))})
+        for name, client in hooks.clients.items()
+    }
+    return hooks.model_copy(update={"base_url": hooks.base_url.rstrip("/"), "clients": clients})
+
+
+def _is_url(text: str) -> bool:
+    return urlsplit(text).scheme in {"http", "https"}
+
+
+def _is_http(text: str) -> bool:
+    return urlsplit(text).scheme == "http"
 
 
 def _is_open_http(url: str) -> bool:
@@ -225,12 +345,16 @@ def find_untrustworthy(settings: Settings, *database_urls: str) -> list[str]:
 def _trust_files(settings: Settings, database_urls: tuple[str, ...]) -> Iterator[tuple[str, str | Path]]:
     jwks = settings.token_jwks.removeprefix("file://")
     named: dict[str, str | Path | None] = {
-        "DERM_TOKEN_JWKS": "" if urlsplit(jwks).scheme in {"http", "https"} else jwks,
+        "DERM_TOKEN_JWKS": "" if _is_url(jwks) else jwks,
         "DERM_VAULT_TOKEN_FILE": settings.vault_token_file,
         "DERM_PMS_TOKEN_FILE": settings.pms_token_file,
         "DERM_PMS_CA_FILE": settings.pms_ca_file,
         **{name: os.environ.get(name) for name in (*_CERTIFICATES, "RAY_AUTH_TOKEN_PATH")},
     }
+    if settings.hooks_clients:
+        named["DERM_HOOKS_CLIENTS"] = settings.hooks_clients
+        for client, known in read_hooks(settings.hooks_clients).clients.items():
+            named[f"DERM_HOOKS_CLIENTS ({client})"] = "" if _is_url(known.jwks) else known.jwks
     yield from ((name, path) for name, path in named.items() if path)
     for url in {settings.database_url.get_secret_value(), *database_urls}:
         query = parse_qs(urlsplit(url).query)

@@ -117,7 +117,9 @@ def _run(arguments: argparse.Namespace) -> None:
     with closing(KeyStore(existing_keystore(settings.home), open_key_provider(settings))) as keys:
 
         async def erase(pool: Pool) -> int:
-            eraser = Eraser(ErasureStore(pool), keys, tells_pms=settings.pms_deliver)
+            eraser = Eraser(
+                ErasureStore(pool), keys, tells_pms=settings.pms_deliver, tells_fhir=settings.pms_fhir
+            )
             erased = await erase_expired(RetentionStore(pool), eraser, days=days, actor=os_account())
             await eraser.finish_accepted(older_than_s=0)
             return erased

@@ -37,7 +37,7 @@ def evaluate_model(models: Path, model_id: str, *, recipe: Path, threads: int) -
 
 
 def import_model(models: Path, request: ImportRequest, say: Callable[[str], None]) -> StoredModel:
-    """Take, check, export, calibrate, bundle and evaluate a model; it is in the store when all of it succeeded.
+    """Take, check, export, calibrate, bundle and evaluate a model, and give it a canary; it is in the store when all of it succeeded.
 
     Raises ImportRefused, and leaves nothing behind, when the source or its labels do not keep the
     contract, a step fails, or the store has a model of this name; ModelContractError when
@@ -109,6 +109,7 @@ def _build(staging: Path, recipe: Recipe, request: ImportRequest, say: Callable[
     say(f"references: {run_step('data_jobs.references.bundle', *where).strip()}")
     run_step("data_jobs.training.evaluate", *where, "--recipe", request.recipe)
     say(f"evaluation: {headline(json.loads((folder / 'evaluation.json').read_text()))}")
+    say(f"canary: {run_step('data_jobs.training.canary', *where).strip()}")
     return folder
 
 

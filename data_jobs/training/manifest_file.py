@@ -13,6 +13,7 @@ import tomli_w
 from data_jobs.training.ensemble import Ensemble
 from data_jobs.training.operating_points import POINTS, ChosenThreshold
 from data_jobs.training.probabilities import Floats
+from model_store.canary import CANARY_NAME
 from model_store.manifest import EMBEDDING_DIM, MANIFEST_NAME, Manifest, read_manifest
 from model_store.registry import digest_file, verify_files
 from serve_app.domain.diagnosis import TRAINED
@@ -111,7 +112,7 @@ def manifest_content(
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    """Write `content` with the digests of all files of the folder, and read it back.
+    """Write `content` with the digests of all files of the folder but the canary, and read it back.
 
     `content` is the manifest as plain tables, `files` left out. Raises ModelContractError when
     what was written does not load.
@@ -119,7 +120,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": digest_file(path)}
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file() and path.name not in (MANIFEST_NAME, CANARY_NAME)
     }
     partial = folder / f".{MANIFEST_NAME}.partial"
     partial.write_text(tomli_w.dumps({**content, "files": files}), encoding="utf-8")

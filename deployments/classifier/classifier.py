@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.canary import Off, require_right, worst
 from deployments.classifier.calibration import Calibrator
+from model_store.canary import Canary, read_canary
 from model_store.registry import MODELS_IN_MEMORY, Loaded, ModelStore, StoredModel
 from model_store.session import Device, InferenceSession
 from serve_app.domain.assessment import Classification
@@ -30,6 +32,22 @@ class _LoadedModel:
     stored: StoredModel
     session: InferenceSession
     calibrator: Calibrator
+    canary: Canary | None
+
+    def classify(self, batch: Sequence[NDArray[np.uint8]]) -> list[ClassifierOutput]:
+        outputs = self.session.run(np.stack(batch))
+        return [
+            ClassifierOutput(self.stored.manifest.model_id, self.stored.digest, classification, features)
+            for classification, features in zip(
+                self.calibrator.classify(outputs), outputs.bottleneck, strict=True
+            )
+        ]
+
+    def prove(self) -> Off:
+        if self.canary is None:
+            return None
+        (answer,) = self.classify([self.canary.pixels])
+        return self.canary.answer_off(answer.classification, answer.bottleneck)
 
 
 class Classifier:
@@ -46,7 +64,7 @@ class Classifier:
         return model_id in self._loaded
 
     def load(self, model_id: str) -> None:
-        """Verify a model and make its session, unless that is done already.
+        """Verify a model, make its session and put its canary to it, unless that is done already.
 
         Raises ModelContractError when it must not be loaded.
         """
@@ -63,16 +81,15 @@ class Classifier:
 
     def classify(self, model_id: str, batch: Sequence[NDArray[np.uint8]]) -> list[ClassifierOutput]:
         """Classify N images, each uint8 H×W×3 at the model's input size, in one forward pass."""
-        model = self._loaded.get(model_id)
-        outputs = model.session.run(np.stack(batch))
-        return [
-            ClassifierOutput(model_id, model.stored.digest, classification, features)
-            for classification, features in zip(
-                model.calibrator.classify(outputs), outputs.bottleneck, strict=True
-            )
-        ]
+        return self._loaded.get(model_id).classify(batch)
+
+    def prove(self) -> Off:
+        """Put its canary to each model that is held: how far the worst answer is off; None: none has one."""
+        return worst(self._loaded.get(model_id).prove() for model_id in self._loaded.held)
 
     def _build(self, model_id: str) -> _LoadedModel:
         stored = self._store.open(model_id)
         session = InferenceSession(stored, threads=self._threads, device=self._device)
-        return _LoadedModel(stored, session, Calibrator.from_model(stored))
+        loaded = _LoadedModel(stored, session, Calibrator.from_model(stored), read_canary(stored))
+        require_right(model_id, loaded.prove)
+        return loaded

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
+from ray.serve.metrics import Gauge
 
+from deployments.canary import Canaries, Off
 from deployments.classifier.classifier import Classifier, ClassifierOutput
 from deployments.cores import SharedCores
 from deployments.live_model import warm_at_start
@@ -37,6 +39,7 @@ class ClassifierDeployment:
         self._passes = SharedCores("classifier", threads=threads, most=_MOST_PASSES)
         self._batched = device == "cuda"
         self._classifier = Classifier(ModelStore(settings.models), threads=threads, device=device)
+        self._canaries = Canaries(self._prove, Gauge)
         await warm_at_start(settings, self._classifier.warm)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -46,21 +49,30 @@ class ClassifierDeployment:
         batching.set_batch_wait_timeout_s(float(user_config["batch_wait_timeout_s"]))
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds: the moment to see who else wants this machine's cores."""
+        """Serve asks every few seconds: the moment to see who else wants this machine's cores.
+
+        Raises StageFailed when the canary has failed, for Serve to replace this replica.
+        """
         self._passes.share()
+        self._canaries.check()
 
     async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
         """Have these models ready, and no others for longer than they are used; their digests by id."""
         return await asyncio.to_thread(self._classifier.warm, models)
 
     async def classify(self, model_id: str, pixels: NDArray[np.uint8]) -> ClassifierOutput:
-        """Classify one prepared image, uint8 H×W×3."""
+        """Classify one prepared image, uint8 H×W×3. Raises StageFailed when the canary has failed."""
+        self._canaries.require_sound()
         if model_id not in self._classifier:  # a replay of an old model: no pass waits for it
             await asyncio.to_thread(self._classifier.load, model_id)
         if self._batched:
             output: ClassifierOutput = await self._run_batch((model_id, pixels))
             return output
         return (await self._passes.run(self._run, [(model_id, pixels)]))[0]
+
+    async def _prove(self) -> Off:
+        # As a pass of its own: it waits for its turn, and no image waits for it in a batch.
+        return await self._passes.run(self._classifier.prove)
 
     # No wait: a lone image must not be held back. While every pass is taken, arrivals gather
     # and form the next batch.

@@ -9,6 +9,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.canary import Off, require_right, worst
+from model_store.canary import Canary, read_canary
 from model_store.manifest import EMBEDDING_DIM, EmbeddingSpaceSpec
 from model_store.registry import MODELS_IN_MEMORY, Loaded, ModelStore, StoredModel
 from serve_app.domain.errors import ModelContractError, StageFailed
@@ -50,6 +52,7 @@ class Embedder:
     def __init__(self, store: ModelStore) -> None:
         self._store = store
         self._spaces: Loaded[tuple[str, str], EmbeddingSpace] = Loaded(self._build, limit=MODELS_IN_MEMORY)
+        self._canaries: dict[str, Canary | None] = {}
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether a model's space is loaded, so that `embed` computes at once."""
@@ -79,7 +82,14 @@ class Embedder:
         specs = {spec.embedding_space: spec for spec in model.manifest.spaces}
         if embedding_space not in specs:
             raise ModelContractError(f"{model_id} has no embedding space {embedding_space!r}.")
-        return EmbeddingSpace.from_model(model, specs[embedding_space])
+        space = EmbeddingSpace.from_model(model, specs[embedding_space])
+        self._canaries[model_id] = canary = read_canary(model)
+        require_right(model_id, lambda: _off(space, canary, embedding_space))
+        return space
+
+    def prove(self) -> Off:
+        """Put its canary to each space that is held: how far the worst vector is off; None: none has one."""
+        return worst(_off(self._spaces.get(key), self._canaries[key[0]], key[1]) for key in self._spaces.held)
 
     def embed(
         self, model_id: str, embedding_space: str, bottleneck: NDArray[np.float32]
@@ -87,3 +97,9 @@ class Embedder:
         """Embed one bottleneck (512) as a unit vector (512)."""
         space = self.load(model_id, embedding_space)
         return np.asarray(space.embed(bottleneck[np.newaxis])[0])
+
+
+def _off(space: EmbeddingSpace, canary: Canary | None, embedding_space: str) -> Off:
+    if canary is None:
+        return None
+    return canary.vector_off(embedding_space, space.embed(canary.bottleneck[np.newaxis])[0])

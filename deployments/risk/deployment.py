@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.metrics import Gauge
 
+from deployments.canary import Canaries
 from deployments.live_model import warm_at_start
 from deployments.risk.risk import RiskStage
 from deployments.risk.rules import Findings
@@ -26,7 +28,13 @@ class RiskDeployment:
         settings = load_settings()
         ProcessLog.of_node(settings.token_secret).install()
         self._stage = RiskStage(ModelStore(settings.models), policy_version)
+        self._canaries = Canaries(self._stage.prove, Gauge)
         await warm_at_start(settings, self._stage.warm)
+        await self._stage.prove()
+
+    async def check_health(self) -> None:
+        """Raises StageFailed when the canary has failed, for Serve to replace this replica."""
+        self._canaries.check()
 
     async def warm(self, models: Sequence[LiveModel]) -> dict[str, str]:
         """Have these models ready, and no others for longer than they are used; their digests by id."""
@@ -37,5 +45,6 @@ class RiskDeployment:
         self._stage.override(user_config)
 
     async def conclude(self, model: LiveModel, findings: Findings) -> Conclusion:
-        """Conclude one assessment."""
+        """Conclude one assessment. Raises StageFailed when the canary has failed."""
+        self._canaries.require_sound()
         return await self._stage.conclude(model, findings)

@@ -312,8 +312,14 @@ def with_overrides(policy: RiskPolicy, overrides: Mapping[str, Any]) -> RiskPoli
     changed = read_table(merge_tables(shipped, overrides))
     if changed == policy:
         return policy
-    numbers = changed.model_dump(mode="json", exclude={"version"})
-    return changed.model_copy(update={"version": f"{policy.version.partition('+')[0]}+{_digest(numbers)}"})
+    return changed.model_copy(
+        update={"version": f"{policy.version.partition('+')[0]}+{digest_numbers(changed)}"}
+    )
+
+
+def digest_numbers(policy: RiskPolicy) -> str:
+    """8 hex digits over everything the policy holds but its version."""
+    return _digest(policy.model_dump(mode="json", exclude={"version"}))
 
 
 def at_site(policy: RiskPolicy, operating_points: Mapping[str, float]) -> RiskPolicy:

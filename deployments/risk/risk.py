@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+import logging
 import math
 from typing import Any
 
+from deployments.canary import Off
+from deployments.risk.canary import POINTS, prove_in_force, prove_shipped
 from deployments.risk.doubts import doubt_patient, find_doubts, judge_quality
 from deployments.risk.policy import RiskPolicy, ScorePolicy, at_site, read_policy, with_overrides
 from deployments.risk.rules import (
@@ -37,6 +41,7 @@ from serve_app.domain.patient import ClinicalContext
 from serve_app.records.serving import LiveModel
 
 _STRENGTH = tuple(Effect)
+_log = logging.getLogger("derm.canary")
 
 
 def conclude(findings: Findings, policy: RiskPolicy, operating_points: Mapping[str, float]) -> Conclusion:
@@ -137,10 +142,14 @@ class RiskStage:
         self._store = store
         self._shipped = read_policy(policy_version)
         self._policy = self._shipped
+        self._held: tuple[LiveModel, ...] = ()
 
     def warm(self, models: Iterable[LiveModel]) -> dict[str, str]:
         """Read these models' operating points; returns the models' digests by id."""
-        return self._store.warm(models)
+        held = tuple(models)
+        digests = self._store.warm(held)
+        self._held = held
+        return digests
 
     def override(self, overrides: dict[str, Any]) -> None:
         """Change thresholds of the shipped policy. Raises PolicyError for an unknown key."""
@@ -151,3 +160,17 @@ class RiskStage:
         points = (await self._store.opened(model.model_id)).manifest.operating_points
         thresholds = {name: point.threshold for name, point in points.items()} | dict(model.operating_points)
         return conclude(findings, at_site(self._policy, model.operating_points), thresholds)
+
+    async def prove(self) -> Off:
+        """Put the known cases to this stage; 0 when it is right, None when nothing is known of its policy but the rules.
+
+        Raises StageFailed when a conclusion is not what it must be.
+        """
+        known = prove_shipped(self._shipped, lambda case: conclude(case, self._shipped, POINTS))
+        if not known:
+            _log.warning(
+                "No conclusion is known of this policy: its canary asks only what every policy must keep."
+            )
+        for model in self._held:
+            await prove_in_force(self._policy, partial(self.conclude, model))
+        return 0.0 if known else None

@@ -227,7 +227,8 @@ class Purpose(StrEnum):
 
 #: Actions that have one purpose in every role. The PMS is told so that the hospital's own record is complete.
 _BY_ACTION: Mapping[str, Purpose] = MappingProxyType(
-    {Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT, "classify": Purpose.TREATMENT}
+    {Action.BREAK_GLASS: Purpose.EMERGENCY_TREATMENT}
+    | dict.fromkeys(("classify", "hook_feedback"), Purpose.TREATMENT)
     | dict.fromkeys((Action.REVIEW_ACCESS, Action.READ_AUDIT, Action.EXPORT), Purpose.COMPLIANCE)
     | dict.fromkeys(("disclose", "record_close", "record_reopen"), Purpose.HEALTHCARE_OPERATIONS)
     | dict.fromkeys(("hold_set", "hold_release"), Purpose.LEGAL)

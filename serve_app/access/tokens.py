@@ -44,12 +44,14 @@ _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\ufe00-\
 _LEEWAY_S = 5
 _DAY_S = 86_400
 
-#: Algorithm: the kind of key that it takes. Nothing symmetric: a public key is no secret.
-PUBLIC_ALGORITHMS: dict[str, type[RSAKey | ECKey | OKPKey]] = {
-    "RS256": RSAKey,
-    "ES256": ECKey,
-    "EdDSA": OKPKey,
-    "Ed25519": OKPKey,
+#: Algorithm: the kind of key that it takes, and its curve. Nothing symmetric: a public key is no secret.
+PUBLIC_ALGORITHMS: dict[str, tuple[type[RSAKey | ECKey | OKPKey], str | None]] = {
+    "RS256": (RSAKey, None),
+    "RS384": (RSAKey, None),
+    "ES256": (ECKey, "P-256"),
+    "ES384": (ECKey, "P-384"),
+    "EdDSA": (OKPKey, "Ed25519"),
+    "Ed25519": (OKPKey, "Ed25519"),
 }
 
 #: A set of a hundred RSA keys has 60 KB.
@@ -62,7 +64,7 @@ TRUST_S = 86_400.0
 #: The least time between two requests to the issuer, and what one may take in all, seconds.
 INTERVAL_S = 30.0
 ANSWER_S = 5.0
-_CURVES = frozenset({"P-256", "Ed25519"})
+_CURVES = frozenset(curve for _, curve in PUBLIC_ALGORITHMS.values())
 _PRIVATE = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 
 _log = logging.getLogger("derm.tokens")
@@ -71,11 +73,18 @@ _log = logging.getLogger("derm.tokens")
 class Verifier(ABC):
     """Checks a token's form, signature and claims; which key may have signed is a subclass's to know.
 
-    Clocks may differ by 5 s. A token may be valid for `max_lifetime_s` from its `iat`; without one, from now.
+    Clocks may differ by 5 s. A token may be valid for `max_lifetime_s` from its `iat`; without one, from now. Beside
+    `iss`, `aud` and `exp` it must have what is `required`.
     """
 
     def __init__(
-        self, issuer: str, audience: str, algorithms: Collection[str], *, max_lifetime_s: int = _DAY_S
+        self,
+        issuer: str,
+        audience: str,
+        algorithms: Collection[str],
+        *,
+        max_lifetime_s: int = _DAY_S,
+        required: Collection[str] = (),
     ) -> None:
         self._algorithms = tuple(algorithms)
         self._max_lifetime_s = max_lifetime_s
@@ -85,16 +94,17 @@ class Verifier(ABC):
             aud={"essential": True, "value": audience},
             exp={"essential": True},
         )
+        self._claims.options |= {claim: {"essential": True} for claim in required}
 
     @abstractmethod
     async def identify(self, token: str) -> Principal:
-        """Say who signed in; Unauthenticated for anything but a valid token, as `read` says."""
+        """Say who signed in; Unauthenticated for anything but a valid token, as `read` says, or SubjectRefused."""
 
-    def read(self, token: str, key: Key | Callable[[Any], Key]) -> Principal:
-        """Say who signed in; Unauthenticated, without a hint why, for anything but a valid token.
+    def read(self, token: str, key: Key | Callable[[Any], Key]) -> jwt.Claims:
+        """Read what a token claims; Unauthenticated, without a hint why, for anything but a valid token.
 
-        SubjectRefused or LifetimeRefused for one that the issuer signed, and should not have.
-        A `key` that is called with the token's header may raise LookupError.
+        LifetimeRefused for one that the issuer signed, and should not have. A `key` that is called with the token's
+        header may raise LookupError.
         """
         if len(token) > _TOKEN_LENGTH or not _COMPACT.fullmatch(token):
             raise Unauthenticated
@@ -108,10 +118,10 @@ class Verifier(ABC):
             begins = claims["iat"] if "iat" in claims else time.time() + _LEEWAY_S
             if claims["exp"] > begins + self._max_lifetime_s:
                 raise LifetimeRefused
-            return _principal(claims)
         except (JoseError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             # joserfc takes the header for a JSON object of the right types; a forger need not.
             raise Unauthenticated from error
+        return claims
 
 
 class TokenVerifier(Verifier):
@@ -123,7 +133,7 @@ class TokenVerifier(Verifier):
 
     def verify(self, token: str) -> Principal:
         """As `identify`: with a secret there is nothing to wait for."""
-        return self.read(token, self._key)
+        return _principal(self.read(token, self._key))
 
     async def identify(self, token: str) -> Principal:
         """As Verifier.identify."""
@@ -201,11 +211,11 @@ def _signing_key(secret: str) -> OctKey:
 def _principal(claims: jwt.Claims) -> Principal:
     roles = claims.get("roles", [])
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise ValueError("roles")
+        raise Unauthenticated
     # An operator writes it to the revocation list as it reads. RFC 7519 4.1.7: a string.
     jti = claims.get("jti")
     if jti is not None and not (isinstance(jti, str) and _is_plain(jti)):
-        raise ValueError("jti")
+        raise Unauthenticated
     return Principal(check_subject(claims.get("sub")), frozenset(roles), jti)
 
 
@@ -237,11 +247,12 @@ class IssuerKeys:
 
     def find(self, kid: str | None, algorithm: str) -> Key | None:
         """Find the key that may have signed; without a `kid`, the only one there is for the algorithm."""
-        kind = PUBLIC_ALGORITHMS[algorithm]
+        kind, curve = PUBLIC_ALGORITHMS[algorithm]
         fitting = [
             key
             for key in self._keys
             if isinstance(key, kind)
+            and key.get("crv") == curve
             and key.get("alg", algorithm) == algorithm
             and (kid is None or key.get("kid") == kid)
         ]
@@ -363,10 +374,7 @@ def _read(entry: dict[str, Any]) -> Key | None:
 
 
 class PublicKeyVerifier(Verifier):
-    """Checks tokens against the issuer's public keys.
-
-    ValueError for an allow-list with anything but RS256, ES256, EdDSA and Ed25519 in it.
-    """
+    """Checks tokens against the issuer's public keys; ValueError for an allow-list with any but PUBLIC_ALGORITHMS in it."""
 
     def __init__(
         self,
@@ -376,14 +384,19 @@ class PublicKeyVerifier(Verifier):
         algorithms: Collection[str],
         *,
         max_lifetime_s: int = _DAY_S,
+        required: Collection[str] = (),
     ) -> None:
         if not algorithms or not PUBLIC_ALGORITHMS.keys() >= set(algorithms):
             raise ValueError(f"Algorithms must be among {sorted(PUBLIC_ALGORITHMS)}")
-        super().__init__(issuer, audience, algorithms, max_lifetime_s=max_lifetime_s)
+        super().__init__(issuer, audience, algorithms, max_lifetime_s=max_lifetime_s, required=required)
         self._keys = keys
 
     async def identify(self, token: str) -> Principal:
-        """As Verifier.identify; IssuerKeysUnavailable when no key is known to check it with, whatever it is."""
+        """As Verifier.identify; IssuerKeysUnavailable as `claims` says."""
+        return _principal(await self.claims(token))
+
+    async def claims(self, token: str) -> jwt.Claims:
+        """As Verifier.read; IssuerKeysUnavailable when no key is known to check it with, whatever it is."""
         await self._keys.freshen()
         missing: list[bool] = []
 

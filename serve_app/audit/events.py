@@ -20,6 +20,8 @@ AuditOutcome = Literal["success", "denied", "failed"]
 
 #: Who acts where no token does: the delivery to the PMS, retention that is due, and whoever is not known.
 OUTBOX, RETENTION, NOBODY = "derm-cds:outbox", "retention", "unauthenticated"
+#: An EHR that asks or tells by CDS Hooks without a clinician who is known here: with its name behind.
+EHR = "derm-cds:hooks:"
 _ACCOUNT = "os:"
 
 

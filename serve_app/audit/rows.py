@@ -89,6 +89,12 @@ LESION_OUTCOMES = _table(
     "outcome_id",
     "lesion_id image_id kind diagnosis malignant code code_system observed_on source recorded_by request_id recorded_at salt",
 )
+#: Whom an EHR means by its ids.
+HOOK_IDENTITIES = _table("hook_identities", "client kind fhir_id", "own_id mapped_at mapped_by")
+#: Without the comment: that goes with the image, and the rest stands in the event.
+HOOK_FEEDBACK = _table(
+    "hook_feedback", "feedback_id", "card_id outcome reason_system reason_code outcome_at recorded_at"
+)
 #: An image as it came, and what it is to be assessed with. The context is guessed easily: its salt is the sealed image's
 #: authentication tag, which vouches for the image, too, and goes with it.
 LESION_IMAGES = _table(

@@ -45,6 +45,10 @@ class LifetimeRefused(Unauthenticated, code="token_lifetime_refused"):
     """The token is valid for longer than this service allows (DERM_TOKEN_MAX_LIFETIME_S)."""
 
 
+class TokenReplayed(Unauthenticated, code="token_replayed"):
+    """A token with this jti was taken before: each is good for one request."""
+
+
 class Forbidden(DermError, status=403, code="forbidden"):
     """You may not do this for this patient."""
 
@@ -103,6 +107,10 @@ class ImageTooSmall(RejectedUpload, code="image_too_small"):
 
 class InvalidField(RejectedUpload, code="invalid_field"):
     """A field has a value this service does not know."""
+
+
+class InvalidHookRequest(InvalidField, status=400):
+    """The body is no request that this CDS service takes."""
 
 
 class WrongEncounter(RejectedUpload, code="wrong_encounter"):

@@ -15,6 +15,9 @@ _PMS_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 # Short and without spaces: it is written back into a header.
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
+_FHIR_ID = re.compile(r"[A-Za-z0-9.-]{1,64}")
+_FHIR_USERS = frozenset({"Practitioner", "PractitionerRole", "Patient", "RelatedPerson"})
+
 _OPAQUE = re.compile(
     r"(?i:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"  # UUID
     r"|(?i:[0-9a-f]{32})"  # UUID without hyphens, W3C trace id
@@ -36,6 +39,17 @@ def parse_opaque_id(name: str, value: str) -> str:
     if not _PMS_ID.fullmatch(value):
         raise InvalidField(f"{name}: an opaque id of up to 64 letters, digits and . _ : - is required.")
     return value
+
+
+def is_fhir_id(text: str) -> bool:
+    """Whether a text is an id of FHIR R4, by which another system knows a patient, say."""
+    return _FHIR_ID.fullmatch(text) is not None
+
+
+def is_fhir_user(text: str) -> bool:
+    """Whether a text is how CDS Hooks names a user: the type of a FHIR resource and its id."""
+    kind, _, fhir_id = text.partition("/")
+    return kind in _FHIR_USERS and is_fhir_id(fhir_id)
 
 
 def is_plain(text: str) -> bool:

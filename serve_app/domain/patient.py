@@ -31,6 +31,17 @@ class Sex(StrEnum):
     UNKNOWN = "unknown"
 
 
+class SkinType(StrEnum):
+    """Fitzpatrick's phototypes: how the skin takes the sun, from always burns (I) to never burns (VI)."""
+
+    I = "I"  # noqa: E741 - its name
+    II = "II"
+    III = "III"
+    IV = "IV"
+    V = "V"
+    VI = "VI"
+
+
 @dataclass(frozen=True, slots=True)
 class History(Shape):
     """Risk history; None means that it was not stated."""
@@ -103,7 +114,10 @@ class RecordCheck(Shape):
 
 @dataclass(frozen=True, slots=True)
 class ClinicalContext(Shape):
-    """Everything beside the pixels that may change the risk; `record` is None where no directory is asked."""
+    """What is on record beside the pixels; `record` is None where no directory is asked.
+
+    All of it may change the risk but `skin_type` and `device` (maker and model): these describe, for reports.
+    """
 
     anatom_site_general: AnatomSite | None = None
     age_approx: int | None = None
@@ -111,3 +125,5 @@ class ClinicalContext(Shape):
     history: History = field(default_factory=History)
     checklist: Checklist | None = None
     record: RecordCheck | None = None
+    skin_type: SkinType | None = None
+    device: str | None = None

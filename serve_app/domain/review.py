@@ -120,3 +120,32 @@ class LesionOutcome(Shape):
     image_id: Id | None
     recorded_by: str
     recorded_at: Time
+
+
+class CardKind(StrEnum):
+    """What a card of CDS Hooks is about: a demand that no clinician has answered, or a follow-up that is overdue."""
+
+    OPEN_DEMAND = "open_demand"
+    FOLLOW_UP = "follow_up"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookFeedback(Shape):
+    """What became of a card in an EHR (`client`), as that EHR says: no review, and it closes no demand.
+
+    `review_id`: of a card about a follow-up, the review that set it. `reason_code` is one of `Reason` where `reason_system`
+    is this service's, or else the EHR's own. `comment` goes with the image when that is erased.
+    """
+
+    feedback_id: Id
+    card_id: Id
+    client: str
+    kind: Annotated[CardKind, one_of(CardKind, "CardKind")]
+    assessment_id: Id
+    review_id: Id | None
+    outcome: str
+    reason_system: str | None
+    reason_code: str | None
+    comment: str | None
+    outcome_at: Time
+    recorded_at: Time

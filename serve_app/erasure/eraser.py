@@ -33,12 +33,14 @@ ABANDONED_AFTER_S = 15.0
 class Eraser:
     """Erases images, and finishes what was accepted and not proven.
 
-    `tells_pms`: an erasure for an encounter goes into the outbox, in the receipt's own transaction.
+    `tells_pms`: an erasure for an encounter goes into the outbox, in the receipt's own transaction; `tells_fhir`: so
+    does the lesion's report as it is then.
     """
 
     erasures: ErasureStore
     keys: KeyStore
     tells_pms: bool = False
+    tells_fhir: bool = False
 
     async def erase(self, request: ErasureRequest) -> tuple[Erasure, bool]:
         """Erase an image; returns the erasure, and whether it is this request's or an earlier one's.
@@ -130,4 +132,5 @@ class Eraser:
         """Destroy the key, then say so. Any number may do this at once: each step is safe to repeat."""
         key = DestroyedKey(erasure.data_key_id, erasure.receipt_id, erasure.reason, erasure.actor)
         await asyncio.to_thread(self.keys.destroy, key)
-        return await self.erasures.prove(erasure, message_id=new_id() if self.tells_pms else None)
+        message_id = new_id() if self.tells_pms else None
+        return await self.erasures.prove(erasure, message_id=message_id, fhir=self.tells_fhir)

@@ -17,14 +17,13 @@ from typing import Any
 
 from serve_app.access.rules import PURPOSE, Purpose, recorded_purpose
 from serve_app.audit.events import AuditEvent, is_own_actor
+from serve_app.fhir.codes import OWN, TERMS, coding, concept
 
 _BALP = "https://profiles.ihe.net/ITI/BALP"
-_TERMS = "http://terminology.hl7.org/CodeSystem"
 _DCM = "http://dicom.nema.org/resources/ontology/DCM"
 _REST = "http://hl7.org/fhir/restful-interaction"
-_PARTICIPATION = f"{_TERMS}/v3-ParticipationType"
+_PARTICIPATION = f"{TERMS}/v3-ParticipationType"
 _ABSENT = "http://hl7.org/fhir/StructureDefinition/data-absent-reason"
-_OWN = "urn:derm-cds"
 
 #: FHIR's outcome codes: success, minor failure (the caller may try again), serious failure (refused).
 _OUTCOMES = MappingProxyType({"success": "0", "failed": "4", "denied": "8"})
@@ -41,8 +40,12 @@ class _Pattern:
 
 _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
     {
-        "upload": _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
+        **dict.fromkeys(
+            ("upload", "review", "record_outcome"),
+            _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
+        ),
         "read": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
+        "read_report": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "read_receipt": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "download": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),
         "list": _Pattern("E", "search", "IHE.BasicAudit.PatientQuery"),
@@ -64,21 +67,21 @@ def audit_event_resource(
     purpose = recorded_purpose(event)
     if purpose is None and "emergency_access" in event.detail:
         purpose = Purpose.EMERGENCY_TREATMENT
-    reason = [_concept(f"{_TERMS}/v3-ActReason", purpose)] if purpose is not None else []
+    reason = [concept(coding(f"{TERMS}/v3-ActReason", purpose))] if purpose is not None else []
     pattern = _PATTERNS.get(event.action, _OTHER)
     profiled = pattern.profile is not None and event.outcome == "success" and event.patient_id is not None
-    kind = _coding(_DCM, "110100", "Application Activity")
+    kind = coding(_DCM, "110100", "Application Activity")
     if pattern.interaction:
-        kind = _coding(f"{_TERMS}/audit-event-type", "rest", "Restful Operation")
+        kind = coding(f"{TERMS}/audit-event-type", "rest", "Restful Operation")
     elif event.action == "export":
-        kind = _coding(_DCM, "110106", "Export")
+        kind = coding(_DCM, "110106", "Export")
     resource: dict[str, Any] = {
         "resourceType": "AuditEvent",
         "id": str(event_id),
         "type": kind,
         "subtype": [
-            *([_coding(_REST, pattern.interaction)] if pattern.interaction else []),
-            _coding(f"{_OWN}:action", event.action),
+            *([coding(_REST, pattern.interaction)] if pattern.interaction else []),
+            coding(f"{OWN}:action", event.action),
         ],
         "action": pattern.action,
         "recorded": recorded_at.astimezone(UTC).isoformat(),
@@ -87,7 +90,7 @@ def audit_event_resource(
         "source": {
             "site": server,
             "observer": {"display": server},
-            "type": [_coding(f"{_TERMS}/security-source-type", "4", "Application Server")],
+            "type": [coding(f"{TERMS}/security-source-type", "4", "Application Server")],
         },
         "entity": _entities(event, query=profiled and pattern.interaction == "search"),
     }
@@ -104,12 +107,12 @@ def _agents(
     event: AuditEvent, pattern: _Pattern, reason: list[dict[str, Any]], server: str
 ) -> list[dict[str, Any]]:
     """The client, the server and the user; what BALP calls the machines depends on where the data flow."""
-    sender = _concept(_DCM, "110153", "Source Role ID")
-    receiver = _concept(_DCM, "110152", "Destination Role ID")
+    sender = concept(coding(_DCM, "110153", "Source Role ID"))
+    receiver = concept(coding(_DCM, "110152", "Destination Role ID"))
     machines = {
         "delete": (  # no data flow
-            _concept(_DCM, "110150", "Application"),
-            _concept(f"{_TERMS}/provenance-participant-type", "custodian", "Custodian"),
+            concept(coding(_DCM, "110150", "Application")),
+            concept(coding(f"{TERMS}/provenance-participant-type", "custodian", "Custodian")),
         ),
         "read": (receiver, sender),
     }.get(pattern.interaction or "", (sender, receiver))
@@ -131,8 +134,8 @@ def _agents(
             "network": {"address": server, "type": "1"},
         },
         {
-            "type": _concept(_PARTICIPATION, *user),
-            "who": {"identifier": {"system": f"{_OWN}:subject", "value": event.actor}},
+            "type": concept(coding(_PARTICIPATION, *user)),
+            "who": {"identifier": {"system": f"{OWN}:subject", "value": event.actor}},
             "requestor": True,
             **({"purposeOfUse": reason} if reason else {}),
         },
@@ -142,42 +145,35 @@ def _agents(
 def _entities(event: AuditEvent, *, query: bool) -> list[dict[str, Any]]:
     entities: list[dict[str, Any]] = [
         {
-            "type": _coding(f"{_BALP}/CodeSystem/BasicAuditEntityType", "XrequestId"),
+            "type": coding(f"{_BALP}/CodeSystem/BasicAuditEntityType", "XrequestId"),
             "what": {"identifier": {"value": event.request_id}},
         }
     ]
-    if event.patient_id is not None:
-        patient = {"type": "Patient", "identifier": {"system": f"{_OWN}:patient", "value": event.patient_id}}
+    shown: Any = event.detail.get("shown", {})  # a worklist's patients
+    for patient_id in shown if event.patient_id is None else (event.patient_id,):
+        patient = {"type": "Patient", "identifier": {"system": f"{OWN}:patient", "value": patient_id}}
         entities.append(
             {
-                "type": _coding(f"{_TERMS}/audit-entity-type", "1", "Person"),
-                "role": _coding(f"{_TERMS}/object-role", "1", "Patient"),
+                "type": coding(f"{TERMS}/audit-entity-type", "1", "Person"),
+                "role": coding(f"{TERMS}/object-role", "1", "Patient"),
                 "what": patient,
             }
         )
-    system_object = _coding(f"{_TERMS}/audit-entity-type", "2", "System Object")
+    system_object = coding(f"{TERMS}/audit-entity-type", "2", "System Object")
     if query:
         asked = b64encode(f"GET /api/lesions?patient_id={event.patient_id}".encode()).decode()
-        role = _coding(f"{_TERMS}/object-role", "24", "Query")
+        role = coding(f"{TERMS}/object-role", "24", "Query")
         return [*entities, {"type": system_object, "role": role, "query": asked}]
     # What the event was about: the most exact of its ids; without one, the action itself.
     ids = {"assessment": event.assessment_id, "image": event.image_id, "lesion": event.lesion_id}
     name, value = next(((name, found) for name, found in ids.items() if found), ("action", event.action))
     data = {
         "type": system_object,
-        "role": _coding(f"{_TERMS}/object-role", "4", "Domain Resource"),
-        "what": {"identifier": {"system": f"{_OWN}:{name}", "value": str(value)}},
+        "role": coding(f"{TERMS}/object-role", "4", "Domain Resource"),
+        "what": {"identifier": {"system": f"{OWN}:{name}", "value": str(value)}},
     }
     rest = {name: value for name, value in event.detail.items() if name != PURPOSE}
     if rest:
         # Codes and ids, as the audit log has them: more than FHIR has a place for.
         data["detail"] = [{"type": "detail", "valueString": json.dumps(rest, sort_keys=True)}]
     return [*entities, data]
-
-
-def _coding(system: str, code: str, display: str = "") -> dict[str, str]:
-    return {"system": system, "code": code, **({"display": display} if display else {})}
-
-
-def _concept(system: str, code: str, display: str = "") -> dict[str, Any]:
-    return {"coding": [_coding(system, code, display)]}

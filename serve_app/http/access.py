@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from serve_app.access.rate_limit import AuditBudget, TokenBuckets, is_from_loopback, sender_address
-from serve_app.access.rules import Action, RequestedAction, begin, may
+from serve_app.access.rules import Action, Principal, RequestedAction, begin, may
 from serve_app.access.tokens import token_verifier
 from serve_app.audit.events import NOBODY, AuditEvent
 from serve_app.domain.errors import Forbidden, NotFound, RateLimited, Unauthenticated
@@ -78,22 +78,12 @@ class Authenticator:
         Raises Unauthenticated, RateLimited, or Forbidden where no role of theirs grants the action.
         """
         begin(None)
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            await self._refuse_stranger(request, Unauthenticated())
         try:
-            principal = await self._verifier.identify(token.strip())
+            principal = await self._verifier.identify(bearer_token(request))
         except Unauthenticated as refusal:
-            await self._refuse_stranger(request, refusal)
+            await self.refuse_stranger(request, refusal)
         action = action or _rule_of(request)
-        requested = RequestedAction(principal, action or _UNDECLARED, request.scope["request_id"])
-        begin(requested)
-        request.state.requested = requested
-        if wait := self._principals.take(principal.subject):
-            if self._budgets["rate_limited"].spend(principal.subject):
-                await self._records.record_event(requested.event("denied", reason="rate_limited"))
-            requested.recorded = True
-            raise RateLimited(retry_after_s=ceil(wait))
+        requested = await self.let_ask(request, principal, action or _UNDECLARED)
         if await self._access.is_revoked(principal):
             await self._records.record_event(requested.event("denied", reason="revoked"))
             raise Unauthenticated
@@ -103,12 +93,24 @@ class Authenticator:
             raise Forbidden
         return requested
 
+    async def let_ask(self, request: Request, principal: Principal, action: str) -> RequestedAction:
+        """Begin a request of somebody who is known; RateLimited, and recorded within bounds, when they ask too often."""
+        requested = RequestedAction(principal, action, request.scope["request_id"])
+        begin(requested)
+        request.state.requested = requested
+        if wait := self._principals.take(principal.subject):
+            if self._budgets["rate_limited"].spend(principal.subject):
+                await self._records.record_event(requested.event("denied", reason="rate_limited"))
+            requested.recorded = True
+            raise RateLimited(retry_after_s=ceil(wait))
+        return requested
+
     async def record_invalid(self, requested: RequestedAction) -> None:
         """Record a request whose parameters say nothing, within bounds."""
         if self._budgets["invalid_field"].spend(requested.principal.subject):
             await self._records.record_event(requested.event("failed", code="invalid_field"))
 
-    async def _refuse_stranger(self, request: Request, refusal: Unauthenticated) -> NoReturn:
+    async def refuse_stranger(self, request: Request, refusal: Unauthenticated) -> NoReturn:
         """Refuse whoever has no valid token: 401 and its event, or past the address's bound 429 and a count."""
         address = sender_address(
             request.client.host if request.client else "",
@@ -135,6 +137,14 @@ def _nobodys_event(request_id: str, **detail: object) -> AuditEvent:
     return AuditEvent(
         action="authenticate", actor=NOBODY, outcome="denied", request_id=request_id, detail=detail
     )
+
+
+def bearer_token(request: Request) -> str:
+    """The token that a request comes with; Unauthenticated without one."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated
+    return token.strip()
 
 
 def is_this_machines(request: Request) -> bool:

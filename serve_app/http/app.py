@@ -9,7 +9,18 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.http import emergency_access, erasure, health, lesions, reports, similar
+from serve_app.http import (
+    emergency_access,
+    erasure,
+    fhir_report,
+    health,
+    hooks,
+    lesions,
+    reports,
+    reviews,
+    similar,
+    worklist,
+)
 from serve_app.http.documents import name_documents
 from serve_app.http.problems import RequestIdMiddleware, install_problem_handlers
 from serve_app.http.services import Counts, open_services
@@ -70,6 +81,17 @@ def create_app(
     )
     install_problem_handlers(app)
     app.add_middleware(RequestIdMiddleware, answer=answer_request_id)
-    for routes in (health, lesions, erasure, similar, emergency_access, reports):
+    for routes in (
+        health,
+        lesions,
+        fhir_report,
+        reviews,
+        erasure,
+        similar,
+        emergency_access,
+        worklist,
+        hooks,
+        reports,
+    ):
         app.include_router(routes.router)
     return app

@@ -1,4 +1,4 @@
-"""Reading what a request sends: JSON bodies, and the upload of an image; bounded, in memory, every field checked.
+"""Reading what a request sends: JSON bodies, the upload of an image, cursors; bounded, in memory, every field checked.
 
 How much may be under way in one process is bounded, too, and how long a body may take. What is refused for it has
 cost nothing and is stored nowhere; what is let in fits in memory and is answered while the caller still waits.
@@ -10,23 +10,28 @@ send one without end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import base64
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import BodyTimeout, InvalidField, Overloaded, TooLarge
 from serve_app.domain.identifiers import parse_opaque_id
-from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex
+from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex, SkinType
+from serve_app.domain.review import Impression, Referral
 from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs import conceal
 from serve_app.settings import Settings
@@ -119,6 +124,17 @@ class AdmissionGate:
 MAX_BYTES = 16 * 1024
 
 
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+#: What a person writes. NUL and other control characters are not text to PostgreSQL, nor to who reads it.
+TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
+
+
+def check_idempotency_key(key: str | None) -> None:
+    """Raise InvalidField for what is no Idempotency-Key; None is no key."""
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+
+
 class Form(BaseModel):
     """A JSON body that holds nothing but its fields."""
 
@@ -128,16 +144,16 @@ class Form(BaseModel):
 AnyForm = TypeVar("AnyForm", bound=BaseModel)
 
 
-async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
-    """Read a body of this form; TooLarge above 16 KiB, InvalidField for anything else that is no such form.
+async def read_form(request: Request, form: type[AnyForm], *, limit: int = MAX_BYTES) -> AnyForm:
+    """Read a body of this form; TooLarge above `limit` bytes, InvalidField for anything else that is no such form.
 
     BodyTimeout as Place.read says.
     """
     services: Services = request.app.state.services
-    chunks = Place(MAX_BYTES, services.settings).read(request)
+    chunks = Place(limit, services.settings).read(request)
     try:
         body = b"".join(
-            [chunk async for chunk in _bounded(chunks, MAX_BYTES, f"The body may have {MAX_BYTES} bytes.")]
+            [chunk async for chunk in _bounded(chunks, limit, f"The body may have {limit} bytes.")]
         )
         value = read_json(body)
         if not isinstance(value, dict):
@@ -157,18 +173,53 @@ async def read_form(request: Request, form: type[AnyForm]) -> AnyForm:
 
 def body_of(form: type[BaseModel]) -> dict[str, Any]:
     """Describe the body for the OpenAPI document."""
-    return {"required": True, "content": {"application/json": {"schema": form.model_json_schema()}}}
+    schema = form.model_json_schema()
+    described = _written_out(schema, schema.pop("$defs", {}))
+    return {"required": True, "content": {"application/json": {"schema": described}}}
+
+
+def _written_out(part: Any, shapes: dict[str, Any]) -> Any:  # noqa: ANN401
+    """A schema with each of its own shapes in its place: a reference would be looked up in the whole document."""
+    if isinstance(part, list):
+        return [_written_out(each, shapes) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _written_out(shapes[part["$ref"].rpartition("/")[2]], shapes)
+    return {name: _written_out(each, shapes) for name, each in part.items()}
+
+
+def write_cursor(*last: object) -> str:
+    """Write where a page ended: what its last entry is sorted by."""
+    words = [each.isoformat() if isinstance(each, date) else str(each) for each in last]
+    return base64.urlsafe_b64encode("|".join(words).encode()).decode()
+
+
+def read_cursor(cursor: str, *kinds: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Read the values of a cursor, each of its kind; InvalidField for one that was not written here."""
+    try:
+        words = base64.urlsafe_b64decode(cursor.encode()).decode().split("|")
+        return tuple(kind(word) for kind, word in zip(kinds, words, strict=True))
+    except (ValueError, OverflowError) as error:
+        raise InvalidField("cursor: not a cursor of this service.") from error
+
+
+def read_moment(text: str) -> datetime:
+    """Read a time; one without a zone would compare with none in the database."""
+    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 #: Room for the other fields and the multipart framing, bytes.
 _FRAMING = 256 * 1024
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_AGE = 120
+_DEVICE = re.compile(r"[!-~]([ -~]{0,62}[!-~])?")
+_IMPRESSION = TypeAdapter(Impression)
 
 _FIELDS = frozenset(
     {
         *("image", "patient_id", "encounter_id", "lesion_id", "anatom_site_general"),
-        *("age_approx", "sex", "history", "checklist"),
+        *("age_approx", "sex", "history", "checklist", "skin_type", "device", "impression"),
     }
 )
 
@@ -280,13 +331,37 @@ def parse_context(values: dict[str, str]) -> ClinicalContext:
         raise InvalidField(f"sex: must be one of {', '.join(Sex)}.")
     if age and not (age.isascii() and age.isdigit() and len(age) <= 3 and int(age) <= _MAX_AGE):
         raise InvalidField(f"age_approx: must be a whole number of years, 0 to {_MAX_AGE}.")
+    skin_type, device = values.get("skin_type"), values.get("device")
+    if skin_type and skin_type not in set(SkinType):
+        raise InvalidField(f"skin_type: must be one of {', '.join(SkinType)} (Fitzpatrick).")
+    if device and not _DEVICE.fullmatch(device):
+        raise InvalidField("device: 1 to 64 visible ASCII characters, with spaces only between them.")
     return ClinicalContext(
         anatom_site_general=AnatomSite(site) if site else None,
         age_approx=int(age) if age else None,
         sex=Sex(sex) if sex else None,
         history=_parse_answers("history", values.get("history"), History) or History(),
         checklist=_parse_answers("checklist", values.get("checklist"), Checklist),
+        skin_type=SkinType(skin_type) if skin_type else None,
+        device=device or None,
     )
+
+
+def parse_impression(text: str | None) -> Impression | None:
+    """Read a clinician's own impression; an empty value, or one that says nothing, is none. Raises InvalidField."""
+    if not text:
+        return None
+    try:
+        given = _IMPRESSION.validate_python(read_json(text))
+    except KeySentTwice as twice:
+        raise InvalidField(f"impression: {twice}: sent twice.") from twice
+    except ValueError:
+        # Whether it is no JSON or none of these words, and without the value: it may be patient data.
+        raise InvalidField(
+            "impression: a JSON object that may hold diagnosis"
+            f" ({', '.join(Diagnosis)}) and intended_referral ({', '.join(Referral)})."
+        ) from None
+    return given if given != Impression() else None
 
 
 def _parse_answers(name: str, text: str | None, kind: type[Answers]) -> Answers | None:

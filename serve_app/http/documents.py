@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from serve_app.domain.assessment import one_of
-from serve_app.domain.patient import AnatomSite, Sex
+from serve_app.domain.diagnosis import Diagnosis
+from serve_app.domain.patient import AnatomSite, Sex, SkinType
+from serve_app.domain.review import Referral
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.answers import Document
 
@@ -86,6 +88,23 @@ UPLOAD_BODY: dict[str, Any] = {
                     "sex": {"type": "string", "enum": list(Sex)},
                     "history": {"type": "string", "description": "JSON object of yes/no answers"},
                     "checklist": {"type": "string", "description": "JSON object: weighted 7-point checklist"},
+                    "skin_type": {
+                        "type": "string",
+                        "enum": list(SkinType),
+                        "description": "Fitzpatrick; for reports, changes no answer",
+                    },
+                    "device": {
+                        "type": "string",
+                        "maxLength": 64,
+                        "pattern": "^[!-~]([ -~]*[!-~])?$",
+                        "description": "maker and model of the dermatoscope; for reports, changes no answer",
+                    },
+                    "impression": {
+                        "type": "string",
+                        "description": "JSON object, from a clinician alone and before the answer: their own"
+                        f" diagnosis ({', '.join(Diagnosis)}) and intended_referral ({', '.join(Referral)});"
+                        " changes no answer",
+                    },
                 },
             }
         }

@@ -18,7 +18,7 @@ from serve_app.domain.assessment import Id
 from serve_app.domain.errors import Conflict, Forbidden, InvalidField, NotFound
 from serve_app.domain.identifiers import new_id, parse_opaque_id
 from serve_app.http.access import Caller, rule
-from serve_app.http.bodies import Form, body_of, read_form
+from serve_app.http.bodies import TEXT, Form, body_of, read_form
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
 from serve_app.http.services import Parts
 from serve_app.records.access import EmergencyAccess, ReviewOutcome
@@ -26,15 +26,12 @@ from serve_app.records.answers import Document
 
 router = APIRouter(tags=["emergency access"], responses=PROBLEM_RESPONSES)
 
-# NUL and other control characters are not text to PostgreSQL, nor to who reads the queue.
-_TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
-
 
 class EmergencyForm(Form):
     """Whose record, why, and for how many minutes."""
 
     patient_id: str
-    reason: str = Field(min_length=10, max_length=1000, pattern=_TEXT)
+    reason: str = Field(min_length=10, max_length=1000, pattern=TEXT)
     minutes: int | None = Field(default=None, ge=1)
 
 
@@ -42,7 +39,7 @@ class ReviewForm(Form):
     """The judgement of an emergency access."""
 
     outcome: ReviewOutcome
-    note: str | None = Field(default=None, min_length=1, max_length=1000, pattern=_TEXT)
+    note: str | None = Field(default=None, min_length=1, max_length=1000, pattern=TEXT)
 
 
 class EmergencyQueueDocument(Document):

@@ -1,33 +1,41 @@
-"""Lesions: an upload, the worklist, a timeline, an original image, its confirmation, an answer made again."""
+"""Lesions: an upload, a patient's list, a timeline, an original image, its confirmation, an answer made again."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 from dataclasses import replace
-from datetime import UTC, datetime
-import re
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from serve_app.access.rules import Action, RequestedAction
+from serve_app.access.rules import Action, RequestedAction, may
 from serve_app.domain.assessment import Outcome, ReferenceFilter
-from serve_app.domain.errors import Erased, IdempotencyMismatch, InvalidField, NotFound, RecordsUnavailable
+from serve_app.domain.errors import (
+    Erased,
+    Forbidden,
+    IdempotencyMismatch,
+    NotFound,
+    RecordsUnavailable,
+)
 from serve_app.domain.identifiers import parse_opaque_id
 from serve_app.http.access import Caller, permit, permit_lesion, rule
 from serve_app.http.bodies import (
     Form,
     Place,
     body_of,
+    check_idempotency_key,
     expected_bytes,
     parse_context,
+    parse_impression,
     parse_lesion_id,
+    read_cursor,
     read_form,
+    read_moment,
     read_upload,
+    write_cursor,
 )
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES, UPLOAD_BODY
 from serve_app.http.services import Parts, Services
@@ -37,19 +45,18 @@ from serve_app.lesions.triage import Submission, read_original
 from serve_app.records.answers import (
     AssessmentDocument,
     ConfirmationDocument,
+    LesionListDocument,
     LesionSummaryDocument,
     TimelineDocument,
-    WorklistDocument,
     assessment_document,
     lesion_url,
     references_of,
     timeline_document,
 )
-from serve_app.records.lesion_rows import AssessmentRecord, Replay
+from serve_app.records.lesion_rows import AssessmentRecord, PatientAccess, Replay
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 #: Seconds until a pending assessment is worth asking for again: recovery's own rhythm.
 _PENDING_RETRY_AFTER = "5"
 
@@ -109,8 +116,7 @@ async def _read_submission(
     idempotency_key: str | None,
 ) -> Submission:
     """Read the body, and decide access before any other field is judged: a stranger learns nothing but `forbidden`."""
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidField("Idempotency-Key: 1 to 255 visible ASCII characters.")
+    check_idempotency_key(idempotency_key)
     form = await read_upload(request, place, max_image_bytes=services.settings.max_upload_bytes)
     requested.patient_id = form.patient_id
     sent_lesion, encounter = form.values.get("lesion_id"), form.values.get("encounter_id")
@@ -119,6 +125,9 @@ async def _read_submission(
     await permit(services, requested, access, form.patient_id)
     if lesion_id is not None and access.lesion_patient != form.patient_id:
         raise NotFound("lesion_id: this patient has no such lesion.")
+    sent_impression = form.values.get("impression")
+    if sent_impression:
+        await _permit_impression(services, requested, access)
     # What beside the form may change the answer; as before `confirmed` could be asked for when it is not.
     asked = (str(top_k), *sorted(shown.licences), *(("confirmed",) if shown.confirmed_only else ()))
     return Submission(
@@ -129,12 +138,21 @@ async def _read_submission(
         lesion_id=lesion_id,
         image=form.image,
         context=parse_context(form.values),
+        impression=parse_impression(sent_impression),
         top_k=top_k,
         reference_filter=shown,
         idempotency_key=idempotency_key,
         # Megabytes, so in a thread.
         request_sha256=None if idempotency_key is None else await asyncio.to_thread(form.fingerprint, *asked),
     )
+
+
+async def _permit_impression(services: Services, requested: RequestedAction, access: PatientAccess) -> None:
+    """Permit an impression to whom a review is: it is a clinician's own, and no account of the PMS has one."""
+    decision = may(requested.principal, Action.REVIEW, assigned=access.assigned, emergency=access.emergency)
+    if not decision:
+        await services.records.record_event(requested.event("denied", reason=decision.reason))
+        raise Forbidden("impression: only a clinician's own token may send one.")
 
 
 async def _find_again(
@@ -161,7 +179,7 @@ async def _find_again(
 
 @router.get(
     "/api/lesions",
-    response_model=WorklistDocument,
+    response_model=LesionListDocument,
     openapi_extra=rule(Action.LIST),
     summary="A patient's lesions, newest first",
 )
@@ -174,15 +192,15 @@ async def list_lesions(
 ) -> JSONResponse:
     """List lesions; `next` is the cursor of the following page, null on the last."""
     patient_id = parse_opaque_id("patient_id", patient_id)
-    after = _read_cursor(cursor) if cursor else None
+    after = read_cursor(cursor, read_moment, UUID) if cursor else None
     access = await services.records.access(requested.actor, patient_id)
     await permit(services, requested, access, patient_id)
-    found = await services.records.worklist(patient_id, limit=limit + 1, cursor=after)
+    found = await services.records.patient_lesions(patient_id, limit=limit + 1, cursor=after)
     await services.records.record_event(requested.event("success"))
     page = found[:limit]
-    last = _write_cursor(page[-1].created_at, page[-1].lesion_id) if len(found) > limit else None
+    last = write_cursor(page[-1].created_at, page[-1].lesion_id) if len(found) > limit else None
     lesions = [LesionSummaryDocument.model_validate(summary) for summary in page]
-    document = WorklistDocument(lesions=lesions, next=last)
+    document = LesionListDocument(lesions=lesions, next=last)
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 
@@ -193,14 +211,17 @@ async def list_lesions(
     summary="A lesion's timeline",
 )
 async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JSONResponse:
-    """Every image of a lesion with its assessment, newest first."""
+    """Every image of a lesion with its assessment and what was said of it, newest first; and what the lesion turned out to be."""
     await permit_lesion(services, requested, lesion_id)
     timeline = await services.records.timeline(lesion_id)
     if timeline is None:
         raise NotFound
     pictured = await services.records.pictured(references_of(*timeline.images))
+    told = await services.hook_records.feedback(lesion_id)
     await services.records.record_event(requested.event("success"))
     document = timeline_document(timeline, pictured=pictured, pms_url=services.settings.pms_url)
+    if told:
+        document.hook_feedback = told
     return JSONResponse(document.answer(), headers=NO_STORE)
 
 
@@ -273,16 +294,3 @@ async def replay_assessment(
     cause = {"cause": document.cause.code} if document.cause else {}
     await services.records.record_event(requested.event("success", verdict=document.verdict, **cause))
     return JSONResponse(document.answer(), headers=NO_STORE)
-
-
-def _write_cursor(created_at: datetime, lesion_id: UUID) -> str:
-    return base64.urlsafe_b64encode(f"{created_at.isoformat()}|{lesion_id}".encode()).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        moment, _, lesion_id = base64.urlsafe_b64decode(cursor.encode()).decode().partition("|")
-        # A moment without a zone would compare with none in the database.
-        return datetime.fromisoformat(moment).astimezone(UTC), UUID(lesion_id)
-    except (ValueError, OverflowError) as error:
-        raise InvalidField("cursor: not a cursor of this service.") from error

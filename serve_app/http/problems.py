@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.access.rules import RequestedAction
 from serve_app.domain.errors import Conflict, DermError, Overloaded, RecordsUnavailable, describe_problem
 from serve_app.domain.identifiers import is_opaque, is_plain, new_id
+from serve_app.fhir.codes import MEDIA_TYPE, operation_outcome
 from serve_app.http.services import Services
 from serve_app.logs import begin_request, end_request
 
@@ -78,9 +79,12 @@ async def _record_failure(request: Request, error: DermError) -> DermError:
 def problem_response(
     request: Request, *, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """Answer with one problem document."""
+    """Answer with one problem document; a caller who takes nothing but FHIR gets its words as an OperationOutcome."""
     body = describe_problem(status, code, detail, request.scope.get("request_id", ""))
-    return JSONResponse(body, status_code=status, media_type=_CONTENT_TYPE, headers=dict(headers or {}))
+    ranges = [each.partition(";")[0].strip().lower() for each in request.headers.get("accept", "").split(",")]
+    only_fhir = all(each == MEDIA_TYPE for each in ranges)
+    content, media_type = (operation_outcome(body), MEDIA_TYPE) if only_fhir else (body, _CONTENT_TYPE)
+    return JSONResponse(content, status_code=status, media_type=media_type, headers=dict(headers or {}))
 
 
 def _allowed(request: Request) -> str:

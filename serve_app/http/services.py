@@ -19,6 +19,7 @@ from serve_app.audit.events import RETENTION
 from serve_app.domain.errors import InvalidSetting
 from serve_app.erasure import sweeping
 from serve_app.erasure.eraser import Eraser
+from serve_app.hooks.service import HookService
 from serve_app.http.access import Authenticator
 from serve_app.http.bodies import AdmissionGate
 from serve_app.keys.keystore import KeyStore
@@ -34,15 +35,18 @@ from serve_app.records import serving
 from serve_app.records.access import AccessStore
 from serve_app.records.audit_log import AuditChain
 from serve_app.records.erasures import ErasureStore
+from serve_app.records.hooks import HookStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.reports import ReportStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
+from serve_app.records.reviews import ReviewStore
+from serve_app.records.worklist import WorklistStore
 from serve_app.reports import drift_watch, publication
 from serve_app.reports.drift_watch import DriftWatch
 from serve_app.reports.publication import Reports
-from serve_app.settings import Settings, find_untrustworthy
+from serve_app.settings import Settings, find_untrustworthy, read_hooks
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
 
@@ -61,6 +65,7 @@ class Services:
         """`version` is the service's own, for every answer's provenance."""
         self.settings, self.pool, self.keys, files = settings, pool, keys, settings.files
         self.records, self.access = LesionStore(pool), AccessStore(pool)
+        self.worklist = WorklistStore(pool, settings.due_days)
         self.live = LiveModelWatch(pool, settings.models, stages.warm)
         self.invariants = InvariantWatch(pool)
         self.drift = DriftWatch(pool)
@@ -68,20 +73,30 @@ class Services:
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
         consultation, tells_pms = self.pms.consultation, self.pms.delivery is not None
+        self.tells_fhir = tells_fhir = tells_pms and settings.pms_fhir
         assessor = Assessor(stages, service_version=version)
+        self.reviews, self.tells_pms = ReviewStore(pool), tells_pms
         self.triage = Triage(
-            assessor=assessor, records=self.records, keys=keys, consultation=consultation, tells_pms=tells_pms
+            assessor=assessor,
+            records=self.records,
+            keys=keys,
+            consultation=consultation,
+            tells_pms=tells_pms,
+            tells_fhir=tells_fhir,
         )
         self.replayer = Replayer(
             assessor=assessor, pool=pool, records=self.records, keys=keys, models=settings.models
         )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
-        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms)
+        self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms, tells_fhir=tells_fhir)
         self.reports = Reports(
             store=ReportStore(pool), client=self.pms.client, tells_pms=settings.pms_reports
         )
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
+        hooks = read_hooks(settings.hooks_clients) if settings.hooks_clients else None
+        self.hook_records = HookStore(pool)
+        self.hooks = HookService(hooks, self.hook_records, self.records) if hooks else None
         self.worker = Worker()
         self._readiness: asyncio.Task[Mapping[str, Any]] | None = None
         self._look_again_at = 0.0
@@ -234,6 +249,8 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
     loops["reports"] = every(
         publication.LOOK_EVERY_S, services.reports.publish_due, first_after_s=publication.FIRST_LOOK_AFTER_S
     )
+    if services.hooks is not None:
+        loops["hook_tokens"] = every(WINDOW_S, services.hooks.forget_tokens)
     if services.pms.delivery is not None:
         loops["delivery"] = every(delivery.PERIOD_S, services.pms.delivery.deliver_due)
     if observe is not None:

@@ -19,6 +19,7 @@ from serve_app.domain.assessment import Assessment, OpenDemand, ReferenceFilter
 from serve_app.domain.errors import NotFound, RecordsUnavailable, StageFailed
 from serve_app.domain.identifiers import new_id
 from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.review import Impression
 from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keystore import KeyStore
 from serve_app.lesions.assess import DEADLINE_S, Assessor, Examination
@@ -50,6 +51,7 @@ class Asked:
     request_id: str
     patient_id: str
     encounter_id: str | None
+    impression: Impression | None
     top_k: int
     reference_filter: ReferenceFilter
     idempotency_key: str | None
@@ -83,7 +85,8 @@ async def read_original(
 class Triage:
     """Runs lesions through the stages and keeps the record of it.
 
-    `tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction.
+    `tells_pms`: what is finished for an encounter goes into the outbox, in T2's own transaction; `tells_fhir`: so does
+    the lesion's report as it is then.
     """
 
     assessor: Assessor
@@ -91,6 +94,7 @@ class Triage:
     keys: KeyStore
     consultation: RecordConsultation
     tells_pms: bool = False
+    tells_fhir: bool = False
 
     async def submit(self, submission: Submission, live: LiveModel) -> AssessmentRecord | Replay:
         """Assess one image and record it; what is then on record has no assessment while that is pending.
@@ -165,7 +169,11 @@ class Triage:
         """End an assessment that can never be answered, once, and have the PMS told; False when it has ended."""
         event = event_about(pending, "classify", "failed", {"code": code, "attempts": pending.attempts})
         return await self.records.fail(
-            pending.assessment_id, code, event=event, message_id=self._message_id(pending)
+            pending.assessment_id,
+            code,
+            event=event,
+            message_id=self._message_id(pending),
+            fhir=self.tells_fhir,
         )
 
     def _message_id(self, case: AdmittedImage) -> UUID | None:
@@ -214,6 +222,7 @@ class Triage:
             embedding_space=live.embedding_space,
             event=event_about(case, "classify", detail=detail),
             message_id=self._message_id(case),
+            fhir=self.tells_fhir,
         ):
             return assessment
         recorded = await self.records.assessment_record(case.assessment_id)

@@ -33,7 +33,6 @@ from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import ClaimedMessage, MessageKind, Outbox
 from serve_app.records.patients import PatientTable
 from serve_app.records.pool import Pool
-from serve_app.records.reports import ReportStore
 from serve_app.settings import Settings
 
 logger = logging.getLogger("derm.delivery")
@@ -169,7 +168,7 @@ class Delivery:
             raise PmsRefused(f"http_{answer.status}")
         if answer.status >= 300 or answer.body is None:
             raise PmsUnavailable(f"http_{answer.status}_without_acknowledgement")
-        if answer.body.get(resource.acknowledged_by) != message.told_id:
+        if answer.body.get(resource.acknowledged_by) != body[resource.acknowledged_by]:
             raise PmsUnavailable("acknowledged_another")
 
     async def _wait_or_give_up(self, message: ClaimedMessage, fault: PmsUnavailable) -> None:
@@ -249,7 +248,7 @@ def open_pms(settings: Settings, pool: Pool, records: LesionStore) -> PmsConnect
                 outbox=Outbox(pool),
                 records=records,
                 client=client,
-                resources=pms_resources(records, pms_url=url, reports=ReportStore(pool)),
+                resources=pms_resources(pool, pms_url=url),
                 dead_after=timedelta(days=settings.pms_dead_after_days),
             )
     return PmsConnection(client, RecordConsultation(directory), delivery)

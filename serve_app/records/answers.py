@@ -26,6 +26,7 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
+from serve_app.domain.review import HookFeedback, LesionOutcome, Review
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -112,7 +113,8 @@ class AssessmentDocument(Document):
 
     `undelivered` is there while the PMS is not told of it, and says why: nothing goes to an encounter that is not the
     patient's. `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
-    upload alone. `risk` is what this image demands, and never changes.
+    upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone and once there is a word. `risk` is what this image
+    demands, and never changes.
     """
 
     assessment_id: Id
@@ -135,17 +137,30 @@ class AssessmentDocument(Document):
     identity: Identity | None = None
     undelivered: Reason | None = None
     open_demand: OpenDemand | None = None
+    reviews: list[Review] | None = None
     links: LinksDocument | None = None
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first."""
+    """A lesion with every image and assessment, newest first.
+
+    `outcomes` are what it turned out to be, in the same order; `hook_feedback` is there where there is any.
+    """
 
     lesion_id: Id
     patient_id: str
     created_at: Time
     open_demand: OpenDemand | None
+    outcomes: list[LesionOutcome]
     assessments: list[AssessmentDocument]
+    hook_feedback: list[HookFeedback] = []
+
+
+class ReviewedDocument(Document):
+    """A review, and what the lesion demands after it."""
+
+    review: Review
+    open_demand: OpenDemand | None
 
 
 class LatestDocument(Document):
@@ -159,7 +174,7 @@ class LatestDocument(Document):
 
 
 class LesionSummaryDocument(Document):
-    """A lesion as the worklist shows it."""
+    """A lesion as the patient's list shows it."""
 
     lesion_id: Id
     patient_id: str
@@ -168,8 +183,8 @@ class LesionSummaryDocument(Document):
     latest: LatestDocument
 
 
-class WorklistDocument(Document):
-    """One page, newest first."""
+class LesionListDocument(Document):
+    """One page of a patient's lesions, newest first."""
 
     lesions: list[LesionSummaryDocument]
     next: str | None
@@ -224,7 +239,7 @@ def assessment_document(
     return AssessmentDocument(
         lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
-        reasons=list(found.reasons) if found else [_why_unanswered(record)],
+        reasons=list(reasons_of(record)),
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
         neighbours=NeighboursDocument.of(weighed, pictured) if weighed else None,
         timings_ms=found.timings_ms if found else {},
@@ -238,15 +253,19 @@ def timeline_document(
     timeline: LesionTimeline, *, pictured: Collection[str], pms_url: str | None = None
 ) -> TimelineDocument:
     """A lesion with every image and assessment, newest first."""
+    documents = []
+    for record in timeline.images:
+        document = assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
+        if record.reviews:
+            document.reviews = list(record.reviews)
+        documents.append(document)
     return TimelineDocument(
         lesion_id=timeline.lesion_id,
         patient_id=timeline.patient_id,
         created_at=timeline.created_at,
         open_demand=timeline.open_demand,
-        assessments=[
-            assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
-            for record in timeline.images
-        ],
+        outcomes=list(timeline.outcomes),
+        assessments=documents,
     )
 
 
@@ -307,7 +326,10 @@ _FAILED_ACTION = (
 )
 
 
-def _why_unanswered(record: ImageRecord) -> Reason:
+def reasons_of(record: ImageRecord) -> tuple[Reason, ...]:
+    """Why the outcome of an image is what it is, and what to do about it; none where it is `decided`."""
+    if record.assessment is not None:
+        return record.assessment.reasons
     if record.failure is not None:
-        return Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION)
-    return _UNANSWERED[record.outcome]
+        return (Reason(record.failure, _FAILURES.get(record.failure, _FAILED), _FAILED_ACTION),)
+    return (_UNANSWERED[record.outcome],)

@@ -20,6 +20,8 @@ _ASSESSMENT = TypeAdapter(Assessment)
 _CONTEXT = TypeAdapter(ClinicalContext)
 #: Records from before these were measured have no such keys.
 _MEASURED_LATER = {"colour": None, "two_levels": None, "damaged": None}
+#: Left out where they were not stated, so that a context is written as before, and a replica of before reads it.
+_STATED_LATER = frozenset({"skin_type", "device"})
 
 
 def assessment_to_json(assessment: Assessment) -> dict[str, Any]:
@@ -46,6 +48,6 @@ def answer_from_json(answer: Mapping[str, Any] | None) -> Assessment | None:
 
 
 def context_to_json(context: ClinicalContext) -> dict[str, Any]:
-    """Write a clinical context as JSON-able values."""
+    """Write a clinical context as JSON-able values; without what later versions added, where it was not stated."""
     written: dict[str, Any] = _CONTEXT.dump_python(context, mode="json")
-    return written
+    return {name: value for name, value in written.items() if value is not None or name not in _STATED_LATER}

@@ -101,11 +101,12 @@ class ErasureStore(Store):
         rows = await self._pool.fetch(_SQL["restored"], data_key_ids)
         return {row["data_key_id"]: (row["lesion_id"], row["image_id"]) for row in rows}
 
-    async def prove(self, erasure: Erasure, *, message_id: UUID | None = None) -> Receipt:
+    async def prove(self, erasure: Erasure, *, message_id: UUID | None = None, fhir: bool = False) -> Receipt:
         """Record that the data key is gone, with the audit event; the receipt of whoever did so first.
 
         With a `message_id`, and for an image that names an encounter, the message to the PMS is part of the
-        same commit; it keeps the id of the assessment's message where that was delivered before.
+        same commit; it keeps the id of the assessment's message where that was delivered before. `fhir`: the lesion's
+        report goes there, too.
         """
         receipt = erasure.prove(datetime.now(UTC))
         detail = {
@@ -115,7 +116,11 @@ class ErasureStore(Store):
             "data_key_id": str(receipt.data_key_id),
             "record_hash": receipt.record_hash.hex(),
         }
-        values = asdict(receipt) | {"record_hash": receipt.record_hash, "message_id": message_id}
+        values = asdict(receipt) | {
+            "record_hash": receipt.record_hash,
+            "message_id": message_id,
+            "fhir": fhir,
+        }
         event = event_about(erasure, "erased", detail=detail)
         await self._pool.execute(*bind(_SQL["prove"], values | event_parameters(event)))
         found = await self.find(erasure.lesion_id, erasure.image_id)

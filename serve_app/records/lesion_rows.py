@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Annotated, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import PlainValidator
 
 from serve_app.audit.events import event_about
-from serve_app.audit.rows import LESION_IMAGES, vouch
+from serve_app.audit.rows import LESION_IMAGES, REVIEWS, vouch
 from serve_app.domain.assessment import (
     Assessment,
     Id,
@@ -28,7 +28,9 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.identifiers import new_id
+from serve_app.domain.patient import AnatomSite, ClinicalContext
+from serve_app.domain.review import Impression, LesionOutcome, Review
 from serve_app.keys.envelope import TAG_BYTES, data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import answer_from_json, context_to_json
@@ -63,7 +65,6 @@ class Replay:
 
     request_sha256: bytes
     lesion_id: UUID
-    image_id: UUID
     assessment_id: UUID
 
 
@@ -99,12 +100,13 @@ class Admission(AdmittedImage):
     """An image the service takes responsibility for; the ids are the caller's UUIDv7.
 
     Without `new_lesion`, the lesion must be there and be this patient's. `request_sha256`
-    (32 bytes) comes with an idempotency key.
+    (32 bytes) comes with an idempotency key. `impression` is the actor's own, a review before the answer.
     """
 
     new_lesion: bool
     idempotency_key: str | None
     request_sha256: bytes | None
+    impression: Impression | None = None
 
     def parameters(self) -> dict[str, object]:
         """The parameters of `admit`: these fields by name, and what is taken out of them."""
@@ -115,7 +117,22 @@ class Admission(AdmittedImage):
             "data_key_id": data_key_id_of(self.sealed),
         }
         event = vouch(event_about(self, "upload"), LESION_IMAGES, [row | {"tag": self.sealed[-TAG_BYTES:]}])
-        return row | event_parameters(event)
+        review = dict.fromkeys((*REVIEWS.key, *REVIEWS.columns))
+        if self.impression is not None:
+            review |= {
+                "review_id": new_id(),
+                "assessment_id": self.assessment_id,
+                "clinician": self.actor,
+                "request_id": self.request_id,
+                "recorded_at": self.created_at,
+                "impression_diagnosis": self.impression.diagnosis,
+                "intended_referral": self.impression.intended_referral,
+                "before_answer": True,
+                "answers": [],
+                "salt": uuid4(),
+            }
+            event = vouch(event, REVIEWS, [review])
+        return review | row | event_parameters(event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +193,9 @@ class ImageRecord(ImageFacts):
     """One image and what was made of it; `assessment` is None where `outcome` is no answer.
 
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
-    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does.
+    clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does. `reviews`, in
+    their order, are read with a whole timeline alone. `completed_at`: when it was answered, or found to be none that can be.
+    `anatom_site_general`: as it was sent.
     """
 
     outcome: Outcome
@@ -185,6 +204,9 @@ class ImageRecord(ImageFacts):
     erasure: ErasureNote | None = None
     identity: Identity | None = None
     undelivered: str | None = None
+    completed_at: datetime | None = None
+    anatom_site_general: AnatomSite | None = None
+    reviews: tuple[Review, ...] = ()
 
     @property
     def risk(self) -> Risk | None:
@@ -226,9 +248,9 @@ class RecordedCase:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with its images, newest first; in a worklist with the newest alone.
+    """A lesion with its images, newest first; in a list with the newest alone, and without what was said of it.
 
-    (created_at, lesion_id) is the worklist's cursor for the lesions behind it.
+    (created_at, lesion_id) is the list's cursor for the lesions behind it.
     """
 
     lesion_id: UUID
@@ -236,6 +258,7 @@ class LesionTimeline:
     created_at: datetime
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
+    outcomes: tuple[LesionOutcome, ...] = ()
 
     @property
     def latest(self) -> ImageRecord:
@@ -244,7 +267,7 @@ class LesionTimeline:
 
     @classmethod
     def from_rows(cls, rows: Sequence[asyncpg.Record]) -> LesionTimeline:
-        """Make one of the rows of a lesion in `timeline` or `worklist`."""
+        """Make one of the rows of a lesion in `timeline` or `patient_lesions`."""
         lesion = dict(rows[0])
         images = [dict(row) for row in rows]
         return from_row(cls, lesion | {"created_at": lesion["lesion_created_at"], "images": images})

@@ -95,11 +95,12 @@ class LesionStore(Store):
         embedding_space: str,
         event: AuditEvent,
         message_id: UUID | None = None,
+        fhir: bool = False,
     ) -> bool:
         """T2: commit the answer, the embedding and the audit event; False, and nothing, when done before.
 
         With a `message_id`, and for an image that names an encounter, the outbox's message to the
-        PMS is part of the same commit.
+        PMS is part of the same commit; `fhir`: one with the lesion's report is, too.
         """
         level, urgency = assessment.demand or (None, None)
         ended = {
@@ -110,16 +111,22 @@ class LesionStore(Store):
             "demand_level": level,
             "demand_urgency": urgency,
         }
-        return await self._finish(ended, assessment_id, event, message_id)
+        return await self._finish(ended | {"fhir": fhir}, assessment_id, event, message_id)
 
     async def fail(
-        self, assessment_id: UUID, failure: str, *, event: AuditEvent, message_id: UUID | None = None
+        self,
+        assessment_id: UUID,
+        failure: str,
+        *,
+        event: AuditEvent,
+        message_id: UUID | None = None,
+        fhir: bool = False,
     ) -> bool:
         """End a pending assessment that can never be answered; `failure` is the code of what keeps it from that.
 
-        False, and nothing, when it is no longer pending. `message_id` as for `complete`.
+        False, and nothing, when it is no longer pending. `message_id` and `fhir` as for `complete`.
         """
-        ended = {"outcome": Outcome.FAILED, "failure": failure}
+        ended = {"outcome": Outcome.FAILED, "failure": failure, "fhir": fhir}
         return await self._finish(ended, assessment_id, event, message_id)
 
     async def _finish(
@@ -196,12 +203,12 @@ class LesionStore(Store):
             raise Erased
         return Identity(row["confirmed_by"], row["confirmed_at"])
 
-    async def worklist(
+    async def patient_lesions(
         self, patient_id: str, *, limit: int, cursor: tuple[datetime, UUID] | None = None
     ) -> list[LesionTimeline]:
         """List a patient's lesions, newest first, each with its newest image; `cursor` is the last one seen: (created_at, lesion_id)."""
         created_at, lesion_id = cursor or (None, None)
-        rows = await self._pool.fetch(_SQL["worklist"], patient_id, limit, created_at, lesion_id)
+        rows = await self._pool.fetch(_SQL["patient_lesions"], patient_id, limit, created_at, lesion_id)
         return [LesionTimeline.from_rows([row]) for row in rows]
 
     async def assessment_record(self, assessment_id: UUID) -> AssessmentRecord | None:

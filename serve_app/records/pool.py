@@ -182,9 +182,9 @@ _QUERIES = Path(__file__).parent / "queries"
 def queries(file: str) -> Mapping[str, str]:
     """Read `queries/<file>.sql`: each query stands below its `-- name:` and a line that says what it does.
 
-    `:record_event` and `:recorded_image` stand for the statements of these names in lesions.sql.
+    `:record_event`, `:recorded_image` and such stand for the statements of these names in lesions.sql.
     """
     text, shared = (_QUERIES / f"{file}.sql").read_text(), parse((_QUERIES / "lesions.sql").read_text())
-    for name in ("record_event", "recorded_image"):
+    for name in ("record_event", "recorded_image", "recorded_review", "recorded_outcome"):
         text = text.replace(f":{name}", shared[name])
     return parse(text)

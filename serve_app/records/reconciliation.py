@@ -17,6 +17,8 @@ from serve_app.audit.rows import (
     CARE_ASSIGNMENTS,
     CLOSED_RECORDS,
     EMERGENCY_ACCESSES,
+    HOOK_FEEDBACK,
+    HOOK_IDENTITIES,
     LEGAL_HOLDS,
     LESION_IMAGES,
     LESION_OUTCOMES,
@@ -47,6 +49,8 @@ _PLAIN = {
             SITE_OPERATING_POINTS,
             REVIEWS,
             LESION_OUTCOMES,
+            HOOK_IDENTITIES,
+            HOOK_FEEDBACK,
         )
     },
     PATIENT_RECORDS: queries("patients")["loaded"].replace("$1", "NULL"),
@@ -186,11 +190,12 @@ class _Account:
             self._read_of_image(number, action, event, event["image_id"])
 
     def _read_of_message(self, number: int, action: str, event: Row) -> None:
-        message = event["detail"].get("message_id")
+        detail = event["detail"]
+        message, image = detail.get("message_id"), detail.get("encounter_of")
         if action == "disclose":  # the event of an assessment's names no message
             self._disclosed.add(message or event["assessment_id"])
         elif message is not None:
-            self._messages[message] = number, event["image_id"]
+            self._messages[message] = number, event["image_id"] if image is None else UUID(image)
 
     def _forget(self, table: AuditedTable, named: tuple[str, ...]) -> None:
         for each in [

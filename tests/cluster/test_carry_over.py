@@ -17,6 +17,7 @@ from serve_app.audit.rows import (
     CARE_ASSIGNMENTS,
     CLOSED_RECORDS,
     EMERGENCY_ACCESSES,
+    HOOK_IDENTITIES,
     LEGAL_HOLDS,
     REVOCATIONS,
     vouch,
@@ -24,6 +25,7 @@ from serve_app.audit.rows import (
 from serve_app.records.access import AccessStore, CareAssignment
 from serve_app.records.audit_log import record_event
 from serve_app.records.erasures import Held, HoldStore
+from serve_app.records.hooks import HookStore, Identity
 from serve_app.records.retention import RetentionStore
 from serve_app.settings import NodeFiles
 from tests.cluster.clinic import Clinic
@@ -41,6 +43,8 @@ def backup(open_clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Pat
         access = AccessStore(pool)
         for clinician, since in (("dr-ended", LONG_AGO), ("dr-stays", LONG_AGO), ("dr-withdrawn", TOMORROW)):
             await access.assign(CareAssignment("p-1", clinician, since, None), event=EVENT)
+        names = {"Practitioner/1": "dr-ended", "Practitioner/2": "dr-ended", "Practitioner/3": "dr-stays"}
+        await HookStore(pool).map([Identity("ehr", "user", *name) for name in names.items()])
         await RetentionStore(pool).close("p-1", closed_at=LONG_AGO, actor="ops")
         lasts = timedelta(hours=12)
         await access.break_glass(uuid4(), "p-1", "dr-night", "a reason of the test", lasts=lasts, event=EVENT)
@@ -58,6 +62,10 @@ async def change(pool: Any) -> Any:
     await access.revoke("subject", "dr-stolen", by="ops", event=EVENT)
     await access.end_assignment("p-1", "dr-ended", event=EVENT)
     await access.end_assignment("p-1", "dr-withdrawn", event=EVENT)
+    hooks = HookStore(pool)
+    for user in ("Practitioner/1", "Practitioner/2"):
+        await hooks.unmap("ehr", "user", user)
+    await hooks.map([Identity("ehr", "user", "Practitioner/2", "dr-other")])
     await pool.execute("UPDATE emergency_accesses SET ends_at = now()")
     await RetentionStore(pool).reopen("p-1", actor="ops")
     return await HoldStore(pool).set(Held(patient_id="p-1"), reason="case 1", actor="counsel")
@@ -70,6 +78,7 @@ async def look(pool: Any) -> dict[str, Any]:
         "care": [care.clinician for care in await access.assignments(patient_id="p-1")],
         "expired": len(await RetentionStore(pool).expired(days=365, limit=100)),
         "emergencies": await pool.fetchval("SELECT count(*) FROM emergency_accesses WHERE ends_at > now()"),
+        "mapped": [each.fhir_id for each in await HookStore(pool).identities()],
         "holds": [hold.hold_id for hold in await HoldStore(pool).find()],
     }
 
@@ -82,6 +91,7 @@ async def undo(pool: Any) -> None:
         CLOSED_RECORDS: "DELETE FROM closed_records RETURNING *, true AS gone",
         CARE_ASSIGNMENTS: "DELETE FROM care_assignments RETURNING *, true AS gone",
         REVOCATIONS: "DELETE FROM revocations RETURNING *, true AS gone",
+        HOOK_IDENTITIES: "DELETE FROM hook_identities RETURNING *, true AS gone",
         EMERGENCY_ACCESSES: "DELETE FROM emergency_accesses RETURNING *, true AS gone",
     }.items():
         await record_event(pool, vouch(EVENT, table, await pool.fetch(statement)))
@@ -99,13 +109,14 @@ def test_what_takes_away_or_keeps_is_carried_over(clinic: Clinic, derm_cds, back
             "care": ["dr-stays"],
             "expired": 0,
             "emergencies": 0,
+            "mapped": ["Practitioner/3"],
             "holds": [hold],
         }
-        assert "carried over from what it replaced: 6 changes" in restored.out
+        assert "carried over from what it replaced: 8 changes" in restored.out
         assert not NodeFiles(clinic.home).retention_paused.exists()
         query = (
             "SELECT action, patient_id, detail ->> 'subject' AS subject FROM audit_events"
-            " WHERE detail @> '{\"carried_over\": true}' ORDER BY event_id DESC LIMIT 6"
+            " WHERE detail @> '{\"carried_over\": true}' ORDER BY event_id DESC LIMIT 8"
         )
         events = {tuple(row) for row in clinic.ask(lambda pool: pool.fetch(query))}
         assert events == {
@@ -115,6 +126,7 @@ def test_what_takes_away_or_keeps_is_carried_over(clinic: Clinic, derm_cds, back
             ("end_emergency", "p-1", None),
             ("record_reopen", "p-1", None),
             ("hold_set", "p-1", None),
+            ("hook_unmap", None, None),
         }
         assert derm_cds("audit", "verify", home=clinic.home).code == 0
     finally:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from importlib.util import find_spec
+import json
 import re
 
 import pytest
 
+from deployments.risk import doubts, risk
+from serve_app.records import answers
 from serve_app.settings import REPOSITORY, Settings
 
 _DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -51,3 +55,50 @@ def test_every_clause_has_its_row_with_code_and_test_or_says_that_it_has_none(cl
     assert kind in {"R", "A"}
     assert operator
     assert "not by this package" in how or (".py`" in code and "`tests/" in shown_by)
+
+
+def _codes(module) -> set[str]:
+    """The first argument of every Reason that a module writes down, as it stands or under a name of the module."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(module.__loader__.get_source(module.__name__)))
+        if isinstance(node, ast.Call)
+    ]
+    first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Reason"]
+    named = {getattr(module, node.id, "") for node in first if isinstance(node, ast.Name)}
+    written = {node.value for node in first if isinstance(node, ast.Constant)}
+    return written | {code for code in named if isinstance(code, str) and code}
+
+
+def test_every_reason_of_the_product_is_explained_to_clinicians_and_no_other() -> None:
+    faults = {
+        code for fault in doubts._FAULTS for code in (fault.code, fault.concern or f"limited_{fault.code}")
+    }
+    product = set.union(*map(_codes, (doubts, risk, answers)), faults, answers._FAILURES)
+    assert len(product) > 35
+    _, table = (REPOSITORY / "docs" / "training.md").read_text().split("## Reasons")
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    explained = [code for row in rows for code in re.findall(r"`([a-z_]+)`", row)]
+    assert sorted(explained) == sorted(product)
+
+
+def test_clinicians_are_told_the_figures_of_the_model_that_ships() -> None:
+    """Another model needs other words: what is told there was measured for this one."""
+    models = REPOSITORY / "model_store" / "models"
+    shipped = (models / "default").read_text().strip()
+    measured = json.loads((models / shipped / "evaluation.json").read_text())
+    text = (REPOSITORY / "docs" / "training.md").read_text()
+    lesions, images = (measured["outcomes"]["archive"][by] for by in ("by_lesion", "by_image"))
+    melanoma, naevi = lesions["MEL"], lesions["NV"]
+    first = measured["confusion"]["MEL"][0]
+    caught = measured["outcomes"]["clinical"]["for_unknown"]
+    for told in (
+        shipped,
+        f"{measured['outcomes']['archive']['policy_version']}",
+        f"Of {melanoma['cases']} melanomas {melanoma['high']} were `high`, **{melanoma['low']} were `low`**",
+        f"Of {naevi['cases']:,} naevi {naevi['high']} were `high`",
+        f"first in {first} of {images['MEL']['cases']} melanoma images",
+        f"`high` demanded referral in {images['MEL']['high']}",
+        f"{100 - round(100 * caught)} of 100 are taken for dermoscopy",
+    ):
+        assert told in text, told

@@ -1,4 +1,4 @@
-"""`derm-cds audit`, `hold`, `retention`, `keys`, `outbox` and `patients` against a real database and key store.
+"""`derm-cds audit`, `hold`, `retention`, `keys`, `outbox`, `patients` and `hooks` against a real database and key store.
 
 What Vault and KMS answer is in tests/serve_app/keys.
 """
@@ -458,3 +458,74 @@ def test_a_drift_is_shown_with_what_to_do_and_is_acknowledged_on_record(derm_cds
     assert (
         sql("SELECT actor FROM audit_events WHERE action = 'drift_acknowledge'")[0]["actor"] == os_account()
     )
+
+
+def test_whom_an_ehr_means_is_mapped_listed_and_ended_each_an_event(
+    derm_cds, own_home, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hooks(*arguments: str) -> Said:
+        return derm_cds("hooks", *arguments, home=own_home)
+
+    user = ("map", "--client", "west", "--user", "Practitioner/17", "--subject", "dr-jones")
+    assert "no client west" in hooks(*user).err
+    clients, file = own_home / "hooks.toml", own_home / "identities.jsonl"
+    clients.write_text(
+        'base_url = "https://derm.example"\n[clients.west]\nissuer = "https://west.example"\njwks = "keys.json"\n'
+    )
+    monkeypatch.setenv("DERM_HOOKS_CLIENTS", str(clients))
+    for _ in range(2):
+        assert hooks(*user).out == "west means dr-jones by Practitioner/17\n"
+    assert "unmap it first" in hooks(*user[:-1], "dr-other").err
+    assert "A user is a --subject" in hooks(*user[:-2], "--patient-id", "p-1").err
+    file.write_text('{"patient": "77", "patient_id": "p-1"}\n{"patient": "7 8", "patient_id": "Erika"}\n')
+    failed = hooks("load", "--client", "west", str(file))
+    assert ("line 2" in failed.err, "Erika" in failed.err) == (True, False)
+    file.write_text(
+        '{"patient": "77", "patient_id": "p-1"}\n{"user": "Practitioner/17", "subject": "dr-jones"}\n'
+    )
+    assert hooks("load", "--client", "west", str(file)).out == "1 mapped, 1 were before\n"
+    listed = hooks("list", "--client", "west").out.splitlines()
+    assert [line.partition(", by ")[0] for line in listed] == [
+        "west: user Practitioner/17 is dr-jones",
+        "west: patient 77 is p-1",
+    ]
+    assert "it was p-1" in hooks("unmap", "--client", "west", "--patient", "77").out
+    assert hooks("unmap", "--client", "west", "--patient", "77").code == 1
+    events = sql("SELECT * FROM audit_events WHERE action LIKE 'hook%' ORDER BY event_id")
+    assert [(row["action"], row["patient_id"], row["detail"].get("subject")) for row in events] == [
+        ("hook_map", None, "dr-jones"),
+        ("hook_map", "p-1", None),
+        ("hook_unmap", "p-1", None),
+    ]
+    assert {row["actor"] for row in events} == {os_account()}
+
+
+def test_reports_are_shown_as_published_and_pushed_only_where_a_pms_is_told(
+    derm_cds, own_home, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DERM_TOKEN_SECRET", "a secret of the tests, long enough for HS256")
+    first = json.loads(derm_cds("reports", "show", "summary", home=own_home).out)
+    assert first["tables"]["assessments"]["total"] == 0
+    assert json.loads(derm_cds("reports", "show", "summary", home=own_home).out) == first
+    sql(
+        "INSERT INTO report_cells SELECT t, date_trunc('month', now()) - interval '2 months', k || g, n"
+        " FROM (VALUES ('site', 'torso'), ('age_band', '60-69'), ('skin_type', 'II')) AS of (t, g), (VALUES"
+        " (ARRAY['m.a', 'refer', 'melanoma'], 98), (ARRAY['m.a', 'not', 'melanoma'], 2),"
+        " (ARRAY['m.a', 'not', 'unknown'], 900)) AS counted (k, n)"
+    )
+    shown = derm_cds("reports", "show", "performance", "--markdown", home=own_home).out
+    assert "| torso | 1000 | 100 (10.0%) | at least 96.0% of 100 |" in shown
+    assert "Verification bias" in shown
+    late = derm_cds("reports", "show", "summary", "--period", "2199-01", home=own_home)
+    assert late.code == 1
+    refused = derm_cds("reports", "push", home=own_home)
+    assert refused.code == 1
+    assert "DERM_PMS_REPORTS" in refused.err
+    for name, value in {"URL": "http://127.0.0.1:9", "DELIVER": "true", "REPORTS": "true"}.items():
+        monkeypatch.setenv(f"DERM_PMS_{name}", value)
+    for _ in range(2):
+        assert derm_cds("reports", "push", home=own_home).code == 0
+    (count,) = sql("SELECT count(*) AS n FROM outbox WHERE kind = 'report'")
+    assert count["n"] == 2
+    events = sql("SELECT action FROM audit_events WHERE action IN ('view_statistics', 'reports_push')")
+    assert [row["action"] for row in events].count("reports_push") == 2

@@ -7,6 +7,7 @@ import hashlib
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
+import json
 import os
 from pathlib import Path
 import re
@@ -145,3 +146,14 @@ def test_a_file_that_is_not_the_locked_one_is_not_installed(tmp_path):
     assert taken.returncode == 0, taken.stderr
     thing = [str(tmp_path / ".venv" / "bin" / "python"), "-c", "import locked_thing; locked_thing.GOOD"]
     subprocess.run(thing, cwd=tmp_path, check=True)
+
+
+def test_what_node_runs_in_the_tests_is_locked_by_its_digests_and_names_no_registry():
+    folder = REPOSITORY / "tests" / "serve_app" / "fhir" / "medplum"
+    stated = json.loads((folder / "package.json").read_text())["devDependencies"]
+    packages = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert packages.pop("")["devDependencies"] == stated
+    assert {name.removeprefix("node_modules/"): each["version"] for name, each in packages.items()} == stated
+    for package in packages.values():
+        assert re.fullmatch(r"sha512-[\w+/]{86}==", package["integrity"])
+        assert "resolved" not in package

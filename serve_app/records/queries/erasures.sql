@@ -24,20 +24,24 @@ LIMIT $3;
 
 -- name: prove
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its
--- own, or by the assessment's, which was delivered before and is now due again.
+-- own, or by the assessment's, which was delivered before and is now due again; with :fhir, by the lesion's report, too.
 WITH proven AS (
     INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES (:receipt_id, :erased_at, :record_hash)
     ON CONFLICT (receipt_id) DO NOTHING
     RETURNING receipt_id
 ),
 queued AS (
-    INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT :message_id, a.assessment_id, i.encounter_id
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT m.message_id, m.kind, a.assessment_id, i.encounter_id
     FROM proven
     INNER JOIN erasures AS e USING (receipt_id)
     INNER JOIN lesion_images AS i USING (image_id)
     INNER JOIN assessments AS a USING (image_id)
-    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    CROSS JOIN (
+        VALUES (1, :message_id::uuid, 'assessment'), (2, CASE WHEN :fhir::boolean THEN gen_random_uuid() END, 'fhir')
+    ) AS m (place, message_id, kind)
+    WHERE m.message_id IS NOT NULL AND i.encounter_id IS NOT NULL
+    ORDER BY m.place
     ON CONFLICT (assessment_id) WHERE kind = 'assessment' DO UPDATE
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,
         attempts = 0, queued_at = now(), waiting_since = now(), due_at = now()

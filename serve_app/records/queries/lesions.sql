@@ -25,13 +25,13 @@ FROM (VALUES ($3::uuid)) AS asked (lesion_id)
 LEFT JOIN lesions AS l USING (lesion_id);
 
 -- name: find_replay
--- Find what an Idempotency-Key led to.
-SELECT request_sha256, lesion_id, image_id, assessment_id
+-- Find what an Idempotency-Key led to: an assessment, or what else was sent under it.
+SELECT request_sha256, lesion_id, coalesce(assessment_id, created_id) AS assessment_id
 FROM idempotency_keys
 WHERE actor = $1 AND key = $2;
 
 -- name: admit
--- T1: the sealed image, its pending assessment and the audit event, all or nothing; a key that
+-- T1: the sealed image, its pending assessment, the clinician's impression and the audit event, all or nothing; a key that
 -- is taken admits nothing. Concurrent holders of one key wait here for the first one's commit. The lease of
 -- whoever admits it runs by this server's clock, and from the writing on: not from before such a wait.
 WITH claimed AS (
@@ -70,12 +70,22 @@ assessment AS (
         :confirmed_only, clock_timestamp() + :lease::interval
     FROM admitted
 ),
+impression AS (
+    INSERT INTO reviews
+        (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+         before_answer, salt)
+    SELECT
+        :review_id, :assessment_id, :actor, :request_id, :created_at, :impression_diagnosis, :intended_referral,
+        :before_answer, :salt
+    FROM admitted
+    WHERE :review_id::uuid IS NOT NULL
+),
 event AS (:record_event FROM admitted)
 SELECT EXISTS (SELECT FROM admitted);
 
 -- name: finish
--- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the message for the
--- PMS (if one is asked for), once: when the assessment is still pending.
+-- T2: the answer and the embedding, or the code of what keeps it from one; the audit event and the messages for the
+-- PMS (if one is asked for; with :fhir, the lesion's report after it), once: when the assessment is still pending.
 WITH finished AS (
     UPDATE assessments
     SET outcome = :outcome, answer = :answer::text::jsonb, failure = :failure, completed_at = now(), lease_until = NULL,
@@ -90,11 +100,15 @@ embedded AS (
 ),
 event AS (:record_event FROM finished),
 queued AS (
-    INSERT INTO outbox (message_id, assessment_id, encounter_id)
-    SELECT :message_id, :assessment_id, i.encounter_id
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT m.message_id, m.kind, :assessment_id, i.encounter_id
     FROM finished
     INNER JOIN lesion_images AS i USING (image_id)
-    WHERE :message_id::uuid IS NOT NULL AND i.encounter_id IS NOT NULL
+    CROSS JOIN (
+        VALUES (1, :message_id::uuid, 'assessment'), (2, CASE WHEN :fhir::boolean THEN gen_random_uuid() END, 'fhir')
+    ) AS m (place, message_id, kind)
+    WHERE m.message_id IS NOT NULL AND i.encounter_id IS NOT NULL
+    ORDER BY m.place
 )
 SELECT EXISTS (SELECT FROM finished);
 
@@ -174,7 +188,8 @@ LIMIT 1;
 SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
-    a.assessment_id, a.answer AS assessment, a.outcome, a.failure,
+    a.assessment_id, a.answer AS assessment, a.outcome, a.failure, a.completed_at,
+    a.context ->> 'anatom_site_general' AS anatom_site_general,
     CASE WHEN e.receipt_id IS NOT NULL THEN
         jsonb_build_object('receipt_id', e.receipt_id, 'erased_at', i.erased_at, 'reason', e.reason)
     END AS erasure,
@@ -191,14 +206,45 @@ INNER JOIN assessments AS a USING (image_id)
 LEFT JOIN erasures AS e USING (image_id)
 LEFT JOIN outbox AS o ON o.assessment_id = a.assessment_id AND o.kind = 'assessment';
 
+-- name: recorded_review
+-- Tell of reviews, as they are shown: all, for other statements to choose from.
+SELECT
+    r.review_id, r.assessment_id, a.image_id, r.clinician, r.recorded_at, r.decision, r.reason, r.diagnosis, r.level,
+    r.urgency, r.referral_made, r.follow_up_by, r.note, r.answers,
+    CASE WHEN r.before_answer IS NOT NULL THEN
+        jsonb_build_object(
+            'diagnosis', r.impression_diagnosis, 'intended_referral', r.intended_referral, 'recorded_at', r.recorded_at,
+            'before_answer', r.before_answer
+        )
+    END AS impression
+FROM reviews AS r
+INNER JOIN assessments AS a USING (assessment_id);
+
+-- name: recorded_outcome
+-- Tell of outcomes, as they are shown: all, for other statements to choose from.
+SELECT
+    outcome_id, kind, diagnosis, malignant, code, code_system, observed_on, source, image_id, recorded_by, recorded_at
+FROM lesion_outcomes;
+
 -- name: timeline
--- List a lesion's images, newest first.
-SELECT r.*, (SELECT open_demand($1)) AS open_demand
+-- List a lesion's images, newest first, each with what was said of it in the order in which it was; likewise its outcomes.
+SELECT
+    r.*, (SELECT open_demand($1)) AS open_demand,
+    (
+        SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.review_id), '[]')
+        FROM (:recorded_review) AS v
+        WHERE v.assessment_id = r.assessment_id
+    ) AS reviews,
+    (
+        SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.outcome_id), '[]')
+        FROM (:recorded_outcome) AS v
+        WHERE v.outcome_id IN (SELECT o.outcome_id FROM lesion_outcomes AS o WHERE o.lesion_id = $1)
+    ) AS outcomes
 FROM (:recorded_image) AS r
 WHERE r.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;
 
--- name: worklist
+-- name: patient_lesions
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
 SELECT r.*, open_demand(r.lesion_id) AS open_demand
 FROM (

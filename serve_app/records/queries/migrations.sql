@@ -39,15 +39,19 @@ GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessmen
     key_stores TO {role};
 GRANT SELECT ON reviews, lesion_outcomes, report_queue, assessment_facts, report_cells, report_snapshots TO {role};
 GRANT SELECT ON answered_images, drift_streams, drift_alarms TO {role};
+GRANT SELECT ON hook_identities, hook_cards, hook_feedback, hook_tokens TO {role};
+GRANT INSERT (card_id, client, kind, assessment_id, review_id) ON hook_cards TO {role};
+GRANT INSERT (feedback_id, card_id, outcome, reason_system, reason_code, comment, outcome_at) ON hook_feedback TO {role};
+GRANT INSERT (client, jti_sha256), DELETE ON hook_tokens TO {role};
 GRANT SELECT, INSERT ON lesions, lesion_embeddings, idempotency_keys, erasure_receipts TO {role};
 -- By column: numbers and times are the database's to give, and what comes later (an erasure, a review) is not there at first.
 GRANT INSERT (action, actor, outcome, patient_id, lesion_id, image_id, assessment_id, request_id, detail)
     ON audit_events TO {role};
 GRANT INSERT (position, event_id, hash) ON audit_seals TO {role};
 GRANT INSERT (message_id, assessment_id, encounter_id, kind, subject_id) ON outbox TO {role};
--- An impression alone; a decision is recorded by record_review.
-GRANT INSERT (review_id, assessment_id, clinician, request_id, impression_diagnosis, intended_referral, before_answer)
-    ON reviews TO {role};
+-- An impression alone, which may come with its upload, when the upload says; a decision is recorded by record_review.
+GRANT INSERT (review_id, assessment_id, clinician, request_id, recorded_at, impression_diagnosis, intended_referral,
+    before_answer, salt) ON reviews TO {role};
 GRANT INSERT (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
     request_id) ON lesion_outcomes TO {role};
 GRANT INSERT (emergency_id, patient_id, principal, reason, ends_at) ON emergency_accesses TO {role};

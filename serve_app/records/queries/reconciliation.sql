@@ -83,3 +83,11 @@ SELECT * FROM lesion_outcomes;
 -- name: closed_records
 -- Whose retention runs.
 SELECT * FROM closed_records;
+
+-- name: hook_identities
+-- Whom an EHR means by its ids.
+SELECT * FROM hook_identities;
+
+-- name: hook_feedback
+-- What became of cards in an EHR; without the comment, which goes with the image.
+SELECT * FROM hook_feedback;

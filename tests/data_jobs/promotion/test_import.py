@@ -26,6 +26,7 @@ from data_jobs.references.load import publish_bundled
 from data_jobs.training.network import averaged_weights
 from deployments.preprocess.decode import UploadLimits
 from deployments.risk.policy import CURRENT_VERSION
+from model_store.canary import read_canary
 from model_store.registry import ModelStore
 from model_store.session import InferenceSession
 from serve_app.domain.assessment import EVERY_REFERENCE, Outcome
@@ -185,6 +186,7 @@ async def test_an_eleven_class_model_comes_in_with_a_mapping_and_answers(
     assert manifest.input.mean == (0.485, 0.456, 0.406)
     assert manifest.live_space.count > 40
     assert {"acceptance.json", "origin.json", "evaluation.json", "MODEL_CARD.md"} <= set(manifest.files)
+    assert read_canary(model).vectors.keys() == {manifest.live_space.embedding_space}
     origin = json.loads(model.path("origin.json").read_text())
     assert origin["sha256"] == digest
     assert origin["ignored_labels"] == ["BEN_OTH", "INF", "MAL_OTH"]

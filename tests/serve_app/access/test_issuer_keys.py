@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from joserfc import jwt
-from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
+from joserfc.jwk import Key, OctKey, RSAKey
 import pytest
 
 from serve_app.access import tokens
@@ -35,9 +35,8 @@ ANSWER_S = 2.0
 
 
 def make_key(algorithm: str, kid: str | None) -> Key:
-    kinds = {"RS256": (RSAKey, 2048), "ES256": (ECKey, "P-256")}
-    kind, size = kinds.get(algorithm, (OKPKey, "Ed25519"))
-    return kind.generate_key(size, {"kid": kid} if kid else None)
+    kind, curve = PUBLIC_ALGORITHMS[algorithm]
+    return kind.generate_key(curve or 2048, {"kid": kid} if kid else None)
 
 
 def sign(key: Key, algorithm: str, *, header: dict[str, Any] | None = None, **changed: Any) -> str:

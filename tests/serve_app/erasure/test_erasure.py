@@ -75,7 +75,7 @@ async def test_every_way_to_an_erased_image_says_that_it_is(service, answer) -> 
     service.hold_to("ReplayDocument", replayed)
     assert (replayed["verdict"], replayed["cause"]["code"]) == ("cannot", "image_erased")
     page = await service.get("/api/lesions", params={"patient_id": answer["patient_id"]})
-    service.hold_to("WorklistDocument", page.json())
+    service.hold_to("LesionListDocument", page.json())
     assert page.json()["lesions"][0]["latest"]["outcome"] == "erased"
 
 

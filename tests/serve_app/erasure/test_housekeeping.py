@@ -127,6 +127,12 @@ async def test_idempotency_keys_expire_but_for_pending_ones(service, housekeepin
                 "UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = $1",
                 headers["Idempotency-Key"],
             )
+    said = (
+        "INSERT INTO idempotency_keys (actor, key, request_sha256, lesion_id, created_id, created_at)"
+        " SELECT actor, 'expiry-said', request_sha256, lesion_id, gen_random_uuid(), now() - interval '8 days'"
+        " FROM idempotency_keys WHERE key = 'expiry-new'"
+    )
+    await service.owner.execute(said)
     assert await housekeeping.expire_idempotency_keys(days=7) >= 1
     query = "SELECT key FROM idempotency_keys WHERE key LIKE 'expiry-%' ORDER BY key"
     assert [row["key"] for row in await service.owner.fetch(query)] == ["expiry-new", "expiry-waits"]

@@ -18,6 +18,7 @@ _PATIENT_TYPE = "http://terminology.hl7.org/CodeSystem/audit-entity-type"
 _PROFILES = {
     "upload": ("PatientCreate", "C", "create", "110153"),
     "read": ("PatientRead", "R", "read", "110152"),
+    "read_report": ("PatientRead", "R", "read", "110152"),
     "read_receipt": ("PatientRead", "R", "read", "110152"),
     "download": ("PatientRead", "R", "read", "110152"),
     "list": ("PatientQuery", "E", "search", "110153"),
@@ -122,3 +123,14 @@ def test_an_event_from_before_there_was_a_purpose_claims_none() -> None:
     assert "purposeOfEvent" not in made
     assert all("purposeOfUse" not in agent for agent in made["agent"])
     assert made["meta"]["profile"]  # where a purpose is asked for, and not demanded
+
+
+def test_everyone_whom_a_worklist_showed_is_an_entity() -> None:
+    """Whoever asks a FHIR log who saw a patient finds it; under an emergency access the event has the one patient."""
+    shown = {"PAT-1": [str(_LESION)], "PAT-2": [str(_LESION)]}
+    for patient, named in ((None, ["PAT-1", "PAT-2"]), ("PAT-2", ["PAT-2"])):
+        made = resource("view_worklist", patient=patient, shown=shown)
+        found = [
+            each["what"]["identifier"]["value"] for each in made["entity"] if each["type"]["code"] == "1"
+        ]
+        assert found == named

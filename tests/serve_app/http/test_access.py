@@ -24,19 +24,25 @@ from serve_app.http.access import Caller
 from serve_app.records.access import AccessStore
 from tests.serve_app.conftest import SECRET
 
-ANONYMOUS = {"/healthz", "/readyz"}
+ANONYMOUS = {"/healthz", "/readyz", "/cds-services"}
+#: For EHRs, with tokens of another kind and a description of their own: tests/serve_app/hooks has who may.
+OF_EHRS = {("POST", "/cds-services/{service_id}"), ("POST", "/cds-services/{service_id}/feedback")}
 
 #: Method and path, `{patient}` where the patient is in the query or the form: the action that it is.
 ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions"): "upload",
     ("GET", "/api/lesions"): "list",
     ("GET", "/api/lesions/{lesion_id}"): "read",
+    ("GET", "/api/lesions/{lesion_id}/report"): "read_report",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}"): "download",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/similar"): "read",
     ("DELETE", "/api/lesions/{lesion_id}/images/{image_id}"): "erase",
     ("GET", "/api/lesions/{lesion_id}/images/{image_id}/receipt"): "read_receipt",
     ("POST", "/api/lesions/{lesion_id}/assessments/{assessment_id}/replay"): "replay",
     ("POST", "/api/lesions/{lesion_id}/confirm"): "confirm",
+    ("GET", "/api/worklist"): "view_worklist",
+    ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
+    ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("GET", "/api/reports/summary"): "view_statistics",
     ("GET", "/api/reports/performance"): "view_statistics",
@@ -49,6 +55,7 @@ ROUTES: dict[tuple[str, str], str] = {
 LET_IN = {"erase": "supervisor", "review_access": "supervisor", "view_statistics": "operator"}
 DENIED = {
     "erase": ("pms_service", "assignment"),
+    "view_worklist": ("auditor", "role"),
     "view_reference": ("porter", "role"),
     "view_statistics": ("clinician", "role"),
     "break_glass": ("auditor", "role"),
@@ -83,6 +90,13 @@ async def ask(service, method: str, path: str, record: Record, headers: dict[str
     bodies: dict[str, Any] = {
         "erase": {"reason": "patient_request"},
         "confirm": {"image_id": record.image},
+        "review": {"assessment_id": record.assessment, "decision": "accept"},
+        "record_outcome": {
+            "kind": "follow_up",
+            "malignant": False,
+            "observed_on": "2026-06-01",
+            "source": "clinician",
+        },
         "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
         "review_access": {"outcome": "justified"},
     }

@@ -9,7 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
 
-FIELDS = ("encounter_id", "lesion_id", "anatom_site_general", "age_approx", "sex", "history", "checklist")
+FIELDS = (
+    *("encounter_id", "lesion_id", "anatom_site_general", "age_approx", "sex", "history", "checklist"),
+    *("skin_type", "device", "impression"),
+)
 fuzzed = settings(
     max_examples=30,
     deadline=None,

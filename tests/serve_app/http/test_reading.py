@@ -1,4 +1,4 @@
-"""Worklist, timeline and the original."""
+"""A patient's list, timeline and the original."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_the_timeline_tells_everything_newest_first(service, drawn_lesion,
     await service.hold_to_event(response, "read", "success", about=answer, names=("lesion_id",))
 
 
-async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) -> None:
+async def test_the_list_pages_newest_first_without_gap_or_repeat(service) -> None:
     patient = await service.care()
     made = [(await service.upload(patient)).json() for _ in range(3)]
     follow_up = (await service.upload(patient, lesion_id=made[1]["lesion_id"])).json()
@@ -61,7 +61,7 @@ async def test_the_worklist_pages_newest_first_without_gap_or_repeat(service) ->
         assert response.status_code == 200
         assert response.headers["cache-control"] == "no-store"
         page = response.json()
-        service.hold_to("WorklistDocument", page)
+        service.hold_to("LesionListDocument", page)
         await service.hold_to_event(
             response, "list", "success", about={"patient_id": patient}, names=("patient_id",)
         )

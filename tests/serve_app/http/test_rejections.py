@@ -103,6 +103,15 @@ async def test_an_image_and_a_field_just_over_the_limit_are_rejected(rejected) -
         ("checklist", '{"score": 7}'),
         ("checklist", "\x00"),
         ("checklist", '{"change_in_size": ' + "9" * 5000 + "}"),
+        *(("skin_type", kind) for kind in ("0", "iii", "VII", "III ", "3")),
+        *(("device", name) for name in ("x" * 65, " DL4", "DL4 ", "D\tL4", "Dermlupe ü", "\x00")),
+        *(("impression", text) for text in ("{", "[]", "null", '"MEL"', '{"diagnosis": "naevus"}')),
+        *(
+            ("impression", f'{{"intended_referral": {value}}}')
+            for value in ('"soon"', "1", "true", '["none"]')
+        ),
+        ("impression", '{"diagnosis": "MEL", "note": "Jane Doe"}'),
+        ("impression", '{"diagnosis": "MEL", "diagnosis": "NV"}'),
         ("diagnosis", "MEL"),
         ("patient_name", "Jane Doe"),
         ("", "nameless"),

@@ -9,10 +9,10 @@ import pytest
 
 from serve_app.access.rules import Action
 from tests.serve_app.erasure.erasing import path as path_of
-from tests.serve_app.http.test_access import ANONYMOUS, ROUTES
+from tests.serve_app.http.test_access import ANONYMOUS, OF_EHRS, ROUTES
 
 NOWHERE = "00000000-0000-7000-8000-000000000000"
-#: Every route but the two anonymous ones.
+#: Every route but the anonymous ones and those for EHRs.
 GUARDED = [("GET", "/api/openapi.json"), *ROUTES]
 
 
@@ -28,8 +28,9 @@ async def test_every_route_but_the_health_ones_wants_a_token(service) -> None:
             found |= {(method, route.path) for method in route.methods}
         else:
             waiting += getattr(route, "routes", None) or route.original_router.routes
-    assert found == {*GUARDED, *(("GET", path) for path in ANONYMOUS)}
-    for method, path in found:
+    assert found == {*GUARDED, *OF_EHRS, *(("GET", path) for path in ANONYMOUS)}
+    assert not {path for _, path in OF_EHRS} & service.document["paths"].keys()
+    for method, path in found - OF_EHRS:
         response = await service.client.request(method, url_of(path))
         if path in ANONYMOUS:
             assert response.status_code == 200, path
@@ -62,14 +63,14 @@ async def test_what_is_not_there_and_what_is_not_allowed_are_problems_too(servic
 
 async def test_head_answers_as_get_without_a_body(service, answer) -> None:
     lesion, headers = f"/api/lesions/{answer['lesion_id']}", service.token("dr")
-    worklist = f"/api/lesions?patient_id={answer['patient_id']}"
+    listed = f"/api/lesions?patient_id={answer['patient_id']}"
     for path in (
         "/readyz",
         "/api/openapi.json",
         "/nothing",
         lesion,
         path_of(answer),
-        worklist,
+        listed,
         "/api/lesions",
     ):
         get, head = [await service.client.request(way, path, headers=headers) for way in ("GET", "HEAD")]

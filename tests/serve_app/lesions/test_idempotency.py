@@ -46,6 +46,7 @@ async def test_the_same_key_with_another_body_is_refused(service, drawn_lesion) 
         {"params": {"licence": "CC-0"}},
         {"params": {"confirmed": "true"}},
         {"history": json.dumps({"family_melanoma": True})},
+        *({"skin_type": "VI"}, {"device": "DermLite DL5"}, {"impression": '{"diagnosis": "NV"}'}),
         {"image": drawn_lesion(seed=9)},
     ):
         async with service.storing_nothing():

@@ -153,6 +153,6 @@ async def test_no_later_image_hides_what_an_earlier_one_demands(faulty, stages) 
     assert (await erase(faulty, first)).status_code == 200
     assert (await timeline(faulty, first["lesion_id"]))["open_demand"] == demand
     listed = await faulty.get("/api/lesions", params={"patient_id": first["patient_id"]})
-    faulty.hold_to("WorklistDocument", listed.json())
+    faulty.hold_to("LesionListDocument", listed.json())
     (entry,) = listed.json()["lesions"]
     assert entry["open_demand"] == demand

@@ -97,7 +97,7 @@ async def queue(new_database, admission, assessment, event, pms, client) -> Asyn
             "outbox": outbox,
             "records": lesions,
             "client": client,
-            "resources": pms_resources(lesions, pms_url=pms.url),
+            "resources": pms_resources(pool, pms_url=pms.url),
             "dead_after": timedelta(days=7),
             "breaker": CircuitBreaker(failures=8, rest_s=0.02),
             "first_wait_s": 0.01,

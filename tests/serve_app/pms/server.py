@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 import uvicorn
 
 TOKEN = "the PMS's token"
-IDS = ("assessment_id", "patient_id", "encounter_id", "review_id", "outcome_id", "report_id")
+IDS = ("assessment_id", "patient_id", "encounter_id", "review_id", "outcome_id", "report_id", "id")
 #: What may be posted, to an encounter or to none, and which field acknowledges it.
 ACKNOWLEDGED_BY = {"assessments": "assessment_id", "reviews": "review_id", "outcomes": "outcome_id"}
 
@@ -119,7 +119,7 @@ class PmsServer:
         if fault == "lost":
             return Lost()
         if body.get("resourceType") == "Bundle":
-            return JSONResponse({"assessment_id": body["identifier"]["value"]}, 201)
+            return JSONResponse({"id": body["id"]}, 201)
         field = ACKNOWLEDGED_BY.get(name, "report_id")
         return JSONResponse({field: body[field]}, 201)
 

@@ -353,9 +353,10 @@ async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_re
         return body
 
     async def bundle(message, _) -> dict[str, object]:
-        return {"resourceType": "Bundle", "identifier": {"value": str(message.assessment_id)}}
+        return {"resourceType": "Bundle", "id": str(message.assessment_id)}
 
-    known = queue.delivery().resources | {
+    known = {
+        MessageKind.ASSESSMENT: queue.delivery().resources[MessageKind.ASSESSMENT],
         MessageKind.REVIEW: PmsResource("reviews", "review_id", names("review_id")),
         MessageKind.OUTCOME: PmsResource("outcomes", "outcome_id", names("outcome_id")),
         MessageKind.REPORT: PmsResource("reports", "report_id", names("report_id")),
@@ -367,9 +368,7 @@ async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_re
         "/api/encounters/e-1/reviews",
     ]
     pms.fault = lambda _: None
-    whole = known | {
-        MessageKind.FHIR: PmsResource("reports", "assessment_id", bundle, "application/fhir+json")
-    }
+    whole = known | {MessageKind.FHIR: PmsResource("reports", "id", bundle, "application/fhir+json")}
     await queue.drain(queue.delivery(resources=whole))
     assert [each for each in pms.order if "/e-1/" in each[0]][2:] == [
         ("/api/encounters/e-1/reports", "application/fhir+json"),
@@ -388,18 +387,20 @@ async def test_each_kind_goes_its_own_way_in_the_order_of_its_encounter_and_a_re
     }
 
 
-async def test_an_acknowledgement_of_another_review_is_none(queue, pms) -> None:
-    finished = await queue.finish("e-1")
+@pytest.mark.parametrize(("kind", "field"), [("review", "review_id"), ("fhir", "id")])
+async def test_an_acknowledgement_of_another_is_none(queue, pms, kind, field) -> None:
+    finished, subject = await queue.finish("e-1"), new_id() if kind == "review" else None
     await queue.drain(queue.delivery())
     await queue.owner.execute(
-        "INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id) VALUES ($1, $2, 'e-1', 'review', $3)",
-        *(new_id(), finished, new_id()),
+        "INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id) VALUES ($1, $2, 'e-1', $3, $4)",
+        *(new_id(), finished, kind, subject),
     )
 
-    async def another(*_) -> dict[str, str]:
-        return {"review_id": str(new_id())}
+    async def told(*_) -> dict[str, str]:
+        return {field: str(subject)}
 
-    delivery = queue.delivery(resources={MessageKind.REVIEW: PmsResource("reviews", "review_id", another)})
+    pms.fault = lambda request: "wrong" if request.method == "POST" else None
+    delivery = queue.delivery(resources={MessageKind(kind): PmsResource("any", field, told)})
     await delivery.deliver_due()
     (waiting,) = await queue.outbox.list(dead_only=False, limit=1)
-    assert (waiting.kind, waiting.last_error) == ("review", "acknowledged_another")
+    assert (waiting.kind, waiting.last_error) == (kind, "acknowledged_another")

@@ -1,4 +1,7 @@
-"""What came to nothing and what was erased is told to the PMS as well: once, in the same transaction, and no finding."""
+"""What came to nothing and what was erased is told to the PMS as well: once, in the same transaction, and no finding.
+
+So is what a clinician said, until the image is erased.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from serve_app.audit.events import AuditEvent, event_about
 from serve_app.domain.assessment import Outcome
 from serve_app.domain.errors import RecordsUnavailable
 from serve_app.domain.identifiers import new_id
@@ -19,9 +23,12 @@ from serve_app.keys.envelope import ImageBinding, seal
 from serve_app.keys.keyring import FileKeyring
 from serve_app.keys.keystore import KeyStore
 from serve_app.keys.receipts import ErasureReason
+from serve_app.records.answers import timeline_document
 from serve_app.records.erasures import ErasureRequest, ErasureStore
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.outbox import Outbox
+from serve_app.records.reconciliation import reconcile
+from serve_app.records.reviews import ReviewStore, Statement
 
 #: What a finished assessment tells of the patient and the image, and of a finding nothing.
 OPEN_WORDS = {"assessment_id", "lesion_id", "image_id", "patient_id", "encounter_id", "created_at", "links"}
@@ -205,3 +212,102 @@ async def test_the_erasure_follows_what_was_sent_and_nothing_else(queue, pms, er
     assert "e-2" not in pms.kept
     counts = await queue.outbox.counts()
     assert (counts.waiting, counts.dead, counts.wrong_encounter) == (0, 0, 0)
+
+
+async def say(queue, assessment_id: UUID, *, image: bool = True, **said: object) -> UUID:
+    """Have a clinician say something of an assessment, or what its lesion turned out to be; the PMS is to be told."""
+    found = await queue.lesions.assessment_record(assessment_id)
+    ids = {"patient_id": found.patient_id, "lesion_id": found.lesion_id}
+    reviews, what = ReviewStore(queue.outbox._pool), "review" if "decision" in said else "record_outcome"
+    event = AuditEvent(action=what, actor="dr", outcome="success", request_id="said", **ids)
+    statement = Statement(lesion_id=found.lesion_id, said=said, event=event, tells_pms=True)
+    if what == "review":
+        said["assessment_id"] = str(assessment_id)
+        return (await reviews.review(statement))[0].review_id
+    said["image_id"] = str(found.image.image_id) if image else None
+    return (await reviews.record_outcome(statement))[0].outcome_id
+
+
+OUTCOME = {"kind": "histology", "diagnosis": "NV", "malignant": False, "observed_on": "2026-06-01"}
+OUTCOME |= {"source": "pathology_report"}
+
+
+async def test_what_is_said_is_told_in_its_order_and_once(queue, pms) -> None:
+    finished, elsewhere = await queue.finish("e-1"), await queue.finish(None)
+    spoken = {"decision": "override", "reason": "other", "level": "low", "note": "for the record"}
+    review = await say(queue, finished, **spoken)
+    outcome = await say(queue, finished, **OUTCOME)
+    for said in (spoken, OUTCOME):  # an image that names no encounter
+        await say(queue, elsewhere, **said)
+    assert (await queue.outbox.counts()).waiting == 3
+    await queue.drain(queue.delivery())
+    base = "/api/encounters/e-1"
+    assert [path for path, _ in pms.order] == [f"{base}/assessments", f"{base}/reviews", f"{base}/outcomes"]
+    ((_, told),), ((_, known),) = pms.others[f"{base}/reviews"], pms.others[f"{base}/outcomes"]
+    timeline = await queue.lesions.timeline(UUID(told["lesion_id"]))
+    shown = timeline_document(timeline, pictured=()).answer()
+    ids = {"lesion_id": str(timeline.lesion_id), "patient_id": "patient"}
+    assert told == ids | shown["assessments"][0]["reviews"][0]
+    assert known == ids | shown["outcomes"][0]
+    assert (told["review_id"], told["note"], told["answers"]) == (
+        str(review),
+        spoken["note"],
+        [str(finished)],
+    )
+    assert known["outcome_id"] == str(outcome)
+    ((_, answer),) = pms.kept["e-1"]
+    assert "reviews" not in answer
+
+
+async def test_an_outcome_of_no_image_is_told_to_the_lesions_newest_encounter(queue, pms, admission) -> None:
+    finished = await queue.finish("e-1")
+    found = await queue.lesions.assessment_record(finished)
+    for encounter in ("e-2", None):
+        follow_up = admission(
+            encounter_id=encounter, patient_id="patient", lesion_id=found.lesion_id, new_lesion=False
+        )
+        await queue.lesions.admit(follow_up)
+        failed = event_about(follow_up, "classify", "failed")
+        await queue.lesions.fail(follow_up.assessment_id, "integrity", event=failed)
+    await say(queue, finished, image=False, **OUTCOME)
+    await queue.drain(queue.delivery())
+    assert list(pms.others) == ["/api/encounters/e-2/outcomes"]
+    assert (await reconcile(queue.owner)).differences == ()
+
+
+async def test_what_was_said_and_not_yet_told_is_withdrawn_with_the_image(queue, pms, eraser) -> None:
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    await say(queue, finished, decision="accept", note="Mrs Marker")
+    await say(queue, finished, **OUTCOME)
+    receipt_id = await erase(queue, eraser, finished)
+    await queue.drain(queue.delivery())
+    assert pms.others == {}
+    assert [key for key, _ in pms.kept["e-1"]][1:] == [receipt_id]
+    assert (await reconcile(queue.owner)).differences == ()
+
+
+async def test_the_review_of_an_image_that_is_erased_while_it_is_sent_is_on_record_as_told(
+    queue, pms, eraser
+) -> None:
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    review = await say(queue, finished, decision="accept")
+    delivery = queue.delivery()
+    post = delivery.client.post
+
+    async def erased_meanwhile(*path, **sent):
+        answer = await post(*path, **sent)
+        await erase(queue, eraser, finished)
+        return answer
+
+    delivery.client.post = erased_meanwhile
+    await delivery.deliver_due()
+    delivery.client.post = post
+    rows = await queue.owner.fetch(
+        "SELECT detail ->> 'told_id' AS told FROM audit_events WHERE action = 'disclose' AND detail ? 'kind'"
+    )
+    assert [row["told"] for row in rows] == [str(review)]
+    await queue.drain(delivery)
+    assert pms.kept["e-1"][-1][1]["outcome"] == "erased"
+    assert (await reconcile(queue.owner)).differences == ()

@@ -7,7 +7,10 @@ from uuid import uuid4
 
 import pytest
 
+from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import Conflict, IntegrityError, InvalidField
+from serve_app.domain.review import Impression, Referral
+from serve_app.records.reconciliation import reconcile
 
 COUNTS = """
 SELECT (SELECT count(*) FROM lesions) AS lesions, (SELECT count(*) FROM lesion_images) AS images,
@@ -63,7 +66,7 @@ async def test_twenty_at_once_with_one_key_make_one_record(
     replays = {outcome for outcome in outcomes if outcome is not None}
     assert replays == {await lesions.find_replay("dr", "race")}
     (replay,) = replays
-    assert (replay.assessment_id, replay.image_id) == (winner.assessment_id, winner.image_id)
+    assert (replay.assessment_id, replay.lesion_id) == (winner.assessment_id, winner.lesion_id)
     assert replay.request_sha256 == request_digest
 
 
@@ -105,3 +108,24 @@ async def test_errors_do_not_quote_patients(lesions, admission) -> None:
         await lesions.admit(first)
     assert "patient-with-a-name" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+async def test_an_impression_is_vouched_for(lesions, admission, owner_pool) -> None:
+    """One that was changed, taken away or added behind the service's back shows."""
+
+    async def found() -> list[str]:
+        differences = (await reconcile(owner_pool)).differences
+        return [each.what for each in differences if each.table == "reviews"]
+
+    for given in (
+        Impression(Diagnosis.BCC, Referral.NONE),
+        Impression(intended_referral=Referral.URGENT),
+        None,
+    ):
+        await lesions.admit(admission(impression=given))
+    assert await owner_pool.fetchval("SELECT count(*) FROM reviews") == 2
+    assert await found() == []
+    await owner_pool.execute("UPDATE reviews SET impression_diagnosis = 'NV'")
+    assert await found() == ["is not what its event says"] * 2
+    await owner_pool.execute("DELETE FROM reviews WHERE intended_referral = 'none'")
+    assert sorted(await found()) == ["is gone", "is not what its event says"]

@@ -1,4 +1,4 @@
-"""What the record tells: access, timelines, worklists, earlier images."""
+"""What the record tells: access, timelines, lists, earlier images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_access_says_whose_lesion_it_is(lesions, owner_pool, admission) ->
     assert not (await lesions.access("dr", None, uuid4())).assigned
 
 
-async def test_the_worklist_pages_in_a_stable_order(lesions, admission) -> None:
+async def test_the_list_pages_in_a_stable_order(lesions, admission) -> None:
     patient = str(uuid4())
     new = [admission(patient_id=patient, created_at=NOW + timedelta(seconds=i // 3)) for i in range(11)]
     for each in new:
@@ -36,7 +36,7 @@ async def test_the_worklist_pages_in_a_stable_order(lesions, admission) -> None:
         admission(patient_id=patient, lesion_id=new[0].lesion_id, new_lesion=False, created_at=NOW + HOUR)
     )
     seen, cursor = [], None
-    while page := await lesions.worklist(patient, limit=4, cursor=cursor):
+    while page := await lesions.patient_lesions(patient, limit=4, cursor=cursor):
         seen += page
         cursor = (page[-1].created_at, page[-1].lesion_id)
         # What comes in while paging goes to the front, and moves nothing.
@@ -47,7 +47,7 @@ async def test_the_worklist_pages_in_a_stable_order(lesions, admission) -> None:
     assert seen[-1].latest.created_at in {NOW, NOW + HOUR}
     first = next(each for each in seen if each.lesion_id == new[0].lesion_id)
     assert first.latest.created_at == NOW + HOUR
-    assert await lesions.worklist("nobody", limit=4) == []
+    assert await lesions.patient_lesions("nobody", limit=4) == []
 
 
 async def test_previous_is_the_newest_classified_image_before(

@@ -27,6 +27,7 @@ from serve_app.records.patients import PatientEntry, PatientTable
 from serve_app.records.pool import Pool
 from serve_app.records.reconciliation import reconcile
 from serve_app.records.retention import RetentionStore
+from serve_app.records.reviews import ReviewStore, Statement
 from serve_app.records.serving import Approval, LiveModel, publish, set_operating_points
 from tests.pools import connected
 
@@ -110,6 +111,13 @@ IMAGES = {
     ),
     "never told": (f"DELETE FROM outbox {_MESSAGE_OF}", {"outbox": GONE}),
     "delivered": ("SELECT", {}),
+    # What was said of it: the demand that it answered, and the message of it.
+    "reviewed": (f"{_RECORD} demand_answered_at = NULL {_OF}", {"assessments": DIFFERS}),
+    "review told": (
+        f"UPDATE outbox SET delivered_at = now() {_MESSAGE_OF} AND kind = 'review'",
+        {"review of": "is noted as delivered, and no event says so"},
+    ),
+    "outcome not told": (f"DELETE FROM outbox {_MESSAGE_OF} AND kind = 'outcome'", {"outcome of": GONE}),
 }
 #: What is done to everything else, and what is found: by table, the rows in words of the fixture or of their own.
 OTHERS = {
@@ -145,6 +153,20 @@ OTHERS = {
     ),
     "UPDATE publications SET approved_by = 'somebody' WHERE model_id = 'lite0.b'": ("publications", DIFFERS),
     "DELETE FROM publications WHERE model_id = 'lite0.a'": ("publications", GONE),
+    "UPDATE reviews SET level = 'low' WHERE decision = 'override'": ("reviews", DIFFERS),
+    "DELETE FROM reviews WHERE review_id = (SELECT review_id FROM reviews WHERE decision = 'accept' LIMIT 1)": (
+        *("reviews", GONE),
+    ),
+    "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision)"
+    " SELECT gen_random_uuid(), assessment_id, 'x', 'r', 'accept' FROM assessments LIMIT 1": (
+        "reviews",
+        UNKNOWN,
+    ),
+    "UPDATE lesion_outcomes SET malignant = NOT malignant WHERE kind = 'histology'": (
+        "lesion_outcomes",
+        DIFFERS,
+    ),
+    "DELETE FROM lesion_outcomes WHERE kind = 'follow_up'": ("lesion_outcomes", GONE),
     "UPDATE erasures SET reason = 'uploaded_in_error' WHERE reason = 'patient_request'": (
         "erasures",
         DIFFERS,
@@ -234,6 +256,8 @@ async def _assess(app: Pool, name: str, image: Admission, done) -> None:
     if name == "confirmed":
         event = event_about(image, "confirm")
         await records.confirm(image.lesion_id, image.image_id, confirmed_by="dr", event=event)
+    if name in {"reviewed", "review told", "outcome not told"}:
+        await _say(app, image, name)
     if name == "delivered":
         event = event_about(image, "disclose")
         assert await Outbox(app).deliver(message, told=Outcome.REVIEW, event=event)
@@ -243,6 +267,23 @@ async def _assess(app: Pool, name: str, image: Admission, done) -> None:
             ErasureRequest(lesion_id=image.lesion_id, image_id=image.image_id, reason=reason, actor="s")
         )
         await erasures.prove(await erasures.find(image.lesion_id, image.image_id), message_id=uuid4())
+
+
+async def _say(app: Pool, image: Admission, name: str) -> None:
+    of = {"lesion_id": image.lesion_id, "tells_pms": True}
+    said: dict[str, object] = {
+        "assessment_id": str(image.assessment_id),
+        "decision": "accept",
+        "note": "note",
+    }
+    if name == "reviewed":
+        said |= {"decision": "override", "reason": "other", "level": "high"}
+    await ReviewStore(app).review(Statement(said=said, event=event_about(image, "review"), **of))
+    said = {"malignant": True, "observed_on": "2026-01-01", "source": "registry"}
+    said["kind"] = "histology" if name == "reviewed" else "follow_up"
+    if name != "review told":
+        event = replace(event_about(image, "record_outcome"), image_id=None, assessment_id=None)
+        await ReviewStore(app).record_outcome(Statement(said=said, event=event, **of))
 
 
 async def test_what_the_service_did_is_what_its_events_say_while_it_goes_on(
@@ -264,20 +305,25 @@ async def test_what_the_service_did_is_what_its_events_say_while_it_goes_on(
 
 async def test_every_row_changed_added_or_removed_is_named(clinic) -> None:
     expected: dict[tuple[str, str], str] = {}
-    sent = "SELECT image_id, message_id FROM outbox JOIN assessments USING (assessment_id)"
-    messages = dict(await clinic.tamperer.fetch(sent))
+    sent = "SELECT image_id, kind, message_id FROM outbox JOIN assessments USING (assessment_id)"
+    messages = {
+        (row["image_id"], row["kind"]): row["message_id"] for row in await clinic.tamperer.fetch(sent)
+    }
     for name, (harm, found) in IMAGES.items():
         image = clinic.images[name]
         rows = {
             "lesion_images": image.image_id,
             "assessments": image.assessment_id,
             "lesions": image.lesion_id,
-            "outbox": messages.get(image.image_id),
+            "outbox": messages.get((image.image_id, "assessment")),
         }
+        told = {f"{kind} of": messages.get((image.image_id, kind)) for kind in ("review", "outcome")}
         await clinic.harm(name, harm)
         for table, what in found.items():
             if table in rows:
                 expected[table, str(rows[table])] = what
+            elif table in told:
+                expected["outbox", str(told[table])] = what
             else:
                 expected["assessments", f"of image {image.image_id}: who confirmed it"] = what
     assert await clinic.found() == expected
@@ -292,7 +338,10 @@ async def test_whatever_decides_access_erasure_or_the_model_is_named(clinic) -> 
 
 async def test_rows_from_before_digests_are_counted_and_still_none_comes_or_goes(clinic) -> None:
     whole = await reconcile(clinic.app)
-    await clinic.tamperer.execute("UPDATE audit_events SET detail = detail - 'rows' - 'message_id'")
+    await clinic.tamperer.execute(
+        "UPDATE audit_events SET detail = detail - 'rows' - 'message_id'"
+        " WHERE action NOT IN ('review', 'record_outcome')"  # which always had them
+    )
     older = await reconcile(clinic.app)
     assert (older.compared, older.differences) == (whole.compared, ())
     assert older.without_digest > len(IMAGES)
@@ -344,7 +393,7 @@ async def test_an_event_of_no_form_of_ours_is_named_and_holds_up_nothing(clinic)
 
 async def test_no_digest_tells_what_its_event_does_not_say(clinic) -> None:
     """Reasons, birth dates and contexts are easily guessed: with each goes something that cannot be."""
-    for table in ("emergency_accesses", "legal_holds", "patient_records"):
+    for table in ("emergency_accesses", "legal_holds", "patient_records", "reviews", "lesion_outcomes"):
         row = await clinic.tamperer.fetchrow(f"SELECT * FROM {table}")
         assert isinstance(row["salt"], UUID)
         await clinic.tamperer.execute(f"UPDATE {table} SET salt = gen_random_uuid()")

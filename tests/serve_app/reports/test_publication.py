@@ -84,7 +84,7 @@ async def test_the_pms_is_told_each_report_once_however_many_replicas_push(queue
         await queue.finish("e-1")
     telling = Reports(store=reports.store, tells_pms=True, now=reports.now)
     made = await asyncio.gather(*(telling.publish_due() for _ in range(4)))
-    resources = pms_resources(queue.lesions, pms_url=pms.url, reports=reports.store)
+    resources = pms_resources(queue.lesions._pool, pms_url=pms.url)
     delivery = queue.delivery(resources=resources)
     while await delivery.deliver_due():
         pass

@@ -1,0 +1,112 @@
+-- name: claim_key
+-- Take an Idempotency-Key for what is about to be recorded; no row where it is taken. Whoever comes second waits here.
+INSERT INTO idempotency_keys (actor, key, request_sha256, lesion_id, created_id, created_at)
+VALUES ($1, $2, $3, $4, $5, now())
+ON CONFLICT (actor, key) DO NOTHING
+RETURNING true;
+
+-- name: find_key
+-- What was sent under an Idempotency-Key, and which review or outcome that led to.
+SELECT request_sha256, created_id FROM idempotency_keys WHERE actor = $1 AND key = $2;
+
+-- name: given
+-- Whether the clinician $1 may have been given the answer $2 already, by this service or by a PMS that was told of it.
+-- Whatever they did with the patient since counts, unless it is listed here as showing nothing of an answer: an action
+-- that comes later counts until somebody says so. An upload shows the answer, and what the lesion demands, where it was
+-- answered while they waited (201): then nobody had to claim its assessment.
+WITH answer AS (
+    SELECT a.assessment_id, a.completed_at, i.lesion_id, i.patient_id
+    FROM assessments AS a
+    INNER JOIN lesion_images AS i USING (image_id)
+    WHERE a.assessment_id = $2
+)
+SELECT EXISTS (
+    SELECT FROM answer AS x
+    INNER JOIN lesion_images AS i USING (lesion_id)
+    INNER JOIN assessments AS a USING (image_id)
+    WHERE a.actor = $1 AND a.attempts = 0 AND a.completed_at >= x.completed_at
+) OR EXISTS (
+    SELECT FROM answer AS x
+    INNER JOIN audit_events AS e ON e.recorded_at >= x.completed_at
+    WHERE e.outcome = 'success' AND CASE e.action
+        WHEN 'disclose' THEN e.assessment_id = x.assessment_id
+        WHEN 'view_worklist' THEN e.actor = $1
+        ELSE e.actor = $1
+            AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
+            AND coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)
+    END
+);
+
+-- name: record
+-- Record what a clinician says, and answer the demands that it answers.
+SELECT record_review($1, jsonb_populate_record(NULL::reviews, $2));
+
+-- name: recorded
+-- The row of a review, for its digest, and its image.
+SELECT r.*, a.image_id
+FROM reviews AS r
+INNER JOIN assessments AS a USING (assessment_id)
+WHERE r.review_id = $1;
+
+-- name: answered
+-- Assessments as they are, for their digests.
+SELECT
+    a.assessment_id, a.outcome, a.answer::text AS answer, a.failure, a.demand_level::text, a.demand_urgency::text,
+    a.demand_answered_at, e.embedding_space, e.embedding
+FROM assessments AS a
+LEFT JOIN lesion_embeddings AS e USING (image_id)
+WHERE a.assessment_id = ANY($1::uuid[]);
+
+-- name: review
+-- One review, with whose it is.
+SELECT i.lesion_id, i.patient_id, to_jsonb(v) AS said
+FROM (:recorded_review) AS v
+INNER JOIN lesion_images AS i USING (image_id)
+WHERE v.review_id = $1;
+
+-- name: named_image
+-- How an image of a lesion is.
+SELECT erased_at IS NOT NULL AS erased FROM lesion_images WHERE lesion_id = $1 AND image_id = $2;
+
+-- name: record_outcome
+-- Record what a lesion turned out to be.
+INSERT INTO lesion_outcomes
+    (outcome_id, lesion_id, image_id, kind, diagnosis, malignant, code, code_system, observed_on, source, recorded_by,
+     request_id)
+SELECT
+    n.outcome_id, n.lesion_id, n.image_id, n.kind, n.diagnosis, n.malignant, n.code, n.code_system, n.observed_on, n.source,
+    n.recorded_by, n.request_id
+FROM jsonb_populate_record(NULL::lesion_outcomes, $1) AS n
+RETURNING *;
+
+-- name: outcome
+-- One outcome, with whose it is.
+SELECT o.lesion_id, l.patient_id, to_jsonb(v) AS said
+FROM (:recorded_outcome) AS v
+INNER JOIN lesion_outcomes AS o USING (outcome_id)
+INNER JOIN lesions AS l ON l.lesion_id = o.lesion_id
+WHERE v.outcome_id = $1;
+
+-- name: queue
+-- Have the PMS told of a review ($2 'review') or an outcome ($3), in the encounter of the image $4, or where none is named
+-- of the lesion's ($5) newest that is there and has one; with $6, of the lesion's report after it. Says of which image.
+WITH image AS (
+    SELECT i.image_id, a.assessment_id, i.encounter_id
+    FROM lesion_images AS i
+    INNER JOIN assessments AS a USING (image_id)
+    WHERE i.lesion_id = $5 AND i.image_id = coalesce($4, i.image_id)
+        AND i.encounter_id IS NOT NULL AND i.erased_at IS NULL AND a.outcome <> 'pending'
+    ORDER BY i.created_at DESC, i.image_id DESC
+    LIMIT 1
+),
+queued AS (
+    INSERT INTO outbox (message_id, assessment_id, encounter_id, kind, subject_id)
+    SELECT m.message_id, i.assessment_id, i.encounter_id, m.kind, m.subject_id
+    FROM image AS i
+    CROSS JOIN (
+        VALUES (1, $1::uuid, $2::text, $3::uuid), (2, CASE WHEN $6::boolean THEN gen_random_uuid() END, 'fhir', NULL)
+    ) AS m (place, message_id, kind, subject_id)
+    WHERE m.message_id IS NOT NULL
+    ORDER BY m.place
+)
+SELECT image_id FROM image;

@@ -1,0 +1,111 @@
+"""The lesion's report goes to the encounter whenever something of it changed, where DERM_PMS_FHIR asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+import pytest
+
+from serve_app.fhir.codes import MEDIA_TYPE
+from serve_app.pms import delivery
+from serve_app.settings import Settings
+from tests.serve_app.conftest import until
+from tests.serve_app.erasure.erasing import erase
+from tests.serve_app.pms.server import TOKEN, PmsServer, running_pms
+
+
+@pytest.fixture(scope="module")
+def pms() -> Iterator[PmsServer]:
+    with running_pms() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def told(pms: PmsServer, tmp_path_factory) -> dict[str, object]:
+    """The settings of a service that tells reports."""
+    token: Path = tmp_path_factory.mktemp("token") / "pms.token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN)
+    return {"pms_url": pms.url, "pms_token_file": token, "pms_deliver": True, "pms_fhir": True}
+
+
+@pytest.fixture(scope="module")
+async def tied(start_service, told) -> AsyncIterator[Any]:
+    """The service over all five real stages, with a PMS that takes reports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "PERIOD_S", 0.05)
+        async with start_service(**told) as service:
+            yield service
+
+
+def status(bundle: dict[str, Any]) -> str:
+    return str(bundle["entry"][0]["resource"]["status"])
+
+
+async def test_a_report_follows_each_change_and_is_what_the_route_answers(tied, pms) -> None:
+    patient = await tied.care()
+    encounter = f"e-{patient}"
+    pms.register(patient, encounter)
+    answer = (await tied.upload(patient, encounter_id=encounter)).json()
+    at = f"/api/encounters/{encounter}/reports"
+
+    async def told(count: int) -> list[dict[str, Any]]:
+        await until(lambda: len(pms.others.get(at, [])) >= count, within_s=30)
+        assert len(pms.others[at]) == count
+        return [body for _, body in pms.others[at]]
+
+    async def shown() -> dict[str, Any]:
+        found: dict[str, Any] = (await tied.get(f"/api/lesions/{answer['lesion_id']}/report")).json()
+        return found
+
+    assert (await told(1))[-1] == await shown()
+    steps = [path for path, _ in pms.order if encounter in path]
+    assert steps == [f"/api/encounters/{encounter}/assessments", at]
+    assert dict(pms.order)[at] == MEDIA_TYPE
+    review = {"assessment_id": answer["assessment_id"], "decision": "override", "reason": "known_lesion"}
+    said = {"reviews": review | {"diagnosis": "NV", "level": "low", "urgency": "routine"}}
+    said["outcomes"] = {
+        "kind": "histology",
+        "diagnosis": "MEL",
+        "observed_on": answer["created_at"][:10],
+        "source": "pathology_report",
+    }
+    for count, (name, body) in enumerate(said.items(), start=2):
+        url = f"/api/lesions/{answer['lesion_id']}/{name}"
+        response = await tied.client.post(url, json=body, headers=tied.token("dr"))
+        assert response.status_code == 201, response.text
+        assert (await told(count))[-1] == await shown()
+        assert status(await shown()) == "amended"
+    assert (await erase(tied, answer)).status_code == 200
+    assert (await told(4))[-1] == await shown()
+    assert status(await shown()) == "entered-in-error"
+    keys = [key for key, _ in pms.others[at]]
+    assert len(set(keys)) == 4
+    # One lesion, one report: it is the same Bundle each time, further on.
+    assert len({bundle["id"] for _, bundle in pms.others[at]}) == 1
+    disclosed = "SELECT detail FROM audit_events WHERE action = 'disclose' AND lesion_id = $1::text::uuid"
+
+    async def on_record() -> bool:
+        kinds = [row["detail"].get("kind") for row in await tied.owner.fetch(disclosed, answer["lesion_id"])]
+        return kinds.count("fhir") == 4
+
+    await until(on_record, within_s=10)
+    assert answer["patient_id"] not in json.dumps(
+        [path for path, _ in pms.order if path != at and encounter not in path]
+    )
+
+
+async def test_without_an_encounter_no_report_is_told(tied) -> None:
+    answer = (await tied.upload(await tied.care())).json()
+    query = "SELECT count(*) FROM outbox WHERE assessment_id = $1::text::uuid"
+    assert await tied.owner.fetchval(query, answer["assessment_id"]) == 0
+
+
+def test_reports_go_the_way_of_assessments() -> None:
+    values = {"database_url": "postgresql:///x", "token_secret": "s" * 40, "pms_fhir": True}
+    with pytest.raises(ValidationError, match="DERM_PMS_FHIR needs DERM_PMS_DELIVER"):
+        Settings(**values)
