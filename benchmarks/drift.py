@@ -1,6 +1,6 @@
 """How soon a drift is found, and how often one is seen where there is none: a clinic's years, drawn from real images.
 
-`python -m benchmarks.drift --cache FOLDER --json`: the limits of serve_app/reports/drift.py (`--limits` so many years
+`python -m benchmarks.drift --json`: the limits of serve_app/reports/drift.py (`--limits` so many years
 set them anew), the alarms of 20 quiet years that had no part in that, and within how many images each shift is found.
 
 The clinic: patients come one after another, each with a visit of 1 to 15 images (2.6 on average); half of a visit's
@@ -215,7 +215,8 @@ def shifts(clinic: Clinic) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True, help="where the images' measures are kept")
+    kept = Path.home() / ".cache" / "derm-drift"
+    parser.add_argument("--cache", type=Path, default=kept, help="where the images' measures are kept")
     parser.add_argument("--models", type=Path, default=model_folder(), help="the folder of model folders")
     parser.add_argument("--model", help="its id (default: the one that ships)")
     parser.add_argument("--threads", type=int, default=1)

@@ -20,12 +20,13 @@ ORDER BY drift_id DESC
 LIMIT 1;
 
 -- name: begin
--- Begin a baseline with the images after those of the stream's subject before, or else with the model's first.
+-- Begin a baseline with the images after those of the stream's subject before, or else with the model's first; of
+-- pictures, whose colour balance was not measured before there was this table, with those from then on.
 INSERT INTO drift_streams (stream, subject, since)
 SELECT $1, $2, coalesce(
     (SELECT max(seen_until) FROM drift_streams WHERE stream = $1),
     (SELECT min(published_at) FROM publications WHERE model_id = $2::jsonb ->> 'model_id'),
-    'epoch'
+    (SELECT applied_at FROM schema_migrations WHERE version = 28)
 )
 RETURNING drift_id, since, baseline, baseline_until, seen_until;
 

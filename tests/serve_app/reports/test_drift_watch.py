@@ -277,6 +277,18 @@ async def test_a_baseline_is_frozen_and_only_the_owner_acknowledges(
             await owner_pool.execute(statement)
 
 
+async def test_no_alarm_ends_that_nobody_acknowledged(pool, owner_pool) -> None:
+    begin = (
+        "INSERT INTO drift_streams (stream, subject, since) VALUES ('model', '{}', now()) RETURNING drift_id"
+    )
+    drift_id = await pool.fetchval(begin)
+    await pool.execute(
+        "INSERT INTO drift_alarms (drift_id, measure, distance) VALUES ($1, 'unknown', 9)", drift_id
+    )
+    with pytest.raises(Conflict, match="until_acknowledged"):
+        await owner_pool.execute("UPDATE drift_alarms SET ended_at = now() WHERE drift_id = $1", drift_id)
+
+
 async def test_the_report_is_for_statistics_readers_and_says_how_each_measure_stands(service) -> None:
     found = '{"exposure": {"mean": [0.6], "distance": 41.234, "shown": {"exposure": 0.6}}}'
     drift_id = await service.owner.fetchval(
