@@ -177,8 +177,9 @@ def _conclusion(timeline: LesionTimeline) -> Iterator[str]:
     else:
         _, decided = decisions[-1]
         verb = f"overridden ({decided.reason})" if decided.reason else "accepted"
-        words = _words(decided.level, decided.urgency)
-        yield f"Decision of a clinician, {format_time(decided.recorded_at)}: {verb}; {words}."
+        diagnosis = decided.diagnosis.display_name if decided.diagnosis else None
+        parts = [each for each in (verb, diagnosis, decided.level, decided.urgency) if each is not None]
+        yield f"Decision of a clinician, {format_time(decided.recorded_at)}: {', '.join(parts)}."
     answered = _newest_answered(timeline)
     for outcome in timeline.outcomes:
         against = " It contradicts the answer." if answered and contradicts(outcome, answered) else ""

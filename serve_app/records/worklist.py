@@ -43,22 +43,16 @@ class WorkAction(StrEnum):
     CHECK_LATER = "check_later"
 
 
-_DECIDE = "record your decision; where it is another, with the reason."
+_DECIDE = "Look at the lesion and the answer, then record your decision, with the reason where it differs."
 MESSAGES: Mapping[WorkAction, str] = {
-    WorkAction.REFER_URGENTLY: (
-        f"The rules demand an urgent referral, as for a suspected cancer. Look at the lesion and the answer, and {_DECIDE}"
-    ),
-    WorkAction.REFER_SOON: (
-        f"The rules demand a referral sooner than routine. Look at the lesion and the answer, and {_DECIDE}"
-    ),
-    WorkAction.REFER: f"The rules demand a routine referral. Look at the lesion and the answer, and {_DECIDE}",
+    WorkAction.REFER_URGENTLY: (f"The rules demand an urgent referral, as for a suspected cancer. {_DECIDE}"),
+    WorkAction.REFER_SOON: (f"The rules demand a referral sooner than routine. {_DECIDE}"),
+    WorkAction.REFER: f"The rules demand a routine referral. {_DECIDE}",
     WorkAction.REVIEW_IMAGE: (
         "The answer is in doubt, and not to be used before a clinician has looked at the image and at the reasons. Do so,"
         " and record your decision."
     ),
-    WorkAction.DECIDE: (
-        "The rules demand no referral, which does not mean 'no cancer'. Look at the answer, and record your decision."
-    ),
+    WorkAction.DECIDE: (f"The rules demand no referral, which does not mean 'no cancer'. {_DECIDE}"),
     WorkAction.FOLLOW_UP: (
         "A clinician wanted this lesion seen again by the day that is due, and neither a later image nor an outcome has come."
         " See the patient, and send the new image under this lesion_id."
@@ -71,6 +65,12 @@ MESSAGES: Mapping[WorkAction, str] = {
         "The image is stored, and its assessment has not finished. Look again in a few minutes, and do not send it a second"
         " time; if it stays so, judge the lesion without it."
     ),
+}
+
+#: Said beside it where the image that demands the most has such an outcome.
+_BESIDE = {
+    Outcome.REVIEW: " That answer is in doubt: read its reasons first.",
+    Outcome.ERASED: " The image was erased since, and its findings with it; what they demanded stays.",
 }
 
 _BY_KIND = {
@@ -136,7 +136,8 @@ class WorkItem:
     def action(self) -> RequiredAction:
         """What is to be done."""
         code = _BY_KIND.get(self.kind) or self._demanded()
-        return RequiredAction(code, MESSAGES[code])
+        beside = _BESIDE.get(self.outcome, "") if code not in _BY_KIND.values() else ""
+        return RequiredAction(code, MESSAGES[code] + beside)
 
     def _demanded(self) -> WorkAction:
         if self.urgency in _BY_URGENCY:

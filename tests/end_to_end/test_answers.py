@@ -47,6 +47,17 @@ async def test_an_image_is_answered(pms, lesion_image, model_id) -> None:
     assert timeline["assessments"] == [answer]
 
 
+async def test_what_was_uploaded_waits_for_its_clinician(pms, lesion_image) -> None:
+    """With a clinician's impression from before the answer, and what only describes."""
+    subject = f"dr-{uuid4().hex[:8]}"
+    patient, headers = await pms.care(subject), pms.token(subject)
+    described = {"skin_type": "IV", "device": "DermLite DL5", "impression": '{"diagnosis": "NV"}'}
+    response = await pms.upload(patient, lesion_image(), headers=headers, **described)
+    assert response.status_code == 201, response.text
+    (item,) = (await pms.client.get("/api/worklist", headers=headers)).json()["items"]
+    assert (item["image_id"], item["patient_id"]) == (response.json()["image_id"], patient)
+
+
 async def test_a_follow_up_and_a_retry(pms, lesion_image) -> None:
     patient = await pms.care()
     first = (await pms.upload(patient, lesion_image())).json()

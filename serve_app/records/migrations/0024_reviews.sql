@@ -213,5 +213,5 @@ ALTER TABLE idempotency_keys ALTER COLUMN assessment_id DROP NOT NULL;
 COMMENT ON COLUMN idempotency_keys.created_id IS
 'The review or outcome that it led to; null where it was an image.';
 
--- What was done since an answer is looked up in the log when an impression comes: its events come in their order.
-CREATE INDEX audit_events_since ON audit_events USING brin (recorded_at);
+-- What a clinician did since an answer is looked up in the log when an impression comes.
+CREATE INDEX audit_events_of_actor ON audit_events (actor, recorded_at);

@@ -34,12 +34,25 @@ INNER JOIN space_embedders AS f USING (embedding_space)
 WHERE f.model_id <> s.model_id;
 
 -- name: erased_images_leave_nothing
--- no erased image has a vector or an answer
+-- no erased image has a vector, an answer or a note
 SELECT count(*) FROM lesion_images AS i
 WHERE i.erased_at IS NOT NULL AND (
     EXISTS (SELECT FROM lesion_embeddings AS e WHERE e.image_id = i.image_id)
     OR EXISTS (SELECT FROM assessments AS a WHERE a.image_id = i.image_id AND a.answer IS NOT NULL)
+    OR EXISTS (
+        SELECT FROM assessments AS a
+        INNER JOIN reviews AS r USING (assessment_id)
+        WHERE a.image_id = i.image_id AND r.note IS NOT NULL
+    )
 );
+
+-- name: demands_answered_by_decisions
+-- every demand that is answered is among what a decision answers
+SELECT count(*) FROM (
+    SELECT a.assessment_id FROM assessments AS a WHERE a.demand_answered_at IS NOT NULL
+    EXCEPT
+    SELECT unnest(r.answers) FROM reviews AS r
+) AS unsaid;
 
 -- name: erasures_proven
 -- every accepted erasure has its receipt within ten minutes

@@ -26,15 +26,16 @@ SELECT EXISTS (
     INNER JOIN assessments AS a USING (image_id)
     WHERE a.actor = $1 AND a.attempts = 0 AND a.completed_at >= x.completed_at
 ) OR EXISTS (
+    SELECT FROM outbox AS o WHERE o.assessment_id = $2 AND o.sent_at IS NOT NULL
+) OR EXISTS (
     SELECT FROM answer AS x
-    INNER JOIN audit_events AS e ON e.recorded_at >= x.completed_at
-    WHERE e.outcome = 'success' AND CASE e.action
-        WHEN 'disclose' THEN e.assessment_id = x.assessment_id
-        WHEN 'view_worklist' THEN e.actor = $1
-        ELSE e.actor = $1
-            AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
-            AND coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)
-    END
+    INNER JOIN audit_events AS e ON e.actor = $1 AND e.recorded_at >= x.completed_at
+    WHERE e.outcome = 'success'
+        AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
+        AND CASE e.action
+            WHEN 'view_worklist' THEN e.detail #> ARRAY['shown', x.patient_id] ? x.lesion_id::text
+            ELSE coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)
+        END
 );
 
 -- name: record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from random import Random
@@ -42,6 +43,16 @@ BLURRED = Reason("blurred", "The image is too blurred.", "Take it again, in focu
 REFERS = Reason(
     CHECKLIST_REFERS, "The checklist demands a referral.", "Refer on the suspected-cancer pathway."
 )
+
+
+def within(part: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a resource, itself first."""
+    if isinstance(part, dict):
+        yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for each in part:
+            yield from within(each)
 
 
 class History:
@@ -88,7 +99,7 @@ class History:
     def image(self, days: float = 0, assessment: Assessment | None = None, **facts: Any) -> ImageRecord:
         """An image of so many days after the start; without an assessment it is pending unless `outcome` says else."""
         created_at = START + timedelta(days=days)
-        outcome = Outcome.PENDING if assessment is None else assessment.outcome
+        outcome = facts.get("outcome", Outcome.PENDING if assessment is None else assessment.outcome)
         values: dict[str, Any] = {
             "image_id": self.uuid(),
             "assessment_id": self.uuid(),
@@ -222,7 +233,7 @@ class History:
             "note": random.choice((None, "Mrs Example's mole")),
         }
         if decision is Decision.OVERRIDE:
-            said |= {"level": random.choice(list(RiskLevel)), "urgency": random.choice(list(Urgency))}
+            said |= {"level": random.choice((None, *RiskLevel)), "urgency": random.choice((None, *Urgency))}
             said["reason"] = random.choice(list(OverrideReason))
         return self.review(image, decision, **said)
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
 
+from serve_app.audit.events import AuditEvent
+from serve_app.domain.assessment import Outcome
+from serve_app.domain.patient import ClinicalContext
+from serve_app.domain.review import Decision
 from serve_app.fhir.codes import MEDIA_TYPE
+from serve_app.fhir.report import lesion_report
+from serve_app.keys.receipts import ErasureReason
+from serve_app.records.erasures import ErasureRequest
+from serve_app.records.lesion_rows import Admission, ImageRecord
+from serve_app.records.reviews import Statement
 from tests.serve_app.erasure.erasing import erase, followed, uploaded
+from tests.serve_app.fhir.histories import History
 from tests.serve_app.fhir.validators import Validators
+from tests.serve_app.records.conftest import admission
+
+__all__ = ["admission"]
 
 
 async def report(service, answer: dict[str, Any], **named: str) -> httpx.Response:
@@ -75,6 +89,112 @@ async def test_once_erased_it_is_in_error_and_says_nothing_of_the_image(
     assert of_kind(gone, "DiagnosticReport")[0]["status"] == "entered-in-error"
     assert not of_kind(gone, "Device")
     assert not [each for each in of_kind(gone, "Media") if "url" in each["content"]]
+
+
+async def say(service, answer: dict[str, Any], name: str, **body: object) -> None:
+    url = f"/api/lesions/{answer['lesion_id']}/{name}"
+    response = await service.client.post(url, json=body, headers=service.token("dr"))
+    assert response.status_code == 201, response.text
+
+
+async def test_what_clinicians_say_is_in_it_and_their_note_is_not(service, validators: Validators) -> None:
+    answer = await uploaded(service)
+    about = {"assessment_id": answer["assessment_id"]}
+    bundles = [(await report(service, answer)).json()]
+    await say(service, answer, "reviews", **about, impression={"diagnosis": "NV"})
+    bundles.append((await report(service, answer)).json())
+    await say(service, answer, "reviews", **about, decision="accept", referral_made=True)
+    bundles.append((await report(service, answer)).json())
+    override = {"decision": "override", "reason": "clinical_examination", "urgency": "routine"}
+    await say(service, answer, "reviews", **about, **override, note="Mrs Example's mole")
+    bundles.append((await report(service, answer)).json())
+    found = {"kind": "follow_up", "malignant": False, "observed_on": answer["created_at"][:10]}
+    await say(service, answer, "outcomes", **found, source="clinician", code="x", code_system="urn:oid:1.2.3")
+    bundles.append((await report(service, answer)).json())
+    assert validators.findings(bundles) == []
+    statuses = [of_kind(bundle, "DiagnosticReport")[0]["status"] for bundle in bundles]
+    assert statuses == ["preliminary", "preliminary", "final", "amended", "amended"]
+    proposals = [len(of_kind(bundle, "ServiceRequest")) for bundle in bundles]
+    low = (answer["risk"]["level"], answer["risk"]["urgency"]) == ("low", "routine")
+    assert proposals == ([0] * 5 if low else [1, 1, 0, 0, 0])
+    decisions = [
+        each
+        for each in of_kind(bundles[-1], "RiskAssessment")
+        if each["code"]["coding"][0]["code"] == "decision"
+    ]
+    assert [each["mitigation"] for each in decisions] == [
+        f"Urgency: {answer['risk']['urgency']}",
+        "Urgency: routine",
+    ]
+    assert "Mrs Example" not in json.dumps(bundles)
+
+
+async def test_whatever_the_stores_hold_is_a_valid_report(service, validators: Validators, admission) -> None:
+    """Histories from a seed, written by the stores that the routes use and read back by the timeline."""
+    parts = service.app.state.services
+    bundles = []
+    for seed in range(40):
+        history = History(seed)
+        drawn, lesion_id, patient = history.anything(), uuid4(), f"p-{uuid4().hex[:12]}"
+        for number, image in enumerate(reversed(drawn.images)):
+            case = admission(
+                lesion_id=lesion_id,
+                patient_id=patient,
+                new_lesion=number == 0,
+                created_at=image.created_at,
+                encounter_id=image.encounter_id,
+                context=ClinicalContext(image.anatom_site_general),
+            )
+            await parts.records.admit(case)
+            await _finish(parts, history, case, image)
+        for outcome in drawn.outcomes:
+            said = {
+                "kind": outcome.kind,
+                "diagnosis": outcome.diagnosis,
+                "malignant": outcome.malignant,
+                "observed_on": outcome.observed_on.isoformat(),
+                "source": outcome.source,
+            }
+            statement = Statement(lesion_id=lesion_id, said=said, event=_event("record_outcome"))
+            await parts.reviews.record_outcome(statement)
+        timeline = await parts.records.timeline(lesion_id)
+        assert {image.outcome for image in timeline.images} == {image.outcome for image in drawn.images}
+        assert len(timeline.outcomes) == len(drawn.outcomes)
+        bundles.append(lesion_report(timeline))
+    assert validators.findings(bundles) == []
+    statuses = {of_kind(bundle, "DiagnosticReport")[0]["status"] for bundle in bundles}
+    assert statuses == {"preliminary", "final", "amended", "entered-in-error"}
+
+
+def _event(action: str) -> AuditEvent:
+    return AuditEvent(action=action, actor="dr", outcome="success", request_id=str(uuid4()))
+
+
+async def _finish(parts, history: History, case: Admission, image: ImageRecord) -> None:
+    """Bring an image to where it was drawn to be, with its reviews; an erased one had an answer before."""
+    done, ids = _event("classify"), case.assessment_id
+    gone = image.outcome is Outcome.ERASED
+    answer = history.assessment(Outcome.REVIEW) if gone else image.assessment
+    if image.outcome is Outcome.FAILED:
+        await parts.records.fail(ids, "undecodable_image", event=done)
+    elif answer is not None:
+        await parts.records.complete(ids, answer, embedding_space="a", event=done)
+        for review in image.reviews:
+            said = {"assessment_id": str(ids), "decision": review.decision, "reason": review.reason}
+            if review.decision is Decision.OVERRIDE:
+                said |= {"level": review.level, "diagnosis": review.diagnosis, "note": review.note}
+            if review.decision is None:
+                said |= {"impression_diagnosis": "NV"}
+            await parts.reviews.review(Statement(lesion_id=case.lesion_id, said=said, event=_event("review")))
+    if image.outcome in {Outcome.ERASED, Outcome.CANCELLED}:
+        request = ErasureRequest(
+            lesion_id=case.lesion_id,
+            image_id=case.image_id,
+            reason=ErasureReason.PATIENT_REQUEST,
+            actor="chief",
+            request_id="erased",
+        )
+        await parts.eraser.erasures.accept(request)
 
 
 @pytest.mark.parametrize(

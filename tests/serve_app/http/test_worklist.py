@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import uuid4
 
+from pydantic import SecretStr, ValidationError
 import pytest
 
+from serve_app.settings import Settings
 from tests.serve_app.erasure.erasing import followed, uploaded
 
 URL = "/api/worklist"
@@ -96,25 +98,30 @@ async def test_who_is_reached_in_an_emergency_is_flagged_and_recorded_under_it(s
     assert entry["accesses"] == {"view_worklist": 1}
 
 
-async def test_kinds_are_chosen_and_a_follow_up_comes_back_until_it_is_seen(service, clinician) -> None:
+async def test_a_decision_ends_a_demand_and_its_follow_up_waits_until_an_image_comes(
+    service, clinician
+) -> None:
     answer = await upload(service, clinician)
     await service.care("dr", answer["patient_id"])
-    yesterday = datetime.now(UTC).date() - timedelta(days=1)
-    await service.owner.execute(
-        "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, level, urgency, follow_up_by)"
-        " VALUES ($1, $2::text::uuid, 'dr', 'r', 'accept', 'low', 'routine', $3)",
-        *(uuid4(), answer["assessment_id"], yesterday),
-    )
-    (item,) = (await listed(service, clinician, kind="follow_up")).json()["items"]
-    assert (item["due"], item["overdue"], item["action"]["code"]) == (
-        yesterday.isoformat(),
-        True,
-        "follow_up",
-    )
-    both = (await listed(service, clinician, kind=["follow_up", "demand"])).json()["items"]
-    assert [item["kind"] for item in both] == ["follow_up", "demand"]
+    today = datetime.now(UTC).date()
+    review = {"assessment_id": answer["assessment_id"], "decision": "accept"}
+    said = review | {"follow_up_by": today.isoformat()}
+    url, headers = f"/api/lesions/{answer['lesion_id']}/reviews", service.token(clinician)
+    response = await service.client.post(url, json=said, headers=headers)
+    assert response.status_code == 201, response.text
+    (item,) = (await listed(service, clinician)).json()["items"]
+    assert (item["kind"], item["assessment_id"]) == ("follow_up", answer["assessment_id"])
+    assert (item["due"], item["overdue"], item["action"]["code"]) == (today.isoformat(), False, "follow_up")
+    assert (await listed(service, clinician, kind=["demand", "review"])).json()["items"] == []
     await followed(service, answer)
-    assert (await listed(service, clinician, kind="follow_up")).json()["items"] == []
+    assert [item["kind"] for item in (await listed(service, clinician)).json()["items"]] == ["demand"]
+
+
+@pytest.mark.parametrize("days", [(15, 28, 126), (0, 28, 126), (14, 13, 126), (14, 28, 27)])
+def test_urgent_is_never_later_than_the_guideline_nor_than_what_is_less_urgent(days) -> None:
+    values = dict(zip(("due_days_urgent", "due_days_expedited", "due_days_routine"), days, strict=True))
+    with pytest.raises(ValidationError):
+        Settings(database_url=SecretStr("postgresql://x"), token_secret=SecretStr("x" * 40), **values)
 
 
 @pytest.mark.parametrize(

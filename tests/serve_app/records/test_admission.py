@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from serve_app.domain.diagnosis import Diagnosis
@@ -110,7 +111,7 @@ async def test_errors_do_not_quote_patients(lesions, admission) -> None:
     assert caught.value.__cause__ is None
 
 
-async def test_an_impression_is_vouched_for(lesions, admission, owner_pool) -> None:
+async def test_an_impression_is_vouched_for(lesions, admission, owner_pool, database, as_superuser) -> None:
     """One that was changed, taken away or added behind the service's back shows."""
 
     async def found() -> list[str]:
@@ -125,7 +126,10 @@ async def test_an_impression_is_vouched_for(lesions, admission, owner_pool) -> N
         await lesions.admit(admission(impression=given))
     assert await owner_pool.fetchval("SELECT count(*) FROM reviews") == 2
     assert await found() == []
-    await owner_pool.execute("UPDATE reviews SET impression_diagnosis = 'NV'")
+    tamperer = await asyncpg.connect(as_superuser(database))
+    await tamperer.execute("SET session_replication_role = replica")  # no trigger
+    await tamperer.execute("UPDATE reviews SET impression_diagnosis = 'NV'")
     assert await found() == ["is not what its event says"] * 2
-    await owner_pool.execute("DELETE FROM reviews WHERE intended_referral = 'none'")
+    await tamperer.execute("DELETE FROM reviews WHERE intended_referral = 'none'")
+    await tamperer.close()
     assert sorted(await found()) == ["is gone", "is not what its event says"]

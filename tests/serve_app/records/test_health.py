@@ -30,6 +30,20 @@ SELECT gen_random_uuid(), i.image_id, i.data_key_id, sha256('x'),
 FROM lesion_images AS i;
 """
 
+#: What is left of an erased image, whose demand is still on record.
+ASSESSED = """
+INSERT INTO assessments (
+    assessment_id, image_id, created_at, outcome, completed_at, context, top_k, licences, actor, request_id,
+    demand_level, demand_urgency
+)
+SELECT i.image_id, i.image_id, now(), 'erased', now(), '{}', 1, '{}', 'dr', 'r', 'high', 'urgent' FROM lesion_images AS i;
+"""
+LEFT_NOTE = """
+INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, note)
+SELECT a.image_id, a.image_id, 'dr', 'r', 'accept', 'her left arm' FROM assessments AS a;
+"""
+ANSWERED = "UPDATE assessments SET demand_answered_at = now();"
+
 #: As in a database that was filled before licences were checked there.
 UNLICENSED = """
 ALTER TABLE reference_images DROP CONSTRAINT reference_images_licensed;
@@ -87,7 +101,9 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) ->
             "references_of_the_archive",
         ),
         (ERASED + LEFT_VECTOR, "erased_images_leave_nothing"),
+        (ERASED + ASSESSED + LEFT_NOTE, "erased_images_leave_nothing"),
         (ERASED + UNPROVEN, "erasures_proven"),
+        (ERASED + ASSESSED + ANSWERED, "demands_answered_by_decisions"),
     ],
 )
 async def test_each_violation_is_named_and_counted(pools, harm: str, violated: str) -> None:

@@ -17,8 +17,10 @@ from serve_app.domain.errors import AssessmentPending, Conflict, Erased, Idempot
 from serve_app.domain.review import Decision
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.erasures import ErasureRequest, ErasureStore, Verdict
+from serve_app.records.health import find_violations
 from serve_app.records.lesion_rows import Admission
 from serve_app.records.lesions import LesionStore
+from serve_app.records.outbox import Outbox
 from serve_app.records.pool import Pool, queries
 from serve_app.records.reconciliation import reconcile
 from serve_app.records.reviews import ReviewStore, Statement
@@ -27,6 +29,7 @@ LEVELS, URGENCIES = list(RiskLevel), list(Urgency)
 #: How often each action is drawn.
 ACTIONS = {"upload": 8, "late": 2, "review": 8, "erase": 2, "outcome": 2, "confirm": 2, "look": 1}
 ACTED = 1_000
+HELD = ("erased_images_leave_nothing", "demands_answered_by_decisions")
 
 
 @dataclass
@@ -256,6 +259,7 @@ async def test_a_thousand_actions_and_only_a_decision_answers_a_demand(
         await history.hold(lesion_id)
         if number % 100 == 99:
             await history.hold(*history.lesions)
+    assert [each for each in await find_violations(pool) if each.name in HELD] == []
     states = {image.state for images in history.lesions.values() for image in images}
     assert states == {"pending", "done", "failed", "erased"}
     assert (await reconcile(pool)).differences == ()
@@ -376,19 +380,18 @@ async def test_what_was_said_is_never_changed(answered, reviews, owner_pool) -> 
                 await connection.execute(harm)
 
 
-#: What the clinician did since the answer, and whether they may have seen it there. `{lesion}`: on the lesion; `{patient}`:
-#: on the patient; `{}`: on neither; `{other}`: on another lesion of the patient.
+#: What the clinician did since the answer, of what, and whether they may have seen it there. `other`: another lesion of the
+#: patient; `shown`, `hidden`: a page of the worklist with the lesion or without.
 GIVEN = {
     "read lesion": True,
     "replay lesion": True,
     "review lesion": True,
     "read_report lesion": True,
     "list patient": True,
-    "view_worklist nothing": True,
+    "view_worklist shown": True,
+    "view_worklist hidden": False,
     "something_new lesion": True,
     "something_new patient": True,
-    "disclose assessment": True,
-    "disclose nothing": False,
     "download lesion": False,
     "confirm lesion": False,
     "record_outcome lesion": False,
@@ -407,16 +410,15 @@ async def test_an_impression_is_before_the_answer_unless_the_log_says_that_it_wa
     action, what = done.split()
     about = {
         "lesion": {"patient_id": case.patient_id, "lesion_id": case.lesion_id},
-        "assessment": {"assessment_id": case.assessment_id},
         "patient": {"patient_id": case.patient_id},
         "other": {"patient_id": case.patient_id, "lesion_id": uuid4()},
         "nothing": {},
+        "shown": {"detail": {"shown": {case.patient_id: [str(case.lesion_id), str(uuid4())]}}},
+        "hidden": {"detail": {"shown": {case.patient_id: [str(uuid4())], "p": [str(case.lesion_id)]}}},
     }[what]
-    by = "derm-cds:outbox" if action == "disclose" else clinician
-    event = AuditEvent(action=action, actor=by, outcome="success", request_id="r", **about)
-    for other in ({"outcome": "denied"}, {} if action == "disclose" else {"actor": "somebody else"}):
-        if other:
-            await lesions.record_event(replace(event, **other))
+    event = AuditEvent(action=action, actor=clinician, outcome="success", request_id="r", **about)
+    for other in ({"outcome": "denied"}, {"actor": "somebody else"}):
+        await lesions.record_event(replace(event, **other))
     thought = {"impression_diagnosis": "MEL", "intended_referral": "urgent"}
     spoken = statement(case, clinician=clinician, **thought)
     assert not await reviews._pool.fetchval(queries("reviews")["given"], clinician, case.assessment_id)
@@ -447,6 +449,14 @@ async def test_whoever_waited_for_the_answer_was_given_it_and_whoever_got_202_wa
     await lesions.admit(pending)
     review, _, _ = await reviews.review(statement(pending, clinician="dr", **thought))
     assert (review.impression.before_answer, review.decision, review.answers) == (True, None, ())
+    # A message to the PMS, where everybody reads it: from when it may be there.
+    message = "INSERT INTO outbox (message_id, assessment_id, encounter_id) VALUES ($1, $2, 'e')"
+    await owner_pool.execute(message, message_id := uuid4(), case.assessment_id)
+    assert await before(case)
+    await Outbox(owner_pool).note_sent(message_id)
+    assert not await before(case)
+    await owner_pool.execute("DELETE FROM outbox WHERE message_id = $1", message_id)
+    assert await before(case)
     # Another image of the lesion, answered later, shows what the first one demands.
     await answered(lesion_id=case.lesion_id, new_lesion=False)
     assert not await before(case)

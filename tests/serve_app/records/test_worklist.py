@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 import random
+from typing import Any
 from uuid import UUID, uuid4
 
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 import pytest
 
 from serve_app.domain.assessment import Outcome, Reason, RiskLevel, Urgency
+from serve_app.records.lesions import LesionStore
+from serve_app.records.pool import Pool
 from serve_app.records.worklist import WorkAction, WorkItem, WorkKind, WorklistStore
 
 DAYS = {"urgent": 14, "expedited": 28, "routine": 126}
@@ -21,64 +24,82 @@ LEVELS, URGENCIES = list(RiskLevel), list(Urgency)
 TODAY = datetime.now(UTC)
 
 
+@dataclass
+class Record:
+    """Lets things happen to one principal's patient, so many days ago."""
+
+    lesions: LesionStore
+    owner: Pool
+    #: What makes values: `admission`, `assessment`, `event`; and the `space`.
+    made: dict[str, Any]
+    principal: str = field(default_factory=lambda: f"dr-{uuid4().hex[:8]}")
+    patient: str = field(default_factory=lambda: f"p-{uuid4().hex[:8]}")
+
+    async def care(self, patient: str | None = None, *, ends: datetime | None = None) -> None:
+        care = "INSERT INTO care_assignments VALUES ($1, $2, $3, $4)"
+        since = TODAY - timedelta(days=999)
+        await self.owner.execute(care, patient or self.patient, self.principal, since, ends)
+
+    async def image(
+        self, end: str, level="low", urgency="routine", *, days: float = 0, lesion: UUID | None = None
+    ):
+        case = self.made["admission"](
+            lesion_id=lesion or uuid4(),
+            new_lesion=lesion is None,
+            patient_id=self.patient,
+            created_at=datetime.now(UTC) - timedelta(days=days),
+        )
+        await self.lesions.admit(case)
+        done = {"embedding_space": self.made["space"], "event": self.made["event"]("classify")}
+        if end in {"decided", "review"}:
+            risk = replace(self.made["assessment"]().risk, level=RiskLevel(level), urgency=Urgency(urgency))
+            finished = self.made["assessment"](outcome=Outcome(end), risk=risk)
+            await self.lesions.complete(case.assessment_id, finished, **done)
+        elif end.startswith("refused"):
+            code = "checklist_demands_referral" if "referred" in end else "blurred"
+            nothing = {"classification": None, "risk": None, "embedding": None}
+            refusal = self.made["assessment"](
+                outcome=Outcome.REFUSED, reasons=(Reason(code, "m", "a"),), **nothing
+            )
+            await self.lesions.complete(case.assessment_id, refusal, **done)
+        elif end == "failed":
+            await self.lesions.fail(case.assessment_id, "integrity", event=self.made["event"]("classify"))
+        return case
+
+    async def erase(self, case) -> None:
+        erase = "SELECT erase_image($1, $2, $3, 'patient_request', NULL, 'boss', 'r')"
+        assert await self.owner.fetchval(erase, case.lesion_id, case.image_id, uuid4()) == "accepted"
+
+    async def decide(self, case, follow_up: date | None = None, *, days: float = 0) -> None:
+        await self.owner.execute(
+            "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, level, urgency,"
+            " follow_up_by, recorded_at) VALUES ($1, $2, 'dr', 'r', 'accept', 'medium', 'routine', $3, $4)",
+            *(uuid4(), case.assessment_id, follow_up, datetime.now(UTC) - timedelta(days=days)),
+        )
+        answered = "UPDATE assessments SET demand_answered_at = now() WHERE assessment_id = $1 AND demand_level IS NOT NULL"
+        await self.owner.execute(answered, case.assessment_id)
+
+    async def outcome(self, case, observed_on: date | None = None) -> None:
+        await self.owner.execute(
+            "INSERT INTO lesion_outcomes (outcome_id, lesion_id, kind, malignant, observed_on, source, recorded_by,"
+            " request_id) VALUES ($1, $2, 'follow_up', false, $3, 'clinician', 'dr', 'r')",
+            *(uuid4(), case.lesion_id, observed_on or datetime.now(UTC).date()),
+        )
+
+    async def list(self, *kinds: str, **asked) -> list[WorkItem]:
+        chosen = [WorkKind(kind) for kind in kinds] or list(WorkKind)
+        return await WorklistStore(self.owner, DAYS).worklist(
+            self.principal, kinds=chosen, **{"limit": 1000, **asked}
+        )
+
+    async def told(self, *kinds: str) -> list[tuple[str, UUID]]:
+        return [(item.kind.value, item.image_id) for item in await self.list(*kinds)]
+
+
 @pytest.fixture
-async def record(lesions, owner_pool, admission, assessment, event, space):
-    """Let things happen to one principal's patient, so many days ago."""
-
-    class Record:
-        principal, patient = f"dr-{uuid4().hex[:8]}", f"p-{uuid4().hex[:8]}"
-        store, owner = WorklistStore(owner_pool, DAYS), owner_pool
-
-        async def care(self, patient: str | None = None, *, ends: datetime | None = None) -> None:
-            care = "INSERT INTO care_assignments VALUES ($1, $2, $3, $4)"
-            since = TODAY - timedelta(days=999)
-            await owner_pool.execute(care, patient or self.patient, self.principal, since, ends)
-
-        async def image(
-            self, end: str, level="low", urgency="routine", *, days: float = 0, lesion: UUID | None = None
-        ):
-            case = admission(
-                lesion_id=lesion or uuid4(),
-                new_lesion=lesion is None,
-                patient_id=self.patient,
-                created_at=datetime.now(UTC) - timedelta(days=days),
-            )
-            await lesions.admit(case)
-            done = {"embedding_space": space, "event": event("classify")}
-            if end in {"decided", "review"}:
-                risk = replace(assessment().risk, level=RiskLevel(level), urgency=Urgency(urgency))
-                finished = assessment(outcome=Outcome(end), risk=risk)
-                await lesions.complete(case.assessment_id, finished, **done)
-            elif end.startswith("refused"):
-                code = "checklist_demands_referral" if "referred" in end else "blurred"
-                nothing = {"classification": None, "risk": None, "embedding": None}
-                refusal = assessment(outcome=Outcome.REFUSED, reasons=(Reason(code, "m", "a"),), **nothing)
-                await lesions.complete(case.assessment_id, refusal, **done)
-            elif end == "failed":
-                await lesions.fail(case.assessment_id, "integrity", event=event("classify"))
-            return case
-
-        async def erase(self, case) -> None:
-            erase = "SELECT erase_image($1, $2, $3, 'patient_request', NULL, 'boss', 'r')"
-            assert await owner_pool.fetchval(erase, case.lesion_id, case.image_id, uuid4()) == "accepted"
-
-        async def decide(self, case, follow_up: date | None = None, *, days: float = 0) -> None:
-            await owner_pool.execute(
-                "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, level, urgency,"
-                " follow_up_by, recorded_at) VALUES ($1, $2, 'dr', 'r', 'accept', 'medium', 'routine', $3, $4)",
-                *(uuid4(), case.assessment_id, follow_up, datetime.now(UTC) - timedelta(days=days)),
-            )
-            answered = "UPDATE assessments SET demand_answered_at = now() WHERE assessment_id = $1 AND demand_level IS NOT NULL"
-            await owner_pool.execute(answered, case.assessment_id)
-
-        async def list(self, *kinds: str, **asked) -> list[WorkItem]:
-            chosen = [WorkKind(kind) for kind in kinds] or list(WorkKind)
-            return await self.store.worklist(self.principal, kinds=chosen, **{"limit": 1000, **asked})
-
-        async def told(self, *kinds: str) -> list[tuple[str, UUID]]:
-            return [(item.kind.value, item.image_id) for item in await self.list(*kinds)]
-
-    return Record()
+def record(lesions, owner_pool, admission, assessment, event, space) -> Record:
+    made = {"admission": admission, "assessment": assessment, "event": event, "space": space}
+    return Record(lesions, owner_pool, made)
 
 
 ENDS = ("decided", "review", "refused", "refused, referred", "failed", "pending")
@@ -180,7 +201,9 @@ async def test_what_is_to_be_done_and_by_when(record, end, level, urgency, kind,
         assert (item.kind, item.action.code) == (kind, action)
         assert item.due == case.created_at.date() + timedelta(days=days)
         assert item.overdue is overdue
-        assert item.action.message
+        # In doubt, it is said once.
+        assert ("in doubt" in item.action.message) is (end == "review")
+        assert item.action.message.count("in doubt") <= 1
 
 
 async def test_an_image_in_doubt_waits_for_a_decision_beside_its_lesions_demand(record) -> None:
@@ -219,6 +242,11 @@ async def test_what_can_have_no_answer_is_done_with_by_a_later_image_or_a_decisi
     assert await record.told() == [(end, case.image_id)]
     await record.decide(case)
     assert await record.told() == []
+    # Where no decision is taken, the lesion's outcome ends it.
+    other = await record.image(end, days=1)
+    assert await record.told() == [(end, other.image_id)]
+    await record.outcome(other)
+    assert await record.told() == []
 
 
 async def test_a_follow_up_waits_until_the_lesion_was_seen_again(record) -> None:
@@ -251,13 +279,9 @@ async def test_a_follow_up_waits_until_the_lesion_was_seen_again(record) -> None
     assert await record.list("follow_up") == []
     await record.erase(erased)
     assert len(await record.list("follow_up")) == 1
-    outcome = (
-        "INSERT INTO lesion_outcomes (outcome_id, lesion_id, kind, malignant, observed_on, source, recorded_by, request_id)"
-        " VALUES ($1, $2, 'follow_up', false, $3, 'clinician', 'dr', 'r')"
-    )
-    await record.owner.execute(outcome, uuid4(), case.lesion_id, today - 95 * day)
+    await record.outcome(case, today - 95 * day)
     assert len(await record.list("follow_up")) == 1
-    await record.owner.execute(outcome, uuid4(), case.lesion_id, today)
+    await record.outcome(case)
     assert await record.list("follow_up") == []
 
 
