@@ -77,7 +77,7 @@ class ReportStore(Store):
         return cells
 
     async def assessed_encounters(self, month: date) -> int:
-        """How many encounters had an image assessed in a month, of images that are still there."""
+        """How many encounters had an image whose assessment ended in a month."""
         encounters: int = await self._pool.fetchval(_SQL["assessed_encounters"], month)
         return encounters
 

@@ -92,7 +92,8 @@ class Summary(Shape):
 class Detection(Shape):
     """Of `n` lesions that turned out to be this, how many the service refers: level high or urgency urgent.
 
-    `at_least`, where the sensitivity is hidden because 1 to 4 were missed: what it is if it was 4.
+    `at_least`, where the sensitivity is hidden because 1 to 4 were missed, or 1 to 4 more than were last shown: what it
+    is if it was 4.
     """
 
     n: Count

@@ -26,9 +26,10 @@ from serve_app.reports.documents import (
     Performance,
     proportion,
 )
-from serve_app.reports.suppression import THRESHOLD, Figures, Move, Name, cycles, find_shown, shifts, steps
+from serve_app.reports.suppression import Figures, Move, Name, cycles, find_shown, most_hidden, shifts, steps
 
 _ACTIONS = ("refer", "not")
+_DETECTED = ("melanoma", "other_malignant", "malignant")
 AGE_BANDS = ("0-19", *(f"{age}-{age + 9}" for age in range(20, 80, 10)), "80+")
 SKIN_TYPES = ("I", "II", "III", "IV", "V", "VI")
 #: The tables of lesions, each of which divides all of them, and the groups that are always listed.
@@ -100,18 +101,15 @@ def _assess(
     intended = {key[1:]: n for key, n in cells["intended"].items() if key[0] == model_id}
     against, low, more = _intentions(model_id, Counter(intended), shown_before, random)
 
-    def held(*name: str) -> int:
-        return sum(counts[part] for part in figures[name])
+    def most(*name: str) -> int | None:
+        return most_hidden(sum(counts[part] for part in figures[name]), shown_before.get(name))
 
     def accuracy(table: str, group: str) -> Accuracy:
         of = {measure: show(model_id, table, group, measure) for measure in _MEASURES}
         return _accuracy(
             group or None,
             of,
-            {
-                what: held(model_id, table, group, f"{what}.missed")
-                for what in ("melanoma", "other_malignant", "malignant")
-            },
+            {what: most(model_id, table, group, f"{what}.missed") for what in _DETECTED},
         )
 
     listed = {table: [accuracy(table, group) for group in groups] for table, groups in GROUPS.items()}
@@ -127,13 +125,12 @@ def _assess(
     return made, {name: told for name in figures if (told := show(*name)) is not None} | more
 
 
-def _accuracy(group: str | None, of: Mapping[str, Count], missed: Mapping[str, int]) -> Accuracy:
-    """Make the figures of the counts that are shown; `missed`, of each kind, whether or not it is."""
+def _accuracy(group: str | None, of: Mapping[str, Count], most: Mapping[str, int | None]) -> Accuracy:
+    """Make the figures of the counts that are shown; `most`: how many may have been missed where that is hidden for itself."""
 
     def detection(what: str) -> Detection:
-        n, referred, few = of[f"{what}.n"], of[f"{what}.referred"], of[f"{what}.missed"] is None
-        most = THRESHOLD - 1
-        bound = round((n - most) / n, 6) if n and few and 0 < missed[what] <= most else None
+        n, referred, limit = of[f"{what}.n"], of[f"{what}.referred"], most[what]
+        bound = round(max(n - limit, 0) / n, 6) if n and limit is not None else None
         return Detection(n, referred, of[f"{what}.missed"], proportion(referred, n), bound)
 
     lesions, known = of["lesions"], of["with_outcome"]

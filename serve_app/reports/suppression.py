@@ -95,8 +95,14 @@ def _band(value: int, last: int | None) -> tuple[float, float, bool]:
         return 1, THRESHOLD - 1, True
     if last is not None and 0 < abs(value - last) < THRESHOLD:
         near, far = (last + 1, last + THRESHOLD - 1) if value > last else (last - THRESHOLD + 1, last - 1)
-        return max(near, THRESHOLD), far, True
+        return max(near, 1), far, True
     return THRESHOLD, np.inf, False
+
+
+def most_hidden(value: int, last: int | None) -> int | None:
+    """The most that a count can be that is hidden for itself; None for any other."""
+    _, high, is_secret = _band(value, last)
+    return int(high) if is_secret else None
 
 
 def _in_two(

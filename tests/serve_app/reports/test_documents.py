@@ -205,3 +205,61 @@ def test_few_missed_melanomas_leave_a_bound() -> None:
     found = report.models[0].all
     assert (found.melanoma.referred, found.melanoma.missed, found.melanoma.sensitivity) == (None, None, None)
     assert (found.melanoma.n, found.melanoma.at_least) == (100, 0.96)
+
+
+def test_nobody_learns_a_small_change_from_two_reports() -> None:
+    """Month after month: what both of two reports show says nothing of a count that changed by 1 to 4."""
+    random, before, secrets = np.random.default_rng(8), {}, 0
+    cells = lesions(random, 200)
+    values: dict = {}
+    for _ in range(4):
+        more = lesions(random, 60)
+        for table in ("site", "age_band", "skin_type", "intended"):
+            cells[table].update(more[table])
+        report, shown = assess_performance(cells, before, random=random)
+        both = [name for name in shown if name in before and values[name][1] == values["round"]]
+        atoms = {key: n for n, key in enumerate((t, *key) for t in GROUPS for key in cells[t])}
+
+        def row(name) -> np.ndarray:
+            out = np.zeros(len(atoms))  # noqa: B023
+            _, table, group, measure = name
+            what, _, word = measure.partition(".")
+            truths = {**MEASURES, "unknown": ["unknown"], "lesions": TRUTHS}.get(what, TRUTHS[:3])
+            actions = {"referred": ("refer",), "missed": ("not",)}.get(word, ACTIONS)
+            actions = ("refer",) if what == "referred_known" else actions
+            for key, n in atoms.items():  # noqa: B023
+                of, _, action, truth, value = key
+                if of == ("site" if table == "all" else table) and action in actions and truth in truths:
+                    out[n] = group in {"", value}
+            return out
+
+        tables = [name for name in both if name[1] in {"all", *GROUPS}]
+        if tables:
+            known = np.array([row(name) for name in tables])
+            projection = np.linalg.pinv(known) @ known
+            now = {(t, *key): n for t in GROUPS for key, n in cells[t].items()}
+            then = {(t, *key): n - more[t][key] for t in GROUPS for key, n in cells[t].items()}
+            change = np.array([now[key] - then[key] for key in atoms])
+            for name in values["all"]:
+                wanted = row(name)
+                if 0 < abs(wanted @ change) < 5:
+                    assert not np.allclose(wanted @ projection, wanted, atol=1e-6), name
+                    secrets += 1
+        number = values.get("round", 0) + 1
+        before |= shown
+        values |= {name: (n, number) for name, n in shown.items()}
+        values |= {"round": number, "all": [name for name in before if name[1] in {"all", *GROUPS}]}
+        assert report.models[0].model_id == "m.a"
+    assert secrets > 30
+
+
+def test_few_more_missed_than_were_shown_leave_a_bound_too() -> None:
+    cells: dict[str, Counter] = {table: Counter() for table in PERFORMANCE_TABLES}
+    counts = {("refer", "melanoma"): 190, ("not", "melanoma"): 10, ("not", "benign"): 500, ("not", "unknown"): 900}
+    for table, groups in GROUPS.items():
+        cells[table].update({("m.a", *said, groups[0]): n for said, n in counts.items()})
+    before = {("m.a", "all", "", "melanoma.missed"): 8}
+    report, _ = assess_performance(cells, before, random=np.random.default_rng(0))
+    found = report.models[0].all.melanoma
+    assert (found.missed, found.sensitivity) == (None, None)
+    assert found.at_least in {None, 0.94}

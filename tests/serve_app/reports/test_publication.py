@@ -162,8 +162,3 @@ async def test_routes_answer_by_role_with_one_event_each_and_the_published_shape
     for params in ({"period": "2199-01"}, {"period": "yesterday"}, {"site": "torso"}):
         answer = await service.client.get("/api/reports/summary", params=params, headers=headers)
         service.hold_to_problem(answer, 422, "invalid_field")
-
-
-async def test_loops_count_and_publish(service) -> None:
-    loops = service.app.state.services.worker.describe()
-    assert {"report_counts", "reports"} <= loops.keys()
