@@ -20,7 +20,7 @@ router = APIRouter(tags=["reports"], responses=PROBLEM_RESPONSES)
 Month = Annotated[
     str | None,
     Query(
-        pattern=r"^[2-9][0-9]{3}-(0[1-9]|1[0-2])$",
+        pattern=r"^20[0-9]{2}-(0[1-9]|1[0-2])$",
         description="A month that is over; without it, the last one.",
     ),
 ]
