@@ -135,7 +135,7 @@ class Services:
             findings = [*self.worker.findings(), *self.sealer.findings(), *self.drift.findings()]
             if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
                 findings.append(
-                    f"{wrong} answers name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
+                    f"{wrong} messages name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
                 )
             return {
                 "status": "ready",

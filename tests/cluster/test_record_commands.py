@@ -393,6 +393,12 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_h
     assert derm_cds("outbox", "retry", "--dead", home=own_home).out == "1 will be sent at once\n"
     assert derm_cds("outbox", "retry", str(waiting), home=own_home).out == "1 will be sent at once\n"
     assert derm_cds("outbox", "status", home=own_home).code == 0
+    sql(
+        "INSERT INTO outbox (message_id, kind, subject_id) VALUES ($1, 'report', $2)",
+        report := uuid4(),
+        uuid4(),
+    )
+    assert f"{report} report, no encounter: waits" in derm_cds("outbox", "list", home=own_home).out
     events = sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
     assert [row["detail"]["message_id"] for row in events] == [str(dead), str(waiting)]
     assert {row["actor"] for row in events} == {os_account()}
