@@ -164,6 +164,8 @@ class Settings(KeySettings):
     pms_cache_s: float = Field(default=300.0, ge=0, le=86_400)
     #: Whether finished assessments are posted to the PMS: a disclosure, so only where somebody asked for it.
     pms_deliver: bool = False
+    #: Whether reports, which hold no patient, are posted to it as well.
+    pms_reports: bool = False
     #: Whether each lesion's FHIR report is posted, too, whenever something of it changed.
     pms_fhir: bool = False
     #: How long a message waits for the PMS before an operator must look at it.
@@ -220,6 +222,8 @@ class Settings(KeySettings):
     def _pms_is_whole(self) -> Self:
         if self.pms_url is None and (self.patient_directory == "pms" or self.pms_deliver):
             raise ValueError("DERM_PMS_URL is missing: DERM_PATIENT_DIRECTORY or DERM_PMS_DELIVER needs it")
+        if self.pms_reports and not self.pms_deliver:
+            raise ValueError("DERM_PMS_REPORTS needs DERM_PMS_DELIVER: reports go the way of all messages")
         if self.pms_fhir and not self.pms_deliver:
             raise ValueError("DERM_PMS_FHIR needs DERM_PMS_DELIVER: reports go the way of assessments")
         if self.env == "production" and self.pms_url is not None and _is_open_http(self.pms_url):

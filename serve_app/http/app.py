@@ -16,6 +16,7 @@ from serve_app.http import (
     health,
     hooks,
     lesions,
+    reports,
     reviews,
     similar,
     worklist,
@@ -90,6 +91,7 @@ def create_app(
         emergency_access,
         worklist,
         hooks,
+        reports,
     ):
         app.include_router(routes.router)
     return app

@@ -39,9 +39,13 @@ from serve_app.records.hooks import HookStore
 from serve_app.records.lesions import LesionStore
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
+from serve_app.records.reports import ReportStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
 from serve_app.records.reviews import ReviewStore
 from serve_app.records.worklist import WorklistStore
+from serve_app.reports import drift_watch, publication
+from serve_app.reports.drift_watch import DriftWatch
+from serve_app.reports.publication import Reports
 from serve_app.settings import Settings, find_untrustworthy, read_hooks
 from serve_app.version import service_version
 from serve_app.worker import InvariantWatch, Loop, Sealer, Worker, every
@@ -64,6 +68,7 @@ class Services:
         self.worklist = WorklistStore(pool, settings.due_days)
         self.live = LiveModelWatch(pool, settings.models, stages.warm)
         self.invariants = InvariantWatch(pool)
+        self.drift = DriftWatch(pool)
         checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
@@ -84,6 +89,9 @@ class Services:
         )
         self.searcher = Searcher(stages=stages, records=self.records, references=ReferenceStore(pool))
         self.eraser = Eraser(ErasureStore(pool), keys, tells_pms=tells_pms, tells_fhir=tells_fhir)
+        self.reports = Reports(
+            store=ReportStore(pool), client=self.pms.client, tells_pms=settings.pms_reports
+        )
         self.admission = AdmissionGate(settings)
         self.authenticator = Authenticator(settings, self.access, self.records)
         hooks = read_hooks(settings.hooks_clients) if settings.hooks_clients else None
@@ -103,8 +111,12 @@ class Services:
         return sweeping.read_pause(self.settings.files.retention_paused)
 
     async def counts(self) -> Counts:
-        """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
-        return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+        """Count the assessments without an answer, what was not told to the PMS (None where nothing is), and drifts."""
+        return {
+            "assessments": asdict(await self.records.counts()),
+            "outbox": await self.pms.describe(),
+            "drift": self.drift.counts(),
+        }
 
     async def readiness(self) -> Mapping[str, Any]:
         """What there is to know of this replica, looked up once in READY_FOR_S, for all that ask meanwhile.
@@ -120,7 +132,7 @@ class Services:
             await serving.live_model(self.pool)
             live = await self.live.current()
             counts = await self.counts()
-            findings = [*self.worker.findings(), *self.sealer.findings()]
+            findings = [*self.worker.findings(), *self.sealer.findings(), *self.drift.findings()]
             if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
                 findings.append(
                     f"{wrong} messages name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
@@ -223,6 +235,9 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         "invariants": every(
             worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
         ),
+        "drift": every(
+            drift_watch.LOOK_EVERY_S, services.drift.look, first_after_s=worker.FIRST_CHECK_AFTER_S
+        ),
         "erasures": every(
             sweeping.ERASURES_EVERY_S,
             eraser.finish_accepted,
@@ -230,6 +245,10 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         ),
         "sweeping": every(sweeping.REST_EVERY_S, *rest, first_after_s=sweeping.ERASURES_EVERY_S),
     }
+    loops["report_counts"] = every(publication.COUNT_EVERY_S, services.reports.store.count)
+    loops["reports"] = every(
+        publication.LOOK_EVERY_S, services.reports.publish_due, first_after_s=publication.FIRST_LOOK_AFTER_S
+    )
     if services.hooks is not None:
         loops["hook_tokens"] = every(WINDOW_S, services.hooks.forget_tokens)
     if services.pms.delivery is not None:

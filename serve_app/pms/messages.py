@@ -18,6 +18,7 @@ from serve_app.records.lesion_rows import AssessmentRecord
 from serve_app.records.lesions import LesionStore
 from serve_app.records.outbox import ClaimedMessage, MessageKind
 from serve_app.records.pool import Pool
+from serve_app.records.reports import ReportStore
 from serve_app.records.reviews import OnRecord, ReviewStore
 
 #: Makes a body of the record as it is now; given the assessment that the message is about, or None for a report.
@@ -68,12 +69,18 @@ def pms_resources(pool: Pool, *, pms_url: str) -> Resources:
             raise NotFound
         return lesion_report(timeline)
 
+    async def report(message: ClaimedMessage, _: None) -> Mapping[str, Any]:
+        if (found := await ReportStore(pool).snapshot(_subject(message))) is None:
+            raise NotFound
+        return found.answer()
+
     return {
         MessageKind.ASSESSMENT: PmsResource("assessments", "assessment_id", assessment),
         MessageKind.REVIEW: PmsResource("reviews", "review_id", review),
         MessageKind.OUTCOME: PmsResource("outcomes", "outcome_id", outcome),
         # Whether any is queued is a setting's; what is queued is told.
         MessageKind.FHIR: PmsResource("reports", "id", fhir, MEDIA_TYPE),
+        MessageKind.REPORT: PmsResource("reports", "report_id", report),
     }
 
 

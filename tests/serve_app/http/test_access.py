@@ -44,16 +44,20 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
     ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
+    ("GET", "/api/reports/summary"): "view_statistics",
+    ("GET", "/api/reports/performance"): "view_statistics",
+    ("GET", "/api/reports/drift"): "view_statistics",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
     ("POST", "/api/emergency-access/{emergency_id}/review"): "review_access",
 }
 #: Who is let in by a care assignment; and who is denied, of the same action, and why.
-LET_IN = {"erase": "supervisor", "review_access": "supervisor"}
+LET_IN = {"erase": "supervisor", "review_access": "supervisor", "view_statistics": "operator"}
 DENIED = {
     "erase": ("pms_service", "assignment"),
     "view_worklist": ("auditor", "role"),
     "view_reference": ("porter", "role"),
+    "view_statistics": ("clinician", "role"),
     "break_glass": ("auditor", "role"),
     "review_access": ("clinician", "role"),
 }

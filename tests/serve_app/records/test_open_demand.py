@@ -111,7 +111,11 @@ async def test_what_is_on_record_from_before_demands_too(new_database, tmp_path:
         )
     await migrate(urls.owner, application_role="derm_app")
     found = [json.loads(await connection.fetchval("SELECT open_demand($1)", each)) for each in answers]
+    # And is counted for the reports.
+    assert await connection.fetchval("SELECT count_reports(10)") == 2
+    levels = await connection.fetch("SELECT level::text FROM assessment_facts ORDER BY 1")
     await connection.close()
+    assert [row["level"] for row in levels] == ["high", "medium"]
     assert [(each["level"], each["urgency"]) for each in found] == [
         ("medium", "expedited"),
         ("high", "urgent"),
