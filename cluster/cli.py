@@ -34,6 +34,7 @@ COMMANDS = {
     "retention": ("retention", "close patients' records, and erase what is past its retention"),
     "audit": ("audit", "verify, sign and export the audit log"),
     "models": ("models", "list, show, verify, import, evaluate, promote and roll back models"),
+    "drift": ("drift", "whether the newest images are still like this site's first: show, acknowledge"),
     "outbox": ("pms", "what the PMS is still to be told of: status, list, retry"),
     "reports": ("reports", "what the service does as a whole: show, push"),
     "hooks": ("hooks", "whom an EHR means by its ids, for CDS Hooks: map, load, unmap, list"),

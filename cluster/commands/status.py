@@ -23,11 +23,14 @@ from cluster.safety import Finding, all_findings, copy_findings, file_findings, 
 from serve_app.audit.chain import describe
 from serve_app.domain.errors import DermError, IntegrityError
 from serve_app.records.audit_log import AuditChain, describe_overdue, examine
+from serve_app.records.drift import DriftStore
 from serve_app.records.health import INVARIANTS, find_violations
 from serve_app.records.migrate import pending
 from serve_app.records.pool import Pool, open_pool
 from serve_app.records.references import ReferenceStore
 from serve_app.records.serving import live_model
+from serve_app.reports.drift_watch import describe as describe_drift
+from serve_app.reports.drift_watch import unacknowledged
 from serve_app.settings import load_settings
 
 READY, TROUBLE, STOPPED, UNSAFE = 0, 1, 3, 4
@@ -132,6 +135,7 @@ async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
         live = await live_model(pool)
         count = await ReferenceStore(pool).count(live.embedding_space) if live else 0
         violations = await find_violations(pool)
+        drifted = unacknowledged(await DriftStore(pool).current())
         audit = await _audit(home, pool)
     finally:
         await pool.close()
@@ -142,6 +146,7 @@ async def _records(home: Path, urls: DatabaseUrls) -> dict[str, Any]:
         "invariants": "; ".join(f"violated: {v.invariant} ({v.count} rows)" for v in violations)
         or f"all {len(INVARIANTS)} hold",
         "audit": audit,
+        "drift": "; ".join(describe_drift(drifted)) or "no alarm",
     }
 
 

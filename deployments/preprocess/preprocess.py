@@ -30,6 +30,7 @@ def measure_quality(
     channels = pixels.astype(np.float32)
     luma = channels @ _LUMA
     mean, deviation = luma.mean(), luma.std()
+    red, green, blue = np.log(channels.mean((0, 1)) + 1.0)
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1]
     laplacian += luma[1:-1, :-2]
     laplacian += luma[1:-1, 2:]
@@ -43,6 +44,8 @@ def measure_quality(
         colour=_colour(channels, luma, mean, max(float(deviation), 1e-3)),
         two_levels=two_levels,
         damaged=damaged,
+        red=float(red - green),
+        blue=float(blue - green),
     )
 
 

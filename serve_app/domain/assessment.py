@@ -112,6 +112,8 @@ class QualityMeasures:
                the best cubic polynomial of luma, 0-255 scale. 0 for grey, and near it for grey in any tint
     two_levels share of pixels in the two most frequent levels of brightness of the file; 1 for one bit
     damaged    share of the picture that a damaged file lacks; 0 for a whole one
+    red, blue  natural logarithm of mean red over mean green, and of mean blue over mean green: the colour balance,
+               which goes with the camera and its light more than with the skin
     """
 
     sharpness: float
@@ -122,13 +124,16 @@ class QualityMeasures:
     colour: float
     two_levels: float
     damaged: float
+    red: float = 0.0
+    blue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Quality(Shape):
     """Measured at the model's input size; width and height are the original's, in pixels.
 
-    `colour` is 0 for grey, `two_levels` 1 for one bit, `damaged` 0 for a whole file; null in older answers.
+    `colour` is 0 for grey, `two_levels` 1 for one bit, `damaged` 0 for a whole file, `red` and `blue` the logarithms
+    of their means over that of green; null in older answers.
     """
 
     sharpness: float
@@ -142,6 +147,8 @@ class Quality(Shape):
     colour: float | None
     two_levels: float | None
     damaged: float | None
+    red: float | None = None
+    blue: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

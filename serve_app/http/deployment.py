@@ -112,6 +112,7 @@ GAUGES = {
     ("outbox", "dead"): "Messages that were given up",
     ("outbox", "wrong_encounter"): "Messages given up because their encounter is another patient's",
     ("outbox", "oldest_waiting_s"): "Age of the oldest waiting message, seconds; 0: none",
+    ("drift", "alarms"): "Measures of the newest images that differ from the site's first, not acknowledged",
 }
 
 

@@ -28,8 +28,8 @@ async def readyz(request: Request, services: Parts) -> JSONResponse:
     token is refused as everywhere. Reported then, without deciding: `refused_model`, why a model that was published does not answer
     (null otherwise), the invariants of what is stored, whether the audit log is what was signed, how many
     assessments are pending or have failed, how many messages to the PMS wait or are dead, how each background
-    loop fares, with a finding for one that keeps ending, for events that are not sealed and for messages that name another
-    patient's encounter, and why retention waits (null: it does not).
+    loop fares, with a finding for one that keeps ending, for events that are not sealed, for messages that name another
+    patient's encounter and for measures that have drifted, and why retention waits (null: it does not).
     """
     told = is_this_machines(request)
     if not told and "authorization" in request.headers:

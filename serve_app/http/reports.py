@@ -13,6 +13,7 @@ from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
 from serve_app.http.services import Parts, Services
 from serve_app.records.reports import ReportKind
 from serve_app.reports.documents import PerformanceReport, SummaryReport
+from serve_app.reports.drift_watch import DriftDocument
 
 router = APIRouter(tags=["reports"], responses=PROBLEM_RESPONSES)
 
@@ -45,6 +46,19 @@ async def read_summary(requested: Caller, services: Parts, period: Month = None)
 async def read_performance(requested: Caller, services: Parts, period: Month = None) -> JSONResponse:
     """Answer with performance up to a month's end, as it was published; 404 where none was made in its time."""
     return await _answer(requested, services, ReportKind.PERFORMANCE, period)
+
+
+@router.get(
+    "/api/reports/drift",
+    response_model=DriftDocument,
+    openapi_extra=rule(Action.VIEW_STATISTICS),
+    summary="Whether the newest images are still like this site's first",
+)
+async def read_drift(requested: Caller, services: Parts) -> JSONResponse:
+    """Answer with how far each measure's newest images are from the first, and what an alarm may mean."""
+    document = await services.drift.document()
+    await services.records.record_event(requested.event("success", report=ReportKind.DRIFT))
+    return JSONResponse(document.answer(), headers=NO_STORE)
 
 
 async def _answer(

@@ -43,7 +43,8 @@ from serve_app.records.reports import ReportStore
 from serve_app.records.retention import Housekeeping, RetentionStore, claim_key_store, refuse_lost_keys
 from serve_app.records.reviews import ReviewStore
 from serve_app.records.worklist import WorklistStore
-from serve_app.reports import publication
+from serve_app.reports import drift_watch, publication
+from serve_app.reports.drift_watch import DriftWatch
 from serve_app.reports.publication import Reports
 from serve_app.settings import Settings, find_untrustworthy, read_hooks
 from serve_app.version import service_version
@@ -67,6 +68,7 @@ class Services:
         self.worklist = WorklistStore(pool, settings.due_days)
         self.live = LiveModelWatch(pool, settings.models, stages.warm)
         self.invariants = InvariantWatch(pool)
+        self.drift = DriftWatch(pool)
         checkpoints = CheckpointLog(files.audit_checkpoints, files.audit_signing_key)
         self.sealer = Sealer(AuditChain(pool), checkpoints)
         self.pms = open_pms(settings, pool, self.records)
@@ -109,8 +111,12 @@ class Services:
         return sweeping.read_pause(self.settings.files.retention_paused)
 
     async def counts(self) -> Counts:
-        """Count the assessments without an answer, and what was not told to the PMS (None where nothing is)."""
-        return {"assessments": asdict(await self.records.counts()), "outbox": await self.pms.describe()}
+        """Count the assessments without an answer, what was not told to the PMS (None where nothing is), and drifts."""
+        return {
+            "assessments": asdict(await self.records.counts()),
+            "outbox": await self.pms.describe(),
+            "drift": self.drift.counts(),
+        }
 
     async def readiness(self) -> Mapping[str, Any]:
         """What there is to know of this replica, looked up once in READY_FOR_S, for all that ask meanwhile.
@@ -126,10 +132,10 @@ class Services:
             await serving.live_model(self.pool)
             live = await self.live.current()
             counts = await self.counts()
-            findings = [*self.worker.findings(), *self.sealer.findings()]
+            findings = [*self.worker.findings(), *self.sealer.findings(), *self.drift.findings()]
             if (outbox := counts["outbox"]) and (wrong := outbox["wrong_encounter"]):
                 findings.append(
-                    f"{wrong} answers name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
+                    f"{wrong} messages name another patient's encounter and were not sent: `derm-cds outbox list --dead`"
                 )
             return {
                 "status": "ready",
@@ -228,6 +234,9 @@ def _loops(services: Services, observe: Callable[[Counts], None] | None) -> dict
         ),
         "invariants": every(
             worker.CHECK_EVERY_S, services.invariants.check, first_after_s=worker.FIRST_CHECK_AFTER_S
+        ),
+        "drift": every(
+            drift_watch.LOOK_EVERY_S, services.drift.look, first_after_s=worker.FIRST_CHECK_AFTER_S
         ),
         "erasures": every(
             sweeping.ERASURES_EVERY_S,

@@ -31,7 +31,10 @@ _SQL = queries("reviews")
 _DEMAND = queries("lesions")["open_demand"]
 _REFUSALS: Mapping[str, tuple[type[DermError], str]] = {
     "absent": (NotFound, "assessment_id: this lesion has no such assessment."),
-    "erased": (Erased, ""),
+    "erased": (
+        Erased,
+        "The image was erased: only what it demanded can be decided on, without a note and an impression.",
+    ),
     "failed": (Conflict, "The image could not be assessed: there is no answer to review."),
     "pending": (AssessmentPending, "A decision needs an answer: ask again when the assessment has finished."),
 }

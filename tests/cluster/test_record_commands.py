@@ -393,6 +393,12 @@ def test_the_outbox_is_shown_and_its_dead_letters_are_sent_again(derm_cds, own_h
     assert derm_cds("outbox", "retry", "--dead", home=own_home).out == "1 will be sent at once\n"
     assert derm_cds("outbox", "retry", str(waiting), home=own_home).out == "1 will be sent at once\n"
     assert derm_cds("outbox", "status", home=own_home).code == 0
+    sql(
+        "INSERT INTO outbox (message_id, kind, subject_id) VALUES ($1, 'report', $2)",
+        report := uuid4(),
+        uuid4(),
+    )
+    assert f"{report} report, no encounter: waits" in derm_cds("outbox", "list", home=own_home).out
     events = sql("SELECT actor, detail FROM audit_events WHERE action = 'outbox_retry' ORDER BY event_id")
     assert [row["detail"]["message_id"] for row in events] == [str(dead), str(waiting)]
     assert {row["actor"] for row in events} == {os_account()}
@@ -426,6 +432,38 @@ def test_patients_are_loaded_whole_or_not_at_all_each_an_event_without_what_was_
     sql("DELETE FROM patient_records")
     assert load(first, second).code == 1
     assert sql("SELECT * FROM patient_records") == []
+
+
+def test_a_drift_is_shown_with_what_to_do_and_is_acknowledged_on_record(derm_cds, home, sql) -> None:
+    assert derm_cds("drift", "show", home=home).out == "no image has been answered yet\n"
+    found = '{"exposure": {"mean": [0.6], "distance": 41.2, "shown": {"exposure": 0.6}}}'
+    sql(
+        "INSERT INTO drift_streams (stream, subject, since, collected, baseline, baseline_until, newest) VALUES"
+        """ ('pictures', '{"preprocess_version": "2"}', 'epoch', 800, $1::text::jsonb, now(), $1::text::jsonb)""",
+        found,
+    )
+    sql(
+        "INSERT INTO drift_alarms (drift_id, measure, distance) SELECT drift_id, 'exposure', 41 FROM drift_streams"
+    )
+    assert (
+        "drift: the newest images differ from this site's first in exposure"
+        in derm_cds("status", home=home).out
+    )
+    shown = derm_cds("drift", "show", home=home).out
+    assert re.search(r"exposure +alarm +41\.2 of ", shown)
+    assert "Ask who takes the images" in shown
+    (stream,) = json.loads(derm_cds("drift", "show", "--json", home=home).out)["streams"]
+    assert {each["measure"]: each["state"] for each in stream["measures"]}["exposure"] == "alarm"
+
+    refused = derm_cds("drift", "acknowledge", "contrast", "--reason", "other", home=home)
+    assert (refused.code, refused.err) == (1, "derm-cds: No alarm of contrast stands.\n")
+    known = derm_cds("drift", "acknowledge", "exposure", "--reason", "new_light", "--begin-again", home=home)
+    assert known.out == "exposure is acknowledged, and a new baseline begins\n"
+    assert "no alarm" in derm_cds("status", home=home).out
+    assert sql("SELECT begun_by FROM drift_streams ORDER BY drift_id DESC")[0]["begun_by"] == os_account()
+    assert (
+        sql("SELECT actor FROM audit_events WHERE action = 'drift_acknowledge'")[0]["actor"] == os_account()
+    )
 
 
 def test_whom_an_ehr_means_is_mapped_listed_and_ended_each_an_event(

@@ -216,6 +216,7 @@ def test_a_gauge_is_set_for_every_count(monkeypatch) -> None:
             "outbox": asdict(
                 OutboxCounts(2, unconfirmed=1, dead=1, wrong_encounter=1, oldest_waiting_s=None)
             ),
+            "drift": {"alarms": 2},
         }
     )
     pms = {"derm_outbox_waiting": 2, "derm_outbox_dead": 1, "derm_outbox_oldest_waiting_s": 0}
@@ -224,6 +225,7 @@ def test_a_gauge_is_set_for_every_count(monkeypatch) -> None:
         "derm_assessments_pending": 3,
         "derm_assessments_failed": 1,
         "derm_assessments_oldest_pending_s": 60.5,
+        "derm_drift_alarms": 2,
     }
-    gauges.set({"assessments": asdict(AssessmentCounts(0, 0, None)), "outbox": None})
+    gauges.set({"assessments": asdict(AssessmentCounts(0, 0, None)), "outbox": None, "drift": {"alarms": 0}})
     assert set(values.values()) == {0}

@@ -164,11 +164,13 @@ BEGIN
     FOR SHARE;
     IF NOT FOUND THEN
         RETURN 'absent';
-    ELSIF image.erased_at IS NOT NULL THEN
-        RETURN 'erased';
     END IF;
     SELECT a.* INTO reviewed FROM assessments AS a WHERE a.assessment_id = said.assessment_id;
-    IF reviewed.outcome = 'failed' THEN
+    -- What an erased image demanded stays, and can be answered: without words on an image that is gone.
+    IF image.erased_at IS NOT NULL
+        AND (said.decision IS NULL OR reviewed.demand_level IS NULL OR num_nonnulls(said.note, said.before_answer) > 0) THEN
+        RETURN 'erased';
+    ELSIF reviewed.outcome = 'failed' THEN
         RETURN 'failed';
     ELSIF reviewed.outcome = 'pending' AND said.decision IS NOT NULL THEN
         RETURN 'pending';
@@ -203,7 +205,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION record_review IS
-'Record what a clinician says of an assessment of the lesion: recorded, absent, erased, failed, or pending (a decision needs an answer). A decision answers its demand, and those of older images that demand no more.';
+'Record what a clinician says of an assessment of the lesion: recorded, absent, erased (what is left is a demand to decide on, without a note), failed, or pending (a decision needs an answer). A decision answers its demand, and those of older images that demand no more.';
 REVOKE EXECUTE ON FUNCTION record_review FROM PUBLIC;
 
 -- A key may lead to a review or an outcome, too.

@@ -40,16 +40,11 @@ CREATE TABLE hook_feedback (
 COMMENT ON TABLE hook_feedback IS
 'What became of a card in the EHR, as the EHR says: no review, and closes no demand. Added to, never changed but for the comment, which goes with the image.';
 
-CREATE FUNCTION refuse_feedback_change() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION 'hook_feedback is append-only: % refused', TG_OP USING ERRCODE = 'insufficient_privilege';
-END;
-$$;
 CREATE TRIGGER hook_feedback_append_only BEFORE DELETE OR TRUNCATE ON hook_feedback
-FOR EACH STATEMENT EXECUTE FUNCTION refuse_feedback_change();
+FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER hook_feedback_loses_its_comment_alone BEFORE UPDATE ON hook_feedback
 FOR EACH ROW WHEN (NEW.comment IS NOT NULL OR to_jsonb(NEW) - 'comment' IS DISTINCT FROM to_jsonb(OLD) - 'comment')
-EXECUTE FUNCTION refuse_feedback_change();
+EXECUTE FUNCTION refuse_change();
 
 -- On the assessment, whose row feedback locks: whichever comes second, erasure or feedback, knows of the other.
 CREATE FUNCTION erase_feedback_comments() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -38,6 +38,7 @@ GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publicatio
 GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
     key_stores TO {role};
 GRANT SELECT ON reviews, lesion_outcomes, report_queue, assessment_facts, report_cells, report_snapshots TO {role};
+GRANT SELECT ON answered_images, drift_streams, drift_alarms TO {role};
 GRANT SELECT ON hook_identities, hook_cards, hook_feedback, hook_tokens TO {role};
 GRANT INSERT (card_id, client, kind, assessment_id, review_id) ON hook_cards TO {role};
 GRANT INSERT (feedback_id, card_id, outcome, reason_system, reason_code, comment, outcome_at) ON hook_feedback TO {role};
@@ -68,4 +69,8 @@ GRANT UPDATE (reviewed_at, reviewer, review_outcome, review_note, ended_at, ende
 GRANT UPDATE (attempts, queued_at, due_at, lease_until, last_error, waiting_since, sent_at, delivered_at, dead_at,
     setbacks, set_back_at) ON outbox TO {role};
 GRANT INSERT (report_id, kind, period, document) ON report_snapshots TO {role};
+-- Acknowledging an alarm and beginning again are the owner's.
+GRANT INSERT (stream, subject, since), UPDATE (collected, baseline, baseline_until, newest, seen_until, looked_at)
+    ON drift_streams TO {role};
+GRANT INSERT (drift_id, measure, distance), UPDATE (ended_at) ON drift_alarms TO {role};
 GRANT EXECUTE ON FUNCTION erase_image, record_review, count_reports TO {role};

@@ -31,6 +31,17 @@ def test_plain_images():
     assert (measured.contrast, measured.dark, measured.bright) == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_red_and_blue_are_the_colour_balance_however_bright():
+    skin = np.random.default_rng(0).integers(60, 120, (SIDE, SIDE, 3)).astype(np.uint8)
+    plain_skin, brighter = measure_quality(skin), measure_quality(skin * 2)
+    assert (plain_skin.red, plain_skin.blue) == pytest.approx((0.0, 0.0), abs=0.01)
+    assert (brighter.red, brighter.blue) == pytest.approx((0.0, 0.0), abs=0.01)
+    warm = np.clip(skin * np.array([1.2, 1.0, 0.8]), 0, 255).astype(np.uint8)
+    measured = measure_quality(warm)
+    assert (measured.red, measured.blue) == pytest.approx((np.log(1.2), np.log(0.8)), abs=0.02)
+    assert (measure_quality(plain(0)).red, measure_quality(plain(0)).blue) == (0.0, 0.0)
+
+
 def test_sharpness_is_the_variance_of_the_laplacian():
     luma = np.random.default_rng(0).integers(0, 256, (9, 11)).astype(np.uint8)
     around = ((-1, 0), (1, 0), (0, -1), (0, 1))

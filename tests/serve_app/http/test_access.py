@@ -46,6 +46,7 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("GET", "/api/reports/summary"): "view_statistics",
     ("GET", "/api/reports/performance"): "view_statistics",
+    ("GET", "/api/reports/drift"): "view_statistics",
     ("POST", "/api/emergency-access"): "break_glass",
     ("GET", "/api/emergency-access"): "review_access",
     ("POST", "/api/emergency-access/{emergency_id}/review"): "review_access",

@@ -14,7 +14,7 @@ from tests.serve_app.lesions.conftest import AlteredStages, failing
 
 LOOPS = {
     *("live_model", "replica_report", "recovery", "sealing", "refusal_summaries", "invariants"),
-    *("erasures", "sweeping"),
+    *("erasures", "sweeping", "drift"),
     *("report_counts", "reports"),
 }
 

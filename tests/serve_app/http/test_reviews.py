@@ -159,14 +159,17 @@ async def test_a_review_is_of_an_answer_of_this_lesion(service, answer) -> None:
         assert thought.status_code == (201 if outcome == "pending" else 409), thought.text
 
 
-async def test_an_erased_image_keeps_what_was_said_without_a_note_and_takes_no_more(service, answer) -> None:
+async def test_an_erased_image_keeps_what_was_said_without_a_note_and_takes_a_decision_alone(
+    service, answer
+) -> None:
     said = {"decision": "accept", "note": "Mrs Marker's left arm"}
     review = (await say(service, answer, said)).json()["review"]
     outcome = await say(service, answer, {**OUTCOME, "image_id": answer["image_id"]}, "outcomes")
     assert outcome.status_code == 201, outcome.text
     assert (await erase(service, answer)).status_code == 200
     for body, what, action in (
-        ({"decision": "accept"}, "reviews", "review"),
+        ({"decision": "accept", "note": "her left arm"}, "reviews", "review"),
+        ({"decision": "accept", "impression": {"diagnosis": "NV"}}, "reviews", "review"),
         ({"impression": {"diagnosis": "NV"}}, "reviews", "review"),
         ({**OUTCOME, "image_id": answer["image_id"]}, "outcomes", "record_outcome"),
     ):
@@ -179,6 +182,9 @@ async def test_an_erased_image_keeps_what_was_said_without_a_note_and_takes_no_m
     assert "Marker" not in str(told)
     kept = "SELECT count(*) FROM audit_events WHERE detail::text LIKE '%Marker%'"
     assert await service.owner.fetchval(kept) == 0
+    # What it demanded is not gone with it, and can be decided on anew.
+    again = (await say(service, answer, {"decision": "accept"})).json()["review"]
+    assert (again["level"], again["urgency"], again["answers"]) == (review["level"], review["urgency"], [])
     # What the lesion was may become known when its image is gone.
     assert (await say(service, answer, OUTCOME, "outcomes")).status_code == 201
 
@@ -265,3 +271,20 @@ async def test_a_stranger_learns_nothing_of_what_a_review_would_need(service, an
     ]
     bodies = [service.hold_to_problem(response, 403, "forbidden") for response in responses]
     assert len({body["detail"] for body in bodies}) == 1
+
+
+async def test_what_an_erased_image_demanded_is_answered_by_a_decision(service, answer) -> None:
+    demanded = (await timeline(service, answer))["open_demand"]
+    assert (await erase(service, answer, reason="wrong_patient")).status_code == 200
+    assert (await timeline(service, answer))["open_demand"] == demanded
+    said = {
+        "decision": "override",
+        "reason": "image_not_representative",
+        "level": "low",
+        "urgency": "routine",
+    }
+    response = await say(service, answer, said)
+    assert response.status_code == 201, response.text
+    reviewed = response.json()
+    assert reviewed["review"]["answers"] == [answer["assessment_id"]]
+    assert reviewed["open_demand"] is None is (await timeline(service, answer))["open_demand"]

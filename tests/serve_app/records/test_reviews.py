@@ -108,9 +108,12 @@ class History:
             said |= {"impression_diagnosis": "NV", "intended_referral": "none"}
         if decision == "override":
             said |= {"reason": "second_opinion", "level": self.chance.choice(LEVELS)}
-        if decision is not None:
+        if decision is not None and self.chance.random() < 0.5:
             said["note"] = "words"
-        refusal = {"erased": Erased, "failed": Conflict}.get(image.state)
+        refusal = {"failed": Conflict}.get(image.state)
+        beside = {"note", "impression_diagnosis"} & said.keys()
+        if image.state == "erased" and (decision is None or image.demand is None or beside):
+            refusal = Erased
         if image.state == "pending" and decision is not None:
             refusal = AssessmentPending
         spoken = statement(image.admission, **said)
