@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 import tomllib
+from typing import TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,12 +21,13 @@ from serve_app.domain.errors import ModelContractError
 
 MANIFEST_NAME = "manifest.toml"
 EMBEDDING_DIM = 512
+Kind = TypeVar("Kind")
 
 #: Neither an unknown key nor a value of another type: a text is no number.
-_EXACT = ConfigDict(extra="forbid", strict=True)
+EXACT = ConfigDict(extra="forbid", strict=True)
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class InputSpec:
     """What the ONNX input `name` takes: uint8 N×H×W×3; mean and std (0-1 scale) are inside the graph.
 
@@ -42,7 +44,7 @@ class InputSpec:
     aspect_evidence: str | None = None
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class OutputSpec:
     """The outputs of the one forward pass, float32: logits N×8 and bottleneck N×512.
 
@@ -60,7 +62,7 @@ class OutputSpec:
     unknown: str | None = None
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class Calibration:
     """Temperature T of softmax(logits / T) (Guo et al., ICML 2017), and where it was fitted.
 
@@ -73,7 +75,7 @@ class Calibration:
     member_temperature: float | None = None
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class ConformalSpec:
     """Class-conditional split conformal sets (Vovk 2012): y is in the set when p(y) >= threshold[y]."""
 
@@ -82,7 +84,7 @@ class ConformalSpec:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class OutOfDistributionSpec:
     """A score of how far an image is from what was trained on, and its map to p(UNK).
 
@@ -98,7 +100,7 @@ class OutOfDistributionSpec:
     statistics: str | None = None
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class EmbeddingSpaceSpec:
     """A linear map of the bottleneck: unit(matrix @ (bottleneck - mean)), from an .npz of both."""
 
@@ -108,7 +110,7 @@ class EmbeddingSpaceSpec:
     count: int
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class OperatingPoint:
     """A named threshold on a calibrated probability, with the evidence it was chosen on.
 
@@ -124,7 +126,7 @@ class OperatingPoint:
     fitted_on: str
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class FileDigest:
     """A file of the folder: its size in bytes and SHA-256 in hex."""
 
@@ -132,7 +134,7 @@ class FileDigest:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, config=_EXACT)
+@dataclass(frozen=True, slots=True, config=EXACT)
 class Manifest:
     """One model, ready to be verified and loaded."""
 
@@ -165,6 +167,14 @@ def read_manifest(folder: Path) -> Manifest:
     Raises ModelContractError for a missing or unknown key, a label space that does not map
     onto the eight trained diagnoses, or another modality than dermoscopic.
     """
+    manifest = read_exactly(folder, _MANIFEST)
+    if problems := list(_contract_problems(manifest)):
+        raise ModelContractError(f"{folder / MANIFEST_NAME}: {'; '.join(problems)}.")
+    return manifest
+
+
+def read_exactly(folder: Path, kind: TypeAdapter[Kind]) -> Kind:
+    """`folder/manifest.toml` as one kind of manifest. Raises ModelContractError for a missing or unknown key."""
     path = folder / MANIFEST_NAME
     try:
         with path.open("rb") as file:
@@ -175,13 +185,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelContractError(f"{path} is not TOML: {error}.") from error
     try:
         # As JSON, whose arrays may be tuples and whose texts may be diagnoses.
-        manifest = _MANIFEST.validate_json(json.dumps(raw, default=str))
+        return kind.validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         found = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise ModelContractError(f"{path}: {'; '.join(found)}.") from error
-    if problems := list(_contract_problems(manifest)):
-        raise ModelContractError(f"{path}: {'; '.join(problems)}.")
-    return manifest
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 import hashlib
@@ -13,7 +13,7 @@ import re
 import threading
 from typing import Generic, TypeVar
 
-from model_store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from model_store.manifest import MANIFEST_NAME, FileDigest, Manifest, read_manifest
 from serve_app.domain.errors import ModelContractError
 from serve_app.records.serving import LiveModel
 
@@ -24,9 +24,9 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
+def verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
     """Raise ModelContractError unless every named file is there with its size and digest."""
-    for name, expected in manifest.files.items():
+    for name, expected in files.items():
         path = folder / name
         if path.parent != folder or not path.is_file():
             raise ModelContractError(f"{path} is missing or outside the model folder.")
@@ -154,5 +154,5 @@ class ModelStore:
         manifest = read_manifest(folder)
         if manifest.model_id != model_id:
             raise ModelContractError(f"{folder} holds {manifest.model_id}.")
-        verify_files(folder, manifest)
+        verify_files(folder, manifest.files)
         return StoredModel(folder, manifest, digest_file(folder / MANIFEST_NAME))

@@ -46,6 +46,28 @@ class Outputs(NamedTuple):
         return all(array is None or bool(np.isfinite(array).all()) for array in self)
 
 
+def open_session(graph: bytes, name: str, threads: int, device: Device = "cpu") -> ort.InferenceSession:
+    """ONNX Runtime over a graph, whose file has this name. Raises ModelContractError when it is none."""
+    provider, _ = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise ModelContractError(
+            f"{provider} is not available; install the {'gpu' if device == 'cuda' else 'cpu'} extra."
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads would take the cores that the other stages need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = ort.InferenceSession(graph, options, providers=[PROVIDERS[device]])
+    except Exception as error:  # ONNX Runtime's have no other common base
+        raise ModelContractError(f"{name} is no model: {type(error).__name__}.") from error
+    if provider not in session.get_providers():
+        raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
+    return session
+
+
 class InferenceSession:
     """One forward pass over pixels uint8 N×H×W×3.
 
@@ -53,26 +75,8 @@ class InferenceSession:
     """
 
     def __init__(self, model: StoredModel, *, threads: int, device: Device = "cpu") -> None:
-        provider, _ = PROVIDERS[device]
-        if provider not in ort.get_available_providers():
-            raise ModelContractError(
-                f"{provider} is not available; install the {'gpu' if device == 'cuda' else 'cpu'} extra."
-            )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning threads would take the cores that the other stages need.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         manifest = model.manifest
-        try:
-            self._session = ort.InferenceSession(
-                model.path(manifest.onnx).read_bytes(), options, providers=[PROVIDERS[device]]
-            )
-        except Exception as error:  # ONNX Runtime's have no other common base
-            raise ModelContractError(f"{manifest.onnx} is no model: {type(error).__name__}.") from error
-        if provider not in self._session.get_providers():
-            raise ModelContractError(f"ONNX Runtime fell back from {provider}.")
+        self._session = open_session(model.path(manifest.onnx).read_bytes(), manifest.onnx, threads, device)
         _check_graph(self._session, manifest)
         output = manifest.output
         self._input = manifest.input.name

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from data_jobs.training.recipe import BCN84_SIDE, AugmentPlan
 
@@ -55,19 +55,50 @@ def augment(
     `soft`: as if it had been archived at the other hospital's size; `cluttered`: with what must not count, in whole
     view half of the time.
     """
+    return _augment(pixels, (), side, plan, rng, soft=soft, cluttered=cluttered)[0]
+
+
+def augment_outlined(
+    pixels: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    side: int,
+    plan: AugmentPlan,
+    rng: Rng,
+    *,
+    cluttered: bool = False,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The view that `augment` gives, and the same view of the lesion's mask, uint8 M×M (255 inside) to side×side.
+
+    What a round field hides of the lesion is no part of the mask; what ink and hair hide is.
+    """
+    view, outline = _augment(pixels, (Image.fromarray(mask),), side, plan, rng, cluttered=cluttered)
+    return view, outline
+
+
+def _augment(
+    pixels: NDArray[np.uint8],
+    masks: tuple[Image.Image, ...],
+    side: int,
+    plan: AugmentPlan,
+    rng: Rng,
+    *,
+    soft: bool = False,
+    cluttered: bool = False,
+) -> list[NDArray[np.uint8]]:
     area = rng.uniform(*plan.crop_area)
     image = Image.fromarray(pixels)
     if cluttered:
         image = clutter(image, rng)
+        masks = tuple(in_field(mask, image) for mask in masks)
         area = 1.0 if rng.random() < 0.5 else area
     if soft:
         image = soften(image)
     stretch = np.exp(rng.uniform(-1.0, 1.0) * np.log1p(plan.aspect_jitter) / 2.0)
     crop_x, crop_y = (min(1.0, float(np.sqrt(area) * f)) for f in (stretch, 1.0 / stretch))
     capture = _simulate_capture(image, side / float(np.sqrt(area)), plan, rng)
-    view = _view(capture, side, (crop_x, crop_y), plan.small_rotation, rng)
-    coloured = _colour(np.asarray(view), plan, rng)
-    return spoil(coloured, rng) if cluttered else coloured
+    view, *outlines = _view((capture, *masks), side, (crop_x, crop_y), plan.small_rotation, rng)
+    coloured = _colour(view, plan, rng)
+    return [spoil(coloured, rng) if cluttered else coloured, *outlines]
 
 
 def soften(image: Image.Image) -> Image.Image:
@@ -89,20 +120,26 @@ def _simulate_capture(image: Image.Image, full_side: float, plan: AugmentPlan, r
 
 
 def _view(
-    image: Image.Image, side: int, crop: tuple[float, float], small_rotation: float, rng: Rng
-) -> Image.Image:
-    """Crop, mirror, turn and resample in one affine map; what lies outside is mirrored in."""
-    size = image.width
-    # A full-size crop turned by 20 degrees reaches 0.14 of the side beyond the edge.
-    pad = math.ceil(0.16 * size)
-    padded = Image.fromarray(np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="reflect"))
+    images: tuple[Image.Image, ...], side: int, crop: tuple[float, float], small_rotation: float, rng: Rng
+) -> list[NDArray[np.uint8]]:
+    """Crop, mirror, turn and resample in one affine map, all images alike; what lies outside is mirrored in."""
     (linear,), (shift,) = view_maps(np.array([crop]), small_rotation, rng)
-    matrix = linear * size / side
-    offset = pad + size * (1.0 + shift) / 2.0 - matrix @ np.array([side / 2.0, side / 2.0])
-    data = (*matrix[0], offset[0], *matrix[1], offset[1])
-    return padded.transform(
-        (side, side), Image.Transform.AFFINE, data, resample=_FILTERS[int(rng.integers(2))]
-    )
+    resample = _FILTERS[int(rng.integers(2))]
+    views = []
+    for image in images:
+        size = image.width
+        # A full-size crop turned by 20 degrees reaches 0.14 of the side beyond the edge.
+        pad = math.ceil(0.16 * size)
+        pixels = np.asarray(image)
+        edges = [(pad, pad), (pad, pad), (0, 0)][: pixels.ndim]
+        padded = Image.fromarray(np.pad(pixels, edges, mode="reflect"))
+        matrix = linear * size / side
+        offset = pad + size * (1.0 + shift) / 2.0 - matrix @ np.array([side / 2.0, side / 2.0])
+        data = (*matrix[0], offset[0], *matrix[1], offset[1])
+        views.append(
+            np.asarray(padded.transform((side, side), Image.Transform.AFFINE, data, resample=resample))
+        )
+    return views
 
 
 def view_maps(crop: NDArray[np.float64], small_rotation: float, rng: Rng) -> tuple[Floats, Floats]:
@@ -198,7 +235,7 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 def round_field(image: Image.Image, rng: Rng) -> Image.Image:
     """Dark round an ellipse of any size, as a dermatoscope's tube leaves it; half of the small ones hold all of it.
 
-    `info["box"]` tells where the image lies: left, top, right and bottom in pixels.
+    `info["box"]` tells where the image lies: left, top, right and bottom in pixels; `info["field"]` is the ellipse.
     """
     size = image.width
     radius = rng.uniform(0.32, 0.72)
@@ -219,8 +256,18 @@ def round_field(image: Image.Image, rng: Rng) -> Image.Image:
     if rng.random() < 0.5:
         inside = inside.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.003, 0.03)))
     shown = Image.composite(image, Image.new("RGB", image.size, dark), inside)
-    shown.info["box"] = box
+    shown.info |= {"box": box, "field": inside}
     return shown
+
+
+def in_field(mask: Image.Image, shown: Image.Image) -> Image.Image:
+    """A mask of an image as `clutter` shows that image: moved into the round field, if there is one, and cut off by it."""
+    if "field" not in shown.info:
+        return mask
+    box = [round(v * mask.width / shown.width) for v in shown.info["box"]]
+    moved = Image.new("L", mask.size)
+    moved.paste(mask.resize((box[2] - box[0], box[3] - box[1])), (box[0], box[1]))
+    return ImageChops.multiply(moved, shown.info["field"].resize(mask.size))
 
 
 def ink(image: Image.Image, rng: Rng) -> Image.Image:

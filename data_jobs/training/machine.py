@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import os
+from typing import Any
 
 from timm.layers import Conv2dSame, pad_same
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from data_jobs.training.draws import AugmentedDraws
 from data_jobs.training.recipe import OptimiserPlan
 
 Size = tuple[int, ...]
@@ -124,7 +124,9 @@ class Machine:
             workers = (os.cpu_count() or 1) if device == "cuda" else 1
         return cls(torch.device(device), workers, bfloat16 or device == "cuda")
 
-    def batches(self, views: AugmentedDraws, plan: OptimiserPlan) -> DataLoader[tuple[Tensor, Tensor]]:
+    def batches(
+        self, views: Dataset[tuple[Tensor, Any]], plan: OptimiserPlan
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
         """The views in batches of the plan's size, the remainder dropped."""
         return DataLoader(
             views,

@@ -117,6 +117,14 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     `content` is the manifest as plain tables, `files` left out. Raises ModelContractError when
     what was written does not load.
     """
+    write_digests(folder, content)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest.files)
+    return manifest
+
+
+def write_digests(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` with the digests of all files of the folder but the canary."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": digest_file(path)}
         for path in sorted(folder.iterdir())
@@ -125,9 +133,6 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     partial = folder / f".{MANIFEST_NAME}.partial"
     partial.write_text(tomli_w.dumps({**content, "files": files}), encoding="utf-8")
     partial.rename(folder / MANIFEST_NAME)
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest)
-    return manifest
 
 
 def seal(folder: Path, *, references: int | None = None) -> Manifest:

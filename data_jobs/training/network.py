@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from data_jobs.training.recipe import NetworkPlan, Recipe
+from data_jobs.training.recipe import NetworkPlan, Recipe, StartPlan
 from serve_app.domain.diagnosis import TRAINED
 
 #: Width of the bottleneck: model_store.manifest's EMBEDDING_DIM, which a machine that only trains cannot import.
@@ -165,12 +165,7 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
     else:
         load_imagenet(network, wheel_weights(recipe.architecture))
         return
-    if given is None:
-        raise ValueError(f"This recipe starts from {name}: give that file with --start.")
-    # What is parsed is what was checked, whatever happens to the file meanwhile.
-    content = given.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{given} is not {name} that the recipe names: its SHA-256 is another.")
+    content = read_given(given, name, digest)
     if recipe.start is not None:
         load_weights(network, recipe.architecture, averaged_weights(io.BytesIO(content)))
         return
@@ -179,3 +174,20 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
     except SafetensorError as error:
         raise ValueError(f"{given} is no safetensors file: {error}") from error
     load_trunk(network, recipe.architecture, weights)
+
+
+def read_given(given: Path | None, name: str, digest: str) -> bytes:
+    """The content of a file that a recipe names. Raises ValueError when it is missing or has another SHA-256."""
+    if given is None:
+        raise ValueError(f"This recipe starts from {name}: give that file with --start.")
+    # What is parsed is what was checked, whatever happens to the file meanwhile.
+    content = given.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{given} is not {name} that the recipe names: its SHA-256 is another.")
+    return content
+
+
+def read_start(plan: StartPlan, given: Path) -> dict[str, Tensor]:
+    """The averaged weights of the checkpoint that a plan names; ValueError as `read_given`."""
+    content = read_given(given, f"the checkpoint of {plan.model_id}", plan.checkpoint_sha256)
+    return averaged_weights(io.BytesIO(content))

@@ -298,15 +298,15 @@ def read_recipe(path: Path) -> Recipe:
     with path.open("rb") as file:
         raw = tomllib.load(file)
     try:
-        raw |= {name: _read(kind, raw[name]) for name, kind in _TABLES.items() if name in raw}
-        raw["stages"] = [_read(Stage, stage) for stage in raw["stages"]]
+        raw |= {name: read_table(kind, raw[name]) for name, kind in _TABLES.items() if name in raw}
+        raw["stages"] = [read_table(Stage, stage) for stage in raw["stages"]]
         raw["serving_sides"] = raw.pop("serving")["sides"]
         if "distillation" in raw:
-            teachers = [_read(TeacherPlan, teacher) for teacher in raw["distillation"].pop("teachers")]
-            raw["distillation"] = _read(DistillationPlan, raw["distillation"] | {"teachers": teachers})
+            teachers = [read_table(TeacherPlan, teacher) for teacher in raw["distillation"].pop("teachers")]
+            raw["distillation"] = read_table(DistillationPlan, raw["distillation"] | {"teachers": teachers})
         if "acceptance" in raw:
             raw["acceptance"] = read_acceptance(raw["acceptance"])
-        recipe = _read(Recipe, raw)
+        recipe = read_table(Recipe, raw)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing.") from error
     _check(recipe, path)
@@ -348,7 +348,7 @@ def _check(recipe: Recipe, path: Path) -> None:
 
 def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:
     """Read criteria. Raises ValueError for an unknown one, one that is no number, or none at all."""
-    plan = _read(AcceptancePlan, raw)
+    plan = read_table(AcceptancePlan, raw)
     wrong = [
         name
         for name, value in raw.items()
@@ -361,7 +361,8 @@ def read_acceptance(raw: dict[str, Any]) -> AcceptancePlan:
     return plan
 
 
-def _read(kind: type[_Plan], raw: dict[str, Any]) -> _Plan:
+def read_table(kind: type[_Plan], raw: dict[str, Any]) -> _Plan:
+    """A plan from its table. Raises ValueError for an unknown key, KeyError for a missing one."""
     wanted = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := set(raw) - set(wanted):
         raise ValueError(f"{kind.__name__}: unknown {', '.join(sorted(unknown))}.")

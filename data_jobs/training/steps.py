@@ -34,7 +34,7 @@ def learning_rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - ramp) / max(1.0, total - ramp)))
 
 
-def build_optimiser(network: DermNetwork, plan: OptimiserPlan) -> torch.optim.AdamW:
+def build_optimiser(network: nn.Module, plan: OptimiserPlan) -> torch.optim.AdamW:
     """AdamW in four groups: trunk and head, each with and without weight decay (norms, biases)."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():

@@ -41,18 +41,18 @@ from data_jobs.training.teachers import Teachers
 from deployments.preprocess.pixels import InputGeometry
 
 
-def read_progress(checkpoint: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What an earlier run of this recipe left to go on with; None when there is nothing yet.
+def read_progress(checkpoint: Path, training_digest: str) -> dict[str, Any] | None:
+    """What an earlier run of the recipe of this digest left to go on with; None when there is nothing yet.
 
     Raises ValueError when another recipe wrote it: its schedule and weights would pass for this one's.
     """
     if not checkpoint.exists():
         return None
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if (digest := state.get("recipe")) != recipe.training_digest:
+    if (digest := state.get("recipe")) != training_digest:
         raise ValueError(
             f"{checkpoint} was trained under {'another recipe' if digest else 'a recipe that it does not name'} "
-            f"({(digest or 'no digest')[:12]}, not {recipe.training_digest[:12]}): go on with the recipe that began "
+            f"({(digest or 'no digest')[:12]}, not {training_digest[:12]}): go on with the recipe that began "
             "it, or give another --output."
         )
     return state
@@ -77,7 +77,7 @@ def train(
     Raises ValueError when another recipe wrote the checkpoint there, or as `load_start` and `Teachers` do.
     """
     checkpoint = output / "checkpoint.pt"
-    state = read_progress(checkpoint, recipe)
+    state = read_progress(checkpoint, recipe.training_digest)
     torch.manual_seed(recipe.seed)
     network = DermNetwork(recipe.architecture, recipe.network)
     load_start(network, recipe, start)

@@ -30,6 +30,7 @@ _TRAINING = [
     "test_network.py",
     "test_train.py",
     "edge/test_onnx_copies.py",
+    "segmenter/test_segmenter_training.py",
 ]
 collect_ignore = [] if find_spec("torch") and find_spec("onnx") else _TRAINING
 

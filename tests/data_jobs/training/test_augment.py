@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from data_jobs.training.augment import KINDS, augment, soften, spoil
+from data_jobs.training.augment import KINDS, augment, augment_outlined, in_field, round_field, soften, spoil
 from data_jobs.training.recipe import read_recipe
 
 PLAN = read_recipe(Path("data_jobs/training/recipes/tf_efficientnet_lite2_derm10.toml")).augment
@@ -22,6 +22,45 @@ def test_equal_seeds_give_equal_views() -> None:
         assert (views[0].shape, views[0].dtype) == ((96, 96, 3), np.uint8)
         assert np.array_equal(views[0], views[1])
         assert not np.array_equal(views[0], views[2])
+
+
+@pytest.mark.parametrize("cluttered", [False, True])
+def test_a_mask_takes_no_part_in_the_view(*, cluttered: bool) -> None:
+    mask = np.zeros((112, 112), np.uint8)
+    alone, with_mask = (
+        made(np.random.default_rng(9))
+        for made in (
+            lambda rng: augment(NOISE, 96, PLAN, rng, cluttered=cluttered),
+            lambda rng: augment_outlined(NOISE, mask, 96, PLAN, rng, cluttered=cluttered)[0],
+        )
+    )
+    assert np.array_equal(alone, with_mask)
+
+
+def test_a_mask_lies_where_the_lesion_does() -> None:
+    lesion = np.zeros((224, 224), np.uint8)
+    lesion[40:120, 60:190] = 255
+    image = np.where(lesion[..., None] > 0, 40, 220).astype(np.uint8).repeat(3, axis=2)
+    for seed in range(12):
+        view, mask = augment_outlined(image, lesion, 96, PLAN, np.random.default_rng(seed))
+        dark, inside = view.mean(2) < view.mean(2).max() * 0.6, mask > 127
+        assert (dark & inside).sum() > 0.93 * (dark | inside).sum()
+
+
+def test_a_round_field_moves_a_mask_and_hides_what_is_outside() -> None:
+    everything = Image.new("L", (112, 112), 255)
+    lit, moved = Image.new("RGB", (224, 224), (255, 255, 255)), 0
+    for seed in range(16):
+        shown = round_field(lit, np.random.default_rng(seed))
+        mask = np.asarray(in_field(everything, shown).resize(shown.size)) > 127
+        box = shown.info["box"]
+        moved += box != [0, 0, 224, 224]
+        # Where the field is dark there is no lesion; a pale field cannot be told from the image here.
+        if np.asarray(shown).min() < 30:
+            bright = np.asarray(shown).min(2) > 127
+            assert (bright & mask).sum() > 0.95 * (bright | mask).sum()
+    assert moved
+    assert in_field(everything, lit) is everything
 
 
 def test_soft_views_lose_detail() -> None:

@@ -72,7 +72,7 @@ def test_evidence_is_written_and_vouched_for(
     half = np.arange(len(predictions)) < 800
     write_evidence(folder, report, predictions[half], predictions[~half])
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    verify_files(folder, manifest.files)
     pictures = {"confusion.png", "reliability.png", "melanoma.png"}
     written = {"predictions.parquet", "calibration.parquet", "evaluation.json", "MODEL_CARD.md"}
     assert pictures | written <= set(manifest.files)
