@@ -131,7 +131,8 @@ def largest(mask: Mask) -> Mask:
     names = components(mask)
     areas = np.bincount(names.ravel())
     areas[0] = 0
-    return mask & (names == areas.argmax())
+    piece: Mask = mask & (names == areas.argmax())
+    return piece
 
 
 def filled(mask: Mask) -> Mask:

@@ -35,7 +35,7 @@ KINDS = ("round dark field", "ink strokes", "ink ring", "ruler", "hair")
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Outlines of N images, without their masks, and each one's IoU with the expert's."""
+    """Outlines of N images, and each one's IoU with the expert's."""
 
     outlines: tuple[Outline, ...]
     iou: Floats
@@ -59,11 +59,9 @@ def overlap(found: Mask, truth: Mask) -> float:
 
 def score(segmenter: Segmenter, pixels: Pixels, truth: NDArray[np.bool_]) -> Scored:
     """Outline N images uint8 N×S×S×3 whose lesions are N×S×S."""
-    outlines = [segmenter.outline(image) for image in pixels]
-    iou = np.array([overlap(o.mask, t) for o, t in zip(outlines, truth, strict=True)])
-    nothing = np.zeros((0, 0), np.bool_)
-    kept = [Outline(nothing, o.confidence, o.frame_share, o.main_share, o.doubts) for o in outlines]
-    return Scored(tuple(kept), iou)
+    outlines = tuple(segmenter.outline(image) for image in pixels)
+    iou = [overlap(outline.mask, lesion) for outline, lesion in zip(outlines, truth, strict=True)]
+    return Scored(outlines, np.array(iou))
 
 
 def least_confidence(scored: Scored) -> float:
@@ -100,7 +98,8 @@ def blue_otsu(pixels: Pixels) -> Mask:
     side = len(pixels)
     blue = Image.fromarray(pixels).resize((side // 4, side // 4), Image.Resampling.BOX)
     channel = np.asarray(blue)[..., 2]
-    names = components(channel < threshold_otsu(channel))
+    threshold = threshold_otsu(channel)  # type: ignore[no-untyped-call]
+    names = components(channel < threshold)
     span = np.linspace(-1.0, 1.0, len(channel))
     near = np.exp(-(span[:, None] ** 2 + span**2) / 0.25)
     weights = np.bincount(names.ravel(), near.ravel())
