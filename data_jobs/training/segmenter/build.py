@@ -35,7 +35,7 @@ from data_jobs.training.edge.onnx_copies import plain_graph, write_float16
 from data_jobs.training.manifest_file import write_digests
 from data_jobs.training.network import load_weights
 from data_jobs.training.segmenter.evaluate import RELIABLE, evaluate, least_confidence, score
-from data_jobs.training.segmenter.masks import mask_path, outlined, read_mask
+from data_jobs.training.segmenter.masks import outlined, read_mask
 from data_jobs.training.segmenter.network import SegmenterNetwork
 from data_jobs.training.segmenter.recipe import SegmenterRecipe, read_segmenter_recipe
 from deployments.change.segmenter import Segmenter
@@ -128,7 +128,7 @@ def read_fold(
     picked = list(indices)
     side = recipe.data.cache_side
     pixels = load_pixels(rows, picked, folder, InputGeometry(side, recipe.data.interpolation))
-    truth = np.stack([read_mask(mask_path(rows[i], folder), side) > 127 for i in picked])
+    truth = np.stack([read_mask(rows[i], folder, side) > 127 for i in picked])
     return [rows[i] for i in picked], pixels, truth
 
 

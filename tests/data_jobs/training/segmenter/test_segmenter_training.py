@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 import hashlib
 import json
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
+from data_jobs.training.dataset import LabelledImage
 from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork
 from data_jobs.training.recipe import NetworkPlan, Stage
@@ -26,7 +28,7 @@ from data_jobs.training.segmenter.evaluate import (
     overlap,
     touching,
 )
-from data_jobs.training.segmenter.masks import read_mask
+from data_jobs.training.segmenter.masks import is_cropped, mask_path, outlined, read_mask
 from data_jobs.training.segmenter.network import SegmenterNetwork, load_classifier, outline_loss
 from data_jobs.training.segmenter.recipe import SegmenterRecipe, read_segmenter_recipe
 from data_jobs.training.segmenter.train import drawn, train
@@ -160,13 +162,24 @@ def test_the_served_graph_answers_as_torch_does_and_is_small(tmp_path: Path) -> 
     assert (tmp_path / "model.onnx").stat().st_size < 3_000_000
 
 
-def test_masks_are_read_into_the_squashed_frame(tmp_path: Path) -> None:
+def test_masks_are_read_into_the_frame_of_their_images(
+    tmp_path: Path, make_row: Callable[..., LabelledImage]
+) -> None:
+    cropped = make_row(1)
+    squashed = replace(cropped, width=180, height=180)
     mask = Image.new("L", (200, 150))
-    mask.paste(255, (50, 30, 150, 90))
-    mask.save(tmp_path / "mask.png")
-    inside = read_mask(tmp_path / "mask.png", 100) > 127
-    assert inside.sum() == 50 * 40
-    assert inside[20:60, 25:75].all()
+    mask.paste(255, (50, 30, 100, 90))
+    (tmp_path / "masks").mkdir()
+    mask.save(mask_path(cropped, tmp_path))
+    assert outlined([make_row(0), cropped], tmp_path).tolist() == [1]
+    inside = read_mask(squashed, tmp_path, 100) > 127
+    assert inside.sum() == 25 * 40
+    assert inside[20:60, 25:50].all()
+    # The archive has only the middle square of it: 25 to 175 of 200.
+    inside = read_mask(cropped, tmp_path, 150) > 127
+    assert inside.sum() == 50 * 60
+    assert inside[30:90, 25:75].all()
+    assert not is_cropped(replace(cropped, aspect="true"))
 
 
 def test_figures_count_what_they_say() -> None:
