@@ -120,6 +120,8 @@ OVERRIDE = {"decision": "override", "reason": "other", "level": "low"}
         ({**OVERRIDE, "follow_up_by": str(TODAY - timedelta(days=2))}, "passed"),
         ({**OVERRIDE, "follow_up_by": 1e9}, "YYYY-MM-DD"),
         ({**OVERRIDE, "follow_up_by": "2031-02-30"}, "YYYY-MM-DD"),
+        ({**OVERRIDE, "follow_up_by": "2031-W05-1"}, "YYYY-MM-DD"),
+        ({**OVERRIDE, "follow_up_by": f"{TODAY.year + 11}-01-01"}, "ten years"),
         ({**OVERRIDE, "referral_made": "yes"}, "referral_made"),
         ({**OVERRIDE, "note": ""}, "note"),
         ({**OVERRIDE, "note": "x" * 1001}, "note"),
@@ -148,7 +150,7 @@ async def test_a_review_is_of_an_answer_of_this_lesion(service, answer) -> None:
         await service.hold_to_failure(response, 404, "not_found", "review")
     for outcome, status, code in (("pending", 409, "assessment_pending"), ("failed", 409, "conflict")):
         await service.owner.execute(
-            "UPDATE assessments SET outcome = $2, answer = NULL, demand_level = NULL, demand_urgency = NULL,"
+            "UPDATE assessments SET outcome = $2, answer = NULL,"
             " failure = CASE $2 WHEN 'failed' THEN 'integrity' END,"
             " completed_at = CASE $2 WHEN 'failed' THEN now() END WHERE assessment_id = $1::text::uuid",
             *(other["assessment_id"], outcome),
@@ -208,6 +210,7 @@ async def test_outcomes_add_up_and_close_no_demand(service, answer) -> None:
     [
         ({"diagnosis": "UNK"}, "diagnosis"),
         ({"diagnosis": None}, "malignant"),
+        ({"observed_on": "0026-06-01"}, "1900"),
         ({"malignant": False}, "MEL is malignant"),
         ({"diagnosis": "NV", "malignant": True}, "NV is not malignant"),
         ({"code": None}, "code_system"),
