@@ -213,7 +213,8 @@ COMMENT ON FUNCTION cells_of IS 'In which cells of the reports an assessment cou
 
 CREATE FUNCTION count_lesions(of_lesions uuid []) RETURNS void
 LANGUAGE sql
-BEGIN ATOMIC
+-- As text: pg_dump 18 writes a parsed body with two ON CONFLICT in a way that cannot be read back.
+AS $$
     WITH fresh AS MATERIALIZED (SELECT * FROM facts_on_record(of_lesions)),
     counted AS MATERIALIZED (
         SELECT f.* FROM assessment_facts AS f INNER JOIN fresh USING (assessment_id)
@@ -247,7 +248,7 @@ BEGIN ATOMIC
     HAVING sum(each.n) <> 0
     ORDER BY each.tab, each.month, each.key
     ON CONFLICT (tab, month, key) DO UPDATE SET n = c.n + excluded.n;
-END;
+$$;
 COMMENT ON FUNCTION count_lesions IS
 'Bring facts and counts of lesions to what the record says; whoever calls it holds the counters'' lock.';
 

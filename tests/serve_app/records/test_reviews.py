@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 import random
@@ -101,6 +102,16 @@ class History:
             demands = {"answered": (LEVELS.index(level), URGENCIES.index(urgency)), "referred": (2, 2)}
             image.demand = demands.get(end)
 
+    def refusal(self, image: Image, said: Mapping[str, object]) -> type[Exception] | None:
+        """What comes of saying this of an image as it is."""
+        decides = said["decision"] is not None
+        beside = {"note", "impression_diagnosis"} & said.keys()
+        if image.state == "erased":
+            return None if decides and image.demand is not None and not beside else Erased
+        if image.state == "pending":
+            return AssessmentPending if decides else None
+        return Conflict if image.state == "failed" else None
+
     async def review(self, lesion_id: UUID, image: Image) -> None:
         decision = self.chance.choice([None, "accept", "override", "override"])
         said: dict[str, object] = {"decision": decision}
@@ -110,12 +121,7 @@ class History:
             said |= {"reason": "second_opinion", "level": self.chance.choice(LEVELS)}
         if decision is not None and self.chance.random() < 0.5:
             said["note"] = "words"
-        refusal = {"failed": Conflict}.get(image.state)
-        beside = {"note", "impression_diagnosis"} & said.keys()
-        if image.state == "erased" and (decision is None or image.demand is None or beside):
-            refusal = Erased
-        if image.state == "pending" and decision is not None:
-            refusal = AssessmentPending
+        refusal = self.refusal(image, said)
         spoken = statement(image.admission, **said)
         spoken = replace(spoken, tells_pms=True)
         if refusal is not None:
