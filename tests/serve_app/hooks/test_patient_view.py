@@ -25,10 +25,6 @@ from tests.serve_app.http.test_fuzz import json_values
 
 
 async def test_an_open_demand_is_a_card_and_a_read_on_record(west, east, lesion) -> None:
-    await west.service.owner.execute(
-        "UPDATE assessments SET demand_level = 'high', demand_urgency = 'urgent' WHERE image_id = $1::text::uuid",
-        lesion["image_id"],
-    )
     response = await west.look(lesion["fhir"])
     assert response.headers["cache-control"] == "no-store"
     (card,) = await cards_of(response)
