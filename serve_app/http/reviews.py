@@ -35,6 +35,7 @@ from serve_app.domain.review import (
     OverrideReason,
     Referral,
 )
+from serve_app.fhir.codes import OWN
 from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import TEXT, Form, body_of, check_idempotency_key, read_form
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
@@ -47,13 +48,18 @@ router = APIRouter(tags=["reviews"], responses=PROBLEM_RESPONSES)
 
 #: A day begins somewhere on earth this long before it does in UTC, and ends somewhere this long after.
 _AHEAD, _BEHIND = timedelta(hours=14), timedelta(hours=12)
+#: What is said of a living patient was not seen before: a year that was mistyped.
+_EARLIEST = date(1900, 1, 1)
+#: Of codes by which a report says what the service says; compared in small letters, as URNs are (RFC 8141).
+_OWN_SYSTEMS = f"{OWN}:"
 
 
 def _day(value: object) -> date:
     """Read a day, and nothing else that could be taken for one (a number of seconds, a moment)."""
     try:
-        if isinstance(value, str) and len(value) == len("2026-11-27"):
-            return date.fromisoformat(value)
+        # Written back, for other forms are days to Python, too (2026-W48-5).
+        if isinstance(value, str) and (day := date.fromisoformat(value)).isoformat() == value:
+            return day
     except ValueError:
         pass
     raise PydanticCustomError("day", "a day is required, YYYY-MM-DD")
@@ -68,6 +74,8 @@ def _to_come(value: date) -> date:
 def _come(value: date) -> date:
     if value > (datetime.now(UTC) + _AHEAD).date():
         raise PydanticCustomError("day", "this day is yet to come")
+    if value < _EARLIEST:
+        raise PydanticCustomError("day", "this day is before anybody's birth")
     return value
 
 
@@ -149,6 +157,8 @@ class LesionOutcomeForm(Form):
             raise InvalidField("diagnosis: required, or malignant.")
         if (self.code is None) != (self.code_system is None):
             raise InvalidField("code, code_system: both or neither.")
+        if (self.code_system or "").lower().startswith(_OWN_SYSTEMS):
+            raise InvalidField("code_system: one of this service's own; a diagnosis of it goes in diagnosis.")
         return self
 
 
