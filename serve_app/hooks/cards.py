@@ -81,13 +81,12 @@ def _card(due: Due, settings: HookClient) -> Card:
             "Shown is the **open demand**: the highest that this lesion's images demand, and no clinician has answered.",
             f"- Level: **{due.level}**; urgency: **{due.urgency}**",
             f"- Since: {due.since:%Y-%m-%d %H:%M} UTC",
-            "- What is demanded: "
+            "- What is demanded: a clinician's "
             + (
-                "a new image, for this one cannot be reviewed any more"
+                "decision on referral, by the lesion itself or a new image"
                 if due.erased
-                else "a clinician's review of this image"
-            )
-            + ", and a decision on referral",
+                else "review of this image, and a decision on referral"
+            ),
         ]
     lines += [f"- {image}", f"- {lesion}"]
     closing = (

@@ -169,6 +169,7 @@ async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, l
     (after,) = await cards_of(await west.look(lesion["fhir"]))
     assert after["uuid"] == card["uuid"]
     assert "since erased" in after["detail"]
+    assert "a clinician's decision on referral, by the lesion itself or a new image" in after["detail"]
     assert "torso" not in json.dumps(after)
     assert (await west.tell(overridden(card["uuid"], userComment="another word of it"))).status_code == 200
     kept = await west.service.owner.fetch(
