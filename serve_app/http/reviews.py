@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
 import json
+import re
 from typing import Annotated, Self
 from uuid import UUID
 
@@ -48,34 +50,35 @@ router = APIRouter(tags=["reviews"], responses=PROBLEM_RESPONSES)
 
 #: A day begins somewhere on earth this long before it does in UTC, and ends somewhere this long after.
 _AHEAD, _BEHIND = timedelta(hours=14), timedelta(hours=12)
-#: What is said of a living patient was not seen before: a year that was mistyped.
-_EARLIEST = date(1900, 1, 1)
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+#: A wrong century would keep a follow-up from ever being due.
+_YEARS_TO_COME, _FIRST_YEAR = 10, 1900
 #: Of codes by which a report says what the service says; compared in small letters, as URNs are (RFC 8141).
 _OWN_SYSTEMS = f"{OWN}:"
 
 
 def _day(value: object) -> date:
-    """Read a day, and nothing else that could be taken for one (a number of seconds, a moment)."""
-    try:
-        # Written back, for other forms are days to Python, too (2026-W48-5).
-        if isinstance(value, str) and (day := date.fromisoformat(value)).isoformat() == value:
-            return day
-    except ValueError:
-        pass
+    """Read a day, and nothing else that could be taken for one (a number of seconds, a moment, a week)."""
+    if isinstance(value, str) and _DAY.fullmatch(value):
+        with suppress(ValueError):
+            return date.fromisoformat(value)
     raise PydanticCustomError("day", "a day is required, YYYY-MM-DD")
 
 
 def _to_come(value: date) -> date:
-    if value < (datetime.now(UTC) - _BEHIND).date():
+    today = (datetime.now(UTC) - _BEHIND).date()
+    if value < today:
         raise PydanticCustomError("day", "this day has passed")
+    if value.year > today.year + _YEARS_TO_COME:
+        raise PydanticCustomError("day", "this day is more than ten years away")
     return value
 
 
 def _come(value: date) -> date:
     if value > (datetime.now(UTC) + _AHEAD).date():
         raise PydanticCustomError("day", "this day is yet to come")
-    if value < _EARLIEST:
-        raise PydanticCustomError("day", "this day is before anybody's birth")
+    if value.year < _FIRST_YEAR:
+        raise PydanticCustomError("day", "this day is before 1900")
     return value
 
 

@@ -86,7 +86,8 @@ class ReviewStore(Store):
     async def review(self, statement: Statement) -> tuple[Review, OpenDemand | None, bool]:
         """Record a review, and answer the demands that its decision answers; with what the lesion demands then.
 
-        True where it is new. An impression has `before_answer` where its clinician cannot have been given the answer.
+        True where it is new. An impression has `before_answer` where its clinician cannot have been given the answer:
+        none that comes with a decision on it.
         NotFound: the lesion has no such assessment. Erased; Conflict: it failed; AssessmentPending for a decision.
         """
         async with self._pool.connection() as connection, connection.transaction():
@@ -97,7 +98,8 @@ class ReviewStore(Store):
                     name for name, value in said.items() if value
                 }:
                     asked = statement.event.actor, said["assessment_id"]
-                    said["before_answer"] = not await connection.fetchval(_SQL["given"], *asked)
+                    given = said.get("decision") is not None or await connection.fetchval(_SQL["given"], *asked)
+                    said["before_answer"] = not given
                 verdict = await connection.fetchval(_SQL["record"], statement.lesion_id, said)
                 if verdict in _REFUSALS:
                     refusal, why = _REFUSALS[verdict]

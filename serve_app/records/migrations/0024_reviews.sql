@@ -94,8 +94,9 @@ FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER reviews_unchanged BEFORE UPDATE ON reviews
 FOR EACH ROW WHEN (NEW.note IS NOT NULL OR (to_jsonb(NEW) - 'note') IS DISTINCT FROM (to_jsonb(OLD) - 'note'))
 EXECUTE FUNCTION refuse_change();
--- Whoever writes: what was demanded is answered, by record_review, or stays.
-CREATE TRIGGER assessments_demand_unchanged BEFORE UPDATE ON assessments
+
+-- What an image demanded is answered, and never changed: not by the service's own role either.
+CREATE TRIGGER assessments_keep_demand BEFORE UPDATE OF demand_level, demand_urgency ON assessments
 FOR EACH ROW WHEN (
     OLD.demand_level IS NOT NULL
     AND (NEW.demand_level, NEW.demand_urgency) IS DISTINCT FROM (OLD.demand_level, OLD.demand_urgency)

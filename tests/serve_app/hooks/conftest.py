@@ -234,12 +234,7 @@ async def lesion(west: Ehr) -> dict[str, Any]:
     """The answer to an image of a patient in the doctor's care; `fhir` is how `west` names the patient."""
     patient = await west.service.care(DOCTOR)
     response = await west.service.upload(
-        patient,
-        subject=DOCTOR,
-        encounter_id="e-1",
-        anatom_site_general="posterior torso",
-        # Of three points, which demand an urgent referral whatever the image shows.
-        checklist=json.dumps({"change_in_size": True, "inflammation": True}),
+        patient, subject=DOCTOR, encounter_id="e-1", anatom_site_general="posterior torso"
     )
     assert response.status_code == 201, response.text
     fhir = f"fhir-{uuid4().hex[:12]}"

@@ -25,15 +25,16 @@ from tests.serve_app.http.test_fuzz import json_values
 
 
 async def test_an_open_demand_is_a_card_and_a_read_on_record(west, east, lesion) -> None:
+    level, urgency = (lesion["open_demand"][name] for name in ("level", "urgency"))
     response = await west.look(lesion["fhir"])
     assert response.headers["cache-control"] == "no-store"
     (card,) = await cards_of(response)
     since = lesion["created_at"][:10]
     assert (
         card["summary"]
-        == f"Open demand: high risk, urgency urgent, unanswered since {since} (posterior torso)"
+        == f"Open demand: {level} risk, urgency {urgency}, unanswered since {since} (posterior torso)"
     )
-    assert card["indicator"] == "critical"
+    assert card["indicator"] == {"expedited": "warning", "urgent": "critical"}[urgency]
     for said in (
         "**open demand**",
         "not a diagnosis",
@@ -169,7 +170,7 @@ async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, l
     (after,) = await cards_of(await west.look(lesion["fhir"]))
     assert after["uuid"] == card["uuid"]
     assert "since erased" in after["detail"]
-    assert "a clinician's decision on referral, by the lesion itself or a new image" in after["detail"]
+    assert "What is demanded: a clinician's decision on referral" in after["detail"]
     assert "torso" not in json.dumps(after)
     assert (await west.tell(overridden(card["uuid"], userComment="another word of it"))).status_code == 200
     kept = await west.service.owner.fetch(

@@ -287,6 +287,19 @@ async def test_what_was_said_and_not_yet_told_is_withdrawn_with_the_image(queue,
     assert (await reconcile(queue.owner)).differences == ()
 
 
+async def test_the_decision_on_what_an_erased_image_demanded_is_told(queue, pms, eraser) -> None:
+    """Or the encounter would show a demand as open that is closed."""
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    receipt_id = await erase(queue, eraser, finished)
+    review = await say(queue, finished, decision="accept")
+    await queue.drain(queue.delivery())
+    assert [key for key, _ in pms.kept["e-1"]][1:] == [receipt_id]
+    ((_, told),) = pms.others["/api/encounters/e-1/reviews"]
+    assert (told["review_id"], told["answers"]) == (str(review), [str(finished)])
+    assert (await reconcile(queue.owner)).differences == ()
+
+
 async def test_the_review_of_an_image_that_is_erased_while_it_is_sent_is_on_record_as_told(
     queue, pms, eraser
 ) -> None:
