@@ -94,12 +94,10 @@ class ReviewStore(Store):
             review_id, is_new = await _claim(connection, statement)
             if is_new:
                 said = {**statement.said, "review_id": str(review_id), **_of(statement, "clinician")}
-                if {"impression_diagnosis", "intended_referral"} & {
-                    name for name, value in said.items() if value
-                }:
+                if said.get("impression_diagnosis") or said.get("intended_referral"):
                     asked = statement.event.actor, said["assessment_id"]
-                    given = said.get("decision") is not None or await connection.fetchval(_SQL["given"], *asked)
-                    said["before_answer"] = not given
+                    decides = said.get("decision") is not None
+                    said["before_answer"] = not (decides or await connection.fetchval(_SQL["given"], *asked))
                 verdict = await connection.fetchval(_SQL["record"], statement.lesion_id, said)
                 if verdict in _REFUSALS:
                     refusal, why = _REFUSALS[verdict]
