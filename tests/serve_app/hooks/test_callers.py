@@ -101,7 +101,10 @@ def _encoded(value: bytes) -> str:
     return base64.urlsafe_b64encode(value).decode().rstrip("=")
 
 
-NOW = int(time.time())
+def now() -> int:
+    return int(time.time())
+
+
 REFUSED = {
     "another's key": lambda ehr: ehr.token(key=ECKey.generate_key("P-384", {"kid": "west-1"})),
     "an unknown key": lambda ehr: ehr.token(
@@ -128,9 +131,9 @@ REFUSED = {
     "another service": lambda ehr: ehr.token(aud=f"{BASE}/cds-services/x"),
     "another host": lambda ehr: ehr.token(aud=f"https://evil.example{SERVICE_PATH}"),
     "no audience": lambda ehr: ehr.token(aud=None),
-    "expired": lambda ehr: ehr.token(iat=NOW - 400, exp=NOW - 100),
-    "for longer than five minutes": lambda ehr: ehr.token(iat=NOW, exp=NOW + 301),
-    "not yet": lambda ehr: ehr.token(iat=NOW + 3000, exp=NOW + 3100),
+    "expired": lambda ehr: ehr.token(iat=now() - 400, exp=now() - 100),
+    "for longer than five minutes": lambda ehr: ehr.token(iat=now(), exp=now() + 301),
+    "not yet": lambda ehr: ehr.token(iat=now() + 3000, exp=now() + 3100),
     "no exp": lambda ehr: ehr.token(exp=None),
     "no iat": lambda ehr: ehr.token(iat=None),
     "no jti": lambda ehr: ehr.token(jti=None),

@@ -182,8 +182,8 @@ async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, l
 async def review(service, answer, *, follow_up_by: date, days_ago: int = 0) -> None:
     await service.owner.execute(
         "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, recorded_at, decision, level, urgency,"
-        " follow_up_by) VALUES ($1, $2::text::uuid, 'dr', 'r', now() - make_interval(days => $3), 'accept', 'low',"
-        " 'routine', $4)",
+        " follow_up_by, answers) VALUES ($1, $2::text::uuid, 'dr', 'r', now() - make_interval(days => $3), 'accept', 'low',"
+        " 'routine', $4, ARRAY[$2::text::uuid])",
         uuid4(),
         answer["assessment_id"],
         days_ago,
