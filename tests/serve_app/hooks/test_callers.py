@@ -80,12 +80,12 @@ def _half_a_character(ehr) -> str:
     claims = {
         "iss": ehr.issuer,
         "aud": f"{BASE}{SERVICE_PATH}",
-        "iat": NOW,
-        "exp": NOW + 100,
-        "jti": "\ud800",
+        "iat": (now := int(time.time())),
+        "exp": now + 100,
     }
     header = {"alg": ehr.algorithm, "kid": ehr.key.kid, "typ": "JWT"}
-    return jws.serialize_compact(header, json.dumps(claims), ehr.key, algorithms=[ehr.algorithm])
+    text = json.dumps(claims | {"jti": "\ud800"})
+    return jws.serialize_compact(header, text, ehr.key, algorithms=[ehr.algorithm])
 
 
 def _confused(ehr) -> str:
