@@ -37,6 +37,7 @@ from serve_app.domain.review import (
     OverrideReason,
     Referral,
 )
+from serve_app.fhir.codes import OWN
 from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import TEXT, Form, body_of, check_idempotency_key, read_form
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
@@ -52,6 +53,8 @@ _AHEAD, _BEHIND = timedelta(hours=14), timedelta(hours=12)
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 #: A wrong century would keep a follow-up from ever being due.
 _YEARS_TO_COME, _FIRST_YEAR = 10, 1900
+#: Of codes by which a report says what the service says; compared in small letters, as URNs are (RFC 8141).
+_OWN_SYSTEMS = f"{OWN}:"
 
 
 def _day(value: object) -> date:
@@ -157,6 +160,8 @@ class LesionOutcomeForm(Form):
             raise InvalidField("diagnosis: required, or malignant.")
         if (self.code is None) != (self.code_system is None):
             raise InvalidField("code, code_system: both or neither.")
+        if (self.code_system or "").lower().startswith(_OWN_SYSTEMS):
+            raise InvalidField("code_system: one of this service's own; a diagnosis of it goes in diagnosis.")
         return self
 
 

@@ -351,7 +351,7 @@ def test_whom_an_ehr_means_is_mapped_listed_and_ended_each_an_event(
         return derm_cds("hooks", *arguments, home=own_home)
 
     user = ("map", "--client", "west", "--user", "Practitioner/17", "--subject", "dr-jones")
-    assert "no client west" in hooks(*user).err
+    assert "DERM_HOOKS_CLIENTS is not set here" in hooks(*user).err
     clients, file = own_home / "hooks.toml", own_home / "identities.jsonl"
     clients.write_text(
         'base_url = "https://derm.example"\n[clients.west]\nissuer = "https://west.example"\njwks = "keys.json"\n'

@@ -199,6 +199,10 @@ SELECT
     CASE
         WHEN o.dead_at IS NOT NULL THEN o.last_error
         WHEN o.delivered_at IS NULL AND o.sent_at IS NULL AND o.attempts > 0 THEN 'encounter_not_confirmed'
+        WHEN EXISTS (
+            SELECT FROM outbox AS said
+            WHERE said.assessment_id = a.assessment_id AND said.kind IN ('review', 'outcome') AND said.dead_at IS NOT NULL
+        ) THEN 'said_not_delivered'
     END AS undelivered
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)

@@ -12,6 +12,7 @@ import time
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from joserfc import jws
 from joserfc.jwk import ECKey, OctKey, RSAKey
 import pytest
 
@@ -74,6 +75,19 @@ def _unsigned(ehr) -> str:
     return f"{header}.{parts[1]}.{parts[2]}"
 
 
+def _half_a_character(ehr) -> str:
+    """JSON can say what no UTF-8 can."""
+    claims = {
+        "iss": ehr.issuer,
+        "aud": f"{BASE}{SERVICE_PATH}",
+        "iat": (now := int(time.time())),
+        "exp": now + 100,
+    }
+    header = {"alg": ehr.algorithm, "kid": ehr.key.kid, "typ": "JWT"}
+    text = json.dumps(claims | {"jti": "\ud800"})
+    return jws.serialize_compact(header, text, ehr.key, algorithms=[ehr.algorithm])
+
+
 def _confused(ehr) -> str:
     """Signed by HMAC with the public key, which everybody has, as the secret; by hand, for joserfc would not."""
     claims = ehr.token().split(".")[1]
@@ -126,6 +140,7 @@ REFUSED = {
     "an empty jti": lambda ehr: ehr.token(jti=""),
     "a jti that is no text": lambda ehr: ehr.token(jti=7),
     "an endless jti": lambda ehr: ehr.token(jti="x" * 256),
+    "a jti of half a character": _half_a_character,
     "a clinician's own": lambda ehr: ehr.service.token(DOCTOR)["Authorization"].removeprefix("Bearer "),
     "rubbish": lambda _: "a.b.c",
     "nested": lambda _: f"{base64.urlsafe_b64encode(b'[' * 5000).decode()}.e30.x",

@@ -126,6 +126,7 @@ OVERRIDE = {"decision": "override", "reason": "other", "level": "low"}
         ({**OVERRIDE, "note": ""}, "note"),
         ({**OVERRIDE, "note": "x" * 1001}, "note"),
         ({**OVERRIDE, "note": "a\0"}, "note"),
+        ({**OVERRIDE, "note": "\x9b31m"}, "note"),
         ({"note": "no decision"}, "note"),
         ({"impression": {}}, "impression"),
         ({"impression": {"diagnosis": "XYZ"}}, "impression.diagnosis"),
@@ -191,6 +192,12 @@ async def test_an_erased_image_keeps_what_was_said_without_a_note_and_takes_a_de
     assert (await say(service, answer, OUTCOME, "outcomes")).status_code == 201
 
 
+async def test_a_note_may_have_lines_of_any_system(service, answer) -> None:
+    note = "seen with the patient\r\nand again\n\tלא"
+    review = (await say(service, answer, {"decision": "accept", "note": note})).json()["review"]
+    assert review["note"] == note
+
+
 async def test_outcomes_add_up_and_close_no_demand(service, answer) -> None:
     first = await say(service, answer, {**OUTCOME, "image_id": answer["image_id"]}, "outcomes")
     assert first.status_code == 201, first.text
@@ -216,6 +223,8 @@ async def test_outcomes_add_up_and_close_no_demand(service, answer) -> None:
         ({"code": None}, "code_system"),
         ({"code": "two words"}, "code"),
         ({"code_system": "not a uri"}, "code_system"),
+        ({"code_system": "urn:derm-cds:diagnosis", "code": "NV"}, "code_system"),
+        ({"code_system": "URN:Derm-CDS:diagnosis", "code": "NV"}, "code_system"),
         ({"observed_on": str(TODAY + timedelta(days=2))}, "yet to come"),
         ({"observed_on": None}, "observed_on"),
         ({"kind": "hearsay"}, "kind"),
