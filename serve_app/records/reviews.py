@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 
 from serve_app.audit.events import AuditEvent
-from serve_app.audit.rows import ASSESSMENTS, LESION_OUTCOMES, REVIEWS, vouch
+from serve_app.audit.rows import ASSESSMENTS, LESION_OUTCOMES, REVIEW_NOTES, REVIEWS, vouch
 from serve_app.domain.assessment import OpenDemand
 from serve_app.domain.errors import (
     AssessmentPending,
@@ -105,6 +105,8 @@ class ReviewStore(Store):
                 row = await connection.fetchrow(_SQL["recorded"], review_id)
                 answered = await connection.fetch(_SQL["answered"], row["answers"])
                 event = vouch(replace(statement.event, image_id=row["image_id"]), REVIEWS, [row])
+                if row["note"] is not None:
+                    event = vouch(event, REVIEW_NOTES, [row])
                 if answered:
                     event = vouch(event, ASSESSMENTS, map(assessment_row, answered))
                 told = await _queue(connection, statement, MessageKind.REVIEW, review_id, row["image_id"])

@@ -231,19 +231,19 @@ SELECT
 FROM lesion_outcomes;
 
 -- name: follow_ups
--- Which follow-up each lesion of a statement's `images` waits for, due or not: of each assessment the newest decision counts;
--- done when another image of the lesion (`newest`: of those that are not erased), or its outcome, has come since.
+-- Which follow-up each lesion of a statement's `images` waits for, due or not: of each assessment the day that was named
+-- last counts, whatever was decided since without one; done when another image of the lesion (`newest`: of those that are
+-- not erased), or its outcome, has come since.
 SELECT DISTINCT ON (i.lesion_id)
     i.lesion_id, i.assessment_id, r.review_id, r.level, r.urgency, r.recorded_at, r.follow_up_by
 FROM images AS i
 CROSS JOIN LATERAL (
     SELECT * FROM reviews
-    WHERE assessment_id = i.assessment_id AND decision IS NOT NULL
+    WHERE assessment_id = i.assessment_id AND follow_up_by IS NOT NULL
     ORDER BY recorded_at DESC, review_id DESC
     LIMIT 1
 ) AS r
-WHERE r.follow_up_by IS NOT NULL
-    AND (i.newest IS NULL OR i.newest <= r.recorded_at)
+WHERE (i.newest IS NULL OR i.newest <= r.recorded_at)
     AND NOT EXISTS (
         SELECT FROM lesion_outcomes AS o
         WHERE o.lesion_id = i.lesion_id

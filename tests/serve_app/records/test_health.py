@@ -39,8 +39,8 @@ INSERT INTO assessments (
 SELECT i.image_id, i.image_id, now(), 'erased', now(), '{}', 1, '{}', 'dr', 'r', 'high', 'urgent' FROM lesion_images AS i;
 """
 LEFT_NOTE = """
-INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, note)
-SELECT a.image_id, a.image_id, 'dr', 'r', 'accept', 'her left arm' FROM assessments AS a;
+INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, note, note_salt)
+SELECT a.image_id, a.image_id, 'dr', 'r', 'accept', 'her left arm', a.image_id FROM assessments AS a;
 """
 LEFT_COMMENT = """
 INSERT INTO hook_cards (card_id, client, kind, assessment_id)
