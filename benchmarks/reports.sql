@@ -142,7 +142,7 @@ GROUP BY 1, 2, 3, 4, 5, 6;
 
 -- name: pending
 -- Make so many ($1) answered assessments pending, without their message.
-UPDATE assessments SET outcome = 'pending', answer = NULL, completed_at = NULL, demand_level = NULL, demand_urgency = NULL
+UPDATE assessments SET outcome = 'pending', answer = NULL, completed_at = NULL
 WHERE assessment_id IN (SELECT assessment_id FROM assessments WHERE outcome = 'decided' LIMIT $1);
 
 -- name: end

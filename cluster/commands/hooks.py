@@ -73,7 +73,11 @@ def _list(arguments: argparse.Namespace) -> None:
 def _client(arguments: argparse.Namespace) -> str:
     """The EHR's name; InvalidField for one that is not configured: what is mapped for it would mean nothing."""
     file = load_settings().hooks_clients
-    if file is None or arguments.client not in read_hooks(file).clients:
+    if file is None:
+        raise InvalidField(
+            "--client: DERM_HOOKS_CLIENTS is not set here; in secrets/service.env it is for every command."
+        )
+    if arguments.client not in read_hooks(file).clients:
         raise InvalidField(f"--client: DERM_HOOKS_CLIENTS has no client {arguments.client}.")
     name: str = arguments.client
     return name

@@ -77,7 +77,8 @@ SITE_OPERATING_POINTS = _table(
     "model_id model_digest id",
     "set_at operating_points approved_by reason report_sha256",
 )
-#: Without the note: that goes with the image, and the rest stays.
+#: What goes with the image when it is erased, and what stays.
+REVIEW_NOTES = AuditedTable("review_notes", ("review_id",), ("note", "note_salt"))
 REVIEWS = _table(
     "reviews",
     "review_id",

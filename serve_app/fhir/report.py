@@ -163,10 +163,10 @@ def _diagnostic_report(timeline: LesionTimeline) -> Resource:
 def _conclusion(timeline: LesionTimeline) -> Iterator[str]:
     """In words, for whoever sees no more of the Bundle than this: which of the facts each is, and what is missing."""
     newest, demand, decisions = timeline.latest, timeline.open_demand, _decisions(timeline)
-    level, urgency = (newest.assessment.demand if newest.assessment else None) or (None, None)
     yield f"{NO_DIAGNOSIS} Newest image, {format_time(newest.created_at)}: {newest.outcome.value}."
     yield from (f"{reason.message} {reason.action}" for reason in reasons_of(newest))
-    yield f"Demand of this image: {_words(level, urgency)}."
+    if newest.assessment is not None:  # without an answer, what it demands is not known, or not told any more
+        yield f"Demand of this image: {_words(*(newest.assessment.demand or (None, None)))}."
     if demand is None:
         yield "Open demand of the lesion: none."
     else:

@@ -70,7 +70,7 @@ def _card(due: Due, settings: HookClient) -> Card:
     if due.kind is CardKind.FOLLOW_UP:
         summary = f"Follow-up overdue since {due.follow_up_by}{site}"
         lines = [
-            "Shown is a **decision**: a clinician set this follow-up, and no image of the lesion came since.",
+            "Shown is a **decision**: a clinician set this follow-up, and no image of the lesion and no outcome came since.",
             f"- Due: **{due.follow_up_by}**, set on {due.since:%Y-%m-%d}",
             f"- Decided: {risk}" if due.level and due.urgency else "- Decided: no level or urgency on record",
             "- What is asked for: to see the lesion again, with a new image",
@@ -81,13 +81,7 @@ def _card(due: Due, settings: HookClient) -> Card:
             "Shown is the **open demand**: the highest that this lesion's images demand, and no clinician has answered.",
             f"- Level: **{due.level}**; urgency: **{due.urgency}**",
             f"- Since: {due.since:%Y-%m-%d %H:%M} UTC",
-            "- What is demanded: "
-            + (
-                "a new image, for this one cannot be reviewed any more"
-                if due.erased
-                else "a clinician's review of this image"
-            )
-            + ", and a decision on referral",
+            f"- What is demanded: a clinician's {'' if due.erased else 'review of this image, and a '}decision on referral",
         ]
     lines += [f"- {image}", f"- {lesion}"]
     closing = (

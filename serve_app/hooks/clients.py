@@ -62,7 +62,8 @@ class HookClients:
             raise Unauthenticated
         claims = await self._verifiers[name, path].claims(token)
         token_id = claims["jti"]
-        if len(token_id) > _TOKEN_ID_LENGTH or self._name_of(claims) != name:
+        # Half a character (`\ud800`) is text to JSON, and has no bytes.
+        if len(token_id) > _TOKEN_ID_LENGTH or not token_id.isprintable() or self._name_of(claims) != name:
             raise Unauthenticated
         return Caller(name, client, token_id)
 

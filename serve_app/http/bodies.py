@@ -125,8 +125,9 @@ MAX_BYTES = 16 * 1024
 
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-#: What a person writes. NUL and other control characters are not text to PostgreSQL, nor to who reads it.
-TEXT = r"^[^\x00-\x08\x0b-\x1f]*$"
+#: What a person writes, in lines of any system. NUL and other control characters are not text to PostgreSQL, nor to who
+#: reads it.
+TEXT = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
 
 
 def check_idempotency_key(key: str | None) -> None:

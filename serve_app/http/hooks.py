@@ -8,6 +8,7 @@ from its server, where its private key is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -30,7 +31,7 @@ from serve_app.hooks.service import (
     principal_of,
 )
 from serve_app.http.access import bearer_token
-from serve_app.http.bodies import AnyForm, read_form
+from serve_app.http.bodies import TEXT, AnyForm, read_form
 from serve_app.http.documents import NO_STORE
 from serve_app.http.services import Parts, Services
 from serve_app.logs import conceal
@@ -41,6 +42,7 @@ router = APIRouter(tags=["cds-hooks"], include_in_schema=False)
 #: Of a body: an access token and prefetched resources that nobody asked for may be in it, and are not looked at.
 MAX_BYTES = 64 * 1024
 MAX_FEEDBACK = 100
+_YEARS = 2000, 2100
 
 
 def _of_fhir(holds: Callable[[str], bool]) -> AfterValidator:
@@ -70,20 +72,29 @@ class _Call(_Loose):
 
 
 class _Coding(_Loose):
-    system: str | None = Field(default=None, min_length=1, max_length=200)
-    code: str = Field(min_length=1, max_length=100)
+    system: str | None = Field(default=None, min_length=1, max_length=200, pattern=TEXT)
+    code: str = Field(min_length=1, max_length=100, pattern=TEXT)
 
 
 class _OverrideReason(_Loose):
     reason: _Coding | None = None
-    comment: str | None = Field(default=None, alias="userComment", min_length=1, max_length=4000)
+    comment: str | None = Field(
+        default=None, alias="userComment", min_length=1, max_length=4000, pattern=TEXT
+    )
+
+
+def _in_our_time(moment: datetime) -> datetime:
+    """Take no moment of years for which PostgreSQL or Python has no time in every zone: no clock of an EHR is there."""
+    if not _YEARS[0] <= moment.year < _YEARS[1]:
+        raise ValueError("no time of this century")
+    return moment
 
 
 class _Feedback(_Loose):
     card: UUID
     outcome: Literal["accepted", "overridden"]
     override: _OverrideReason = Field(default=_OverrideReason(), alias="overrideReason")
-    at: AwareDatetime = Field(alias="outcomeTimestamp")
+    at: Annotated[AwareDatetime, AfterValidator(_in_our_time)] = Field(alias="outcomeTimestamp")
 
 
 class _Told(_Loose):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
 import json
+import re
 from typing import Annotated, Self
 from uuid import UUID
 
@@ -35,6 +37,7 @@ from serve_app.domain.review import (
     OverrideReason,
     Referral,
 )
+from serve_app.fhir.codes import OWN
 from serve_app.http.access import Caller, permit_lesion, rule
 from serve_app.http.bodies import TEXT, Form, body_of, check_idempotency_key, read_form
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
@@ -47,27 +50,35 @@ router = APIRouter(tags=["reviews"], responses=PROBLEM_RESPONSES)
 
 #: A day begins somewhere on earth this long before it does in UTC, and ends somewhere this long after.
 _AHEAD, _BEHIND = timedelta(hours=14), timedelta(hours=12)
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+#: A wrong century would keep a follow-up from ever being due.
+_YEARS_TO_COME, _FIRST_YEAR = 10, 1900
+#: Of codes by which a report says what the service says; compared in small letters, as URNs are (RFC 8141).
+_OWN_SYSTEMS = f"{OWN}:"
 
 
 def _day(value: object) -> date:
-    """Read a day, and nothing else that could be taken for one (a number of seconds, a moment)."""
-    try:
-        if isinstance(value, str) and len(value) == len("2026-11-27"):
+    """Read a day, and nothing else that could be taken for one (a number of seconds, a moment, a week)."""
+    if isinstance(value, str) and _DAY.fullmatch(value):
+        with suppress(ValueError):
             return date.fromisoformat(value)
-    except ValueError:
-        pass
     raise PydanticCustomError("day", "a day is required, YYYY-MM-DD")
 
 
 def _to_come(value: date) -> date:
-    if value < (datetime.now(UTC) - _BEHIND).date():
+    today = (datetime.now(UTC) - _BEHIND).date()
+    if value < today:
         raise PydanticCustomError("day", "this day has passed")
+    if value.year > today.year + _YEARS_TO_COME:
+        raise PydanticCustomError("day", "this day is more than ten years away")
     return value
 
 
 def _come(value: date) -> date:
     if value > (datetime.now(UTC) + _AHEAD).date():
         raise PydanticCustomError("day", "this day is yet to come")
+    if value.year < _FIRST_YEAR:
+        raise PydanticCustomError("day", "this day is before 1900")
     return value
 
 
@@ -149,6 +160,8 @@ class LesionOutcomeForm(Form):
             raise InvalidField("diagnosis: required, or malignant.")
         if (self.code is None) != (self.code_system is None):
             raise InvalidField("code, code_system: both or neither.")
+        if (self.code_system or "").lower().startswith(_OWN_SYSTEMS):
+            raise InvalidField("code_system: one of this service's own; a diagnosis of it goes in diagnosis.")
         return self
 
 

@@ -303,6 +303,11 @@ _UNDELIVERED = {
         "The PMS has not confirmed yet that the encounter is this patient's: nothing was sent to it.",
         "Read the answer here; it is sent when the PMS confirms.",
     ),
+    "said_not_delivered": Reason(
+        "said_not_delivered",
+        "The PMS has the answer, and did not take a review or an outcome: the encounter shows the lesion without it.",
+        "Read what was said here, see that who goes by the encounter knows of it, and tell the operator.",
+    ),
 }
 _NOT_DELIVERED = Reason(
     "not_delivered",

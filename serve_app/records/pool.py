@@ -185,6 +185,6 @@ def queries(file: str) -> Mapping[str, str]:
     `:record_event`, `:recorded_image` and such stand for the statements of these names in lesions.sql.
     """
     text, shared = (_QUERIES / f"{file}.sql").read_text(), parse((_QUERIES / "lesions.sql").read_text())
-    for name in ("record_event", "recorded_image", "recorded_review", "recorded_outcome"):
+    for name in ("record_event", "recorded_image", "recorded_review", "recorded_outcome", "follow_ups"):
         text = text.replace(f":{name}", shared[name])
     return parse(text)

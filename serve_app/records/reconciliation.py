@@ -23,6 +23,7 @@ from serve_app.audit.rows import (
     LESION_IMAGES,
     LESION_OUTCOMES,
     PATIENT_RECORDS,
+    REVIEW_NOTES,
     REVIEWS,
     REVOCATIONS,
     ROWS,
@@ -121,6 +122,7 @@ async def reconcile(pool: Pool) -> Reconciliation:
             account.hold_image(row)
         for query, hold in (
             ("erasures", account.hold_erasure),
+            ("review_notes", account.hold_note),
             ("messages", account.hold_message),
             ("serving", account.hold_serving),
             ("publications", account.hold_publication),
@@ -282,6 +284,13 @@ class _Account:
             self._differ("lesion_images", image, "is there, and its event erased it", number)
         elif row["outcome"] not in {"erased", "cancelled"}:
             self._differ("assessments", assessment, _DIFFERS, number)
+
+    def hold_note(self, row: Row) -> None:
+        """Hold a clinician's note against its event; of an erased image it is gone."""
+        if row["note"] is not None:
+            self.hold(REVIEW_NOTES, row)
+        elif row["image_id"] in self._erased:
+            self._digests.pop((REVIEW_NOTES.name, str(row["review_id"])), None)
 
     def hold_erasure(self, row: Row) -> None:
         """Hold an erasure and its receipt against the events of both."""

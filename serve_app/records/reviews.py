@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 
 from serve_app.audit.events import AuditEvent
-from serve_app.audit.rows import ASSESSMENTS, LESION_OUTCOMES, REVIEWS, vouch
+from serve_app.audit.rows import ASSESSMENTS, LESION_OUTCOMES, REVIEW_NOTES, REVIEWS, vouch
 from serve_app.domain.assessment import OpenDemand
 from serve_app.domain.errors import (
     AssessmentPending,
@@ -86,18 +86,18 @@ class ReviewStore(Store):
     async def review(self, statement: Statement) -> tuple[Review, OpenDemand | None, bool]:
         """Record a review, and answer the demands that its decision answers; with what the lesion demands then.
 
-        True where it is new. An impression has `before_answer` where its clinician cannot have been given the answer.
+        True where it is new. An impression has `before_answer` where its clinician cannot have been given the answer:
+        none that comes with a decision on it.
         NotFound: the lesion has no such assessment. Erased; Conflict: it failed; AssessmentPending for a decision.
         """
         async with self._pool.connection() as connection, connection.transaction():
             review_id, is_new = await _claim(connection, statement)
             if is_new:
                 said = {**statement.said, "review_id": str(review_id), **_of(statement, "clinician")}
-                if {"impression_diagnosis", "intended_referral"} & {
-                    name for name, value in said.items() if value
-                }:
+                if said.get("impression_diagnosis") or said.get("intended_referral"):
                     asked = statement.event.actor, said["assessment_id"]
-                    said["before_answer"] = not await connection.fetchval(_SQL["given"], *asked)
+                    decides = said.get("decision") is not None
+                    said["before_answer"] = not (decides or await connection.fetchval(_SQL["given"], *asked))
                 verdict = await connection.fetchval(_SQL["record"], statement.lesion_id, said)
                 if verdict in _REFUSALS:
                     refusal, why = _REFUSALS[verdict]
@@ -105,6 +105,8 @@ class ReviewStore(Store):
                 row = await connection.fetchrow(_SQL["recorded"], review_id)
                 answered = await connection.fetch(_SQL["answered"], row["answers"])
                 event = vouch(replace(statement.event, image_id=row["image_id"]), REVIEWS, [row])
+                if row["note"] is not None:
+                    event = vouch(event, REVIEW_NOTES, [row])
                 if answered:
                     event = vouch(event, ASSESSMENTS, map(assessment_row, answered))
                 told = await _queue(connection, statement, MessageKind.REVIEW, review_id, row["image_id"])

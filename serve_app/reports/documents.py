@@ -179,9 +179,6 @@ class Performance(Shape):
     models: list[ModelPerformance]
 
 
-#: What is counted of each group of lesions: by name, which actions of the service and which truths.
-
-
 @dataclass(frozen=True, slots=True)
 class SummaryReport(Shape):
     """The summary of one month, as it was published; it is made once, and never changed.

@@ -97,9 +97,11 @@ def _times(histogram: Mapping[tuple[str, ...], int]) -> TimeToAnswer:
 def _adoption(told: tuple[int, int] | None, random: np.random.Generator) -> Adoption:
     if told is None:
         return Adoption(None, None, None, told_by_pms=False)
+    # Images are also taken of encounters without a complaint, so that either may be the fewer.
     assessed, complaints = told
-    counts = Counter({"assessed": assessed, "not": max(complaints - assessed, 0)})
-    figures: Figures = {("a",): ["assessed"], ("n",): ["not"], ("c",): ["assessed", "not"]}
+    fewer, more = ("a", "c") if assessed <= complaints else ("c", "a")
+    counts = Counter({"fewer": min(told), "rest": abs(complaints - assessed)})
+    figures: Figures = {(fewer,): ["fewer"], ("rest",): ["rest"], (more,): ["fewer", "rest"]}
     show = find_shown(counts, figures, [*shifts(list(counts)), *steps(list(counts))], random=random)
     share = proportion(show("a"), show("c")) if complaints >= assessed else None
     return Adoption(show("c"), show("a"), share, told_by_pms=True)

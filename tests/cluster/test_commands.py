@@ -1,9 +1,11 @@
-"""The command line: what needs no database, care assignments and revocations, tokens, status, and the audit log's export."""
+"""The command line: what needs no database, care assignments and revocations, tokens, status, the audit log's export, drift,
+whom an EHR means, and reports."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 import json
+import re
 import stat
 
 import pytest
@@ -19,6 +21,7 @@ from serve_app.domain.identifiers import new_id
 from serve_app.records.access import AccessStore
 from serve_app.records.lesions import LesionStore
 from serve_app.settings import load_settings
+from tests.cluster.conftest import Said
 
 PAIR = ("--patient", "p-access", "--clinician", "dr-access")
 SPAN = ("--from", "2020-01-01", "--to", "2099-01-01")
@@ -305,3 +308,108 @@ def test_the_export_has_every_event_of_the_time_and_is_one_itself(derm_cds, own_
     assert (
         "01-01T00:00:00+00:00 is not after --from" in derm_cds("audit", "export", *empty, home=own_home).err
     )
+
+
+def test_a_drift_is_shown_with_what_to_do_and_is_acknowledged_on_record(derm_cds, own_home, sql) -> None:
+    assert derm_cds("drift", "show", home=own_home).out == "no image has been answered yet\n"
+    found = '{"exposure": {"mean": [0.6], "distance": 41.2, "shown": {"exposure": 0.6}}}'
+    sql(
+        "INSERT INTO drift_streams (stream, subject, since, collected, baseline, baseline_until, newest) VALUES"
+        """ ('pictures', '{"preprocess_version": "2"}', 'epoch', 800, $1::text::jsonb, now(), $1::text::jsonb)""",
+        found,
+    )
+    sql(
+        "INSERT INTO drift_alarms (drift_id, measure, distance) SELECT drift_id, 'exposure', 41 FROM drift_streams"
+    )
+    assert (
+        "drift: the newest images differ from this site's first in exposure"
+        in derm_cds("status", home=own_home).out
+    )
+    shown = derm_cds("drift", "show", home=own_home).out
+    assert re.search(r"exposure +alarm +41\.2 of ", shown)
+    assert "Ask who takes the images" in shown
+    (stream,) = json.loads(derm_cds("drift", "show", "--json", home=own_home).out)["streams"]
+    assert {each["measure"]: each["state"] for each in stream["measures"]}["exposure"] == "alarm"
+
+    refused = derm_cds("drift", "acknowledge", "contrast", "--reason", "other", home=own_home)
+    assert (refused.code, refused.err) == (1, "derm-cds: No alarm of contrast stands.\n")
+    known = derm_cds(
+        "drift", "acknowledge", "exposure", "--reason", "new_light", "--begin-again", home=own_home
+    )
+    assert known.out == "exposure is acknowledged, and a new baseline begins\n"
+    assert "no alarm" in derm_cds("status", home=own_home).out
+    assert sql("SELECT begun_by FROM drift_streams ORDER BY drift_id DESC")[0]["begun_by"] == os_account()
+    assert (
+        sql("SELECT actor FROM audit_events WHERE action = 'drift_acknowledge'")[0]["actor"] == os_account()
+    )
+
+
+def test_whom_an_ehr_means_is_mapped_listed_and_ended_each_an_event(
+    derm_cds, own_home, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hooks(*arguments: str) -> Said:
+        return derm_cds("hooks", *arguments, home=own_home)
+
+    user = ("map", "--client", "west", "--user", "Practitioner/17", "--subject", "dr-jones")
+    assert "DERM_HOOKS_CLIENTS is not set here" in hooks(*user).err
+    clients, file = own_home / "hooks.toml", own_home / "identities.jsonl"
+    clients.write_text(
+        'base_url = "https://derm.example"\n[clients.west]\nissuer = "https://west.example"\njwks = "keys.json"\n'
+    )
+    monkeypatch.setenv("DERM_HOOKS_CLIENTS", str(clients))
+    for _ in range(2):
+        assert hooks(*user).out == "west means dr-jones by Practitioner/17\n"
+    assert "unmap it first" in hooks(*user[:-1], "dr-other").err
+    assert "A user is a --subject" in hooks(*user[:-2], "--patient-id", "p-1").err
+    file.write_text('{"patient": "77", "patient_id": "p-1"}\n{"patient": "7 8", "patient_id": "Erika"}\n')
+    failed = hooks("load", "--client", "west", str(file))
+    assert ("line 2" in failed.err, "Erika" in failed.err) == (True, False)
+    file.write_text(
+        '{"patient": "77", "patient_id": "p-1"}\n{"user": "Practitioner/17", "subject": "dr-jones"}\n'
+    )
+    assert hooks("load", "--client", "west", str(file)).out == "1 mapped, 1 were before\n"
+    listed = hooks("list", "--client", "west").out.splitlines()
+    assert [line.partition(", by ")[0] for line in listed] == [
+        "west: user Practitioner/17 is dr-jones",
+        "west: patient 77 is p-1",
+    ]
+    assert "it was p-1" in hooks("unmap", "--client", "west", "--patient", "77").out
+    assert hooks("unmap", "--client", "west", "--patient", "77").code == 1
+    events = sql("SELECT * FROM audit_events WHERE action LIKE 'hook%' ORDER BY event_id")
+    assert [(row["action"], row["patient_id"], row["detail"].get("subject")) for row in events] == [
+        ("hook_map", None, "dr-jones"),
+        ("hook_map", "p-1", None),
+        ("hook_unmap", "p-1", None),
+    ]
+    assert {row["actor"] for row in events} == {os_account()}
+
+
+def test_reports_are_shown_as_published_and_pushed_only_where_a_pms_is_told(
+    derm_cds, own_home, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DERM_TOKEN_SECRET", "a secret of the tests, long enough for HS256")
+    first = json.loads(derm_cds("reports", "show", "summary", home=own_home).out)
+    assert first["tables"]["assessments"]["total"] == 0
+    assert json.loads(derm_cds("reports", "show", "summary", home=own_home).out) == first
+    sql(
+        "INSERT INTO report_cells SELECT t, date_trunc('month', now()) - interval '2 months', k || g, n"
+        " FROM (VALUES ('site', 'torso'), ('age_band', '60-69'), ('skin_type', 'II')) AS of (t, g), (VALUES"
+        " (ARRAY['m.a', 'refer', 'melanoma'], 98), (ARRAY['m.a', 'not', 'melanoma'], 2),"
+        " (ARRAY['m.a', 'not', 'unknown'], 900)) AS counted (k, n)"
+    )
+    shown = derm_cds("reports", "show", "performance", "--markdown", home=own_home).out
+    assert "| torso | 1000 | 100 (10.0%) | at least 96.0% of 100 |" in shown
+    assert "Verification bias" in shown
+    late = derm_cds("reports", "show", "summary", "--period", "2199-01", home=own_home)
+    assert late.code == 1
+    refused = derm_cds("reports", "push", home=own_home)
+    assert refused.code == 1
+    assert "DERM_PMS_REPORTS" in refused.err
+    for name, value in {"URL": "http://127.0.0.1:9", "DELIVER": "true", "REPORTS": "true"}.items():
+        monkeypatch.setenv(f"DERM_PMS_{name}", value)
+    for _ in range(2):
+        assert derm_cds("reports", "push", home=own_home).code == 0
+    (count,) = sql("SELECT count(*) AS n FROM outbox WHERE kind = 'report'")
+    assert count["n"] == 2
+    events = sql("SELECT action FROM audit_events WHERE action IN ('view_statistics', 'reports_push')")
+    assert [row["action"] for row in events].count("reports_push") == 2

@@ -14,12 +14,14 @@ CREATE TABLE reviews (
     referral_made boolean,
     follow_up_by date,
     note text CHECK (char_length(note) BETWEEN 1 AND 1000),
+    note_salt uuid,
     impression_diagnosis text CHECK (impression_diagnosis <> ''),
     intended_referral text CHECK (intended_referral IN ('none', 'routine', 'expedited', 'urgent')),
     before_answer boolean,
     -- The assessments whose demand it closed.
     answers uuid[] NOT NULL DEFAULT '{}',
     salt uuid NOT NULL DEFAULT gen_random_uuid(),
+    CONSTRAINT reviews_note_salted CHECK ((note IS NULL) = (note_salt IS NULL)),
     CONSTRAINT reviews_say_something CHECK (decision IS NOT NULL OR before_answer IS NOT NULL),
     CONSTRAINT reviews_override CHECK ((decision = 'override') IS TRUE = (reason IS NOT NULL)),
     CONSTRAINT reviews_impression
@@ -36,6 +38,8 @@ COMMENT ON TABLE reviews IS
 COMMENT ON COLUMN reviews.before_answer IS
 'Of an impression: whether it came before the answer was given to this clinician.';
 COMMENT ON COLUMN reviews.salt IS 'Random; in the digest of the row that the audit log holds.';
+COMMENT ON COLUMN reviews.note_salt IS
+'Random; in the digest of the note, and gone with it: nobody guesses then what it said.';
 
 CREATE TABLE lesion_outcomes (
     outcome_id uuid PRIMARY KEY,
@@ -92,7 +96,17 @@ FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER reviews_append_only BEFORE DELETE OR TRUNCATE ON reviews
 FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER reviews_unchanged BEFORE UPDATE ON reviews
-FOR EACH ROW WHEN (NEW.note IS NOT NULL OR (to_jsonb(NEW) - 'note') IS DISTINCT FROM (to_jsonb(OLD) - 'note'))
+FOR EACH ROW WHEN (
+    NEW.note IS NOT NULL OR (to_jsonb(NEW) - '{note,note_salt}'::text []) IS DISTINCT FROM (to_jsonb(OLD) - '{note,note_salt}'::text [])
+)
+EXECUTE FUNCTION refuse_change();
+
+-- What an image demanded is answered, and never changed: not by the service's own role either.
+CREATE TRIGGER assessments_keep_demand BEFORE UPDATE OF demand_level, demand_urgency ON assessments
+FOR EACH ROW WHEN (
+    OLD.demand_level IS NOT NULL
+    AND (NEW.demand_level, NEW.demand_urgency) IS DISTINCT FROM (OLD.demand_level, OLD.demand_urgency)
+)
 EXECUTE FUNCTION refuse_change();
 
 CREATE OR REPLACE FUNCTION erase_image(
@@ -129,7 +143,7 @@ BEGIN
     WHERE image_id = of_image;
     DELETE FROM lesion_embeddings WHERE image_id = of_image;
     -- What was said of it stays, but for words that may tell of the image or of the patient.
-    UPDATE reviews AS r SET note = NULL
+    UPDATE reviews AS r SET note = NULL, note_salt = NULL
     FROM assessments AS a
     WHERE r.assessment_id = a.assessment_id AND a.image_id = of_image AND r.note IS NOT NULL;
     -- What the PMS was not told yet it is not told any more, of whichever kind.
@@ -194,12 +208,13 @@ BEGIN
     END IF;
     INSERT INTO reviews
         (review_id, assessment_id, clinician, request_id, decision, reason, diagnosis, level, urgency, referral_made,
-         follow_up_by, note, impression_diagnosis, intended_referral, before_answer, answers)
+         follow_up_by, note, note_salt, impression_diagnosis, intended_referral, before_answer, answers)
     VALUES
         (said.review_id, said.assessment_id, said.clinician, said.request_id, said.decision, said.reason, said.diagnosis,
          CASE said.decision WHEN 'accept' THEN reviewed.demand_level ELSE said.level END,
          CASE said.decision WHEN 'accept' THEN reviewed.demand_urgency ELSE said.urgency END,
-         said.referral_made, said.follow_up_by, said.note, said.impression_diagnosis, said.intended_referral,
+         said.referral_made, said.follow_up_by, said.note, CASE WHEN said.note IS NOT NULL THEN gen_random_uuid() END,
+         said.impression_diagnosis, said.intended_referral,
          said.before_answer, answered);
     RETURN 'recorded';
 END;

@@ -312,7 +312,6 @@ END;
 $$;
 COMMENT ON FUNCTION count_reports IS
 'Count what came in since, up to so many entries of the queue; returns how many. Any number may call it at once.';
-REVOKE EXECUTE ON FUNCTION count_reports FROM PUBLIC;
 
 CREATE FUNCTION queue_for_reports() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
@@ -352,6 +351,8 @@ END;
 $$;
 CREATE TRIGGER assessments_settled BEFORE UPDATE OF outcome ON assessments
 FOR EACH ROW WHEN (NEW.outcome = 'erased' AND OLD.outcome NOT IN ('erased', 'pending')) EXECUTE FUNCTION settle_facts();
+
+REVOKE EXECUTE ON FUNCTION count_reports, queue_for_reports, settle_facts FROM PUBLIC;
 
 -- What is there already is counted by the service, in the background.
 INSERT INTO report_queue (assessment_id)

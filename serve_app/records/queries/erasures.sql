@@ -24,23 +24,44 @@ LIMIT $3;
 
 -- name: prove
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its
--- own, or by the assessment's, which was delivered before and is now due again; with :fhir, by the lesion's report, too.
+-- own, or by the assessment's, which was delivered before and is now due again; with :fhir, by the lesion's report, too, in
+-- each encounter that may have had one: it tells of all the lesion's images, this one among them.
 WITH proven AS (
     INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES (:receipt_id, :erased_at, :record_hash)
     ON CONFLICT (receipt_id) DO NOTHING
     RETURNING receipt_id
 ),
-queued AS (
-    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
-    SELECT m.message_id, m.kind, a.assessment_id, i.encounter_id
-    FROM proven
+erased AS (
+    SELECT i.* FROM proven
     INNER JOIN erasures AS e USING (receipt_id)
     INNER JOIN lesion_images AS i USING (image_id)
-    INNER JOIN assessments AS a USING (image_id)
-    CROSS JOIN (
-        VALUES (1, :message_id::uuid, 'assessment'), (2, CASE WHEN :fhir::boolean THEN gen_random_uuid() END, 'fhir')
-    ) AS m (place, message_id, kind)
-    WHERE m.message_id IS NOT NULL AND i.encounter_id IS NOT NULL
+),
+queued AS (
+    INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+    SELECT m.message_id, m.kind, m.assessment_id, m.encounter_id
+    FROM (
+        SELECT 1 AS place, :message_id::uuid AS message_id, 'assessment' AS kind, a.assessment_id, e.encounter_id
+        FROM erased AS e
+        INNER JOIN assessments AS a USING (image_id)
+        WHERE :message_id::uuid IS NOT NULL AND e.encounter_id IS NOT NULL
+        UNION ALL
+        (
+            SELECT DISTINCT ON (i.encounter_id) 2, gen_random_uuid(), 'fhir', a.assessment_id, i.encounter_id
+            FROM erased AS e
+            INNER JOIN lesion_images AS i USING (lesion_id)
+            INNER JOIN assessments AS a ON a.image_id = i.image_id
+            WHERE :fhir::boolean AND i.encounter_id IS NOT NULL AND a.outcome <> 'pending' AND (
+                i.image_id = e.image_id
+                OR EXISTS (
+                    SELECT FROM outbox AS o
+                    WHERE o.assessment_id = a.assessment_id
+                        AND o.kind = 'fhir'
+                        AND (o.sent_at IS NOT NULL OR o.lease_until IS NOT NULL)
+                )
+            )
+            ORDER BY i.encounter_id, i.created_at DESC
+        )
+    ) AS m
     ORDER BY m.place
     ON CONFLICT (assessment_id) WHERE kind = 'assessment' DO UPDATE
     SET delivered_at = NULL, dead_at = NULL, lease_until = NULL, last_error = NULL,

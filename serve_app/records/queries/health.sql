@@ -34,7 +34,7 @@ INNER JOIN space_embedders AS f USING (embedding_space)
 WHERE f.model_id <> s.model_id;
 
 -- name: erased_images_leave_nothing
--- no erased image has a vector, an answer or a note
+-- no erased image has a vector, an answer, a note, a comment or more than its counts in reports
 SELECT count(*) FROM lesion_images AS i
 WHERE i.erased_at IS NOT NULL AND (
     EXISTS (SELECT FROM lesion_embeddings AS e WHERE e.image_id = i.image_id)
@@ -43,6 +43,17 @@ WHERE i.erased_at IS NOT NULL AND (
         SELECT FROM assessments AS a
         INNER JOIN reviews AS r USING (assessment_id)
         WHERE a.image_id = i.image_id AND r.note IS NOT NULL
+    )
+    OR EXISTS (
+        SELECT FROM assessments AS a
+        INNER JOIN hook_cards AS c USING (assessment_id)
+        INNER JOIN hook_feedback AS f USING (card_id)
+        WHERE a.image_id = i.image_id AND f.comment IS NOT NULL
+    )
+    OR EXISTS (
+        SELECT FROM assessments AS a
+        INNER JOIN assessment_facts AS f USING (assessment_id)
+        WHERE a.image_id = i.image_id AND num_nonnulls(f.site, f.age_band, f.sex, f.skin_type, f.device, f.level) > 0
     )
 );
 

@@ -20,9 +20,17 @@ LEFT JOIN hook_identities AS p ON p.client = asked.client AND p.kind = 'patient'
 
 -- name: due
 -- What a patient's lesions wait for: demands that no clinician has answered, and follow-ups that are overdue, as the
--- worklist has them: of each assessment the newest decision counts, and another image of the lesion, or its outcome, has it
--- done. The most pressing first.
-WITH due AS (
+-- worklist has them. The most pressing first.
+WITH images AS (
+    SELECT
+        i.lesion_id, a.assessment_id,
+        max(i.created_at) FILTER (WHERE i.erased_at IS NULL) OVER (PARTITION BY i.lesion_id) AS newest
+    FROM lesions AS l
+    INNER JOIN lesion_images AS i USING (lesion_id)
+    INNER JOIN assessments AS a USING (image_id)
+    WHERE l.patient_id = $1
+),
+due AS (
     SELECT
         'open_demand' AS kind, l.lesion_id, (d.demand ->> 'assessment_id')::uuid AS assessment_id, NULL::uuid AS review_id,
         (d.demand ->> 'level')::risk_level AS level, (d.demand ->> 'urgency')::urgency AS urgency,
@@ -31,33 +39,9 @@ WITH due AS (
     CROSS JOIN LATERAL (SELECT open_demand(l.lesion_id) AS demand) AS d
     WHERE l.patient_id = $1 AND d.demand IS NOT NULL
     UNION ALL
-    SELECT
-        'follow_up', f.lesion_id, f.assessment_id, f.review_id, f.level, f.urgency, f.recorded_at, f.follow_up_by
-    FROM (
-        SELECT DISTINCT ON (l.lesion_id) l.lesion_id, r.*
-        FROM lesions AS l
-        INNER JOIN lesion_images AS i USING (lesion_id)
-        INNER JOIN assessments AS a USING (image_id)
-        CROSS JOIN LATERAL (
-            SELECT * FROM reviews
-            WHERE assessment_id = a.assessment_id AND decision IS NOT NULL
-            ORDER BY recorded_at DESC, review_id DESC
-            LIMIT 1
-        ) AS r
-        WHERE l.patient_id = $1
-            AND r.follow_up_by < (now() AT TIME ZONE 'UTC')::date
-            AND NOT EXISTS (
-                SELECT FROM lesion_images AS later
-                WHERE later.lesion_id = l.lesion_id AND later.created_at > r.recorded_at AND later.erased_at IS NULL
-            )
-            AND NOT EXISTS (
-                SELECT FROM lesion_outcomes AS o
-                WHERE o.lesion_id = l.lesion_id
-                    AND o.recorded_at > r.recorded_at
-                    AND o.observed_on >= (r.recorded_at AT TIME ZONE 'UTC')::date
-            )
-        ORDER BY l.lesion_id, r.follow_up_by, r.recorded_at
-    ) AS f
+    SELECT 'follow_up', f.lesion_id, f.assessment_id, f.review_id, f.level, f.urgency, f.recorded_at, f.follow_up_by
+    FROM (:follow_ups) AS f
+    WHERE f.follow_up_by < (now() AT TIME ZONE 'UTC')::date
 )
 SELECT
     d.*, i.image_id, i.encounter_id, i.erased_at IS NOT NULL AS erased,

@@ -199,6 +199,10 @@ SELECT
     CASE
         WHEN o.dead_at IS NOT NULL THEN o.last_error
         WHEN o.delivered_at IS NULL AND o.sent_at IS NULL AND o.attempts > 0 THEN 'encounter_not_confirmed'
+        WHEN EXISTS (
+            SELECT FROM outbox AS said
+            WHERE said.assessment_id = a.assessment_id AND said.kind IN ('review', 'outcome') AND said.dead_at IS NOT NULL
+        ) THEN 'said_not_delivered'
     END AS undelivered
 FROM lesions AS l
 INNER JOIN lesion_images AS i USING (lesion_id)
@@ -225,6 +229,28 @@ INNER JOIN assessments AS a USING (assessment_id);
 SELECT
     outcome_id, kind, diagnosis, malignant, code, code_system, observed_on, source, image_id, recorded_by, recorded_at
 FROM lesion_outcomes;
+
+-- name: follow_ups
+-- Which follow-up each lesion of a statement's `images` waits for, due or not: of each assessment the day that was named
+-- last counts, whatever was decided since without one; done when another image of the lesion (`newest`: of those that are
+-- not erased), or its outcome, has come since.
+SELECT DISTINCT ON (i.lesion_id)
+    i.lesion_id, i.assessment_id, r.review_id, r.level, r.urgency, r.recorded_at, r.follow_up_by
+FROM images AS i
+CROSS JOIN LATERAL (
+    SELECT * FROM reviews
+    WHERE assessment_id = i.assessment_id AND follow_up_by IS NOT NULL
+    ORDER BY recorded_at DESC, review_id DESC
+    LIMIT 1
+) AS r
+WHERE (i.newest IS NULL OR i.newest <= r.recorded_at)
+    AND NOT EXISTS (
+        SELECT FROM lesion_outcomes AS o
+        WHERE o.lesion_id = i.lesion_id
+            AND o.recorded_at > r.recorded_at
+            AND o.observed_on >= (r.recorded_at AT TIME ZONE 'UTC')::date
+    )
+ORDER BY i.lesion_id, r.follow_up_by, r.recorded_at;
 
 -- name: timeline
 -- List a lesion's images, newest first, each with what was said of it in the order in which it was; likewise its outcomes.

@@ -76,6 +76,14 @@ SELECT * FROM site_operating_points;
 -- What clinicians said of assessments; without the note, which goes with the image.
 SELECT * FROM reviews;
 
+-- name: review_notes
+-- The notes of what clinicians said, and where there is none any more because the image was erased.
+SELECT r.review_id, r.note, r.note_salt, i.image_id
+FROM reviews AS r
+INNER JOIN assessments AS a USING (assessment_id)
+INNER JOIN lesion_images AS i USING (image_id)
+WHERE r.note IS NOT NULL OR i.erased_at IS NOT NULL;
+
 -- name: lesion_outcomes
 -- What lesions turned out to be.
 SELECT * FROM lesion_outcomes;

@@ -91,12 +91,13 @@ WHERE v.outcome_id = $1;
 -- name: queue
 -- Have the PMS told of a review ($2 'review') or an outcome ($3), in the encounter of the image $4, or where none is named
 -- of the lesion's ($5) newest that is there and has one; with $6, of the lesion's report after it. Says of which image.
+-- Of an erased image only what it demanded is decided on, and that the PMS must know to be closed.
 WITH image AS (
     SELECT i.image_id, a.assessment_id, i.encounter_id
     FROM lesion_images AS i
     INNER JOIN assessments AS a USING (image_id)
     WHERE i.lesion_id = $5 AND i.image_id = coalesce($4, i.image_id)
-        AND i.encounter_id IS NOT NULL AND i.erased_at IS NULL AND a.outcome <> 'pending'
+        AND i.encounter_id IS NOT NULL AND (i.erased_at IS NULL OR $4 IS NOT NULL) AND a.outcome <> 'pending'
     ORDER BY i.created_at DESC, i.image_id DESC
     LIMIT 1
 ),

@@ -44,27 +44,12 @@ demands AS (
     ORDER BY lesion_id, images.level DESC, images.urgency DESC, created_at, image_id
 ),
 follow_ups AS (
-    -- Of each assessment the newest decision counts; done when another image of the lesion, or its outcome, has come since.
-    SELECT DISTINCT ON (i.lesion_id)
-        i.patient_id, i.emergency, i.lesion_id, i.image_id, i.assessment_id, i.outcome, r.level, r.urgency,
-        r.recorded_at AS since, r.follow_up_by AS due
-    FROM images AS i
-    CROSS JOIN LATERAL (
-        SELECT * FROM reviews
-        WHERE assessment_id = i.assessment_id AND decision IS NOT NULL
-        ORDER BY recorded_at DESC, review_id DESC
-        LIMIT 1
-    ) AS r
-    WHERE 'follow_up' = ANY(:kinds)
-        AND r.follow_up_by <= (now() AT TIME ZONE 'UTC')::date + :notice::integer
-        AND (i.newest IS NULL OR i.newest <= r.recorded_at)
-        AND NOT EXISTS (
-            SELECT FROM lesion_outcomes AS o
-            WHERE o.lesion_id = i.lesion_id
-                AND o.recorded_at > r.recorded_at
-                AND o.observed_on >= (r.recorded_at AT TIME ZONE 'UTC')::date
-        )
-    ORDER BY i.lesion_id, r.follow_up_by, r.recorded_at
+    SELECT
+        i.patient_id, i.emergency, i.lesion_id, i.image_id, i.assessment_id, i.outcome, f.level, f.urgency,
+        f.recorded_at AS since, f.follow_up_by AS due
+    FROM (:follow_ups) AS f
+    INNER JOIN images AS i USING (assessment_id)
+    WHERE 'follow_up' = ANY(:kinds) AND f.follow_up_by <= (now() AT TIME ZONE 'UTC')::date + :notice::integer
 ),
 work AS (
     SELECT 'demand' AS kind, * FROM demands

@@ -146,7 +146,13 @@ async def pending(service) -> dict[str, Any]:
     await service.owner.execute(
         "DELETE FROM lesion_embeddings WHERE image_id = $1::text::uuid", answer["image_id"]
     )
-    await change(service, answer, "assessments", "outcome = 'pending', answer = NULL, completed_at = NULL")
+    trigger = "ALTER TABLE assessments {} TRIGGER assessments_keep_demand"
+    await service.owner.execute(trigger.format("DISABLE"))
+    unfinished = (
+        "outcome = 'pending', answer = NULL, completed_at = NULL, demand_level = NULL, demand_urgency = NULL"
+    )
+    await change(service, answer, "assessments", unfinished)
+    await service.owner.execute(trigger.format("ENABLE"))
     return answer
 
 

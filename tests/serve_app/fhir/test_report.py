@@ -274,6 +274,8 @@ def test_an_open_demand_and_its_proposal_outlast_whatever_comes_later(later: str
     report = resources(bundle, "DiagnosticReport")[0]
     assert report["status"] == ("entered-in-error" if later == "erased" else "preliminary")
     assert "Open demand of the lesion since 2026-03-01T08:30:00.250Z: high, urgent." in report["conclusion"]
+    # What an erased image demanded stays, and what a pending one will is not known: of neither is it "none".
+    assert ("Demand of this image" in report["conclusion"]) == (later in {"image", "refused"})
 
 
 def test_a_refused_image_shows_what_its_checklist_demands() -> None:

@@ -12,6 +12,7 @@ import time
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from joserfc import jws
 from joserfc.jwk import ECKey, OctKey, RSAKey
 import pytest
 
@@ -74,6 +75,19 @@ def _unsigned(ehr) -> str:
     return f"{header}.{parts[1]}.{parts[2]}"
 
 
+def _half_a_character(ehr) -> str:
+    """JSON can say what no UTF-8 can."""
+    claims = {
+        "iss": ehr.issuer,
+        "aud": f"{BASE}{SERVICE_PATH}",
+        "iat": (now := int(time.time())),
+        "exp": now + 100,
+    }
+    header = {"alg": ehr.algorithm, "kid": ehr.key.kid, "typ": "JWT"}
+    text = json.dumps(claims | {"jti": "\ud800"})
+    return jws.serialize_compact(header, text, ehr.key, algorithms=[ehr.algorithm])
+
+
 def _confused(ehr) -> str:
     """Signed by HMAC with the public key, which everybody has, as the secret; by hand, for joserfc would not."""
     claims = ehr.token().split(".")[1]
@@ -87,7 +101,10 @@ def _encoded(value: bytes) -> str:
     return base64.urlsafe_b64encode(value).decode().rstrip("=")
 
 
-NOW = int(time.time())
+def now() -> int:
+    return int(time.time())
+
+
 REFUSED = {
     "another's key": lambda ehr: ehr.token(key=ECKey.generate_key("P-384", {"kid": "west-1"})),
     "an unknown key": lambda ehr: ehr.token(
@@ -114,15 +131,16 @@ REFUSED = {
     "another service": lambda ehr: ehr.token(aud=f"{BASE}/cds-services/x"),
     "another host": lambda ehr: ehr.token(aud=f"https://evil.example{SERVICE_PATH}"),
     "no audience": lambda ehr: ehr.token(aud=None),
-    "expired": lambda ehr: ehr.token(iat=NOW - 400, exp=NOW - 100),
-    "for longer than five minutes": lambda ehr: ehr.token(iat=NOW, exp=NOW + 301),
-    "not yet": lambda ehr: ehr.token(iat=NOW + 3000, exp=NOW + 3100),
+    "expired": lambda ehr: ehr.token(iat=now() - 400, exp=now() - 100),
+    "for longer than five minutes": lambda ehr: ehr.token(iat=now(), exp=now() + 301),
+    "not yet": lambda ehr: ehr.token(iat=now() + 3000, exp=now() + 3100),
     "no exp": lambda ehr: ehr.token(exp=None),
     "no iat": lambda ehr: ehr.token(iat=None),
     "no jti": lambda ehr: ehr.token(jti=None),
     "an empty jti": lambda ehr: ehr.token(jti=""),
     "a jti that is no text": lambda ehr: ehr.token(jti=7),
     "an endless jti": lambda ehr: ehr.token(jti="x" * 256),
+    "a jti of half a character": _half_a_character,
     "a clinician's own": lambda ehr: ehr.service.token(DOCTOR)["Authorization"].removeprefix("Bearer "),
     "rubbish": lambda _: "a.b.c",
     "nested": lambda _: f"{base64.urlsafe_b64encode(b'[' * 5000).decode()}.e30.x",

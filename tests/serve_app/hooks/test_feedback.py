@@ -80,8 +80,18 @@ async def test_feedback_of_several_patients_is_an_event_for_each(west, lesion) -
         {"feedback": [overridden(str(uuid4())) | {"outcomeTimestamp": "2026-11-27T10:00:00"}]},
         {"feedback": [overridden(str(uuid4()), reason={"system": REASONS, "code": "bored"})]},
         {"feedback": [overridden(str(uuid4()), userComment="x" * 4001)]},
+        {"feedback": [overridden(str(uuid4()), userComment="a\0b")]},
+        {"feedback": [overridden(str(uuid4()), userComment="\x1b[31m")]},
+        {"feedback": [overridden(str(uuid4()), reason={"code": "a\0"})]},
+        {"feedback": [overridden(str(uuid4()), reason={"system": "x\0", "code": "a"})]},
+        {"feedback": [overridden(str(uuid4())) | {"outcomeTimestamp": "0001-01-01T00:00:00Z"}]},
+        {"feedback": [overridden(str(uuid4())) | {"outcomeTimestamp": "0001-01-01T00:00:00+14:00"}]},
+        {"feedback": [overridden(str(uuid4())) | {"outcomeTimestamp": "9999-12-31T23:59:59-14:00"}]},
     ],
-    ids=["none", "many", "card", "outcome", "zone", "reason", "comment"],
+    ids=[
+        *("none", "many", "card", "outcome", "zone", "reason", "comment", "NUL", "escape", "code", "system"),
+        *("first year", "before it", "last year"),
+    ],
 )
 async def test_feedback_that_is_none_is_refused(west, changed) -> None:
     response = await west.post(changed, f"{SERVICE_PATH}/feedback")

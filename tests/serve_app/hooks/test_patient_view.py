@@ -25,19 +25,16 @@ from tests.serve_app.http.test_fuzz import json_values
 
 
 async def test_an_open_demand_is_a_card_and_a_read_on_record(west, east, lesion) -> None:
-    await west.service.owner.execute(
-        "UPDATE assessments SET demand_level = 'high', demand_urgency = 'urgent' WHERE image_id = $1::text::uuid",
-        lesion["image_id"],
-    )
+    level, urgency = (lesion["open_demand"][name] for name in ("level", "urgency"))
     response = await west.look(lesion["fhir"])
     assert response.headers["cache-control"] == "no-store"
     (card,) = await cards_of(response)
     since = lesion["created_at"][:10]
     assert (
         card["summary"]
-        == f"Open demand: high risk, urgency urgent, unanswered since {since} (posterior torso)"
+        == f"Open demand: {level} risk, urgency {urgency}, unanswered since {since} (posterior torso)"
     )
-    assert card["indicator"] == "critical"
+    assert card["indicator"] == {"expedited": "warning", "urgent": "critical"}[urgency]
     for said in (
         "**open demand**",
         "not a diagnosis",
@@ -173,6 +170,7 @@ async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, l
     (after,) = await cards_of(await west.look(lesion["fhir"]))
     assert after["uuid"] == card["uuid"]
     assert "since erased" in after["detail"]
+    assert "What is demanded: a clinician's decision on referral" in after["detail"]
     assert "torso" not in json.dumps(after)
     assert (await west.tell(overridden(card["uuid"], userComment="another word of it"))).status_code == 200
     kept = await west.service.owner.fetch(
@@ -184,8 +182,8 @@ async def test_an_erased_image_still_demands_and_shows_nothing_of_itself(west, l
 async def review(service, answer, *, follow_up_by: date, days_ago: int = 0) -> None:
     await service.owner.execute(
         "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, recorded_at, decision, level, urgency,"
-        " follow_up_by) VALUES ($1, $2::text::uuid, 'dr', 'r', now() - make_interval(days => $3), 'accept', 'low',"
-        " 'routine', $4)",
+        " follow_up_by, answers) VALUES ($1, $2::text::uuid, 'dr', 'r', now() - make_interval(days => $3), 'accept', 'low',"
+        " 'routine', $4, ARRAY[$2::text::uuid])",
         uuid4(),
         answer["assessment_id"],
         days_ago,

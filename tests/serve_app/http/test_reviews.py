@@ -120,10 +120,13 @@ OVERRIDE = {"decision": "override", "reason": "other", "level": "low"}
         ({**OVERRIDE, "follow_up_by": str(TODAY - timedelta(days=2))}, "passed"),
         ({**OVERRIDE, "follow_up_by": 1e9}, "YYYY-MM-DD"),
         ({**OVERRIDE, "follow_up_by": "2031-02-30"}, "YYYY-MM-DD"),
+        ({**OVERRIDE, "follow_up_by": "2031-W05-1"}, "YYYY-MM-DD"),
+        ({**OVERRIDE, "follow_up_by": f"{TODAY.year + 11}-01-01"}, "ten years"),
         ({**OVERRIDE, "referral_made": "yes"}, "referral_made"),
         ({**OVERRIDE, "note": ""}, "note"),
         ({**OVERRIDE, "note": "x" * 1001}, "note"),
         ({**OVERRIDE, "note": "a\0"}, "note"),
+        ({**OVERRIDE, "note": "\x9b31m"}, "note"),
         ({"note": "no decision"}, "note"),
         ({"impression": {}}, "impression"),
         ({"impression": {"diagnosis": "XYZ"}}, "impression.diagnosis"),
@@ -148,7 +151,7 @@ async def test_a_review_is_of_an_answer_of_this_lesion(service, answer) -> None:
         await service.hold_to_failure(response, 404, "not_found", "review")
     for outcome, status, code in (("pending", 409, "assessment_pending"), ("failed", 409, "conflict")):
         await service.owner.execute(
-            "UPDATE assessments SET outcome = $2, answer = NULL, demand_level = NULL, demand_urgency = NULL,"
+            "UPDATE assessments SET outcome = $2, answer = NULL,"
             " failure = CASE $2 WHEN 'failed' THEN 'integrity' END,"
             " completed_at = CASE $2 WHEN 'failed' THEN now() END WHERE assessment_id = $1::text::uuid",
             *(other["assessment_id"], outcome),
@@ -189,6 +192,12 @@ async def test_an_erased_image_keeps_what_was_said_without_a_note_and_takes_a_de
     assert (await say(service, answer, OUTCOME, "outcomes")).status_code == 201
 
 
+async def test_a_note_may_have_lines_of_any_system(service, answer) -> None:
+    note = "seen with the patient\r\nand again\n\tלא"
+    review = (await say(service, answer, {"decision": "accept", "note": note})).json()["review"]
+    assert review["note"] == note
+
+
 async def test_outcomes_add_up_and_close_no_demand(service, answer) -> None:
     first = await say(service, answer, {**OUTCOME, "image_id": answer["image_id"]}, "outcomes")
     assert first.status_code == 201, first.text
@@ -208,11 +217,14 @@ async def test_outcomes_add_up_and_close_no_demand(service, answer) -> None:
     [
         ({"diagnosis": "UNK"}, "diagnosis"),
         ({"diagnosis": None}, "malignant"),
+        ({"observed_on": "0026-06-01"}, "1900"),
         ({"malignant": False}, "MEL is malignant"),
         ({"diagnosis": "NV", "malignant": True}, "NV is not malignant"),
         ({"code": None}, "code_system"),
         ({"code": "two words"}, "code"),
         ({"code_system": "not a uri"}, "code_system"),
+        ({"code_system": "urn:derm-cds:diagnosis", "code": "NV"}, "code_system"),
+        ({"code_system": "URN:Derm-CDS:diagnosis", "code": "NV"}, "code_system"),
         ({"observed_on": str(TODAY + timedelta(days=2))}, "yet to come"),
         ({"observed_on": None}, "observed_on"),
         ({"kind": "hearsay"}, "kind"),

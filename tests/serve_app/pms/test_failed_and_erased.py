@@ -29,6 +29,7 @@ from serve_app.records.lesion_rows import Admission
 from serve_app.records.outbox import Outbox
 from serve_app.records.reconciliation import reconcile
 from serve_app.records.reviews import ReviewStore, Statement
+from tests.serve_app.pms.test_delivery import said_to_the_clinician
 
 #: What a finished assessment tells of the patient and the image, and of a finding nothing.
 OPEN_WORDS = {"assessment_id", "lesion_id", "image_id", "patient_id", "encounter_id", "created_at", "links"}
@@ -285,6 +286,39 @@ async def test_what_was_said_and_not_yet_told_is_withdrawn_with_the_image(queue,
     assert pms.others == {}
     assert [key for key, _ in pms.kept["e-1"]][1:] == [receipt_id]
     assert (await reconcile(queue.owner)).differences == ()
+
+
+async def test_the_decision_on_what_an_erased_image_demanded_is_told(queue, pms, eraser) -> None:
+    """Or the encounter would show a demand as open that is closed."""
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    receipt_id = await erase(queue, eraser, finished)
+    review = await say(queue, finished, decision="accept")
+    await queue.drain(queue.delivery())
+    assert [key for key, _ in pms.kept["e-1"]][1:] == [receipt_id]
+    ((_, told),) = pms.others["/api/encounters/e-1/reviews"]
+    assert (told["review_id"], told["answers"]) == (str(review), [str(finished)])
+    assert (await reconcile(queue.owner)).differences == ()
+
+
+@pytest.mark.parametrize("said", [{"decision": "accept"}, OUTCOME])
+async def test_where_the_pms_did_not_take_what_was_said_the_clinician_reads_so(queue, pms, said) -> None:
+    """The encounter would show a demand as open that is closed, and nobody who treats the patient knew."""
+    finished = await queue.finish("e-1")
+    await queue.drain(queue.delivery())
+    await say(queue, finished, **said)
+    assert await said_to_the_clinician(queue, finished) is None
+    pms.fault = lambda request: "404" if request.method == "POST" else None
+    await queue.owner.execute(
+        "UPDATE outbox SET waiting_since = now() - interval '1 day' WHERE delivered_at IS NULL"
+    )
+    assert await queue.delivery().deliver_due() == 0
+    assert (await queue.outbox.counts()).dead == 1
+    assert await said_to_the_clinician(queue, finished) == "said_not_delivered"
+    pms.fault = lambda _: None
+    await queue.outbox.retry(None, actor="ops", request_id="r")
+    await queue.drain(queue.delivery())
+    assert await said_to_the_clinician(queue, finished) is None
 
 
 async def test_the_review_of_an_image_that_is_erased_while_it_is_sent_is_on_record_as_told(

@@ -99,6 +99,32 @@ async def test_a_report_follows_each_change_and_is_what_the_route_answers(tied, 
     )
 
 
+async def test_an_erasure_is_reported_wherever_a_report_had_the_image(tied, pms) -> None:
+    """A report tells of images of other encounters, and of none: no encounter keeps their findings."""
+    patient = await tied.care()
+    first, second = (f"e-{n}-{patient}" for n in (1, 2))
+    pms.register(patient, first, second)
+    lesion_id = None
+    answers = []
+    for encounter in (first, None, second):
+        named = {"encounter_id": encounter, "lesion_id": lesion_id}
+        response = await tied.upload(patient, **{name: value for name, value in named.items() if value})
+        assert response.status_code == 201, response.text
+        answers.append(response.json())
+        lesion_id = answers[0]["lesion_id"]
+
+    def reports(encounter: str) -> list[dict[str, Any]]:
+        return [body for _, body in pms.others.get(f"/api/encounters/{encounter}/reports", [])]
+
+    await until(lambda: reports(first) and reports(second), within_s=30)
+    for answer, counts in ((answers[0], (2, 2)), (answers[1], (3, 3))):
+        assert (await erase(tied, answer)).status_code == 200
+        await until(lambda: (len(reports(first)), len(reports(second))) == counts, within_s=30)  # noqa: B023
+        shown = (await tied.get(f"/api/lesions/{lesion_id}/report")).json()
+        assert reports(second)[-1] == shown
+        assert reports(first)[-1] == shown
+
+
 async def test_without_an_encounter_no_report_is_told(tied) -> None:
     answer = (await tied.upload(await tied.care())).json()
     query = "SELECT count(*) FROM outbox WHERE assessment_id = $1::text::uuid"

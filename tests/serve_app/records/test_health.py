@@ -39,8 +39,18 @@ INSERT INTO assessments (
 SELECT i.image_id, i.image_id, now(), 'erased', now(), '{}', 1, '{}', 'dr', 'r', 'high', 'urgent' FROM lesion_images AS i;
 """
 LEFT_NOTE = """
-INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, note)
-SELECT a.image_id, a.image_id, 'dr', 'r', 'accept', 'her left arm' FROM assessments AS a;
+INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision, note, note_salt)
+SELECT a.image_id, a.image_id, 'dr', 'r', 'accept', 'her left arm', a.image_id FROM assessments AS a;
+"""
+LEFT_COMMENT = """
+INSERT INTO hook_cards (card_id, client, kind, assessment_id)
+SELECT a.image_id, 'west', 'open_demand', a.image_id FROM assessments AS a;
+INSERT INTO hook_feedback (feedback_id, card_id, outcome, comment, outcome_at)
+SELECT a.image_id, a.image_id, 'overridden', 'her left arm', now() FROM assessments AS a;
+"""
+LEFT_FACTS = """
+INSERT INTO assessment_facts (assessment_id, created_on, completed_on, outcome, is_index, age_band)
+SELECT a.image_id, now(), now(), 'erased', true, '80+' FROM assessments AS a;
 """
 ANSWERED = "UPDATE assessments SET demand_answered_at = now();"
 
@@ -101,7 +111,10 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) ->
             "references_of_the_archive",
         ),
         (ERASED + LEFT_VECTOR, "erased_images_leave_nothing"),
-        (ERASED + ASSESSED + LEFT_NOTE, "erased_images_leave_nothing"),
+        *(
+            (ERASED + ASSESSED + left, "erased_images_leave_nothing")
+            for left in (LEFT_NOTE, LEFT_COMMENT, LEFT_FACTS)
+        ),
         (ERASED + UNPROVEN, "erasures_proven"),
         (ERASED + ASSESSED + ANSWERED, "demands_answered_by_decisions"),
     ],

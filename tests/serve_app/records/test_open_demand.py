@@ -11,6 +11,7 @@ from uuid import uuid4
 import asyncpg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+import pytest
 
 from serve_app.domain.assessment import Outcome, Reason, RiskLevel, Urgency
 from serve_app.records.migrate import MIGRATIONS, migrate
@@ -73,6 +74,14 @@ async def test_a_demand_is_closed_by_its_answer_alone(
         done = {"embedding_space": space, "event": event("classify")}
         await lesions.complete(case.assessment_id, assessment(risk=risk), **done)
     assert (await lesions.open_demand(first.lesion_id)).image_id == first.image_id
+    for change in (
+        "demand_level = 'low', demand_urgency = 'routine'",
+        "demand_level = NULL, demand_urgency = NULL",
+    ):
+        for pool in (lesions._pool, owner_pool):
+            async with pool._pool.acquire() as connection:
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await connection.execute(f"UPDATE assessments SET {change}")  # noqa: S608 - our own
     answer = "UPDATE assessments SET demand_answered_at = now() WHERE assessment_id = $1"
     await owner_pool.execute(answer, first.assessment_id)
     assert ranks(await lesions.open_demand(first.lesion_id)) == (0, 0)

@@ -154,7 +154,9 @@ OTHERS = {
     "UPDATE publications SET approved_by = 'somebody' WHERE model_id = 'lite0.b'": ("publications", DIFFERS),
     "DELETE FROM publications WHERE model_id = 'lite0.a'": ("publications", GONE),
     "UPDATE reviews SET level = 'low' WHERE decision = 'override'": ("reviews", DIFFERS),
-    "DELETE FROM reviews WHERE review_id = (SELECT review_id FROM reviews WHERE decision = 'accept' LIMIT 1)": (
+    "UPDATE reviews SET note = 'not so' WHERE decision = 'override'": ("review_notes", DIFFERS),
+    "SELECT 'the note of the review that is deleted next'": ("review_notes", GONE),
+    "DELETE FROM reviews WHERE review_id = (SELECT review_id FROM reviews WHERE decision = 'accept' AND note <> '' LIMIT 1)": (
         *("reviews", GONE),
     ),
     "INSERT INTO reviews (review_id, assessment_id, clinician, request_id, decision)"
@@ -256,7 +258,7 @@ async def _assess(app: Pool, name: str, image: Admission, done) -> None:
     if name == "confirmed":
         event = event_about(image, "confirm")
         await records.confirm(image.lesion_id, image.image_id, confirmed_by="dr", event=event)
-    if name in {"reviewed", "review told", "outcome not told"}:
+    if name in {"reviewed", "review told", "outcome not told", "erased too"}:
         await _say(app, image, name)
     if name == "delivered":
         event = event_about(image, "disclose")
@@ -281,7 +283,7 @@ async def _say(app: Pool, image: Admission, name: str) -> None:
     await ReviewStore(app).review(Statement(said=said, event=event_about(image, "review"), **of))
     said = {"malignant": True, "observed_on": "2026-01-01", "source": "registry"}
     said["kind"] = "histology" if name == "reviewed" else "follow_up"
-    if name != "review told":
+    if name in {"reviewed", "outcome not told"}:
         event = replace(event_about(image, "record_outcome"), image_id=None, assessment_id=None)
         await ReviewStore(app).record_outcome(Statement(said=said, event=event, **of))
 

@@ -439,6 +439,14 @@ async def test_an_impression_is_before_the_answer_unless_the_log_says_that_it_wa
     assert later.impression.before_answer is False
 
 
+async def test_whoever_decides_on_an_answer_was_given_it(answered, reviews) -> None:
+    """By a PMS that read it under its own account, say, of which nothing here knows."""
+    case = await answered(actor="nurse", patient_id=str(uuid4()))
+    spoken = statement(case, clinician=f"dr-{uuid4().hex[:8]}", impression_diagnosis="NV", decision="accept")
+    review, _, _ = await reviews.review(spoken)
+    assert review.impression.before_answer is False
+
+
 async def test_whoever_waited_for_the_answer_was_given_it_and_whoever_got_202_was_not(
     answered, reviews, lesions, owner_pool, admission
 ) -> None:

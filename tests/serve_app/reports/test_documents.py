@@ -160,6 +160,13 @@ def test_no_small_count_is_in_any_document() -> None:
             assert (summary.diagnoses["total"], summary.adoption.share.value) == (400, 0.5)
 
 
+def test_encounters_with_a_complaint_may_be_fewer_than_those_with_an_image() -> None:
+    """Each count is what it was told to be; of such a pair there is no share."""
+    nothing = {table: Counter() for table in SUMMARY_TABLES}
+    found = summarise(nothing, (30, 20), random=np.random.default_rng(5)).adoption
+    assert (found.assessed_encounters, found.skin_complaint_encounters, found.share) == (30, 20, None)
+
+
 def test_the_figures_are_those_of_the_counts() -> None:
     """Ten thousand lesions of one group in each table: every count can be shown."""
     counts = {("refer", "melanoma"): 95, ("not", "melanoma"): 5, ("refer", "other_malignant"): 180,
