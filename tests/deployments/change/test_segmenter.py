@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 import pytest
 
 from deployments.change.segmenter import OutlineDoubt, Segmenter, components, filled, largest, read_outline
@@ -78,17 +80,17 @@ def test_pieces_are_those_of_scipy() -> None:
         assert largest(mask).sum() == max(np.bincount(theirs[mask], minlength=1), default=0)
 
 
-def drawn(size: tuple[int, int], *ellipses: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Skin with brown ellipses (left, top, right, bottom in shares), four times as fine first; and where they are."""
-    large = (4 * size[0], 4 * size[1])
-    image, mask = Image.new("RGB", large, (214, 168, 150)), Image.new("L", large)
-    for ellipse in ellipses:
-        box = [v * s for v, s in zip(ellipse, large * 2, strict=True)]
-        ImageDraw.Draw(image).ellipse(box, fill=(96, 58, 44))
-        ImageDraw.Draw(mask).ellipse(box, fill=255)
-    noise = np.random.default_rng(1).normal(0.0, 3.0, (size[1], size[0], 1))
-    pixels = np.clip(np.asarray(image.reduce(4)) + noise, 0, 255).astype(np.uint8)
-    return pixels, np.asarray(mask.reduce(4)) > 127
+def drawn(size: tuple[int, int], ellipse: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Skin with a brown ellipse (left, top, right, bottom in shares), soft at its edge and uneven; and where it is."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse([v * s for v, s in zip(ellipse, size * 2, strict=True)], fill=255)
+    rng = np.random.default_rng(1)
+    soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(0.01 * size[1])))[..., None] / 255.0
+    coarse = Image.fromarray(rng.normal(0.0, 12.0, (size[1] // 12, size[0] // 12)).astype(np.float32))
+    uneven = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))[..., None] * (0.3 + soft)
+    skin, brown = np.array((214, 168, 150)), np.array((96, 58, 44))
+    pixels = skin + (brown - skin) * soft + uneven + rng.normal(0.0, 3.0, (size[1], size[0], 1))
+    return np.clip(pixels, 0, 255).astype(np.uint8), np.asarray(mask) > 127
 
 
 @pytest.mark.parametrize("size", [(600, 450), (150, 200), (320, 320)])
@@ -103,6 +105,27 @@ def test_the_shipped_segmenter_finds_a_drawn_lesion(stored: StoredSegmenter, siz
 def test_the_shipped_segmenter_says_that_the_frame_cuts_a_lesion(stored: StoredSegmenter) -> None:
     pixels, _ = drawn((320, 240), (-0.2, 0.2, 0.35, 0.8))
     assert OutlineDoubt.TOUCHES_FRAME in Segmenter(stored, threads=1).outline(pixels).doubts
+
+
+def test_the_shipped_segmenter_outlines_real_lesions_as_experts_do(
+    stored: StoredSegmenter, isic_dir: Path
+) -> None:
+    """Images of fold 0 at true aspect, on which nothing was fitted."""
+    with (isic_dir / "train.csv").open(newline="", encoding="utf-8") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["fold"], row["aspect"], row["has_mask"]) == ("0", "true", "1")
+        ]
+    segmenter, overlaps = Segmenter(stored, threads=1), []
+    for row in rows[:: max(1, len(rows) // 24)]:
+        with Image.open(isic_dir / "images" / f"{row['isic_id']}.jpg") as file:
+            found = segmenter.outline(np.asarray(file.convert("RGB"))).mask
+        with Image.open(isic_dir / "masks" / f"{row['isic_id']}.png") as file:
+            lesion = np.asarray(file.convert("L").resize(found.shape[::-1])) > 127
+        overlaps.append((found & lesion).sum() / (found | lesion).sum())
+    assert len(overlaps) >= 24
+    assert np.mean(overlaps) > 0.82
 
 
 def test_another_graph_than_the_manifest_says_is_refused(stored: StoredSegmenter) -> None:
