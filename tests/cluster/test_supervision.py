@@ -209,7 +209,7 @@ def test_a_nodes_processes_are_the_marked_of_this_home_and_their_descendants(sta
     start("sleep", "60", mark=f"{tmp_path}x")
     start("sleep", "60", mark=None)
     ours = start("sh", "-c", "env -i sleep 60; true", mark=str(tmp_path))  # which drops the mark
-    assert [process.pid for process in marked(tmp_path)] == [ours.pid]
+    assert until(lambda: [process.pid for process in marked(tmp_path)] == [ours.pid])
     assert until(lambda: _names(belonging(tmp_path)) == ["sh", "sleep"])
     assert _names(in_session(ours.pid)) == ["sh", "sleep"]
     end(belonging(tmp_path), signal.SIGKILL, 5)
