@@ -45,14 +45,9 @@ COMMENT ON COLUMN drift_streams.begun_by IS
 COMMENT ON COLUMN drift_streams.baseline IS
 'By measure, of the first 500 images; never changed. What an image that is erased later gave to it stays in it.';
 
-CREATE FUNCTION refuse_baseline_change() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION 'a drift baseline is never changed' USING ERRCODE = 'insufficient_privilege';
-END;
-$$;
 CREATE TRIGGER drift_streams_frozen BEFORE UPDATE ON drift_streams
 FOR EACH ROW WHEN (OLD.baseline IS NOT NULL AND (NEW.baseline, NEW.baseline_until) IS DISTINCT FROM (OLD.baseline, OLD.baseline_until))
-EXECUTE FUNCTION refuse_baseline_change();
+EXECUTE FUNCTION refuse_change();
 
 CREATE TABLE drift_alarms (
     alarm_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
