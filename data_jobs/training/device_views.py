@@ -119,7 +119,7 @@ class DeviceViews:
         captured = side / np.sqrt(area) * np.exp(rng.uniform(low, high, count))
         sides = np.maximum(2, np.round(captured / _STEP)).astype(np.int64) * _STEP
         linear, shift = view_maps(crop, plan.small_rotation, rng)
-        maps = self._tensor(np.concatenate([linear, shift[:, :, None]], axis=2))
+        maps = self.tensor(np.concatenate([linear, shift[:, :, None]], axis=2))
         taken = [
             (found, self._taken(source, rows[found], cluttered[found], soft[found], rng))
             for source in range(len(self.images))
@@ -130,8 +130,8 @@ class DeviceViews:
             for capture in np.unique(sides[found]).tolist():
                 group = np.flatnonzero(sides[found] == capture)
                 filters = [_FILTERS[i] for i in rng.integers(2, size=2)]
-                image = self._captured(originals[self._tensor(group)], capture, filters[0], rng)
-                where = self._tensor(found[group])
+                image = self._captured(originals[self.tensor(group)], capture, filters[0], rng)
+                where = self.tensor(found[group])
                 grid = functional.affine_grid(maps[where], [len(group), 3, side, side], align_corners=False)
                 view = functional.grid_sample(
                     image, grid, filters[1], padding_mode="reflection", align_corners=False
@@ -139,23 +139,24 @@ class DeviceViews:
                 views[where] = view.clamp_(0.0, 255.0).round_()
         return self._spoilt(self._coloured(views, rng), np.flatnonzero(cluttered), rng).round()
 
-    def _tensor(self, values: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(values).to(self.device)
+    def tensor(self, values: NDArray[np.generic]) -> Tensor:
+        """The values where the images are; floats in float32."""
+        tensor = _moved(values, self.device)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def _taken(
         self, source: int, rows: Rows, cluttered: NDArray[np.bool_], soft: NDArray[np.bool_], rng: Rng
     ) -> list[tuple[Rows, Tensor]]:
         """Images of a source with their clutter: which of `rows` stay at their size and which are softened, and both."""
-        images = self.images[source][self._tensor(self._places[rows])].permute(0, 3, 1, 2).float()
+        images = self.images[source][self.tensor(self._places[rows])].permute(0, 3, 1, 2).float()
         if len(under := np.flatnonzero(cluttered)):
-            where = self._tensor(under)
-            chosen = self._tensor(rng.integers(len(self.overlays.layers), size=len(under)))
+            where = self.tensor(under)
+            chosen = self.tensor(rng.integers(len(self.overlays.layers), size=len(under)))
             images[where] = self.overlays.over(images[where], chosen)
         kept, softened = np.flatnonzero(~soft), np.flatnonzero(soft)
-        parts = [(kept, images[self._tensor(kept)])] if len(kept) else []
+        parts = [(kept, images[self.tensor(kept)])] if len(kept) else []
         if len(softened):
-            small = _resized(images[self._tensor(softened)], BCN84_SIDE, "bicubic")
+            small = _resized(images[self.tensor(softened)], BCN84_SIDE, "bicubic")
             parts.append((softened, jpeg(small, np.full(len(softened), BCN84_QUALITY))))
         return parts
 
@@ -164,17 +165,17 @@ class DeviceViews:
         plan, count = self.plan, len(images)
         images = _resized(images, side, resampling)
         if len(chosen := np.flatnonzero(rng.random(count) < plan.blur_share)):
-            where = self._tensor(chosen)
-            images[where] = blur(images[where], self._tensor(rng.uniform(*plan.blur_sigma, len(chosen))))
+            where = self.tensor(chosen)
+            images[where] = blur(images[where], self.tensor(rng.uniform(*plan.blur_sigma, len(chosen))))
         if len(chosen := np.flatnonzero(rng.random(count) < plan.jpeg_share)):
             low, high = plan.jpeg_quality
-            where = self._tensor(chosen)
+            where = self.tensor(chosen)
             images[where] = jpeg(images[where], rng.integers(low, high + 1, len(chosen)))
         return images
 
     def _coloured(self, images: Tensor, rng: Rng) -> Tensor:
-        matrices, lifts = (self._tensor(part) for part in colour_maps(self.plan, rng, len(images)))
-        luma = self._tensor(LUMA)
+        matrices, lifts = (self.tensor(part) for part in colour_maps(self.plan, rng, len(images)))
+        luma = self.tensor(LUMA)
         grey = torch.einsum("c,nchw->n", luma, images) / images.shape[-1] ** 2 * lifts
         return (torch.einsum("nkc,nchw->nkhw", matrices, images) + grey.view(-1, 1, 1, 1)).clamp(0.0, 255.0)
 
@@ -184,16 +185,21 @@ class DeviceViews:
             cluttered[rng.random(len(cluttered)) < share] for share in (CAST_SHARE, GREY_SHARE, DAMAGE_SHARE)
         )
         if len(cast):
-            gains = self._tensor(casts(rng, len(cast)))[:, :, None, None]
-            images[self._tensor(cast)] = (images[self._tensor(cast)] * gains).clamp(0.0, 255.0)
+            gains = self.tensor(casts(rng, len(cast)))[:, :, None, None]
+            images[self.tensor(cast)] = (images[self.tensor(cast)] * gains).clamp(0.0, 255.0)
         if len(grey):
-            images[self._tensor(grey)] = torch.einsum(
-                "c,nchw->nhw", self._tensor(LUMA), images[self._tensor(grey)]
+            images[self.tensor(grey)] = torch.einsum(
+                "c,nchw->nhw", self.tensor(LUMA), images[self.tensor(grey)]
             ).unsqueeze(1)
         if len(damaged):
-            where = self._tensor(damaged)
+            where = self.tensor(damaged)
             images[where] = jpeg(images[where], rng.integers(*DAMAGE_QUALITY, len(damaged)))
         return images
+
+
+def _moved(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    # To wait for a copy is to wait for all that the device has still to do.
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _resized(images: Tensor, side: int, resampling: str) -> Tensor:
@@ -216,9 +222,9 @@ def jpeg(images: Tensor, qualities: NDArray[np.int64]) -> Tensor:
     """The images, float N×3×H×W, after a JPEG of each quality with colours of half resolution, as Pillow writes it."""
     side, more = images.shape[-1], -images.shape[-1] % _STEP
     padded = functional.pad(images, (0, more, 0, more), mode="replicate")
-    to_ycc, from_ycc = (torch.from_numpy(matrix).to(images.device) for matrix in (_TO_YCC, _FROM_YCC))
+    to_ycc, from_ycc = (_moved(matrix, images.device) for matrix in (_TO_YCC, _FROM_YCC))
     luma, colours = torch.einsum("kc,nchw->nkhw", to_ycc, padded.round()).split([1, 2], 1)
-    tables = torch.from_numpy(_tables()[qualities]).to(images.device)
+    tables = _moved(_tables()[qualities], images.device)
     luma = _quantized(luma - 128.0, tables[:, 0]) + 128.0
     colours = _quantized(functional.avg_pool2d(colours, 2), tables[:, 1])
     colours = functional.interpolate(colours, scale_factor=2, mode="bilinear", align_corners=False)
@@ -229,7 +235,7 @@ def jpeg(images: Tensor, qualities: NDArray[np.int64]) -> Tensor:
 def _quantized(planes: Tensor, tables: Tensor) -> Tensor:
     """N×C×H×W by blocks of 8 by 8, their cosine transforms in steps of the N tables of 8×8."""
     count, channels, height, width = planes.shape
-    cosines = torch.from_numpy(_cosines()).to(planes.device)
+    cosines = _moved(_cosines(), planes.device)
     blocks = planes.view(count, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
     steps = tables.view(count, 1, 1, 1, 8, 8)
     kept = (cosines @ blocks @ cosines.T / steps).round() * steps

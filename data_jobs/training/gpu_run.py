@@ -39,8 +39,8 @@ from data_jobs.training.parts import PackedImages, PackHeader, start_of
 from data_jobs.training.recipe import Recipe, Stage, read_recipe
 from data_jobs.training.steps import Run, write_weights
 
-#: Views that are made at once, at least; a GPU is idle while few are.
-_AT_ONCE = 1024
+#: Views that are made at once: first few, since training waits for them, then many, which cost hardly more.
+_FIRST, _AT_ONCE = 512, 4096
 #: Seconds kept for parity and latency at the end, on a GPU; and how much slower than measured the epochs may be.
 _END_S = 25.0
 _SLACK = 1.06
@@ -89,15 +89,18 @@ class Trainer:
         """The draws' views in batches of the member's size, the remainder dropped."""
         size, stage = member.optimiser.batch_size, member.epoch_stages[epoch]
         whole = len(draws) - len(draws) % size
-        at_once = size * max(1, _AT_ONCE // size)
-        for begin in range(0, whole, at_once):
-            rows = draws[begin : min(whole, begin + at_once)]
-            views = self.views.views(
-                rows, stage.side, stage, np.random.default_rng((member.seed, epoch, begin))
-            )
-            labels = self._labels[torch.from_numpy(rows).to(self.machine.device)]
-            for first in range(0, len(rows), size):
-                batch = slice(first, first + size)
+        first, at_once = (size * max(1, count // size) for count in (_FIRST, _AT_ONCE))
+        begins = [0, *range(first, whole, at_once), whole]
+
+        def made(place: int) -> tuple[Tensor, Tensor]:
+            rows = draws[begins[place] : begins[place + 1]]
+            rng = np.random.default_rng((member.seed, epoch, begins[place]))
+            return self.views.views(rows, stage.side, stage, rng), self._labels[self.views.tensor(rows)]
+
+        places = range(len(begins) - 1 if whole else 0)
+        for views, labels in self.machine.ahead(made, places):
+            for begin in range(0, len(views), size):
+                batch = slice(begin, begin + size)
                 yield views[batch].permute(0, 2, 3, 1), labels[batch]
 
     def train_epoch(self, run: Run, epoch: int) -> dict[str, float]:
@@ -216,11 +219,16 @@ def _milliseconds(compute: Any, times: int) -> float:  # noqa: ANN401 - any call
 
 
 def train_members(
-    trainer: Trainer, members: tuple[int, ...], output: Path, seconds: float, measured: float, began: float
+    trainer: Trainer,
+    members: tuple[int, ...],
+    output: Path,
+    seconds: float,
+    measured: float | list[float],
+    began: float,
 ) -> dict[str, Any]:
     """Measure, plan, train and check; returns what `run.json` holds.
 
-    `seconds`: in all, from `began` (monotonic); `measured`: how many of them to measure speeds in.
+    `seconds`: in all, from `began` (monotonic); `measured`: how many of them to measure speeds in, or these speeds.
     """
     output.mkdir(parents=True, exist_ok=True)
     recipe, machine = trainer.recipe, trainer.machine
@@ -236,7 +244,7 @@ def train_members(
     images = [steps * recipe.optimiser.batch_size for steps in whole.steps]
     if not all(images):
         raise ValueError("An epoch of this recipe holds less than one batch.")
-    speeds = trainer.images_per_second(measured)
+    speeds = measured if isinstance(measured, list) else trainer.images_per_second(measured)
     left = seconds - (time.monotonic() - began) - _END_S
     stages = plan_epochs(recipe.stages, images, speeds, left / len(members) / _SLACK)
     report |= {
@@ -290,8 +298,15 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, help="images a batch (default: the recipe's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument(
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
         "--measure", type=float, default=40.0, help="seconds that measure the speed (default 40)"
+    )
+    speed.add_argument(
+        "--speeds",
+        type=float,
+        nargs="+",
+        help="images/s at every stage, as `run.json` of an earlier run has them",
     )
     parser.add_argument(
         "--overlays", type=int, default=8192, help="how many drawings of clutter (default 8,192)"
@@ -309,9 +324,8 @@ def main() -> None:
     overlays = Overlays.drawn(arguments.overlays, packed.header.side, recipe.seed, os.cpu_count() or 1)
     trainer = Trainer(recipe, packed, arguments.parts / "start.safetensors", overlays, machine)
     members = tuple(arguments.members or recipe.data.train_folds)
-    report = train_members(
-        trainer, members, arguments.output, 60 * arguments.minutes, arguments.measure, began
-    )
+    measured = arguments.speeds or arguments.measure
+    report = train_members(trainer, members, arguments.output, 60 * arguments.minutes, measured, began)
     print(json.dumps(report, indent=1))
 
 

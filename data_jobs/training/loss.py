@@ -33,7 +33,7 @@ def mix(images: Tensor, labels: Tensor, alpha: float, rng: np.random.Generator) 
         return Mixture(images, labels, labels, 1.0)
     share = float(rng.beta(alpha, alpha))
     share = max(share, 1.0 - share)
-    order = torch.from_numpy(rng.permutation(len(labels))).to(images.device)
+    order = torch.from_numpy(rng.permutation(len(labels))).to(images.device, non_blocking=True)
     return Mixture(torch.lerp(images[order], images, share), labels, labels[order], share)
 
 

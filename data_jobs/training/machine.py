@@ -7,9 +7,13 @@ computed in float32 here; docs/models.md has what it gains.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.layers import Conv2dSame, pad_same
 import torch
@@ -21,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_jobs.training.recipe import OptimiserPlan
 
 Size = tuple[int, ...]
+Item = TypeVar("Item")
 
 
 class _Context(FunctionCtx):
@@ -136,6 +141,31 @@ class Machine:
             prefetch_factor=4 if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
+
+    def ahead(
+        self, make: Callable[[Item], tuple[Tensor, ...]], items: Iterable[Item]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """What `make` makes of each item, the next while one is used: in a thread and a stream of its own."""
+        stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+
+        def made(item: Item) -> tuple[Tensor, ...]:
+            with torch.cuda.stream(stream):
+                tensors = make(item)
+            if stream:
+                stream.synchronize()
+            return tensors
+
+        waiting = iter(items)
+        with ThreadPoolExecutor(1) as pool:
+            coming = deque(pool.submit(made, item) for item in islice(waiting, 1))
+            while coming:
+                tensors = coming.popleft().result()
+                coming.extend(pool.submit(made, item) for item in islice(waiting, 1))
+                if stream:
+                    for tensor in tensors:
+                        # Else its memory is given away while this stream still reads it.
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield tensors
 
     def as_input(self, views: Tensor) -> Tensor:
         """uint8 N×H×W×3 to float N×3×H×W in channels-last memory, on the device."""

@@ -1,8 +1,8 @@
 """Pack images for a machine without the archive: `python -m data_jobs.training.pack --recipe R --side 192 --output P`.
 
-Every image of the recipe's training folds, of both sources, as the service would prepare it: full-size ones at `--side`,
+Every image that the recipe may train on, of both sources, as the service would prepare it: full-size ones at `--side`,
 bcn84's at their own 84 pixels. `P/part-NN.npz` of at most 50 MB (`--limit`) have the images in one shuffled order with
-what training must know of each (`data_jobs.training.parts`); `P/start.safetensors` what the network starts from. A pack
+what training must know of each (`data_jobs.training.parts`); `P/start.safetensors` what the network starts from (float16). A pack
 that was stopped goes on with the same command; a folder with another pack's parts is refused.
 """
 
@@ -19,19 +19,18 @@ from tqdm import tqdm
 
 from data_jobs.training.dataset import (
     LabelledImage,
-    excluded_lesions,
-    fold_indices,
     isic_folder,
     labels_of,
     load_pixels,
     read_bcn84,
     read_rows,
-    reserve,
     sources_of,
+    training_indices,
 )
 from data_jobs.training.network import DermNetwork, load_start
-from data_jobs.training.parts import QUALITY, Columns, PackHeader, Part, encoded, read_parts, start_of
+from data_jobs.training.parts import QUALITY, PackHeader, Part, Rows, encoded, read_parts, start_of
 from data_jobs.training.recipe import BCN84_SIDE, SOURCES, DataPlan, Recipe, read_recipe
+from data_jobs.training.steps import halved
 from deployments.preprocess.pixels import PREPROCESS_VERSION, InputGeometry
 
 _CHUNK = 256
@@ -44,15 +43,12 @@ def pack_images(
 
     Raises ValueError when `output` has parts of other images, another side or another plan.
     """
-    apart, excluded = reserve(rows, plan), excluded_lesions()
-    found = fold_indices(rows, plan.train_folds)
+    found = training_indices(rows, plan)
     rows = [rows[i] for i in np.random.default_rng(plan.reserve_seed or 0).permutation(found)]
-    columns: dict[str, Columns] = {
+    columns: dict[str, Rows] = {
         "labels": labels_of(rows),
         "folds": np.array([row.fold for row in rows]),
         "sources": sources_of(rows),
-        "reserved": np.array([row.lesion in apart for row in rows]),
-        "excluded": np.array([row.lesion in excluded for row in rows]),
     }
     named = [[row.isic_id, *(int(values[i]) for values in columns.values())] for i, row in enumerate(rows)]
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
@@ -92,7 +88,7 @@ def _written(
     first: int,
     number: int,
     jpegs: list[bytes],
-    columns: dict[str, Columns],
+    columns: dict[str, Rows],
     output: Path,
 ) -> tuple[int, int, list[bytes]]:
     """Write a part; returns where and as which number the next begins, and that it has nothing yet."""
@@ -109,8 +105,7 @@ def pack_start(recipe: Recipe, given: Path | None, path: Path) -> None:
     """
     network = DermNetwork(recipe.architecture, recipe.network)
     load_start(network, recipe, given)
-    state = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(state, path.with_suffix(".partial"), {"start": start_of(recipe)})
+    save_file(halved(network.state_dict()), path.with_suffix(".partial"), {"start": start_of(recipe)})
     path.with_suffix(".partial").rename(path)
 
 

@@ -1,9 +1,9 @@
 """Packed images: what a machine needs that has neither the archive nor this service, in files that are easily sent.
 
 A part is one .npz: `jpeg`, the files of its images one after another, and where each ends (`ends`); of every image
-`labels`, `folds` and `sources` (in the orders of TRAINED and SOURCES), `reserved` and `excluded` (`dataset.reserve`,
-`dataset.excluded_lesions`: none of these is trained on); `first`, its place in the whole; and `header`, JSON that says
-what the whole is. The test fold is in none. JPEG of quality 95 is a tenth of the pixels, at a mean error of one level.
+`labels`, `folds` and `sources` (in the orders of TRAINED and SOURCES); `first`, its place in the whole; and `header`, JSON
+that says what the whole is. Only what may be trained on is in it (`dataset.training_indices`). JPEG of quality 90 is a
+sixteenth of the pixels, at a mean error of one level.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from data_jobs.training.recipe import SOURCES, DataPlan, Recipe
 
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int64]
-Columns = NDArray[np.int64 | np.bool_]
-QUALITY = 95
+QUALITY = 90
 #: What is known of every image.
-COLUMNS = ("labels", "folds", "sources", "reserved", "excluded")
+COLUMNS = ("labels", "folds", "sources")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Part:
     header: PackHeader
     first: int
     jpegs: list[bytes]
-    columns: dict[str, Columns]
+    columns: dict[str, Rows]
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
@@ -123,8 +122,7 @@ class PackedImages:
 
     def training_indices(self, left_out: int) -> Rows:
         """Rows that the member which leaves out this fold trains on."""
-        held = (self.columns["folds"] == left_out) | self.columns["reserved"] | self.columns["excluded"]
-        return np.flatnonzero(~held.astype(bool))
+        return np.flatnonzero(self.columns["folds"] != left_out)
 
 
 def start_of(recipe: Recipe) -> str:

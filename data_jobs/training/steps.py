@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import math
 from pathlib import Path
 import time
@@ -84,12 +84,17 @@ def run_epoch(
     return float(losses / seen), float(hits / seen)
 
 
-def write_weights(ema: AveragedModel, path: Path) -> None:
-    """The averaged weights in float16 (counters as they are), whole or not at all: half a checkpoint's tenth."""
-    state = {
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in float16, counters as they are."""
+    return {
         name: value.half().contiguous() if value.is_floating_point() else value
-        for name, value in ema.module.state_dict().items()
+        for name, value in state.items()
     }
+
+
+def write_weights(ema: AveragedModel, path: Path) -> None:
+    """The averaged weights in float16, whole or not at all: half a checkpoint's tenth."""
+    state = halved(ema.module.state_dict())
     if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
         raise ValueError(f"A weight is beyond what float16 can hold: {path} is not written.")
     save_file(state, path.with_suffix(".partial"))
