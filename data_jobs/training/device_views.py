@@ -212,10 +212,11 @@ def _resized(images: Tensor, side: int, resampling: str) -> Tensor:
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blurs of N standard deviations in pixels; float N×3×H×W."""
     taps = torch.arange(-_REACH, _REACH + 1, device=images.device)
-    kernels = (-(taps**2) / (2.0 * sigma[:, None] ** 2)).softmax(1).repeat_interleave(3, 0)[:, None]
-    padded = functional.pad(images, (_REACH,) * 4, mode="replicate").flatten(0, 1)[None]
-    down = functional.conv2d(padded, kernels.unsqueeze(3), groups=len(kernels))
-    return functional.conv2d(down, kernels.unsqueeze(2), groups=len(kernels)).reshape(images.shape)
+    weights = (-(taps**2) / (2.0 * sigma[:, None] ** 2)).softmax(1).T[:, :, None, None, None]
+    height, width = images.shape[-2:]
+    padded = functional.pad(images, (_REACH,) * 4, mode="replicate")
+    down = sum(weight * padded[:, :, i : i + height] for i, weight in enumerate(weights))
+    return sum(weight * down[..., i : i + width] for i, weight in enumerate(weights))
 
 
 def jpeg(images: Tensor, qualities: NDArray[np.int64]) -> Tensor:

@@ -1,12 +1,12 @@
 """Train all members of an ensemble in a GPU's minutes: `... gpu_run --recipe R --parts P --output O --minutes 9`.
 
 It needs torch, timm, numpy, Pillow (and what timm brings: safetensors, tqdm), the folder that `pack` wrote and this
-repository's files, no archive and no service. Images stay on the GPU, where every view is made. The first seconds
-measure images/s at every stage's side; from them the stages get as many epochs, in the recipe's proportions, as the
-minutes hold. The members take turns, an epoch each, and after each round their averaged weights are written together:
-whenever it is stopped, `O/member-K.safetensors` are equals (float16; K is the fold that the member leaves out). `O/run.json`
-has the speeds, the stages as trained and, at the end, parity with a CPU and the latency of a forward pass;
-`O/log.jsonl` a line an epoch.
+repository's files, no archive and no service. Images stay on the GPU, where every view is made. The recipe's epochs are
+shares of the time: the members take turns, an epoch each, as long as there is time for another round, and the learning
+rate follows the clock, so that it has fallen to nothing when the time is over. After each round their averaged weights
+are written together: whenever it is stopped, `O/member-K.safetensors` are equals (float16; K is the fold that the member
+leaves out). `O/run.json` has the rounds of every stage and, at the end, parity with a CPU and the latency of a forward
+pass; `O/log.jsonl` a line an epoch.
 
 `--batch N` trains in other batches than the recipe's: learning rates change by the square root of the ratio
 (Malladi et al., NeurIPS 2022, for Adam), and the moving average forgets as much an image.
@@ -37,13 +37,13 @@ from data_jobs.training.machine import Machine
 from data_jobs.training.network import DermNetwork, load_weights
 from data_jobs.training.parts import PackedImages, PackHeader, start_of
 from data_jobs.training.recipe import Recipe, Stage, read_recipe
-from data_jobs.training.steps import Run, write_weights
+from data_jobs.training.steps import Run, Turn, write_weights
 
 #: Views that are made at once: first few, since training waits for them, then many, which cost hardly more.
 _FIRST, _AT_ONCE = 512, 4096
-#: Seconds kept for parity and latency at the end, on a GPU; and how much slower than measured the epochs may be.
-_END_S = 25.0
-_SLACK = 1.06
+#: Seconds kept for parity and latency at the end, on a GPU; and the share of the time that a first round is taken for.
+_END_S = 15.0
+_FIRST_SHARE = 0.02
 _CHECKED = 64
 
 
@@ -85,9 +85,11 @@ class Trainer:
         columns = self.packed.columns
         return Run(member, network, columns["labels"], columns["sources"], indices, self.machine)
 
-    def batches(self, draws: Labels, member: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, draws: Labels, member: Recipe, epoch: int, stage: Stage
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The draws' views in batches of the member's size, the remainder dropped."""
-        size, stage = member.optimiser.batch_size, member.epoch_stages[epoch]
+        size = member.optimiser.batch_size
         whole = len(draws) - len(draws) % size
         first, at_once = (size * max(1, count // size) for count in (_FIRST, _AT_ONCE))
         begins = [0, *range(first, whole, at_once), whole]
@@ -103,50 +105,22 @@ class Trainer:
                 batch = slice(begin, begin + size)
                 yield views[batch].permute(0, 2, 3, 1), labels[batch]
 
-    def train_epoch(self, run: Run, epoch: int) -> dict[str, float]:
+    def train_epoch(self, run: Run, epoch: int, turn: Turn) -> dict[str, float]:
         """One epoch of a member; returns its line of the log."""
-        return run.epoch(epoch, lambda draws: self.batches(draws, run.recipe, epoch))
-
-    def images_per_second(self, seconds: float) -> list[float]:
-        """Training speed at every stage, measured for so many seconds in all on a member that is thrown away."""
-        run = self.run(replace(self.recipe, stages=tuple(replace(s, epochs=1) for s in self.recipe.stages)))
-        return [self._speed(run, epoch, seconds / len(run.steps)) for epoch in range(len(run.steps))]
-
-    def _speed(self, run: Run, epoch: int, seconds: float) -> float:
-        """Images/s in epochs of one kind, without the first: that chooses kernels and fills caches."""
-        end = time.monotonic() + seconds
-        passes: list[tuple[int, float]] = []
-        while not passes or time.monotonic() < end:
-            began, seen = time.monotonic(), 0
-
-            def batches(draws: Labels) -> Iterator[tuple[Tensor, Tensor]]:
-                nonlocal seen
-                for images, labels in self.batches(draws, run.recipe, epoch):
-                    yield images, labels
-                    seen += len(labels)
-                    if time.monotonic() > end:
-                        return
-
-            run.epoch(epoch, batches)
-            passes.append((seen, time.monotonic() - began))
-        images, taken = map(sum, zip(*(passes[1:] or passes), strict=True))
-        return images / taken
+        stage = run.recipe.stages[turn.stage]
+        return run.epoch(epoch, lambda draws: self.batches(draws, run.recipe, epoch, stage), turn=turn)
 
 
-def plan_epochs(
-    stages: tuple[Stage, ...], images: list[int], speeds: list[float], seconds: float
-) -> tuple[Stage, ...]:
-    """The stages with as many epochs, in their proportions, as fit into the seconds of one member; at least one each.
+def next_turn(stages: tuple[Stage, ...], spent: float, round_share: float) -> Turn | None:
+    """The next round, when `spent` of the time is over and the last round took `round_share` of it.
 
-    `images`: of an epoch of each stage; `speeds`: images/s. What is left over goes to the last stages first.
+    None where that is not enough for another; the last one ends with the time, and its learning rate at zero.
     """
-    costs = [count / speed for count, speed in zip(images, speeds, strict=True)]
-    factor = seconds / sum(stage.epochs * cost for stage, cost in zip(stages, costs, strict=True))
-    epochs = [max(1, int(stage.epochs * factor)) for stage in stages]
-    for i in reversed(range(len(stages))):
-        if sum(n * cost for n, cost in zip(epochs, costs, strict=True)) + costs[i] <= seconds:
-            epochs[i] += 1
-    return tuple(replace(stage, epochs=n) for stage, n in zip(stages, epochs, strict=True))
+    if spent and spent + round_share > 1.0:
+        return None
+    after = 1.0 if spent + 2.0 * round_share > 1.0 else spent + round_share
+    ends = np.cumsum([stage.epochs for stage in stages]) / sum(stage.epochs for stage in stages)
+    return Turn(min(int(np.searchsorted(ends, spent, "right")), len(stages) - 1), spent, after)
 
 
 def in_batches(recipe: Recipe, size: int) -> Recipe:
@@ -219,64 +193,50 @@ def _milliseconds(compute: Any, times: int) -> float:  # noqa: ANN401 - any call
 
 
 def train_members(
-    trainer: Trainer,
-    members: tuple[int, ...],
-    output: Path,
-    seconds: float,
-    measured: float | list[float],
-    began: float,
+    trainer: Trainer, members: tuple[int, ...], output: Path, seconds: float, began: float
 ) -> dict[str, Any]:
-    """Measure, plan, train and check; returns what `run.json` holds.
-
-    `seconds`: in all, from `began` (monotonic); `measured`: how many of them to measure speeds in, or these speeds.
-    """
+    """Train and check; returns what `run.json` holds. `seconds`: in all, from `began` (monotonic)."""
     output.mkdir(parents=True, exist_ok=True)
     recipe, machine = trainer.recipe, trainer.machine
-    report: dict[str, Any] = {"device": _device_name(machine), "torch": torch.__version__, "members": members}
+    shares = recipe.stages
+    recipe = replace(recipe, stages=tuple(replace(stage, epochs=1) for stage in shares))
+    runs = {fold: trainer.run(recipe.member(fold)) for fold in members}
+    if not all(steps for run in runs.values() for steps in run.steps):
+        raise ValueError("An epoch of this recipe holds less than one batch.")
+    start = time.monotonic()
+    whole = max(1e-3, began + seconds - _END_S - start)
+    report: dict[str, Any] = {
+        "device": _device_name(machine),
+        "torch": torch.__version__,
+        "members": members,
+        "ready_s": round(start - began, 1),
+        "stages": [asdict(stage) for stage in shares],
+        "optimiser": asdict(recipe.optimiser),
+        "rounds": [0] * len(shares),
+    }
 
     def write() -> None:
+        report["seconds"] = round(time.monotonic() - began, 1)
         (output / "run.partial").write_text(json.dumps(report, indent=1) + "\n")
         (output / "run.partial").rename(output / "run.json")
 
-    whole = trainer.run(
-        replace(recipe.member(members[0]), stages=tuple(replace(s, epochs=1) for s in recipe.stages))
-    )
-    images = [steps * recipe.optimiser.batch_size for steps in whole.steps]
-    if not all(images):
-        raise ValueError("An epoch of this recipe holds less than one batch.")
-    speeds = measured if isinstance(measured, list) else trainer.images_per_second(measured)
-    left = seconds - (time.monotonic() - began) - _END_S
-    stages = plan_epochs(recipe.stages, images, speeds, left / len(members) / _SLACK)
-    report |= {
-        "ready_s": round(time.monotonic() - began, 1),
-        "images_per_second": [round(speed, 1) for speed in speeds],
-        "stages": [asdict(stage) for stage in stages],
-        "optimiser": asdict(recipe.optimiser),
-        "rounds": 0,
-    }
-    print(json.dumps(report), flush=True)
-    recipe = replace(recipe, stages=stages)
-    runs = {fold: trainer.run(recipe.member(fold)) for fold in members}
-    for epoch, stage in enumerate(recipe.epoch_stages):
-        round_began = time.monotonic()
-        expected = len(members) * images[stages.index(stage)] / speeds[stages.index(stage)]
-        if epoch and round_began + expected > began + seconds - _END_S:
-            report["stopped"] = f"before round {epoch + 1} of {len(recipe.epoch_stages)}: no time left"
-            break
-        lines = [{"member": fold} | trainer.train_epoch(run, epoch) for fold, run in runs.items()]
+    spent, round_share = 0.0, _FIRST_SHARE
+    while turn := next_turn(shares, spent, round_share):
+        number = sum(report["rounds"])
+        lines = [{"member": fold} | trainer.train_epoch(run, number, turn) for fold, run in runs.items()]
         write_members(runs, output)
         with (output / "log.jsonl").open("a") as log:
             log.writelines(json.dumps(line) + "\n" for line in lines)
-        report |= {"rounds": epoch + 1, "seconds": round(time.monotonic() - began, 1)}
+        report["rounds"][turn.stage] += 1
+        before, spent = spent, (time.monotonic() - start) / whole
+        round_share = spent - before
         write()
         print(json.dumps(lines), flush=True)
-    side = stages[-1].side
+    side = shares[-1].side
     pixels = trainer.views.images[0][:_CHECKED].permute(0, 3, 1, 2).float()
     pixels = functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0.0, 255.0)
-    report["checks"] = {
-        fold: check(recipe, output / f"member-{fold}.safetensors", pixels, machine) for fold in members
-    }
-    report["seconds"] = round(time.monotonic() - began, 1)
+    # The others are the same graph.
+    report["checks"] = check(recipe, output / f"member-{members[0]}.safetensors", pixels, machine)
     write()
     return report
 
@@ -298,16 +258,6 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, help="images a batch (default: the recipe's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    speed = parser.add_mutually_exclusive_group()
-    speed.add_argument(
-        "--measure", type=float, default=40.0, help="seconds that measure the speed (default 40)"
-    )
-    speed.add_argument(
-        "--speeds",
-        type=float,
-        nargs="+",
-        help="images/s at every stage, as `run.json` of an earlier run has them",
-    )
     parser.add_argument(
         "--overlays", type=int, default=8192, help="how many drawings of clutter (default 8,192)"
     )
@@ -318,14 +268,14 @@ def main() -> None:
     if arguments.batch:
         recipe = in_batches(recipe, arguments.batch)
     machine = Machine.of(arguments.device)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    # On an H100 measured kernels were no faster than those that cuDNN picks, and took twice as long to begin.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, False
     packed = PackedImages.read(arguments.parts)
     # Before the device is first used: its state does not outlive a fork.
     overlays = Overlays.drawn(arguments.overlays, packed.header.side, recipe.seed, os.cpu_count() or 1)
     trainer = Trainer(recipe, packed, arguments.parts / "start.safetensors", overlays, machine)
     members = tuple(arguments.members or recipe.data.train_folds)
-    measured = arguments.speeds or arguments.measure
-    report = train_members(trainer, members, arguments.output, 60 * arguments.minutes, measured, began)
+    report = train_members(trainer, members, arguments.output, 60 * arguments.minutes, began)
     print(json.dumps(report, indent=1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 import math
 from pathlib import Path
 import time
@@ -26,7 +27,7 @@ Batches = Callable[[Labels], Iterable[tuple[Tensor, Tensor]]]
 Teach = Callable[[Iterator[Mixture], int], Iterator[Mixture]]
 
 
-def learning_rate(step: int, total: int, warmup: float) -> float:
+def learning_rate(step: float, total: float, warmup: float) -> float:
     """Factor of the peak: linear warm-up, then a cosine to zero."""
     ramp = max(1.0, warmup * total)
     if step < ramp:
@@ -101,6 +102,19 @@ def write_weights(ema: AveragedModel, path: Path) -> None:
     path.with_suffix(".partial").rename(path)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An epoch of a run that has a time instead of a number of epochs.
+
+    `stage` is the place of its stage; `before` and `after` are the shares of the time that are over before and after
+    it, which the learning rate follows.
+    """
+
+    stage: int
+    before: float
+    after: float
+
+
 class Run:
     """A network, its moving average and its optimiser, and how often each epoch draws of every class and source."""
 
@@ -128,21 +142,25 @@ class Run:
         ]
         self.steps = [int(count.sum()) // recipe.optimiser.batch_size for count in self.counts]
 
-    def epoch(self, epoch: int, batches: Batches, teach: Teach | None = None) -> dict[str, float]:
-        """Train one epoch of the recipe; returns its line of the log."""
+    def epoch(
+        self, epoch: int, batches: Batches, teach: Teach | None = None, turn: Turn | None = None
+    ) -> dict[str, float]:
+        """Train one epoch of the recipe, or a turn; returns its line of the log."""
         started, recipe = time.monotonic(), self.recipe
-        stage, counts, plan = recipe.epoch_stages[epoch], self.counts[epoch], recipe.distillation
+        place = epoch if turn is None else turn.stage
+        stage, counts, plan = recipe.epoch_stages[place], self.counts[place], recipe.distillation
         rng = np.random.default_rng((recipe.seed, epoch))
         torch.manual_seed(recipe.seed + epoch)
         draws = draw_epoch(self.labels, self.sources, self.indices, counts, rng)
         loss = AdjustedLoss(counts.sum(1) / len(draws), recipe.loss, plan.loss_share if plan else 0.0)
         loss.to(self.machine.device)
-        done = sum(self.steps[:epoch])
-        factors = (
-            learning_rate(step, sum(self.steps), recipe.optimiser.warmup)
-            for step in range(done, done + self.steps[epoch])
-        )
-        name = f"epoch {epoch + 1} of {len(self.counts)}"
+        count, done, total = self.steps[place], float(sum(self.steps[:place])), float(sum(self.steps))
+        if turn is not None:
+            # As if the run had as many steps as make this turn's share of the time.
+            total = count / (turn.after - turn.before)
+            done = turn.before * total
+        factors = (learning_rate(done + i, total, recipe.optimiser.warmup) for i in range(count))
+        name = f"epoch {epoch + 1}"
         mixtures = (
             mix(self.machine.as_input(images), answers.to(self.machine.device), recipe.loss.mixup, rng)
             for images, answers in tqdm(batches(draws), name, mininterval=30.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 import json
 from pathlib import Path
 import subprocess
@@ -28,12 +29,21 @@ from data_jobs.training.dataset import (
 )
 from data_jobs.training.device_views import Overlays
 from data_jobs.training.export import export_weights
-from data_jobs.training.gpu_run import Trainer, in_batches, plan_epochs, train_members
+from data_jobs.training.gpu_run import Trainer, in_batches, next_turn, train_members
 from data_jobs.training.machine import Machine
+from data_jobs.training.network import DermNetwork, load_start
 from data_jobs.training.pack import pack_images, pack_start
 from data_jobs.training.parts import PackedImages, read_parts
-from data_jobs.training.recipe import SOURCES, DistillationPlan, Stage, TeacherPlan, read_recipe
+from data_jobs.training.recipe import (
+    SOURCES,
+    DistillationPlan,
+    Stage,
+    StartPlan,
+    TeacherPlan,
+    read_recipe,
+)
 from data_jobs.training.scan import open_onnx
+from data_jobs.training.steps import Turn
 from deployments.preprocess.pixels import InputGeometry
 from model_store.manifest import EMBEDDING_DIM
 
@@ -157,18 +167,19 @@ def test_it_is_imported_without_the_service_and_the_archive() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_epochs_fill_the_time_in_the_recipes_proportions() -> None:
-    stages = (Stage(112, 7), Stage(160, 7), Stage(176, 12))
-
-    def planned(seconds: float) -> list[int]:
-        return [s.epochs for s in plan_epochs(stages, [6000, 6000, 3000], [4000.0, 2500.0, 2000.0], seconds)]
-
-    assert planned(0.0) == [1, 1, 1]
-    epochs = planned(120.0)
-    seconds = np.dot(epochs, [1.5, 2.4, 1.5])
-    assert 115 < seconds <= 120
-    assert epochs[0] == pytest.approx(epochs[1], abs=1)
-    assert epochs[2] == pytest.approx(12 / 7 * epochs[1], abs=2)
+def test_rounds_fill_the_time_and_the_rate_falls_to_nothing() -> None:
+    stages = (Stage(112, 1), Stage(160, 3))
+    spent = 0.0
+    turns: list[Turn] = []
+    while turn := next_turn(stages, spent, 0.02 if not turns else 0.07):
+        turns.append(turn)
+        spent += 0.07
+    assert [turn.stage for turn in turns] == [0] * 4 + [1] * 10
+    assert (turns[0].before, turns[-1].after) == (0.0, 1.0)
+    assert spent == pytest.approx(0.98)
+    # A round that takes longer than all that is left is not begun; the first always is.
+    assert next_turn(stages, 0.95, 0.07) is None
+    assert next_turn(stages, 0.0, 9.0) == Turn(0, 0.0, 1.0)
 
 
 def test_larger_batches_learn_as_fast_an_image() -> None:
@@ -180,7 +191,7 @@ def test_larger_batches_learn_as_fast_an_image() -> None:
 def trained(parts: Path, output: Path, seconds: float) -> dict[str, Any]:
     packed, overlays = PackedImages.read(parts), Overlays.drawn(8, SIDE, 1)
     trainer = Trainer(RECIPE, packed, parts / "start.safetensors", overlays, Machine.of("cpu"))
-    return train_members(trainer, (1, 2, 3, 4), output, seconds, 0.0, time.monotonic())
+    return train_members(trainer, (1, 2, 3, 4), output, seconds, time.monotonic())
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
@@ -190,7 +201,8 @@ def logged(output: Path) -> list[dict[str, Any]]:
 def test_four_members_are_trained_in_turns_and_checked(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_run, "plan_epochs", lambda stages, *_: stages)
+    turns = iter([Turn(0, 0.0, 0.5), Turn(1, 0.5, 1.0), None])
+    monkeypatch.setattr(gpu_run, "next_turn", lambda *_: next(turns))
     trained(parts, tmp_path, 1000.0)
     lines = logged(tmp_path)
     assert [line["member"] for line in lines] == [1, 2, 3, 4] * 2
@@ -207,12 +219,11 @@ def test_four_members_are_trained_in_turns_and_checked(
     assert weights[1].dtype == torch.float16
     assert not torch.equal(weights[1], weights[2])
     report = json.loads((tmp_path / "run.json").read_text())
-    assert (report["rounds"], report["device"], "stopped" in report) == (2, "cpu", False)
-    assert len(report["images_per_second"]) == 2
-    for checks in report["checks"].values():
-        assert checks["exact"]["max_difference"] < 1e-4
-        assert checks["exact"]["same_first_answer"] == checks["trained"]["same_first_answer"] == 1.0
-        assert min(checks["latency_ms"].values()) > 0.0
+    assert (report["rounds"], report["device"]) == ([1, 1], "cpu")
+    checks = report["checks"]
+    assert checks["exact"]["max_difference"] < 1e-4
+    assert checks["exact"]["same_first_answer"] == checks["trained"]["same_first_answer"] == 1.0
+    assert min(checks["latency_ms"].values()) > 0.0
     export_weights(RECIPE, files[1], list(range(8)), 40, tmp_path / "export")
     logits = open_onnx(tmp_path / "export" / "model.onnx")(np.zeros((1, 40, 40, 3), np.uint8)).logits
     assert np.isfinite(logits).all()
@@ -223,33 +234,44 @@ def test_whenever_it_stops_the_members_are_equals(
 ) -> None:
     # Where there is no time at all the first round is trained, and no other is begun.
     report = trained(parts, tmp_path / "short", 1.0)
-    assert report["rounds"] == 1
-    assert report["stopped"].startswith("before round 2 of 2")
+    assert report["rounds"] == [1, 0]
     assert len(logged(tmp_path / "short")) == 4
 
     real, begun = steps.run_epoch, []
 
     def stopping(*given: object) -> tuple[float, float]:
         begun.append(1)
-        # Two measure, four are the first round.
-        if len(begun) == 2 + 4 + 3:
+        if len(begun) == 4 + 3:
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(gpu_run, "plan_epochs", lambda stages, *_: stages)
     monkeypatch.setattr(steps, "run_epoch", stopping)
     with pytest.raises(KeyboardInterrupt):
         trained(parts, tmp_path / "killed", 1000.0)
     first = {path.name for path in (tmp_path / "short").iterdir()}
     assert {path.name for path in (tmp_path / "killed").iterdir()} == first
-    assert json.loads((tmp_path / "killed" / "run.json").read_text())["rounds"] == 1
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["rounds"] == [1, 0]
     for fold in (1, 2, 3, 4):
-        # Learning rates follow the whole plan, so that both are the first round of the same one.
+        # A first round is the same share of any time.
         one, other = (
             safetensors.load_file(tmp_path / name / f"member-{fold}.safetensors")
             for name in ("short", "killed")
         )
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_member_goes_on_from_what_a_gpu_wrote(parts: Path, tmp_path: Path) -> None:
+    trained(parts, tmp_path, 1.0)
+    files = {fold: tmp_path / f"member-{fold}.safetensors" for fold in (1, 2, 3, 4)}
+    digests = tuple(sha256(path.read_bytes()).hexdigest() for path in files.values())
+    going_on = replace(RECIPE, start=StartPlan("m", digests))
+    for fold in (1, 3):
+        own = DermNetwork(RECIPE.architecture, RECIPE.network)
+        load_start(own, going_on.member(fold), files[fold])
+        found = own.state_dict()["reduce.weight"]
+        assert torch.equal(found, safetensors.load_file(files[fold])["reduce.weight"].float())
+        with pytest.raises(ValueError, match="its SHA-256 is another"):
+            load_start(own, going_on.member(fold), files[4])
 
 
 def test_another_plan_start_or_a_taught_recipe_is_refused(parts: Path) -> None:
