@@ -258,7 +258,6 @@ def main() -> None:
     parser.add_argument("--strangers", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=17)
     arguments = parser.parse_args()
-    cv2.setNumThreads(1)
     stored = open_segmenter(arguments.segmenter or next(Path("model_store/segmenters").iterdir()))
     limits = stored.repeatability
     if limits is None:

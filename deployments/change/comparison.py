@@ -18,7 +18,6 @@ from deployments.change.registration import (
     LEAST_INLIERS,
     MOST_SCALE,
     MOST_SCALE_ERROR,
-    SIDE,
     Features,
     Fit,
     Mask,
@@ -28,6 +27,7 @@ from deployments.change.registration import (
     fit,
     make_frame,
     match,
+    reduction,
 )
 from deployments.change.segmenter import Outline, OutlineDoubt, Segmenter
 from model_store.segmenter import Limit, Repeatability
@@ -129,7 +129,7 @@ def capture(pixels: Rgb, segmenter: Segmenter, clock: dict[str, float] | None = 
     features = _timed(clock, "features", lambda: find_features(frame))
     outline = _timed(clock, "outline", lambda: segmenter.outline(frame))
     sharpness = float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
-    return Capture(frame, dark_field(frame), features, outline, sharpness, SIDE / min(pixels.shape[:2]))
+    return Capture(frame, dark_field(frame), features, outline, sharpness, reduction(pixels))
 
 
 def examine(

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from serve_app.domain.comparison import Similarity
 
+# A replica is given its cores, and a frame is small: more threads would wait for each other.
+cv2.setNumThreads(1)
+
 Rgb = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Points = NDArray[np.float32]
@@ -79,10 +82,15 @@ class Fit:
         return Similarity(self.scale, self.degrees, x, y)
 
 
+def reduction(pixels: Rgb) -> float:
+    """Pixels of the frame for one of the image: its short side gets SIDE, and its long one 4 · SIDE at most."""
+    return SIDE / max(min(pixels.shape[:2]), max(pixels.shape[:2]) / 4.0)
+
+
 def make_frame(pixels: Rgb) -> Rgb:
-    """An image, uint8 H×W×3 at true aspect, with a short side of SIDE."""
-    factor = SIDE / min(pixels.shape[:2])
-    size = [round(factor * side) for side in pixels.shape[1::-1]]
+    """An image, uint8 H×W×3 at true aspect, in the size that everything is found in."""
+    factor = reduction(pixels)
+    size = [max(1, round(factor * side)) for side in pixels.shape[1::-1]]
     how = cv2.INTER_AREA if factor < 1.0 else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(pixels, size, interpolation=how), np.uint8)
 
@@ -135,7 +143,7 @@ def fit(matches: Matches) -> Fit | None:
         matches.later,
         method=cv2.RANSAC,
         ransacReprojThreshold=_TOLERANCE,
-        maxIters=5000,
+        maxIters=2000,
         confidence=0.999,
     )
     if matrix is None:

@@ -118,6 +118,8 @@ def hindrance(
 class Similarity:
     """Where a point of the earlier image lies in the later one, each in shares of its image's short side.
 
+    (Of a quarter of the long side where that is more.)
+
     later = scale · R(degrees) · earlier + (x, y); x to the right, y down, positive degrees from x towards y.
     """
 

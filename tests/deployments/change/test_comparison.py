@@ -169,11 +169,12 @@ def test_the_devices_scale_decides_size_where_it_is_known(pair, whole) -> None:
     before, after = pair
     by_skin = examine(before, after).changes
     one = 0.03 * before.reduction  # so that a pixel of the earlier frame is 0.03 mm
-    same = examine(before, after, (one, one / 0.85)).changes
+    other = 0.03 / 0.85 * after.reduction
+    same = examine(before, after, (one, other)).changes
     assert same[Metric.AREA].change == pytest.approx(by_skin[Metric.AREA].change, rel=0.03)
     assert same[Metric.AREA].earlier == pytest.approx(before.outline.mask.sum() * 0.03**2)
     assert same[Metric.DIAMETER].earlier == pytest.approx(describe(before.outline.mask)[0].diameter * 0.03)
-    larger = examine(before, after, (one, 1.2 * one / 0.85)).changes
+    larger = examine(before, after, (one, 1.2 * other)).changes
     assert larger[Metric.DIAMETER].change == pytest.approx(1.2 * by_skin[Metric.DIAMETER].change, rel=0.02)
     assert larger[Metric.AREA].change == pytest.approx(1.44 * by_skin[Metric.AREA].change, rel=0.03)
 

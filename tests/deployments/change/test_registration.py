@@ -134,6 +134,11 @@ def test_of_several_matches_to_one_corner_one_is_kept() -> None:
     assert len(found.earlier) == len(np.unique(found.later, axis=0)) == 30
 
 
+def test_a_strip_of_an_image_makes_no_huge_frame() -> None:
+    assert make_frame(np.zeros((224, 40000, 3), np.uint8)).shape == (7, 4 * SIDE, 3)
+    assert make_frame(np.zeros((1200, 900, 3), np.uint8)).shape == (400, SIDE, 3)
+
+
 def test_an_image_without_features_registers_with_nothing() -> None:
     blank = find_features(np.full((SIDE, SIDE, 3), 180, np.uint8))
     assert len(blank.points) == 0
