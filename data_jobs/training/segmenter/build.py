@@ -34,6 +34,7 @@ from data_jobs.training.dataset import (
 from data_jobs.training.edge.onnx_copies import plain_graph, write_float16
 from data_jobs.training.manifest_file import write_digests
 from data_jobs.training.network import load_weights
+from data_jobs.training.repeatability import FILE_NAME as REPEATABILITY_NAME
 from data_jobs.training.segmenter.evaluate import RELIABLE, evaluate, least_confidence, score
 from data_jobs.training.segmenter.masks import outlined, read_mask
 from data_jobs.training.segmenter.network import SegmenterNetwork
@@ -147,6 +148,8 @@ def build(recipe: SegmenterRecipe, weights: Path, segmenters: Path, stride: int 
     sample = load_pixels(rows, masked[:16], archive, InputGeometry(recipe.side, recipe.data.interpolation))
     parity = write_graph(read_network(recipe, weights), recipe.side, folder / ONNX_NAME, sample)
     (folder / EVALUATION_NAME).write_text("{}\n")
+    # Limits of another graph's: `data_jobs.training.repeatability` measures this one's.
+    (folder / REPEATABILITY_NAME).unlink(missing_ok=True)
     write_digests(folder, manifest_content(recipe, trained_on, 0.0))
     confidence = least_confidence(score(Segmenter(open_segmenter(folder), threads=1), *known[1:]))
     content = manifest_content(recipe, trained_on, confidence)

@@ -11,18 +11,11 @@ from PIL import Image, ImageDraw, ImageFilter
 import pytest
 
 from deployments.change.segmenter import OutlineDoubt, Segmenter, components, filled, largest, read_outline
-from model_store.segmenter import DoubtLimits, StoredSegmenter, open_segmenter
+from model_store.segmenter import DoubtLimits, StoredSegmenter
 from serve_app.domain.errors import ModelContractError
-from serve_app.settings import REPOSITORY
 
 LIMITS = DoubtLimits(0.003, 0.01, 0.9, 0.75, "made up")
 SIDE = 80
-
-
-@pytest.fixture(scope="module")
-def stored() -> StoredSegmenter:
-    (folder,) = (REPOSITORY / "model_store" / "segmenters").iterdir()
-    return open_segmenter(folder)
 
 
 def disc(x: float, y: float, radius: float, sharp: float = 40.0) -> np.ndarray:
