@@ -37,6 +37,8 @@ class Action(StrEnum):
     CONFIRM = "confirm"
     REVIEW = "review"
     RECORD_OUTCOME = "record_outcome"
+    LINK = "link"
+    UNLINK = "unlink"
     READ_REPORT = "read_report"
     ERASE = "erase"
     READ_RECEIPT = "read_receipt"
@@ -86,7 +88,7 @@ _PMS = (
     Action.READ_RECEIPT,
 )
 #: What a clinician says of a lesion; nobody else may.
-_SAY = (Action.UPLOAD, Action.CONFIRM, Action.REVIEW, Action.RECORD_OUTCOME)
+_SAY = (Action.UPLOAD, Action.CONFIRM, Action.REVIEW, Action.RECORD_OUTCOME, Action.LINK, Action.UNLINK)
 _REVIEW = dict.fromkeys((Action.READ_RECEIPT, Action.REVIEW_ACCESS), Reach.ANY)
 
 #: What each role may do, and for whom. The PMS works with assessments; only clinicians and supervisors see the

@@ -90,6 +90,13 @@ LESION_OUTCOMES = _table(
     "outcome_id",
     "lesion_id image_id kind diagnosis malignant code code_system observed_on source recorded_by request_id recorded_at salt",
 )
+#: Which lesions are one; who ended a link, and what it left open, is null or empty while it is in force.
+LESION_LINKS = _table(
+    "lesion_links",
+    "link_id",
+    "lesion_id earlier_lesion_id patient_id reason linked_by linked_at request_id"
+    " ended_by ended_at end_reason end_request_id left_open",
+)
 #: Whom an EHR means by its ids.
 HOOK_IDENTITIES = _table("hook_identities", "client kind fhir_id", "own_id mapped_at mapped_by")
 #: Without the comment: that goes with the image, and the rest stands in the event.

@@ -267,12 +267,14 @@ class OpenDemand(RiskSummary):
     """The highest level and urgency that a lesion's images demand and no clinician has answered.
 
     `image_id` and `assessment_id` are of the first that demands the most, `since` is when it was sent. No later
-    image lowers or closes it, whatever its outcome.
+    image lowers or closes it, whatever its outcome. `lesion_id`: where that image is filed, and is decided on, if that is under
+    another lesion that is linked with this one, or was; left out else.
     """
 
     image_id: Id
     assessment_id: Id
     since: Time
+    lesion_id: Annotated[Id | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
-from serve_app.domain.assessment import Shape
+from serve_app.domain.assessment import Shape, Share, one_of
 
 
 class AnatomSite(StrEnum):
@@ -40,6 +41,28 @@ class SkinType(StrEnum):
     IV = "IV"
     V = "V"
     VI = "VI"
+
+
+class BodyView(StrEnum):
+    """From which side the body is seen that stands upright, arms a little off, palms forward."""
+
+    ANTERIOR = "anterior"
+    POSTERIOR = "posterior"
+    LEFT_LATERAL = "left_lateral"
+    RIGHT_LATERAL = "right_lateral"
+
+
+@dataclass(frozen=True, slots=True)
+class BodyPosition(Shape):
+    """Where on the body a lesion is: a point of one view of it.
+
+    `x`, `y`: shares of the frame around the whole body in that view, as whoever looks at it sees it: `x` from its left edge (0)
+    to its right one (1), `y` from the crown (0) to the soles (1).
+    """
+
+    view: Annotated[BodyView, one_of(BodyView, "View")]
+    x: Share
+    y: Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +139,7 @@ class RecordCheck(Shape):
 class ClinicalContext(Shape):
     """What is on record beside the pixels; `record` is None where no directory is asked.
 
-    All of it may change the risk but `skin_type` and `device` (maker and model): these describe, for reports.
+    All of it may change the risk but `skin_type` and `device` (maker and model), which describe, for reports, and `position`.
     """
 
     anatom_site_general: AnatomSite | None = None
@@ -127,3 +150,4 @@ class ClinicalContext(Shape):
     record: RecordCheck | None = None
     skin_type: SkinType | None = None
     device: str | None = None
+    position: BodyPosition | None = None

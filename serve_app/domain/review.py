@@ -122,6 +122,51 @@ class LesionOutcome(Shape):
     recorded_at: Time
 
 
+class LinkReason(StrEnum):
+    """Why a clinician says that two lesions are one, or that they are not."""
+
+    CLINICAL_EXAMINATION = "clinical_examination"
+    IMAGES_COMPARED = "images_compared"
+    BODY_POSITION = "body_position"
+    PATIENT_HISTORY = "patient_history"
+    ENTERED_IN_ERROR = "entered_in_error"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LesionLink(Shape):
+    """A clinician's word that a lesion is the same as an earlier one of the patient; until it is ended, they are shown as one.
+
+    Nothing is moved: every image stays filed where it was sent. The last three are null while the link is in force.
+    """
+
+    link_id: Id
+    lesion_id: Id
+    earlier_lesion_id: Id
+    reason: Annotated[LinkReason, one_of(LinkReason, "LinkReason")]
+    linked_by: str
+    linked_at: Time
+    ended_by: str | None
+    ended_at: Time | None
+    end_reason: Annotated[LinkReason, one_of(LinkReason, "LinkReason")] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikeliestLesion(Shape):
+    """An earlier lesion of the patient at the same site that a new one looks most like: is it the same? Nothing is linked by itself.
+
+    `lesion_id` is the one to link to. `similarity` is the cosine of the embeddings, -1 to 1, to `image_id`, which was sent
+    at `created_at`, under it or under one that is linked to it; `distance` that of their positions in one view, in shares of
+    its frame, null where they do not have both.
+    """
+
+    lesion_id: Id
+    image_id: Id
+    created_at: Time
+    similarity: float
+    distance: float | None
+
+
 class CardKind(StrEnum):
     """What a card of CDS Hooks is about: a demand that no clinician has answered, or a follow-up that is overdue."""
 

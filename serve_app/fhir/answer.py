@@ -217,7 +217,7 @@ def _media(timeline: LesionTimeline, image: ImageRecord) -> Resource:
     """Where the original is, for whoever may download it. No hash: none of the plain image is on record."""
     gone, content = image.outcome in GONE, {"contentType": image.content_type}
     if not gone:
-        content["url"] = f"{lesion_url(timeline.lesion_id)}/images/{image.image_id}"
+        content["url"] = f"{lesion_url(image.lesion_id)}/images/{image.image_id}"
     return resource(
         "Media",
         image.image_id,

@@ -41,7 +41,7 @@ class _Pattern:
 _PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
     {
         **dict.fromkeys(
-            ("upload", "review", "record_outcome"),
+            ("upload", "review", "record_outcome", "link", "unlink"),
             _Pattern("C", "create", "IHE.BasicAudit.PatientCreate"),
         ),
         "read": _Pattern("R", "read", "IHE.BasicAudit.PatientRead"),

@@ -128,6 +128,7 @@ def _decisions(timeline: LesionTimeline) -> list[tuple[ImageRecord, Review]]:
 def _changed_at(timeline: LesionTimeline) -> str:
     """When the newest of what is on record was written."""
     moments = [timeline.created_at, *(outcome.recorded_at for outcome in timeline.outcomes)]
+    moments += [moment for link in timeline.links for moment in (link.linked_at, link.ended_at) if moment]
     for image in timeline.images:
         moments += [image.created_at, *(review.recorded_at for review in image.reviews)]
         moments += [image.completed_at] if image.completed_at else []
@@ -191,12 +192,12 @@ def _words(level: RiskLevel | None, urgency: Urgency | None) -> str:
 
 
 def _body_structure(timeline: LesionTimeline) -> Resource:
-    """The lesion itself, by which its images are one story; where it is as last sent."""
+    """The lesion itself, by which its images are one story, with the ids of those that are linked with it; where it is as last sent."""
     sites = (site_of(image) for image in timeline.images)
     return resource(
         "BodyStructure",
         timeline.lesion_id,
-        identifier=[identifier("lesion", timeline.lesion_id)],
+        identifier=[identifier("lesion", lesion_id) for lesion_id in timeline.lesion_ids],
         morphology=concept(SKIN_LESION.coding),
         location=next((site for site in sites if site), None),
         patient=patient_of(timeline),

@@ -30,7 +30,16 @@ from starlette.requests import ClientDisconnect
 from serve_app.domain.diagnosis import Diagnosis
 from serve_app.domain.errors import BodyTimeout, InvalidField, Overloaded, TooLarge
 from serve_app.domain.identifiers import parse_opaque_id
-from serve_app.domain.patient import AnatomSite, Checklist, ClinicalContext, History, Sex, SkinType
+from serve_app.domain.patient import (
+    AnatomSite,
+    BodyPosition,
+    BodyView,
+    Checklist,
+    ClinicalContext,
+    History,
+    Sex,
+    SkinType,
+)
 from serve_app.domain.review import Impression, Referral
 from serve_app.domain.strict_json import KeySentTwice, read_json
 from serve_app.logs import conceal
@@ -215,12 +224,13 @@ _FRAMING = 256 * 1024
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_AGE = 120
 _DEVICE = re.compile(r"[!-~]([ -~]{0,62}[!-~])?")
+_SHARE = re.compile(r"0(\.[0-9]{1,4})?|1(\.0{1,4})?")
 _IMPRESSION = TypeAdapter(Impression)
 
 _FIELDS = frozenset(
     {
         *("image", "patient_id", "encounter_id", "lesion_id", "anatom_site_general"),
-        *("age_approx", "sex", "history", "checklist", "skin_type", "device", "impression"),
+        *("age_approx", "sex", "history", "checklist", "skin_type", "device", "view", "x", "y", "impression"),
     }
 )
 
@@ -345,7 +355,20 @@ def parse_context(values: dict[str, str]) -> ClinicalContext:
         checklist=_parse_answers("checklist", values.get("checklist"), Checklist),
         skin_type=SkinType(skin_type) if skin_type else None,
         device=device or None,
+        position=_parse_position(values),
     )
+
+
+def _parse_position(values: dict[str, str]) -> BodyPosition | None:
+    """Read where on the body the lesion is: all three fields, or none."""
+    view, x, y = sent = [values.get(name, "") for name in ("view", "x", "y")]
+    if not any(sent):
+        return None
+    if view not in set(BodyView):
+        raise InvalidField(f"view: required with x and y, and must be one of {', '.join(BodyView)}.")
+    if not (_SHARE.fullmatch(x) and _SHARE.fullmatch(y)):
+        raise InvalidField("x, y: both are required with view, 0 to 1 with four decimals at the most.")
+    return BodyPosition(BodyView(view), float(x), float(y))
 
 
 def parse_impression(text: str | None) -> Impression | None:

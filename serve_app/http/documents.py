@@ -10,7 +10,7 @@ from pydantic import Field
 
 from serve_app.domain.assessment import one_of
 from serve_app.domain.diagnosis import Diagnosis
-from serve_app.domain.patient import AnatomSite, Sex, SkinType
+from serve_app.domain.patient import AnatomSite, BodyView, Sex, SkinType
 from serve_app.domain.review import Referral
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.answers import Document
@@ -98,6 +98,23 @@ UPLOAD_BODY: dict[str, Any] = {
                         "maxLength": 64,
                         "pattern": "^[!-~]([ -~]*[!-~])?$",
                         "description": "maker and model of the dermatoscope; for reports, changes no answer",
+                    },
+                    "view": {
+                        "type": "string",
+                        "enum": list(BodyView),
+                        "description": "of the upright body, with x and y; changes no answer",
+                    },
+                    **{
+                        name: {
+                            "type": "number",
+                            "minimum": 0,
+                            "maximum": 1,
+                            "description": f"where in the view, of its frame, {along}; four decimals at the most",
+                        }
+                        for name, along in {
+                            "x": "from the left edge to the right as it is looked at",
+                            "y": "from the crown to the soles",
+                        }.items()
                     },
                     "impression": {
                         "type": "string",

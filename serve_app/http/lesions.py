@@ -21,6 +21,7 @@ from serve_app.domain.errors import (
     RecordsUnavailable,
 )
 from serve_app.domain.identifiers import parse_opaque_id
+from serve_app.domain.review import LikeliestLesion
 from serve_app.http.access import Caller, permit, permit_lesion, rule
 from serve_app.http.bodies import (
     Form,
@@ -53,7 +54,7 @@ from serve_app.records.answers import (
     references_of,
     timeline_document,
 )
-from serve_app.records.lesion_rows import AssessmentRecord, PatientAccess, Replay
+from serve_app.records.lesion_rows import AssessmentRecord, ImageRecord, PatientAccess, Replay
 
 router = APIRouter(tags=["lesions"], responses=PROBLEM_RESPONSES)
 
@@ -103,7 +104,19 @@ async def create_lesion(
     if stored.image.outcome is Outcome.PENDING:
         return JSONResponse(document.answer(), 202, headers | {"Retry-After": _PENDING_RETRY_AFTER})
     document.open_demand = stored.open_demand
+    if submission.lesion_id is None:
+        with contextlib.suppress(RecordsUnavailable):
+            if (likeliest := await _likeliest(services, stored.image)) is not None:
+                document.likeliest_lesion = likeliest
     return JSONResponse(document.answer(), 201, headers)
+
+
+async def _likeliest(services: Services, image: ImageRecord) -> LikeliestLesion | None:
+    """The earlier lesion that a new one is likeliest to be, if it is any; it is the same patient's, whom the caller may see."""
+    if image.assessment is None:
+        return None
+    space = image.assessment.provenance.embedding_space
+    return await services.records.likeliest(image.lesion_id, embedding_space=space)
 
 
 async def _read_submission(
@@ -218,8 +231,11 @@ async def read_lesion(requested: Caller, services: Parts, lesion_id: UUID) -> JS
         raise NotFound
     pictured = await services.records.pictured(references_of(*timeline.images))
     told = await services.hook_records.feedback(lesion_id)
+    likeliest = await _likeliest(services, timeline.latest) if timeline.is_new else None
     await services.records.record_event(requested.event("success"))
     document = timeline_document(timeline, pictured=pictured, pms_url=services.settings.pms_url)
+    if likeliest is not None:
+        document.likeliest_lesion = likeliest
     if told:
         document.hook_feedback = told
     return JSONResponse(document.answer(), headers=NO_STORE)

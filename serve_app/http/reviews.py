@@ -1,8 +1,8 @@
-"""What a clinician says: of an answer, before and after seeing it, and of what the lesion turned out to be."""
+"""What a clinician says: of an answer, before and after seeing it, what the lesion turned out to be, and which lesions are one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -26,12 +26,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from serve_app.access.rules import Action, RequestedAction
-from serve_app.domain.assessment import RiskLevel, Urgency, one_of
+from serve_app.domain.assessment import OpenDemand, RiskLevel, Urgency, one_of
 from serve_app.domain.diagnosis import MALIGNANT, Diagnosis
 from serve_app.domain.errors import InvalidField
 from serve_app.domain.review import (
     Decision,
+    LesionLink,
     LesionOutcome,
+    LinkReason,
     OutcomeKind,
     OutcomeSource,
     OverrideReason,
@@ -43,7 +45,7 @@ from serve_app.http.bodies import TEXT, Form, body_of, check_idempotency_key, re
 from serve_app.http.documents import NO_STORE, PROBLEM_RESPONSES
 from serve_app.http.services import Parts, Services
 from serve_app.http.similar import ReferenceDiagnosis
-from serve_app.records.answers import ReviewedDocument, lesion_url
+from serve_app.records.answers import LinkedDocument, ReviewedDocument, lesion_url
 from serve_app.records.reviews import Statement
 
 router = APIRouter(tags=["reviews"], responses=PROBLEM_RESPONSES)
@@ -231,6 +233,81 @@ async def record_outcome(
         await _look_again(services, requested)
     headers = NO_STORE | {"Location": lesion_url(lesion_id)}
     return JSONResponse(_OUTCOME.dump_python(outcome, mode="json"), 201, headers)
+
+
+_LinkReason = Annotated[LinkReason, one_of(LinkReason, "LinkReason")]
+
+
+class UnlinkForm(Form):
+    """Why the lesion is not the same as the one that it is linked to."""
+
+    reason: _LinkReason
+
+
+class LinkForm(Form):
+    """Which earlier lesion of the patient this one is, and how that is known."""
+
+    earlier_lesion_id: UUID
+    reason: _LinkReason
+
+
+@router.post(
+    "/api/lesions/{lesion_id}/link",
+    status_code=201,
+    response_model=LinkedDocument,
+    openapi_extra=rule(Action.LINK, requestBody=body_of(LinkForm)),
+    summary="Say that a lesion is the same as an earlier one",
+)
+async def link_lesion(
+    request: Request,
+    requested: Caller,
+    services: Parts,
+    lesion_id: UUID,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> JSONResponse:
+    """Have two lesions of a patient shown as one; nothing is moved, no answer changes, and no demand is lowered or closed by it."""
+    await permit_lesion(services, requested, lesion_id)
+    form = await read_form(request, LinkForm)
+    link = services.reviews.link
+    return await _say_of_link(services, requested, lesion_id, form, idempotency_key, link, 201)
+
+
+@router.post(
+    "/api/lesions/{lesion_id}/unlink",
+    response_model=LinkedDocument,
+    openapi_extra=rule(Action.UNLINK, requestBody=body_of(UnlinkForm)),
+    summary="End a lesion's link to an earlier one",
+)
+async def unlink_lesion(
+    request: Request,
+    requested: Caller,
+    services: Parts,
+    lesion_id: UUID,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> JSONResponse:
+    """Have a lesion shown by itself again, as it was; what was open for both is open for each until a clinician decides on it."""
+    await permit_lesion(services, requested, lesion_id)
+    form = await read_form(request, UnlinkForm)
+    unlink = services.reviews.unlink
+    return await _say_of_link(services, requested, lesion_id, form, idempotency_key, unlink, 200)
+
+
+async def _say_of_link(
+    services: Services,
+    requested: RequestedAction,
+    lesion_id: UUID,
+    form: LinkForm | UnlinkForm,
+    key: str | None,
+    say: Callable[[Statement], Awaitable[tuple[LesionLink, OpenDemand | None, bool]]],
+    status: int,
+) -> JSONResponse:
+    said = form.model_dump(mode="json")
+    statement = _statement(services, requested, lesion_id, form, said, key, {"reason": form.reason})
+    link, open_demand, is_new = await say(statement)
+    if not is_new:
+        await _look_again(services, requested)
+    document = LinkedDocument(link=link, open_demand=open_demand)
+    return JSONResponse(document.answer(), status, NO_STORE | {"Location": lesion_url(lesion_id)})
 
 
 def _statement(

@@ -26,7 +26,8 @@ from serve_app.domain.assessment import (
     Time,
     one_of,
 )
-from serve_app.domain.review import HookFeedback, LesionOutcome, Review
+from serve_app.domain.patient import BodyPosition
+from serve_app.domain.review import HookFeedback, LesionLink, LesionOutcome, LikeliestLesion, Review
 from serve_app.records.lesion_rows import AssessmentRecord, ErasureNote, Identity, ImageRecord, LesionTimeline
 
 RecordedOutcome = Annotated[Outcome, one_of(Outcome, "Outcome")]
@@ -114,7 +115,8 @@ class AssessmentDocument(Document):
     `undelivered` is there while the PMS is not told of it, and says why: nothing goes to an encounter that is not the
     patient's. `identity` is there once the image was confirmed; `open_demand`, the lesion's as it is now, in the 201 to an
     upload alone; `reviews`, what clinicians said of it in that order, in a timeline alone and once there is a word. `risk` is what this image
-    demands, and never changes.
+    demands, and never changes. `position` is there where it was sent; `likeliest_lesion`, in the 201 to a lesion's first image
+    alone, where the patient has others at the same site: a question, to be answered by POST /api/lesions/{lesion_id}/link or not.
     """
 
     assessment_id: Id
@@ -137,14 +139,18 @@ class AssessmentDocument(Document):
     identity: Identity | None = None
     undelivered: Reason | None = None
     open_demand: OpenDemand | None = None
+    position: BodyPosition | None = None
+    likeliest_lesion: LikeliestLesion | None = None
     reviews: list[Review] | None = None
     links: LinksDocument | None = None
 
 
 class TimelineDocument(Document):
-    """A lesion with every image and assessment, newest first.
+    """A lesion with every image and assessment, newest first; those of the lesions that are linked with it, too.
 
-    `outcomes` are what it turned out to be, in the same order; `hook_feedback` is there where there is any.
+    An assessment's `lesion_id` says where it is filed, and is the one to ask about it by. `outcomes` are what the lesion turned
+    out to be, in the same order; `links`, every word that it or one of these is the same as another, ended ones too, oldest first;
+    `hook_feedback`; `likeliest_lesion`, of one image that was never linked, as in the 201. The last three are there where there is any.
     """
 
     lesion_id: Id
@@ -153,6 +159,8 @@ class TimelineDocument(Document):
     open_demand: OpenDemand | None
     outcomes: list[LesionOutcome]
     assessments: list[AssessmentDocument]
+    links: list[LesionLink] = []
+    likeliest_lesion: LikeliestLesion | None = None
     hook_feedback: list[HookFeedback] = []
 
 
@@ -160,6 +168,13 @@ class ReviewedDocument(Document):
     """A review, and what the lesion demands after it."""
 
     review: Review
+    open_demand: OpenDemand | None
+
+
+class LinkedDocument(Document):
+    """A link as it is now, and what its lesion demands after it."""
+
+    link: LesionLink
     open_demand: OpenDemand | None
 
 
@@ -174,9 +189,10 @@ class LatestDocument(Document):
 
 
 class LesionSummaryDocument(Document):
-    """A lesion as the patient's list shows it."""
+    """A lesion as the patient's list shows it; `linked_to`: the earlier one that it is the same as."""
 
     lesion_id: Id
+    linked_to: Id | None
     patient_id: str
     created_at: Time
     open_demand: OpenDemand | None
@@ -211,7 +227,7 @@ def references_of(*found: ImageRecord | Neighbours) -> set[str]:
     return {case.isic_id for part in parts if part is not None for case in part.cases}
 
 
-_SHOWN_AS_RECORDED = ("assessment_id", "image_id", "encounter_id", "created_at", "outcome")
+_SHOWN_AS_RECORDED = ("lesion_id", "assessment_id", "image_id", "encounter_id", "created_at", "outcome")
 _SHOWN_AS_FOUND = ("quality", "classification", "risk", "change", "provenance")
 
 
@@ -229,7 +245,7 @@ def assessment_document(
     """
     found = record.assessment
     weighed = found.neighbours if found else None
-    optional: dict[str, Any] = {"erasure": record.erasure, "identity": record.identity}
+    optional: dict[str, Any] = {name: getattr(record, name) for name in ("erasure", "identity", "position")}
     if record.undelivered is not None:
         optional["undelivered"] = _UNDELIVERED.get(record.undelivered, _NOT_DELIVERED)
     if pms_url is not None and record.encounter_id is not None:
@@ -237,7 +253,6 @@ def assessment_document(
     recorded: dict[str, Any] = {name: getattr(record, name) for name in _SHOWN_AS_RECORDED}
     shown: dict[str, Any] = {name: getattr(found, name, None) for name in _SHOWN_AS_FOUND}
     return AssessmentDocument(
-        lesion_id=lesion.lesion_id,
         patient_id=lesion.patient_id,
         reasons=list(reasons_of(record)),
         similar=[Similar.of(case, pictured) for case in found.similar] if found else [],
@@ -252,14 +267,14 @@ def assessment_document(
 def timeline_document(
     timeline: LesionTimeline, *, pictured: Collection[str], pms_url: str | None = None
 ) -> TimelineDocument:
-    """A lesion with every image and assessment, newest first."""
+    """A lesion with every image and assessment, newest first; beside it what the timeline does not hold is the caller's to add."""
     documents = []
     for record in timeline.images:
         document = assessment_document(record, timeline, pictured=pictured, pms_url=pms_url)
         if record.reviews:
             document.reviews = list(record.reviews)
         documents.append(document)
-    return TimelineDocument(
+    told = TimelineDocument(
         lesion_id=timeline.lesion_id,
         patient_id=timeline.patient_id,
         created_at=timeline.created_at,
@@ -267,6 +282,9 @@ def timeline_document(
         outcomes=list(timeline.outcomes),
         assessments=documents,
     )
+    if timeline.links:
+        told.links = list(timeline.links)
+    return told
 
 
 _NEW_IMAGE = "Take a new image if the lesion is to be assessed."

@@ -21,7 +21,7 @@ _CONTEXT = TypeAdapter(ClinicalContext)
 #: Records from before these were measured have no such keys.
 _MEASURED_LATER = {"colour": None, "two_levels": None, "damaged": None}
 #: Left out where they were not stated, so that a context is written as before, and a replica of before reads it.
-_STATED_LATER = frozenset({"skin_type", "device"})
+_STATED_LATER = frozenset({"skin_type", "device", "position"})
 
 
 def assessment_to_json(assessment: Assessment) -> dict[str, Any]:

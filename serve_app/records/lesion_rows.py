@@ -29,8 +29,8 @@ from serve_app.domain.assessment import (
     one_of,
 )
 from serve_app.domain.identifiers import new_id
-from serve_app.domain.patient import AnatomSite, ClinicalContext
-from serve_app.domain.review import Impression, LesionOutcome, Review
+from serve_app.domain.patient import AnatomSite, BodyPosition, ClinicalContext
+from serve_app.domain.review import Impression, LesionLink, LesionOutcome, Review
 from serve_app.keys.envelope import TAG_BYTES, data_key_id_of
 from serve_app.keys.receipts import ErasureReason
 from serve_app.records.assessment_json import answer_from_json, context_to_json
@@ -70,8 +70,9 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFacts:
-    """An image and its assessment, without what was made of it; times are aware."""
+    """An image and its assessment, without what was made of it; times are aware. `lesion_id`: under which it is filed."""
 
+    lesion_id: UUID
     image_id: UUID
     assessment_id: UUID
     encounter_id: str | None
@@ -85,7 +86,6 @@ class ImageFacts:
 class AdmittedImage(ImageFacts):
     """A sealed image, what it is to be assessed with, and for whom."""
 
-    lesion_id: UUID
     patient_id: str
     sealed: bytes = field(repr=False)
     context: ClinicalContext
@@ -195,7 +195,7 @@ class ImageRecord(ImageFacts):
     `failure` is the code of what made it fail; `erasure` is there once the image is not; `identity` once a
     clinician has confirmed it; `undelivered`, the code of what keeps the PMS from being told, while it does. `reviews`, in
     their order, are read with a whole timeline alone. `completed_at`: when it was answered, or found to be none that can be.
-    `anatom_site_general`: as it was sent.
+    `anatom_site_general` and `position`: as they were sent.
     """
 
     outcome: Outcome
@@ -206,6 +206,7 @@ class ImageRecord(ImageFacts):
     undelivered: str | None = None
     completed_at: datetime | None = None
     anatom_site_general: AnatomSite | None = None
+    position: BodyPosition | None = None
     reviews: tuple[Review, ...] = ()
 
     @property
@@ -218,7 +219,7 @@ class ImageRecord(ImageFacts):
         """Make one of an image just taken in, and its assessment; None: pending."""
         facts = {item.name: getattr(image, item.name) for item in fields(ImageFacts)}
         outcome = Outcome.PENDING if assessment is None else assessment.outcome
-        return cls(**facts, outcome=outcome, assessment=assessment)
+        return cls(**facts, outcome=outcome, assessment=assessment, position=image.context.position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +249,9 @@ class RecordedCase:
 
 @dataclass(frozen=True, slots=True)
 class LesionTimeline:
-    """A lesion with its images, newest first; in a list with the newest alone, and without what was said of it.
+    """A lesion with its images and those of the lesions that are linked with it, newest first, and with every link of theirs.
 
+    In a list with its own newest image alone, `linked_to` the first of those that are linked, and without what was said of it.
     (created_at, lesion_id) is the list's cursor for the lesions behind it.
     """
 
@@ -259,6 +261,18 @@ class LesionTimeline:
     images: tuple[ImageRecord, ...]
     open_demand: OpenDemand | None
     outcomes: tuple[LesionOutcome, ...] = ()
+    links: tuple[LesionLink, ...] = ()
+    linked_to: UUID | None = None
+
+    @property
+    def lesion_ids(self) -> tuple[UUID, ...]:
+        """The lesion's own id, and those under which the other images are filed."""
+        return tuple(dict.fromkeys((self.lesion_id, *(image.lesion_id for image in self.images))))
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has one image, and was never linked."""
+        return len(self.images) == 1 and not self.links
 
     @property
     def latest(self) -> ImageRecord:
@@ -270,7 +284,8 @@ class LesionTimeline:
         """Make one of the rows of a lesion in `timeline` or `patient_lesions`."""
         lesion = dict(rows[0])
         images = [dict(row) for row in rows]
-        return from_row(cls, lesion | {"created_at": lesion["lesion_created_at"], "images": images})
+        of = {"lesion_id": lesion["of_lesion"], "created_at": lesion["begun"]}
+        return from_row(cls, lesion | of | {"images": images})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from serve_app.audit.events import AuditEvent
 from serve_app.audit.rows import ASSESSMENTS, json_digest, vouch
 from serve_app.domain.assessment import Assessment, OpenDemand, Outcome
 from serve_app.domain.errors import Erased, NotFound, RecordsUnavailable
+from serve_app.domain.review import LikeliestLesion
 from serve_app.records.assessment_json import assessment_to_json
 from serve_app.records.audit_log import event_parameters, record_event
 from serve_app.records.lesion_rows import (
@@ -36,6 +37,8 @@ from serve_app.records.pool import Store, from_row, queries, to_json
 from serve_app.sql import bind
 
 _SQL = queries("lesions")
+#: What a distance that is not known counts as, shares of the frame: of two points of one anatomical site, judgement.
+UNKNOWN_DISTANCE = 0.15
 
 
 def assessment_row(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,19 +167,24 @@ class LesionStore(Store):
     async def previous(
         self, lesion_id: UUID, *, before: datetime, embedding_space: str
     ) -> PreviousAssessment | None:
-        """Find the lesion's newest image before then that was classified and is its own.
+        """Find the lesion's newest image before then that was classified and is its own, or that of one that is linked with it.
 
         One that was questioned (`perhaps_another_lesion`) is not, until a clinician confirms it.
         """
-        asked = (lesion_id, before, embedding_space, None)
+        asked = (embedding_space, lesion_id, before)
         return await self._pool.find(PreviousAssessment, _SQL["previous"], *asked)
 
     async def compared(
         self, lesion_id: UUID, image_id: UUID, *, embedding_space: str
     ) -> PreviousAssessment | None:
-        """Find again the image that a later one was compared with; None when it is gone."""
-        asked = (lesion_id, None, embedding_space, image_id)
-        return await self._pool.find(PreviousAssessment, _SQL["previous"], *asked)
+        """Find again the image that a later one was compared with, whether their lesions are linked now or not; None when it is gone."""
+        asked = (embedding_space, lesion_id, image_id)
+        return await self._pool.find(PreviousAssessment, _SQL["compared"], *asked)
+
+    async def likeliest(self, lesion_id: UUID, *, embedding_space: str) -> LikeliestLesion | None:
+        """Find the earlier lesion of the patient at the same site that a new one is likeliest to be."""
+        asked = (embedding_space, lesion_id, UNKNOWN_DISTANCE)
+        return await self._pool.find(LikeliestLesion, _SQL["likeliest"], *asked)
 
     async def timeline(self, lesion_id: UUID) -> LesionTimeline | None:
         """Tell a lesion's whole story; None when there is no such lesion."""

@@ -176,6 +176,11 @@ async def _leave(_connection: asyncpg.Connection) -> None:
 
 
 _QUERIES = Path(__file__).parent / "queries"
+#: Statements of lesions.sql that others are made of.
+_SHARED = (
+    *("record_event", "recorded_image", "recorded_review", "recorded_outcome", "recorded_link", "follow_ups"),
+    "classified_image",
+)
 
 
 @cache
@@ -185,6 +190,6 @@ def queries(file: str) -> Mapping[str, str]:
     `:record_event`, `:recorded_image` and such stand for the statements of these names in lesions.sql.
     """
     text, shared = (_QUERIES / f"{file}.sql").read_text(), parse((_QUERIES / "lesions.sql").read_text())
-    for name in ("record_event", "recorded_image", "recorded_review", "recorded_outcome", "follow_ups"):
+    for name in _SHARED:
         text = text.replace(f":{name}", shared[name])
     return parse(text)

@@ -21,6 +21,7 @@ from serve_app.audit.rows import (
     HOOK_IDENTITIES,
     LEGAL_HOLDS,
     LESION_IMAGES,
+    LESION_LINKS,
     LESION_OUTCOMES,
     PATIENT_RECORDS,
     REVIEW_NOTES,
@@ -50,6 +51,7 @@ _PLAIN = {
             SITE_OPERATING_POINTS,
             REVIEWS,
             LESION_OUTCOMES,
+            LESION_LINKS,
             HOOK_IDENTITIES,
             HOOK_FEEDBACK,
         )

@@ -1,4 +1,4 @@
-"""What clinicians say of assessments, and what lesions turned out to be: recorded once, with the demands that it answers."""
+"""What clinicians say: of assessments, with the demands that it answers; what lesions turned out to be, and which are one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 
 from serve_app.audit.events import AuditEvent
-from serve_app.audit.rows import ASSESSMENTS, LESION_OUTCOMES, REVIEW_NOTES, REVIEWS, vouch
+from serve_app.audit.rows import ASSESSMENTS, LESION_LINKS, LESION_OUTCOMES, REVIEW_NOTES, REVIEWS, vouch
 from serve_app.domain.assessment import OpenDemand
 from serve_app.domain.errors import (
     AssessmentPending,
@@ -21,7 +21,7 @@ from serve_app.domain.errors import (
     NotFound,
 )
 from serve_app.domain.identifiers import new_id
-from serve_app.domain.review import LesionOutcome, Review
+from serve_app.domain.review import LesionLink, LesionOutcome, Review
 from serve_app.records.audit_log import record_event
 from serve_app.records.lesions import assessment_row
 from serve_app.records.outbox import MessageKind
@@ -38,11 +38,24 @@ _REFUSALS: Mapping[str, tuple[type[DermError], str]] = {
     "failed": (Conflict, "The image could not be assessed: there is no answer to review."),
     "pending": (AssessmentPending, "A decision needs an answer: ask again when the assessment has finished."),
 }
+_NOT_LINKED: Mapping[str, tuple[type[DermError], str]] = {
+    "absent": (NotFound, "earlier_lesion_id: this patient has no such lesion."),
+    "not_earlier": (Conflict, "earlier_lesion_id: not an earlier lesion; link the later one to the earlier."),
+    "linked": (Conflict, "This lesion is linked already: unlink it first."),
+    "not_first": (
+        Conflict,
+        "earlier_lesion_id: that lesion is linked itself; link to the one that it is linked to.",
+    ),
+    "first_of_others": (
+        Conflict,
+        "Other lesions are linked to this one: unlink them first, and link each to the earlier.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
-    """What a clinician says of a lesion: the columns of `reviews` or `lesion_outcomes` by name, as they were sent.
+    """What a clinician says of a lesion: the columns of `reviews`, `lesion_outcomes` or `lesion_links` by name, as they were sent.
 
     `key` and `request_sha256` (32 bytes) come with an Idempotency-Key. `event` is that of the request; `tells_pms`:
     whether the PMS is told, where an encounter is named; `tells_fhir`: the lesion's report, too.
@@ -138,6 +151,38 @@ class ReviewStore(Store):
             found = from_row(OnRecord, await connection.fetchrow(_SQL["outcome"], outcome_id))
         return found.outcome, is_new
 
+    async def link(self, statement: Statement) -> tuple[LesionLink, OpenDemand | None, bool]:
+        """Link a lesion to an earlier one of its patient; with what it demands then. True where it is new.
+
+        NotFound: the patient has no such lesion. Conflict: it is not earlier, either is linked to another, or others are to this.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            link_id, is_new = await _claim(connection, statement)
+            if is_new:
+                ids = {"link_id": str(link_id), "lesion_id": str(statement.lesion_id)}
+                said = {**statement.said, **ids, **_of(statement, "linked_by")}
+                verdict = await connection.fetchval(_SQL["link"], said)
+                if verdict in _NOT_LINKED:
+                    refusal, why = _NOT_LINKED[verdict]
+                    raise refusal(why)
+            return await _linked(connection, statement, link_id, is_new=is_new)
+
+    async def unlink(self, statement: Statement) -> tuple[LesionLink, OpenDemand | None, bool]:
+        """End the link of a lesion to an earlier one, as `link` makes it; Conflict where it has none.
+
+        What was open for both stays open for each.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            in_force = await connection.fetchval(_SQL["link_in_force"], statement.lesion_id)
+            link_id, is_new = await _claim(connection, statement, in_force)
+            if is_new:
+                by, why = statement.event.actor, statement.said["reason"]
+                if not await connection.fetchval(
+                    _SQL["unlink"], link_id, by, why, statement.event.request_id
+                ):
+                    raise Conflict("This lesion is linked to no earlier one.")
+            return await _linked(connection, statement, link_id, is_new=is_new)
+
     async def find_review(self, review_id: UUID) -> OnRecord | None:
         """Find a review by its id."""
         return await self._pool.find(OnRecord, _SQL["review"], review_id)
@@ -151,9 +196,27 @@ def _of(statement: Statement, who: str) -> dict[str, object]:
     return {who: statement.event.actor, "request_id": statement.event.request_id}
 
 
-async def _claim(connection: asyncpg.Connection, statement: Statement) -> tuple[UUID, bool]:
-    """A new id; or that to which the key led before, and False."""
-    created = new_id()
+async def _linked(
+    connection: asyncpg.Connection, statement: Statement, link_id: UUID, *, is_new: bool
+) -> tuple[LesionLink, OpenDemand | None, bool]:
+    """A link as it is now, what its lesion demands, and whether this made it so: then with the event, and the PMS told."""
+    if is_new:
+        row = await connection.fetchrow(_SQL["link_row"], link_id)
+        about = {"link_id": str(link_id), "earlier_lesion_id": str(row["earlier_lesion_id"])}
+        event = replace(statement.event, detail={**statement.event.detail, **about})
+        await record_event(connection, vouch(event, LESION_LINKS, [row]))
+        if statement.tells_fhir:
+            await connection.execute(_SQL["tell_again"], statement.lesion_id)
+    link = from_row(LesionLink, await connection.fetchrow(_SQL["find_link"], link_id))
+    demand = await connection.fetchval(_DEMAND, statement.lesion_id)
+    return link, from_row(OpenDemand, demand) if demand else None, is_new
+
+
+async def _claim(
+    connection: asyncpg.Connection, statement: Statement, created: UUID | None = None
+) -> tuple[UUID, bool]:
+    """What the statement is about: a new id, or `created`; or that to which the key led before, and False."""
+    created = created or new_id()
     if statement.key is None:
         return created, True
     named = statement.event.actor, statement.key

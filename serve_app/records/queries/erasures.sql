@@ -25,7 +25,7 @@ LIMIT $3;
 -- name: prove
 -- Add the receipt and its audit event, once, and have the PMS told (if a message is asked for): by a message of its
 -- own, or by the assessment's, which was delivered before and is now due again; with :fhir, by the lesion's report, too, in
--- each encounter that may have had one: it tells of all the lesion's images, this one among them.
+-- each encounter that may have had one, or one of a lesion that is or was linked with it: each tells of all their images.
 WITH proven AS (
     INSERT INTO erasure_receipts (receipt_id, erased_at, record_hash) VALUES (:receipt_id, :erased_at, :record_hash)
     ON CONFLICT (receipt_id) DO NOTHING
@@ -46,9 +46,9 @@ queued AS (
         WHERE :message_id::uuid IS NOT NULL AND e.encounter_id IS NOT NULL
         UNION ALL
         (
-            SELECT DISTINCT ON (i.encounter_id) 2, gen_random_uuid(), 'fhir', a.assessment_id, i.encounter_id
+            SELECT DISTINCT ON (i.lesion_id, i.encounter_id) 2, gen_random_uuid(), 'fhir', a.assessment_id, i.encounter_id
             FROM erased AS e
-            INNER JOIN lesion_images AS i USING (lesion_id)
+            INNER JOIN lesion_images AS i ON i.lesion_id = ANY(same_lesions(e.lesion_id, true))
             INNER JOIN assessments AS a ON a.image_id = i.image_id
             WHERE :fhir::boolean AND i.encounter_id IS NOT NULL AND a.outcome <> 'pending' AND (
                 i.image_id = e.image_id
@@ -59,7 +59,7 @@ queued AS (
                         AND (o.sent_at IS NOT NULL OR o.lease_until IS NOT NULL)
                 )
             )
-            ORDER BY i.encounter_id, i.created_at DESC
+            ORDER BY i.lesion_id, i.encounter_id, i.created_at DESC
         )
     ) AS m
     ORDER BY m.place

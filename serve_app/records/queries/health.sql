@@ -65,6 +65,13 @@ SELECT count(*) FROM (
     SELECT unnest(r.answers) FROM reviews AS r
 ) AS unsaid;
 
+-- name: links_to_a_first
+-- every lesion that is linked is linked to an earlier one that is linked to none
+SELECT count(*) FROM lesion_links AS k
+INNER JOIN lesions AS l USING (lesion_id)
+INNER JOIN lesion_heads AS e ON e.lesion_id = k.earlier_lesion_id
+WHERE k.ended_at IS NULL AND (e.head <> e.lesion_id OR (e.created_at, e.lesion_id) >= (l.created_at, l.lesion_id));
+
 -- name: erasures_proven
 -- every accepted erasure has its receipt within ten minutes
 SELECT count(*) FROM erasures AS e

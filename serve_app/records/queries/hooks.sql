@@ -20,24 +20,30 @@ LEFT JOIN hook_identities AS p ON p.client = asked.client AND p.kind = 'patient'
 
 -- name: due
 -- What a patient's lesions wait for: demands that no clinician has answered, and follow-ups that are overdue, as the
--- worklist has them. The most pressing first.
+-- worklist has them, lesions that are linked as one. The most pressing first.
 WITH images AS (
     SELECT
-        i.lesion_id, a.assessment_id,
-        max(i.created_at) FILTER (WHERE i.erased_at IS NULL) OVER (PARTITION BY i.lesion_id) AS newest
-    FROM lesions AS l
+        l.head, i.lesion_id, a.assessment_id, i.image_id, i.created_at, a.demand_level AS level, a.demand_urgency AS urgency,
+        a.demand_level IS NOT NULL AND a.demand_answered_at IS NULL AS demands,
+        max(i.created_at) FILTER (WHERE i.erased_at IS NULL) OVER (PARTITION BY l.head) AS newest
+    FROM lesion_heads AS l
     INNER JOIN lesion_images AS i USING (lesion_id)
     INNER JOIN assessments AS a USING (image_id)
     WHERE l.patient_id = $1
 ),
+demands AS (
+    SELECT DISTINCT ON (head)
+        lesion_id, assessment_id, max(level) OVER lesion AS level, max(urgency) OVER lesion AS urgency, created_at AS since
+    FROM images
+    WHERE demands
+    WINDOW lesion AS (PARTITION BY head)
+    ORDER BY head, images.level DESC, images.urgency DESC, created_at, image_id
+),
 due AS (
     SELECT
-        'open_demand' AS kind, l.lesion_id, (d.demand ->> 'assessment_id')::uuid AS assessment_id, NULL::uuid AS review_id,
-        (d.demand ->> 'level')::risk_level AS level, (d.demand ->> 'urgency')::urgency AS urgency,
-        (d.demand ->> 'since')::timestamptz AS since, NULL::date AS follow_up_by
-    FROM lesions AS l
-    CROSS JOIN LATERAL (SELECT open_demand(l.lesion_id) AS demand) AS d
-    WHERE l.patient_id = $1 AND d.demand IS NOT NULL
+        'open_demand' AS kind, lesion_id, assessment_id, NULL::uuid AS review_id, level, urgency, since,
+        NULL::date AS follow_up_by
+    FROM demands
     UNION ALL
     SELECT 'follow_up', f.lesion_id, f.assessment_id, f.review_id, f.level, f.urgency, f.recorded_at, f.follow_up_by
     FROM (:follow_ups) AS f
@@ -84,7 +90,7 @@ ON CONFLICT (card_id, outcome, outcome_at) DO NOTHING
 RETURNING *;
 
 -- name: feedback_of_lesion
--- What became of a lesion's cards, as their EHRs say, oldest first.
+-- What became of the cards of a lesion and of those that are linked with it, as their EHRs say, oldest first.
 SELECT
     f.feedback_id, c.card_id, c.client, c.kind, c.assessment_id, c.review_id, f.outcome, f.reason_system, f.reason_code,
     f.comment, f.outcome_at, f.recorded_at
@@ -92,7 +98,7 @@ FROM lesion_images AS i
 INNER JOIN assessments AS a USING (image_id)
 INNER JOIN hook_cards AS c USING (assessment_id)
 INNER JOIN hook_feedback AS f USING (card_id)
-WHERE i.lesion_id = $1
+WHERE i.lesion_id = ANY(same_lesions($1))
 ORDER BY f.recorded_at, f.feedback_id;
 
 -- name: map

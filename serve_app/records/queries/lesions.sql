@@ -161,26 +161,63 @@ SELECT
         WHERE outcome = 'pending'
     ) AS oldest_pending_s;
 
--- name: previous
--- Find the lesion's newest assessment before a time that holds a classification, of an image that counts as the
--- lesion's own: not questioned, or confirmed. Or that of the image $4, with which a later one was compared.
+-- name: classified_image
+-- Every image whose assessment holds a classification, with its embedding in the space $1; `questioned`: whether it counts as
+-- its lesion's own only once it is confirmed. For other statements to choose from.
 SELECT
-    i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities, e.embedding,
-    a.demand_level::text AS level
+    i.lesion_id, i.patient_id, i.image_id, i.created_at, a.answer #> '{classification,probabilities}' AS probabilities,
+    e.embedding, a.demand_level::text AS level, a.context,
+    a.answer -> 'reasons' @> '[{"code": "perhaps_another_lesion"}]' AND a.confirmed_at IS NULL AS questioned
 FROM lesion_images AS i
 INNER JOIN assessments AS a USING (image_id)
-LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $3
-WHERE i.lesion_id = $1
-    AND a.answer #> '{classification,probabilities}' IS NOT NULL
-    AND (
-        i.image_id = $4::uuid
-        OR i.created_at < $2
-        AND (
-            NOT a.answer -> 'reasons' @> '[{"code": "perhaps_another_lesion"}]'
-            OR a.confirmed_at IS NOT NULL
-        )
-    )
-ORDER BY i.created_at DESC, i.image_id DESC
+LEFT JOIN lesion_embeddings AS e ON e.image_id = i.image_id AND e.embedding_space = $1
+WHERE a.answer #> '{classification,probabilities}' IS NOT NULL;
+
+-- name: previous
+-- Find the newest image before a time of a lesion, or of one that is linked with it, that was classified and is its own.
+SELECT c.image_id, c.created_at, c.probabilities, c.embedding, c.level
+FROM (:classified_image) AS c
+WHERE c.lesion_id = ANY(same_lesions($2)) AND c.created_at < $3 AND NOT c.questioned
+ORDER BY c.created_at DESC, c.image_id DESC
+LIMIT 1;
+
+-- name: compared
+-- Find the image $3 of the lesion's patient, with which a later one was compared: linked then, it may not be any more.
+SELECT c.image_id, c.created_at, c.probabilities, c.embedding, c.level
+FROM (:classified_image) AS c
+INNER JOIN lesions AS l ON l.patient_id = c.patient_id
+WHERE l.lesion_id = $2 AND c.image_id = $3;
+
+-- name: likeliest
+-- Of lesions that came before the lesion $2, of its patient and with an image of the same site: the one whose image looks
+-- most like its own, and is nearest where both say where they are in one view; what is not known counts as $3. Named by its
+-- first, which a link is to. None for a lesion of several images, for one that is linked, and of those that once were.
+WITH own AS (
+    SELECT c.*, h.created_at AS begun
+    FROM (:classified_image) AS c
+    INNER JOIN lesion_heads AS h USING (lesion_id)
+    WHERE c.lesion_id = $2 AND cardinality(same_lesions($2)) = 1
+        AND (SELECT count(*) FROM lesion_images AS i WHERE i.lesion_id = $2) = 1
+),
+others AS (
+    SELECT
+        h.head AS lesion_id, c.image_id, c.created_at, 1 - (c.embedding <=> o.embedding) AS similarity,
+        CASE WHEN c.context #>> '{position,view}' = o.context #>> '{position,view}' THEN
+            sqrt(
+                power((c.context #>> '{position,x}')::float8 - (o.context #>> '{position,x}')::float8, 2)
+                + power((c.context #>> '{position,y}')::float8 - (o.context #>> '{position,y}')::float8, 2)
+            )
+        END AS distance
+    FROM own AS o
+    INNER JOIN lesion_heads AS h ON h.patient_id = o.patient_id AND (h.created_at, h.lesion_id) < (o.begun, o.lesion_id)
+    INNER JOIN (:classified_image) AS c ON c.lesion_id = h.lesion_id AND NOT c.questioned
+    WHERE c.context ->> 'anatom_site_general' = o.context ->> 'anatom_site_general'
+        AND NOT h.head = ANY(same_lesions($2, true))
+)
+SELECT lesion_id, image_id, created_at, similarity, distance
+FROM others
+WHERE similarity IS NOT NULL
+ORDER BY similarity - coalesce(distance, $3::float8) DESC, created_at DESC, image_id DESC
 LIMIT 1;
 
 -- name: recorded_image
@@ -189,7 +226,7 @@ SELECT
     l.lesion_id, l.patient_id, l.created_at AS lesion_created_at,
     i.image_id, i.encounter_id, i.created_at, i.content_type, i.width, i.height,
     a.assessment_id, a.answer AS assessment, a.outcome, a.failure, a.completed_at,
-    a.context ->> 'anatom_site_general' AS anatom_site_general,
+    a.context ->> 'anatom_site_general' AS anatom_site_general, a.context -> 'position' AS position,
     CASE WHEN e.receipt_id IS NOT NULL THEN
         jsonb_build_object('receipt_id', e.receipt_id, 'erased_at', i.erased_at, 'reason', e.reason)
     END AS erasure,
@@ -230,11 +267,16 @@ SELECT
     outcome_id, kind, diagnosis, malignant, code, code_system, observed_on, source, image_id, recorded_by, recorded_at
 FROM lesion_outcomes;
 
+-- name: recorded_link
+-- Tell of links, as they are shown: all, for other statements to choose from.
+SELECT link_id, lesion_id, earlier_lesion_id, reason, linked_by, linked_at, ended_by, ended_at, end_reason
+FROM lesion_links;
+
 -- name: follow_ups
--- Which follow-up each lesion of a statement's `images` waits for, due or not: of each assessment the day that was named
--- last counts, whatever was decided since without one; done when another image of the lesion (`newest`: of those that are
--- not erased), or its outcome, has come since.
-SELECT DISTINCT ON (i.lesion_id)
+-- Which follow-up each lesion of a statement's `images` waits for, due or not; those that are linked (`head`) are one. Of each
+-- assessment the day that was named last counts, whatever was decided since without one; done when another image of the
+-- lesion (`newest`: of those that are not erased), or its outcome, has come since.
+SELECT DISTINCT ON (i.head)
     i.lesion_id, i.assessment_id, r.review_id, r.level, r.urgency, r.recorded_at, r.follow_up_by
 FROM images AS i
 CROSS JOIN LATERAL (
@@ -246,16 +288,17 @@ CROSS JOIN LATERAL (
 WHERE (i.newest IS NULL OR i.newest <= r.recorded_at)
     AND NOT EXISTS (
         SELECT FROM lesion_outcomes AS o
-        WHERE o.lesion_id = i.lesion_id
+        WHERE o.lesion_id = ANY(same_lesions(i.lesion_id))
             AND o.recorded_at > r.recorded_at
             AND o.observed_on >= (r.recorded_at AT TIME ZONE 'UTC')::date
     )
-ORDER BY i.lesion_id, r.follow_up_by, r.recorded_at;
+ORDER BY i.head, r.follow_up_by, r.recorded_at;
 
 -- name: timeline
--- List a lesion's images, newest first, each with what was said of it in the order in which it was; likewise its outcomes.
+-- List the images of a lesion and of those that are linked with it, newest first, each with what was said of it in the order
+-- in which it was; likewise the outcomes, and every link of theirs.
 SELECT
-    r.*, (SELECT open_demand($1)) AS open_demand,
+    r.*, l.lesion_id AS of_lesion, l.created_at AS begun, (SELECT open_demand($1)) AS open_demand,
     (
         SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.review_id), '[]')
         FROM (:recorded_review) AS v
@@ -264,18 +307,26 @@ SELECT
     (
         SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.recorded_at, v.outcome_id), '[]')
         FROM (:recorded_outcome) AS v
-        WHERE v.outcome_id IN (SELECT o.outcome_id FROM lesion_outcomes AS o WHERE o.lesion_id = $1)
-    ) AS outcomes
-FROM (:recorded_image) AS r
-WHERE r.lesion_id = $1
+        WHERE v.outcome_id IN (SELECT o.outcome_id FROM lesion_outcomes AS o WHERE o.lesion_id = ANY(same_lesions($1)))
+    ) AS outcomes,
+    (
+        SELECT coalesce(jsonb_agg(to_jsonb(v) ORDER BY v.linked_at, v.link_id), '[]')
+        FROM (:recorded_link) AS v
+        WHERE v.lesion_id = ANY(same_lesions($1)) OR v.earlier_lesion_id = ANY(same_lesions($1))
+    ) AS links
+FROM lesions AS l
+INNER JOIN (:recorded_image) AS r ON r.lesion_id = ANY(same_lesions($1))
+WHERE l.lesion_id = $1
 ORDER BY r.created_at DESC, r.image_id DESC;
 
 -- name: patient_lesions
 -- List a patient's lesions, newest first, each with its newest image, from behind a cursor on.
-SELECT r.*, open_demand(r.lesion_id) AS open_demand
+SELECT
+    r.*, r.lesion_id AS of_lesion, r.lesion_created_at AS begun, nullif(l.head, l.lesion_id) AS linked_to,
+    open_demand(r.lesion_id) AS open_demand
 FROM (
-    SELECT lesion_id
-    FROM lesions
+    SELECT lesion_id, head
+    FROM lesion_heads
     WHERE patient_id = $1
         AND ($3::timestamptz IS NULL OR (created_at, lesion_id) < ($3, $4::uuid))
     ORDER BY created_at DESC, lesion_id DESC

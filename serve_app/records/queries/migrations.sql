@@ -37,7 +37,7 @@ GRANT SELECT ON schema_migrations, embedding_spaces, models, serving, publicatio
     site_operating_points, revocations, erasures, legal_holds, closed_records, patient_records, patient_encounters TO {role};
 GRANT SELECT ON audit_events, audit_seals, outbox, emergency_accesses, assessments, lesion_images, condemned_data_keys,
     key_stores TO {role};
-GRANT SELECT ON reviews, lesion_outcomes, report_queue, assessment_facts, report_cells, report_snapshots TO {role};
+GRANT SELECT ON reviews, lesion_outcomes, lesion_links, lesion_heads, report_queue, assessment_facts, report_cells, report_snapshots TO {role};
 GRANT SELECT ON answered_images, drift_streams, drift_alarms TO {role};
 GRANT SELECT ON hook_identities, hook_cards, hook_feedback, hook_tokens TO {role};
 GRANT INSERT (card_id, client, kind, assessment_id, review_id) ON hook_cards TO {role};
@@ -73,4 +73,4 @@ GRANT INSERT (report_id, kind, period, document) ON report_snapshots TO {role};
 GRANT INSERT (stream, subject, since), UPDATE (collected, baseline, baseline_until, newest, seen_until, looked_at)
     ON drift_streams TO {role};
 GRANT INSERT (drift_id, measure, distance), UPDATE (ended_at) ON drift_alarms TO {role};
-GRANT EXECUTE ON FUNCTION erase_image, record_review, count_reports TO {role};
+GRANT EXECUTE ON FUNCTION erase_image, record_review, link_lesion, unlink_lesion, count_reports TO {role};

@@ -88,6 +88,10 @@ WHERE r.note IS NOT NULL OR i.erased_at IS NOT NULL;
 -- What lesions turned out to be.
 SELECT * FROM lesion_outcomes;
 
+-- name: lesion_links
+-- Which lesions clinicians said are one.
+SELECT * FROM lesion_links;
+
 -- name: closed_records
 -- Whose retention runs.
 SELECT * FROM closed_records;

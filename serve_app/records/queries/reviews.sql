@@ -13,16 +13,16 @@ SELECT request_sha256, created_id FROM idempotency_keys WHERE actor = $1 AND key
 -- Whether the clinician $1 may have been given the answer $2 already, by this service or by a PMS that was told of it.
 -- Whatever they did with the patient since counts, unless it is listed here as showing nothing of an answer: an action
 -- that comes later counts until somebody says so. An upload shows the answer, and what the lesion demands, where it was
--- answered while they waited (201): then nobody had to claim its assessment.
+-- answered while they waited (201): then nobody had to claim its assessment. Lesions that are linked, or were, are shown as one.
 WITH answer AS (
-    SELECT a.assessment_id, a.completed_at, i.lesion_id, i.patient_id
+    SELECT a.assessment_id, a.completed_at, i.patient_id, same_lesions(i.lesion_id, true) AS same
     FROM assessments AS a
     INNER JOIN lesion_images AS i USING (image_id)
     WHERE a.assessment_id = $2
 )
 SELECT EXISTS (
     SELECT FROM answer AS x
-    INNER JOIN lesion_images AS i USING (lesion_id)
+    INNER JOIN lesion_images AS i ON i.lesion_id = ANY(x.same)
     INNER JOIN assessments AS a USING (image_id)
     WHERE a.actor = $1 AND a.attempts = 0 AND a.completed_at >= x.completed_at
 ) OR EXISTS (
@@ -33,8 +33,8 @@ SELECT EXISTS (
     WHERE e.outcome = 'success'
         AND e.action <> ALL('{upload,classify,download,confirm,record_outcome,erase,erased,read_receipt,break_glass}')
         AND CASE e.action
-            WHEN 'view_worklist' THEN e.detail #> ARRAY['shown', x.patient_id] ? x.lesion_id::text
-            ELSE coalesce(e.lesion_id = x.lesion_id, e.patient_id = x.patient_id)
+            WHEN 'view_worklist' THEN e.detail #> ARRAY['shown', x.patient_id] ?| x.same::text[]
+            ELSE coalesce(e.lesion_id = ANY(x.same), e.patient_id = x.patient_id)
         END
 );
 
@@ -87,6 +87,42 @@ FROM (:recorded_outcome) AS v
 INNER JOIN lesion_outcomes AS o USING (outcome_id)
 INNER JOIN lesions AS l ON l.lesion_id = o.lesion_id
 WHERE v.outcome_id = $1;
+
+-- name: link
+-- Link a lesion to an earlier one.
+SELECT link_lesion(jsonb_populate_record(NULL::lesion_links, $1));
+
+-- name: link_in_force
+-- The link of a lesion to an earlier one.
+SELECT link_id FROM lesion_links WHERE lesion_id = $1 AND ended_at IS NULL;
+
+-- name: unlink
+-- End a link; true where this did.
+SELECT unlink_lesion($1, $2, $3, $4);
+
+-- name: link_row
+-- The row of a link, for its digest.
+SELECT * FROM lesion_links WHERE link_id = $1;
+
+-- name: find_link
+-- One link, as it is shown.
+SELECT * FROM (:recorded_link) AS v WHERE link_id = $1;
+
+-- name: tell_again
+-- Have the PMS told of lesions that are linked now, or were until now ($1: one of them): of each its report, in every
+-- encounter that may have had one.
+INSERT INTO outbox (message_id, kind, assessment_id, encounter_id)
+SELECT DISTINCT ON (i.lesion_id, i.encounter_id) gen_random_uuid(), 'fhir', a.assessment_id, i.encounter_id
+FROM lesion_images AS i
+INNER JOIN assessments AS a USING (image_id)
+WHERE i.lesion_id = ANY(same_lesions($1, true)) AND i.encounter_id IS NOT NULL AND a.outcome <> 'pending' AND EXISTS (
+    SELECT FROM outbox AS o
+    INNER JOIN assessments AS told USING (assessment_id)
+    INNER JOIN lesion_images AS of ON of.image_id = told.image_id
+    WHERE o.kind = 'fhir' AND o.encounter_id = i.encounter_id AND of.lesion_id = i.lesion_id
+        AND (o.sent_at IS NOT NULL OR o.lease_until IS NOT NULL)
+)
+ORDER BY i.lesion_id, i.encounter_id, i.created_at DESC;
 
 -- name: queue
 -- Have the PMS told of a review ($2 'review') or an outcome ($3), in the encounter of the image $4, or where none is named

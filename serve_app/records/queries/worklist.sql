@@ -18,7 +18,7 @@ WITH care AS (
 ),
 images AS MATERIALIZED (
     SELECT
-        c.patient_id, c.emergency, i.lesion_id, i.image_id, i.created_at, a.assessment_id, a.outcome,
+        c.patient_id, c.emergency, l.head, i.lesion_id, i.image_id, i.created_at, a.assessment_id, a.outcome,
         a.demand_level AS level, a.demand_urgency AS urgency,
         a.demand_level IS NOT NULL AND a.demand_answered_at IS NULL AS demands,
         -- Of what is in doubt, or has no answer, nobody knows that it is less than urgent.
@@ -27,21 +27,22 @@ images AS MATERIALIZED (
             WHEN a.demand_urgency = 'expedited' THEN :expedited::integer
             ELSE :routine::integer
         END AS due,
-        max(i.created_at) FILTER (WHERE i.erased_at IS NULL) OVER (PARTITION BY i.lesion_id) AS newest
+        max(i.created_at) FILTER (WHERE i.erased_at IS NULL) OVER (PARTITION BY l.head) AS newest
     FROM care AS c
-    INNER JOIN lesions AS l USING (patient_id)
+    INNER JOIN lesion_heads AS l USING (patient_id)
     INNER JOIN lesion_images AS i USING (lesion_id)
     INNER JOIN assessments AS a USING (image_id)
 ),
 demands AS (
-    -- As `open_demand` has them, a lesion each; due when the first of its images is, which no later one puts off.
-    SELECT DISTINCT ON (lesion_id)
+    -- As `open_demand` has them, a lesion each, where those that are linked are one; due when the first of its images is, which
+    -- no later one puts off.
+    SELECT DISTINCT ON (head)
         patient_id, emergency, lesion_id, image_id, assessment_id, outcome,
         max(level) OVER lesion AS level, max(urgency) OVER lesion AS urgency, created_at AS since, min(due) OVER lesion AS due
     FROM images
     WHERE demands AND 'demand' = ANY(:kinds::text[])
-    WINDOW lesion AS (PARTITION BY lesion_id)
-    ORDER BY lesion_id, images.level DESC, images.urgency DESC, created_at, image_id
+    WINDOW lesion AS (PARTITION BY head)
+    ORDER BY head, images.level DESC, images.urgency DESC, created_at, image_id
 ),
 follow_ups AS (
     SELECT
@@ -70,7 +71,7 @@ work AS (
                 AND NOT EXISTS (SELECT FROM reviews AS r WHERE r.assessment_id = i.assessment_id AND r.decision IS NOT NULL)
                 AND NOT EXISTS (
                     SELECT FROM lesion_outcomes AS o
-                    WHERE o.lesion_id = i.lesion_id
+                    WHERE o.lesion_id = ANY(same_lesions(i.lesion_id))
                         AND o.recorded_at > i.created_at
                         AND o.observed_on >= (i.created_at AT TIME ZONE 'UTC')::date
                 )

@@ -29,7 +29,7 @@ EXPECTED = {
     "clinician": {
         **OPEN,
         **dict.fromkeys(("upload", "read", "download", "list", "replay", "confirm", "read_receipt"), "care"),
-        **dict.fromkeys(("review", "record_outcome", "read_report"), "care"),
+        **dict.fromkeys(("review", "record_outcome", "link", "unlink", "read_report"), "care"),
         **dict.fromkeys(("break_glass", "view_worklist"), "any"),
     },
     "supervisor": {

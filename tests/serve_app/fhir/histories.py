@@ -101,6 +101,7 @@ class History:
         created_at = START + timedelta(days=days)
         outcome = facts.get("outcome", Outcome.PENDING if assessment is None else assessment.outcome)
         values: dict[str, Any] = {
+            "lesion_id": UUID(int=0),
             "image_id": self.uuid(),
             "assessment_id": self.uuid(),
             "encounter_id": "e-1",
@@ -181,7 +182,9 @@ class History:
             level, urgency = demanding.assessment.demand
             ids = (demanding.image_id, demanding.assessment_id)
             demand = OpenDemand(level, urgency, *ids, demanding.created_at)
-        return LesionTimeline(self.uuid(), "p-1", START, images, demand, outcomes)
+        lesion = self.uuid()
+        filed = tuple(replace(image, lesion_id=lesion) for image in images)
+        return LesionTimeline(lesion, "p-1", START, filed, demand, outcomes)
 
     def anything(self) -> LesionTimeline:
         """Whatever may be on record of a lesion of one to four images."""

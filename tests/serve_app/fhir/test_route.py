@@ -130,12 +130,13 @@ async def test_what_clinicians_say_is_in_it_and_their_note_is_not(service, valid
 
 
 async def test_whatever_the_stores_hold_is_a_valid_report(service, validators: Validators, admission) -> None:
-    """Histories from a seed, written by the stores that the routes use and read back by the timeline."""
+    """Histories from a seed, written by the stores that the routes use and read back; in pairs, which are linked, and apart again."""
     parts = service.app.state.services
-    bundles = []
+    bundles, begun, pair = [], [], uuid4().hex[:8]
     for seed in range(40):
         history = History(seed)
-        drawn, lesion_id, patient = history.anything(), uuid4(), f"p-{uuid4().hex[:12]}"
+        drawn, lesion_id = history.anything(), uuid4()
+        patient = f"p-{pair}-{seed // 2}"
         for number, image in enumerate(reversed(drawn.images)):
             case = admission(
                 lesion_id=lesion_id,
@@ -161,6 +162,14 @@ async def test_whatever_the_stores_hold_is_a_valid_report(service, validators: V
         assert {image.outcome for image in timeline.images} == {image.outcome for image in drawn.images}
         assert len(timeline.outcomes) == len(drawn.outcomes)
         bundles.append(lesion_report(timeline))
+        begun.append((timeline.created_at, lesion_id))
+        if seed % 2:
+            (_, earlier), (_, later) = sorted(begun[-2:])
+            for say, said in (("link", {"earlier_lesion_id": str(earlier)}), ("unlink", {})):
+                statement = Statement(lesion_id=later, said={"reason": "other", **said}, event=_event(say))
+                await getattr(parts.reviews, say)(statement)
+                bundles += [lesion_report(await parts.records.timeline(each)) for each in (earlier, later)]
+    assert len(bundles) == 40 + 20 * 4
     assert validators.findings(bundles) == []
     statuses = {of_kind(bundle, "DiagnosticReport")[0]["status"] for bundle in bundles}
     assert statuses == {"preliminary", "final", "amended", "entered-in-error"}

@@ -43,6 +43,8 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/api/worklist"): "view_worklist",
     ("POST", "/api/lesions/{lesion_id}/reviews"): "review",
     ("POST", "/api/lesions/{lesion_id}/outcomes"): "record_outcome",
+    ("POST", "/api/lesions/{lesion_id}/link"): "link",
+    ("POST", "/api/lesions/{lesion_id}/unlink"): "unlink",
     ("GET", "/api/references/{isic_id}/image"): "view_reference",
     ("GET", "/api/reports/summary"): "view_statistics",
     ("GET", "/api/reports/performance"): "view_statistics",
@@ -66,9 +68,10 @@ READ = ("GET", "/api/lesions/{lesion_id}")
 
 @dataclass(frozen=True)
 class Record:
-    """One patient's lesion, with an image for each that may be erased."""
+    """One patient's lesion, with an image for each that may be erased, and an earlier one."""
 
     patient: str
+    earlier: str
     lesion: str
     image: str
     assessment: str
@@ -97,6 +100,8 @@ async def ask(service, method: str, path: str, record: Record, headers: dict[str
             "observed_on": "2026-06-01",
             "source": "clinician",
         },
+        "link": {"earlier_lesion_id": record.earlier, "reason": "other"},
+        "unlink": {"reason": "other"},
         "break_glass": {"patient_id": record.patient, "reason": "unconscious in casualty"},
         "review_access": {"outcome": "justified"},
     }
@@ -116,8 +121,10 @@ async def one_event(service, response: httpx.Response, action: str) -> Any:
 @pytest.fixture(scope="module")
 async def record(service) -> Record:
     patient = await service.care("dr-matrix-owner")
-    answer = (await service.upload(patient, subject="dr-matrix-owner")).json()
-    return Record(patient, answer["lesion_id"], answer["image_id"], answer["assessment_id"])
+    earlier, answer = [(await service.upload(patient, subject="dr-matrix-owner")).json() for _ in range(2)]
+    return Record(
+        patient, earlier["lesion_id"], answer["lesion_id"], answer["image_id"], answer["assessment_id"]
+    )
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -14,8 +14,18 @@ from tests.serve_app.erasure.erasing import erase, row, uploaded
 
 IMPRESSION = {"diagnosis": "BCC", "intended_referral": "routine"}
 DESCRIBED = {"skin_type": "V", "device": "DermLite DL5 + iPhone 14", "impression": json.dumps(IMPRESSION)}
+POSITION = {"view": "anterior", "x": "0.5", "y": "0.1"}
 #: What of an answer is its own, whatever is in it.
-OWN = {"assessment_id", "lesion_id", "image_id", "patient_id", "created_at", "timings_ms", "open_demand"}
+OWN = {
+    "assessment_id",
+    "lesion_id",
+    "image_id",
+    "patient_id",
+    "created_at",
+    "timings_ms",
+    "open_demand",
+    "position",
+}
 
 
 def said(answer: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +40,9 @@ async def reviews(service, answer: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(each) for each in found]
 
 
-@pytest.mark.parametrize("described", [{name: DESCRIBED[name]} for name in DESCRIBED] + [DESCRIBED], ids=str)
+@pytest.mark.parametrize(
+    "described", [{name: DESCRIBED[name]} for name in DESCRIBED] + [DESCRIBED, POSITION], ids=str
+)
 async def test_the_answer_is_the_same_to_the_bit_with_and_without(service, described) -> None:
     """Of a patient about whom much is weighed: nothing of it shifts."""
     fields = {"age_approx": "67", "anatom_site_general": "head/neck", "checklist": '{"oozing": true}'}
@@ -53,6 +65,7 @@ def test_a_context_that_does_not_state_them_is_written_as_before() -> None:
     """Its digest, which the audit log holds, is what an older version's would be."""
     assert "skin_type" not in context_to_json(ClinicalContext())
     assert "device" not in context_to_json(ClinicalContext())
+    assert "position" not in context_to_json(ClinicalContext())
     stated = context_to_json(ClinicalContext(skin_type=SkinType.II, device="d"))
     assert (stated["skin_type"], stated["device"]) == ("II", "d")
 

@@ -125,6 +125,38 @@ async def test_an_erasure_is_reported_wherever_a_report_had_the_image(tied, pms)
         assert reports(first)[-1] == shown
 
 
+async def test_linked_lesions_are_told_anew_as_one_and_again_apart(tied, pms) -> None:
+    """And what is erased of one is reported wherever a report of the other had it, even after they are apart."""
+    patient = await tied.care()
+    encounters = [f"e-{n}-{patient}" for n in (3, 4)]
+    pms.register(patient, *encounters)
+    answers = [(await tied.upload(patient, encounter_id=encounter)).json() for encounter in encounters]
+
+    async def told(count: int) -> list[dict[str, Any]]:
+        at = [f"/api/encounters/{encounter}/reports" for encounter in encounters]
+        await until(lambda: [len(pms.others.get(each, [])) for each in at] == [count, count], within_s=30)
+        newest = [pms.others[each][-1][1] for each in at]
+        for bundle, answer in zip(newest, answers, strict=True):
+            assert bundle == (await tied.get(f"/api/lesions/{answer['lesion_id']}/report")).json()
+        return newest
+
+    def images(bundle: dict[str, Any]) -> int:
+        return sum(each["resource"]["resourceType"] == "Media" for each in bundle["entry"])
+
+    async def say(what: str, **body: str) -> None:
+        url = f"/api/lesions/{answers[1]['lesion_id']}/{what}"
+        said = await tied.client.post(url, json={"reason": "other", **body}, headers=tied.token("dr"))
+        assert said.status_code in {200, 201}, said.text
+
+    assert [images(each) for each in await told(1)] == [1, 1]
+    await say("link", earlier_lesion_id=answers[0]["lesion_id"])
+    assert [images(each) for each in await told(2)] == [2, 2]
+    await say("unlink")
+    assert [images(each) for each in await told(3)] == [1, 1]
+    assert (await erase(tied, answers[0])).status_code == 200
+    assert [status(each) for each in await told(4)] == ["entered-in-error", "preliminary"]
+
+
 async def test_without_an_encounter_no_report_is_told(tied) -> None:
     answer = (await tied.upload(await tied.care())).json()
     query = "SELECT count(*) FROM outbox WHERE assessment_id = $1::text::uuid"

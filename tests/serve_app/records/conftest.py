@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 import os
@@ -11,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from serve_app.audit.events import AuditEvent
+from serve_app.audit.events import AuditEvent, event_about
 from serve_app.domain.assessment import (
     Assessment,
     Change,
@@ -155,3 +156,18 @@ async def space(owner_pool) -> str:
     """An embedding space with a live model."""
     await publish(owner_pool, LiveModel("lite0.a", "digest", SPACE))
     return SPACE
+
+
+@pytest.fixture
+async def answered(lesions, admission, assessment, event, space):
+    """Make an image on record with its answer, of a level and an urgency: `(level, urgency, **admission)`."""
+
+    async def make(level: str = "high", urgency: str = "urgent", **named: object) -> Admission:
+        case = admission(**named)
+        await lesions.admit(case)
+        risk = replace(assessment().risk, level=RiskLevel(level), urgency=Urgency(urgency))
+        done = {"embedding_space": space, "event": event_about(case, "classify")}
+        assert await lesions.complete(case.assessment_id, assessment(risk=risk), **done)
+        return case
+
+    return make

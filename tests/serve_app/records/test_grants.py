@@ -50,6 +50,7 @@ NOT_TO_BE_CHOSEN = {
     "hook_tokens (client, jti_sha256, seen_at)": "'c', sha256(''), now()",
     "reviews (review_id, decision)": "gen_random_uuid(), 'accept'",
     "reviews (review_id, answers)": "gen_random_uuid(), '{}'",
+    "lesion_links (link_id)": "gen_random_uuid()",
     "lesion_outcomes (outcome_id, recorded_at)": "gen_random_uuid(), '2020-01-01'",
 }
 NOT_TO_BE_CHANGED = [
@@ -62,6 +63,8 @@ NOT_TO_BE_CHANGED = [
     "DELETE FROM reviews",
     "UPDATE lesion_outcomes SET malignant = false",
     "DELETE FROM lesion_outcomes",
+    "UPDATE lesion_links SET ended_at = now()",
+    "DELETE FROM lesion_links",
     "UPDATE assessments SET actor = 'x'",
     "UPDATE assessments SET image_id = gen_random_uuid()",
 ]

@@ -52,6 +52,15 @@ LEFT_FACTS = """
 INSERT INTO assessment_facts (assessment_id, created_on, completed_on, outcome, is_index, age_band)
 SELECT a.image_id, now(), now(), 'erased', true, '80+' FROM assessments AS a;
 """
+#: Of three lesions: the third to the second, and that to the first; of two, the first to the second.
+CHAINED = """
+INSERT INTO lesions SELECT gen_random_uuid(), 'p', now() + n * interval '1 s' FROM generate_series(1, 3) AS n;
+INSERT INTO lesion_links (link_id, lesion_id, earlier_lesion_id, patient_id, reason, linked_by, request_id)
+SELECT gen_random_uuid(), lesion_id, earlier, 'p', 'other', 'dr', 'r'
+FROM (SELECT lesion_id, lag(lesion_id) OVER (ORDER BY created_at) AS earlier FROM lesions) AS l
+WHERE earlier IS NOT NULL;
+"""
+BACKWARDS = CHAINED.replace("lag", "lead").replace("series(1, 3)", "series(1, 2)")
 ANSWERED = "UPDATE assessments SET demand_answered_at = now();"
 
 #: As in a database that was filled before licences were checked there.
@@ -117,6 +126,8 @@ async def test_nothing_is_violated_where_everything_is_as_it_should_be(pools) ->
         ),
         (ERASED + UNPROVEN, "erasures_proven"),
         (ERASED + ASSESSED + ANSWERED, "demands_answered_by_decisions"),
+        (CHAINED, "links_to_a_first"),
+        (BACKWARDS, "links_to_a_first"),
     ],
 )
 async def test_each_violation_is_named_and_counted(pools, harm: str, violated: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 import json
 from pathlib import Path
 import shutil
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -129,3 +131,42 @@ async def test_what_is_on_record_from_before_demands_too(new_database, tmp_path:
         ("medium", "expedited"),
         ("high", "urgent"),
     ]
+
+
+async def test_what_was_demanded_before_lesions_could_be_linked_is_as_it_was(
+    new_database, tmp_path: Path
+) -> None:
+    early = tmp_path / "early"
+    early.mkdir()
+    for path in MIGRATIONS.glob("*.sql"):
+        if path.name < "0031":
+            shutil.copy(path, early)
+    urls = await new_database(migrated=False)
+    await migrate(urls.owner, application_role=None, directory=early)
+    connection = await asyncpg.connect(urls.owner)
+    lesion, images = uuid4(), [uuid4(), uuid4(), uuid4()]
+    await connection.execute("INSERT INTO lesions VALUES ($1, 'p', now())", lesion)
+    for number, (image, level) in enumerate(zip(images, ("low", "high", None), strict=True)):
+        await connection.execute(
+            "INSERT INTO lesion_images (image_id, lesion_id, patient_id, created_at, content_type, width, height,"
+            " data_key_id, sealed) VALUES ($1, $2, 'p', now() + $3 * interval '1 s', 'image/png', 1, 1, $1, 'x')",
+            *(image, lesion, number),
+        )
+        await connection.execute(
+            "INSERT INTO assessments (assessment_id, image_id, created_at, outcome, answer, completed_at, context,"
+            " top_k, licences, actor, request_id, demand_level, demand_urgency)"
+            " VALUES ($1, $1, now(), 'review', '{}', now(), '{}', 1, '{}', 'a', 'r', $2, $3)",
+            *(image, level, level and "routine"),
+        )
+
+    async def read() -> Mapping[str, Any]:
+        demand = json.loads(await connection.fetchval("SELECT open_demand($1)", lesion))
+        held = await connection.fetchval("SELECT array_agg(is_held(i)) FROM lesion_images AS i")
+        return {**demand, "held": held}
+
+    before = await read()
+    assert (before["level"], before["image_id"], before["held"]) == ("high", str(images[1]), [False] * 3)
+    await migrate(urls.owner, application_role="derm_app")
+    assert await read() == before
+    assert await connection.fetchval("SELECT count(*) FROM lesion_links") == 0
+    await connection.close()

@@ -169,6 +169,15 @@ OTHERS = {
         DIFFERS,
     ),
     "DELETE FROM lesion_outcomes WHERE kind = 'follow_up'": ("lesion_outcomes", GONE),
+    # One in force, one that was ended, and one more.
+    "UPDATE lesion_links SET linked_by = 'x' WHERE ended_at IS NULL": ("lesion_links", DIFFERS),
+    "UPDATE lesion_links SET left_open = '{}' WHERE patient_id = 'p-apart'": ("lesion_links", DIFFERS),
+    "DELETE FROM lesion_links WHERE patient_id = 'p-again'": ("lesion_links", GONE),
+    "INSERT INTO lesion_links (link_id, lesion_id, earlier_lesion_id, patient_id, reason, linked_by, request_id)"
+    " VALUES (gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'p', 'x', 'x', 'r')": (
+        "lesion_links",
+        UNKNOWN,
+    ),
     "UPDATE erasures SET reason = 'uploaded_in_error' WHERE reason = 'patient_request'": (
         "erasures",
         DIFFERS,
@@ -189,6 +198,11 @@ async def clinic(new_database, as_superuser, admission, assessment, unit_vectors
         vectors = unit_vectors(len(images))
         for number, (name, image) in enumerate(images.items()):
             await _assess(app, name, image, assessment(embedding=vectors[number]))
+        for patient in ("p-one", "p-apart", "p-again"):
+            pair = [admission(patient_id=patient, created_at=SINCE + timedelta(days=day)) for day in range(2)]
+            for image in pair:
+                await _assess(app, "linked", image, assessment())
+            await _link(app, *pair, ended=patient != "p-one")
         yield Clinic(app, owner, tamperer, images, ids)
     await tamperer.close()
 
@@ -288,6 +302,18 @@ async def _say(app: Pool, image: Admission, name: str) -> None:
         await ReviewStore(app).record_outcome(Statement(said=said, event=event, **of))
 
 
+async def _link(app: Pool, earlier: Admission, later: Admission, *, ended: bool) -> None:
+    event = replace(event_about(later, "link"), image_id=None, assessment_id=None)
+    said = {"earlier_lesion_id": str(earlier.lesion_id), "reason": "other"}
+    await ReviewStore(app).link(Statement(lesion_id=later.lesion_id, said=said, event=event))
+    if ended:
+        event = replace(event, action="unlink")
+        link, _, _ = await ReviewStore(app).unlink(
+            Statement(lesion_id=later.lesion_id, said=said, event=event)
+        )
+        assert link.ended_at is not None
+
+
 async def test_what_the_service_did_is_what_its_events_say_while_it_goes_on(
     clinic, admission, assessment
 ) -> None:
@@ -342,7 +368,7 @@ async def test_rows_from_before_digests_are_counted_and_still_none_comes_or_goes
     whole = await reconcile(clinic.app)
     await clinic.tamperer.execute(
         "UPDATE audit_events SET detail = detail - 'rows' - 'message_id'"
-        " WHERE action NOT IN ('review', 'record_outcome')"  # which always had them
+        " WHERE action NOT IN ('review', 'record_outcome', 'link', 'unlink')"  # which always had them
     )
     older = await reconcile(clinic.app)
     assert (older.compared, older.differences) == (whole.compared, ())

@@ -240,21 +240,6 @@ def reviews(pool) -> ReviewStore:
     return ReviewStore(pool)
 
 
-@pytest.fixture
-async def answered(lesions, admission, assessment, event, space):
-    """Make an image on record with its answer, of a level and an urgency: `(level, urgency, **admission)`."""
-
-    async def make(level: str = "high", urgency: str = "urgent", **named: object) -> Admission:
-        case = admission(**named)
-        await lesions.admit(case)
-        risk = replace(assessment().risk, level=RiskLevel(level), urgency=Urgency(urgency))
-        done = {"embedding_space": space, "event": event_about(case, "classify")}
-        assert await lesions.complete(case.assessment_id, assessment(risk=risk), **done)
-        return case
-
-    return make
-
-
 @pytest.mark.parametrize("seed", [1])
 async def test_a_thousand_actions_and_only_a_decision_answers_a_demand(
     pool, owner_pool, admission, assessment, space, seed
