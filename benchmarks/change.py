@@ -263,6 +263,8 @@ def main() -> None:
     if limits is None:
         parser.error("The segmenter's repeatability has not been measured.")
     segmenter, folder = Segmenter(stored, threads=1), isic_folder()
+    if not (folder / "train.csv").exists() or not any((folder / "images").glob("*.jpg")):
+        parser.exit(2, f"No images in {folder / 'images'}; set DERM_ISIC_DIR.\n")
     rows = read_rows(folder)
     pictures = list(archive_pictures(rows, folder, (0,)))
     pairs = repeated(pictures)[:: arguments.stride]
