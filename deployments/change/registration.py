@@ -84,7 +84,8 @@ class Fit:
 
 def reduction(pixels: Rgb) -> float:
     """Pixels of the frame for one of the image: its short side gets SIDE, and its long one 4 · SIDE at most."""
-    return SIDE / max(min(pixels.shape[:2]), max(pixels.shape[:2]) / 4.0)
+    height, width = pixels.shape[:2]
+    return float(SIDE / max(min(height, width), max(height, width) / 4.0))
 
 
 def make_frame(pixels: Rgb) -> Rgb:
