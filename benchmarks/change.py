@@ -299,7 +299,9 @@ def main() -> None:
                 "metrics": dict(Counter(m.value for b in compared for m in b)),
             }
         firsts = list({picture.lesion: picture for picture in pictures}.values())
-        report["strangers"] = stranger_figures(firsts, arguments.strangers, arguments.seed, pool)
+        # Ten pairs of an image.
+        spread = firsts[:: max(1, len(firsts) // max(2, arguments.strangers // 10))]
+        report["strangers"] = stranger_figures(spread, arguments.strangers, arguments.seed, pool)
     print(json.dumps(report, indent=1))
 
 

@@ -25,7 +25,7 @@ Matrix = NDArray[np.float64]
 
 #: Short side in pixels of the frame that everything is found in, at true aspect: ORB's patches have one size.
 SIDE = 300
-#: Fewer may be chance: 1,000 pairs of different lesions had 5 at the median and 11 at most (docs/change.md).
+#: Fewer may be chance: 1,750 pairs of different lesions had 5 at the median and 11 at most (docs/change.md).
 LEAST_INLIERS = 15
 #: Beyond this the skin's texture is too differently resolved; up to it areas repeat nearly as well (docs/change.md).
 MOST_SCALE = 2.5
