@@ -263,6 +263,8 @@ def main() -> None:
     if limits is None:
         parser.error("The segmenter's repeatability has not been measured.")
     segmenter, folder = Segmenter(stored, threads=1), isic_folder()
+    if not (folder / "train.csv").exists() or not any((folder / "images").glob("*.jpg")):
+        parser.exit(2, f"No images in {folder / 'images'}; set DERM_ISIC_DIR.\n")
     rows = read_rows(folder)
     pictures = list(archive_pictures(rows, folder, (0,)))
     pairs = repeated(pictures)[:: arguments.stride]
@@ -297,7 +299,9 @@ def main() -> None:
                 "metrics": dict(Counter(m.value for b in compared for m in b)),
             }
         firsts = list({picture.lesion: picture for picture in pictures}.values())
-        report["strangers"] = stranger_figures(firsts, arguments.strangers, arguments.seed, pool)
+        # Ten pairs of an image.
+        spread = firsts[:: max(1, len(firsts) // max(2, arguments.strangers // 10))]
+        report["strangers"] = stranger_figures(spread, arguments.strangers, arguments.seed, pool)
     print(json.dumps(report, indent=1))
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("name", ["serving", "embedding", "audit", "drift"])
+@pytest.mark.parametrize("name", ["serving", "embedding", "audit", "drift", "change"])
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty one"])
 def test_without_images_it_names_the_folder_and_exits_with_2(
     tmp_path,

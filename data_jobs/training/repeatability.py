@@ -50,8 +50,8 @@ SOURCE = "ISIC archive (HAM10000), repeated captures of unknown interval and dev
 NEAR_IDENTICAL = 0.75
 #: Magnifications this near count as one: what a hand's pressure and a refocused lens change.
 ALIKE_SCALE = 1.25
-#: A stratum of fewer pairs gives no 95th percentile.
-LEAST_PAIRS = 60
+#: Fewer pairs give no 95th percentile; fewer in a stratum give it so wide an interval that it is worth less than the next.
+LEAST_PAIRS, LEAST_IN_STRATUM = 60, 150
 COVERAGE = 0.95
 _SEED = 17
 #: Enough for the frame that images are compared in.
@@ -171,22 +171,22 @@ def fit_strata(pairs: Sequence[Pair], seed: int = _SEED) -> tuple[Stratum, ...]:
     cut = round(float(np.median([pair.sharpness for pair in pairs])), 1) if pairs else 0.0
     strata = [
         Stratum("like magnification, sharp", ALIKE_SCALE, cut, {}),
-        Stratum("like magnification, soft", ALIKE_SCALE, 0.0, {}),
-        Stratum("other magnification, sharp", MOST_SCALE, cut, {}),
+        Stratum("like magnification", ALIKE_SCALE, 0.0, {}),
+        Stratum("sharp", MOST_SCALE, cut, {}),
         Stratum("any", MOST_SCALE, 0.0, {}),
     ]
     while True:
         groups = grouped(pairs, strata)
-        small = [s for s in strata if any(_counts(groups[s.name])[m] < LEAST_PAIRS for m in Metric)]
-        if not small:
+        counts = {s.name: _counts(groups[s.name]) for s in strata}
+        small = [s for s in strata if min(counts[s.name][m] for m in Metric) < LEAST_IN_STRATUM]
+        if not small or len(strata) == 1:
             break
-        if len(strata) == 1:
-            counts = dict(_counts(groups[strata[0].name]))
-            raise ValueError(
-                f"Every metric needs {LEAST_PAIRS} pairs that can be compared; there are {counts}."
-            )
         # The last takes what no other does: it grows by the one before it.
         strata.remove(small[0] if small[0] is not strata[-1] else strata[-2])
+    if any(found[metric] < LEAST_PAIRS for found in counts.values() for metric in Metric):
+        raise ValueError(
+            f"Every metric needs {LEAST_PAIRS} pairs that can be compared; there are {dict(*counts.values())}."
+        )
     return tuple(
         replace(s, limits={metric: fit_limit(groups[s.name], metric, seed) for metric in Metric})
         for s in strata
@@ -290,9 +290,11 @@ def seal(stored: StoredSegmenter, found: Repeatability) -> StoredSegmenter:
     write_repeatability(found, stored.folder / FILE_NAME)
     with (stored.folder / MANIFEST_NAME).open("rb") as file:
         content = tomllib.load(file)
-    del content["files"]
-    # Before the tables: TOML takes a plain key after one for the table's.
-    write_digests(stored.folder, {"repeatability": FILE_NAME, **content})
+    for name in ("files", "repeatability"):
+        content.pop(name, None)
+    # The new key before the tables.
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    write_digests(stored.folder, {**content, "repeatability": FILE_NAME, **tables})
     return open_segmenter(stored.folder)
 
 

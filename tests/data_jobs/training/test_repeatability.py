@@ -107,7 +107,7 @@ def test_limits_go_by_magnification_and_sharpness_where_there_are_enough() -> No
 
 
 def test_too_few_pairs_of_a_kind_count_for_the_next_and_too_few_at_all_are_refused() -> None:
-    near = made(LEAST_PAIRS + 5, 0.1)
+    near = made(LEAST_PAIRS, 0.1)
     strata = fit_strata(near)
     assert len(strata) == 1
     assert strata[0].limits[Metric.AREA].pairs == len(near)
