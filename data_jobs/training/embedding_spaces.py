@@ -114,7 +114,7 @@ def choose_space(
 
 
 #: What a space may be short of the one that tells lesions apart best, and how many of one lesion's pairs may be questioned.
-APART_TOLERANCE = 0.05
+APART_TOLERANCE = 0.03
 QUESTIONED = 0.09
 
 
