@@ -27,7 +27,7 @@ class TriageArgs(BaseModel):
 
     profile: Profile = "cpu"
     classifier_threads: int = Field(default=1, ge=1, le=64)
-    policy_version: str = "2026-11.5"
+    policy_version: str = "2026-11.4"
 
 
 def build(args: TriageArgs | Mapping[str, Any]) -> Application:

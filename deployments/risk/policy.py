@@ -260,7 +260,7 @@ def _consistency(policy: RiskPolicy) -> dict[str, bool]:
 
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-CURRENT_VERSION = "2026-11.5"
+CURRENT_VERSION = "2026-11.4"
 #: What some policies are older than, with values that ask nothing; they have answered, and are never edited.
 _LATER_LIMITS = {"min_colour": 0.0, "max_two_levels": 1.0, "max_damaged": 1.0}
 _LATER = {

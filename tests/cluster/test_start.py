@@ -181,7 +181,7 @@ def test_the_printed_request_is_answered_and_status_is_ready(service: Service, f
     assert first_answer["provenance"]["model_id"]
     # The operator's threshold of the node before is in force again, without a hand.
     assert "as it was deployed last" in service.said
-    assert first_answer["provenance"]["policy_version"].startswith("2026-11.5+")
+    assert first_answer["provenance"]["policy_version"].startswith("2026-11.4+")
     done = service.run("status", "--json")
     assert done.returncode == 0, done.stdout
     status = json.loads(done.stdout)
@@ -275,7 +275,7 @@ def test_serve_deploy_and_a_submitted_job(service: Service, first_answer: dict, 
     )
     service.until(lambda: "0.11" in deployed_file(service.home).read_text(), 300)  # it runs
     after = service.policy_version()
-    assert after.startswith("2026-11.5+")
+    assert after.startswith("2026-11.4+")
     assert after != before
 
 

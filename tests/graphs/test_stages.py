@@ -33,7 +33,7 @@ STAGES = {
     "classifier": (ClassifierDeployment, {"threads": 1, "device": "cpu"}),
     "embedder": (EmbedderDeployment, {}),
     "retriever": (RetrieverDeployment, {}),
-    "risk": (RiskDeployment, {"policy_version": "2026-11.5"}),
+    "risk": (RiskDeployment, {"policy_version": "2026-11.4"}),
 }
 
 

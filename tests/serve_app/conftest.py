@@ -39,7 +39,7 @@ from serve_app.settings import Settings
 from tests.serve_app.erasure.erasing import uploaded
 
 SECRET = "a secret of the tests, long enough for HS256"
-POLICY = "2026-11.5"
+POLICY = "2026-11.4"
 #: Everything an upload can leave behind.
 TABLES = (
     *("lesions", "lesion_images", "lesion_embeddings", "assessments", "idempotency_keys"),

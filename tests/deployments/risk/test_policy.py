@@ -60,7 +60,7 @@ def test_an_override_changes_one_number_and_the_version(policy):
     assert changed.review.min_margin == 0.15
     assert changed.review.max_set_size == policy.review.max_set_size
     assert re.fullmatch(r"2026-11\.4\+[0-9a-f]{8}", changed.version)
-    assert policy.version == "2026-11.5"
+    assert policy.version == "2026-11.4"
     thresholds = {"melanoma": {"threshold": 0.05}, "ak": {"threshold": "malignant"}}
     rules = with_overrides(policy, {"rules": {"checklist": {"refer_at": 2}, **thresholds}}).rules
     assert rules.checklist.refer_at == 2

@@ -29,7 +29,7 @@ def test_a_plain_benign_case_is_decided_low_and_routine(assess):
     assert conclusion.reasons == ()
     assert said(conclusion) == LOW
     assert conclusion.risk.score < 0.05
-    assert conclusion.policy_version == conclusion.risk.policy_version == "2026-11.5"
+    assert conclusion.policy_version == conclusion.risk.policy_version == "2026-11.4"
     quality = conclusion.quality
     assert (quality.width, quality.height, quality.acceptable) == (1200, 900, True)
 
