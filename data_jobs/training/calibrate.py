@@ -47,7 +47,7 @@ from data_jobs.training.probabilities import (
     rounded,
     softmax,
 )
-from data_jobs.training.scan import Pixels, joined, open_onnx, scan_images, scan_pixels, soften
+from data_jobs.training.scan import Pixels, open_onnx, scan_images, scan_pixels, soften
 from data_jobs.training.unknown import SPOILT, fit_logistic, fit_statistics, outlier_figures
 from deployments.classifier.calibration import member_disagreement, unknown_probability
 from deployments.preprocess.pixels import InputGeometry
@@ -112,18 +112,17 @@ def calibrate(ensemble: Ensemble, export: Path, models: Path) -> Path:
     run = open_onnx(export / "model.onnx")
     asked, unseen_indices = np.flatnonzero(ensemble.member_of(rows) >= 0), ensemble.unseen(rows)
     left_rows, held_rows = [rows[i] for i in asked], [rows[i] for i in unseen_indices]
-    in_folds = scan_images(run, rows, asked, archive, geometry)
+    seen_indices = sorted({int(i) for m in ensemble.members for i in training_indices(rows, m.data)})
+    # What all members together left out is most of what they were trained on.
+    scanned = np.union1d(asked, seen_indices)
+    answers = scan_images(run, rows, scanned, archive, geometry)
+    in_folds = answers.part(np.isin(scanned, asked))
     held = in_folds.part(np.isin(asked, unseen_indices))
     pixels = load_pixels(rows, unseen_indices, archive, geometry)
     softened = scan_pixels(run, soften(pixels[::4]))
     labels, held_labels = labels_of(left_rows), labels_of(held_rows)
-    seen_indices = sorted({int(i) for m in ensemble.members for i in training_indices(rows, m.data)})
     train_rows = [rows[i] for i in seen_indices]
-    # What all members together left out is most of what they were trained on.
-    also = np.setdiff1d(seen_indices, asked)
-    scanned = np.concatenate([asked, also])
-    answers = joined([in_folds, scan_images(run, rows, also, archive, geometry)]) if len(also) else in_folds
-    train = answers.part(np.argsort(scanned)[np.searchsorted(np.sort(scanned), seen_indices)])
+    train = answers.part(np.isin(scanned, seen_indices))
 
     of_member = ensemble.member_of(left_rows)
     logits = (

@@ -139,12 +139,7 @@ def load_trunk(network: DermNetwork, architecture: str, weights: Mapping[str, Te
 
 
 def averaged_weights(checkpoint: Path | IO[bytes]) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint that `train` wrote, or of the safetensors that it or `gpu_run` wrote."""
-    content = checkpoint.read_bytes() if isinstance(checkpoint, Path) else checkpoint.read()
-    if content[8:9] == b"{":
-        halves = load_safetensors(content)
-        return {name: v.float() if v.is_floating_point() else v for name, v in halves.items()}
-    checkpoint = io.BytesIO(content)
+    """The averaged weights of a checkpoint that `train` wrote."""
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     weights = state["ema"].items()
     return {name.removeprefix("module."): value for name, value in weights if name.startswith("module.")}
@@ -181,7 +176,7 @@ def load_start(network: DermNetwork, recipe: Recipe, given: Path | None) -> None
     load_trunk(network, recipe.architecture, weights)
 
 
-def read_given(given: Path | None, name: str, digest: str | tuple[str, ...]) -> bytes:
+def read_given(given: Path | None, name: str, digest: str) -> bytes:
     """The content of a file that a recipe names. Raises ValueError when it is missing or has another SHA-256."""
     if given is None:
         raise ValueError(f"This recipe starts from {name}: give that file with --start.")

@@ -51,14 +51,13 @@ class DataPlan:
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """Where training starts from instead of ImageNet: an earlier model's weights, by the SHA-256 of their file.
+    """Where training starts from instead of ImageNet: an earlier model's checkpoint, by its SHA-256.
 
-    That is a checkpoint of `train` or what `gpu_run` wrote; a list has one for every training fold, of the member that
-    leaves it out. `seen_folds` are those that model was trained on, whole: what of them this run leaves out is not unseen.
+    `seen_folds` are those that model was trained on, whole: what of them this run leaves out is not unseen.
     """
 
     model_id: str
-    checkpoint_sha256: str | tuple[str, ...]
+    checkpoint_sha256: str
     seen_folds: tuple[int, ...] = ()
 
 
@@ -267,11 +266,8 @@ class Recipe:
         """
         if fold not in self.data.train_folds:
             raise ValueError(f"Fold {fold} is none of the training folds {self.data.train_folds}.")
-        data, start = replace(self.data, left_out=fold), self.start
-        if start is not None and isinstance(start.checkpoint_sha256, tuple):
-            own = dict(zip(self.data.train_folds, start.checkpoint_sha256, strict=True))[fold]
-            start = replace(start, checkpoint_sha256=own)
-        return replace(self, tag=f"{self.tag}m{fold}", seed=self.seed + fold, data=data, start=start)
+        data = replace(self.data, left_out=fold)
+        return replace(self, tag=f"{self.tag}m{fold}", seed=self.seed + fold, data=data)
 
 
 def _without_added(value: Any) -> Any:  # noqa: ANN401 - what asdict gives

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 import json
 from pathlib import Path
 import subprocess
@@ -31,14 +30,12 @@ from data_jobs.training.device_views import Overlays
 from data_jobs.training.export import export_weights
 from data_jobs.training.gpu_run import Trainer, in_batches, next_turn, train_members
 from data_jobs.training.machine import Machine
-from data_jobs.training.network import DermNetwork, load_start
 from data_jobs.training.pack import pack_images, pack_start
 from data_jobs.training.parts import PackedImages, read_parts
 from data_jobs.training.recipe import (
     SOURCES,
     DistillationPlan,
     Stage,
-    StartPlan,
     TeacherPlan,
     read_recipe,
 )
@@ -258,20 +255,6 @@ def test_whenever_it_stops_the_members_are_equals(
             for name in ("short", "killed")
         )
         assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_member_goes_on_from_what_a_gpu_wrote(parts: Path, tmp_path: Path) -> None:
-    trained(parts, tmp_path, 1.0)
-    files = {fold: tmp_path / f"member-{fold}.safetensors" for fold in (1, 2, 3, 4)}
-    digests = tuple(sha256(path.read_bytes()).hexdigest() for path in files.values())
-    going_on = replace(RECIPE, start=StartPlan("m", digests))
-    for fold in (1, 3):
-        own = DermNetwork(RECIPE.architecture, RECIPE.network)
-        load_start(own, going_on.member(fold), files[fold])
-        found = own.state_dict()["reduce.weight"]
-        assert torch.equal(found, safetensors.load_file(files[fold])["reduce.weight"].float())
-        with pytest.raises(ValueError, match="its SHA-256 is another"):
-            load_start(own, going_on.member(fold), files[4])
 
 
 def test_another_plan_start_or_a_taught_recipe_is_refused(parts: Path) -> None:
